@@ -1,0 +1,169 @@
+// The Python face of the C ABI. Addresses travel as integers: nothing here knows a tensor library.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "llm_allreduce.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+constexpr int kCpu = -1;
+
+void throw_on_error(int status, const char* what) {
+  if (status != LAR_OK) throw std::runtime_error(std::string(what) + ": " + lar_error_string(status));
+}
+
+void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
+
+// A rank's workspace with what a call needs beside it. Owns the failure record and the stream order, not the
+// payload memory: that belongs to llm_allreduce_plugin.memory.
+class Workspace {
+ public:
+  Workspace(int rank, const std::vector<uint64_t>& bases, const lar_layout& layout, double timeout_s, int device)
+      : device_(device) {
+    if (static_cast<int>(bases.size()) != layout.world_size)
+      throw std::invalid_argument("bases: got " + std::to_string(bases.size()) + " addresses for world size " +
+                                  std::to_string(layout.world_size));
+    if (rank < 0 || rank >= layout.world_size)
+      throw std::invalid_argument("rank: " + std::to_string(rank) + " is not in a group of " +
+                                  std::to_string(layout.world_size));
+    if (!(timeout_s > 0)) throw std::invalid_argument("timeout_s: must be positive");
+    workspace_.rank = rank;
+    for (size_t peer = 0; peer < bases.size(); ++peer) workspace_.base[peer] = pointer(bases[peer]);
+    workspace_.layout = layout;
+    workspace_.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+    if (device == kCpu) {
+      throw_on_error(lar_failure_create(&failure_, nullptr), "failure record");
+      workspace_.failure = failure_;
+    } else {
+      throw_on_error(lar_stream_order_create(&order_, device), "stream order");
+      const int status = lar_failure_create(&failure_, &workspace_.failure);
+      if (status != LAR_OK) lar_stream_order_destroy(order_);
+      throw_on_error(status, "failure record");
+    }
+  }
+
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  ~Workspace() {
+    lar_stream_order_destroy(order_);
+    lar_failure_destroy(failure_, device_ != kCpu);
+  }
+
+  int one_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
+               uint64_t stream) {
+    return call(lar_one_shot_cuda, lar_one_shot_cpu, input, output, count, dtype, {lanes, threads, chunk_vectors},
+                stream);
+  }
+
+  int two_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
+               uint64_t stream) {
+    return call(lar_two_shot_cuda, lar_two_shot_cpu, input, output, count, dtype, {lanes, threads, chunk_vectors},
+                stream);
+  }
+
+  void probe_write(uint32_t nonce, uint64_t stream) {
+    with_order(stream, [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+  }
+
+  void probe_check(uint32_t nonce, uint64_t verdict, uint64_t stream) {
+    auto* words = static_cast<int32_t*>(pointer(verdict));
+    with_order(stream, [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+  }
+
+  using Failure = std::tuple<int, int, int, int, int, uint32_t, uint32_t, double>;
+  std::optional<Failure> failure() const {
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
+    return Failure{failure_->rank, failure_->peer,           failure_->algorithm,  failure_->phase,
+                   failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
+  }
+
+ private:
+  using CudaCall = int (*)(const lar_workspace*, const lar_message*, const lar_launch*, void*);
+  using CpuCall = int (*)(const lar_workspace*, const lar_message*, const lar_launch*);
+
+  int call(CudaCall cuda, CpuCall cpu, uint64_t input, uint64_t output, int64_t count, int dtype, lar_launch launch,
+           uint64_t stream) {
+    const lar_message message{pointer(input), pointer(output), count, static_cast<lar_dtype>(dtype)};
+    if (device_ == kCpu) {
+      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
+      return cpu(&workspace_, &message, &launch);
+    }
+    return with_order(stream, [&] { return cuda(&workspace_, &message, &launch, pointer(stream)); });
+  }
+
+  template <typename Call>
+  int with_order(uint64_t stream, Call launch) {
+    if (device_ == kCpu) throw std::invalid_argument("this workspace belongs to a CPU rank");
+    throw_on_error(lar_stream_order_begin(order_, pointer(stream)), "before a launch");
+    const int status = launch();
+    const int end = lar_stream_order_end(order_, pointer(stream));
+    throw_on_error(status, "launch");
+    throw_on_error(end, "after a launch");
+    return status;
+  }
+
+  const int device_;
+  lar_workspace workspace_{};
+  lar_failure* failure_ = nullptr;
+  lar_stream_order* order_ = nullptr;
+};
+
+lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes) {
+  lar_layout layout;
+  if (lar_layout_init(&layout, world_size, lanes, workspace_bytes) != LAR_OK)
+    throw std::invalid_argument("no workspace layout for world_size=" + std::to_string(world_size) +
+                                ", lanes=" + std::to_string(lanes) +
+                                ", workspace_bytes=" + std::to_string(workspace_bytes) +
+                                ": world size must be 2 to 8 or 16, lanes 1 to " + std::to_string(LAR_MAX_LANES) +
+                                ", and a chunk must hold at least one vector of 16 bytes");
+  return layout;
+}
+
+}  // namespace
+
+NB_MODULE(_C, module) {
+  module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
+  module.attr("MAX_WORLD_SIZE") = static_cast<int>(LAR_MAX_WORLD_SIZE);
+  module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
+  module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
+  module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
+  module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
+  module.attr("CPU") = kCpu;
+
+  nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
+      .def_ro("world_size", &lar_layout::world_size)
+      .def_ro("lanes", &lar_layout::lanes)
+      .def_ro("one_shot_chunk_bytes", &lar_layout::one_shot_chunk_bytes)
+      .def_ro("two_shot_chunk_bytes", &lar_layout::two_shot_chunk_bytes)
+      .def_ro("total_bytes", &lar_layout::total_bytes);
+
+  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a,
+             "Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.");
+  module.def("abi_version", &lar_abi_version);
+  module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
+
+  nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
+      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
+           "layout"_a, "timeout_s"_a, "device"_a)
+      .def("one_shot", &Workspace::one_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
+           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+      .def("two_shot", &Workspace::two_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
+           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+      .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
+      .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
+      .def("failure", &Workspace::failure,
+           "None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).");
+}

@@ -1,0 +1,74 @@
+// What CUDA and CPU ranks share: the workspace layout and the argument checks.
+#include "common.h"
+
+#include <cstdio>
+
+namespace lar {
+namespace {
+
+constexpr int64_t kAlignment = 256;  // every region starts on its own cache lines
+
+int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t align_down(int64_t bytes) { return bytes / LAR_VECTOR_BYTES * LAR_VECTOR_BYTES; }
+
+}  // namespace
+
+bool supported_world_size(int32_t world_size) {
+  return (world_size >= 2 && world_size <= 8) || world_size == LAR_MAX_WORLD_SIZE;
+}
+
+int check_call(const lar_workspace* workspace, const lar_message* message, const lar_launch* launch,
+               int64_t chunk_capacity_bytes) {
+  if (!workspace || !message || !launch) return LAR_ERROR_INVALID_ARGUMENT;
+  const lar_layout& layout = workspace->layout;
+  if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (workspace->rank < 0 || workspace->rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
+  if (message->count < 0 || message->dtype < LAR_FLOAT32 || message->dtype > LAR_BFLOAT16)
+    return LAR_ERROR_INVALID_ARGUMENT;
+  if (message->count > 0 && (!message->input || !message->output)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (launch->lanes < 1 || launch->lanes > layout.lanes) return LAR_ERROR_INVALID_ARGUMENT;
+  // Whole warps, and one thread per peer to publish and to poll.
+  if (launch->threads < 32 || launch->threads > LAR_MAX_THREADS || launch->threads % 32 != 0)
+    return LAR_ERROR_INVALID_ARGUMENT;
+  if (launch->chunk_vectors < 1 || launch->chunk_vectors * LAR_VECTOR_BYTES > chunk_capacity_bytes)
+    return LAR_ERROR_INVALID_ARGUMENT;
+  return LAR_OK;
+}
+
+}  // namespace lar
+
+extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes) {
+  using namespace lar;
+  if (!layout || !supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (lanes < 1 || lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
+
+  lar_layout out{};
+  out.world_size = world_size;
+  out.lanes = lanes;
+  int64_t offset = 0;
+  auto take = [&offset](int64_t size) {
+    const int64_t at = offset;
+    offset += align_up(size);
+    return at;
+  };
+  out.abort_offset = take(sizeof(uint32_t));
+  out.epochs_offset = take(int64_t{2} * lanes * sizeof(uint32_t));
+  out.flags_offset = take(int64_t{3} * lanes * LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
+  out.probe_offset = take(LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
+
+  // A quarter of the payload space for one-shot (small messages), the rest for two-shot's two rings.
+  const int64_t payload = bytes - offset - 3 * kAlignment;
+  const int64_t slots = int64_t{world_size} * lanes;
+  out.one_shot_chunk_bytes = align_down(payload / 4 / (LAR_ONE_SHOT_SLOTS * slots));
+  out.two_shot_chunk_bytes = align_down(payload / 4 * 3 / (2 * LAR_TWO_SHOT_SLOTS * slots));
+  if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)
+    return LAR_ERROR_INVALID_ARGUMENT;
+  out.one_shot_offset = take(LAR_ONE_SHOT_SLOTS * slots * out.one_shot_chunk_bytes);
+  out.scatter_offset = take(LAR_TWO_SHOT_SLOTS * slots * out.two_shot_chunk_bytes);
+  out.gather_offset = take(LAR_TWO_SHOT_SLOTS * slots * out.two_shot_chunk_bytes);
+  out.total_bytes = offset;
+  *layout = out;
+  return LAR_OK;
+}
+
+extern "C" int lar_abi_version(void) { return 1; }

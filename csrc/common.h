@@ -1,0 +1,65 @@
+// Helpers shared by the CUDA and the CPU implementation; not part of the ABI.
+#ifndef LLM_ALLREDUCE_COMMON_H_
+#define LLM_ALLREDUCE_COMMON_H_
+
+#include "llm_allreduce.h"
+
+#if defined(__CUDACC__)
+#define LAR_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define LAR_HOST_DEVICE inline
+#endif
+
+namespace lar {
+
+// Planes of lar_layout::flags.
+enum class FlagPlane : int { kOneShot = 0, kTwoShotScatter = 1, kTwoShotGather = 2 };
+
+bool supported_world_size(int32_t world_size);
+
+// LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
+int check_call(const lar_workspace*, const lar_message*, const lar_launch*, int64_t chunk_capacity_bytes);
+
+LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+LAR_HOST_DEVICE int element_bytes(lar_dtype dtype) { return dtype == LAR_FLOAT32 ? 4 : 2; }
+
+// Typed addresses inside a workspace.
+LAR_HOST_DEVICE uint32_t* abort_word(void* base, const lar_layout& layout) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.abort_offset);
+}
+
+LAR_HOST_DEVICE uint32_t* epoch_word(void* base, const lar_layout& layout, lar_algorithm algorithm, int lane) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes +
+         lane;
+}
+
+// The row of flags of one lane: one word per publishing rank, all within 64 bytes.
+LAR_HOST_DEVICE uint32_t* flag_row(void* base, const lar_layout& layout, FlagPlane plane, int lane) {
+  const int64_t row = static_cast<int64_t>(plane) * layout.lanes + lane;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.flags_offset) + row * LAR_MAX_WORLD_SIZE;
+}
+
+LAR_HOST_DEVICE uint32_t* probe_words(void* base, const lar_layout& layout) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.probe_offset);
+}
+
+// Byte offset of slot [ring][rank][lane] in a region of equal chunks.
+LAR_HOST_DEVICE int64_t slot_offset(const lar_layout& layout, int64_t region_offset, int64_t chunk_bytes, int ring,
+                                    int rank, int lane) {
+  const int64_t slot = (static_cast<int64_t>(ring) * layout.world_size + rank) * layout.lanes + lane;
+  return region_offset + slot * chunk_bytes;
+}
+
+// True once a peer has published `round`. Rounds are 32-bit and wrap after about half a day of serving, so
+// they are compared by distance, never by size.
+LAR_HOST_DEVICE bool reached(uint32_t seen, uint32_t round) { return static_cast<int32_t>(seen - round) >= 0; }
+
+// What a probe word must be: differs per writer, per reader and per run.
+LAR_HOST_DEVICE uint32_t probe_pattern(uint32_t nonce, int writer, int reader) {
+  return (nonce ^ 0x9e3779b9u) * 2654435761u + static_cast<uint32_t>(writer * LAR_MAX_WORLD_SIZE + reader + 1);
+}
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_COMMON_H_

@@ -1,0 +1,131 @@
+// A lane: the block with the same index on every rank.
+//
+// Lanes of one group talk only to each other: lane 3 of rank 0 publishes rounds to lane 3 of every peer and
+// waits for theirs, through slots that belong to lane 3 alone. Blocks of one rank never synchronize, so a grid
+// need not be resident as a whole, and calls with different grids may follow each other freely: a lane that a
+// call leaves out keeps its count of rounds on every rank alike. That count (the epoch) lives in device memory,
+// so a captured graph may be replayed any number of times, between any other calls.
+#ifndef LLM_ALLREDUCE_DEVICE_LANE_CUH_
+#define LLM_ALLREDUCE_DEVICE_LANE_CUH_
+
+#include "common.h"
+
+namespace lar {
+
+// System scope: the other side is another GPU, or the host.
+__device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Payload in the workspace. Loads skip L1: peers write these lines behind its back.
+__device__ __forceinline__ uint4 load_slot(const char* slot, int64_t index) {
+  return __ldcg(reinterpret_cast<const uint4*>(slot) + index);
+}
+
+__device__ __forceinline__ void store_slot(char* slot, int64_t index, const uint4& raw) {
+  reinterpret_cast<uint4*>(slot)[index] = raw;
+}
+
+__device__ __forceinline__ int64_t global_timer_ns() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+class Lane {
+ public:
+  __device__ __forceinline__ Lane(const lar_workspace& workspace, lar_algorithm algorithm)
+      : workspace_(workspace), algorithm_(algorithm), index_(blockIdx.x) {}
+
+  __device__ __forceinline__ int index() const { return index_; }
+
+  // The number of rounds this lane has finished in earlier calls.
+  __device__ __forceinline__ uint32_t epoch() const {
+    return *epoch_word(own_base(), workspace_.layout, algorithm_, index_);
+  }
+
+  // Ends the call: `epoch` rounds are finished. The barrier keeps a slow thread from reading the new count as
+  // the old one.
+  __device__ __forceinline__ void finish(uint32_t epoch) const {
+    __syncthreads();
+    if (threadIdx.x == 0) *epoch_word(own_base(), workspace_.layout, algorithm_, index_) = epoch;
+  }
+
+  // Tells every peer that all that this block stored so far belongs to `round` and may be read.
+  // The barrier orders the block's stores before the releases, which are cumulative (PTX memory model,
+  // causality order), so one thread per peer publishes for the whole block without a fence per thread.
+  __device__ __forceinline__ void publish(FlagPlane plane, uint32_t round) const {
+    __syncthreads();
+    const int peer = threadIdx.x;
+    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
+      store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank, round);
+  }
+
+  // Waits until every peer has published `round`. False for the whole block when one did not arrive in time;
+  // the caller must then return at once.
+  __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
+    bool arrived = true;
+    const int peer = threadIdx.x;
+    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
+      arrived = wait_for(peer, plane, phase, round);
+    return __syncthreads_and(arrived);
+  }
+
+ private:
+  // Clock and abort word are looked at once in so many polls: both are slower than the flag itself.
+  static constexpr int kPollsPerCheck = 256;
+
+  __device__ __forceinline__ void* own_base() const { return workspace_.base[workspace_.rank]; }
+
+  __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
+    const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, index_) + peer;
+    uint32_t seen = load_acquire_system(flag);
+    if (reached(seen, round)) return true;
+    const int64_t start = global_timer_ns();
+    while (true) {
+      for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+        seen = load_acquire_system(flag);
+        if (reached(seen, round)) return true;
+      }
+      const int64_t waited = global_timer_ns() - start;
+      if (waited > workspace_.timeout_ns) {
+        give_up(peer, phase, round, seen, waited);
+        return false;
+      }
+      if (*static_cast<volatile uint32_t*>(abort_word(own_base(), workspace_.layout)) != 0) return false;
+    }
+  }
+
+  // The first lane to give up leaves the record and traps: what depends on this call must not be read as if it
+  // had worked. Lanes that find the abort word set only return, so that none traps before the record is out.
+  __device__ __forceinline__ void give_up(int peer, lar_phase phase, uint32_t round, uint32_t seen, int64_t waited) const {
+    if (atomicCAS(abort_word(own_base(), workspace_.layout), 0u, 1u) != 0u) return;
+    lar_failure* failure = workspace_.failure;
+    failure->rank = workspace_.rank;
+    failure->peer = peer;
+    failure->algorithm = algorithm_;
+    failure->phase = phase;
+    failure->lane = index_;
+    failure->expected_round = round;
+    failure->seen_round = seen;
+    failure->waited_ns = waited;
+    __threadfence_system();
+    failure->state = 1;
+    __threadfence_system();
+    __trap();
+  }
+
+  const lar_workspace& workspace_;
+  const lar_algorithm algorithm_;
+  const int index_;
+};
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_LANE_CUH_

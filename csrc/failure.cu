@@ -1,0 +1,46 @@
+// The record a wait leaves when it expires, and the texts of error codes.
+#include <cuda_runtime.h>
+#include <sys/mman.h>
+
+#include "common.h"
+
+namespace {
+// One page of our own rather than cudaHostAlloc: it stays readable after the trap has ended the CUDA context.
+constexpr size_t kPageBytes = 4096;
+static_assert(sizeof(lar_failure) <= kPageBytes, "the record must fit its page");
+}  // namespace
+
+extern "C" int lar_failure_create(lar_failure** host_address, lar_failure** device_address) {
+  if (!host_address) return LAR_ERROR_INVALID_ARGUMENT;
+  void* page = mmap(nullptr, kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (page == MAP_FAILED) return LAR_ERROR_INVALID_ARGUMENT;
+  *host_address = static_cast<lar_failure*>(page);
+  if (!device_address) return LAR_OK;
+  cudaError_t error = cudaHostRegister(page, kPageBytes, cudaHostRegisterMapped | cudaHostRegisterPortable);
+  if (error == cudaSuccess) {
+    void* mapped = nullptr;
+    error = cudaHostGetDevicePointer(&mapped, page, 0);
+    *device_address = static_cast<lar_failure*>(mapped);
+    if (error != cudaSuccess) cudaHostUnregister(page);
+  }
+  if (error != cudaSuccess) {
+    munmap(page, kPageBytes);
+    *host_address = nullptr;
+  }
+  return error;
+}
+
+extern "C" void lar_failure_destroy(lar_failure* host_address, int registered) {
+  if (!host_address) return;
+  if (registered) cudaHostUnregister(host_address);
+  munmap(host_address, kPageBytes);
+}
+
+extern "C" const char* lar_error_string(int code) {
+  switch (code) {
+    case LAR_OK: return "success";
+    case LAR_ERROR_INVALID_ARGUMENT: return "invalid argument";
+    case LAR_ERROR_TIMEOUT: return "a peer did not arrive in time";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+}

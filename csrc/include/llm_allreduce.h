@@ -1,0 +1,136 @@
+// The C ABI of the all-reduce kernels: plain structs, raw pointers, a stream. No torch, no Python.
+//
+// Every function returns 0 on success, a positive cudaError_t when CUDA refused, or a negative lar_status.
+#ifndef LLM_ALLREDUCE_H_
+#define LLM_ALLREDUCE_H_
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#error "llm_allreduce_plugin needs POSIX shared memory and Linux's CUDA stack"
+#endif
+#define LAR_EXPORT __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  LAR_MAX_WORLD_SIZE = 16,   // entries in the peer pointer table
+  LAR_VECTOR_BYTES = 16,     // the unit in which messages are split: one 128-bit access
+  LAR_MAX_LANES = 128,       // blocks that may take part in one call
+  LAR_MAX_THREADS = 512,     // threads per block
+  LAR_ONE_SHOT_SLOTS = 2,    // generations of one-shot slots: see csrc/kernels/one_shot.cu
+  LAR_TWO_SHOT_SLOTS = 4,    // depth of the two-shot rings: see csrc/kernels/two_shot.cu
+};
+
+typedef enum lar_status {
+  LAR_OK = 0,
+  LAR_ERROR_INVALID_ARGUMENT = -1,
+  LAR_ERROR_TIMEOUT = -2,  // a peer did not arrive in time; lar_failure says which
+} lar_status;
+
+typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
+
+typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1 } lar_algorithm;
+
+// What a rank was waiting for when it gave up.
+typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
+
+// Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
+//   epochs      uint32 [algorithm 2][lane]           local: rounds this lane has finished
+//   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
+//   one_shot    [generation][source rank][lane][one_shot_chunk_bytes]
+//   scatter     [ring][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
+//   gather      [ring][owner rank][lane][two_shot_chunk_bytes]    results on their way back
+typedef struct lar_layout {
+  int32_t world_size;
+  int32_t lanes;
+  int64_t abort_offset;  // uint32, local: set once a wait has expired
+  int64_t epochs_offset;
+  int64_t flags_offset;
+  int64_t probe_offset;
+  int64_t one_shot_offset;
+  int64_t one_shot_chunk_bytes;
+  int64_t scatter_offset;
+  int64_t gather_offset;
+  int64_t two_shot_chunk_bytes;
+  int64_t total_bytes;
+} lar_layout;
+
+// Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time.
+typedef struct lar_failure {
+  volatile int32_t state;  // 0: none, 1: the other fields are valid
+  int32_t rank;
+  int32_t peer;
+  int32_t algorithm;  // lar_algorithm
+  int32_t phase;      // lar_phase
+  int32_t lane;
+  uint32_t expected_round;
+  uint32_t seen_round;
+  int64_t waited_ns;
+} lar_failure;
+
+// One rank's view of the group: its own workspace and, at base[peer], every peer's.
+typedef struct lar_workspace {
+  int32_t rank;
+  void* base[LAR_MAX_WORLD_SIZE];
+  lar_layout layout;
+  lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
+  int64_t timeout_ns;    // no wait lasts longer
+} lar_workspace;
+
+// One all-reduce. Input and output are `count` contiguous elements and must not overlap; any alignment that
+// the element type allows.
+typedef struct lar_message {
+  const void* input;
+  void* output;
+  int64_t count;
+  lar_dtype dtype;
+} lar_message;
+
+// How a call is spread. Must be the same on every rank. `chunk_vectors`: 16-byte vectors that one lane moves
+// per round to one peer; what does not fit into lanes * chunk_vectors takes further rounds in the same kernel.
+typedef struct lar_launch {
+  int32_t lanes;
+  int32_t threads;
+  int64_t chunk_vectors;
+} lar_launch;
+
+// Splits `bytes` (rounded down to what fits) of workspace. LAR_ERROR_INVALID_ARGUMENT when a chunk would hold
+// less than one vector.
+LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes);
+
+LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
+LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
+LAR_EXPORT int lar_one_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
+LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
+
+// Proof that peers see each other's bytes. Each rank writes a word made from `nonce` into every peer's probe
+// area; after a barrier of the caller's, each rank checks what peers wrote here and, by loading from each peer,
+// what it wrote there. `verdict` (device memory): per peer, bit 0 = its write arrived, bit 1 = its memory reads.
+LAR_EXPORT int lar_probe_write_cuda(const lar_workspace*, uint32_t nonce, void* stream);
+LAR_EXPORT int lar_probe_check_cuda(const lar_workspace*, uint32_t nonce, int32_t* verdict, void* stream);
+
+// Keeps the calls of one workspace from overlapping when they come on different streams, and makes `device`
+// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call).
+typedef struct lar_stream_order lar_stream_order;
+LAR_EXPORT int lar_stream_order_create(lar_stream_order** order, int device);
+LAR_EXPORT void lar_stream_order_destroy(lar_stream_order* order);
+LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream);
+LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream);
+
+// Host memory for a lar_failure that outlives a broken CUDA context. `device_address` may be null (CPU ranks).
+LAR_EXPORT int lar_failure_create(lar_failure** host_address, lar_failure** device_address);
+LAR_EXPORT void lar_failure_destroy(lar_failure* host_address, int registered);
+
+// The text of any code that a function above returned.
+LAR_EXPORT const char* lar_error_string(int code);
+
+// The version of this ABI; bumped when a struct changes.
+LAR_EXPORT int lar_abi_version(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif  // LLM_ALLREDUCE_H_

@@ -1,0 +1,140 @@
+// TWOSHOT: reduce-scatter, then all-gather, both by pushing. Two communication steps whatever the world size.
+//
+// Every rank owns 1/N of the vectors. 2 (N-1)/N * payload bytes per link direction: the least that an
+// all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
+// every rank's part, chunk by chunk, with three chunks in flight:
+//
+//     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
+//              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish
+//              drain    chunk s-2    wait, copy the other owners' results to the output
+//
+// Why a ring of four slots needs no barrier (three would do; four keeps the index a mask, which survives the
+// wrap of the 32-bit epoch):
+//   - scatter(s) overwrites chunk s-4 at its owner. The owner read that chunk before it published its result,
+//     and this lane has drained the result of chunk s-3 already.
+//   - reduce(s-1) overwrites chunk s-5 in the peers' gather slots. A peer drains chunk s-5 before it publishes
+//     scatter(s-2), and this lane has just seen every peer publish scatter(s-1).
+// A call ends with everything drained, so the first chunks of the next call are safe by the same argument.
+#include "device/lane.cuh"
+#include "device/launch.cuh"
+#include "device/vector.cuh"
+
+namespace lar {
+namespace {
+
+template <typename T, int kWorldSize>
+class TwoShotLane {
+  // Peers handled at once. With 16 ranks the addresses of all would not fit into registers.
+  static constexpr int kPeersAtOnce = kWorldSize > 8 ? 3 : kWorldSize - 1;
+
+ public:
+  __device__ __forceinline__ TwoShotLane(const KernelArguments& arguments)
+      : workspace_(arguments.workspace),
+        lane_(workspace_, LAR_TWO_SHOT),
+        input_(arguments.message.input, arguments.message.count),
+        output_(arguments.message.output, arguments.message.count),
+        total_vectors_(ceil_div(arguments.message.count, Vector<T>::kElements)),
+        chunk_(arguments.chunk_vectors),
+        epoch_(lane_.epoch()) {}
+
+  __device__ __forceinline__ void run() {
+    const int64_t chunks = ceil_div(total_vectors_, chunk_ * gridDim.x * kWorldSize);
+    for (int64_t step = 0; step < chunks + 2; ++step) {
+      if (step < chunks) scatter(step);
+      if (step >= 1 && step <= chunks && !reduce(step - 1)) return;
+      if (step >= 2 && !drain(step - 2)) return;
+    }
+    lane_.finish(epoch_ + static_cast<uint32_t>(chunks));
+  }
+
+ private:
+  // The vectors of `chunk` that `owner` reduces in this lane: [first, first + span).
+  struct Piece {
+    int64_t first;
+    int64_t span;  // not positive when the tensor ends before this piece
+  };
+
+  __device__ __forceinline__ Piece piece(int64_t chunk, int owner) const {
+    const int64_t first = ((chunk * kWorldSize + owner) * gridDim.x + lane_.index()) * chunk_;
+    return {first, min(chunk_, total_vectors_ - first)};
+  }
+
+  __device__ __forceinline__ uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
+
+  // Slot for the bytes of rank `source` at rank `holder`.
+  __device__ __forceinline__ char* slot(int64_t region, int holder, int source, uint32_t round) const {
+    return static_cast<char*>(workspace_.base[holder]) + slot_offset(workspace_.layout, region,
+                                                                     workspace_.layout.two_shot_chunk_bytes,
+                                                                     round % LAR_TWO_SHOT_SLOTS, source, lane_.index());
+  }
+
+  __device__ __forceinline__ void scatter(int64_t chunk) const {
+    const int rank = workspace_.rank;
+#pragma unroll kPeersAtOnce
+    for (int step = 1; step < kWorldSize; ++step) {
+      const int owner = (rank + step) % kWorldSize;
+      const Piece part = piece(chunk, owner);
+      char* to = slot(workspace_.layout.scatter_offset, owner, rank, round(chunk));
+      for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) store_slot(to, i, input_.load(part.first + i));
+    }
+    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
+  }
+
+  __device__ __forceinline__ bool reduce(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
+    const int rank = workspace_.rank;
+    const Piece part = piece(chunk, rank);
+    for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) {
+      const uint4 result = sum_in_rank_order<T, kWorldSize>([&](int source) {
+        return source == rank ? input_.load(part.first + i)
+                              : load_slot(slot(workspace_.layout.scatter_offset, rank, source, round(chunk)), i);
+      });
+      output_.store(part.first + i, result);
+#pragma unroll kPeersAtOnce
+      for (int step = 1; step < kWorldSize; ++step)
+        store_slot(slot(workspace_.layout.gather_offset, (rank + step) % kWorldSize, rank, round(chunk)), i, result);
+    }
+    lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
+    return true;
+  }
+
+  __device__ __forceinline__ bool drain(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
+    const int rank = workspace_.rank;
+#pragma unroll kPeersAtOnce
+    for (int step = 1; step < kWorldSize; ++step) {
+      const int owner = (rank + step) % kWorldSize;
+      const Piece part = piece(chunk, owner);
+      const char* from = slot(workspace_.layout.gather_offset, rank, owner, round(chunk));
+      for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) output_.store(part.first + i, load_slot(from, i));
+    }
+    return true;
+  }
+
+  const lar_workspace& workspace_;
+  const Lane lane_;
+  const Payload<T> input_;
+  const Payload<T> output_;
+  const int64_t total_vectors_;
+  const int64_t chunk_;
+  const uint32_t epoch_;
+};
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
+  TwoShotLane<T, kWorldSize>(arguments).run();
+}
+
+template <typename T, int kWorldSize>
+struct TwoShot {
+  static Kernel kernel() { return two_shot_kernel<T, kWorldSize>; }
+};
+
+}  // namespace
+}  // namespace lar
+
+extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
+                                 void* stream) {
+  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  return lar::launch<lar::TwoShot>(workspace, message, shape, workspace->layout.two_shot_chunk_bytes, stream);
+}
