@@ -1,0 +1,92 @@
+"""What ranks must have in common before they may share a workspace."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.config import AllReduceConfig
+from llm_allreduce_plugin.errors import RankMismatchError
+
+# Settings that only say where a rank writes.
+_LOCAL_SETTINGS = {"report_dir"}
+
+
+@dataclasses.dataclass(frozen=True)
+class RankCard:
+    """What one rank tells the others at start.
+
+    ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks; ``host`` and
+    ``gpu`` say where the rank runs.
+    """
+
+    settings: dict[str, Any]
+    plugin_version: str
+    abi_version: int
+    device: str
+    architecture: int | None
+    host: str
+    gpu: str | None
+
+    @classmethod
+    def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
+        architecture, gpu = None, None
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            architecture, gpu = properties.major * 10 + properties.minor, str(properties.uuid)
+        return cls(
+            settings=config.model_dump(mode="json", exclude=_LOCAL_SETTINGS),
+            plugin_version=__version__,
+            abi_version=_C.abi_version(),
+            device=device.type,
+            architecture=architecture,
+            host=_host_identity(),
+            gpu=gpu,
+        )
+
+
+def _host_identity() -> str:
+    """Equal for processes that can share memory: one kernel (boot id) and one host name (container)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        boot = "unknown"
+    return f"{socket.gethostname()}/{boot}"
+
+
+def exchange(card: RankCard, group: dist.ProcessGroup) -> list[RankCard]:
+    """Every rank's card, in rank order. Collective."""
+    cards: list[RankCard | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(cards, card, group=group)
+    return [received for received in cards if received is not None]
+
+
+def check(cards: Sequence[RankCard]) -> None:
+    """Compare what must be equal.
+
+    Raises:
+        RankMismatchError: naming the field and the ranks behind each value.
+    """
+    for field in ("plugin_version", "abi_version", "device", "architecture"):
+        _compare(field, [getattr(card, field) for card in cards])
+    for setting in cards[0].settings:
+        _compare(setting, [card.settings.get(setting) for card in cards])
+
+
+def _compare(field: str, values: list[Any]) -> None:
+    if all(value == values[0] for value in values):
+        return
+    holders: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        holders.setdefault(repr(value), []).append(rank)
+    parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in holders.items()]
+    message = f"ranks disagree about {field}: {'; '.join(parts)}. Give every rank the same configuration and version"
+    raise RankMismatchError(message)

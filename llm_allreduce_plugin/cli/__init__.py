@@ -1,0 +1,38 @@
+"""llm-allreduce: look at a node and at what the all-reduce will do on it."""
+
+from __future__ import annotations
+
+import typer
+
+from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.cli import topo
+
+app = typer.Typer(
+    name="llm-allreduce",
+    help="The all-reduce under tensor-parallel LLM serving: what this node can run, and why.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+
+
+def _version(value: bool) -> None:  # noqa: FBT001
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(  # noqa: ARG001, FBT001
+        False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
+    ),
+) -> None:
+    """With a callback typer keeps sub-commands, however few there are."""
+
+
+app.command(name="topo")(topo.topo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

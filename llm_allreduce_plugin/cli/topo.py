@@ -1,0 +1,113 @@
+"""llm-allreduce topo: the links between GPUs, and which strategies they allow."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_allreduce_plugin.errors import TopologyError
+from llm_allreduce_plugin.topology import NodeTopology, group_facts, strategy_table
+
+_LEGEND = """\
+Legend:
+  X    = self
+  NV#  = a bond of # NVLinks
+  PIX  = at most one PCIe bridge
+  PXB  = several PCIe bridges, no host bridge
+  PHB  = a PCIe host bridge (usually the CPU)
+  NODE = host bridges within a NUMA node
+  SYS  = the link between NUMA nodes (UPI, Infinity Fabric)
+  NET  = another host"""
+
+
+def _grid(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _matrix(topology: NodeTopology) -> str:
+    names = [f"GPU{gpu.index}" for gpu in topology.gpus]
+    rows = [["", *names, "NUMA"]]
+    for position, gpu in enumerate(topology.gpus):
+        numa = "?" if gpu.numa_node is None else str(gpu.numa_node)
+        rows.append([names[position], *topology.links[position], numa])
+    return _grid(rows)
+
+
+def _gpu_lines(topology: NodeTopology) -> list[str]:
+    """GPUs that are alike share a line."""
+    lines: dict[str, list[int]] = {}
+    for gpu in topology.gpus:
+        architecture = f"sm_{gpu.architecture}" if gpu.architecture else "architecture unknown"
+        multicast = {True: "multicast", False: "no multicast", None: "multicast unknown"}[gpu.multicast]
+        fabric = f"fabric {gpu.fabric.state}" if gpu.fabric else "no fabric"
+        host = f", host {gpu.host}" if topology.hosts > 1 else ""
+        lines.setdefault(f"{gpu.name}, {architecture}, {multicast}, {fabric}{host}", []).append(gpu.index)
+    return [f"GPU {_ranges(indices)}: {text}" for text, indices in lines.items()]
+
+
+def _ranges(indices: list[int]) -> str:
+    if len(indices) > 1 and indices == list(range(indices[0], indices[-1] + 1)):
+        return f"{indices[0]}-{indices[-1]}"
+    return ",".join(map(str, indices))
+
+
+def _p2p_line(topology: NodeTopology) -> str:
+    statuses = {status for row in topology.p2p for status in row if status != "X"}
+    if not statuses:
+        return "no pairs"
+    if statuses == {"OK"}:
+        return "OK between all pairs (the driver's word; proved with real bytes when a group starts)"
+    return topology.p2p_fault() or "not known for all pairs"
+
+
+def render(topology: NodeTopology, world_size: int | None) -> str:
+    """The report for people."""
+    if not topology.gpus:
+        parts = [f"No GPUs: {topology.note or 'none listed'}"]
+    else:
+        parts = [_matrix(topology), "", *_gpu_lines(topology)]
+        parts.append(f"NVSwitch: {'yes' if topology.nvswitch else 'no'}    driver: {topology.driver or 'unknown'}")
+        parts.append(f"Peer access: {_p2p_line(topology)}")
+        switches = [
+            name
+            for name, off in (("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NCCL_NVLS_ENABLE", "0"))
+            if os.environ.get(name) == off
+        ]
+        if switches:
+            parts.append(f"Multicast is switched off here by {' and '.join(switches)}")
+    facts = group_facts(topology, world_size)
+    parts += ["", f"Strategies for a group of {facts.world_size}:"]
+    rows = [[f"  {name}", "yes" if reason is None else "no", reason or ""] for name, reason in strategy_table(facts)]
+    parts.append(_grid(rows))
+    if topology.gpus:
+        parts += ["", _LEGEND]
+    return "\n".join(parts)
+
+
+def topo(
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the topology, in the form that --from reads.")] = False,
+    source: Annotated[
+        Path | None, typer.Option("--from", metavar="FILE", help="Read a recorded topology instead of this node.")
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option("--tp", min=1, help="Group size to judge strategies for; default: all GPUs.")
+    ] = None,
+) -> None:
+    """Print how GPUs are linked, as `nvidia-smi topo -m` does, and which strategies can run and why not."""
+    try:
+        topology = NodeTopology.detect() if source is None else NodeTopology.from_json(source)
+        if as_json:
+            typer.echo(json.dumps(topology.model_dump(mode="json"), indent=1))
+            return
+        typer.echo(render(topology, world_size))
+    except (TopologyError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None

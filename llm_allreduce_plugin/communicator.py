@@ -1,0 +1,324 @@
+"""TensorParallelCommunicator: the one object that an engine holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C, agreement
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.memory import SharedMemory
+from llm_allreduce_plugin.memory.shm import ShmMemory
+from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
+from llm_allreduce_plugin.monitor import Monitor, failure_of
+from llm_allreduce_plugin.selection.decision import Decision
+from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES, GroupFacts, Transport
+from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
+from llm_allreduce_plugin.topology import p2p_obstacle
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_GPU_WORKSPACE_BYTES = 64 << 20
+DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class TensorParallelCommunicator:
+    """All-reduces of one tensor-parallel group.
+
+    Construction is collective: every rank of ``group`` must take part, with the same settings. Calls are collective too
+    and must come in the same order on every rank.
+
+    Args:
+        group: the tensor-parallel process group. On GPUs its NCCL group; symmetric memory is set up on it.
+        device: this rank's device.
+        config: the settings; defaults to :func:`llm_allreduce_plugin.load_config`.
+        control_group: a group of the same ranks that can carry Python objects between hosts' memories (gloo); defaults to
+            ``group``.
+        fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
+            Defaults to ``torch.distributed.all_reduce`` on a copy.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        RankMismatchError: ranks disagree about a setting or a capability.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        config: AllReduceConfig | None = None,
+        *,
+        control_group: dist.ProcessGroup | None = None,
+        fallback: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if config is None:
+            from llm_allreduce_plugin.config import load_config
+
+            config = load_config()
+        self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.config = config
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._group = group
+        self._fallback = fallback or self._torch_all_reduce
+        self._memory: SharedMemory | None = None
+        self._workspace: _C.Workspace | None = None
+        self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
+        self._calls: Counter[str] = Counter()
+        self._captured: Counter[str] = Counter()
+        self._logged: set[str] = set()
+        self._closed = False
+
+        control_group = control_group or group
+        cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
+        agreement.check(cards)
+        self.facts = self._open_workspace(cards, control_group)
+        if self.rank == 0:
+            self._log_start()
+        self._monitor: Monitor | None = None
+        if self._workspace is not None or config.report_dir is not None:
+            this = weakref.ref(self)  # the thread must not keep an abandoned communicator alive
+            self._monitor = Monitor(
+                self._workspace, self.rank, config.report_dir, lambda: owner.report() if (owner := this()) else {}
+            )
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        """The sum of ``input_`` over all ranks.
+
+        Args:
+            input_: any shape, dtype and layout, on this communicator's device; the same shape, dtype and layout on every rank.
+                Never written.
+
+        Returns:
+            A fresh tensor like ``input_`` (shape, dtype, strides), bit-identical on every rank.
+
+        Raises:
+            ValueError: ``input_`` is on another device.
+            PeerTimeoutError: a peer did not arrive within ``timeout_s``, in this call (CPU) or an earlier one (GPU).
+            RuntimeError: the communicator is closed, or CUDA failed.
+        """
+        if input_.device != self.device:
+            message = f"input is on {input_.device}, this communicator on {self.device}"
+            raise ValueError(message)
+        key = (input_.numel(), input_.dtype)
+        entry = self._plans.get(key)
+        if entry is None:
+            entry = self._plan(*key)
+        return entry[1](input_)
+
+    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
+        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
+        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype))
+
+    def report(self) -> dict[str, Any]:
+        """What this rank has done so far, ready for JSON.
+
+        ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays do not
+        pass through Python and are not counted.
+        """
+        fallbacks = {
+            f"{decision.requested} -> {decision.strategy}": decision.reason
+            for decision, _ in list(self._plans.values())
+            if decision.is_fallback
+        }
+        return {
+            "rank": self.rank,
+            "world_size": self.world_size,
+            "device": str(self.device),
+            "transport": str(self.facts.transport),
+            "allreduce_strategy": str(self.config.allreduce_strategy),
+            "sizes": describe(self.config, self.facts),
+            "calls": dict(self._calls),
+            "captured": dict(self._captured),
+            "fallbacks": fallbacks,
+        }
+
+    def check(self) -> None:
+        """Raise the error of an earlier call that the device could not raise itself.
+
+        Raises:
+            PeerTimeoutError: a wait has expired.
+        """
+        if self._workspace is not None and (failure := failure_of(self._workspace)) is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Let go of the workspace. Idempotent. Calls in flight are waited for."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._monitor is not None:
+            self._monitor.close()
+        if self._workspace is not None and self.device.type == "cuda" and failure_of(self._workspace) is None:
+            torch.cuda.synchronize(self.device)
+        self._plans.clear()
+        self._workspace = None
+        if self._memory is not None:
+            self._memory.close()
+            self._memory = None
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def _open_workspace(self, cards: list[agreement.RankCard], control_group: dist.ProcessGroup) -> GroupFacts:
+        """Set up shared memory if the strategy can use it; the facts say what came of it."""
+        nodes = len({card.host for card in cards})
+        facts = {
+            "world_size": self.world_size,
+            "device": self.device.type,
+            "architecture": cards[0].architecture,
+            "nodes": nodes,
+        }
+        obstacle = self._transport_obstacle(cards, nodes)
+        if obstacle is None:
+            on_gpu = self.device.type == "cuda"
+            default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
+            size = int(self.config.workspace_bytes or default)
+            try:
+                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size)
+                transport = self._connect(layout, control_group)
+            except (TransportError, ValueError) as error:
+                obstacle = str(error)
+            else:
+                return GroupFacts(
+                    **facts,
+                    transport=transport,
+                    lanes=layout.lanes,
+                    one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
+                    two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+                )
+        return GroupFacts(**facts, transport=Transport.NONE, no_transport_reason=obstacle)
+
+    def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
+        """Why not to try to share memory at all. The same on every rank."""
+        if self.config.allreduce_strategy is AllReduceStrategy.NCCL:
+            return "allreduce_strategy is NCCL"
+        if self.world_size not in SUPPORTED_WORLD_SIZES:
+            sizes = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
+            return f"no kernel for {self.world_size} rank{'s' * (self.world_size > 1)} (there are for {sizes})"
+        if nodes > 1:
+            return f"ranks run on {nodes} hosts, and kernels here reach one"
+        if self.device.type == "cpu":
+            return None
+        if self.device.type != "cuda":
+            return f"no kernels for device type {self.device.type}"
+        gpus = [card.gpu for card in cards if card.gpu is not None]
+        if len(set(gpus)) < len(gpus):
+            return "several ranks share a GPU"
+        return p2p_obstacle(gpus)
+
+    def _connect(self, layout: _C.Layout, control_group: dist.ProcessGroup) -> Transport:
+        memory: SharedMemory
+        if self.device.type == "cpu":
+            memory = ShmMemory.open(control_group, layout.total_bytes)
+            device_index = _C.CPU
+        else:
+            memory = SymmetricMemory.open(self._group, control_group, self.device, layout.total_bytes)
+            device_index = self.device.index
+        workspace = _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index)
+        if self.device.type == "cuda":
+            prove_peer_access(workspace, control_group, self.device)
+        self._memory, self._workspace = memory, workspace
+        return memory.transport
+
+    def _log_start(self) -> None:
+        if self.facts.transport is Transport.NONE:
+            logger.info("all-reduce over %d ranks: NCCL at every size: %s", self.world_size, self.facts.no_transport_reason)
+        else:
+            logger.info(
+                "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
+                self.world_size,
+                self.facts.transport,
+                self.config.allreduce_strategy,
+                describe(self.config, self.facts),
+            )
+        if self.facts.transport is not Transport.NONE:
+            # Says at once what asking for a strategy without a kernel leads to.
+            decision = decide(self.config, self.facts, 1, "bfloat16")
+            if decision.is_fallback:
+                self._log_fallback(decision)
+
+    # -- what runs -----------------------------------------------------------------------------------------------------
+
+    def _plan(self, count: int, dtype: torch.dtype) -> tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]:
+        if self._closed:
+            message = "this communicator is closed"
+            raise RuntimeError(message)
+        decision = decide(self.config, self.facts, count, dtype_name(dtype))
+        requested_nccl = self.config.allreduce_strategy is AllReduceStrategy.NCCL
+        if decision.is_fallback or (decision.strategy is AllReduceStrategy.NCCL and not requested_nccl):
+            self._log_fallback(decision)
+        strategy = STRATEGIES[decision.strategy]
+        if isinstance(strategy, KernelStrategy):
+            run = self._kernel_call(strategy, decision, count, dtype)
+        else:
+            run = self._fallback_call
+        entry = (decision, run)
+        self._plans[(count, dtype)] = entry
+        return entry
+
+    def _log_fallback(self, decision: Decision) -> None:
+        line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
+        if self.rank == 0 and line not in self._logged:
+            self._logged.add(line)
+            logger.warning("%s", line)
+
+    def _kernel_call(
+        self, strategy: KernelStrategy, decision: Decision, count: int, dtype: torch.dtype
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that launches this decision, with all that does not change bound."""
+        workspace, launch = self._workspace, decision.launch
+        assert workspace is not None
+        assert launch is not None
+        code = _DTYPES[dtype]
+        name = str(strategy.name)
+        on_gpu = self.device.type == "cuda"
+        index = self.device.index
+
+        def run(input_: torch.Tensor) -> torch.Tensor:
+            if (failure := failure_of(workspace)) is not None:
+                raise failure
+            # Kernels see the elements in logical order, so that ranks agree whatever their strides.
+            source = input_ if input_.is_contiguous() else input_.contiguous()
+            output = torch.empty_like(source)
+            stream = torch.cuda.current_stream(index).cuda_stream if on_gpu else 0
+            status = strategy.launch(workspace, source.data_ptr(), output.data_ptr(), count, code, launch, stream)
+            if status != 0:
+                self.check()
+                message = f"{name}: {_C.error_string(status)}"
+                raise RuntimeError(message)
+            if on_gpu and torch.cuda.is_current_stream_capturing():
+                self._captured[name] += 1
+            else:
+                self._calls[name] += 1
+            return output if source is input_ else torch.empty_like(input_).copy_(output)
+
+        return run
+
+    def _fallback_call(self, input_: torch.Tensor) -> torch.Tensor:
+        self._calls[str(AllReduceStrategy.NCCL)] += 1
+        return self._fallback(input_)
+
+    def _torch_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        output = input_.clone(memory_format=torch.contiguous_format)
+        if self.world_size > 1:
+            dist.all_reduce(output, group=self._group)
+        return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)

@@ -1,0 +1,250 @@
+"""Settings: what they are, where they come from, and what is said when one is wrong.
+
+Four sources, later wins: defaults; a YAML or JSON file named by ``LLM_ALLREDUCE_CONFIG``; environment variables
+``LLM_ALLREDUCE_*``; the engine's own configuration.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, JsonConfigSettingsSource, YamlConfigSettingsSource
+
+from llm_allreduce_plugin.errors import ConfigError
+
+ENV_PREFIX = "LLM_ALLREDUCE_"
+CONFIG_FILE_VARIABLE = "LLM_ALLREDUCE_CONFIG"
+# With the prefix, but not settings: the file's name, and what only the build reads.
+_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, "LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
+
+
+class AllReduceStrategy(enum.StrEnum):
+    """How the all-reduces of a tensor-parallel group are carried out. Names as in TensorRT-LLM."""
+
+    AUTO = "AUTO"
+    NCCL = "NCCL"
+    UB = "UB"
+    MINLATENCY = "MINLATENCY"
+    ONESHOT = "ONESHOT"
+    TWOSHOT = "TWOSHOT"
+    LOWPRECISION = "LOWPRECISION"
+    MNNVL = "MNNVL"
+
+    @classmethod
+    def parse(cls, value: object) -> AllReduceStrategy:
+        """The strategy that ``value`` names, in any case; ``MIN_LATENCY`` is accepted too.
+
+        Raises:
+            ValueError: naming every strategy, when it names none. An unknown name is never taken for AUTO.
+        """
+        if isinstance(value, cls):
+            return value
+        allowed = ", ".join(cls)
+        if not isinstance(value, str):
+            message = f"must be a strategy name, one of {allowed}"
+            raise ValueError(message)  # noqa: TRY004  (pydantic turns ValueError into a validation error)
+        name = value.strip().upper()
+        if name == "MIN_LATENCY":
+            return cls.MINLATENCY
+        try:
+            return cls(name)
+        except ValueError:
+            message = f"must be one of {allowed}"
+            raise ValueError(message) from None
+
+
+Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
+
+
+class AllReduceConfig(BaseModel):
+    """Every setting of the plugin. Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    allreduce_strategy: Strategy = Field(
+        default=AllReduceStrategy.AUTO, description="how all-reduces run; AUTO chooses among the exact strategies"
+    )
+    timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds of GPU time (CPU ranks: of wall time) that a rank waits for a peer before it gives up",
+    )
+    workspace_bytes: ByteSize | None = Field(
+        default=None,
+        ge=1 << 20,
+        le=1 << 33,
+        description="memory per rank through which messages of any size are passed in chunks, as a number or like "
+        "'64MiB'; default 64 MiB on a GPU, 4 MiB of shared memory on a CPU rank",
+    )
+    one_shot_max_bytes: ByteSize | None = Field(
+        default=None,
+        ge=0,
+        description="AUTO: largest message per rank that goes to ONESHOT; default from a table per world size",
+    )
+    report_dir: Path | None = Field(
+        default=None,
+        description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
+    )
+
+
+class LlmArgs(BaseModel):
+    """The plugin's settings the way engine arguments are written.
+
+    ``LLM(model, **LlmArgs(allreduce_strategy="ONESHOT").vllm_kwargs())``
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    allreduce_strategy: Strategy = AllReduceStrategy.AUTO
+    allreduce: AllReduceConfig | None = Field(default=None, description="further settings; must not contradict")
+
+    def allreduce_config(self) -> AllReduceConfig:
+        """The settings as one object.
+
+        Raises:
+            ConfigError: ``allreduce`` names another strategy than ``allreduce_strategy``.
+        """
+        if self.allreduce is None:
+            return AllReduceConfig(allreduce_strategy=self.allreduce_strategy)
+        given = self.allreduce.model_fields_set
+        if "allreduce_strategy" in given and "allreduce_strategy" in self.model_fields_set:
+            if self.allreduce.allreduce_strategy != self.allreduce_strategy:
+                message = (
+                    f"LlmArgs: allreduce_strategy={self.allreduce_strategy} but allreduce.allreduce_strategy="
+                    f"{self.allreduce.allreduce_strategy}: give one of them"
+                )
+                raise ConfigError(message)
+        if "allreduce_strategy" in self.model_fields_set:
+            return self.allreduce.model_copy(update={"allreduce_strategy": self.allreduce_strategy})
+        return self.allreduce
+
+    def vllm_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``vllm.LLM``."""
+        settings = self.allreduce_config().model_dump(mode="json", exclude_unset=True)
+        return {"additional_config": {"allreduce": settings}}
+
+
+class _Settings(BaseSettings, AllReduceConfig):  # type: ignore[misc]  (both configure the same model)
+    """AllReduceConfig as pydantic-settings wants it; only its sources are used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]
+
+
+def _variable(field: str) -> str:
+    """The environment variable of a field; the strategy's is ``LLM_ALLREDUCE_STRATEGY``."""
+    return ENV_PREFIX + field.removeprefix("allreduce_").upper()
+
+
+def environment_table() -> list[tuple[str, str]]:
+    """Every environment variable that is read at run time, with what it means."""
+    rows = [(CONFIG_FILE_VARIABLE, "YAML or JSON file with the settings below")]
+    rows += [(_variable(name), field.description or "") for name, field in AllReduceConfig.model_fields.items()]
+    return rows
+
+
+def _unknown_key(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"unknown key; allowed are {', '.join(known)}{hint}"
+
+
+def _validated(source: str, values: Mapping[str, Any], label: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """``values`` if every one of them is acceptable by itself.
+
+    Raises:
+        ConfigError: a line per fault with source, field, value and what is allowed.
+    """
+    try:
+        AllReduceConfig(**values)
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            field = str(fault["loc"][0]) if fault["loc"] else "?"
+            name = (label or {}).get(field, field)
+            if fault["type"] == "extra_forbidden":
+                lines.append(f"{source}: {field}={values[field]!r}: {_unknown_key(field, list(AllReduceConfig.model_fields))}")
+                continue
+            allowed = fault["msg"].removeprefix("Value error, ")
+            allowed = allowed[:1].lower() + allowed[1:]
+            meaning = AllReduceConfig.model_fields[field].description
+            lines.append(f"{source}: {name}={fault['input']!r}: {allowed} ({meaning})")
+        raise ConfigError("\n".join(lines)) from None
+    return dict(values)
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    source = f"file {path}"
+    readers: dict[str, Any] = {
+        ".json": lambda: JsonConfigSettingsSource(_Settings, json_file=path),
+        ".yaml": lambda: YamlConfigSettingsSource(_Settings, yaml_file=path),
+        ".yml": lambda: YamlConfigSettingsSource(_Settings, yaml_file=path),
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        message = f"{source}: suffix {path.suffix!r}: must be one of {', '.join(readers)} ({CONFIG_FILE_VARIABLE})"
+        raise ConfigError(message)
+    try:
+        path.read_bytes()  # the readers take a missing file for an empty one
+        values = reader()()
+    except OSError as error:
+        message = f"{source}: cannot be read: {error.strerror or error} ({CONFIG_FILE_VARIABLE})"
+        raise ConfigError(message) from error
+    except Exception as error:
+        message = f"{source}: not valid {path.suffix.lstrip('.').upper()}: {error}"
+        raise ConfigError(message) from error
+    if not isinstance(values, Mapping):
+        message = f"{source}: holds a {type(values).__name__}: must be a mapping of settings"
+        raise ConfigError(message)
+    return _validated(source, values)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    fields = {_variable(name): name for name in AllReduceConfig.model_fields}
+    for variable, value in environment.items():
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in {*fields, *_NOT_SETTINGS}:
+            message = f"environment: {variable}={value!r}: {_unknown_key(variable, sorted(fields))}"
+            raise ConfigError(message)
+    values = {}
+    reader = EnvSettingsSource(_Settings, env_prefix=ENV_PREFIX, env_ignore_empty=True)
+    reader.env_vars = {key.lower(): value for key, value in environment.items() if value != ""}
+    for variable, name in fields.items():
+        if (text := reader.env_vars.get(variable.lower())) is not None:
+            values[name] = text
+    return _validated("environment", values, {name: variable for variable, name in fields.items()})
+
+
+def load_config(
+    engine: Mapping[str, Any] | None = None,
+    *,
+    engine_name: str = "engine configuration",
+    environment: Mapping[str, str] | None = None,
+) -> AllReduceConfig:
+    """The settings from all four sources.
+
+    Args:
+        engine: what the engine's own configuration says, by field name.
+        engine_name: how errors call that source.
+        environment: instead of ``os.environ``.
+
+    Raises:
+        ConfigError: naming the source, the field, the value and what is allowed.
+    """
+    environment = os.environ if environment is None else environment
+    merged: dict[str, Any] = {}
+    if path := environment.get(CONFIG_FILE_VARIABLE):
+        merged |= _from_file(Path(path))
+    merged |= _from_environment(environment)
+    if engine is not None:
+        if not isinstance(engine, Mapping):
+            message = f"{engine_name}: {engine!r}: must be a mapping of settings"
+            raise ConfigError(message)
+        merged |= _validated(engine_name, engine)
+    return AllReduceConfig(**merged)

@@ -1,0 +1,112 @@
+"""Workspaces of GPU ranks: peer memory over NVLink or PCIe P2P, through torch's symmetric memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.selection.facts import Transport
+
+_MULTICAST_SWITCH = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+
+
+@contextlib.contextmanager
+def _without_multicast() -> Iterator[None]:
+    """torch creates a multicast object for every rendezvous unless told not to; no kernel here uses one yet.
+
+    So none is made, whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say.
+    """
+    before = os.environ.get(_MULTICAST_SWITCH)
+    os.environ[_MULTICAST_SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_MULTICAST_SWITCH]
+        else:
+            os.environ[_MULTICAST_SWITCH] = before
+
+
+class SymmetricMemory:
+    """Device memory of ``bytes_per_rank`` bytes on every rank, zeroed, mapped into every rank.
+
+    torch allocates it with the driver's virtual memory calls, outside the caching allocator and outside any pool that
+    an engine frees (sleep mode) or that expandable segments would make unshareable.
+    """
+
+    transport = Transport.SYMMETRIC
+
+    def __init__(self, buffer: torch.Tensor, handle: object, bases: list[int]) -> None:
+        self._buffer: torch.Tensor | None = buffer
+        self._handle: object | None = handle
+        self.bases = bases
+
+    @classmethod
+    def open(
+        cls, group: dist.ProcessGroup, control_group: dist.ProcessGroup, device: torch.device, bytes_per_rank: int
+    ) -> SymmetricMemory:
+        """Collective over ``group``; ``control_group`` has the same ranks and carries Python objects.
+
+        Raises:
+            TransportError: on every rank alike, when a rank cannot allocate or map.
+        """
+        error: str | None = None
+        memory: SymmetricMemory | None = None
+        try:
+            with _without_multicast(), torch.cuda.device(device):
+                buffer = symm_mem.empty(bytes_per_rank, dtype=torch.uint8, device=device)
+                buffer.zero_()
+                torch.cuda.synchronize(device)
+                handle = symm_mem.rendezvous(buffer, group)
+                memory = cls(buffer, handle, [int(base) for base in handle.buffer_ptrs])
+        except Exception as failure:  # noqa: BLE001  (torch raises many kinds; each means the same here)
+            error = f"rank {dist.get_rank(group)} cannot map its peers' memory: {failure}"
+        errors: list[str | None] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=control_group)
+        if fault := next(filter(None, errors), None):
+            raise TransportError(fault.splitlines()[0])
+        assert memory is not None
+        return memory
+
+    def close(self) -> None:
+        # Peers' mappings keep the memory alive until they close too.
+        self._handle = None
+        self._buffer = None
+
+
+def prove_peer_access(workspace: _C.Workspace, control_group: dist.ProcessGroup, device: torch.device) -> None:
+    """Write real bytes to every peer and read them back from there. Collective.
+
+    Raises:
+        TransportError: on every rank alike, naming the pair whose bytes were lost.
+    """
+    rank, world_size = dist.get_rank(control_group), dist.get_world_size(control_group)
+    nonces = [int.from_bytes(os.urandom(4), "little")]
+    dist.broadcast_object_list(nonces, src=dist.get_global_rank(control_group, 0), group=control_group)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device)
+        verdict = torch.zeros(world_size, dtype=torch.int32, device=device)
+        workspace.probe_write(nonces[0], stream.cuda_stream)
+        stream.synchronize()
+        dist.barrier(group=control_group)
+        workspace.probe_check(nonces[0], verdict.data_ptr(), stream.cuda_stream)
+        seen = verdict.tolist()
+    faults = []
+    for peer, bits in enumerate(seen):
+        if not bits & 1:
+            faults.append(f"what rank {peer} wrote to rank {rank}'s memory did not arrive")
+        elif not bits & 2:
+            faults.append(f"rank {rank} reads something else from rank {peer}'s memory than it wrote there")
+    everyone: list[list[str]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(everyone, faults, group=control_group)
+    lost = [fault for ranks_faults in everyone for fault in ranks_faults]
+    if lost:
+        message = f"peer access is advertised but broken: {lost[0]} (ACS or an IOMMU between the GPUs?)"
+        raise TransportError(message)

@@ -1,0 +1,95 @@
+"""Keeps watch beside the calls: says when a wait has expired, and writes the rank's report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_allreduce_plugin.errors import PeerTimeoutError
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin import _C
+
+logger = logging.getLogger(__name__)
+
+_ALGORITHMS = {0: "ONESHOT", 1: "TWOSHOT"}
+_PHASES = {0: "gather", 1: "scatter"}
+
+
+def failure_of(workspace: _C.Workspace) -> PeerTimeoutError | None:
+    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken."""
+    record = workspace.failure()
+    if record is None:
+        return None
+    rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
+    return PeerTimeoutError(rank, peer, _ALGORITHMS[algorithm], _PHASES[phase], waited_s)
+
+
+def write_report(folder: Path, rank: int, report: dict[str, Any]) -> None:
+    """Replace ``rank-<rank>.json`` atomically: a reader sees the old or the new file, never half of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"rank-{rank}.json"
+    partial = folder / f".rank-{rank}.json.{os.getpid()}"
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(target)
+
+
+class Monitor:
+    """A daemon thread per communicator.
+
+    A GPU wait may expire inside a replayed graph, far from any Python call: the device then stops with a CUDA error
+    that names nothing. This thread reads the record that the kernel left and puts the named error into the log.
+    """
+
+    PERIOD_S = 0.25
+    REPORT_EVERY = 4  # periods
+
+    def __init__(
+        self,
+        workspace: _C.Workspace | None,
+        rank: int,
+        report_dir: Path | None,
+        report: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._workspace = workspace
+        self._rank = rank
+        self._report_dir = report_dir
+        self._report = report
+        self._last_report: dict[str, Any] | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llm-allreduce-monitor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write_report()
+
+    def _run(self) -> None:
+        told = False
+        beat = 0
+        while not self._stop.wait(self.PERIOD_S):
+            if self._workspace is not None and not told and (failure := failure_of(self._workspace)):
+                logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
+                told = True
+            beat += 1
+            if beat % self.REPORT_EVERY == 0:
+                self._write_report()
+
+    def _write_report(self) -> None:
+        if self._report_dir is None:
+            return
+        report = self._report()
+        if report == self._last_report:
+            return
+        try:
+            write_report(self._report_dir, self._rank, report)
+        except OSError as error:
+            logger.warning("report_dir=%s cannot be written: %s; no further reports", self._report_dir, error)
+            self._report_dir = None
+        self._last_report = report

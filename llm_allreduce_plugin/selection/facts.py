@@ -1,0 +1,45 @@
+"""What a decision may depend on. Every rank holds the same value of each, agreed at start."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+SUPPORTED_WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+# The kernels' element types, as torch spells them, and their sizes in bytes.
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class Transport(enum.StrEnum):
+    """How ranks see each other's bytes."""
+
+    SYMMETRIC = "symmetric"  # GPU memory of peers, over NVLink or PCIe P2P
+    SHM = "shm"  # POSIX shared memory between CPU ranks
+    NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupFacts:
+    """The agreed facts of a tensor-parallel group.
+
+    Attributes:
+        world_size: ranks in the group.
+        device: ``"cuda"`` or ``"cpu"``.
+        transport: how ranks reach each other; ``NONE`` when they cannot.
+        no_transport_reason: why, when they cannot.
+        lanes: blocks that the workspace has slots for.
+        one_shot_chunk_bytes: bytes per lane and source rank that ONESHOT moves in a round.
+        two_shot_chunk_bytes: the same for TWOSHOT.
+        architecture: compute capability without the dot (90 for H100/H200), None on CPU.
+        nodes: hosts that the ranks run on.
+    """
+
+    world_size: int
+    device: str
+    transport: Transport
+    no_transport_reason: str = ""
+    lanes: int = 0
+    one_shot_chunk_bytes: int = 0
+    two_shot_chunk_bytes: int = 0
+    architecture: int | None = None
+    nodes: int = 1

@@ -1,0 +1,128 @@
+"""The policy: which strategy runs for a message. Pure functions, so every rank reaches the same answer."""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.selection import tables
+from llm_allreduce_plugin.selection.decision import Decision, PassedOver
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.strategies import STRATEGIES
+from llm_allreduce_plugin.strategies.base import Message
+
+S = AllReduceStrategy
+
+# What is tried when a strategy cannot run. AUTO stands for the choice that AUTO would make.
+_FALLBACKS: dict[AllReduceStrategy, tuple[AllReduceStrategy, ...]] = {
+    S.AUTO: (S.AUTO, S.NCCL),
+    S.NCCL: (S.NCCL,),
+    S.ONESHOT: (S.ONESHOT, S.TWOSHOT, S.NCCL),
+    S.TWOSHOT: (S.TWOSHOT, S.NCCL),
+    S.MINLATENCY: (S.MINLATENCY, S.AUTO, S.NCCL),
+    S.UB: (S.UB, S.TWOSHOT, S.NCCL),
+    S.LOWPRECISION: (S.LOWPRECISION, S.MINLATENCY, S.AUTO, S.NCCL),
+    S.MNNVL: (S.MNNVL, S.MINLATENCY, S.AUTO, S.NCCL),
+}
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} bytes"
+
+
+def _threshold(config: AllReduceConfig, facts: GroupFacts) -> tuple[int, str]:
+    if config.one_shot_max_bytes is not None:
+        return int(config.one_shot_max_bytes), "one_shot_max_bytes"
+    return tables.one_shot_max_bytes(facts.world_size), f"the seed table for {facts.world_size} ranks"
+
+
+def _auto_order(
+    config: AllReduceConfig, facts: GroupFacts, message: Message
+) -> list[tuple[AllReduceStrategy, str]]:
+    """AUTO's candidates, best first, each with what speaks for it."""
+    threshold, source = _threshold(config, facts)
+    size = _bytes(message.payload_bytes)
+    if message.payload_bytes <= threshold:
+        why = f"{size} are within the {_bytes(threshold)} up to which one step beats two ({source})"
+        return [(S.ONESHOT, why), (S.TWOSHOT, f"ONESHOT would be next choice for {size}")]
+    why = f"{size} are more than the {_bytes(threshold)} up to which one step beats two ({source})"
+    return [(S.TWOSHOT, why), (S.ONESHOT, f"TWOSHOT would be next choice for {size}")]
+
+
+def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -> Decision:
+    """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
+
+    Total: NCCL can always run, so there is a decision for every input.
+    """
+    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0))
+    requested = config.allreduce_strategy
+    candidates: list[tuple[AllReduceStrategy, str]] = []
+    for name in _FALLBACKS[requested]:
+        if name is S.AUTO:
+            candidates += _auto_order(config, facts, message)
+        else:
+            candidates.append((name, f"allreduce_strategy is {name}"))
+
+    against: dict[AllReduceStrategy, str] = {}
+    for name, why in candidates:
+        strategy = STRATEGIES[name]
+        obstacle = strategy.obstacle(facts, message)
+        if obstacle is not None:
+            against.setdefault(name, obstacle)
+            continue
+        if name is not requested and against:
+            why = "; ".join(dict.fromkeys(against.values()))
+        return Decision(
+            requested=requested,
+            strategy=name,
+            algorithm=strategy.algorithm,
+            launch=strategy.plan(facts, message),
+            reason=why,
+            passed_over=_passed_over(facts, message, requested, name, why, against),
+        )
+    raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
+
+
+def _passed_over(
+    facts: GroupFacts,
+    message: Message,
+    requested: AllReduceStrategy,
+    chosen: AllReduceStrategy,
+    why: str,
+    against: dict[AllReduceStrategy, str],
+) -> tuple[PassedOver, ...]:
+    """Every strategy but the chosen one, those that were tried first."""
+    reasons = dict(against)
+    for name, strategy in STRATEGIES.items():
+        if name is chosen or name in reasons:
+            continue
+        obstacle = strategy.obstacle(facts, message)
+        if obstacle is not None:
+            reasons[name] = obstacle
+        elif name is S.NCCL:
+            reasons[name] = "a kernel of this package can run"
+        elif requested is S.AUTO:
+            reasons[name] = why
+        else:
+            reasons[name] = f"allreduce_strategy is {requested}"
+    return tuple(PassedOver(name, reason) for name, reason in reasons.items())
+
+
+def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16") -> str:
+    """What runs at which sizes, for a line in the log: ``ONESHOT to 256 KiB, then TWOSHOT``."""
+    element = ELEMENT_BYTES[dtype]
+    steps: list[tuple[int, AllReduceStrategy]] = []
+    largest = 1 << 30
+    threshold, _ = _threshold(config, facts)
+    sizes = sorted({1 << power for power in range(4, 31)} | {min(max(threshold, element), largest)})
+    for size in sizes:
+        strategy = decide(config, facts, size // element, dtype).strategy
+        if steps and steps[-1][1] is strategy:
+            steps[-1] = (size, strategy)
+        else:
+            steps.append((size, strategy))
+    parts = [f"{strategy} to {_bytes(size)}" for size, strategy in steps[:-1]]
+    last = steps[-1][1]
+    parts.append(f"then {last}" if parts else f"{last} at every size")
+    return ", ".join(parts)

@@ -1,0 +1,29 @@
+"""Seed thresholds: where AUTO leaves ONESHOT for TWOSHOT before anything was measured on the node."""
+
+from __future__ import annotations
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Largest message, in bytes per rank, for ONESHOT. One-shot sends (N-1) * S per link direction and two-shot
+# 2 (N-1)/N * S, at the price of a second step: the crossover falls with the world size.
+# TP2 and TP4: measured on H200 (benchmarks/h200/). The others lie on the line that SGLang's and FlashInfer's published
+# thresholds follow, about 1/N^2 of the message; they are not measured.
+ONE_SHOT_MAX_BYTES = {
+    2: 2 * MIB,
+    3: 512 * KIB,
+    4: 256 * KIB,
+    5: 192 * KIB,
+    6: 160 * KIB,
+    7: 144 * KIB,
+    8: 128 * KIB,
+    16: 32 * KIB,
+}
+
+
+def one_shot_max_bytes(world_size: int) -> int:
+    """The threshold for any world size: the entry of the next larger tabulated one, or of the largest."""
+    for tabulated, threshold in ONE_SHOT_MAX_BYTES.items():
+        if world_size <= tabulated:
+            return threshold
+    return ONE_SHOT_MAX_BYTES[max(ONE_SHOT_MAX_BYTES)]

@@ -1,0 +1,99 @@
+"""What a strategy is: can it run here, how it is spread, how it is launched."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from llm_allreduce_plugin.selection.decision import Launch
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin import _C
+    from llm_allreduce_plugin.config import AllReduceStrategy
+
+VECTOR_BYTES = 16
+MAX_THREADS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One all-reduce as the policy sees it.
+
+    Attributes:
+        count: elements per rank.
+        dtype: as torch spells it, e.g. ``"bfloat16"``.
+        element_bytes: 0 when no kernel handles the type.
+    """
+
+    count: int
+    dtype: str
+    element_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.count * self.element_bytes
+
+    @property
+    def vectors(self) -> int:
+        """16-byte vectors, the last one possibly partial."""
+        return math.ceil(self.payload_bytes / VECTOR_BYTES)
+
+
+class Strategy(abc.ABC):
+    """One strategy: stateless, the same object on every rank."""
+
+    name: ClassVar[AllReduceStrategy]
+    algorithm: ClassVar[str]
+
+    @abc.abstractmethod
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        """Why this strategy cannot run for this message, or None when it can."""
+
+    @abc.abstractmethod
+    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
+        """How a call is spread; None when it is not ours to launch. Pure: every rank gets the same."""
+
+
+class KernelStrategy(Strategy):
+    """A strategy that runs a kernel of this package on the group's workspaces."""
+
+    @abc.abstractmethod
+    def launch(
+        self, workspace: _C.Workspace, input_: int, output: int, count: int, dtype: int, launch: Launch, stream: int
+    ) -> int:
+        """Start the kernel on ``count`` elements at two addresses; returns the status of the C ABI."""
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        if facts.transport is Transport.NONE:
+            return facts.no_transport_reason or "ranks cannot reach each other's memory"
+        if facts.world_size not in SUPPORTED_WORLD_SIZES:
+            return f"no kernel for {facts.world_size} ranks (there are for {', '.join(map(str, SUPPORTED_WORLD_SIZES))})"
+        if message.element_bytes == 0:
+            return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"
+        return None
+
+
+class MissingStrategy(Strategy):
+    """A strategy whose kernel does not exist yet: it always falls back, and says so."""
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        return f"the {self.name} kernel does not exist yet"
+
+    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
+        raise AssertionError(facts, message)  # never chosen
+
+
+def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
+    """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round.
+
+    Few blocks for few vectors (one vector per thread), then larger chunks, then further rounds.
+    """
+    pieces = math.ceil(vectors / parts)  # vectors of the largest part
+    threads = min(MAX_THREADS, max(32, math.ceil(pieces / 32) * 32))
+    used = max(1, min(lanes, math.ceil(pieces / threads)))
+    chunk = max(1, min(math.ceil(pieces / used), chunk_bytes // VECTOR_BYTES))
+    rounds = math.ceil(pieces / (used * chunk))
+    return Launch(lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)

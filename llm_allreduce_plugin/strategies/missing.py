@@ -1,0 +1,26 @@
+"""The strategies that still have no kernel. Each leaves this file for one of its own."""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.strategies.base import MissingStrategy
+
+
+class MinLatency(MissingStrategy):
+    name = AllReduceStrategy.MINLATENCY
+    algorithm = "the fastest exact kernel for each size on this node"
+
+
+class UserBuffer(MissingStrategy):
+    name = AllReduceStrategy.UB
+    algorithm = "zero-copy on registered buffers"
+
+
+class LowPrecision(MissingStrategy):
+    name = AllReduceStrategy.LOWPRECISION
+    algorithm = "compressed on the wire"
+
+
+class MultiNodeNvlink(MissingStrategy):
+    name = AllReduceStrategy.MNNVL
+    algorithm = "kernels over an NVLink domain that spans nodes"

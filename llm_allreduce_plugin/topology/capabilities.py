@@ -1,0 +1,54 @@
+"""What a topology lets strategies do, without running anything."""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.strategies import STRATEGIES
+from llm_allreduce_plugin.strategies.base import Message
+from llm_allreduce_plugin.topology.model import NodeTopology
+
+# The layout of the default 64 MiB workspace does not decide what can run; any positive chunk will do here.
+_CHUNK_BYTES = 4096
+_LANES = 128
+
+
+def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:
+    """The facts of a group on the first ``world_size`` GPUs (default: all) of ``topology``.
+
+    Raises:
+        ValueError: there are fewer GPUs.
+    """
+    size = len(topology.gpus) if world_size is None else world_size
+    if size > len(topology.gpus):
+        message = f"world size {size}: the topology has {len(topology.gpus)} GPUs"
+        raise ValueError(message)
+    members = topology.gpus[:size]
+    hosts = len({gpu.host for gpu in members})
+    reason = ""
+    if not members:
+        reason = topology.note or "no GPU"
+    elif size == 1:
+        reason = "one GPU has nobody to reduce with"
+    elif hosts > 1:
+        reason = f"ranks run on {hosts} hosts, and kernels here reach one"
+    else:
+        reason = topology.p2p_fault(range(size)) or ""
+    architectures = {gpu.architecture for gpu in members}
+    return GroupFacts(
+        world_size=size,
+        device="cuda",
+        transport=Transport.NONE if reason else Transport.SYMMETRIC,
+        no_transport_reason=reason,
+        lanes=_LANES,
+        one_shot_chunk_bytes=_CHUNK_BYTES,
+        two_shot_chunk_bytes=_CHUNK_BYTES,
+        architecture=architectures.pop() if len(architectures) == 1 else None,
+        nodes=max(hosts, 1),
+    )
+
+
+def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:
+    """Every strategy with the reason why it cannot run on 16-bit messages, or None when it can."""
+    message = Message(count=4096, dtype="bfloat16", element_bytes=2)
+    return [(name, strategy.obstacle(facts, message)) for name, strategy in STRATEGIES.items()]

@@ -1,0 +1,153 @@
+"""NodeTopology and its JSON form."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm_allreduce_plugin.errors import TopologyError
+
+# Links as `nvidia-smi topo -m` calls them, nearest first after NVLink (NV<number of links>).
+PCIE_LINKS = ("PIX", "PXB", "PHB", "NODE", "SYS")
+_LINK = re.compile(r"X|NV\d+|" + "|".join(PCIE_LINKS) + r"|NET|\?")
+# Peer-to-peer status as `nvidia-smi topo -p2p r` calls it.
+P2P_MEANING = {
+    "X": "self",
+    "OK": "supported",
+    "CNS": "chipset not supported",
+    "GNS": "GPU not supported",
+    "TNS": "topology not supported",
+    "NS": "not supported",
+    "DR": "disabled by a registry key",
+    "?": "unknown",
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Fabric(_Frozen):
+    """The NVLink domain that a GPU is registered in (NVML's GPU fabric info)."""
+
+    state: str = Field(description="completed, in progress, not started, not supported")
+    cluster_uuid: str = ""
+    clique_id: int = 0
+
+
+class Gpu(_Frozen):
+    """One GPU."""
+
+    index: int = Field(ge=0)
+    name: str
+    architecture: int | None = Field(default=None, description="compute capability without the dot: 90 for H100/H200")
+    pci_bus_id: str = ""
+    uuid: str = ""
+    host: int = Field(default=0, ge=0, description="which node of an NVLink domain; 0 when there is one")
+    numa_node: int | None = None
+    multicast: bool | None = Field(default=None, description="NVLink multicast supported; None: not known")
+    fabric: Fabric | None = None
+
+
+class NodeTopology(_Frozen):
+    """GPUs and the links between them.
+
+    Attributes:
+        source: where this was read: ``"nvml"``, a file, or a sentence about how it was made.
+        gpus: in NVML's order (PCI bus order).
+        links: ``links[i][j]`` is ``X`` on the diagonal, ``NV<n>`` for n NVLinks, otherwise the nearest common PCIe ancestor: PIX (one
+            switch), PXB (several switches), PHB (host bridge), NODE (NUMA node), SYS (between sockets), NET (another host).
+        p2p: ``p2p[i][j]`` is the driver's word on peer access: OK, CNS, GNS, TNS, NS, DR, or ``?``.
+        nvswitch: the NVLinks go through switches.
+        driver: driver version, empty when unknown.
+        note: why there is nothing to see, when there is nothing.
+    """
+
+    source: str = ""
+    gpus: tuple[Gpu, ...] = ()
+    links: tuple[tuple[str, ...], ...] = ()
+    p2p: tuple[tuple[str, ...], ...] = ()
+    nvswitch: bool = False
+    driver: str = ""
+    note: str = ""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        size = len(self.gpus)
+        for name, matrix in (("links", self.links), ("p2p", self.p2p)):
+            if len(matrix) != size or any(len(row) != size for row in matrix):
+                message = f"{name} must be a {size} x {size} matrix, one row per GPU"
+                raise ValueError(message)
+        for i, row in enumerate(self.links):
+            for j, link in enumerate(row):
+                if not _LINK.fullmatch(link) or (link == "X") != (i == j):
+                    message = f"links[{i}][{j}]={link!r}: must be X on the diagonal, elsewhere NV<n>, {', '.join(PCIE_LINKS)}, NET or ?"
+                    raise ValueError(message)
+                if link != self.links[j][i]:
+                    message = f"links[{i}][{j}]={link!r} but links[{j}][{i}]={self.links[j][i]!r}: must be equal"
+                    raise ValueError(message)
+        for i, row in enumerate(self.p2p):
+            for j, status in enumerate(row):
+                if status not in P2P_MEANING:
+                    message = f"p2p[{i}][{j}]={status!r}: must be one of {', '.join(P2P_MEANING)}"
+                    raise ValueError(message)
+        return self
+
+    @property
+    def hosts(self) -> int:
+        return len({gpu.host for gpu in self.gpus})
+
+    @property
+    def has_nvlink(self) -> bool:
+        """True when every pair of GPUs is joined by NVLink."""
+        pairs = [link for i, row in enumerate(self.links) for j, link in enumerate(row) if i != j]
+        return bool(pairs) and all(link.startswith("NV") for link in pairs)
+
+    def numa_domains(self) -> dict[int, list[int]]:
+        """GPU positions by NUMA node; those whose node is unknown count as node 0."""
+        domains: dict[int, list[int]] = {}
+        for position, gpu in enumerate(self.gpus):
+            domains.setdefault(gpu.numa_node or 0, []).append(position)
+        return domains
+
+    def p2p_fault(self, positions: Sequence[int] | None = None) -> str | None:
+        """The first pair without peer access, in words; None when all have it or nothing is known against it."""
+        members = list(range(len(self.gpus))) if positions is None else list(positions)
+        for a in members:
+            for b in members:
+                status = self.p2p[a][b]
+                if a != b and status not in ("OK", "?"):
+                    return f"GPU{a} and GPU{b} have no peer access ({status}: {P2P_MEANING[status]})"
+        return None
+
+    @classmethod
+    def from_json(cls, path: Path) -> NodeTopology:
+        """Read a recorded topology.
+
+        Raises:
+            TopologyError: naming the file and the field.
+        """
+        try:
+            text = path.read_text()
+        except OSError as error:
+            message = f"topology file {path}: cannot be read: {error.strerror or error}"
+            raise TopologyError(message) from error
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            faults = [
+                f"topology file {path}: {'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].removeprefix('Value error, ')}"
+                for fault in error.errors()
+            ]
+            raise TopologyError("\n".join(faults)) from None
+
+    @classmethod
+    def detect(cls) -> NodeTopology:
+        """This node, from NVML. Never raises: without NVML the result is empty and ``note`` says why."""
+        from llm_allreduce_plugin.topology.nvml import detect
+
+        return detect()

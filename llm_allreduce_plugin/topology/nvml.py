@@ -1,0 +1,227 @@
+"""NodeTopology from NVML. Nothing here raises: what NVML does not tell is left unknown."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology
+
+_T = TypeVar("_T")
+
+_MAX_NVLINKS = 18  # NVML_NVLINK_MAX_LINKS
+_REMOTE_IS_SWITCH = 2  # NVML_NVLINK_DEVICE_TYPE_SWITCH
+_COMMON_ANCESTOR = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # nvmlGpuTopologyLevel_t
+_P2P_STATUS = {0: "OK", 1: "CNS", 2: "GNS", 3: "TNS", 4: "DR", 5: "NS"}  # nvmlGpuP2PStatus_t
+_P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2  # nvmlGpuP2PCapsIndex_t
+_FABRIC_STATE = {0: "not supported", 1: "not started", 2: "in progress", 3: "completed"}  # nvmlGpuFabricState_t
+_CU_MULTICAST_SUPPORTED = 132  # CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
+
+
+class _NoNvmlError(Exception):
+    """NVML is not usable; the text says why."""
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[Any]:
+    try:
+        import pynvml
+    except ImportError as error:
+        message = "nvidia-ml-py is not installed"
+        raise _NoNvmlError(message) from error
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        raise _NoNvmlError(str(error)) from error
+    try:
+        yield pynvml
+    finally:
+        with contextlib.suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+def _ask(default: _T, question: Callable[..., Any], *arguments: object) -> Any | _T:  # noqa: ANN401
+    """NVML's answer, or ``default`` where this driver, GPU or virtual machine has none."""
+    try:
+        return question(*arguments)
+    except Exception:  # noqa: BLE001  (NVML errors, and AttributeError of older bindings)
+        return default
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _numa_node(pci_bus_id: str) -> int | None:
+    """From the kernel: NVML counts 8-digit PCI domains, sysfs 4-digit ones."""
+    domain, _, rest = pci_bus_id.lower().partition(":")
+    try:
+        node = int(Path(f"/sys/bus/pci/devices/{domain[-4:]}:{rest}/numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def _fabric(nvml: Any, handle: Any) -> Fabric | None:  # noqa: ANN401
+    info = nvml.c_nvmlGpuFabricInfo_t()
+    if _ask(None, lambda: nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info)) or True) is None:
+        return None
+    return Fabric(
+        state=_FABRIC_STATE.get(int(info.state), str(info.state)),
+        cluster_uuid=bytes(info.clusterUuid).hex() if any(info.clusterUuid) else "",
+        clique_id=int(info.cliqueId),
+    )
+
+
+def _multicast_by_bus_id() -> dict[str, bool]:
+    """The driver's attribute per GPU. Only asks: no context, no multicast object."""
+    found: dict[str, bool] = {}
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return found
+    count = ctypes.c_int()
+    if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return found
+    for ordinal in range(count.value):
+        device, value = ctypes.c_int(), ctypes.c_int()
+        bus_id = ctypes.create_string_buffer(32)
+        if (
+            cuda.cuDeviceGet(ctypes.byref(device), ordinal) == 0
+            and cuda.cuDeviceGetPCIBusId(bus_id, len(bus_id), device) == 0
+            and cuda.cuDeviceGetAttribute(ctypes.byref(value), _CU_MULTICAST_SUPPORTED, device) == 0
+        ):
+            found[_bus_key(bus_id.value.decode())] = bool(value.value)
+    return found
+
+
+def _bus_key(pci_bus_id: str) -> str:
+    domain, _, rest = pci_bus_id.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
+
+
+def _active_nvlinks(nvml: Any, handle: Any) -> list[int]:  # noqa: ANN401
+    return [link for link in range(_MAX_NVLINKS) if _ask(0, nvml.nvmlDeviceGetNvLinkState, handle, link) == 1]
+
+
+def _p2p(nvml: Any, a: Any, b: Any) -> str:  # noqa: ANN401
+    """Peer access needs both directions of use: a read and a write status that is not OK both count."""
+    statuses = [_ask(None, nvml.nvmlDeviceGetP2PStatus, a, b, index) for index in (_P2P_READ, _P2P_WRITE)]
+    known = [_P2P_STATUS.get(int(status), "?") for status in statuses if status is not None]
+    if not known:
+        return "?"
+    return next((status for status in known if status != "OK"), "OK")
+
+
+def detect() -> NodeTopology:
+    """This node's GPUs. Empty, with a note, on a machine without NVML or GPUs."""
+    try:
+        with _nvml() as nvml:
+            return _detect(nvml)
+    except _NoNvmlError as error:
+        return NodeTopology(source="nvml", note=f"no NVML: {error}")
+
+
+def _detect(nvml: Any) -> NodeTopology:  # noqa: ANN401
+    count = int(_ask(0, nvml.nvmlDeviceGetCount))
+    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    multicast = _multicast_by_bus_id()
+    gpus = []
+    for index, handle in enumerate(handles):
+        pci = _ask(None, nvml.nvmlDeviceGetPciInfo, handle)
+        bus_id = _text(pci.busId) if pci is not None else ""
+        capability = _ask(None, nvml.nvmlDeviceGetCudaComputeCapability, handle)
+        gpus.append(
+            Gpu(
+                index=index,
+                name=_text(_ask("unknown", nvml.nvmlDeviceGetName, handle)),
+                architecture=capability[0] * 10 + capability[1] if capability else None,
+                pci_bus_id=bus_id,
+                uuid=_text(_ask("", nvml.nvmlDeviceGetUUID, handle)),
+                numa_node=_numa_node(bus_id),
+                multicast=multicast.get(_bus_key(bus_id)),
+                fabric=_fabric(nvml, handle),
+            )
+        )
+
+    nvlinks = [_active_nvlinks(nvml, handle) for handle in handles]
+    behind_switch = [
+        any(
+            _ask(None, nvml.nvmlDeviceGetNvLinkRemoteDeviceType, handle, link) == _REMOTE_IS_SWITCH
+            for link in nvlinks[index]
+        )
+        for index, handle in enumerate(handles)
+    ]
+    links = [["X"] * count for _ in range(count)]
+    p2p = [["X"] * count for _ in range(count)]
+    for a in range(count):
+        for b in range(count):
+            if a == b:
+                continue
+            p2p[a][b] = _p2p(nvml, handles[a], handles[b])
+            if a < b:
+                links[a][b] = links[b][a] = _link(nvml, handles, nvlinks, behind_switch, a, b, gpus[b].pci_bus_id)
+    all_to_all = count > 2 and all(  # noqa: PLR2004
+        links[a][b] == f"NV{len(nvlinks[a])}" for a in range(count) for b in range(count) if a != b
+    )
+    return NodeTopology(
+        source="nvml",
+        gpus=tuple(gpus),
+        links=tuple(map(tuple, links)),
+        p2p=tuple(map(tuple, p2p)),
+        # Each GPU cannot give all its links to each of several others, unless they meet in a switch.
+        nvswitch=any(behind_switch) or all_to_all,
+        driver=_text(_ask("", nvml.nvmlSystemGetDriverVersion)),
+        note="" if count else "NVML sees no GPU",
+    )
+
+
+def _link(
+    nvml: Any,  # noqa: ANN401
+    handles: Sequence[Any],
+    nvlinks: Sequence[list[int]],
+    behind_switch: Sequence[bool],
+    a: int,
+    b: int,
+    bus_id_of_b: str,
+) -> str:
+    if _ask(None, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], _P2P_NVLINK) == 0 and nvlinks[a]:
+        if behind_switch[a]:
+            return f"NV{min(len(nvlinks[a]), len(nvlinks[b]))}"
+        remotes = [_ask(None, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handles[a], link) for link in nvlinks[a]]
+        direct = sum(
+            remote is not None and _bus_key(_text(remote.busId)) == _bus_key(bus_id_of_b) for remote in remotes
+        )
+        # A virtual machine hides where links end; the driver says that NVLink joins the two.
+        return f"NV{direct or min(len(nvlinks[a]), len(nvlinks[b]))}"
+    level = _ask(None, nvml.nvmlDeviceGetTopologyCommonAncestor, handles[a], handles[b])
+    return "?" if level is None else _COMMON_ANCESTOR.get(int(level), "?")
+
+
+def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
+    """Why these GPUs cannot use each other's memory, by the driver's word; None when they can or nobody knows.
+
+    Asks NVML only, so it makes no CUDA context and sees GPUs that this process cannot.
+    """
+    try:
+        with _nvml() as nvml:
+            handles = []
+            for uuid in gpu_uuids:
+                name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+                handle = _ask(None, nvml.nvmlDeviceGetHandleByUUID, name)
+                if handle is None:
+                    return None
+                handles.append(handle)
+            from llm_allreduce_plugin.topology.model import P2P_MEANING
+
+            for a, first in enumerate(handles):
+                for b, second in enumerate(handles):
+                    status = _p2p(nvml, first, second) if a != b else "OK"
+                    if status not in ("OK", "?"):
+                        return f"the GPUs of ranks {a} and {b} have no peer access ({status}: {P2P_MEANING[status]})"
+    except _NoNvmlError:
+        return None
+    return None
