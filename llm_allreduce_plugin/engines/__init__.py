@@ -1,0 +1,1 @@
+"""One folder per engine; nothing outside of it knows the engine."""

@@ -1,0 +1,98 @@
+"""vLLM's device communicator with our all-reduce in it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from llm_allreduce_plugin.engines.vllm.plugin import stock_communicator_path
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+
+if TYPE_CHECKING:
+    import torch
+
+    from llm_allreduce_plugin.config import AllReduceConfig
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+
+def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """What vLLM calls for every group instead of its communicator class, with that class's arguments.
+
+    Tensor-parallel groups get a subclass of the stock class that runs our all-reduce; every other group, and any group under
+    ``allreduce_strategy: NCCL``, gets the stock class itself.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    stock = resolve_obj_by_qualname(stock_communicator_path(type(current_platform)))
+    # vLLM names groups "<kind>:<number>", and passes the name by keyword.
+    if str(kwargs.get("unique_name", "")).split(":")[0] != "tp":
+        return stock(*args, **kwargs)
+    config = get_current_vllm_config_or_none()
+    settings = settings_of(config.additional_config if config is not None else None)
+    if (reason := stands_aside(config)) is not None:
+        communicator = stock(*args, **kwargs)
+        _report_stock(communicator, settings, reason)
+        return communicator
+    return _communicator_class(stock)(*args, llm_allreduce_settings=settings, **kwargs)
+
+
+def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str) -> None:  # noqa: ANN401
+    """vLLM's own class runs, so there is nothing of ours to count; the log and the report say so."""
+    if communicator.rank_in_group == 0:
+        logger.info("vLLM's own all-reduce is left in place: %s", reason)
+    if settings.report_dir is not None:
+        from llm_allreduce_plugin.monitor import write_report
+
+        write_report(
+            settings.report_dir,
+            communicator.rank_in_group,
+            {
+                "rank": communicator.rank_in_group,
+                "world_size": communicator.world_size,
+                "allreduce_strategy": str(settings.allreduce_strategy),
+                "sizes": "vLLM's own all-reduce at every size",
+                "calls": {},
+                "note": f"vLLM's own all-reduce is left in place and not counted: {reason}",
+            },
+        )
+
+
+@functools.cache
+def _communicator_class(stock: type) -> type:
+    """The subclass for one stock class (CudaCommunicator; CpuCommunicator on vLLM's CPU platform).
+
+    It must be a subclass: graph capture asserts the type, and reads ``ca_comm`` and others, which stay in place.
+    """
+
+    class AllReduceCommunicator(stock):  # type: ignore[misc, valid-type]
+        """``stock`` whose ``all_reduce`` runs on the configured strategy."""
+
+        def __init__(self, *args: Any, llm_allreduce_settings: AllReduceConfig, **kwargs: Any) -> None:  # noqa: ANN401
+            super().__init__(*args, **kwargs)
+            from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+
+            self.llm_allreduce = TensorParallelCommunicator(
+                self.device_group,
+                self.device,
+                llm_allreduce_settings,
+                control_group=self.cpu_group,
+                fallback=self._stock_all_reduce,
+            )
+
+        def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+            return self.llm_allreduce.all_reduce(input_)
+
+        def _stock_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+            # On CPU vLLM reduces in place; the promise here is a fresh tensor.
+            return super().all_reduce(input_.clone() if input_.device.type == "cpu" else input_)
+
+        def destroy(self) -> None:
+            self.llm_allreduce.close()
+            super().destroy()
+
+    AllReduceCommunicator.__qualname__ = f"AllReduceCommunicator[{stock.__name__}]"
+    return AllReduceCommunicator

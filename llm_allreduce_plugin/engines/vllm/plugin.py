@@ -1,0 +1,96 @@
+"""What changes in vLLM, and why. Each patch names the upstream hook that would replace it.
+
+1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every group; there is
+   no registry for communicators (a hook was asked for in vLLM issue 22319, closed).
+2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off the
+   FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the plugin's
+   version into ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general plugins would
+   replace it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.engines.vllm.settings import STAMP, settings_of, stands_aside
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicator"
+_PATCHED = "_llm_allreduce_patched"
+
+
+def register() -> None:
+    """Install the patches. Called by vLLM in every process, any number of times; makes no CUDA call."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if platform.__dict__.get(_PATCHED, False):
+        return
+    _use_vllm_logging()
+    _patch_communicator(platform)
+    _patch_config(platform)
+    setattr(platform, _PATCHED, True)
+
+
+def stock_communicator_path(platform: type) -> str:
+    """The dotted path that vLLM would have used."""
+    return str(platform._llm_allreduce_stock_path())  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _use_vllm_logging() -> None:
+    """Our lines appear among vLLM's, in its format and at its level."""
+    vllm_logger = logging.getLogger("vllm")
+    if vllm_logger.handlers and not logger.handlers:
+        for handler in vllm_logger.handlers:
+            logger.addHandler(handler)
+        logger.setLevel(vllm_logger.level)
+        logger.propagate = False
+
+
+def _patch_communicator(platform: type) -> None:
+    stock = platform.get_device_communicator_cls  # type: ignore[attr-defined]
+
+    def get_device_communicator_cls(cls: type) -> str:  # noqa: ARG001
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        # Elastic EP compares the class that this names with vLLM's own, so it must not see a factory.
+        if config is not None and getattr(config.parallel_config, "enable_elastic_ep", False):
+            return str(stock())
+        return FACTORY
+
+    platform._llm_allreduce_stock_path = staticmethod(stock)  # type: ignore[attr-defined]  # noqa: SLF001
+    platform.get_device_communicator_cls = classmethod(get_device_communicator_cls)  # type: ignore[attr-defined]
+
+
+def _patch_config(platform: type) -> None:
+    stock = platform.check_and_update_config  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
+        stock(vllm_config)
+        apply_settings(vllm_config)
+
+    platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
+
+
+def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
+    """Make ``vllm_config`` fit the plugin's settings.
+
+    Raises:
+        ConfigError: a setting is wrong; vLLM then does not start.
+    """
+    settings_of(vllm_config.additional_config)
+    if vllm_config.parallel_config.tensor_parallel_size == 1 or stands_aside(vllm_config) is not None:
+        return
+    pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
+    if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
+        pass_config.fuse_allreduce_rms = False
+        logger.info(
+            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away from "
+            "allreduce_strategy"
+        )
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config[STAMP] = __version__
