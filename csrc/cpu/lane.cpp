@@ -1,9 +1,12 @@
 #include "cpu/lane.h"
 
-#include <sched.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <cstring>
 
 #include "cpu/float_types.h"
@@ -17,16 +20,18 @@ int64_t now_ns() {
   return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
-// Ranks often outnumber cores, so a waiting rank must hand over its core: first by yielding, then by sleeping.
-void pause_between_polls(int64_t polls) {
-  constexpr int64_t kYields = 2000;
-  if (polls < kYields) {
-    sched_yield();
-    return;
-  }
-  const timespec nap{0, 50'000};
-  nanosleep(&nap, nullptr);
+// Ranks often outnumber cores, and the engine's own processes want them too. So a waiting rank polls only briefly and then
+// sleeps in the kernel until its peer's flag changes. The flags lie in shared memory: the futexes are not private.
+constexpr int kPollsBeforeSleep = 64;
+constexpr int64_t kLongestSleepNs = 100'000'000;
+
+void sleep_while_equal(const uint32_t* word, uint32_t value, int64_t at_most_ns) {
+  const int64_t sleep = std::min(at_most_ns, kLongestSleepNs);
+  const timespec limit{0, std::max<int64_t>(sleep, 1)};
+  syscall(SYS_futex, word, FUTEX_WAIT, value, &limit, nullptr, 0);
 }
+
+void wake_sleepers(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
 template <typename Type>
 void reduce_typed(const void* const* sources, int num_sources, void* const* outputs, int num_outputs, int64_t count) {
@@ -52,9 +57,11 @@ void reduce_typed(const void* const* sources, int num_sources, void* const* outp
 
 void Lane::publish(FlagPlane plane, uint32_t round) const {
   for (int peer = 0; peer < workspace_.layout.world_size; ++peer)
-    if (peer != workspace_.rank)
-      __atomic_store_n(flag_row(workspace_.base[peer], workspace_.layout, plane, 0) + workspace_.rank, round,
-                       __ATOMIC_RELEASE);
+    if (peer != workspace_.rank) {
+      uint32_t* flag = flag_row(workspace_.base[peer], workspace_.layout, plane, 0) + workspace_.rank;
+      __atomic_store_n(flag, round, __ATOMIC_RELEASE);
+      wake_sleepers(flag);
+    }
 }
 
 bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
@@ -79,7 +86,7 @@ bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
         __atomic_store_n(&failure.state, 1, __ATOMIC_RELEASE);
         return false;
       }
-      pause_between_polls(polls);
+      if (polls >= kPollsBeforeSleep) sleep_while_equal(row + peer, seen, workspace_.timeout_ns - waited);
     }
   }
   return true;
