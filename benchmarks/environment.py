@@ -1,0 +1,49 @@
+"""What a recorded result must name: the machine, the versions, the commit and the command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment() -> dict[str, Any]:
+    """GPU, driver, CUDA, torch, NCCL, vLLM, this package, commit, command and the switches that matter.
+
+    The commit is git's, or ``BENCHMARK_COMMIT`` where the checkout came without its history.
+    """
+    versions = {}
+    for package in ("llm_allreduce_plugin", "vllm", "flashinfer-python"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "gpus": f"{len(gpus)} x {gpus[0]}" if gpus else "none",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else "",
+        "python": sys.version.split()[0],
+        **versions,
+        "commit": os.environ.get("BENCHMARK_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "command": shlex.join(["python", *sys.argv]),
+        "switches": {
+            name: os.environ[name]
+            for name in ("NCCL_P2P_DISABLE", "NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST")
+            if name in os.environ
+        },
+    }

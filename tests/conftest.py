@@ -1,0 +1,62 @@
+"""Pools of ranks shared by the tests of a session, and markers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.support.processes import RankPool
+
+PoolFor = Callable[[int], RankPool]
+
+
+class _Pools:
+    """One pool at a time: many idle processes would only hold memory."""
+
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
+        self._pool: RankPool | None = None
+
+    def __call__(self, world_size: int) -> RankPool:
+        pool = self._pool
+        if pool is not None and (pool.world_size != world_size or not all(p.is_alive() for p in pool.processes)):
+            self.close()
+        if self._pool is None:
+            self._pool = RankPool(world_size, self._device_type)
+        return self._pool
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+@pytest.fixture(scope="session")
+def cpu_pool() -> Iterator[PoolFor]:
+    pools = _Pools("cpu")
+    yield pools
+    pools.close()
+
+
+@pytest.fixture(scope="session")
+def gpu_pool() -> Iterator[PoolFor]:
+    pools = _Pools("cuda")
+    yield pools
+    pools.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """gpu(n) tests are skipped where there are fewer than n GPUs."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker is None:
+            continue
+        needed = marker.args[0] if marker.args else 1
+        world_size = getattr(item, "callspec", None) and item.callspec.params.get("world_size")  # type: ignore[attr-defined]
+        if marker.kwargs.get("per_rank") and world_size:
+            needed = world_size
+        if available < needed:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), {available} here"))

@@ -1,0 +1,31 @@
+"""A short run of every kernel for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_run``."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.support.local_group import LocalGroup
+from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
+
+
+def main() -> None:
+    for world_size in (2, 5, 16):
+        group = LocalGroup(world_size, lanes=2, workspace_bytes=1 << 20, timeout_s=300.0)
+        for algorithm in ("ONESHOT", "TWOSHOT"):
+            for dtype in (torch.bfloat16, torch.float32):
+                for size in (1, 1023, 40_001):
+                    inputs = [rank_input(size, rank, size, dtype) for rank in range(world_size)]
+                    for output in group.all_reduce(algorithm, inputs):
+                        assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm} {dtype} x {size}")
+        for workspace, stream in zip(group.workspaces, group.streams, strict=True):
+            workspace.probe_write(7, stream.cuda_stream)
+        torch.cuda.synchronize()
+        verdict = torch.zeros(world_size, dtype=torch.int32, device=group.device)
+        group.workspaces[1].probe_check(7, verdict.data_ptr(), group.streams[1].cuda_stream)
+        torch.cuda.synchronize()
+        assert verdict.tolist() == [3] * world_size
+    print("every kernel ran")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

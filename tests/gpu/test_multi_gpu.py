@@ -1,0 +1,243 @@
+"""Ranks on GPUs of their own, one process each, through the communicator."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import PeerTimeoutError
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.processes import RankContext, RankPool
+from tests.support.reference import DTYPES, SIZES, assert_same_bits, rank_input, rank_ordered_sum
+
+pytestmark = pytest.mark.gpu(2, per_rank=True)
+
+WORLD_SIZES = (2, 3, 4)
+STRATEGIES = ("ONESHOT", "TWOSHOT")
+SMALL_WORKSPACE: dict[str, Any] = {"workspace_bytes": 4 << 20}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_sizes(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy: str) -> None:
+    gpu_pool(world_size).run(checks.check_sizes, strategy, dtype, SIZES, {})
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_messages_larger_than_the_workspace(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    gpu_pool(world_size).run(checks.check_sizes, strategy, torch.bfloat16, (12_345_678,), SMALL_WORKSPACE)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_special_values(gpu_pool: PoolFor, world_size: int) -> None:
+    pool = gpu_pool(world_size)
+    for dtype in DTYPES:
+        answers = [pool.run(checks.check_specials, strategy, dtype) for strategy in STRATEGIES]
+        everyone = {digest for answer in answers for digests in answer for digest in digests}
+        assert len(everyone) == 1, "ranks and strategies must agree to the bit, NaN included"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_views(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    for dtype in DTYPES:
+        gpu_pool(world_size).run(checks.check_views, strategy, dtype)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_strategies_and_batch_sizes_agree(gpu_pool: PoolFor, world_size: int) -> None:
+    gpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 18)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_mixed_sequence(gpu_pool: PoolFor, world_size: int) -> None:
+    gpu_pool(world_size).run(checks.check_sequence, 300, SMALL_WORKSPACE)
+
+
+# -- graphs ------------------------------------------------------------------------------------------------------------
+
+
+def _capture(function: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:  # noqa: ANN401
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        function()
+    return graph
+
+
+def _replay_many(context: RankContext, strategy: str, replays: int) -> None:
+    """One graph replayed again and again on data that changes on the device with every replay."""
+    seed, size = context.shared_seed(), 8192 * 4
+    inputs = [rank_input(seed, rank, size, torch.bfloat16) for rank in range(context.world_size)]
+    with checks.communicator(context, strategy) as group:
+        static = inputs[context.rank].to(context.device)
+        expected = rank_ordered_sum(inputs).to(context.device)
+        wrong = torch.zeros((), dtype=torch.int64, device=context.device)
+        stream = torch.cuda.Stream()
+        group.all_reduce(static)
+        torch.cuda.synchronize()
+
+        def step() -> None:
+            # Negated inputs have the negated sum, exactly.
+            static.mul_(-1)
+            expected.mul_(-1)
+            output = group.all_reduce(static)
+            again = group.all_reduce(output)
+            wrong.add_((output != expected).sum() + again.isnan().sum())
+
+        graph = _capture(step, stream)
+        for _ in range(replays):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert int(wrong) == 0, f"{int(wrong)} wrong elements in {replays} replays"
+        assert group.report()["captured"] == {strategy: 2}
+        context.gather(None)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_graph_replayed_10000_times(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    gpu_pool(world_size).run(_replay_many, strategy, 10_000)
+
+
+def _interleave(context: RankContext) -> None:
+    """Two graphs, a third that is captured and dropped, and eager calls, in an order that changes."""
+    seed = context.shared_seed()
+    generator = torch.Generator().manual_seed(seed)
+    world_size, device = context.world_size, context.device
+    shapes = {"a": (3000, torch.bfloat16), "b": (1_000_001, torch.float16)}
+    with checks.communicator(context, "ONESHOT") as one, checks.communicator(context, "TWOSHOT") as two:
+        stream = torch.cuda.Stream()
+        statics = {name: torch.zeros(size, dtype=dtype, device=device) for name, (size, dtype) in shapes.items()}
+        outputs: dict[str, torch.Tensor] = {}
+        graphs = {}
+        for name in shapes:
+
+            def body(name: str = name) -> None:
+                outputs[name] = two.all_reduce(one.all_reduce(statics[name]))
+
+            graphs[name] = _capture(body, stream)
+        dropped = _capture(lambda: one.all_reduce(two.all_reduce(statics["a"])), stream)
+        del dropped
+        for turn in range(60):
+            choice = int(torch.randint(0, 3, (), generator=generator))
+            if choice == 2:
+                size = int(torch.randint(1, 50_000, (), generator=generator))
+                inputs = [rank_input(seed + turn, rank, size, torch.float32) for rank in range(world_size)]
+                checks.reduce_and_compare(context, (one, two)[turn % 2], inputs, f"eager, turn {turn}")
+                continue
+            name = "ab"[choice]
+            size, dtype = shapes[name]
+            inputs = [rank_input(seed + turn, rank, size, dtype) for rank in range(world_size)]
+            statics[name].copy_(inputs[context.rank])
+            outputs[name].fill_(float("nan"))
+            graphs[name].replay()
+            once = rank_ordered_sum(inputs)
+            assert_same_bits(outputs[name], rank_ordered_sum([once] * world_size), f"graph {name}, turn {turn}")
+        context.gather(None)
+
+
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_graphs_interleaved_with_eager_calls(gpu_pool: PoolFor, world_size: int) -> None:
+    gpu_pool(world_size).run(_interleave)
+
+
+def _streams(context: RankContext) -> None:
+    """Eager calls that hop between streams without the caller ordering them."""
+    seed = context.shared_seed()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    with checks.communicator(context, "ONESHOT") as group:
+        for turn in range(60):
+            inputs = [rank_input(seed + turn, rank, 100_000, torch.bfloat16) for rank in range(context.world_size)]
+            mine = inputs[context.rank].to(context.device)
+            torch.cuda.synchronize()
+            outputs = []
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    outputs.append(group.all_reduce(mine))
+            torch.cuda.synchronize()
+            for output in outputs:
+                assert_same_bits(output, rank_ordered_sum(inputs), f"turn {turn}")
+
+
+def test_unordered_streams(gpu_pool: PoolFor) -> None:
+    gpu_pool(2).run(_streams)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def _wait_for_absent_rank(context: RankContext, strategy: str, timeout_s: float) -> tuple[float, str]:
+    """Rank 0 never calls; the others must stop, with the named error."""
+    with_rank_0 = context.rank == 0
+    config = {"timeout_s": timeout_s}
+    made = checks.communicator(context, strategy, **config).__enter__()
+    mine = torch.ones(4096, dtype=torch.bfloat16, device=context.device)
+    made.all_reduce(mine)
+    torch.cuda.synchronize()
+    if with_rank_0:
+        return 0.0, ""
+    started = time.monotonic()
+    made.all_reduce(mine)
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # noqa: BLE001  (torch raises its own kind for the trap)
+        pass
+    seconds = time.monotonic() - started
+    try:
+        made.check()
+    except PeerTimeoutError as error:
+        try:
+            made.all_reduce(mine)
+        except PeerTimeoutError:
+            return seconds, str(error)
+        return seconds, "a later call did not raise"
+    return seconds, "no named error"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_rank_that_never_arrives(world_size: int, strategy: str) -> None:
+    pool = RankPool(world_size, "cuda")
+    try:
+        answers = pool.run(_wait_for_absent_rank, strategy, 3.0)
+    finally:
+        pool.kill()  # their CUDA contexts are gone
+    phase = {"ONESHOT": "gather", "TWOSHOT": "scatter"}[strategy]
+    for rank, (seconds, text) in enumerate(answers):
+        if rank == 0:
+            continue
+        assert text.startswith(f"rank {rank} waited 3"), text
+        assert f"for rank 0 in {strategy}/{phase}" in text, text
+        assert 3.0 <= seconds < 3.0 + 5.0, seconds
+
+
+def _facts(context: RankContext) -> tuple[str, list[str]]:
+    with checks.communicator(context, "AUTO") as group:
+        sizes = [str(group.explain((count,), torch.bfloat16).strategy) for count in (1024, 1 << 25)]
+        integers = torch.arange(10, device=context.device)
+        total = group.all_reduce(integers)
+        assert torch.equal(total, integers * context.world_size)
+        assert group.report()["calls"] == {"NCCL": 1}
+        return str(group.facts.transport), sizes
+
+
+def test_auto_uses_both_and_integers_go_to_nccl(gpu_pool: PoolFor) -> None:
+    for transport, sizes in gpu_pool(2).run(_facts):
+        assert transport == "symmetric"
+        assert sizes == ["ONESHOT", "TWOSHOT"]
+
+
+def _ranks_alive(context: RankContext) -> int:
+    dist.barrier(group=context.control_group)
+    return context.rank
+
+
+def test_pool_survives(gpu_pool: PoolFor) -> None:
+    assert gpu_pool(2).run(_ranks_alive) == [0, 1]

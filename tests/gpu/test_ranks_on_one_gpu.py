@@ -1,0 +1,134 @@
+"""Kernels of 2 to 16 ranks on one GPU, against the rank-ordered reference."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.support.local_group import LocalGroup
+from tests.support.reference import DTYPES, assert_same_bits, rank_input, rank_ordered_sum, special_inputs
+
+pytestmark = pytest.mark.gpu(1)
+
+WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+ALGORITHMS = ("ONESHOT", "TWOSHOT")
+SIZES = (1, 7, 8, 9, 1023, 40_000, (1 << 20) + 1)
+
+
+def fresh_seed() -> int:
+    return int.from_bytes(os.urandom(4), "little")
+
+
+def group_of(world_size: int, **settings: int) -> LocalGroup:
+    # Blocks of all ranks must be resident together: 132 SMs hold 4 blocks of 512 threads each at most.
+    return LocalGroup(world_size, lanes=4, **settings)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str) -> None:
+    group = group_of(world_size)
+    for size in SIZES:
+        seed = fresh_seed()
+        inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
+        expected = rank_ordered_sum(inputs)
+        for rank, output in enumerate(group.all_reduce(algorithm, inputs)):
+            assert_same_bits(output, expected, f"{algorithm} {dtype} x {size}, rank {rank} of {world_size}, seed {seed}")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(dtype: torch.dtype, algorithm: str) -> None:
+    inputs = special_inputs(5, dtype)
+    expected = rank_ordered_sum(inputs)
+    for output in group_of(5).all_reduce(algorithm, inputs):
+        assert_same_bits(output, expected, f"{algorithm} {dtype}")
+        zeros = output.cpu() == 0
+        assert not torch.signbit(output.cpu()[zeros]).any()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("world_size", (5, 8, 16))
+def test_graph_replays_between_eager_calls(world_size: int, algorithm: str) -> None:
+    group = group_of(world_size)
+    seed, size, dtype = fresh_seed(), 5003, torch.bfloat16
+    inputs = [rank_input(seed, rank, size, dtype).to(group.device) for rank in range(world_size)]
+    outputs = [torch.empty_like(part) for part in inputs]
+    graphs = []
+    for rank in range(world_size):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=group.streams[rank]):
+            group.start(rank, algorithm, inputs[rank], outputs[rank])
+            group.start(rank, algorithm, outputs[rank], outputs[rank].clone())
+        graphs.append(graph)
+    for turn in range(20):
+        fresh = [rank_input(seed + turn + 1, rank, size, dtype) for rank in range(world_size)]
+        for part, values in zip(inputs, fresh, strict=True):
+            part.copy_(values)
+        for output in outputs:
+            output.fill_(float("nan"))
+        torch.cuda.synchronize()
+        for rank in range(world_size):
+            with torch.cuda.stream(group.streams[rank]):
+                graphs[rank].replay()
+        torch.cuda.synchronize()
+        for output in outputs:
+            assert_same_bits(output, rank_ordered_sum(fresh), f"turn {turn}")
+        other = [rank_input(seed - turn, rank, 777 * (turn % 3 + 1), dtype) for rank in range(world_size)]
+        for output in group.all_reduce(ALGORITHMS[turn % 2], other):
+            assert_same_bits(output, rank_ordered_sum(other), f"eager call after turn {turn}")
+
+
+def test_epoch_wraps_around() -> None:
+    """Rounds are counted in 32 bits; a server passes the end of that in half a day."""
+    group = group_of(4)
+    for buffer in group.buffers:
+        # epochs and flags are the second and third region; everything there is a round number.
+        words = buffer[256 : 256 + 1024 + 3 * 128 * 16 * 4].view(torch.int32)
+        words.fill_(-6)
+    torch.cuda.synchronize()
+    for call in range(12):
+        for algorithm in ALGORITHMS:
+            seed = fresh_seed()
+            inputs = [rank_input(seed, rank, 30_000, torch.float16) for rank in range(4)]
+            for output in group.all_reduce(algorithm, inputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm}, call {call}")
+    wrapped = group.buffers[0][256:260].view(torch.int32).item()
+    assert 0 <= wrapped < 1000, "the epochs should have passed zero"
+
+
+def test_missing_rank_stops_the_others_with_a_named_error() -> None:
+    """The trap ends the CUDA context, so this needs a process of its own."""
+    script = """
+import sys, time, torch
+from llm_allreduce_plugin.monitor import failure_of
+from tests.support.local_group import LocalGroup
+group = LocalGroup(4, timeout_s=2.0)
+inputs = [torch.ones(1000, device="cuda") for _ in range(4)]
+outputs = [torch.empty_like(part) for part in inputs]
+torch.cuda.synchronize()
+start = time.monotonic()
+for rank in (0, 1, 3):
+    group.start(rank, sys.argv[1], inputs[rank], outputs[rank])
+try:
+    torch.cuda.synchronize()
+except Exception as error:
+    print("cuda:", type(error).__name__)
+print(f"seconds: {time.monotonic() - start:.2f}")
+for rank in (0, 1, 3):
+    failure = failure_of(group.workspaces[rank])
+    if failure is not None:
+        print("named:", failure)
+"""
+    for algorithm, phase in (("ONESHOT", "gather"), ("TWOSHOT", "scatter")):
+        result = subprocess.run([sys.executable, "-c", script, algorithm], capture_output=True, text=True, timeout=120)
+        text = result.stdout
+        assert "cuda: " in text, (text, result.stderr[-2000:])
+        assert f"s for rank 2 in {algorithm}/{phase}" in text, (text, result.stderr[-2000:])
+        seconds = float(text.split("seconds: ")[1].split()[0])
+        assert seconds < 2.0 + 5.0, text

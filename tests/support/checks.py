@@ -1,0 +1,144 @@
+"""Checks that run on every rank, CPU or GPU. Each compares bits with the rank-ordered reference and between ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
+from tests.support.processes import RankContext
+from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
+
+
+@contextlib.contextmanager
+def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterator[TensorParallelCommunicator]:  # noqa: ANN401
+    config = AllReduceConfig(allreduce_strategy=strategy, **settings)
+    made = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Every tensor from empty_like is filled with garbage first, so unwritten elements cannot pass by luck."""
+    empty_like = torch.empty_like
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
+        return poison(empty_like(*args, **kwargs).contiguous()) if args[0].is_contiguous() else empty_like(*args, **kwargs)
+
+    with mock.patch.object(torch, "empty_like", poisoned):
+        yield
+
+
+def reduce_and_compare(
+    context: RankContext, group: TensorParallelCommunicator, inputs: Sequence[torch.Tensor], what: str
+) -> torch.Tensor:
+    """All-reduce this rank's entry of ``inputs`` (all on the CPU, all ranks' alike) and check everything promised."""
+    mine = inputs[context.rank].to(context.device)
+    before = mine.clone()
+    with poisoned_outputs():
+        output = group.all_reduce(mine)
+    assert_same_bits(output, rank_ordered_sum(inputs), what)
+    assert torch.equal(bits(mine), bits(before)), f"{what}: the input was written"
+    assert output.numel() == 0 or output.data_ptr() != mine.data_ptr(), f"{what}: the output aliases the input"
+    return output
+
+
+def check_sizes(
+    context: RankContext, strategy: str, dtype: torch.dtype, sizes: Sequence[int], settings: dict[str, Any]
+) -> str:
+    """Contiguous messages of each size; returns the digests of all outputs, to compare strategies."""
+    digests = []
+    with communicator(context, strategy, **settings) as group:
+        for size in sizes:
+            seed = context.shared_seed()
+            inputs = [rank_input(seed, rank, size, dtype) for rank in range(context.world_size)]
+            what = f"{strategy} {dtype} x {size}, rank {context.rank} of {context.world_size}"
+            output = reduce_and_compare(context, group, inputs, what)
+            digests.append(digest(output))
+        assert set(group.report()["calls"]) <= {strategy}, group.report()
+        everyone = context.gather(digests)
+    assert all(other == everyone[0] for other in everyone), f"ranks differ: {everyone}"
+    return strategy
+
+
+def check_specials(context: RankContext, strategy: str, dtype: torch.dtype) -> list[str]:
+    """NaN, infinities, subnormals and signed zeros; a zero result is +0."""
+    with communicator(context, strategy) as group:
+        inputs = special_inputs(context.world_size, dtype)
+        output = reduce_and_compare(context, group, inputs, f"{strategy} {dtype} special values").cpu()
+    zeros = output == 0
+    assert zeros.any()
+    assert not torch.signbit(output[zeros]).any(), "a zero result must be +0"
+    assert output.isnan().any()
+    assert output.isinf().any()
+    return context.gather(digest(output))
+
+
+def check_views(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    """Unaligned starts, strides, many dimensions: values in logical order, layout like the input's."""
+    world_size, device = context.world_size, context.device
+    with communicator(context, strategy) as group:
+        for offset in (1, 3, 5):
+            seed = context.shared_seed()
+            storages = [rank_input(seed, rank, 4099, dtype) for rank in range(world_size)]
+            # Moved as a whole and cut there, so that the odd offset survives.
+            mine = storages[context.rank].to(device)[offset:]
+            output = group.all_reduce(mine)
+            assert_same_bits(output, rank_ordered_sum([s[offset:] for s in storages]), f"offset {offset}")
+        seed = context.shared_seed()
+        bases = [rank_input(seed, rank, 6 * 35 * 4, dtype).reshape(6, 35, 4) for rank in range(world_size)]
+        views = {
+            "transposed": lambda t: t.transpose(0, 2),
+            "every other column": lambda t: t[:, ::2],
+            "every third row from 1": lambda t: t[1::3],
+            "slice of the last dimension": lambda t: t[..., 1:3],
+            "expanded": lambda t: t[:1].expand(5, 35, 4),
+            "scalar": lambda t: t[2, 3, 1],
+            "4-D": lambda t: t.reshape(2, 3, 5, 28),
+        }
+        for name, view in views.items():
+            mine = view(bases[context.rank].to(device))
+            before = mine.clone()
+            output = group.all_reduce(mine)
+            expected = rank_ordered_sum([view(base).contiguous() for base in bases])
+            assert_same_bits(output, expected, f"{strategy} {dtype} {name}")
+            assert output.stride() == torch.empty_like(mine).stride(), f"{name}: strides {output.stride()}"
+            assert torch.equal(mine, before)
+        context.gather(None)
+
+
+def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int) -> None:
+    """ONESHOT and TWOSHOT give the same bits, and so does a row whatever batch it came in."""
+    seed = context.shared_seed()
+    width = 96
+    inputs = [rank_input(seed, rank, size // width * width, dtype).reshape(-1, width) for rank in range(context.world_size)]
+    mine = inputs[context.rank].to(context.device)
+    outputs = {}
+    for strategy in ("ONESHOT", "TWOSHOT", "AUTO"):
+        with communicator(context, strategy, one_shot_max_bytes=4096) as group:
+            outputs[strategy] = group.all_reduce(mine).cpu()
+            for rows in (1, 2, 17, mine.shape[0] // 2):
+                part = group.all_reduce(mine[:rows]).cpu()
+                assert_same_bits(part, outputs[strategy][:rows], f"{strategy}: rows 0..{rows} of {mine.shape[0]}")
+    assert_same_bits(outputs["ONESHOT"], outputs["TWOSHOT"], "ONESHOT against TWOSHOT")
+    assert_same_bits(outputs["AUTO"], outputs["TWOSHOT"], "AUTO against TWOSHOT")
+
+
+def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -> None:
+    """Many calls of changing size, strategy and dtype on one workspace: epochs and slots must never mix up."""
+    seed = context.shared_seed()
+    generator = torch.Generator().manual_seed(seed)
+    with communicator(context, "ONESHOT", **settings) as one, communicator(context, "TWOSHOT", **settings) as two:
+        for call in range(calls):
+            size = int(torch.randint(1, 1 << int(torch.randint(1, 16, (), generator=generator)), (), generator=generator))
+            dtype = (torch.float32, torch.float16, torch.bfloat16)[int(torch.randint(0, 3, (), generator=generator))]
+            group = (one, two)[int(torch.randint(0, 2, (), generator=generator))]
+            inputs = [rank_input(seed + call, rank, size, dtype) for rank in range(context.world_size)]
+            reduce_and_compare(context, group, inputs, f"call {call}: {size} x {dtype}, seed {seed}")

@@ -1,0 +1,68 @@
+"""Several ranks on one GPU, from one process: world sizes beyond the GPUs at hand.
+
+Each rank has its own workspace and stream; grids are small, so that all ranks' kernels are resident together.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.selection.decision import Launch
+from llm_allreduce_plugin.strategies.base import VECTOR_BYTES, spread
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+GUARD_BYTES = 256
+
+
+class LocalGroup:
+    """``world_size`` ranks on ``device``; ``lanes`` bounds every rank's grid."""
+
+    def __init__(self, world_size: int, *, lanes: int = 4, workspace_bytes: int = 2 << 20, timeout_s: float = 20.0) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.world_size = world_size
+        self.lanes = lanes
+        self.layout = _C.make_layout(world_size, _C.MAX_LANES, workspace_bytes)
+        self.buffers = [
+            torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
+        ]
+        bases = [buffer.data_ptr() for buffer in self.buffers]
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(world_size)]
+        torch.cuda.synchronize()
+        self.workspaces = [
+            _C.Workspace(rank, bases, self.layout, timeout_s, self.device.index) for rank in range(world_size)
+        ]
+
+    def launch_of(self, algorithm: str, vectors: int) -> Launch:
+        if algorithm == "ONESHOT":
+            return spread(vectors, self.layout.one_shot_chunk_bytes, self.lanes, parts=1)
+        return spread(vectors, self.layout.two_shot_chunk_bytes, self.lanes, parts=self.world_size)
+
+    def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
+        """Launch one rank's kernel on its stream."""
+        launch = self.launch_of(algorithm, -(-input_.numel() * input_.element_size() // VECTOR_BYTES))
+        call = self.workspaces[rank].one_shot if algorithm == "ONESHOT" else self.workspaces[rank].two_shot
+        call(
+            input_.data_ptr(), output.data_ptr(), input_.numel(), DTYPE_CODES[input_.dtype],
+            launch.lanes, launch.threads, launch.chunk_vectors, self.streams[rank].cuda_stream,
+        )  # fmt: skip
+
+    def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Every rank's output; each is poisoned first and lies between guards that must survive."""
+        moved = [part.to(self.device) for part in inputs]
+        size = inputs[0].numel() * inputs[0].element_size()
+        padded = -(-size // 16) * 16
+        guarded = [
+            torch.full((padded + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8, device=self.device) for _ in inputs
+        ]
+        outputs = [
+            buffer[GUARD_BYTES : GUARD_BYTES + size].view(part.dtype) for buffer, part in zip(guarded, moved, strict=True)
+        ]
+        torch.cuda.synchronize()
+        for rank in range(self.world_size):
+            self.start(rank, algorithm, moved[rank], outputs[rank])
+        torch.cuda.synchronize()
+        for rank, buffer in enumerate(guarded):
+            edges = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + size :]])
+            assert bool((edges == 0xA5).all()), f"rank {rank} wrote outside its output"
+        return outputs
