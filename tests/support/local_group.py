@@ -5,6 +5,8 @@ Each rank has its own workspace and stream; grids are small, so that all ranks' 
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from llm_allreduce_plugin import _C
@@ -13,6 +15,9 @@ from llm_allreduce_plugin.strategies.base import VECTOR_BYTES, spread
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD_BYTES = 256
+
+# Streams beyond the hardware queues (8 by default) share one, and a kernel would wait behind the very one that waits for it.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class LocalGroup:
