@@ -135,6 +135,8 @@ lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes) {
 }  // namespace
 
 NB_MODULE(_C, module) {
+  // A communicator that lives until the interpreter ends, as an engine's does, is not a leak worth a page of text.
+  nb::set_leak_warnings(false);
   module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
   module.attr("MAX_WORLD_SIZE") = static_cast<int>(LAR_MAX_WORLD_SIZE);
   module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);

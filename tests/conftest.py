@@ -47,16 +47,21 @@ def gpu_pool() -> Iterator[PoolFor]:
     pools.close()
 
 
+def _world_size(item: pytest.Item) -> int:
+    callspec = getattr(item, "callspec", None)
+    return int(callspec.params.get("world_size", 0)) if callspec is not None else 0
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """gpu(n) tests are skipped where there are fewer than n GPUs."""
+    """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
+    items.sort(key=lambda item: (str(item.path), _world_size(item)))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is None:
             continue
         needed = marker.args[0] if marker.args else 1
-        world_size = getattr(item, "callspec", None) and item.callspec.params.get("world_size")  # type: ignore[attr-defined]
-        if marker.kwargs.get("per_rank") and world_size:
-            needed = world_size
+        if marker.kwargs.get("per_rank"):
+            needed = max(needed, _world_size(item))
         if available < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), {available} here"))

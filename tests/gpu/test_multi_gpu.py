@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import PeerTimeoutError
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, TensorParallelCommunicator
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.processes import RankContext, RankPool
@@ -175,13 +175,13 @@ def test_unordered_streams(gpu_pool: PoolFor) -> None:
 
 def _wait_for_absent_rank(context: RankContext, strategy: str, timeout_s: float) -> tuple[float, str]:
     """Rank 0 never calls; the others must stop, with the named error."""
-    with_rank_0 = context.rank == 0
-    config = {"timeout_s": timeout_s}
-    made = checks.communicator(context, strategy, **config).__enter__()
+    config = AllReduceConfig(allreduce_strategy=strategy, timeout_s=timeout_s)
+    made = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
     mine = torch.ones(4096, dtype=torch.bfloat16, device=context.device)
     made.all_reduce(mine)
     torch.cuda.synchronize()
-    if with_rank_0:
+    if context.rank == 0:
+        time.sleep(timeout_s + 2)  # its memory must outlive the others' wait
         return 0.0, ""
     started = time.monotonic()
     made.all_reduce(mine)
