@@ -65,14 +65,25 @@ def _numa_node(pci_bus_id: str) -> int | None:
     return node if node >= 0 else None
 
 
+class _FabricInfo(ctypes.Structure):
+    """nvmlGpuFabricInfo_t. Ours, because older nvidia-ml-py releases declare it with a UUID of the wrong length."""
+
+    _fields_ = (
+        ("cluster_uuid", ctypes.c_ubyte * 16),
+        ("status", ctypes.c_uint),
+        ("clique_id", ctypes.c_uint),
+        ("state", ctypes.c_ubyte),
+    )
+
+
 def _fabric(nvml: Any, handle: Any) -> Fabric | None:  # noqa: ANN401
-    info = nvml.c_nvmlGpuFabricInfo_t()
+    info = _FabricInfo()
     if _ask(None, lambda: nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info)) or True) is None:
         return None
     return Fabric(
-        state=_FABRIC_STATE.get(int(info.state), str(info.state)),
-        cluster_uuid=bytes(info.clusterUuid).hex() if any(info.clusterUuid) else "",
-        clique_id=int(info.cliqueId),
+        state=_FABRIC_STATE.get(info.state, str(info.state)),
+        cluster_uuid=bytes(info.cluster_uuid).hex() if any(info.cluster_uuid) else "",
+        clique_id=info.clique_id,
     )
 
 

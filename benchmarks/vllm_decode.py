@@ -1,0 +1,167 @@
+"""vLLM with its own all-reduce and with ours, side by side: milliseconds per token, and 256 requests token by token.
+
+    python benchmarks/vllm_decode.py --tp 2 4 --out benchmarks/h200/vllm_decode.json
+
+A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process of its
+own, one after another. ms per token at a batch size: the time of 65 new tokens less that of 1, over 64, median of 3.
+ONESHOT and TWOSHOT must generate the same tokens for the same 256 requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+BATCHES = (1, 8, 32, 128)
+NEW_TOKENS = 64
+REQUESTS = 256
+
+
+def write_model(folder: Path, width: int, layers: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": width * 7 // 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_theta": 500000.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run_variant(arguments: argparse.Namespace) -> None:
+    """One engine: write times and tokens to ``--result``."""
+    from vllm import LLM, SamplingParams
+
+    started = time.monotonic()
+    extra: dict[str, Any] = {}
+    if arguments.variant != "default":
+        settings = {"allreduce_strategy": arguments.variant, "report_dir": arguments.report}
+        extra["additional_config"] = {"allreduce": settings}
+    llm = LLM(
+        model=arguments.model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        tensor_parallel_size=arguments.tp[0],
+        max_model_len=2048,
+        gpu_memory_utilization=0.6,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256]},
+        **extra,
+    )
+    result: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
+    generator = random.Random(7)
+
+    def prompts(count: int, shortest: int, longest: int) -> list[dict[str, list[int]]]:
+        return [
+            {"prompt_token_ids": [generator.randrange(3, 32000) for _ in range(generator.randint(shortest, longest))]}
+            for _ in range(count)
+        ]
+
+    def generate(batch: list[Any], new_tokens: int) -> tuple[float, list[list[int]]]:
+        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        begin = time.perf_counter()
+        outputs = llm.generate(batch, sampling, use_tqdm=False)
+        return time.perf_counter() - begin, [list(output.outputs[0].token_ids) for output in outputs]
+
+    for size in BATCHES:
+        batch = prompts(size, 32, 32)
+        generate(batch, 4)
+        samples = [generate(batch, NEW_TOKENS + 1)[0] - generate(batch, 1)[0] for _ in range(3)]
+        result[f"ms_per_token_batch_{size}"] = round(statistics.median(samples) / NEW_TOKENS * 1000, 3)
+    seconds, tokens = generate(prompts(REQUESTS, 16, 96), 48)
+    result["requests_s"] = round(seconds, 2)
+    result["tokens"] = tokens
+    time.sleep(1.5)  # the workers' reports are written about once a second
+    Path(arguments.result).write_text(json.dumps(result))
+
+
+def start_variant(variant: str, tp: int, model: Path, work: Path, log: Path) -> dict[str, Any]:
+    report = work / f"report-{variant}-{tp}"
+    result = work / f"result-{variant}-{tp}.json"
+    environment = dict(os.environ)
+    if variant == "default":
+        environment["VLLM_PLUGINS"] = ""  # as if this package were not there
+    command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(tp), "--model", str(model)]
+    command += ["--result", str(result), "--report", str(report)]
+    with log.open("wb") as sink:
+        subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT, timeout=400, check=False)  # noqa: S603
+    if not result.exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        message = f"{variant} at TP{tp} failed:\n{tail}"
+        raise RuntimeError(message)
+    answer: dict[str, Any] = json.loads(result.read_text())
+    answer["reports"] = [json.loads(path.read_text()) for path in sorted(report.glob("rank-*.json"))]
+    return answer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp", type=int, nargs="+", default=[2])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--variants", nargs="+", default=["default", "ONESHOT", "TWOSHOT", "AUTO"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    for internal in ("--variant", "--model", "--result", "--report"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        run_variant(arguments)
+        return
+
+    from benchmarks.environment import environment
+
+    rows = []
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="vllm-bench-") as folder:
+        work = Path(folder)
+        write_model(work / "model", arguments.width, arguments.layers)
+        for tp in arguments.tp:
+            tokens = {}
+            for variant in arguments.variants:
+                answer = start_variant(variant, tp, work / "model", work, arguments.logs / f"vllm-{variant}-tp{tp}.log")
+                tokens[variant] = answer.pop("tokens")
+                row = {"tp": tp, "variant": variant, **answer}
+                rows.append(row)
+                times = "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)
+                print(f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s", flush=True)  # noqa: T201
+            if "ONESHOT" in tokens and "TWOSHOT" in tokens:
+                equal = sum(a == b for a, b in zip(tokens["ONESHOT"], tokens["TWOSHOT"], strict=True))
+                rows.append({"tp": tp, "requests": REQUESTS, "same_tokens_oneshot_twoshot": equal})
+                print(f"TP{tp}: {equal} of {REQUESTS} requests have the same tokens with ONESHOT and TWOSHOT", flush=True)  # noqa: T201
+                failed |= equal != REQUESTS
+            if arguments.out:
+                record = {"environment": environment(), "harness": __doc__, "width": arguments.width}
+                record |= {"layers": arguments.layers, "rows": rows}
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

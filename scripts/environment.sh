@@ -1,0 +1,73 @@
+# Sourced by the other scripts: make_environment FOLDER leaves a virtual environment with torch, vLLM and this package in it.
+# Repeated calls only do what is missing or has changed. Settings:
+#   PYTHON                    the interpreter to start from (3.11 to 3.13; default: the first of those found)
+#   LLM_ALLREDUCE_CUDA_ARCHS  architectures to compile for; default here: that of the first GPU, 90 where there is none
+
+VLLM_VERSION=0.32.0
+TORCH_VERSION=2.13.0 # what vLLM 0.32 is built for
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3.11 python3.12 python3.13 python3}; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  echo "no Python 3.11 to 3.13 found; name one with PYTHON=..." >&2
+  return 1
+}
+
+has_nvidia_gpus() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+gpu_architecture() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '.')
+  echo "${capability:-90}"
+}
+
+# run_step STAMP COMMAND...: runs once for each content of the stamp.
+run_step() {
+  local stamp=$1 key=$2
+  shift 2
+  [[ -f $stamp && $(<"$stamp") == "$key" ]] && return
+  "$@"
+  echo "$key" >"$stamp"
+}
+
+install_engine() {
+  local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check)
+  # torch first: anything that asks for just "torch" would take the newest, with several GB of CUDA packages.
+  "${pip[@]}" "torch==$TORCH_VERSION"
+  if has_nvidia_gpus; then
+    "${pip[@]}" "vllm==$VLLM_VERSION"
+  else
+    # Without a GPU: vLLM's Python code, its pure-Python needs, and plain-torch stand-ins for the missing CPU kernels.
+    "${pip[@]}" --no-deps -r scripts/vllm_cpu_ops/requirements.txt
+    "${pip[@]}" --no-deps "vllm==$VLLM_VERSION"
+  fi
+}
+
+install_package() {
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check . ${2:+"$2"}
+  has_nvidia_gpus || "$1/bin/python" -m pip install --quiet --disable-pip-version-check ./scripts/vllm_cpu_ops
+}
+
+source_digest() {
+  find pyproject.toml csrc llm_allreduce_plugin scripts/build_backend.py scripts/vllm_cpu_ops -type f -not -path '*/__pycache__/*' -print0 |
+    sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
+}
+
+make_environment() {
+  local folder=$1 python
+  export LLM_ALLREDUCE_CUDA_ARCHS=${LLM_ALLREDUCE_CUDA_ARCHS:-$(gpu_architecture)}
+  if [[ ! -x $folder/bin/python ]]; then
+    python=$(find_python)
+    echo "making a virtual environment in $folder with $python"
+    "$python" -m venv "$folder"
+  fi
+  echo "installing torch $TORCH_VERSION and vLLM $VLLM_VERSION (a few minutes the first time)"
+  run_step "$folder/.engine" "$TORCH_VERSION $VLLM_VERSION $(sha256sum <scripts/vllm_cpu_ops/requirements.txt)" install_engine "$folder"
+  echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS"
+  run_step "$folder/.package" "$LLM_ALLREDUCE_CUDA_ARCHS $(source_digest)" install_package "$folder"
+}
