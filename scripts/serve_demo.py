@@ -158,7 +158,7 @@ def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> No
 
 
 def two_gpus() -> bool:
-    if os.environ.get("LLM_ALLREDUCE_DEMO_DEVICE") == "cpu":
+    if os.environ.get("DEMO_DEVICE") == "cpu":
         return False
     from llm_allreduce_plugin.topology import NodeTopology
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Serves a small model with vLLM at tensor parallel 2, all-reduces on our kernels: scripts/serve_demo.sh [STRATEGY] [--keep]
-# Makes its own virtual environment; set LLM_ALLREDUCE_PYTHON to use one that has vLLM and this package already.
+# Makes its own virtual environment; set DEMO_PYTHON to use one that has vLLM and this package already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
-if [[ -n ${LLM_ALLREDUCE_PYTHON:-} ]]; then
-  python=$LLM_ALLREDUCE_PYTHON
+if [[ -n ${DEMO_PYTHON:-} ]]; then
+  python=$DEMO_PYTHON
 else
   make_environment .venv
   python=.venv/bin/python
