@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import difflib
 import enum
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
-from pydantic_settings import BaseSettings, EnvSettingsSource, JsonConfigSettingsSource, YamlConfigSettingsSource
+import yaml
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from llm_allreduce_plugin.errors import ConfigError
 
@@ -132,15 +134,21 @@ class LlmArgs(BaseModel):
         return {"additional_config": {"allreduce": settings}}
 
 
-class _Settings(BaseSettings, AllReduceConfig):  # type: ignore[misc]  (both configure the same model)
-    """AllReduceConfig as pydantic-settings wants it; only its sources are used."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")  # type: ignore[assignment]
-
-
 def _variable(field: str) -> str:
     """The environment variable of a field; the strategy's is ``LLM_ALLREDUCE_STRATEGY``."""
     return ENV_PREFIX + field.removeprefix("allreduce_").upper()
+
+
+class _PrefixedSettings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
+
+
+# The variables as text: what they may hold is judged together with the other sources, so that errors read alike.
+_Environment: Any = create_model(
+    "_Environment",
+    __base__=_PrefixedSettings,
+    **{_variable(name).removeprefix(ENV_PREFIX).lower(): (str | None, None) for name in AllReduceConfig.model_fields},
+)
 
 
 def environment_table() -> list[tuple[str, str]]:
@@ -182,66 +190,55 @@ def _validated(source: str, values: Mapping[str, Any], label: Mapping[str, str] 
 
 def _from_file(path: Path) -> dict[str, Any]:
     source = f"file {path}"
-    readers: dict[str, Any] = {
-        ".json": lambda: JsonConfigSettingsSource(_Settings, json_file=path),
-        ".yaml": lambda: YamlConfigSettingsSource(_Settings, yaml_file=path),
-        ".yml": lambda: YamlConfigSettingsSource(_Settings, yaml_file=path),
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        message = f"{source}: suffix {path.suffix!r}: must be one of {', '.join(readers)} ({CONFIG_FILE_VARIABLE})"
+    parsers: dict[str, Any] = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
+    parse = parsers.get(path.suffix.lower())
+    if parse is None:
+        message = f"{source}: suffix {path.suffix!r}: must be one of {', '.join(parsers)} ({CONFIG_FILE_VARIABLE})"
         raise ConfigError(message)
     try:
-        path.read_bytes()  # the readers take a missing file for an empty one
-        values = reader()()
+        values = parse(path.read_text())
     except OSError as error:
         message = f"{source}: cannot be read: {error.strerror or error} ({CONFIG_FILE_VARIABLE})"
         raise ConfigError(message) from error
-    except Exception as error:
+    except (ValueError, yaml.YAMLError) as error:
         message = f"{source}: not valid {path.suffix.lstrip('.').upper()}: {error}"
         raise ConfigError(message) from error
     if not isinstance(values, Mapping):
-        message = f"{source}: holds a {type(values).__name__}: must be a mapping of settings"
+        message = f"{source}: holds {values!r}: must be a mapping of settings"
         raise ConfigError(message)
     return _validated(source, values)
 
 
-def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    fields = {_variable(name): name for name in AllReduceConfig.model_fields}
-    for variable, value in environment.items():
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in {*fields, *_NOT_SETTINGS}:
-            message = f"environment: {variable}={value!r}: {_unknown_key(variable, sorted(fields))}"
+def _from_environment() -> dict[str, Any]:
+    variables = {_variable(name): name for name in AllReduceConfig.model_fields}
+    for variable, value in os.environ.items():
+        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in {*variables, *_NOT_SETTINGS}:
+            message = f"environment: {variable}={value!r}: {_unknown_key(variable, sorted(variables))}"
             raise ConfigError(message)
-    values = {}
-    reader = EnvSettingsSource(_Settings, env_prefix=ENV_PREFIX, env_ignore_empty=True)
-    reader.env_vars = {key.lower(): value for key, value in environment.items() if value != ""}
-    for variable, name in fields.items():
-        if (text := reader.env_vars.get(variable.lower())) is not None:
-            values[name] = text
-    return _validated("environment", values, {name: variable for variable, name in fields.items()})
+    found = _Environment().model_dump(exclude_none=True)
+    fields = {variable.removeprefix(ENV_PREFIX).lower(): name for variable, name in variables.items()}
+    values = {fields[suffix]: text for suffix, text in found.items()}
+    return _validated("environment", values, {name: variable for variable, name in variables.items()})
 
 
 def load_config(
     engine: Mapping[str, Any] | None = None,
     *,
     engine_name: str = "engine configuration",
-    environment: Mapping[str, str] | None = None,
 ) -> AllReduceConfig:
     """The settings from all four sources.
 
     Args:
         engine: what the engine's own configuration says, by field name.
         engine_name: how errors call that source.
-        environment: instead of ``os.environ``.
 
     Raises:
         ConfigError: naming the source, the field, the value and what is allowed.
     """
-    environment = os.environ if environment is None else environment
     merged: dict[str, Any] = {}
-    if path := environment.get(CONFIG_FILE_VARIABLE):
+    if path := os.environ.get(CONFIG_FILE_VARIABLE):
         merged |= _from_file(Path(path))
-    merged |= _from_environment(environment)
+    merged |= _from_environment()
     if engine is not None:
         if not isinstance(engine, Mapping):
             message = f"{engine_name}: {engine!r}: must be a mapping of settings"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
@@ -142,3 +143,35 @@ def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -
             group = (one, two)[int(torch.randint(0, 2, (), generator=generator))]
             inputs = [rank_input(seed + call, rank, size, dtype) for rank in range(context.world_size)]
             reduce_and_compare(context, group, inputs, f"call {call}: {size} x {dtype}, seed {seed}")
+
+
+def check_every_value(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+    """Every bit pattern of a 16-bit type on rank 0, meeting others elsewhere: conversions and rounding, exhaustively."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+    generator = torch.Generator().manual_seed(context.shared_seed())
+    orders = [torch.randperm(1 << 16, generator=generator) for _ in range(context.world_size)]
+    with communicator(context, strategy) as group:
+        alone = [patterns] + [torch.zeros_like(patterns)] * (context.world_size - 1)
+        reduce_and_compare(context, group, alone, f"{strategy} {dtype}: every value plus zeros")
+        mixed = [patterns[order] for order in orders]
+        reduce_and_compare(context, group, mixed, f"{strategy} {dtype}: every value, shuffled on each rank")
+
+
+def check_other_inputs(context: RankContext) -> None:
+    """What no kernel takes: integers go to the fallback; another device is refused; a closed communicator says so."""
+    with communicator(context, "ONESHOT") as group:
+        integers = torch.arange(10, device=context.device)
+        before = integers.clone()
+        assert torch.equal(group.all_reduce(integers), integers * context.world_size)
+        assert torch.equal(integers, before)
+        doubles = torch.ones(3, 4, dtype=torch.float64, device=context.device).t()
+        assert torch.equal(group.all_reduce(doubles), doubles * context.world_size)
+        assert group.report()["calls"] == {"NCCL": 2}
+        assert group.report()["fallbacks"] == {
+            "ONESHOT -> NCCL": "no kernel for dtype float64 (there are for float32, float16, bfloat16)"
+        }
+        with pytest.raises(ValueError, match="input is on meta"):
+            group.all_reduce(torch.ones(1, device="meta"))
+    group.close()  # idempotent
+    with pytest.raises(RuntimeError, match="closed"):
+        group.all_reduce(torch.ones(1, device=context.device))

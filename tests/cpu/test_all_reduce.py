@@ -1,0 +1,243 @@
+"""CPU ranks as processes: ONESHOT and TWOSHOT against the rank-ordered fp32 reference."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.processes import RankContext, RankPool
+from tests.support.reference import DTYPES, SIZES
+
+WORLD_SIZES = (2, 3, 4, 8)
+STRATEGIES = ("ONESHOT", "TWOSHOT")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_sizes(cpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy: str) -> None:
+    cpu_pool(world_size).run(checks.check_sizes, strategy, dtype, SIZES, {})
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_special_values(cpu_pool: PoolFor, world_size: int) -> None:
+    pool = cpu_pool(world_size)
+    for dtype in DTYPES:
+        answers = [pool.run(checks.check_specials, strategy, dtype) for strategy in STRATEGIES]
+        everyone = {digest for answer in answers for digests in answer for digest in digests}
+        assert len(everyone) == 1, "ranks and strategies must agree to the bit, NaN included"
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_every_value(cpu_pool: PoolFor, dtype: torch.dtype) -> None:
+    for strategy in STRATEGIES:
+        cpu_pool(3).run(checks.check_every_value, strategy, dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 3, 8))
+def test_views(cpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    for dtype in DTYPES:
+        cpu_pool(world_size).run(checks.check_views, strategy, dtype)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", (2, 8))
+def test_messages_larger_than_the_workspace(cpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    settings: dict[str, Any] = {"workspace_bytes": 1 << 20}
+    cpu_pool(world_size).run(checks.check_sizes, strategy, torch.bfloat16, (2_345_677,), settings)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_strategies_and_batch_sizes_agree(cpu_pool: PoolFor, world_size: int) -> None:
+    cpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 16)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_mixed_sequence(cpu_pool: PoolFor, world_size: int) -> None:
+    cpu_pool(world_size).run(checks.check_sequence, 150, {"workspace_bytes": 1 << 20})
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_other_inputs(cpu_pool: PoolFor, world_size: int) -> None:
+    cpu_pool(world_size).run(checks.check_other_inputs)
+
+
+# -- start -------------------------------------------------------------------------------------------------------------
+
+
+def _mismatch(context: RankContext) -> str:
+    try:
+        with checks.communicator(context, "ONESHOT", timeout_s=10.0 + (context.rank == 2)):
+            return "no error"
+    except RankMismatchError as error:
+        return str(error)
+
+
+def test_ranks_with_different_settings_do_not_start(cpu_pool: PoolFor) -> None:
+    answers = cpu_pool(3).run(_mismatch)
+    assert answers == [answers[0]] * 3
+    assert "ranks disagree about timeout_s: 10.0 on ranks 0, 1; 11.0 on rank 2" in answers[0]
+
+
+def _log_lines(context: RankContext, strategy: str) -> list[tuple[str, str]]:
+    """What a rank logs while it starts and makes three calls, two of which fall back for the same reason."""
+    lines: list[tuple[str, str]] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append((record.levelname, record.getMessage()))
+
+    handler = Handler()
+    logger = logging.getLogger("llm_allreduce_plugin")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with checks.communicator(context, strategy) as group:
+            group.all_reduce(torch.ones(3))
+            group.all_reduce(torch.ones(3, dtype=torch.int32))
+            group.all_reduce(torch.ones(4, dtype=torch.int32))
+    finally:
+        logger.removeHandler(handler)
+    return lines
+
+
+def test_one_line_says_what_runs_and_each_fallback_is_logged_once(cpu_pool: PoolFor) -> None:
+    rank_0, rank_1 = cpu_pool(2).run(_log_lines, "UB")
+    assert rank_1 == []
+    assert rank_0 == [
+        ("INFO", "all-reduce over 2 ranks (shm memory, allreduce_strategy UB, sizes per rank): TWOSHOT at every size"),
+        ("WARNING", "UB falls back to TWOSHOT: the UB kernel does not exist yet"),
+        (
+            "WARNING",
+            "UB falls back to NCCL: the UB kernel does not exist yet; no kernel for dtype int32 "
+            "(there are for float32, float16, bfloat16)",
+        ),
+    ]
+
+
+def _without_kernels(context: RankContext) -> tuple[str, str]:
+    with checks.communicator(context, "AUTO") as group:
+        ones = torch.ones(5, dtype=torch.bfloat16)
+        assert torch.equal(group.all_reduce(ones), ones * context.world_size)
+        assert torch.equal(ones, torch.ones_like(ones))
+        return str(group.explain((5,), torch.bfloat16).strategy), group.explain((5,), torch.bfloat16).reason
+
+
+def test_world_size_without_kernels(cpu_pool: PoolFor) -> None:
+    for strategy, reason in cpu_pool(1).run(_without_kernels):
+        assert strategy == "NCCL"
+        assert reason == "no kernel for 1 rank (there are for 2, 3, 4, 5, 6, 7, 8, 16)"
+
+
+def _shm_entries(context: RankContext) -> list[str]:
+    with checks.communicator(context, "ONESHOT") as group:
+        group.all_reduce(torch.ones(3))
+        return [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")]
+
+
+def test_shared_memory_has_no_name_while_it_is_used(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_shm_entries) == [[], []]
+
+
+def _no_shared_memory(context: RankContext) -> tuple[str, str]:
+    from llm_allreduce_plugin.memory import shm
+
+    shm.SHM_FOLDER = Path("/nowhere")
+    try:
+        return _without_kernels(context)
+    finally:
+        shm.SHM_FOLDER = Path("/dev/shm")
+
+
+def test_no_shared_memory_falls_back_with_the_reason(cpu_pool: PoolFor) -> None:
+    for strategy, reason in cpu_pool(2).run(_no_shared_memory):
+        assert strategy == "NCCL"
+        assert "rank 0 cannot create" in reason
+        assert "/nowhere: No such file or directory" in reason
+
+
+def _report(context: RankContext, folder: str) -> None:
+    with checks.communicator(context, "TWOSHOT", report_dir=folder) as group:
+        for _ in range(3):
+            group.all_reduce(torch.ones(8))
+
+
+def test_report_files(cpu_pool: PoolFor, tmp_path: Path) -> None:
+    cpu_pool(2).run(_report, str(tmp_path / "reports"))
+    reports = [json.loads((tmp_path / "reports" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    assert [report["rank"] for report in reports] == [0, 1]
+    for report in reports:
+        assert report["calls"] == {"TWOSHOT": 3}
+        assert report["transport"] == "shm"
+        assert report["fallbacks"] == {}
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def _wait_for_absent_rank(context: RankContext, strategy: str, timeout_s: float) -> tuple[float, str]:
+    config = AllReduceConfig(allreduce_strategy=strategy, timeout_s=timeout_s)
+    made = TensorParallelCommunicator(context.group, context.device, config)
+    made.all_reduce(torch.ones(100))
+    if context.rank == 1:
+        return 0.0, ""
+    started = time.monotonic()
+    with pytest.raises(PeerTimeoutError) as caught:
+        made.all_reduce(torch.ones(100))
+    seconds = time.monotonic() - started
+    with pytest.raises(PeerTimeoutError):  # for good, and at once
+        made.all_reduce(torch.ones(100))
+    assert time.monotonic() - started < seconds + 1
+    made.close()
+    return seconds, str(caught.value)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rank_that_never_arrives(strategy: str) -> None:
+    pool = RankPool(3, "cpu")
+    try:
+        answers = pool.run(_wait_for_absent_rank, strategy, 2.0)
+    finally:
+        pool.close()
+    phase = {"ONESHOT": "gather", "TWOSHOT": "scatter"}[strategy]
+    for rank in (0, 2):
+        seconds, text = answers[rank]
+        assert 2.0 <= seconds < 2.0 + 5.0
+        assert text == f"rank {rank} waited 2 s for rank 1 in {strategy}/{phase}"
+
+
+def _reduce_for_ever(context: RankContext) -> str:
+    config = AllReduceConfig(allreduce_strategy="ONESHOT", timeout_s=2.0)
+    made = TensorParallelCommunicator(context.group, context.device, config)
+    while True:
+        try:
+            made.all_reduce(torch.ones(1000))
+        except PeerTimeoutError as error:
+            return str(error)
+
+
+def test_killed_rank_leaves_no_shared_memory_and_stops_the_others() -> None:
+    pool = RankPool(2, "cpu")
+    try:
+        for rank in (0, 1):
+            pool._pipes[rank].send((_reduce_for_ever, ()))
+        time.sleep(3)
+        pool.processes[1].kill()
+        assert pool._pipes[0].poll(2.0 + 5.0), "rank 0 still waits"
+        kind, text = pool._pipes[0].recv()
+    finally:
+        pool.kill()
+    assert kind == "ok"
+    assert text.startswith("rank 0 waited 2 s for rank 1 in ONESHOT/gather")
+    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []

@@ -1,0 +1,140 @@
+"""The native library: what it needs, what it holds, and what it refuses."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llm_allreduce_plugin
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
+
+FOLDER = Path(llm_allreduce_plugin._C.__file__).parent
+LIBRARY = FOLDER / "libllm_allreduce.so"
+SOURCE = Path(__file__).parents[2] / "csrc"
+
+
+def output(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def cuobjdump(*arguments: str | Path) -> str:
+    """From the CUDA toolkit, or from the wheel that the test extra installs."""
+    wheel = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
+    tool = shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *map(str, wheel)]))
+    assert tool is not None, "cuobjdump is missing: pip install '.[test]'"
+    return output(tool, *arguments)
+
+
+@pytest.mark.parametrize("path", (LIBRARY, Path(_C.__file__)), ids=("library", "bindings"))
+def test_needs_nothing_of_cuda_or_torch(path: Path) -> None:
+    needed = re.findall(r"NEEDED.*\[(.*?)\]", output("readelf", "-d", path))
+    allowed = re.compile(r"lib(c|m|stdc\+\+|gcc_s|dl|rt|pthread|llm_allreduce)\.so.*|ld-linux.*")
+    assert needed
+    assert [name for name in needed if not allowed.fullmatch(name)] == []
+    assert not re.search(r"torch|cudart|nccl", output("ldd", path))
+
+
+def test_exports_only_the_c_abi() -> None:
+    """The static CUDA runtime stays private: torch brings its own."""
+    exported = {line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()}
+    header = (SOURCE / "include" / "llm_allreduce.h").read_text()
+    declared = set(re.findall(r"LAR_EXPORT .*?(lar_\w+)\(", header))
+    assert declared <= exported
+    assert {name for name in exported if name.startswith("lar_")} == declared
+    assert not [name for name in exported if name.startswith(("cuda", "cu", "_ZN2at", "_ZN3c10"))]
+    undefined = output("nm", "-D", "--undefined-only", LIBRARY)
+    assert not re.search(r"\bcuda\w+|\bcu[A-Z]\w+|torch", undefined)
+
+
+def test_machine_code_for_every_architecture_asked_for() -> None:
+    asked = os.environ.get("LLM_ALLREDUCE_CUDA_ARCHS", "80;86;89;90;100;120").split(";")
+    listed = cuobjdump("--list-elf", LIBRARY)
+    assert set(re.findall(r"sm_(\d+)", listed)) == set(asked)
+    ptx = cuobjdump("--list-ptx", LIBRARY)
+    assert f"sm_{asked[-1]}" in ptx, "PTX of the newest, for GPUs to come"
+
+
+def test_no_kernel_spills() -> None:
+    """No local memory: no spills, no arrays that fell out of registers."""
+    usage = cuobjdump("--dump-resource-usage", LIBRARY)
+    kernels = re.findall(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    architectures = len(set(re.findall(r"sm_(\d+)", usage)))
+    names = {name for name, *_ in kernels if "one_shot" in name or "two_shot" in name}
+    assert len(names) == 2 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)
+    assert len(kernels) >= len(names) * max(architectures, 1)
+    spilling = [(name, stack, local) for name, _, stack, local in kernels if int(stack) or int(local)]
+    assert spilling == []
+
+
+@given(st.integers(-1, 20), st.integers(-1, 140), st.integers(0, 1 << 28))
+def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int) -> None:
+    try:
+        layout = _C.make_layout(world_size, lanes, size)
+    except ValueError as error:
+        assert f"world_size={world_size}, lanes={lanes}, workspace_bytes={size}" in str(error)
+        return
+    assert world_size in SUPPORTED_WORLD_SIZES
+    assert 1 <= lanes <= _C.MAX_LANES
+    assert layout.total_bytes <= size
+    for chunk in (layout.one_shot_chunk_bytes, layout.two_shot_chunk_bytes):
+        assert chunk >= _C.VECTOR_BYTES
+        assert chunk % _C.VECTOR_BYTES == 0
+    payload = world_size * lanes * (2 * layout.one_shot_chunk_bytes + 8 * layout.two_shot_chunk_bytes)
+    assert payload <= layout.total_bytes
+    # Little is left over: the splits round down by less than a vector per slot.
+    assert layout.total_bytes >= size - world_size * lanes * 10 * _C.VECTOR_BYTES - 8192
+
+
+def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Array[ctypes.c_char]]]:
+    layout = _C.make_layout(2, 1, 1 << 16)
+    buffers = [ctypes.create_string_buffer(layout.total_bytes) for _ in range(2)]
+    return _C.Workspace(0, [ctypes.addressof(b) for b in buffers], layout, timeout_s, _C.CPU), buffers
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 1024}]
+    + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot"))
+def test_calls_that_no_kernel_may_be_given(algorithm: str, change: dict[str, int]) -> None:
+    workspace, _buffers = cpu_workspace()
+    data = ctypes.create_string_buffer(64)
+    address = ctypes.addressof(data)
+    call = {"input": address, "output": address, "count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1}
+    status = getattr(workspace, algorithm)(**(call | change))
+    assert _C.error_string(status) == "invalid argument"
+    assert workspace.failure() is None
+
+
+def test_an_absent_peer_is_recorded() -> None:
+    workspace, _buffers = cpu_workspace(timeout_s=0.05)
+    data = ctypes.create_string_buffer(64)
+    address = ctypes.addressof(data)
+    status = workspace.two_shot(address, address, 4, 0, 1, 32, 1)
+    assert status == _C.STATUS_TIMEOUT
+    record = workspace.failure()
+    assert record is not None
+    assert record[:2] == (0, 1)
+    assert workspace.one_shot(address, address, 4, 0, 1, 32, 1) == _C.STATUS_TIMEOUT, "broken for good, at once"
+
+
+def test_workspace_arguments() -> None:
+    layout = _C.make_layout(2, 1, 1 << 16)
+    with pytest.raises(ValueError, match="got 1 addresses for world size 2"):
+        _C.Workspace(0, [1], layout, 1.0, _C.CPU)
+    with pytest.raises(ValueError, match="2 is not in a group of 2"):
+        _C.Workspace(2, [1, 2], layout, 1.0, _C.CPU)
+    with pytest.raises(ValueError, match="timeout_s"):
+        _C.Workspace(0, [1, 2], layout, 0.0, _C.CPU)
