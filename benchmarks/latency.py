@@ -8,6 +8,7 @@ Every result is compared with the rank-ordered reference before it is timed. Siz
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -67,15 +68,17 @@ def measure(context: RankContext, sizes: list[int]) -> list[dict[str, Any]]:
         mine = rank_input(seed, context.rank, count, DTYPE).to(context.device)
         verify = size <= 1 << 24  # the reference of larger ones takes longer than everything else
         expected = (
-            rank_ordered_sum([rank_input(seed, rank, count, DTYPE) for rank in range(context.world_size)]) if verify else None
+            rank_ordered_sum([rank_input(seed, rank, count, DTYPE) for rank in range(context.world_size)])
+            if verify
+            else None
         )
         for name, group in groups.items():
             output = group.all_reduce(mine)
             if expected is not None:
                 assert_same_bits(output, expected, f"{name}, {size} bytes")
-            row[name] = round(time_call(context, lambda group=group: group.all_reduce(mine)), 2)  # type: ignore[misc]
+            row[name] = round(time_call(context, functools.partial(group.all_reduce, mine)), 2)
             row[f"{name} launch"] = str(group.explain(mine.shape, DTYPE).launch)
-        row["NCCL"] = round(time_call(context, lambda: dist.all_reduce(mine, group=context.group)), 2)
+        row["NCCL"] = round(time_call(context, functools.partial(dist.all_reduce, mine, group=context.group)), 2)
         row["verified"] = verify
         rows.append(row)
     for group in groups.values():
@@ -95,9 +98,9 @@ def main() -> None:
         rows = pool.run(measure, [1 << power for power in range(arguments.min, arguments.max + 1)], timeout_s=560)[0]
     finally:
         pool.close()
-    print(f"{'bytes':>10} {'ONESHOT':>9} {'TWOSHOT':>9} {'NCCL':>9}   us, {arguments.gpus} GPUs, bf16, in a graph")  # noqa: T201
+    print(f"{'bytes':>10} {'ONESHOT':>9} {'TWOSHOT':>9} {'NCCL':>9}   us, {arguments.gpus} GPUs, bf16, in a graph")
     for row in rows:
-        print(f"{row['bytes']:>10} {row['ONESHOT']:>9} {row['TWOSHOT']:>9} {row['NCCL']:>9}")  # noqa: T201
+        print(f"{row['bytes']:>10} {row['ONESHOT']:>9} {row['TWOSHOT']:>9} {row['NCCL']:>9}")
     if arguments.out:
         record = {"environment": environment(), "harness": __doc__, "world_size": arguments.gpus, "rows": rows}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

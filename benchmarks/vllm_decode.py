@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_decode.py --tp 2 4 --out benchmarks/h200/vllm_decode.json
 
-A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process of its
-own, one after another. ms per token at a batch size: the time of 65 new tokens less that of 1, over 64, median of 3.
-ONESHOT and TWOSHOT must generate the same tokens for the same 256 requests.
+A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
+of its own, one after another. ms per token at a batch size: the time of 65 new tokens less that of 1, over 64, median
+of 3. ONESHOT and TWOSHOT must generate the same tokens for the same 256 requests.
 """
 
 from __future__ import annotations
@@ -106,7 +106,16 @@ def start_variant(variant: str, tp: int, model: Path, work: Path, log: Path) -> 
     environment = dict(os.environ)
     if variant == "default":
         environment["VLLM_PLUGINS"] = ""  # as if this package were not there
-    command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(tp), "--model", str(model)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--variant",
+        variant,
+        "--tp",
+        str(tp),
+        "--model",
+        str(model),
+    ]
     command += ["--result", str(result), "--report", str(report)]
     with log.open("wb") as sink:
         subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT, timeout=400, check=False)  # noqa: S603
@@ -149,11 +158,16 @@ def main() -> None:
                 row = {"tp": tp, "variant": variant, **answer}
                 rows.append(row)
                 times = "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)
-                print(f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s", flush=True)  # noqa: T201
+                print(
+                    f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s",
+                    flush=True,
+                )
             if "ONESHOT" in tokens and "TWOSHOT" in tokens:
                 equal = sum(a == b for a, b in zip(tokens["ONESHOT"], tokens["TWOSHOT"], strict=True))
                 rows.append({"tp": tp, "requests": REQUESTS, "same_tokens_oneshot_twoshot": equal})
-                print(f"TP{tp}: {equal} of {REQUESTS} requests have the same tokens with ONESHOT and TWOSHOT", flush=True)  # noqa: T201
+                print(
+                    f"TP{tp}: {equal} of {REQUESTS} requests have the same tokens with ONESHOT and TWOSHOT", flush=True
+                )
                 failed |= equal != REQUESTS
             if arguments.out:
                 record = {"environment": environment(), "harness": __doc__, "width": arguments.width}

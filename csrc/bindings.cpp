@@ -124,11 +124,10 @@ class Workspace {
 lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes) {
   lar_layout layout;
   if (lar_layout_init(&layout, world_size, lanes, workspace_bytes) != LAR_OK)
-    throw std::invalid_argument("no workspace layout for world_size=" + std::to_string(world_size) +
-                                ", lanes=" + std::to_string(lanes) +
-                                ", workspace_bytes=" + std::to_string(workspace_bytes) +
-                                ": world size must be 2 to 8 or 16, lanes 1 to " + std::to_string(LAR_MAX_LANES) +
-                                ", and a chunk must hold at least one vector of 16 bytes");
+    throw std::invalid_argument(
+        "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
+        ", workspace_bytes=" + std::to_string(workspace_bytes) + ": world size must be 2 to 8 or 16, lanes 1 to " +
+        std::to_string(LAR_MAX_LANES) + ", and a chunk must hold at least one vector of 16 bytes");
   return layout;
 }
 

@@ -30,8 +30,7 @@ LAR_HOST_DEVICE uint32_t* abort_word(void* base, const lar_layout& layout) {
 }
 
 LAR_HOST_DEVICE uint32_t* epoch_word(void* base, const lar_layout& layout, lar_algorithm algorithm, int lane) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes +
-         lane;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes + lane;
 }
 
 // The row of flags of one lane: one word per publishing rank, all within 64 bytes.

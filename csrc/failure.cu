@@ -38,9 +38,13 @@ extern "C" void lar_failure_destroy(lar_failure* host_address, int registered) {
 
 extern "C" const char* lar_error_string(int code) {
   switch (code) {
-    case LAR_OK: return "success";
-    case LAR_ERROR_INVALID_ARGUMENT: return "invalid argument";
-    case LAR_ERROR_TIMEOUT: return "a peer did not arrive in time";
-    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+    case LAR_OK:
+      return "success";
+    case LAR_ERROR_INVALID_ARGUMENT:
+      return "invalid argument";
+    case LAR_ERROR_TIMEOUT:
+      return "a peer did not arrive in time";
+    default:
+      return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }

@@ -24,8 +24,8 @@ _LOCAL_SETTINGS = {"report_dir"}
 class RankCard:
     """What one rank tells the others at start.
 
-    ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks; ``host`` and
-    ``gpu`` say where the rank runs.
+    ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
+    ``host`` and ``gpu`` say where the rank runs.
     """
 
     settings: dict[str, Any]
@@ -38,6 +38,7 @@ class RankCard:
 
     @classmethod
     def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
+        """The card of the calling process."""
         architecture, gpu = None, None
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -87,6 +88,8 @@ def _compare(field: str, values: list[Any]) -> None:
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(repr(value), []).append(rank)
-    parts = [f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in holders.items()]
+    parts = [
+        f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in holders.items()
+    ]
     message = f"ranks disagree about {field}: {'; '.join(parts)}. Give every rank the same configuration and version"
     raise RankMismatchError(message)

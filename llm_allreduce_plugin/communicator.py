@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import weakref
@@ -34,6 +35,7 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """As the policy spells it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -47,7 +49,8 @@ class TensorParallelCommunicator:
         group: the tensor-parallel process group. On GPUs its NCCL group; symmetric memory is set up on it.
         device: this rank's device.
         config: the settings; defaults to :func:`llm_allreduce_plugin.load_config`.
-        control_group: a group of the same ranks that can carry Python objects between hosts' memories (gloo); defaults to
+        control_group: a group of the same ranks that can carry Python objects between hosts' memories (gloo);
+        defaults to
             ``group``.
         fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
             Defaults to ``torch.distributed.all_reduce`` on a copy.
@@ -105,7 +108,8 @@ class TensorParallelCommunicator:
         """The sum of ``input_`` over all ranks.
 
         Args:
-            input_: any shape, dtype and layout, on this communicator's device; the same shape, dtype and layout on every rank.
+            input_: any shape, dtype and layout, on this communicator's device; the same shape, dtype and layout on
+            every rank.
                 Never written.
 
         Returns:
@@ -132,8 +136,8 @@ class TensorParallelCommunicator:
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
 
-        ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays do not
-        pass through Python and are not counted.
+        ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays
+        do not pass through Python and are not counted.
         """
         fallbacks = {
             f"{decision.requested} -> {decision.strategy}": decision.reason
@@ -181,12 +185,13 @@ class TensorParallelCommunicator:
     def _open_workspace(self, cards: list[agreement.RankCard], control_group: dist.ProcessGroup) -> GroupFacts:
         """Set up shared memory if the strategy can use it; the facts say what came of it."""
         nodes = len({card.host for card in cards})
-        facts = {
-            "world_size": self.world_size,
-            "device": self.device.type,
-            "architecture": cards[0].architecture,
-            "nodes": nodes,
-        }
+        facts = GroupFacts(
+            world_size=self.world_size,
+            device=self.device.type,
+            transport=Transport.NONE,
+            architecture=cards[0].architecture,
+            nodes=nodes,
+        )
         obstacle = self._transport_obstacle(cards, nodes)
         if obstacle is None:
             on_gpu = self.device.type == "cuda"
@@ -198,14 +203,14 @@ class TensorParallelCommunicator:
             except (TransportError, ValueError) as error:
                 obstacle = str(error)
             else:
-                return GroupFacts(
-                    **facts,
+                return dataclasses.replace(
+                    facts,
                     transport=transport,
                     lanes=layout.lanes,
                     one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
                     two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
                 )
-        return GroupFacts(**facts, transport=Transport.NONE, no_transport_reason=obstacle)
+        return dataclasses.replace(facts, no_transport_reason=obstacle)
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all. The same on every rank."""
@@ -241,7 +246,9 @@ class TensorParallelCommunicator:
 
     def _log_start(self) -> None:
         if self.facts.transport is Transport.NONE:
-            logger.info("all-reduce over %d ranks: NCCL at every size: %s", self.world_size, self.facts.no_transport_reason)
+            logger.info(
+                "all-reduce over %d ranks: NCCL at every size: %s", self.world_size, self.facts.no_transport_reason
+            )
         else:
             logger.info(
                 "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",

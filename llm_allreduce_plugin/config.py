@@ -116,15 +116,15 @@ class LlmArgs(BaseModel):
         """
         if self.allreduce is None:
             return AllReduceConfig(allreduce_strategy=self.allreduce_strategy)
-        given = self.allreduce.model_fields_set
-        if "allreduce_strategy" in given and "allreduce_strategy" in self.model_fields_set:
-            if self.allreduce.allreduce_strategy != self.allreduce_strategy:
-                message = (
-                    f"LlmArgs: allreduce_strategy={self.allreduce_strategy} but allreduce.allreduce_strategy="
-                    f"{self.allreduce.allreduce_strategy}: give one of them"
-                )
-                raise ConfigError(message)
-        if "allreduce_strategy" in self.model_fields_set:
+        named_here = "allreduce_strategy" in self.model_fields_set
+        named_there = "allreduce_strategy" in self.allreduce.model_fields_set
+        if named_here and named_there and self.allreduce.allreduce_strategy != self.allreduce_strategy:
+            message = (
+                f"LlmArgs: allreduce_strategy={self.allreduce_strategy} but allreduce.allreduce_strategy="
+                f"{self.allreduce.allreduce_strategy}: give one of them"
+            )
+            raise ConfigError(message)
+        if named_here:
             return self.allreduce.model_copy(update={"allreduce_strategy": self.allreduce_strategy})
         return self.allreduce
 
@@ -144,11 +144,10 @@ class _PrefixedSettings(BaseSettings):
 
 
 # The variables as text: what they may hold is judged together with the other sources, so that errors read alike.
-_Environment: Any = create_model(
-    "_Environment",
-    __base__=_PrefixedSettings,
-    **{_variable(name).removeprefix(ENV_PREFIX).lower(): (str | None, None) for name in AllReduceConfig.model_fields},
-)
+_variables: dict[str, Any] = {
+    _variable(name).removeprefix(ENV_PREFIX).lower(): (str | None, None) for name in AllReduceConfig.model_fields
+}
+_Environment = create_model("_Environment", __base__=_PrefixedSettings, **_variables)
 
 
 def environment_table() -> list[tuple[str, str]]:
@@ -178,7 +177,9 @@ def _validated(source: str, values: Mapping[str, Any], label: Mapping[str, str] 
             field = str(fault["loc"][0]) if fault["loc"] else "?"
             name = (label or {}).get(field, field)
             if fault["type"] == "extra_forbidden":
-                lines.append(f"{source}: {field}={values[field]!r}: {_unknown_key(field, list(AllReduceConfig.model_fields))}")
+                lines.append(
+                    f"{source}: {field}={values[field]!r}: {_unknown_key(field, list(AllReduceConfig.model_fields))}"
+                )
                 continue
             allowed = fault["msg"].removeprefix("Value error, ")
             allowed = allowed[:1].lower() + allowed[1:]

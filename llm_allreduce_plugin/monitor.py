@@ -66,6 +66,7 @@ class Monitor:
         self._thread.start()
 
     def close(self) -> None:
+        """End the thread and write the last report."""
         self._stop.set()
         self._thread.join()
         self._write_report()

@@ -31,7 +31,9 @@ NVCC_WHEELS = [
 
 def _release(nvcc: Path) -> tuple[int, int] | None:
     try:
-        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(  # noqa: S603  (the machine's own compiler)
+            [nvcc, "--version"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     match = re.search(r"release (\d+)\.(\d+)", text)
@@ -50,7 +52,9 @@ def installed_nvcc() -> Path | None:
         if release and release >= OLDEST_NVCC:
             return Path(candidate)
         if release:
-            print(f"{candidate} is CUDA {release[0]}.{release[1]}; this build needs 12.8 or newer", file=sys.stderr)
+            print(  # noqa: T201  (shown by pip -v)
+                f"{candidate} is CUDA {release[0]}.{release[1]}; this build needs 12.8 or newer", file=sys.stderr
+            )
     return None
 
 

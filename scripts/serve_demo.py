@@ -1,7 +1,7 @@
 """A real `vllm serve` at tensor parallel 2 with this package's all-reduce; the driver behind serve_demo.sh.
 
-Writes a small model with seeded random weights, serves it, asks for a completion over HTTP, compares the tokens with Hugging
-Face's on the same weights, and prints what the workers report. Leaves no process behind, whatever happens.
+Writes a small model with seeded random weights, serves it, asks for a completion over HTTP, compares the tokens with
+Hugging Face's on the same weights, and prints what the workers report. Leaves no process behind, whatever happens.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def free_port() -> int:
 
 def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:  # noqa: ANN401
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310
-    with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
         text = answer.read().decode()
     return json.loads(text) if text else None
 

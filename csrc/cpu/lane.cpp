@@ -20,8 +20,8 @@ int64_t now_ns() {
   return int64_t{now.tv_sec} * 1'000'000'000 + now.tv_nsec;
 }
 
-// Ranks often outnumber cores, and the engine's own processes want them too. So a waiting rank polls only briefly and then
-// sleeps in the kernel until its peer's flag changes. The flags lie in shared memory: the futexes are not private.
+// Ranks often outnumber cores, and the engine's own processes want them too. So a waiting rank polls only briefly and
+// then sleeps in the kernel until its peer's flag changes. The flags lie in shared memory: the futexes are not private.
 constexpr int kPollsBeforeSleep = 64;
 constexpr int64_t kLongestSleepNs = 100'000'000;
 
@@ -95,9 +95,12 @@ bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
 void reduce_in_rank_order(lar_dtype dtype, const void* const* sources, int num_sources, void* const* outputs,
                           int num_outputs, int64_t count) {
   switch (dtype) {
-    case LAR_FLOAT32: return reduce_typed<Float32>(sources, num_sources, outputs, num_outputs, count);
-    case LAR_FLOAT16: return reduce_typed<Float16>(sources, num_sources, outputs, num_outputs, count);
-    case LAR_BFLOAT16: return reduce_typed<BFloat16>(sources, num_sources, outputs, num_outputs, count);
+    case LAR_FLOAT32:
+      return reduce_typed<Float32>(sources, num_sources, outputs, num_outputs, count);
+    case LAR_FLOAT16:
+      return reduce_typed<Float16>(sources, num_sources, outputs, num_outputs, count);
+    case LAR_BFLOAT16:
+      return reduce_typed<BFloat16>(sources, num_sources, outputs, num_outputs, count);
   }
 }
 

@@ -72,8 +72,7 @@ class Lane {
   __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
     bool arrived = true;
     const int peer = threadIdx.x;
-    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
-      arrived = wait_for(peer, plane, phase, round);
+    if (peer < workspace_.layout.world_size && peer != workspace_.rank) arrived = wait_for(peer, plane, phase, round);
     return __syncthreads_and(arrived);
   }
 
@@ -104,7 +103,8 @@ class Lane {
 
   // The first lane to give up leaves the record and traps: what depends on this call must not be read as if it
   // had worked. Lanes that find the abort word set only return, so that none traps before the record is out.
-  __device__ __forceinline__ void give_up(int peer, lar_phase phase, uint32_t round, uint32_t seen, int64_t waited) const {
+  __device__ __forceinline__ void give_up(int peer, lar_phase phase, uint32_t round, uint32_t seen,
+                                          int64_t waited) const {
     if (atomicCAS(abort_word(own_base(), workspace_.layout), 0u, 1u) != 0u) return;
     lar_failure* failure = workspace_.failure;
     failure->rank = workspace_.rank;

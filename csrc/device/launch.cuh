@@ -24,24 +24,36 @@ using Kernel = void (*)(KernelArguments);
 template <template <typename, int> class Instances, typename T>
 Kernel select_world_size(int world_size) {
   switch (world_size) {
-    case 2: return Instances<T, 2>::kernel();
-    case 3: return Instances<T, 3>::kernel();
-    case 4: return Instances<T, 4>::kernel();
-    case 5: return Instances<T, 5>::kernel();
-    case 6: return Instances<T, 6>::kernel();
-    case 7: return Instances<T, 7>::kernel();
-    case 8: return Instances<T, 8>::kernel();
-    case 16: return Instances<T, 16>::kernel();
-    default: return nullptr;
+    case 2:
+      return Instances<T, 2>::kernel();
+    case 3:
+      return Instances<T, 3>::kernel();
+    case 4:
+      return Instances<T, 4>::kernel();
+    case 5:
+      return Instances<T, 5>::kernel();
+    case 6:
+      return Instances<T, 6>::kernel();
+    case 7:
+      return Instances<T, 7>::kernel();
+    case 8:
+      return Instances<T, 8>::kernel();
+    case 16:
+      return Instances<T, 16>::kernel();
+    default:
+      return nullptr;
   }
 }
 
 template <template <typename, int> class Instances>
 Kernel select_kernel(lar_dtype dtype, int world_size) {
   switch (dtype) {
-    case LAR_FLOAT32: return select_world_size<Instances, float>(world_size);
-    case LAR_FLOAT16: return select_world_size<Instances, __half>(world_size);
-    case LAR_BFLOAT16: return select_world_size<Instances, __nv_bfloat16>(world_size);
+    case LAR_FLOAT32:
+      return select_world_size<Instances, float>(world_size);
+    case LAR_FLOAT16:
+      return select_world_size<Instances, __half>(world_size);
+    case LAR_BFLOAT16:
+      return select_world_size<Instances, __nv_bfloat16>(world_size);
   }
   return nullptr;
 }

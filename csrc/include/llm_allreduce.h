@@ -16,12 +16,12 @@ extern "C" {
 #endif
 
 enum {
-  LAR_MAX_WORLD_SIZE = 16,   // entries in the peer pointer table
-  LAR_VECTOR_BYTES = 16,     // the unit in which messages are split: one 128-bit access
-  LAR_MAX_LANES = 128,       // blocks that may take part in one call
-  LAR_MAX_THREADS = 512,     // threads per block
-  LAR_ONE_SHOT_SLOTS = 2,    // generations of one-shot slots: see csrc/kernels/one_shot.cu
-  LAR_TWO_SHOT_SLOTS = 4,    // depth of the two-shot rings: see csrc/kernels/two_shot.cu
+  LAR_MAX_WORLD_SIZE = 16,  // entries in the peer pointer table
+  LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
+  LAR_MAX_LANES = 128,      // blocks that may take part in one call
+  LAR_MAX_THREADS = 512,    // threads per block
+  LAR_ONE_SHOT_SLOTS = 2,   // generations of one-shot slots: see csrc/kernels/one_shot.cu
+  LAR_TWO_SHOT_SLOTS = 4,   // depth of the two-shot rings: see csrc/kernels/two_shot.cu
 };
 
 typedef enum lar_status {

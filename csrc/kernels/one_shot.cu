@@ -18,7 +18,8 @@ namespace lar {
 namespace {
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1) one_shot_kernel(const __grid_constant__ KernelArguments arguments) {
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   const lar_workspace& workspace = arguments.workspace;
   const lar_layout& layout = workspace.layout;
   const int rank = workspace.rank;
@@ -42,9 +43,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) one_shot_kernel(const __gr
 #pragma unroll
     for (int step = 1; step < kWorldSize; ++step) {
       const int peer = (rank + step) % kWorldSize;
-      slots[step] = static_cast<char*>(workspace.base[peer]) + slot_offset(layout, layout.one_shot_offset,
-                                                                           layout.one_shot_chunk_bytes, generation,
-                                                                           rank, lane.index());
+      slots[step] =
+          static_cast<char*>(workspace.base[peer]) +
+          slot_offset(layout, layout.one_shot_offset, layout.one_shot_chunk_bytes, generation, rank, lane.index());
     }
     for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
       const uint4 mine = input.load(first + i);
@@ -58,8 +59,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) one_shot_kernel(const __gr
     const char* own = static_cast<const char*>(workspace.base[rank]);
     for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
       const uint4 result = sum_in_rank_order<T, kWorldSize>([&](int source) {
-        const int64_t slot = slot_offset(layout, layout.one_shot_offset, layout.one_shot_chunk_bytes, generation,
-                                         source, lane.index());
+        const int64_t slot =
+            slot_offset(layout, layout.one_shot_offset, layout.one_shot_chunk_bytes, generation, source, lane.index());
         return source == rank ? input.load(first + i) : load_slot(own + slot, i);
       });
       output.store(first + i, result);

@@ -121,7 +121,8 @@ class TwoShotLane {
 };
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from llm_allreduce_plugin._version import __version__
@@ -23,9 +25,10 @@ def _version(value: bool) -> None:  # noqa: FBT001
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(  # noqa: ARG001, FBT001
-        False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
-    ),
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
 ) -> None:
     """With a callback typer keeps sub-commands, however few there are."""
 

@@ -93,7 +93,9 @@ def render(topology: NodeTopology, world_size: int | None) -> str:
 
 def topo(
     *,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: the topology, in the form that --from reads.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: the topology, in the form that --from reads.")
+    ] = False,
     source: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="Read a recorded topology instead of this node.")
     ] = None,

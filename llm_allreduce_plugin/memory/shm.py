@@ -58,7 +58,7 @@ class ShmMemory:
                 try:
                     mapping = _open(Path(str(offer[0])), total)
                 except OSError as failure:
-                    error = f"rank {rank} cannot open rank 0's shared memory: {failure.strerror} (another host or IPC namespace?)"
+                    error = f"rank {rank} cannot open rank 0's shared memory: {failure.strerror} (other IPC namespace?)"
             # Nobody goes on before all have mapped it: the file loses its name next.
             errors: list[str | None] = [None] * world_size
             dist.all_gather_object(errors, error, group=group)
@@ -73,6 +73,7 @@ class ShmMemory:
         return cls(mapping, bytes_per_rank, world_size)
 
     def close(self) -> None:
+        """Unmap. The memory goes when the last rank has."""
         self._view = None
         if self._mapping is not None:
             # BufferError: a traceback somewhere still holds the view; the mapping goes with it.

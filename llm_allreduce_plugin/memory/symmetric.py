@@ -19,7 +19,7 @@ _MULTICAST_SWITCH = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 @contextlib.contextmanager
 def _without_multicast() -> Iterator[None]:
-    """torch creates a multicast object for every rendezvous unless told not to; no kernel here uses one yet.
+    """Torch creates a multicast object for every rendezvous unless told not to; no kernel here uses one yet.
 
     So none is made, whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say.
     """
@@ -76,7 +76,7 @@ class SymmetricMemory:
         return memory
 
     def close(self) -> None:
-        # Peers' mappings keep the memory alive until they close too.
+        """Let go of this rank's memory; peers' mappings keep it alive until they close too."""
         self._handle = None
         self._buffer = None
 

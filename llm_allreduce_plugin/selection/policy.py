@@ -37,9 +37,7 @@ def _threshold(config: AllReduceConfig, facts: GroupFacts) -> tuple[int, str]:
     return tables.one_shot_max_bytes(facts.world_size), f"the seed table for {facts.world_size} ranks"
 
 
-def _auto_order(
-    config: AllReduceConfig, facts: GroupFacts, message: Message
-) -> list[tuple[AllReduceStrategy, str]]:
+def _auto_order(config: AllReduceConfig, facts: GroupFacts, message: Message) -> list[tuple[AllReduceStrategy, str]]:
     """AUTO's candidates, best first, each with what speaks for it."""
     threshold, source = _threshold(config, facts)
     size = _bytes(message.payload_bytes)
@@ -65,14 +63,14 @@ def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -
             candidates.append((name, f"allreduce_strategy is {name}"))
 
     against: dict[AllReduceStrategy, str] = {}
-    for name, why in candidates:
+    for name, merit in candidates:
         strategy = STRATEGIES[name]
         obstacle = strategy.obstacle(facts, message)
         if obstacle is not None:
             against.setdefault(name, obstacle)
             continue
-        if name is not requested and against:
-            why = "; ".join(dict.fromkeys(against.values()))
+        fell_back = name is not requested and against
+        why = "; ".join(dict.fromkeys(against.values())) if fell_back else merit
         return Decision(
             requested=requested,
             strategy=name,

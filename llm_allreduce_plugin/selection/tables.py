@@ -5,10 +5,10 @@ from __future__ import annotations
 KIB = 1024
 MIB = 1024 * KIB
 
-# Largest message, in bytes per rank, for ONESHOT. One-shot sends (N-1) * S per link direction and two-shot 2 (N-1)/N * S, at
-# the price of a second step: the crossover falls with the world size.
-# 2 and 4 ranks: measured on H200 (benchmarks/h200/latency_tp2.json, latency_tp4.json): the last power of two at which ONESHOT
-# is faster. The others are estimates on the curve through those two, not measured.
+# Largest message, in bytes per rank, for ONESHOT. One-shot sends (N-1) * S per link direction and two-shot 2 (N-1)/N
+# * S, at the price of a second step: the crossover falls with the world size.
+# 2 and 4 ranks: measured on H200 (benchmarks/h200/latency_tp2.json, latency_tp4.json): the last power of two at which
+# ONESHOT is faster. The others are estimates on the curve through those two, not measured.
 ONE_SHOT_MAX_BYTES = {
     2: 2 * MIB,
     3: 1 * MIB,

@@ -70,7 +70,9 @@ class KernelStrategy(Strategy):
         if facts.transport is Transport.NONE:
             return facts.no_transport_reason or "ranks cannot reach each other's memory"
         if facts.world_size not in SUPPORTED_WORLD_SIZES:
-            return f"no kernel for {facts.world_size} ranks (there are for {', '.join(map(str, SUPPORTED_WORLD_SIZES))})"
+            return (
+                f"no kernel for {facts.world_size} ranks (there are for {', '.join(map(str, SUPPORTED_WORLD_SIZES))})"
+            )
         if message.element_bytes == 0:
             return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"
         return None

@@ -59,8 +59,10 @@ class NodeTopology(_Frozen):
     Attributes:
         source: where this was read: ``"nvml"``, a file, or a sentence about how it was made.
         gpus: in NVML's order (PCI bus order).
-        links: ``links[i][j]`` is ``X`` on the diagonal, ``NV<n>`` for n NVLinks, otherwise the nearest common PCIe ancestor: PIX (one
-            switch), PXB (several switches), PHB (host bridge), NODE (NUMA node), SYS (between sockets), NET (another host).
+        links: ``links[i][j]`` is ``X`` on the diagonal, ``NV<n>`` for n NVLinks, otherwise the nearest common PCIe
+            ancestor: PIX (one
+            switch), PXB (several switches), PHB (host bridge), NODE (NUMA node), SYS (between sockets), NET (another
+            host).
         p2p: ``p2p[i][j]`` is the driver's word on peer access: OK, CNS, GNS, TNS, NS, DR, or ``?``.
         nvswitch: the NVLinks go through switches.
         driver: driver version, empty when unknown.
@@ -85,7 +87,8 @@ class NodeTopology(_Frozen):
         for i, row in enumerate(self.links):
             for j, link in enumerate(row):
                 if not _LINK.fullmatch(link) or (link == "X") != (i == j):
-                    message = f"links[{i}][{j}]={link!r}: must be X on the diagonal, elsewhere NV<n>, {', '.join(PCIE_LINKS)}, NET or ?"
+                    allowed = f"X on the diagonal, elsewhere NV<n>, {', '.join(PCIE_LINKS)}, NET or ?"
+                    message = f"links[{i}][{j}]={link!r}: must be {allowed}"
                     raise ValueError(message)
                 if link != self.links[j][i]:
                     message = f"links[{i}][{j}]={link!r} but links[{j}][{i}]={self.links[j][i]!r}: must be equal"
@@ -99,6 +102,7 @@ class NodeTopology(_Frozen):
 
     @property
     def hosts(self) -> int:
+        """Hosts that the GPUs are spread over."""
         return len({gpu.host for gpu in self.gpus})
 
     @property
@@ -139,10 +143,10 @@ class NodeTopology(_Frozen):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            faults = [
-                f"topology file {path}: {'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].removeprefix('Value error, ')}"
-                for fault in error.errors()
-            ]
+            faults = []
+            for fault in error.errors():
+                field = ".".join(map(str, fault["loc"])) or "document"
+                faults.append(f"topology file {path}: {field}: {fault['msg'].removeprefix('Value error, ')}")
             raise TopologyError("\n".join(faults)) from None
 
     @classmethod

@@ -1,8 +1,9 @@
-"""Plain-torch stand-ins for the CPU kernels that vLLM's CUDA wheel lacks. For the demo and the tests, never for serving.
+"""Plain-torch stand-ins for the CPU kernels that vLLM's CUDA wheel lacks. For demo and tests, never for serving.
 
 vLLM publishes its CPU build apart from the wheel on the package index, so on a machine without a GPU the wheel's Python
-code is complete but a handful of operators is missing. This general plugin supplies just those that a dense decoder-only
-model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does nothing.
+code is complete but a handful of operators is missing. This general plugin supplies just those that a dense
+decoder-only model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,14 @@ def register() -> None:
     global _library  # noqa: PLW0603  (a torch library lives as long as its object)
     from vllm.platforms import current_platform
 
-    if _library is not None or not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_attention_with_kv_cache"):
+    if (
+        _library is not None
+        or not current_platform.is_cpu()
+        or hasattr(
+            torch.ops._C,  # noqa: SLF001
+            "cpu_attention_with_kv_cache",
+        )
+    ):
         return
     from vllm import _custom_ops
     from vllm.utils import cpu_triton_utils
@@ -26,18 +34,22 @@ def register() -> None:
     for schema, function in (
         ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),
         (
-            "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
-            "Tensor(a!) slot_mapping, int block_size) -> ()",
+            (
+                "compute_slot_mapping_kernel_impl(Tensor query_start_loc, Tensor positions, Tensor block_table, "
+                "Tensor(a!) slot_mapping, int block_size) -> ()"
+            ),
             compute_slot_mapping,
         ),
         ("greedy_argmax(Tensor logits) -> Tensor", _greedy_argmax),
+        ("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor", _fused_gumbel_argmax),
     ):
         _library.define(schema)
         _library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
     _custom_ops.cpu_attn_get_scheduler_metadata = _scheduler_metadata
     _custom_ops.cpu_attn_reshape_and_cache = reshape_and_cache
     _custom_ops.cpu_attention_with_kv_cache = attention_with_kv_cache
-    # vLLM's replacement lists its parameters in another order than the kernel that it replaces and is called by position.
+    # vLLM's replacement lists its parameters in another order than the kernel that it replaces and is called by
+    # position.
     cpu_triton_utils._compute_slot_mapping_kernel_impl = _slot_mapping_by_position  # noqa: SLF001
 
 
@@ -47,6 +59,14 @@ def _init_cpu_memory_env(nodes: list[int]) -> None:
 
 def _greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.argmax(dim=-1).view(-1)
+
+
+def _fused_gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """A sample from softmax(logits) per row: the argmax after adding Gumbel noise, -log of exponential noise."""
+    noise = torch.empty_like(logits)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.exponential_(generator=torch.Generator().manual_seed(seed))
+    return (logits - noise.log()).argmax(dim=-1).view(-1)
 
 
 def _scheduler_metadata(*args: object, **kwargs: object) -> torch.Tensor:  # noqa: ARG001
@@ -60,7 +80,7 @@ def compute_slot_mapping(
     slot_mapping: torch.Tensor,
     block_size: int,
 ) -> None:
-    """slot_mapping[token] = block_table[request of token][position // block_size] * block_size + position % block_size."""
+    """Slot of a token: block_table[its request][position // block_size] * block_size + position % block_size."""
     starts = query_start_loc.tolist()
     for request in range(len(starts) - 1):
         tokens = slice(starts[request], starts[request + 1])
@@ -103,7 +123,7 @@ def reshape_and_cache(
     value_cache[block, :, offset] = value[:count][used].to(value_cache.dtype)
 
 
-def attention_with_kv_cache(  # noqa: PLR0913
+def attention_with_kv_cache(  # noqa: PLR0917
     query: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,

@@ -1,4 +1,4 @@
-"""A short run of every kernel for compute-sanitizer: ``compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_run``."""
+"""A short run of every kernel: ``compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_run``."""
 
 from __future__ import annotations
 

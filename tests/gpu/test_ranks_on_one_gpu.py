@@ -38,7 +38,9 @@ def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str) -> None:
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
         expected = rank_ordered_sum(inputs)
         for rank, output in enumerate(group.all_reduce(algorithm, inputs)):
-            assert_same_bits(output, expected, f"{algorithm} {dtype} x {size}, rank {rank} of {world_size}, seed {seed}")
+            assert_same_bits(
+                output, expected, f"{algorithm} {dtype} x {size}, rank {rank} of {world_size}, seed {seed}"
+            )
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -16,7 +16,7 @@ from tests.support.reference import assert_same_bits, bits, digest, poison, rank
 
 
 @contextlib.contextmanager
-def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterator[TensorParallelCommunicator]:  # noqa: ANN401
+def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterator[TensorParallelCommunicator]:
     config = AllReduceConfig(allreduce_strategy=strategy, **settings)
     made = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
     try:
@@ -30,8 +30,10 @@ def poisoned_outputs() -> Iterator[None]:
     """Every tensor from empty_like is filled with garbage first, so unwritten elements cannot pass by luck."""
     empty_like = torch.empty_like
 
-    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        return poison(empty_like(*args, **kwargs).contiguous()) if args[0].is_contiguous() else empty_like(*args, **kwargs)
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return (
+            poison(empty_like(*args, **kwargs).contiguous()) if args[0].is_contiguous() else empty_like(*args, **kwargs)
+        )
 
     with mock.patch.object(torch, "empty_like", poisoned):
         yield
@@ -119,7 +121,9 @@ def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int) 
     """ONESHOT and TWOSHOT give the same bits, and so does a row whatever batch it came in."""
     seed = context.shared_seed()
     width = 96
-    inputs = [rank_input(seed, rank, size // width * width, dtype).reshape(-1, width) for rank in range(context.world_size)]
+    inputs = [
+        rank_input(seed, rank, size // width * width, dtype).reshape(-1, width) for rank in range(context.world_size)
+    ]
     mine = inputs[context.rank].to(context.device)
     outputs = {}
     for strategy in ("ONESHOT", "TWOSHOT", "AUTO"):
@@ -138,7 +142,9 @@ def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -
     generator = torch.Generator().manual_seed(seed)
     with communicator(context, "ONESHOT", **settings) as one, communicator(context, "TWOSHOT", **settings) as two:
         for call in range(calls):
-            size = int(torch.randint(1, 1 << int(torch.randint(1, 16, (), generator=generator)), (), generator=generator))
+            size = int(
+                torch.randint(1, 1 << int(torch.randint(1, 16, (), generator=generator)), (), generator=generator)
+            )
             dtype = (torch.float32, torch.float16, torch.bfloat16)[int(torch.randint(0, 3, (), generator=generator))]
             group = (one, two)[int(torch.randint(0, 2, (), generator=generator))]
             inputs = [rank_input(seed + call, rank, size, dtype) for rank in range(context.world_size)]
@@ -146,7 +152,7 @@ def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -
 
 
 def check_every_value(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
-    """Every bit pattern of a 16-bit type on rank 0, meeting others elsewhere: conversions and rounding, exhaustively."""
+    """Every bit pattern of a 16-bit type on rank 0, meeting others elsewhere: conversions and rounding."""
     patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
     generator = torch.Generator().manual_seed(context.shared_seed())
     orders = [torch.randperm(1 << 16, generator=generator) for _ in range(context.world_size)]

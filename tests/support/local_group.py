@@ -16,14 +16,17 @@ from llm_allreduce_plugin.strategies.base import VECTOR_BYTES, spread
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD_BYTES = 256
 
-# Streams beyond the hardware queues (8 by default) share one, and a kernel would wait behind the very one that waits for it.
+# Streams beyond the hardware queues (8 by default) share one, and a kernel would wait behind the very one that waits
+# for it.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class LocalGroup:
     """``world_size`` ranks on ``device``; ``lanes`` bounds every rank's grid."""
 
-    def __init__(self, world_size: int, *, lanes: int = 4, workspace_bytes: int = 2 << 20, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self, world_size: int, *, lanes: int = 4, workspace_bytes: int = 2 << 20, timeout_s: float = 20.0
+    ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
@@ -57,11 +60,10 @@ class LocalGroup:
         moved = [part.to(self.device) for part in inputs]
         size = inputs[0].numel() * inputs[0].element_size()
         padded = -(-size // 16) * 16
-        guarded = [
-            torch.full((padded + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8, device=self.device) for _ in inputs
-        ]
+        guarded = [torch.full((padded + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8, device=self.device) for _ in inputs]
         outputs = [
-            buffer[GUARD_BYTES : GUARD_BYTES + size].view(part.dtype) for buffer, part in zip(guarded, moved, strict=True)
+            buffer[GUARD_BYTES : GUARD_BYTES + size].view(part.dtype)
+            for buffer, part in zip(guarded, moved, strict=True)
         ]
         torch.cuda.synchronize()
         for rank in range(self.world_size):

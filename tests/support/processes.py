@@ -35,7 +35,7 @@ class RankContext:
         dist.broadcast_object_list(seeds, src=0, group=self.control_group)
         return seeds[0]
 
-    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+    def gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
@@ -67,7 +67,7 @@ def _serve(rank: int, world_size: int, device_type: str, store: str, pipe: Conne
         function, arguments = job
         try:
             pipe.send(("ok", function(context, *arguments)))
-        except BaseException:  # noqa: BLE001  (the traceback is the answer)
+        except BaseException:
             pipe.send(("error", traceback.format_exc()))
 
 
@@ -93,7 +93,11 @@ class RankPool:
         self._collect(START_LIMIT_S, range(world_size))
 
     def run(
-        self, function: Callable[..., Any], *arguments: Any, timeout_s: float = 300.0, ranks: list[int] | None = None  # noqa: ANN401
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        timeout_s: float = 300.0,
+        ranks: list[int] | None = None,
     ) -> list[Any]:
         """``function(context, *arguments)`` on ``ranks`` (default: all); their results.
 
@@ -106,7 +110,7 @@ class RankPool:
             self._pipes[rank].send((function, arguments))
         return self._collect(timeout_s, members)
 
-    def _collect(self, timeout_s: float, ranks: Any) -> list[Any]:  # noqa: ANN401
+    def _collect(self, timeout_s: float, ranks: Any) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         results, errors = [], []
         for rank in ranks:

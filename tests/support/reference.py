@@ -25,7 +25,17 @@ def special_inputs(world_size: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """One tensor per rank; element by element, every combination of special values on ranks 0 and 1, among zeros."""
     info = torch.finfo(dtype)
     values = torch.tensor(
-        [0.0, -0.0, 1.0, -1.0, info.max, -info.max, info.smallest_normal, info.smallest_normal / 4, -info.smallest_normal / 4]
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            info.max,
+            -info.max,
+            info.smallest_normal,
+            info.smallest_normal / 4,
+            -info.smallest_normal / 4,
+        ]
         + [float("inf"), float("-inf"), float("nan"), info.eps],
         dtype=torch.float64,
     ).to(dtype)
@@ -62,7 +72,8 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) ->
     if wrong.any():
         first = int(wrong.flatten().nonzero()[0])
         got, want = actual.flatten()[first].item(), expected.flatten()[first].item()
-        message = f"{what}: {int(wrong.sum())} of {wrong.numel()} elements differ, first at {first}: {got!r}, expected {want!r}"
+        count = f"{int(wrong.sum())} of {wrong.numel()} elements differ"
+        message = f"{what}: {count}, first at {first}: {got!r}, expected {want!r}"
         raise AssertionError(message)
 
 

@@ -20,7 +20,7 @@ from llm_allreduce_plugin.config import ENV_PREFIX, environment_table
 NAMES = [str(name) for name in AllReduceStrategy]
 
 
-def load_config(engine: Any = None, *, environment: dict[str, str]) -> AllReduceConfig:  # noqa: ANN401
+def load_config(engine: Any = None, *, environment: dict[str, str]) -> AllReduceConfig:
     """As the package's, in an environment with no other variables of ours."""
     others = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     with mock.patch.dict(os.environ, others | environment, clear=True):
@@ -84,20 +84,38 @@ def test_empty_variable_is_unset() -> None:
 @pytest.mark.parametrize(
     ("environment", "engine", "parts"),
     [
-        ({"LLM_ALLREDUCE_STRATEGY": "FASTEST"}, None, ["environment", "LLM_ALLREDUCE_STRATEGY='FASTEST'", "MINLATENCY"]),
+        (
+            {"LLM_ALLREDUCE_STRATEGY": "FASTEST"},
+            None,
+            ["environment", "LLM_ALLREDUCE_STRATEGY='FASTEST'", "MINLATENCY"],
+        ),
         ({"LLM_ALLREDUCE_TIMEOUT_S": "soon"}, None, ["environment", "LLM_ALLREDUCE_TIMEOUT_S='soon'", "number"]),
         ({"LLM_ALLREDUCE_TIMEOUT_S": "0"}, None, ["environment", "LLM_ALLREDUCE_TIMEOUT_S='0'", "greater than 0"]),
-        ({"LLM_ALLREDUCE_STRATEGIE": "NCCL"}, None, ["environment", "LLM_ALLREDUCE_STRATEGIE", "did you mean LLM_ALLREDUCE_STRATEGY"]),
-        ({}, {"allreduce_stratgy": "NCCL"}, ["engine configuration", "allreduce_stratgy='NCCL'", "did you mean allreduce_strategy"]),
+        (
+            {"LLM_ALLREDUCE_STRATEGIE": "NCCL"},
+            None,
+            ["environment", "LLM_ALLREDUCE_STRATEGIE", "did you mean LLM_ALLREDUCE_STRATEGY"],
+        ),
+        (
+            {},
+            {"allreduce_stratgy": "NCCL"},
+            ["engine configuration", "allreduce_stratgy='NCCL'", "did you mean allreduce_strategy"],
+        ),
         ({}, {"workspace_bytes": "12 parsecs"}, ["engine configuration", "workspace_bytes='12 parsecs'", "byte"]),
-        ({}, {"workspace_bytes": 17}, ["engine configuration", "workspace_bytes=17", "greater than or equal to 1048576"]),
+        (
+            {},
+            {"workspace_bytes": 17},
+            ["engine configuration", "workspace_bytes=17", "greater than or equal to 1048576"],
+        ),
         ({}, {"timeout_s": float("nan")}, ["engine configuration", "timeout_s=nan", "finite"]),
         ({}, {"timeout_s": [1]}, ["engine configuration", "timeout_s=[1]", "number"]),
         ({}, "ONESHOT", ["engine configuration", "'ONESHOT'", "mapping"]),
     ],
 )
 def test_errors_name_source_field_value_and_what_is_allowed(
-    environment: dict[str, str], engine: Any, parts: list[str]  # noqa: ANN401
+    environment: dict[str, str],
+    engine: Any,
+    parts: list[str],
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(engine, environment=environment)

@@ -30,7 +30,9 @@ def output(*command: str | Path) -> str:
 def cuobjdump(*arguments: str | Path) -> str:
     """From the CUDA toolkit, or from the wheel that the test extra installs."""
     wheel = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
-    tool = shutil.which("cuobjdump", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *map(str, wheel)]))
+    tool = shutil.which(
+        "cuobjdump", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *map(str, wheel)])
+    )
     assert tool is not None, "cuobjdump is missing: pip install '.[test]'"
     return output(tool, *arguments)
 
@@ -128,6 +130,13 @@ def test_an_absent_peer_is_recorded() -> None:
     assert record is not None
     assert record[:2] == (0, 1)
     assert workspace.one_shot(address, address, 4, 0, 1, 32, 1) == _C.STATUS_TIMEOUT, "broken for good, at once"
+
+
+def test_type_stub_is_up_to_date() -> None:
+    """The build writes one; the source tree carries a copy for the type checker."""
+    built = FOLDER / "_C.pyi"
+    kept = Path(__file__).parents[2] / "llm_allreduce_plugin" / "_C.pyi"
+    assert kept.read_text() == built.read_text(), f"copy {built} over {kept}"
 
 
 def test_workspace_arguments() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, _C
+from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.selection.tables import one_shot_max_bytes
@@ -20,7 +20,9 @@ S = AllReduceStrategy
 
 def facts(world_size: int = 4, transport: Transport = Transport.SYMMETRIC, workspace: int = 64 << 20) -> GroupFacts:
     if transport is Transport.NONE:
-        return GroupFacts(world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so")
+        return GroupFacts(
+            world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
+        )
     lanes = 1 if transport is Transport.SHM else _C.MAX_LANES
     layout = _C.make_layout(world_size, lanes, workspace)
     return GroupFacts(
@@ -45,7 +47,12 @@ any_facts = st.builds(
 )
 
 
-@given(st.sampled_from(list(S)), any_facts, st.integers(0, 1 << 34), st.sampled_from([*ELEMENT_BYTES, "int32", "float8_e4m3fn"]))
+@given(
+    st.sampled_from(list(S)),
+    any_facts,
+    st.integers(0, 1 << 34),
+    st.sampled_from([*ELEMENT_BYTES, "int32", "float8_e4m3fn"]),
+)
 def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count: int, dtype: str) -> None:
     decision = decide(config(strategy), group, count, dtype)
     assert decision == decide(config(strategy), dataclasses.replace(group), count, dtype)
@@ -108,7 +115,8 @@ def test_threshold_of_any_world_size(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "runs"), [("MINLATENCY", "ONESHOT"), ("UB", "TWOSHOT"), ("LOWPRECISION", "ONESHOT"), ("MNNVL", "ONESHOT")]
+    ("strategy", "runs"),
+    [("MINLATENCY", "ONESHOT"), ("UB", "TWOSHOT"), ("LOWPRECISION", "ONESHOT"), ("MNNVL", "ONESHOT")],
 )
 def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs: str) -> None:
     decision = decide(config(strategy), facts(), 64, "bfloat16")

@@ -68,7 +68,7 @@ def test_what_can_run_where() -> None:
         group_facts(load("h200_x4_nvswitch"), 5)
 
 
-def broken(change: Any) -> dict[str, Any]:  # noqa: ANN401
+def broken(change: Any) -> dict[str, Any]:
     document = json.loads((FOLDER / "h200_x4_nvswitch.json").read_text())
     change(document)
     return document
@@ -85,7 +85,7 @@ def broken(change: Any) -> dict[str, Any]:  # noqa: ANN401
         (lambda d: d.__setitem__("cards", 4), ["cards", "not permitted"]),
     ],
 )
-def test_bad_files_name_file_and_field(change: Any, parts: list[str], tmp_path: Path) -> None:  # noqa: ANN401
+def test_bad_files_name_file_and_field(change: Any, parts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(broken(change)))
     with pytest.raises(TopologyError) as caught:
@@ -130,7 +130,7 @@ class FakeNvml:
     def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
         return 0
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         def refuse(*_: object) -> None:
             raise FakeNvmlError(name)
 

@@ -20,8 +20,8 @@ logger = logging.getLogger("llm_allreduce_plugin")
 def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """What vLLM calls for every group instead of its communicator class, with that class's arguments.
 
-    Tensor-parallel groups get a subclass of the stock class that runs our all-reduce; every other group, and any group under
-    ``allreduce_strategy: NCCL``, gets the stock class itself.
+    Tensor-parallel groups get a subclass of the stock class that runs our all-reduce; every other group, and any
+    group under ``allreduce_strategy: NCCL``, gets the stock class itself.
     """
     from vllm.config import get_current_vllm_config_or_none
     from vllm.platforms import current_platform
@@ -41,7 +41,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
 
 
 def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str) -> None:  # noqa: ANN401
-    """vLLM's own class runs, so there is nothing of ours to count; the log and the report say so."""
+    """VLLM's own class runs, so there is nothing of ours to count; the log and the report say so."""
     if communicator.rank_in_group == 0:
         logger.info("vLLM's own all-reduce is left in place: %s", reason)
     if settings.report_dir is not None:
@@ -68,7 +68,7 @@ def _communicator_class(stock: type) -> type:
     It must be a subclass: graph capture asserts the type, and reads ``ca_comm`` and others, which stay in place.
     """
 
-    class AllReduceCommunicator(stock):  # type: ignore[misc, valid-type]
+    class AllReduceCommunicator(stock):  # type: ignore[misc]
         """``stock`` whose ``all_reduce`` runs on the configured strategy."""
 
         def __init__(self, *args: Any, llm_allreduce_settings: AllReduceConfig, **kwargs: Any) -> None:  # noqa: ANN401
@@ -88,7 +88,8 @@ def _communicator_class(stock: type) -> type:
 
         def _stock_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
             # On CPU vLLM reduces in place; the promise here is a fresh tensor.
-            return super().all_reduce(input_.clone() if input_.device.type == "cpu" else input_)
+            output: torch.Tensor = super().all_reduce(input_.clone() if input_.device.type == "cpu" else input_)
+            return output
 
         def destroy(self) -> None:
             self.llm_allreduce.close()

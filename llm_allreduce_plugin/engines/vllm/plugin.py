@@ -1,11 +1,13 @@
 """What changes in vLLM, and why. Each patch names the upstream hook that would replace it.
 
-1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every group; there is
+1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every
+group; there is
    no registry for communicators (a hook was asked for in vLLM issue 22319, closed).
-2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off the
-   FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the plugin's
-   version into ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general plugins would
-   replace it.
+2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns
+off the
+   FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the
+   plugin's version into ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general
+   plugins would replace it.
 """
 
 from __future__ import annotations
@@ -89,8 +91,8 @@ def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
     if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
         pass_config.fuse_allreduce_rms = False
         logger.info(
-            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away from "
-            "allreduce_strategy"
+            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
+            "from allreduce_strategy"
         )
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config[STAMP] = __version__

@@ -40,7 +40,8 @@ def settings_of(additional_config: object) -> AllReduceConfig:
         short = additional_config[SHORTHAND]
         if SHORTHAND in values and values[SHORTHAND] != short:
             message = (
-                f"{_SOURCE}: {SHORTHAND}={short!r} contradicts {SECTION}.{SHORTHAND}={values[SHORTHAND]!r}: give one of them"
+                f"{_SOURCE}: {SHORTHAND}={short!r} contradicts {SECTION}.{SHORTHAND}={values[SHORTHAND]!r}: "
+                "give one of them"
             )
             raise ConfigError(message)
         values[SHORTHAND] = short

@@ -1,0 +1,63 @@
+"""Bindings of libllm_allreduce (csrc/include/llm_allreduce.h)."""
+
+from collections.abc import Sequence
+
+
+MAX_WORLD_SIZE: int = 16
+
+VECTOR_BYTES: int = 16
+
+MAX_LANES: int = 128
+
+MAX_THREADS: int = 512
+
+STATUS_TIMEOUT: int = -2
+
+CPU: int = -1
+
+class Layout:
+    """Where everything lies inside a workspace; offsets and sizes in bytes."""
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def lanes(self) -> int: ...
+
+    @property
+    def one_shot_chunk_bytes(self) -> int: ...
+
+    @property
+    def two_shot_chunk_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+def make_layout(world_size: int, lanes: int, workspace_bytes: int) -> Layout:
+    """
+    Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.
+    """
+
+def abi_version() -> int: ...
+
+def error_string(code: int) -> str: ...
+
+class Workspace:
+    """One rank's view of the group's workspaces."""
+
+    def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int) -> None: ...
+
+    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, stream: int = 0) -> int:
+        """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
+
+    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, stream: int = 0) -> int:
+        """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
+
+    def probe_write(self, nonce: int, stream: int) -> None: ...
+
+    def probe_check(self, nonce: int, verdict: int, stream: int) -> None: ...
+
+    def failure(self) -> tuple[int, int, int, int, int, int, int, float] | None:
+        """
+        None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).
+        """

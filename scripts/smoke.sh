@@ -1,0 +1,51 @@
+# Sourced by smoke_nvswitch.sh and smoke_pcie.sh: correctness of every strategy that this node can run, then a short serve.
+# Settings: DEMO_PYTHON  an interpreter that has torch, vLLM, pytest and this package (default: a virtual environment is made)
+
+skip() {
+  echo "SKIPPED: $1"
+  exit 0
+}
+
+summary=()
+failed=0
+
+step() {
+  local name=$1
+  shift
+  echo "== $name"
+  if "$@"; then
+    summary+=("ok      $name")
+  else
+    summary+=("FAILED  $name")
+    failed=1
+  fi
+}
+
+prepare() {
+  source scripts/environment.sh
+  has_nvidia_gpus || skip "no NVIDIA GPU on this node"
+  if [[ -n ${DEMO_PYTHON:-} ]]; then
+    python=$DEMO_PYTHON
+  else
+    make_environment .venv
+    python=.venv/bin/python
+    run_step .venv/.tools "$(sha256sum <pyproject.toml)" "$python" -m pip install --quiet --upgrade ".[test,lint]"
+  fi
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  ((gpus >= 2)) || skip "$gpus GPU on this node; tensor parallelism needs two"
+}
+
+# has_nvswitch: the links as NVML reports them.
+has_nvswitch() {
+  "$python" -c 'import sys; from llm_allreduce_plugin.topology import detect; sys.exit(not detect().nvswitch)'
+}
+
+run_smoke() {
+  step "topology" "$python" -c 'from llm_allreduce_plugin.cli import main; main()' topo
+  step "correctness on $gpus GPUs" "$python" -m pytest -q tests/gpu
+  step "serve with ONESHOT" env DEMO_PYTHON="$python" scripts/serve_demo.sh ONESHOT
+  step "serve with TWOSHOT" env DEMO_PYTHON="$python" scripts/serve_demo.sh TWOSHOT
+  printf '\n== summary\n'
+  printf '%s\n' "${summary[@]}"
+  exit "$failed"
+}

@@ -1,0 +1,254 @@
+"""Real vLLM: the patches in its process, a server at tensor parallel 2, and what a user sees when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+DEMO = [sys.executable, str(ROOT / "scripts" / "serve_demo.py")]
+CPU = {
+    "VLLM_TARGET_DEVICE": "cpu",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def run_python(script: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **CPU, **environment},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_registration_in_a_real_vllm_process() -> None:
+    """Entry point found, idempotent, no CUDA; the factory replaces the path and knows the stock one."""
+    out = run_python("""
+import torch
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+from llm_allreduce_plugin.engines.vllm import register
+from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, stock_communicator_path
+first = type(current_platform).get_device_communicator_cls
+register()
+register()
+assert type(current_platform).get_device_communicator_cls == first
+assert current_platform.get_device_communicator_cls() == FACTORY
+print(stock_communicator_path(type(current_platform)))
+assert not torch.cuda.is_initialized()
+""")
+    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
+
+
+def test_plugin_not_named_leaves_vllm_alone() -> None:
+    out = run_python(
+        """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+print(current_platform.get_device_communicator_cls())
+""",
+        VLLM_PLUGINS="vllm_cpu_ops",
+    )
+    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
+
+
+def test_only_tensor_parallel_groups_get_our_class() -> None:
+    """Two ranks as threads of thought would not do: real processes, real vLLM groups, TP 2 beside others."""
+    script = """
+import os, sys, torch
+import torch.multiprocessing as mp
+
+def rank_main(rank, store, strategy):
+    from vllm.plugins import load_general_plugins
+    load_general_plugins()
+    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state as ps
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    config = VllmConfig(additional_config={"allreduce_strategy": strategy})
+    with set_current_vllm_config(config):
+        ps.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
+        ps.initialize_model_parallel(2, 1)
+        tp = ps.get_tp_group().device_communicator
+        assert isinstance(tp, CpuCommunicator)
+        # The world group has the same ranks, and is none of our business.
+        world = ps.init_model_parallel_group([[0, 1]], rank, "gloo", group_name="ep").device_communicator
+        x = torch.full((3, 4), float(rank + 1))
+        y = ps.get_tp_group().all_reduce(x)
+        assert torch.equal(y, torch.full((3, 4), 3.0))
+        if strategy != "NCCL":
+            assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
+            assert tp.llm_allreduce.report()["calls"] == {strategy: 1}
+        if rank == 0:
+            print(type(tp).__qualname__, type(world).__qualname__)
+        ps.destroy_model_parallel()
+        ps.destroy_distributed_environment()
+
+if __name__ == "__main__":
+    for strategy in ("ONESHOT", "TWOSHOT", "NCCL"):
+        mp.start_processes(rank_main, (sys.argv[1] + strategy, strategy), 2, start_method="spawn")
+"""
+    path = ROOT / ".demo"
+    path.mkdir(exist_ok=True)
+    file = path / "groups.py"
+    file.write_text(script)
+    stores = path / f"store-{os.getpid()}-"
+    result = subprocess.run(
+        [sys.executable, str(file), str(stores)], capture_output=True, text=True, timeout=400, env={**os.environ, **CPU}
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    lines = [line for line in result.stdout.splitlines() if "CpuCommunicator" in line and "INFO" not in line]
+    ours = "AllReduceCommunicator[CpuCommunicator] CpuCommunicator"
+    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator"], result.stdout
+
+
+# -- the demo ----------------------------------------------------------------------------------------------------------
+
+
+def processes_mentioning(text: str) -> list[str]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            environment = (folder / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if int(folder.name) != os.getpid() and (text in command or text in environment):
+            found.append(f"{folder.name}: {command[:150]}")
+    return found
+
+
+@pytest.fixture
+def marked() -> Iterator[tuple[dict[str, str], str]]:
+    """An environment with a mark, by which every process that inherits it can be found."""
+    mark = f"DEMO_MARK={os.urandom(8).hex()}"
+    yield {**os.environ, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}, mark
+    assert processes_mentioning(mark) == [], "the demo left processes behind"
+    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+
+
+def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
+    """The demo itself compares with Hugging Face and checks what the workers ran; it fails otherwise."""
+    environment, _ = marked
+    tokens = {}
+    for strategy in ("NCCL", "ONESHOT", "TWOSHOT"):
+        file = tmp_path / f"{strategy}.json"
+        result = subprocess.run(
+            [*DEMO, strategy.lower(), "--tokens", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            env=environment,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+        assert "Hugging Face generates the same tokens from the same weights" in result.stdout
+        if strategy != "NCCL":
+            assert f"rank 1 reports: {strategy} 216 calls" in result.stdout
+        else:
+            assert "vLLM's own all-reduce is left in place" in result.stdout
+        tokens[strategy] = json.loads(file.read_text())
+    assert len(tokens["NCCL"]) == 24
+    assert tokens["NCCL"] == tokens["ONESHOT"] == tokens["TWOSHOT"]
+
+
+def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:
+    environment, mark = marked
+    process = subprocess.Popen(
+        [*DEMO, "ONESHOT"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "vllm serve on port" in line:
+            break
+    time.sleep(12)  # workers are up by now
+    assert len(processes_mentioning(mark)) >= 2
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 130, out
+    assert "interrupted" in out
+
+
+def test_demo_reports_a_server_that_fails(marked: tuple[dict[str, str], str]) -> None:
+    """A bad setting stops vLLM at start, with the named error at the end of its log."""
+    environment, _ = marked
+    result = subprocess.run(
+        [*DEMO, "ONESHOT"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**environment, "LLM_ALLREDUCE_TIMEOUT_S": "-1"},
+    )
+    assert result.returncode == 1, result.stdout
+    assert "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0" in result.stdout
+
+
+def test_demo_refuses_an_unknown_strategy() -> None:
+    result = subprocess.run([*DEMO, "FASTEST"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "must be one of AUTO, NCCL" in result.stdout
+
+
+def test_killed_worker_ends_the_server_with_the_named_error(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
+    """A rank that dies must not hang the engine: the other gives up within timeout_s, vLLM ends, nothing stays."""
+    script = f"""
+import os, signal, sys, time
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from scripts.serve_demo import make_model
+from vllm import LLM, SamplingParams
+
+def pid_of(worker):
+    return os.getpid()
+
+if __name__ == "__main__":
+    make_model(Path(sys.argv[1]))
+    llm = LLM(
+        sys.argv[1], tensor_parallel_size=2, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2,
+        kv_cache_memory_bytes=1 << 26, compilation_config={{"custom_ops": ["none"]}}, disable_log_stats=True,
+        additional_config={{"allreduce": {{"allreduce_strategy": "ONESHOT", "timeout_s": 3}}}},
+    )
+    workers = llm.collective_rpc(pid_of)
+    os.kill(workers[1], signal.SIGSTOP)
+    started = time.monotonic()
+    try:
+        llm.generate([{{"prompt_token_ids": [5, 6, 7]}}], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
+        print("generated")
+    except BaseException as error:
+        print("stopped after", round(time.monotonic() - started, 1), type(error).__name__, flush=True)
+    for pid in workers:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+"""
+    environment, _ = marked
+    file = tmp_path / "stopped_worker.py"
+    file.write_text(script)
+    result = subprocess.run(
+        [sys.executable, str(file), str(tmp_path / "model")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, **CPU, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
+    )
+    text = result.stdout + result.stderr
+    assert "stopped after" in text, text[-4000:]
+    assert "rank 0 waited 3 s for rank 1 in ONESHOT/gather" in text, text[-4000:]
