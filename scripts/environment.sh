@@ -49,12 +49,13 @@ install_engine() {
 }
 
 install_package() {
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check . ${2:+"$2"}
+  # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --editable .
   has_nvidia_gpus || "$1/bin/python" -m pip install --quiet --disable-pip-version-check ./scripts/vllm_cpu_ops
 }
 
 source_digest() {
-  find pyproject.toml csrc llm_allreduce_plugin scripts/build_backend.py scripts/vllm_cpu_ops -type f -not -path '*/__pycache__/*' -print0 |
+  find pyproject.toml csrc scripts/build_backend.py scripts/vllm_cpu_ops -type f -not -path '*/__pycache__/*' -print0 |
     sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
 }
 

@@ -8,7 +8,7 @@ source scripts/environment.sh
 make_environment .venv
 python=.venv/bin/python
 run_step .venv/.tools "$(sha256sum <pyproject.toml)" \
-  "$python" -m pip install --quiet --disable-pip-version-check --upgrade ".[test,lint]"
+  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]"
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, mypy, shellcheck-by-bash"
@@ -19,5 +19,25 @@ git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' | xargs .venv/bin/
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests"
-# The installed package is tested, not the source tree: -P keeps the current folder off the path, tests are found by rootdir.
 "$python" -m pytest "$@"
+
+if (($# == 0)); then
+  echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
+  check_wheel() {
+    local folder
+    folder=$(mktemp -d)
+    LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
+      "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl &&
+      (cd "$folder" && PYTHONPATH=site "$OLDPWD/$python" -S -c '
+import pathlib, sys
+sys.path += [str(path) for path in pathlib.Path(sys.prefix, "lib").glob("python3*/site-packages")]
+import llm_allreduce_plugin
+from llm_allreduce_plugin import _C
+assert pathlib.Path(_C.__file__).resolve().is_relative_to(pathlib.Path("site").resolve()), _C.__file__
+print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, 1 << 26).total_bytes)')
+    local status=$?
+    rm -rf "$folder"
+    return $status
+  }
+  run_step .venv/.wheel "$LLM_ALLREDUCE_CUDA_ARCHS $(source_digest)" check_wheel
+fi
