@@ -17,8 +17,8 @@ bool supported_world_size(int32_t world_size) {
   return (world_size >= 2 && world_size <= 8) || world_size == LAR_MAX_WORLD_SIZE;
 }
 
-int check_call(const lar_workspace* workspace, const lar_message* message, const lar_launch* launch,
-               int64_t chunk_capacity_bytes) {
+int check_call(const lar_workspace* workspace, const lar_message* message, const lar_launch* launch, int parts,
+               int64_t chunk_bytes, int64_t in_band_chunk_bytes) {
   if (!workspace || !message || !launch) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
   if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
@@ -30,14 +30,19 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
   // Whole warps, and one thread per peer to publish and to poll.
   if (launch->threads < 32 || launch->threads > LAR_MAX_THREADS || launch->threads % 32 != 0)
     return LAR_ERROR_INVALID_ARGUMENT;
-  if (launch->chunk_vectors < 1 || launch->chunk_vectors * LAR_VECTOR_BYTES > chunk_capacity_bytes)
+  const int64_t capacity = launch->in_band ? in_band_chunk_bytes : chunk_bytes;
+  if (launch->chunk_vectors < 1 || launch->chunk_vectors > capacity / LAR_VECTOR_BYTES)
     return LAR_ERROR_INVALID_ARGUMENT;
+  if (launch->in_band) {
+    const int64_t vectors = ceil_div(message->count * element_bytes(message->dtype), LAR_VECTOR_BYTES);
+    if (vectors > launch->lanes * launch->chunk_vectors * parts) return LAR_ERROR_INVALID_ARGUMENT;
+  }
   return LAR_OK;
 }
 
 }  // namespace lar
 
-extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes) {
+extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes, int32_t in_band) {
   using namespace lar;
   if (!layout || !supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
   if (lanes < 1 || lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
@@ -53,22 +58,37 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
   };
   out.abort_offset = take(sizeof(uint32_t));
   out.epochs_offset = take(int64_t{2} * lanes * sizeof(uint32_t));
+  out.in_band_state_offset = take(int64_t{2} * lanes * 2 * sizeof(uint32_t));
   out.flags_offset = take(int64_t{3} * lanes * LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
   out.probe_offset = take(LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
 
-  // A quarter of the payload space for one-shot (small messages), the rest for two-shot's two rings.
-  const int64_t payload = bytes - offset - 3 * kAlignment;
+  constexpr int kRegions = 6;
+  const int64_t payload = bytes - offset - kRegions * kAlignment;
   const int64_t slots = int64_t{world_size} * lanes;
-  out.one_shot_chunk_bytes = align_down(payload / 4 / (LAR_ONE_SHOT_SLOTS * slots));
-  out.two_shot_chunk_bytes = align_down(payload / 4 * 3 / (2 * LAR_TWO_SHOT_SLOTS * slots));
+  constexpr int kTwoShotInBandSlots = LAR_SCATTER_IN_BAND_SLOTS + LAR_GATHER_IN_BAND_SLOTS;
+  // Sixteenths of the payload space. Flagged one-shot only serves messages too large for it to be a good choice.
+  const int64_t sixteenth = payload / 16;
+  out.one_shot_chunk_bytes = align_down((in_band ? 1 : 4) * sixteenth / (LAR_ONE_SHOT_SLOTS * slots));
+  out.two_shot_chunk_bytes = align_down((in_band ? 8 : 12) * sixteenth / (2 * LAR_TWO_SHOT_SLOTS * slots));
   if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)
     return LAR_ERROR_INVALID_ARGUMENT;
+  if (in_band) {
+    out.one_shot_in_band_chunk_bytes = align_down(2 * sixteenth / (LAR_ONE_SHOT_IN_BAND_SLOTS * slots));
+    out.two_shot_in_band_chunk_bytes = align_down(5 * sixteenth / (kTwoShotInBandSlots * slots));
+    if (out.one_shot_in_band_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_in_band_chunk_bytes < LAR_VECTOR_BYTES)
+      return LAR_ERROR_INVALID_ARGUMENT;
+  }
   out.one_shot_offset = take(LAR_ONE_SHOT_SLOTS * slots * out.one_shot_chunk_bytes);
   out.scatter_offset = take(LAR_TWO_SHOT_SLOTS * slots * out.two_shot_chunk_bytes);
   out.gather_offset = take(LAR_TWO_SHOT_SLOTS * slots * out.two_shot_chunk_bytes);
+  out.in_band_offset = offset;
+  out.one_shot_in_band_offset = take(LAR_ONE_SHOT_IN_BAND_SLOTS * slots * out.one_shot_in_band_chunk_bytes);
+  out.scatter_in_band_offset = take(LAR_SCATTER_IN_BAND_SLOTS * slots * out.two_shot_in_band_chunk_bytes);
+  out.gather_in_band_offset = take(LAR_GATHER_IN_BAND_SLOTS * slots * out.two_shot_in_band_chunk_bytes);
+  out.in_band_bytes = offset - out.in_band_offset;
   out.total_bytes = offset;
   *layout = out;
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 1; }
+extern "C" int lar_abi_version(void) { return 2; }

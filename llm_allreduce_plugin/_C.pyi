@@ -11,6 +11,8 @@ MAX_LANES: int = 128
 
 MAX_THREADS: int = 512
 
+IN_BAND_MARKER: int = 2147483648
+
 STATUS_TIMEOUT: int = -2
 
 CPU: int = -1
@@ -31,9 +33,30 @@ class Layout:
     def two_shot_chunk_bytes(self) -> int: ...
 
     @property
+    def epochs_offset(self) -> int: ...
+
+    @property
+    def flags_offset(self) -> int: ...
+
+    @property
+    def probe_offset(self) -> int: ...
+
+    @property
+    def one_shot_in_band_chunk_bytes(self) -> int: ...
+
+    @property
+    def two_shot_in_band_chunk_bytes(self) -> int: ...
+
+    @property
+    def in_band_offset(self) -> int: ...
+
+    @property
+    def in_band_bytes(self) -> int: ...
+
+    @property
     def total_bytes(self) -> int: ...
 
-def make_layout(world_size: int, lanes: int, workspace_bytes: int) -> Layout:
+def make_layout(world_size: int, lanes: int, workspace_bytes: int, in_band: bool = False) -> Layout:
     """
     Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.
     """
@@ -47,10 +70,10 @@ class Workspace:
 
     def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int) -> None: ...
 
-    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, stream: int = 0) -> int:
+    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool = False, stream: int = 0) -> int:
         """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
 
-    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, stream: int = 0) -> int:
+    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool = False, stream: int = 0) -> int:
         """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
 
     def probe_write(self, nonce: int, stream: int) -> None: ...

@@ -198,7 +198,7 @@ class TensorParallelCommunicator:
             default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
             size = int(self.config.workspace_bytes or default)
             try:
-                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size)
+                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size, in_band=on_gpu)
                 transport = self._connect(layout, control_group)
             except (TransportError, ValueError) as error:
                 obstacle = str(error)
@@ -209,6 +209,8 @@ class TensorParallelCommunicator:
                     lanes=layout.lanes,
                     one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
                     two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+                    one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
+                    two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
                 )
         return dataclasses.replace(facts, no_transport_reason=obstacle)
 
@@ -236,7 +238,7 @@ class TensorParallelCommunicator:
             memory = ShmMemory.open(control_group, layout.total_bytes)
             device_index = _C.CPU
         else:
-            memory = SymmetricMemory.open(self._group, control_group, self.device, layout.total_bytes)
+            memory = SymmetricMemory.open(self._group, control_group, self.device, layout)
             device_index = self.device.index
         workspace = _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index)
         if self.device.type == "cuda":

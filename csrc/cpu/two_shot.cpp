@@ -101,7 +101,8 @@ class TwoShotLane {
 extern "C" int lar_two_shot_cpu(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape) {
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  if (const int status = check_call(workspace, message, shape, workspace->layout.two_shot_chunk_bytes);
+  if (const int status = check_call(workspace, message, shape, workspace->layout.world_size,
+                                    workspace->layout.two_shot_chunk_bytes, 0);
       status != LAR_OK)
     return status;
   if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good

@@ -38,6 +38,49 @@ __device__ __forceinline__ int64_t global_timer_ns() {
   return now;
 }
 
+// Programmatic dependent launch (sm_90 and newer; nothing elsewhere). The first call returns once every earlier kernel
+// of the stream has ended and its writes are visible: to be called before memory is touched. The second lets the next
+// kernel's blocks be scheduled as soon as all of this kernel's have been; what they may read is decided by their own
+// wait.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Bounds a polling loop: is_over() once the group is broken or the time is up. The clock and the abort word are looked
+// at once in so many polls, since both are slower than what is polled.
+class Patience {
+ public:
+  __device__ __forceinline__ explicit Patience(const lar_workspace& workspace) : workspace_(workspace) {}
+
+  __device__ __forceinline__ bool is_over() {
+    if (++polls_ % kPollsPerCheck != 0) return false;
+    const int64_t now = global_timer_ns();
+    if (start_ == 0) start_ = now;
+    waited_ = now - start_;
+    if (waited_ > workspace_.timeout_ns) return true;
+    return *static_cast<volatile uint32_t*>(abort_word(workspace_.base[workspace_.rank], workspace_.layout)) != 0;
+  }
+
+  // After is_over(): true when this thread's own time is up, false when another has given up already.
+  __device__ __forceinline__ bool expired() const { return waited_ > workspace_.timeout_ns; }
+  __device__ __forceinline__ int64_t waited_ns() const { return waited_; }
+
+ private:
+  static constexpr uint32_t kPollsPerCheck = 256;
+  const lar_workspace& workspace_;
+  uint32_t polls_ = 0;
+  int64_t start_ = 0;
+  int64_t waited_ = 0;
+};
+
 class Lane {
  public:
   __device__ __forceinline__ Lane(const lar_workspace& workspace, lar_algorithm algorithm)
@@ -76,31 +119,6 @@ class Lane {
     return __syncthreads_and(arrived);
   }
 
- private:
-  // Clock and abort word are looked at once in so many polls: both are slower than the flag itself.
-  static constexpr int kPollsPerCheck = 256;
-
-  __device__ __forceinline__ void* own_base() const { return workspace_.base[workspace_.rank]; }
-
-  __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
-    const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, index_) + peer;
-    uint32_t seen = load_acquire_system(flag);
-    if (reached(seen, round)) return true;
-    const int64_t start = global_timer_ns();
-    while (true) {
-      for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-        seen = load_acquire_system(flag);
-        if (reached(seen, round)) return true;
-      }
-      const int64_t waited = global_timer_ns() - start;
-      if (waited > workspace_.timeout_ns) {
-        give_up(peer, phase, round, seen, waited);
-        return false;
-      }
-      if (*static_cast<volatile uint32_t*>(abort_word(own_base(), workspace_.layout)) != 0) return false;
-    }
-  }
-
   // The first lane to give up leaves the record and traps: what depends on this call must not be read as if it
   // had worked. Lanes that find the abort word set only return, so that none traps before the record is out.
   __device__ __forceinline__ void give_up(int peer, lar_phase phase, uint32_t round, uint32_t seen,
@@ -119,6 +137,23 @@ class Lane {
     failure->state = 1;
     __threadfence_system();
     __trap();
+  }
+
+ private:
+  __device__ __forceinline__ void* own_base() const { return workspace_.base[workspace_.rank]; }
+
+  __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
+    const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, index_) + peer;
+    uint32_t seen = load_acquire_system(flag);
+    Patience patience(workspace_);
+    while (!reached(seen, round)) {
+      if (patience.is_over()) {
+        if (patience.expired()) give_up(peer, phase, round, seen, patience.waited_ns());
+        return false;
+      }
+      seen = load_acquire_system(flag);
+    }
+    return true;
   }
 
   const lar_workspace& workspace_;

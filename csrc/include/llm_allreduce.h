@@ -20,8 +20,12 @@ enum {
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 128,      // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
-  LAR_ONE_SHOT_SLOTS = 2,   // generations of one-shot slots: see csrc/kernels/one_shot.cu
-  LAR_TWO_SHOT_SLOTS = 4,   // depth of the two-shot rings: see csrc/kernels/two_shot.cu
+  // Generations of slots; csrc/kernels/ says why these are enough.
+  LAR_ONE_SHOT_SLOTS = 2,
+  LAR_TWO_SHOT_SLOTS = 4,
+  LAR_ONE_SHOT_IN_BAND_SLOTS = 3,
+  LAR_SCATTER_IN_BAND_SLOTS = 3,
+  LAR_GATHER_IN_BAND_SLOTS = 2,
 };
 
 typedef enum lar_status {
@@ -39,10 +43,16 @@ typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
 //   epochs      uint32 [algorithm 2][lane]           local: rounds this lane has finished
+//   in_band     uint32 [algorithm 2][lane][2]        local: generation in use, vectors of the last one to be cleared
 //   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
 //   one_shot    [generation][source rank][lane][one_shot_chunk_bytes]
 //   scatter     [ring][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
 //   gather      [ring][owner rank][lane][two_shot_chunk_bytes]    results on their way back
+// and for the in-band kernels, all filled with LAR_IN_BAND_MARKER before the first call:
+//   one_shot_in_band  [generation][source rank][lane][one_shot_in_band_chunk_bytes]
+//   scatter_in_band   [generation][source rank][lane][two_shot_in_band_chunk_bytes]
+//   gather_in_band    [generation][owner rank][lane][two_shot_in_band_chunk_bytes]
+// They are one run of in_band_bytes from in_band_offset; none without in-band kernels (CPU ranks).
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
@@ -55,8 +65,20 @@ typedef struct lar_layout {
   int64_t scatter_offset;
   int64_t gather_offset;
   int64_t two_shot_chunk_bytes;
+  int64_t in_band_state_offset;
+  int64_t in_band_offset;
+  int64_t in_band_bytes;
+  int64_t one_shot_in_band_offset;
+  int64_t one_shot_in_band_chunk_bytes;
+  int64_t scatter_in_band_offset;
+  int64_t gather_in_band_offset;
+  int64_t two_shot_in_band_chunk_bytes;
   int64_t total_bytes;
 } lar_layout;
+
+// The 32-bit word that says "not yet written": -0 as fp32, or a 16-bit +0 and -0. Senders turn an input word that
+// happens to be it into zeros, which no fp32 sum starting from +0 can tell apart; results never contain a -0.
+#define LAR_IN_BAND_MARKER 0x80000000u
 
 // Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time.
 typedef struct lar_failure {
@@ -95,11 +117,12 @@ typedef struct lar_launch {
   int32_t lanes;
   int32_t threads;
   int64_t chunk_vectors;
+  int32_t in_band;  // readiness travels in the data: one round only, GPUs only
 } lar_launch;
 
-// Splits `bytes` (rounded down to what fits) of workspace. LAR_ERROR_INVALID_ARGUMENT when a chunk would hold
-// less than one vector.
-LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes);
+// Splits `bytes` (rounded down to what fits) of workspace, with or without slots for the in-band kernels.
+// LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than one vector.
+LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes, int32_t in_band);
 
 LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
 LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);

@@ -2,7 +2,19 @@
 //
 // Every rank owns 1/N of the vectors. 2 (N-1)/N * payload bytes per link direction: the least that an
 // all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
-// every rank's part, chunk by chunk, with three chunks in flight:
+// every rank's part.
+//
+// In band (device/in_band.cuh), for messages that fit the slots at once:
+//
+//     scatter  store my partials into their owners' scatter slots
+//     clear    what the lane read in its previous call, while the stores fly
+//     reduce   poll the partials of my part, sum ranks 0..N-1 in order, round once, store to the output and to all
+//     peers drain    poll the other owners' results, store them to the output
+//
+// Why three generations of scatter slots: as for one_shot.cu. Two of gather slots: a peer's result of call e+2 needs my
+// partial of e+2, which I send after call e+1, in which I cleared the slot, has ended.
+//
+// Flagged, for any size, chunk by chunk with three chunks in flight:
 //
 //     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
 //              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish
@@ -15,6 +27,7 @@
 //   - reduce(s-1) overwrites chunk s-5 in the peers' gather slots. A peer drains chunk s-5 before it publishes
 //     scatter(s-2), and this lane has just seen every peer publish scatter(s-1).
 // A call ends with everything drained, so the first chunks of the next call are safe by the same argument.
+#include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
 #include "device/vector.cuh"
@@ -25,7 +38,7 @@ namespace {
 template <typename T, int kWorldSize>
 class TwoShotLane {
   // Peers handled at once. With 16 ranks the addresses of all would not fit into registers.
-  static constexpr int kPeersAtOnce = kWorldSize > 8 ? 3 : kWorldSize - 1;
+  static constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
 
  public:
   __device__ __forceinline__ TwoShotLane(const KernelArguments& arguments)
@@ -123,12 +136,80 @@ class TwoShotLane {
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
 template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    two_shot_in_band_kernel(const __grid_constant__ KernelArguments arguments) {
+  constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
+  const lar_workspace& workspace = arguments.workspace;
+  const lar_layout& layout = workspace.layout;
+  const int64_t chunk_bytes = layout.two_shot_in_band_chunk_bytes;
+  const int64_t chunk = arguments.chunk_vectors;
+  const int rank = workspace.rank;
+  const Payload<T> input(arguments.message.input, arguments.message.count);
+  const Payload<T> output(arguments.message.output, arguments.message.count);
+  const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
+
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const InBandLane lane(workspace, LAR_TWO_SHOT);
+  const int scatter_generation = lane.generation(LAR_SCATTER_IN_BAND_SLOTS);
+  const int gather_generation = lane.generation(LAR_GATHER_IN_BAND_SLOTS);
+  const auto first_of = [&](int owner) { return (static_cast<int64_t>(owner) * gridDim.x + lane.index()) * chunk; };
+  const auto span_of = [&](int owner) { return min(chunk, total_vectors - first_of(owner)); };
+  const auto scatter_slot = [&](int holder, int source) {
+    return lane.slot(holder, layout.scatter_in_band_offset, chunk_bytes, scatter_generation, source);
+  };
+  const auto gather_slot = [&](int holder, int owner) {
+    return lane.slot(holder, layout.gather_in_band_offset, chunk_bytes, gather_generation, owner);
+  };
+
+  for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+#pragma unroll kPeersAtOnce
+    for (int step = 1; step < kWorldSize; ++step) {
+      const int owner = (rank + step) % kWorldSize;
+      if (i < span_of(owner))
+        store_in_band(scatter_slot(owner, rank), i, without_marker(input.load(first_of(owner) + i)));
+    }
+  }
+  lane.clear_previous<kWorldSize>(layout.scatter_in_band_offset, chunk_bytes, LAR_SCATTER_IN_BAND_SLOTS);
+  lane.clear_previous<kWorldSize>(layout.gather_in_band_offset, chunk_bytes, LAR_GATHER_IN_BAND_SLOTS);
+
+  for (int64_t i = threadIdx.x; i < span_of(rank); i += blockDim.x) {
+    const uint4 mine = without_marker(input.load(first_of(rank) + i));
+    uint4 result;
+    const auto part = [&](int source) { return source == rank ? mine : load_in_band(scatter_slot(rank, source), i); };
+    if (!poll_and_sum<T, kWorldSize>(lane, workspace, LAR_PHASE_SCATTER, part, result)) return;
+#pragma unroll kPeersAtOnce
+    for (int step = 1; step < kWorldSize; ++step)
+      store_in_band(gather_slot((rank + step) % kWorldSize, rank), i, result);
+    output.store(first_of(rank) + i, result);
+  }
+  for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+#pragma unroll kPeersAtOnce
+    for (int step = 1; step < kWorldSize; ++step) {
+      const int owner = (rank + step) % kWorldSize;
+      if (i >= span_of(owner)) continue;
+      uint4 result[1];
+      if (!poll_until_complete(
+              lane, workspace, LAR_PHASE_GATHER, result, [&](int) { return load_in_band(gather_slot(rank, owner), i); },
+              [&](int) { return owner; }))
+        return;
+      output.store(first_of(owner) + i, result[0]);
+    }
+  }
+  lane.finish(chunk);
+}
+
+template <typename T, int kWorldSize>
 struct TwoShot {
-  static Kernel kernel() { return two_shot_kernel<T, kWorldSize>; }
+  static Kernel kernel(bool in_band) {
+    return in_band ? two_shot_in_band_kernel<T, kWorldSize> : two_shot_kernel<T, kWorldSize>;
+  }
 };
 
 }  // namespace
@@ -137,5 +218,7 @@ struct TwoShot {
 extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  return lar::launch<lar::TwoShot>(workspace, message, shape, workspace->layout.two_shot_chunk_bytes, stream);
+  const lar_layout& layout = workspace->layout;
+  return lar::launch<lar::TwoShot>(workspace, message, shape, layout.world_size, layout.two_shot_chunk_bytes,
+                                   layout.two_shot_in_band_chunk_bytes, stream);
 }

@@ -34,8 +34,15 @@ def _without_multicast() -> Iterator[None]:
             os.environ[_MULTICAST_SWITCH] = before
 
 
+def initialize(buffer: torch.Tensor, layout: _C.Layout) -> None:
+    """The state before the first call: zeros, and the marker in every slot of the in-band kernels."""
+    buffer.zero_()
+    marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
+    buffer[layout.in_band_offset : layout.in_band_offset + layout.in_band_bytes].view(torch.int32).fill_(marker)
+
+
 class SymmetricMemory:
-    """Device memory of ``bytes_per_rank`` bytes on every rank, zeroed, mapped into every rank.
+    """A workspace of the given layout on every rank, initialized, mapped into every rank.
 
     torch allocates it with the driver's virtual memory calls, outside the caching allocator and outside any pool that
     an engine frees (sleep mode) or that expandable segments would make unshareable.
@@ -50,7 +57,7 @@ class SymmetricMemory:
 
     @classmethod
     def open(
-        cls, group: dist.ProcessGroup, control_group: dist.ProcessGroup, device: torch.device, bytes_per_rank: int
+        cls, group: dist.ProcessGroup, control_group: dist.ProcessGroup, device: torch.device, layout: _C.Layout
     ) -> SymmetricMemory:
         """Collective over ``group``; ``control_group`` has the same ranks and carries Python objects.
 
@@ -61,8 +68,8 @@ class SymmetricMemory:
         memory: SymmetricMemory | None = None
         try:
             with _without_multicast(), torch.cuda.device(device):
-                buffer = symm_mem.empty(bytes_per_rank, dtype=torch.uint8, device=device)
-                buffer.zero_()
+                buffer = symm_mem.empty(layout.total_bytes, dtype=torch.uint8, device=device)
+                initialize(buffer, layout)
                 torch.cuda.synchronize(device)
                 handle = symm_mem.rendezvous(buffer, group)
                 memory = cls(buffer, handle, [int(base) for base in handle.buffer_ptrs])

@@ -16,12 +16,14 @@ class Launch:
         threads: threads per block.
         chunk_vectors: 16-byte vectors that a lane moves to one peer per round.
         rounds: rounds in one call; more than one when the message exceeds the workspace's slots.
+        in_band: readiness travels inside the data; otherwise flags tell when a chunk may be read.
     """
 
     lanes: int
     threads: int
     chunk_vectors: int
     rounds: int
+    in_band: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Decision:
             launch = self.launch
             lines.append(
                 f"  launch: {launch.lanes} blocks x {launch.threads} threads, {launch.rounds} round(s) of "
-                f"{launch.chunk_vectors * 16} bytes per block and peer"
+                f"{launch.chunk_vectors * 16} bytes per block and peer, {'in band' if launch.in_band else 'flagged'}"
             )
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
         return "\n".join(lines)

@@ -30,6 +30,8 @@ class GroupFacts:
         lanes: blocks that the workspace has slots for.
         one_shot_chunk_bytes: bytes per lane and source rank that ONESHOT moves in a round.
         two_shot_chunk_bytes: the same for TWOSHOT.
+        one_shot_in_band_chunk_bytes: the same for ONESHOT in band, whose calls have one round; 0 where there is none.
+        two_shot_in_band_chunk_bytes: the same for TWOSHOT in band.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
     """
@@ -41,5 +43,7 @@ class GroupFacts:
     lanes: int = 0
     one_shot_chunk_bytes: int = 0
     two_shot_chunk_bytes: int = 0
+    one_shot_in_band_chunk_bytes: int = 0
+    two_shot_in_band_chunk_bytes: int = 0
     architecture: int | None = None
     nodes: int = 1

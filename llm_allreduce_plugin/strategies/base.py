@@ -88,6 +88,15 @@ class MissingStrategy(Strategy):
         raise AssertionError(facts, message)  # never chosen
 
 
+def spread_best(message: Message, in_band_chunk_bytes: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
+    """In band where the message fits the in-band slots at once, otherwise flagged."""
+    if in_band_chunk_bytes:
+        launch = spread(message.vectors, in_band_chunk_bytes, lanes, parts)
+        if launch.rounds <= 1:
+            return dataclasses.replace(launch, in_band=True)
+    return spread(message.vectors, chunk_bytes, lanes, parts)
+
+
 def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
     """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round.
 

@@ -54,7 +54,7 @@ def test_views(cpu_pool: PoolFor, world_size: int, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 8))
 def test_messages_larger_than_the_workspace(cpu_pool: PoolFor, world_size: int, strategy: str) -> None:
-    settings: dict[str, Any] = {"workspace_bytes": 1 << 20}
+    settings: dict[str, Any] = {"workspace_bytes": 2 << 20}
     cpu_pool(world_size).run(checks.check_sizes, strategy, torch.bfloat16, (2_345_677,), settings)
 
 
@@ -65,7 +65,7 @@ def test_strategies_and_batch_sizes_agree(cpu_pool: PoolFor, world_size: int) ->
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_mixed_sequence(cpu_pool: PoolFor, world_size: int) -> None:
-    cpu_pool(world_size).run(checks.check_sequence, 150, {"workspace_bytes": 1 << 20})
+    cpu_pool(world_size).run(checks.check_sequence, 150, {"workspace_bytes": 2 << 20})
 
 
 @pytest.mark.parametrize("world_size", (2, 3))

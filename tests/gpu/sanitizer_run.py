@@ -9,8 +9,8 @@ from tests.support.reference import assert_same_bits, rank_input, rank_ordered_s
 
 
 def main() -> None:
-    for world_size in (2, 5, 16):
-        group = LocalGroup(world_size, lanes=2, workspace_bytes=1 << 20, timeout_s=30.0)
+    for world_size, in_band in ((2, True), (5, True), (16, True), (2, False), (5, False), (16, False)):
+        group = LocalGroup(world_size, in_band=in_band, lanes=2, timeout_s=30.0)
         for algorithm in ("ONESHOT", "TWOSHOT"):
             for dtype in (torch.bfloat16, torch.float32):
                 for size in (1, 1023, 40_001):

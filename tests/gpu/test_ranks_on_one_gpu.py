@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from llm_allreduce_plugin import _C
 from tests.support.local_group import LocalGroup
 from tests.support.reference import DTYPES, assert_same_bits, rank_input, rank_ordered_sum, special_inputs
 
@@ -23,16 +24,15 @@ def fresh_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
-def group_of(world_size: int, **settings: int) -> LocalGroup:
-    # Blocks of all ranks must be resident together: 132 SMs hold 4 blocks of 512 threads each at most.
-    return LocalGroup(world_size, lanes=4, **settings)
+READINESS = pytest.mark.parametrize("in_band", (True, False), ids=("in band", "flagged"))
 
 
+@READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str) -> None:
-    group = group_of(world_size)
+def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str, in_band: bool) -> None:
+    group = LocalGroup(world_size, in_band=in_band)
     for size in SIZES:
         seed = fresh_seed()
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
@@ -43,21 +43,51 @@ def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str) -> None:
             )
 
 
+@READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(dtype: torch.dtype, algorithm: str) -> None:
+def test_special_values(dtype: torch.dtype, algorithm: str, in_band: bool) -> None:
     inputs = special_inputs(5, dtype)
     expected = rank_ordered_sum(inputs)
-    for output in group_of(5).all_reduce(algorithm, inputs):
+    for output in LocalGroup(5, in_band=in_band).all_reduce(algorithm, inputs):
         assert_same_bits(output, expected, f"{algorithm} {dtype}")
         zeros = output.cpu() == 0
         assert not torch.signbit(output.cpu()[zeros]).any()
 
 
+def test_marker_in_the_input() -> None:
+    """Words that look like the in-band marker are data like any other."""
+    marker = torch.full((4096,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32)
+    ones = torch.full((4096,), 0x3F803F80, dtype=torch.int32)  # a pair of bf16 ones, or an fp32 just above one
+    for algorithm in ALGORITHMS:
+        for dtype in DTYPES:
+            group = LocalGroup(4, in_band=True)
+            for inputs in ([marker] * 4, [marker, ones, marker, ones], [ones, marker, marker, marker]):
+                parts = [words.view(dtype) for words in inputs]
+                for _ in range(7):  # through every generation
+                    for output in group.all_reduce(algorithm, parts):
+                        assert_same_bits(output, rank_ordered_sum(parts), f"{algorithm} {dtype}")
+
+
+@READINESS
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_changing_sizes(algorithm: str, in_band: bool) -> None:
+    """Lanes come and go and leave slots of different lengths behind."""
+    group = LocalGroup(3, in_band=in_band, lanes=8)
+    generator = torch.Generator().manual_seed(fresh_seed())
+    for call in range(200):
+        size = int(torch.randint(1, 1 << int(torch.randint(1, 17, (), generator=generator)), (), generator=generator))
+        dtype = DTYPES[int(torch.randint(0, 3, (), generator=generator))]
+        inputs = [rank_input(call + generator.initial_seed(), rank, size, dtype) for rank in range(3)]
+        for output in group.all_reduce(algorithm, inputs):
+            assert_same_bits(output, rank_ordered_sum(inputs), f"call {call}: {size} x {dtype}")
+
+
+@READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("world_size", (5, 8, 16))
-def test_graph_replays_between_eager_calls(world_size: int, algorithm: str) -> None:
-    group = group_of(world_size)
+def test_graph_replays_between_eager_calls(world_size: int, algorithm: str, in_band: bool) -> None:
+    group = LocalGroup(world_size, in_band=in_band)
     seed, size, dtype = fresh_seed(), 5003, torch.bfloat16
     inputs = [rank_input(seed, rank, size, dtype).to(group.device) for rank in range(world_size)]
     outputs = [torch.empty_like(part) for part in inputs]
@@ -88,11 +118,11 @@ def test_graph_replays_between_eager_calls(world_size: int, algorithm: str) -> N
 
 def test_epoch_wraps_around() -> None:
     """Rounds are counted in 32 bits; a server passes the end of that in half a day."""
-    group = group_of(4)
+    group = LocalGroup(4, in_band=False)
+    layout = group.layout
     for buffer in group.buffers:
-        # epochs and flags are the second and third region; everything there is a round number.
-        words = buffer[256 : 256 + 1024 + 3 * 128 * 16 * 4].view(torch.int32)
-        words.fill_(-6)
+        # From the epochs to the end of the flags, all that flagged calls look at is a round number.
+        buffer[layout.epochs_offset : layout.probe_offset].view(torch.int32).fill_(-6)
     torch.cuda.synchronize()
     for call in range(12):
         for algorithm in ALGORITHMS:
@@ -100,7 +130,7 @@ def test_epoch_wraps_around() -> None:
             inputs = [rank_input(seed, rank, 30_000, torch.float16) for rank in range(4)]
             for output in group.all_reduce(algorithm, inputs):
                 assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm}, call {call}")
-    wrapped = group.buffers[0][256:260].view(torch.int32).item()
+    wrapped = group.buffers[0][layout.epochs_offset : layout.epochs_offset + 4].view(torch.int32).item()
     assert 0 <= wrapped < 1000, "the epochs should have passed zero"
 
 
@@ -110,7 +140,7 @@ def test_missing_rank_stops_the_others_with_a_named_error() -> None:
 import sys, time, torch
 from llm_allreduce_plugin.monitor import failure_of
 from tests.support.local_group import LocalGroup
-group = LocalGroup(4, timeout_s=2.0)
+group = LocalGroup(4, in_band=sys.argv[2] == "in_band", timeout_s=2.0)
 inputs = [torch.ones(1000, device="cuda") for _ in range(4)]
 outputs = [torch.empty_like(part) for part in inputs]
 torch.cuda.synchronize()
@@ -128,9 +158,15 @@ for rank in (0, 1, 3):
         print("named:", failure)
 """
     for algorithm, phase in (("ONESHOT", "gather"), ("TWOSHOT", "scatter")):
-        result = subprocess.run([sys.executable, "-c", script, algorithm], capture_output=True, text=True, timeout=120)
-        text = result.stdout
-        assert "cuda: " in text, (text, result.stderr[-2000:])
-        assert f"s for rank 2 in {algorithm}/{phase}" in text, (text, result.stderr[-2000:])
-        seconds = float(text.split("seconds: ")[1].split()[0])
-        assert seconds < 2.0 + 5.0, text
+        for readiness in ("in_band", "flagged"):
+            command = [sys.executable, "-c", script, algorithm, readiness]
+            result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            _check_missing_rank(result, algorithm, phase)
+
+
+def _check_missing_rank(result: subprocess.CompletedProcess[str], algorithm: str, phase: str) -> None:
+    text = result.stdout
+    assert "cuda: " in text, (text, result.stderr[-2000:])
+    assert f"s for rank 2 in {algorithm}/{phase}" in text, (text, result.stderr[-2000:])
+    seconds = float(text.split("seconds: ")[1].split()[0])
+    assert seconds < 2.0 + 5.0, text

@@ -10,8 +10,10 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
-from llm_allreduce_plugin.strategies.base import VECTOR_BYTES, spread
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
+from llm_allreduce_plugin.strategies.base import Message, spread_best
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD_BYTES = 256
@@ -22,18 +24,23 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class LocalGroup:
-    """``world_size`` ranks on ``device``; ``lanes`` bounds every rank's grid."""
+    """``world_size`` ranks on the current device; ``lanes`` bounds every rank's grid.
 
-    def __init__(
-        self, world_size: int, *, lanes: int = 4, workspace_bytes: int = 2 << 20, timeout_s: float = 20.0
-    ) -> None:
+    With ``in_band`` the workspace is large enough for the in-band kernels at most sizes; without, it is small and has
+    no slots for them, so that the flagged kernels take several rounds.
+    """
+
+    def __init__(self, world_size: int, *, in_band: bool, lanes: int = 4, timeout_s: float = 20.0) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
-        self.layout = _C.make_layout(world_size, _C.MAX_LANES, workspace_bytes)
+        workspace_bytes = (64 if in_band else 2) << 20
+        self.layout = _C.make_layout(world_size, lanes, workspace_bytes, in_band=in_band)
         self.buffers = [
-            torch.zeros(self.layout.total_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
+            torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
         ]
+        for buffer in self.buffers:
+            initialize(buffer, self.layout)
         bases = [buffer.data_ptr() for buffer in self.buffers]
         self.streams = [torch.cuda.Stream(self.device) for _ in range(world_size)]
         torch.cuda.synchronize()
@@ -41,18 +48,26 @@ class LocalGroup:
             _C.Workspace(rank, bases, self.layout, timeout_s, self.device.index) for rank in range(world_size)
         ]
 
-    def launch_of(self, algorithm: str, vectors: int) -> Launch:
+    def launch_of(self, algorithm: str, message: Message) -> Launch:
+        layout = self.layout
         if algorithm == "ONESHOT":
-            return spread(vectors, self.layout.one_shot_chunk_bytes, self.lanes, parts=1)
-        return spread(vectors, self.layout.two_shot_chunk_bytes, self.lanes, parts=self.world_size)
+            in_band, flagged, parts = layout.one_shot_in_band_chunk_bytes, layout.one_shot_chunk_bytes, 1
+        else:
+            in_band, flagged, parts = (
+                layout.two_shot_in_band_chunk_bytes,
+                layout.two_shot_chunk_bytes,
+                self.world_size,
+            )
+        return spread_best(message, in_band, flagged, self.lanes, parts)
 
     def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
         """Launch one rank's kernel on its stream."""
-        launch = self.launch_of(algorithm, -(-input_.numel() * input_.element_size() // VECTOR_BYTES))
+        dtype = str(input_.dtype).removeprefix("torch.")
+        launch = self.launch_of(algorithm, Message(input_.numel(), dtype, ELEMENT_BYTES[dtype]))
         call = self.workspaces[rank].one_shot if algorithm == "ONESHOT" else self.workspaces[rank].two_shot
         call(
             input_.data_ptr(), output.data_ptr(), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, self.streams[rank].cuda_stream,
+            launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, self.streams[rank].cuda_stream,
         )  # fmt: skip
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

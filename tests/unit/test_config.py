@@ -105,7 +105,7 @@ def test_empty_variable_is_unset() -> None:
         (
             {},
             {"workspace_bytes": 17},
-            ["engine configuration", "workspace_bytes=17", "greater than or equal to 1048576"],
+            ["engine configuration", "workspace_bytes=17", "greater than or equal to 2097152"],
         ),
         ({}, {"timeout_s": float("nan")}, ["engine configuration", "timeout_s=nan", "finite"]),
         ({}, {"timeout_s": [1]}, ["engine configuration", "timeout_s=[1]", "number"]),

@@ -72,16 +72,16 @@ def test_no_kernel_spills() -> None:
     kernels = re.findall(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     architectures = len(set(re.findall(r"sm_(\d+)", usage)))
     names = {name for name, *_ in kernels if "one_shot" in name or "two_shot" in name}
-    assert len(names) == 2 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)
+    assert len(names) == 4 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms, in band and flagged
     assert len(kernels) >= len(names) * max(architectures, 1)
     spilling = [(name, stack, local) for name, _, stack, local in kernels if int(stack) or int(local)]
     assert spilling == []
 
 
-@given(st.integers(-1, 20), st.integers(-1, 140), st.integers(0, 1 << 28))
-def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int) -> None:
+@given(st.integers(-1, 20), st.integers(-1, 140), st.integers(0, 1 << 28), st.booleans())
+def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int, in_band: bool) -> None:
     try:
-        layout = _C.make_layout(world_size, lanes, size)
+        layout = _C.make_layout(world_size, lanes, size, in_band=in_band)
     except ValueError as error:
         assert f"world_size={world_size}, lanes={lanes}, workspace_bytes={size}" in str(error)
         return
@@ -91,10 +91,14 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int) -> No
     for chunk in (layout.one_shot_chunk_bytes, layout.two_shot_chunk_bytes):
         assert chunk >= _C.VECTOR_BYTES
         assert chunk % _C.VECTOR_BYTES == 0
-    payload = world_size * lanes * (2 * layout.one_shot_chunk_bytes + 8 * layout.two_shot_chunk_bytes)
-    assert payload <= layout.total_bytes
+    assert (layout.one_shot_in_band_chunk_bytes >= _C.VECTOR_BYTES) == in_band
+    flagged = 2 * layout.one_shot_chunk_bytes + 8 * layout.two_shot_chunk_bytes
+    in_band_bytes = 3 * layout.one_shot_in_band_chunk_bytes + 5 * layout.two_shot_in_band_chunk_bytes
+    assert world_size * lanes * (flagged + in_band_bytes) <= layout.total_bytes
+    assert world_size * lanes * in_band_bytes <= layout.in_band_bytes
+    assert layout.in_band_offset % 4 == 0
     # Little is left over: the splits round down by less than a vector per slot.
-    assert layout.total_bytes >= size - world_size * lanes * 10 * _C.VECTOR_BYTES - 8192
+    assert layout.total_bytes >= size - world_size * lanes * 18 * _C.VECTOR_BYTES - 8192
 
 
 def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Array[ctypes.c_char]]]:

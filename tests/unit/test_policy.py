@@ -24,7 +24,7 @@ def facts(world_size: int = 4, transport: Transport = Transport.SYMMETRIC, works
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
     lanes = 1 if transport is Transport.SHM else _C.MAX_LANES
-    layout = _C.make_layout(world_size, lanes, workspace)
+    layout = _C.make_layout(world_size, lanes, workspace, in_band=lanes > 1)
     return GroupFacts(
         world_size=world_size,
         device="cpu" if transport is Transport.SHM else "cuda",
@@ -32,6 +32,8 @@ def facts(world_size: int = 4, transport: Transport = Transport.SYMMETRIC, works
         lanes=layout.lanes,
         one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
         two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+        one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
+        two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
     )
 
 
@@ -43,7 +45,7 @@ any_facts = st.builds(
     facts,
     world_size=st.sampled_from(SUPPORTED_WORLD_SIZES),
     transport=st.sampled_from(list(Transport)),
-    workspace=st.integers(1 << 20, 1 << 28),
+    workspace=st.integers(2 << 20, 1 << 28),
 )
 
 
@@ -83,6 +85,7 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
     assert 1 <= launch.chunk_vectors <= chunk_vectors
     per_round = launch.lanes * launch.chunk_vectors * parts
     assert launch.rounds * per_round >= vectors
+    assert not launch.in_band
     assert vectors == 0 or (launch.rounds - 1) * per_round < vectors
 
 
