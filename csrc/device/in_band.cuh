@@ -48,13 +48,17 @@ __device__ __forceinline__ uint4 without_marker(uint4 raw) {
 }
 
 // A lane's place in its generations, kept in device memory like the epoch, and for the same reason.
+//
+// It is read before wait_for_previous_kernel(), so that the first thing after that wait is the payload. That is safe
+// because hand_over() writes it, fenced, before it lets the next kernel start: whichever kernel wrote the state last
+// has either ended or handed over.
 class InBandLane {
  public:
   __device__ __forceinline__ InBandLane(const lar_workspace& workspace, lar_algorithm algorithm)
       : workspace_(workspace), algorithm_(algorithm), lane_(workspace, algorithm) {
-    const uint2 state = *reinterpret_cast<const uint2*>(state_words());
-    call_ = state.x;
-    dirty_vectors_ = state.y;
+    const volatile uint32_t* state = state_words();
+    call_ = state[0];
+    dirty_vectors_ = state[1];
   }
 
   __device__ __forceinline__ int index() const { return lane_.index(); }
@@ -84,11 +88,17 @@ class InBandLane {
     }
   }
 
-  // Ends the call: slots were used up to `vectors`.
-  __device__ __forceinline__ void finish(int64_t vectors) const {
+  // Counts this call, in which slots are used up to `vectors`, and lets the next kernel start.
+  __device__ __forceinline__ void hand_over(int64_t vectors) const {
     __syncthreads();  // every thread has read the state by now
-    if (threadIdx.x == 0)
-      *reinterpret_cast<uint2*>(state_words()) = {(call_ + 1) % kCallModulus, static_cast<uint32_t>(vectors)};
+    if (threadIdx.x == 0) {
+      volatile uint32_t* state = state_words();
+      state[0] = (call_ + 1) % kCallModulus;
+      state[1] = static_cast<uint32_t>(vectors);
+      __threadfence();
+    }
+    __syncthreads();
+    let_next_kernel_start();
   }
 
   __device__ __forceinline__ void give_up(int peer, lar_phase phase, int64_t waited_ns) const {
@@ -144,7 +154,7 @@ __device__ __forceinline__ bool poll_and_sum(const InBandLane& lane, const lar_w
                                              LoadPart load, uint4& result) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
   Accumulator<T> sum;
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < kWorldSize; first += kGroup) {
     uint4 parts[kGroup];
     if (!poll_until_complete(

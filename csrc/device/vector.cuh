@@ -125,6 +125,22 @@ class Payload {
   int64_t whole_vectors_;
 };
 
+// Moves vectors 0 .. span-1 by the whole block, several loads of each thread in flight before the first store.
+template <typename Load, typename Store>
+__device__ __forceinline__ void move_vectors(int64_t span, Load load, Store store) {
+  constexpr int kInFlight = 4;
+  const int64_t stride = blockDim.x;
+  int64_t i = threadIdx.x;
+  for (; i + (kInFlight - 1) * stride < span; i += kInFlight * stride) {
+    uint4 raw[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) raw[j] = load(i + j * stride);
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j) store(i + j * stride, raw[j]);
+  }
+  for (; i < span; i += stride) store(i, load(i));
+}
+
 }  // namespace lar
 
 #endif  // LLM_ALLREDUCE_DEVICE_VECTOR_CUH_

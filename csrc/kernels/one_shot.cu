@@ -96,13 +96,12 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const Payload<T> output(arguments.message.output, arguments.message.count);
   const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
 
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const InBandLane lane(workspace, LAR_ONE_SHOT);
   const int64_t first = arguments.chunk_vectors * lane.index();
   const int64_t span = min(arguments.chunk_vectors, total_vectors - first);
   const int generation = lane.generation(LAR_ONE_SHOT_IN_BAND_SLOTS);
 
+  wait_for_previous_kernel();
   for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
     const uint4 mine = without_marker(input.load(first + i));
 #pragma unroll kPeersAtOnce
@@ -110,6 +109,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       store_in_band(lane.slot((rank + step) % kWorldSize, region, chunk_bytes, generation, rank), i, mine);
   }
   lane.clear_previous<kWorldSize>(region, chunk_bytes, LAR_ONE_SHOT_IN_BAND_SLOTS);
+  lane.hand_over(arguments.chunk_vectors);
   for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
     const uint4 mine = without_marker(input.load(first + i));
     uint4 result;
@@ -119,7 +119,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     if (!poll_and_sum<T, kWorldSize>(lane, workspace, LAR_PHASE_GATHER, part, result)) return;
     output.store(first + i, result);
   }
-  lane.finish(arguments.chunk_vectors);
 }
 
 template <typename T, int kWorldSize>

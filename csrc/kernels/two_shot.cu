@@ -88,7 +88,9 @@ class TwoShotLane {
       const int owner = (rank + step) % kWorldSize;
       const Piece part = piece(chunk, owner);
       char* to = slot(workspace_.layout.scatter_offset, owner, rank, round(chunk));
-      for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) store_slot(to, i, input_.load(part.first + i));
+      move_vectors(
+          part.span, [&](int64_t i) { return input_.load(part.first + i); },
+          [&](int64_t i, const uint4& raw) { store_slot(to, i, raw); });
     }
     lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
   }
@@ -119,7 +121,9 @@ class TwoShotLane {
       const int owner = (rank + step) % kWorldSize;
       const Piece part = piece(chunk, owner);
       const char* from = slot(workspace_.layout.gather_offset, rank, owner, round(chunk));
-      for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) output_.store(part.first + i, load_slot(from, i));
+      move_vectors(
+          part.span, [&](int64_t i) { return load_slot(from, i); },
+          [&](int64_t i, const uint4& raw) { output_.store(part.first + i, raw); });
     }
     return true;
   }
@@ -154,8 +158,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const Payload<T> output(arguments.message.output, arguments.message.count);
   const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
 
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const InBandLane lane(workspace, LAR_TWO_SHOT);
   const int scatter_generation = lane.generation(LAR_SCATTER_IN_BAND_SLOTS);
   const int gather_generation = lane.generation(LAR_GATHER_IN_BAND_SLOTS);
@@ -168,6 +170,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return lane.slot(holder, layout.gather_in_band_offset, chunk_bytes, gather_generation, owner);
   };
 
+  wait_for_previous_kernel();
   for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
 #pragma unroll kPeersAtOnce
     for (int step = 1; step < kWorldSize; ++step) {
@@ -178,6 +181,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   lane.clear_previous<kWorldSize>(layout.scatter_in_band_offset, chunk_bytes, LAR_SCATTER_IN_BAND_SLOTS);
   lane.clear_previous<kWorldSize>(layout.gather_in_band_offset, chunk_bytes, LAR_GATHER_IN_BAND_SLOTS);
+  lane.hand_over(chunk);
 
   for (int64_t i = threadIdx.x; i < span_of(rank); i += blockDim.x) {
     const uint4 mine = without_marker(input.load(first_of(rank) + i));
@@ -202,7 +206,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       output.store(first_of(owner) + i, result[0]);
     }
   }
-  lane.finish(chunk);
 }
 
 template <typename T, int kWorldSize>

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 VECTOR_BYTES = 16
 MAX_THREADS = 512
+IN_BAND_THREADS = (128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,22 +90,30 @@ class MissingStrategy(Strategy):
 
 
 def spread_best(message: Message, in_band_chunk_bytes: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
-    """In band where the message fits the in-band slots at once, otherwise flagged."""
+    """In band where the message fits the in-band slots at once, otherwise flagged.
+
+    In band, small blocks are best: one vector per thread, and as few warps to a block as the number of lanes allows
+    (measured on H200 at 2 and 4 ranks, 4 KiB to 1 MiB).
+    """
     if in_band_chunk_bytes:
-        launch = spread(message.vectors, in_band_chunk_bytes, lanes, parts)
-        if launch.rounds <= 1:
+        for threads in IN_BAND_THREADS:
+            launch = spread(message.vectors, in_band_chunk_bytes, lanes, parts, threads)
+            if launch.chunk_vectors <= threads and launch.rounds <= 1:
+                return dataclasses.replace(launch, in_band=True)
+        if launch.rounds <= 1:  # several vectors per thread of the largest blocks
             return dataclasses.replace(launch, in_band=True)
     return spread(message.vectors, chunk_bytes, lanes, parts)
 
 
-def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
+def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int, max_threads: int = MAX_THREADS) -> Launch:
     """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round.
 
     Few blocks for few vectors (one vector per thread), then larger chunks, then further rounds.
     """
     pieces = math.ceil(vectors / parts)  # vectors of the largest part
-    threads = min(MAX_THREADS, max(32, math.ceil(pieces / 32) * 32))
-    used = max(1, min(lanes, math.ceil(pieces / threads)))
-    chunk = max(1, min(math.ceil(pieces / used), chunk_bytes // VECTOR_BYTES))
+    capacity = chunk_bytes // VECTOR_BYTES
+    threads = min(max_threads, max(32, math.ceil(pieces / 32) * 32))
+    used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
+    chunk = max(1, min(math.ceil(pieces / used), capacity))
     rounds = math.ceil(pieces / (used * chunk))
     return Launch(lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)

@@ -89,6 +89,22 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
     assert vectors == 0 or (launch.rounds - 1) * per_round < vectors
 
 
+@given(st.integers(0, 1 << 22), st.sampled_from(SUPPORTED_WORLD_SIZES), st.sampled_from(("ONESHOT", "TWOSHOT")))
+def test_in_band_launches_fit_their_slots(count: int, world_size: int, strategy: str) -> None:
+    group = facts(world_size)
+    launch = decide(config(strategy), group, count, "bfloat16").launch
+    assert launch is not None
+    one_shot = strategy == "ONESHOT"
+    capacity = group.one_shot_in_band_chunk_bytes if one_shot else group.two_shot_in_band_chunk_bytes
+    parts = 1 if one_shot else world_size
+    fits = count * 2 <= group.lanes * (capacity // VECTOR_BYTES) * VECTOR_BYTES * parts
+    assert launch.in_band == fits
+    if launch.in_band:
+        assert launch.rounds <= 1
+        assert launch.chunk_vectors * VECTOR_BYTES <= capacity
+        assert launch.lanes * launch.chunk_vectors * parts * VECTOR_BYTES >= count * 2
+
+
 @pytest.mark.parametrize("strategy", ("ONESHOT", "TWOSHOT"))
 def test_asked_for_by_name_runs_at_every_size(strategy: str) -> None:
     for count in (0, 1, 8, 1 << 20, 1 << 29):
