@@ -28,7 +28,7 @@ from llm_allreduce_plugin.topology import p2p_obstacle
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GPU_WORKSPACE_BYTES = 64 << 20
+DEFAULT_GPU_WORKSPACE_BYTES = 256 << 20
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype

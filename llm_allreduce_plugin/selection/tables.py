@@ -7,17 +7,17 @@ MIB = 1024 * KIB
 
 # Largest message, in bytes per rank, for ONESHOT. One-shot sends (N-1) * S per link direction and two-shot 2 (N-1)/N
 # * S, at the price of a second step: the crossover falls with the world size.
-# 2 and 4 ranks: measured on H200 (benchmarks/h200/latency_tp2.json, latency_tp4.json): the last power of two at which
-# ONESHOT is faster. The others are estimates on the curve through those two, not measured.
+# 2 and 4 ranks: measured on H200 (benchmarks/h200/latency_tp2.json, latency_tp4.json): the last power of two at
+# which ONESHOT is faster. The others are estimates on the curve through those two, not measured.
 ONE_SHOT_MAX_BYTES = {
-    2: 2 * MIB,
-    3: 1 * MIB,
-    4: 512 * KIB,
-    5: 320 * KIB,
-    6: 224 * KIB,
-    7: 160 * KIB,
-    8: 128 * KIB,
-    16: 32 * KIB,
+    2: 1 * MIB,
+    3: 512 * KIB,
+    4: 256 * KIB,
+    5: 160 * KIB,
+    6: 112 * KIB,
+    7: 80 * KIB,
+    8: 64 * KIB,
+    16: 16 * KIB,
 }
 
 

@@ -8,7 +8,7 @@ from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology.model import NodeTopology
 
-# The layout of the default 64 MiB workspace does not decide what can run; any positive chunk will do here.
+# The layout of the default workspace does not decide what can run; any positive chunk will do here.
 _CHUNK_BYTES = 4096
 _LANES = 128
 

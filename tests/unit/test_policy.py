@@ -156,7 +156,7 @@ def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:
 
 
 def test_description() -> None:
-    assert describe(config("AUTO"), facts(4)) == "ONESHOT to 512 KiB, then TWOSHOT"
+    assert describe(config("AUTO"), facts(4)) == "ONESHOT to 256 KiB, then TWOSHOT"
     assert describe(config("TWOSHOT"), facts(4)) == "TWOSHOT at every size"
     assert describe(config("AUTO", one_shot_max_bytes=3000), facts(4)) == "ONESHOT to 2.93 KiB, then TWOSHOT"
     assert describe(config("AUTO"), facts(transport=Transport.NONE)) == "NCCL at every size"
