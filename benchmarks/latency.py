@@ -53,10 +53,13 @@ def time_call(context: RankContext, call: Callable[[], object]) -> float:
     return max(context.gather(statistics.median(times[3:])))
 
 
-def measure(context: RankContext, sizes: list[int]) -> list[dict[str, Any]]:
+def measure(context: RankContext, sizes: list[int], in_band: bool) -> list[dict[str, Any]]:  # noqa: FBT001
     groups = {
         name: TensorParallelCommunicator(
-            context.group, context.device, AllReduceConfig(allreduce_strategy=name), control_group=context.control_group
+            context.group,
+            context.device,
+            AllReduceConfig(allreduce_strategy=name, in_band=in_band),
+            control_group=context.control_group,
         )
         for name in ("ONESHOT", "TWOSHOT")
     }
@@ -91,11 +94,14 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--min", type=int, default=12, help="smallest size, as a power of two")
     parser.add_argument("--max", type=int, default=28, help="largest size, as a power of two")
+    parser.add_argument("--in-band", action="store_true", help="with the setting in_band")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     pool = RankPool(arguments.gpus, "cuda")
     try:
-        rows = pool.run(measure, [1 << power for power in range(arguments.min, arguments.max + 1)], timeout_s=560)[0]
+        rows = pool.run(
+            measure, [1 << power for power in range(arguments.min, arguments.max + 1)], arguments.in_band, timeout_s=560
+        )[0]
     finally:
         pool.close()
     print(f"{'bytes':>10} {'ONESHOT':>9} {'TWOSHOT':>9} {'NCCL':>9}   us, {arguments.gpus} GPUs, bf16, in a graph")

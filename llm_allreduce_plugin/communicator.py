@@ -198,7 +198,8 @@ class TensorParallelCommunicator:
             default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
             size = int(self.config.workspace_bytes or default)
             try:
-                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size, in_band=on_gpu)
+                in_band = on_gpu and self.config.in_band
+                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size, in_band=in_band)
                 transport = self._connect(layout, control_group)
             except (TransportError, ValueError) as error:
                 obstacle = str(error)

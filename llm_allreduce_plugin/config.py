@@ -91,6 +91,11 @@ class AllReduceConfig(BaseModel):
         ge=0,
         description="AUTO: largest message per rank that goes to ONESHOT; default from a table per world size",
     )
+    in_band: bool = Field(
+        default=False,
+        description="GPUs: messages that fit carry their readiness inside the data instead of behind flags, and "
+        "kernels may start while the one before drains; faster on small messages, not yet run under an engine on GPUs",
+    )
     report_dir: Path | None = Field(
         default=None,
         description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",

@@ -68,8 +68,9 @@ inline bool has_dependent_launch() {
   return major[device] >= 9;
 }
 
-// Starts the kernel with programmatic dependent launch: its blocks may be scheduled while the previous kernel of the
-// stream drains, and wait in wait_for_previous_kernel() before they touch memory.
+// Starts the kernel, on workspaces with in-band slots with programmatic dependent launch: its blocks may then be
+// scheduled while the previous kernel of the stream drains, and wait in wait_for_previous_kernel() before they touch
+// memory.
 template <template <typename, int> class Instances>
 int launch(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape, int parts,
            int64_t chunk_bytes, int64_t in_band_chunk_bytes, void* stream) {
@@ -87,7 +88,7 @@ int launch(const lar_workspace* workspace, const lar_message* message, const lar
   config.blockDim = dim3(shape->threads);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &dependent;
-  config.numAttrs = has_dependent_launch() ? 1 : 0;
+  config.numAttrs = workspace->layout.in_band_bytes > 0 && has_dependent_launch() ? 1 : 0;
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), parameters);
 }
 

@@ -34,7 +34,8 @@ def _bytes(count: int) -> str:
 def _threshold(config: AllReduceConfig, facts: GroupFacts) -> tuple[int, str]:
     if config.one_shot_max_bytes is not None:
         return int(config.one_shot_max_bytes), "one_shot_max_bytes"
-    return tables.one_shot_max_bytes(facts.world_size), f"the seed table for {facts.world_size} ranks"
+    in_band = facts.one_shot_in_band_chunk_bytes > 0
+    return tables.one_shot_max_bytes(facts.world_size, in_band=in_band), f"the seed table for {facts.world_size} ranks"
 
 
 def _auto_order(config: AllReduceConfig, facts: GroupFacts, message: Message) -> list[tuple[AllReduceStrategy, str]]:

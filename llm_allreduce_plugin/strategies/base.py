@@ -89,20 +89,20 @@ class MissingStrategy(Strategy):
         raise AssertionError(facts, message)  # never chosen
 
 
-def spread_best(message: Message, in_band_chunk_bytes: int, chunk_bytes: int, lanes: int, parts: int) -> Launch:
-    """In band where the message fits the in-band slots at once, otherwise flagged.
+def spread_in_band(message: Message, chunk_bytes: int, lanes: int, parts: int) -> Launch | None:
+    """How an in-band call is spread; None when the message does not fit the in-band slots at once.
 
-    In band, small blocks are best: one vector per thread, and as few warps to a block as the number of lanes allows
-    (measured on H200 at 2 and 4 ranks, 4 KiB to 1 MiB).
+    Small blocks are best: one vector per thread, and as few warps to a block as the number of lanes allows (measured on
+    H200 at 2 and 4 ranks, 4 KiB to 1 MiB).
     """
-    if in_band_chunk_bytes:
-        for threads in IN_BAND_THREADS:
-            launch = spread(message.vectors, in_band_chunk_bytes, lanes, parts, threads)
-            if launch.chunk_vectors <= threads and launch.rounds <= 1:
-                return dataclasses.replace(launch, in_band=True)
-        if launch.rounds <= 1:  # several vectors per thread of the largest blocks
+    if chunk_bytes == 0:
+        return None
+    for threads in IN_BAND_THREADS:
+        launch = spread(message.vectors, chunk_bytes, lanes, parts, threads)
+        if launch.rounds <= 1 and launch.chunk_vectors <= threads:
             return dataclasses.replace(launch, in_band=True)
-    return spread(message.vectors, chunk_bytes, lanes, parts)
+    # Several vectors per thread of the largest blocks, if that is enough.
+    return dataclasses.replace(launch, in_band=True) if launch.rounds <= 1 else None
 
 
 def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int, max_threads: int = MAX_THREADS) -> Launch:

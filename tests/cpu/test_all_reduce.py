@@ -33,7 +33,7 @@ def test_sizes(cpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy:
 def test_special_values(cpu_pool: PoolFor, world_size: int) -> None:
     pool = cpu_pool(world_size)
     for dtype in DTYPES:
-        answers = [pool.run(checks.check_specials, strategy, dtype) for strategy in STRATEGIES]
+        answers = [pool.run(checks.check_specials, strategy, dtype, {}) for strategy in STRATEGIES]
         everyone = {digest for answer in answers for digests in answer for digest in digests}
         assert len(everyone) == 1, "ranks and strategies must agree to the bit, NaN included"
 
@@ -48,7 +48,7 @@ def test_every_value(cpu_pool: PoolFor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("world_size", (2, 3, 8))
 def test_views(cpu_pool: PoolFor, world_size: int, strategy: str) -> None:
     for dtype in DTYPES:
-        cpu_pool(world_size).run(checks.check_views, strategy, dtype)
+        cpu_pool(world_size).run(checks.check_views, strategy, dtype, {})
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -60,7 +60,7 @@ def test_messages_larger_than_the_workspace(cpu_pool: PoolFor, world_size: int, 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_strategies_and_batch_sizes_agree(cpu_pool: PoolFor, world_size: int) -> None:
-    cpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 16)
+    cpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 16, {})
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)

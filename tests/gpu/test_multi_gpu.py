@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -19,46 +20,56 @@ pytestmark = pytest.mark.gpu(2, per_rank=True)
 
 WORLD_SIZES = (2, 3, 4)
 STRATEGIES = ("ONESHOT", "TWOSHOT")
-SMALL_WORKSPACE: dict[str, Any] = {"workspace_bytes": 4 << 20}
+Settings = dict[str, Any]
+SMALL_WORKSPACE: Settings = {"workspace_bytes": 4 << 20}
+READINESS = pytest.mark.parametrize("settings", ({}, {"in_band": True}), ids=("flagged", "in band"))
 
 
+@READINESS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sizes(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy: str) -> None:
-    gpu_pool(world_size).run(checks.check_sizes, strategy, dtype, SIZES, {})
+def test_sizes(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy: str, settings: Settings) -> None:
+    gpu_pool(world_size).run(checks.check_sizes, strategy, dtype, SIZES, settings)
 
 
+@READINESS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 4))
-def test_messages_larger_than_the_workspace(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
-    gpu_pool(world_size).run(checks.check_sizes, strategy, torch.bfloat16, (12_345_678,), SMALL_WORKSPACE)
+def test_messages_larger_than_the_workspace(
+    gpu_pool: PoolFor, world_size: int, strategy: str, settings: Settings
+) -> None:
+    gpu_pool(world_size).run(checks.check_sizes, strategy, torch.bfloat16, (12_345_678,), settings | SMALL_WORKSPACE)
 
 
+@READINESS
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_special_values(gpu_pool: PoolFor, world_size: int) -> None:
+def test_special_values(gpu_pool: PoolFor, world_size: int, settings: Settings) -> None:
     pool = gpu_pool(world_size)
     for dtype in DTYPES:
-        answers = [pool.run(checks.check_specials, strategy, dtype) for strategy in STRATEGIES]
+        answers = [pool.run(checks.check_specials, strategy, dtype, settings) for strategy in STRATEGIES]
         everyone = {digest for answer in answers for digests in answer for digest in digests}
         assert len(everyone) == 1, "ranks and strategies must agree to the bit, NaN included"
 
 
+@READINESS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 4))
-def test_views(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+def test_views(gpu_pool: PoolFor, world_size: int, strategy: str, settings: Settings) -> None:
     for dtype in DTYPES:
-        gpu_pool(world_size).run(checks.check_views, strategy, dtype)
+        gpu_pool(world_size).run(checks.check_views, strategy, dtype, settings)
 
 
+@READINESS
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_strategies_and_batch_sizes_agree(gpu_pool: PoolFor, world_size: int) -> None:
-    gpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 18)
+def test_strategies_and_batch_sizes_agree(gpu_pool: PoolFor, world_size: int, settings: Settings) -> None:
+    gpu_pool(world_size).run(checks.check_strategies_agree, torch.bfloat16, 1 << 18, settings)
 
 
+@READINESS
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_mixed_sequence(gpu_pool: PoolFor, world_size: int) -> None:
-    gpu_pool(world_size).run(checks.check_sequence, 300, SMALL_WORKSPACE)
+def test_mixed_sequence(gpu_pool: PoolFor, world_size: int, settings: Settings) -> None:
+    gpu_pool(world_size).run(checks.check_sequence, 300, settings | SMALL_WORKSPACE)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -71,11 +82,11 @@ def _capture(function: Any, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _replay_many(context: RankContext, strategy: str, replays: int) -> None:
+def _replay_many(context: RankContext, strategy: str, replays: int, settings: Settings) -> None:
     """One graph replayed again and again on data that changes on the device with every replay."""
     seed, size = context.shared_seed(), 8192 * 4
     inputs = [rank_input(seed, rank, size, torch.bfloat16) for rank in range(context.world_size)]
-    with checks.communicator(context, strategy) as group:
+    with checks.communicator(context, strategy, **settings) as group:
         static = inputs[context.rank].to(context.device)
         expected = rank_ordered_sum(inputs).to(context.device)
         wrong = torch.zeros((), dtype=torch.int64, device=context.device)
@@ -100,19 +111,23 @@ def _replay_many(context: RankContext, strategy: str, replays: int) -> None:
         context.gather(None)
 
 
+@READINESS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 4))
-def test_graph_replayed_10000_times(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
-    gpu_pool(world_size).run(_replay_many, strategy, 10_000)
+def test_graph_replayed_10000_times(gpu_pool: PoolFor, world_size: int, strategy: str, settings: Settings) -> None:
+    gpu_pool(world_size).run(_replay_many, strategy, 10_000, settings)
 
 
-def _interleave(context: RankContext) -> None:
+def _interleave(context: RankContext, settings: Settings) -> None:
     """Two graphs, a third that is captured and dropped, and eager calls, in an order that changes."""
     seed = context.shared_seed()
     generator = torch.Generator().manual_seed(seed)
     world_size, device = context.world_size, context.device
     shapes = {"a": (3000, torch.bfloat16), "b": (1_000_001, torch.float16)}
-    with checks.communicator(context, "ONESHOT") as one, checks.communicator(context, "TWOSHOT") as two:
+    with (
+        checks.communicator(context, "ONESHOT", **settings) as one,
+        checks.communicator(context, "TWOSHOT", **settings) as two,
+    ):
         stream = torch.cuda.Stream()
         statics = {name: torch.zeros(size, dtype=dtype, device=device) for name, (size, dtype) in shapes.items()}
         outputs: dict[str, torch.Tensor] = {}
@@ -143,16 +158,17 @@ def _interleave(context: RankContext) -> None:
         context.gather(None)
 
 
+@READINESS
 @pytest.mark.parametrize("world_size", (2, 4))
-def test_graphs_interleaved_with_eager_calls(gpu_pool: PoolFor, world_size: int) -> None:
-    gpu_pool(world_size).run(_interleave)
+def test_graphs_interleaved_with_eager_calls(gpu_pool: PoolFor, world_size: int, settings: Settings) -> None:
+    gpu_pool(world_size).run(_interleave, settings)
 
 
-def _streams(context: RankContext) -> None:
+def _streams(context: RankContext, settings: Settings) -> None:
     """Eager calls that hop between streams without the caller ordering them."""
     seed = context.shared_seed()
     streams = [torch.cuda.Stream() for _ in range(3)]
-    with checks.communicator(context, "ONESHOT") as group:
+    with checks.communicator(context, "ONESHOT", **settings) as group:
         for turn in range(60):
             inputs = [rank_input(seed + turn, rank, 100_000, torch.bfloat16) for rank in range(context.world_size)]
             mine = inputs[context.rank].to(context.device)
@@ -166,56 +182,61 @@ def _streams(context: RankContext) -> None:
                 assert_same_bits(output, rank_ordered_sum(inputs), f"turn {turn}")
 
 
-def test_unordered_streams(gpu_pool: PoolFor) -> None:
-    gpu_pool(2).run(_streams)
+@READINESS
+def test_unordered_streams(gpu_pool: PoolFor, settings: Settings) -> None:
+    gpu_pool(2).run(_streams, settings)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def _wait_for_absent_rank(context: RankContext, strategy: str, timeout_s: float) -> tuple[float, str]:
-    """Rank 0 never calls; the others must stop, with the named error."""
-    config = AllReduceConfig(allreduce_strategy=strategy, timeout_s=timeout_s)
+def _wait_for_absent_rank(
+    context: RankContext, strategy: str, timeout_s: float, settings: Settings
+) -> tuple[float, float, str]:
+    """Rank 0 never calls. Seconds until the named error is there, until CUDA has stopped, and its text."""
+    config = AllReduceConfig(allreduce_strategy=strategy, timeout_s=timeout_s, **settings)
     made = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
     mine = torch.ones(4096, dtype=torch.bfloat16, device=context.device)
     made.all_reduce(mine)
     torch.cuda.synchronize()
     if context.rank == 0:
         time.sleep(timeout_s + 2)  # its memory must outlive the others' wait
-        return 0.0, ""
+        return 0.0, 0.0, ""
     started = time.monotonic()
     made.all_reduce(mine)
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        pass
-    seconds = time.monotonic() - started
-    try:
-        made.check()
-    except PeerTimeoutError as error:
+    text = ""
+    while not text and time.monotonic() < started + timeout_s + 10:
         try:
-            made.all_reduce(mine)
-        except PeerTimeoutError:
-            return seconds, str(error)
-        return seconds, "a later call did not raise"
-    return seconds, "no named error"
+            made.check()
+            time.sleep(0.01)
+        except PeerTimeoutError as error:
+            text = str(error)
+    named_after = time.monotonic() - started
+    with contextlib.suppress(Exception):  # torch raises its own kind for the trap
+        torch.cuda.synchronize()
+    stopped_after = time.monotonic() - started
+    with pytest.raises(PeerTimeoutError):
+        made.all_reduce(mine)
+    return named_after, stopped_after, text
 
 
+@READINESS
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 4))
-def test_rank_that_never_arrives(world_size: int, strategy: str) -> None:
+def test_rank_that_never_arrives(world_size: int, strategy: str, settings: Settings) -> None:
     pool = RankPool(world_size, "cuda")
     try:
-        answers = pool.run(_wait_for_absent_rank, strategy, 3.0)
+        answers = pool.run(_wait_for_absent_rank, strategy, 3.0, settings)
     finally:
         pool.kill()  # their CUDA contexts are gone
     phase = {"ONESHOT": "gather", "TWOSHOT": "scatter"}[strategy]
-    for rank, (seconds, text) in enumerate(answers):
+    for rank, (named_after, stopped_after, text) in enumerate(answers):
         if rank == 0:
             continue
         assert text.startswith(f"rank {rank} waited 3"), text
         assert f"for rank 0 in {strategy}/{phase}" in text, text
-        assert 3.0 <= seconds < 3.0 + 5.0, seconds
+        assert 3.0 <= named_after < 3.0 + 5.0, named_after
+        assert stopped_after < 3.0 + 5.0, f"CUDA took {stopped_after - named_after:.1f} s to end the context"
 
 
 def _facts(context: RankContext) -> tuple[str, list[str]]:

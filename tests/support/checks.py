@@ -71,9 +71,9 @@ def check_sizes(
     return strategy
 
 
-def check_specials(context: RankContext, strategy: str, dtype: torch.dtype) -> list[str]:
+def check_specials(context: RankContext, strategy: str, dtype: torch.dtype, settings: dict[str, Any]) -> list[str]:
     """NaN, infinities, subnormals and signed zeros; a zero result is +0."""
-    with communicator(context, strategy) as group:
+    with communicator(context, strategy, **settings) as group:
         inputs = special_inputs(context.world_size, dtype)
         output = reduce_and_compare(context, group, inputs, f"{strategy} {dtype} special values").cpu()
     zeros = output == 0
@@ -84,10 +84,10 @@ def check_specials(context: RankContext, strategy: str, dtype: torch.dtype) -> l
     return context.gather(digest(output))
 
 
-def check_views(context: RankContext, strategy: str, dtype: torch.dtype) -> None:
+def check_views(context: RankContext, strategy: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
     """Unaligned starts, strides, many dimensions: values in logical order, layout like the input's."""
     world_size, device = context.world_size, context.device
-    with communicator(context, strategy) as group:
+    with communicator(context, strategy, **settings) as group:
         for offset in (1, 3, 5):
             seed = context.shared_seed()
             storages = [rank_input(seed, rank, 4099, dtype) for rank in range(world_size)]
@@ -117,7 +117,7 @@ def check_views(context: RankContext, strategy: str, dtype: torch.dtype) -> None
         context.gather(None)
 
 
-def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int) -> None:
+def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int, settings: dict[str, Any]) -> None:
     """ONESHOT and TWOSHOT give the same bits, and so does a row whatever batch it came in."""
     seed = context.shared_seed()
     width = 96
@@ -127,7 +127,7 @@ def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int) 
     mine = inputs[context.rank].to(context.device)
     outputs = {}
     for strategy in ("ONESHOT", "TWOSHOT", "AUTO"):
-        with communicator(context, strategy, one_shot_max_bytes=4096) as group:
+        with communicator(context, strategy, one_shot_max_bytes=4096, **settings) as group:
             outputs[strategy] = group.all_reduce(mine).cpu()
             for rows in (1, 2, 17, mine.shape[0] // 2):
                 part = group.all_reduce(mine[:rows]).cpu()

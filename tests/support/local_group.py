@@ -9,11 +9,12 @@ import os
 
 import torch
 
-from llm_allreduce_plugin import _C
+from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
-from llm_allreduce_plugin.strategies.base import Message, spread_best
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
+from llm_allreduce_plugin.strategies import STRATEGIES
+from llm_allreduce_plugin.strategies.base import Message
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD_BYTES = 256
@@ -50,15 +51,19 @@ class LocalGroup:
 
     def launch_of(self, algorithm: str, message: Message) -> Launch:
         layout = self.layout
-        if algorithm == "ONESHOT":
-            in_band, flagged, parts = layout.one_shot_in_band_chunk_bytes, layout.one_shot_chunk_bytes, 1
-        else:
-            in_band, flagged, parts = (
-                layout.two_shot_in_band_chunk_bytes,
-                layout.two_shot_chunk_bytes,
-                self.world_size,
-            )
-        return spread_best(message, in_band, flagged, self.lanes, parts)
+        facts = GroupFacts(
+            world_size=self.world_size,
+            device="cuda",
+            transport=Transport.SYMMETRIC,
+            lanes=self.lanes,
+            one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
+            two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+            one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
+            two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
+        )
+        launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
+        assert launch is not None
+        return launch
 
     def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
         """Launch one rank's kernel on its stream."""

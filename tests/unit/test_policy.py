@@ -18,13 +18,18 @@ from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, spre
 S = AllReduceStrategy
 
 
-def facts(world_size: int = 4, transport: Transport = Transport.SYMMETRIC, workspace: int = 64 << 20) -> GroupFacts:
+def facts(
+    world_size: int = 4,
+    transport: Transport = Transport.SYMMETRIC,
+    workspace: int = 64 << 20,
+    in_band: bool = False,
+) -> GroupFacts:
     if transport is Transport.NONE:
         return GroupFacts(
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
     lanes = 1 if transport is Transport.SHM else _C.MAX_LANES
-    layout = _C.make_layout(world_size, lanes, workspace, in_band=lanes > 1)
+    layout = _C.make_layout(world_size, lanes, workspace, in_band=in_band and lanes > 1)
     return GroupFacts(
         world_size=world_size,
         device="cpu" if transport is Transport.SHM else "cuda",
@@ -46,6 +51,7 @@ any_facts = st.builds(
     world_size=st.sampled_from(SUPPORTED_WORLD_SIZES),
     transport=st.sampled_from(list(Transport)),
     workspace=st.integers(2 << 20, 1 << 28),
+    in_band=st.booleans(),
 )
 
 
@@ -91,7 +97,7 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
 
 @given(st.integers(0, 1 << 22), st.sampled_from(SUPPORTED_WORLD_SIZES), st.sampled_from(("ONESHOT", "TWOSHOT")))
 def test_in_band_launches_fit_their_slots(count: int, world_size: int, strategy: str) -> None:
-    group = facts(world_size)
+    group = facts(world_size, in_band=True)
     launch = decide(config(strategy), group, count, "bfloat16").launch
     assert launch is not None
     one_shot = strategy == "ONESHOT"
@@ -114,10 +120,11 @@ def test_asked_for_by_name_runs_at_every_size(strategy: str) -> None:
         assert decision.reason == f"allreduce_strategy is {strategy}"
 
 
-def test_auto_changes_over_at_the_threshold() -> None:
+@pytest.mark.parametrize("in_band", (False, True))
+def test_auto_changes_over_at_the_threshold(in_band: bool) -> None:
     for world_size in SUPPORTED_WORLD_SIZES:
-        threshold = one_shot_max_bytes(world_size)
-        group = facts(world_size)
+        threshold = one_shot_max_bytes(world_size, in_band=in_band)
+        group = facts(world_size, in_band=in_band)
         assert decide(config("AUTO"), group, threshold // 2, "bfloat16").strategy is S.ONESHOT
         over = decide(config("AUTO"), group, threshold // 2 + 1, "bfloat16")
         assert over.strategy is S.TWOSHOT
@@ -127,10 +134,10 @@ def test_auto_changes_over_at_the_threshold() -> None:
     assert "one_shot_max_bytes" in decide(small, facts(), 513, "bfloat16").reason
 
 
-@given(st.integers(1, 1000))
-def test_threshold_of_any_world_size(world_size: int) -> None:
-    assert one_shot_max_bytes(world_size) > 0
-    assert one_shot_max_bytes(world_size + 1) <= one_shot_max_bytes(world_size)
+@given(st.integers(1, 1000), st.booleans())
+def test_threshold_of_any_world_size(world_size: int, in_band: bool) -> None:
+    assert one_shot_max_bytes(world_size, in_band=in_band) > 0
+    assert one_shot_max_bytes(world_size + 1, in_band=in_band) <= one_shot_max_bytes(world_size, in_band=in_band)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +163,8 @@ def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:
 
 
 def test_description() -> None:
-    assert describe(config("AUTO"), facts(4)) == "ONESHOT to 256 KiB, then TWOSHOT"
+    assert describe(config("AUTO"), facts(4)) == "ONESHOT to 512 KiB, then TWOSHOT"
+    assert describe(config("AUTO"), facts(4, in_band=True)) == "ONESHOT to 256 KiB, then TWOSHOT"
     assert describe(config("TWOSHOT"), facts(4)) == "TWOSHOT at every size"
     assert describe(config("AUTO", one_shot_max_bytes=3000), facts(4)) == "ONESHOT to 2.93 KiB, then TWOSHOT"
     assert describe(config("AUTO"), facts(transport=Transport.NONE)) == "NCCL at every size"
