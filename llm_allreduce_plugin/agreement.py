@@ -70,6 +70,16 @@ def exchange(card: RankCard, group: dist.ProcessGroup) -> list[RankCard]:
     return [received for received in cards if received is not None]
 
 
+def first_fault(fault: str | None, group: dist.ProcessGroup) -> str | None:
+    """The fault of the lowest rank that has one, on every rank alike. Collective.
+
+    What only one rank can see must stop all of them: a rank that goes on alone waits for ever.
+    """
+    faults: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(faults, fault, group=group)
+    return next(filter(None, faults), None)
+
+
 def check(cards: Sequence[RankCard]) -> None:
     """Compare what must be equal.
 

@@ -99,7 +99,7 @@ class TensorParallelCommunicator:
         if self._workspace is not None or config.report_dir is not None:
             this = weakref.ref(self)  # the thread must not keep an abandoned communicator alive
             self._monitor = Monitor(
-                self._workspace, self.rank, config.report_dir, lambda: owner.report() if (owner := this()) else {}
+                self._workspace, self.rank, config.report_dir, lambda: owner.report() if (owner := this()) else None
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -192,7 +192,8 @@ class TensorParallelCommunicator:
             architecture=cards[0].architecture,
             nodes=nodes,
         )
-        obstacle = self._transport_obstacle(cards, nodes)
+        # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
+        obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
         if obstacle is None:
             on_gpu = self.device.type == "cuda"
             default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
@@ -216,7 +217,7 @@ class TensorParallelCommunicator:
         return dataclasses.replace(facts, no_transport_reason=obstacle)
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
-        """Why not to try to share memory at all. The same on every rank."""
+        """Why not to try to share memory at all, as far as this rank can see."""
         if self.config.allreduce_strategy is AllReduceStrategy.NCCL:
             return "allreduce_strategy is NCCL"
         if self.world_size not in SUPPORTED_WORLD_SIZES:
@@ -241,7 +242,14 @@ class TensorParallelCommunicator:
         else:
             memory = SymmetricMemory.open(self._group, control_group, self.device, layout)
             device_index = self.device.index
-        workspace = _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index)
+        workspace, error = None, None
+        try:
+            workspace = _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index)
+        except RuntimeError as failure:
+            error = f"rank {self.rank} cannot set up its workspace: {failure}"
+        if (fault := agreement.first_fault(error, control_group)) is not None:
+            raise TransportError(fault)
+        assert workspace is not None
         if self.device.type == "cuda":
             prove_peer_access(workspace, control_group, self.device)
         self._memory, self._workspace = memory, workspace

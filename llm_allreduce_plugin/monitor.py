@@ -44,6 +44,8 @@ class Monitor:
 
     A GPU wait may expire inside a replayed graph, far from any Python call: the device then stops with a CUDA error
     that names nothing. This thread reads the record that the kernel left and puts the named error into the log.
+
+    ``report`` returns None once its communicator is gone; the thread then ends.
     """
 
     PERIOD_S = 0.25
@@ -54,7 +56,7 @@ class Monitor:
         workspace: _C.Workspace | None,
         rank: int,
         report_dir: Path | None,
-        report: Callable[[], dict[str, Any]],
+        report: Callable[[], dict[str, Any] | None],
     ) -> None:
         self._workspace = workspace
         self._rank = rank
@@ -79,18 +81,20 @@ class Monitor:
                 logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
                 told = True
             beat += 1
-            if beat % self.REPORT_EVERY == 0:
-                self._write_report()
+            if beat % self.REPORT_EVERY == 0 and not self._write_report():
+                return
 
-    def _write_report(self) -> None:
-        if self._report_dir is None:
-            return
+    def _write_report(self) -> bool:
+        """Write what has changed; False when there is nobody left to report on."""
         report = self._report()
-        if report == self._last_report:
-            return
+        if report is None:
+            return False
+        if self._report_dir is None or report == self._last_report:
+            return True
         try:
             write_report(self._report_dir, self._rank, report)
         except OSError as error:
             logger.warning("report_dir=%s cannot be written: %s; no further reports", self._report_dir, error)
             self._report_dir = None
         self._last_report = report
+        return True

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from llm_allreduce_plugin.agreement import first_fault
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.selection.facts import Transport
 
@@ -60,15 +61,14 @@ class ShmMemory:
                 except OSError as failure:
                     error = f"rank {rank} cannot open rank 0's shared memory: {failure.strerror} (other IPC namespace?)"
             # Nobody goes on before all have mapped it: the file loses its name next.
-            errors: list[str | None] = [None] * world_size
-            dist.all_gather_object(errors, error, group=group)
+            error = first_fault(error, group)
         finally:
             if path is not None:
                 path.unlink(missing_ok=True)
-        if fault := next(filter(None, errors), None):
+        if error is not None:
             if mapping is not None:
                 mapping.close()
-            raise TransportError(fault)
+            raise TransportError(error)
         assert mapping is not None
         return cls(mapping, bytes_per_rank, world_size)
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import first_fault
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.selection.facts import Transport
 
@@ -75,9 +76,7 @@ class SymmetricMemory:
                 memory = cls(buffer, handle, [int(base) for base in handle.buffer_ptrs])
         except Exception as failure:  # noqa: BLE001  (torch raises many kinds; each means the same here)
             error = f"rank {dist.get_rank(group)} cannot map its peers' memory: {failure}"
-        errors: list[str | None] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, error, group=control_group)
-        if fault := next(filter(None, errors), None):
+        if (fault := first_fault(error, control_group)) is not None:
             raise TransportError(fault.splitlines()[0])
         assert memory is not None
         return memory
@@ -111,9 +110,6 @@ def prove_peer_access(workspace: _C.Workspace, control_group: dist.ProcessGroup,
             faults.append(f"what rank {peer} wrote to rank {rank}'s memory did not arrive")
         elif not bits & 2:
             faults.append(f"rank {rank} reads something else from rank {peer}'s memory than it wrote there")
-    everyone: list[list[str]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(everyone, faults, group=control_group)
-    lost = [fault for ranks_faults in everyone for fault in ranks_faults]
-    if lost:
-        message = f"peer access is advertised but broken: {lost[0]} (ACS or an IOMMU between the GPUs?)"
+    if (lost := first_fault(faults[0] if faults else None, control_group)) is not None:
+        message = f"peer access is advertised but broken: {lost} (ACS or an IOMMU between the GPUs?)"
         raise TransportError(message)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -165,6 +167,34 @@ def test_no_shared_memory_falls_back_with_the_reason(cpu_pool: PoolFor) -> None:
         assert strategy == "NCCL"
         assert "rank 0 cannot create" in reason
         assert "/nowhere: No such file or directory" in reason
+
+
+def _obstacle_on_one_rank(context: RankContext) -> tuple[str, str]:
+    def obstacle(group: TensorParallelCommunicator, *_: object) -> str | None:
+        return "rank 1 sees no peer access" if group.rank == 1 else None
+
+    with mock.patch.object(TensorParallelCommunicator, "_transport_obstacle", obstacle):
+        return _without_kernels(context)
+
+
+def test_what_one_rank_cannot_do_no_rank_does(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(3).run(_obstacle_on_one_rank) == [("NCCL", "rank 1 sees no peer access")] * 3
+
+
+def _abandon(context: RankContext, folder: str) -> bool:
+    config = AllReduceConfig(allreduce_strategy="ONESHOT", report_dir=folder)
+    made = TensorParallelCommunicator(context.group, context.device, config)
+    made.all_reduce(torch.ones(3))
+    assert made._monitor is not None
+    thread = made._monitor._thread
+    del made
+    gc.collect()
+    thread.join(10)
+    return thread.is_alive()
+
+
+def test_an_abandoned_communicator_leaves_no_thread(cpu_pool: PoolFor, tmp_path: Path) -> None:
+    assert cpu_pool(2).run(_abandon, str(tmp_path)) == [False, False]
 
 
 def _report(context: RankContext, folder: str) -> None:
