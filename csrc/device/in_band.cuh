@@ -107,6 +107,9 @@ class InBandLane {
 
  private:
   static constexpr uint32_t kCallModulus = 6;
+  static_assert(kCallModulus % LAR_ONE_SHOT_IN_BAND_SLOTS == 0 && kCallModulus % LAR_SCATTER_IN_BAND_SLOTS == 0 &&
+                    kCallModulus % LAR_GATHER_IN_BAND_SLOTS == 0,
+                "a generation must follow its predecessor when the count wraps");
 
   __device__ __forceinline__ uint32_t* state_words() const {
     return in_band_state(workspace_.base[workspace_.rank], workspace_.layout, algorithm_, lane_.index());
@@ -118,10 +121,6 @@ class InBandLane {
   uint32_t call_;
   uint32_t dirty_vectors_;
 };
-
-static_assert(6 % LAR_ONE_SHOT_IN_BAND_SLOTS == 0 && 6 % LAR_SCATTER_IN_BAND_SLOTS == 0 &&
-                  6 % LAR_GATHER_IN_BAND_SLOTS == 0,
-              "InBandLane counts calls modulo 6");
 
 // Polls load(0) .. load(kCount - 1), all in flight together, until each is complete. rank_of(i) names the rank behind
 // the i-th. False when the wait expired or the group is broken; the caller must then return.

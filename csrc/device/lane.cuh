@@ -12,6 +12,10 @@
 
 namespace lar {
 
+// Peers that a loop over peers handles at once. With 16 ranks the addresses of all would not fit into registers.
+template <int kWorldSize>
+constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
+
 // System scope: the other side is another GPU, or the host.
 __device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");

@@ -87,7 +87,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_in_band_kernel(const __grid_constant__ KernelArguments arguments) {
-  constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
   const lar_workspace& workspace = arguments.workspace;
   const int64_t region = workspace.layout.one_shot_in_band_offset;
   const int64_t chunk_bytes = workspace.layout.one_shot_in_band_chunk_bytes;
@@ -104,7 +103,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
   for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
     const uint4 mine = without_marker(input.load(first + i));
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step)
       store_in_band(lane.slot((rank + step) % kWorldSize, region, chunk_bytes, generation, rank), i, mine);
   }

@@ -37,9 +37,6 @@ namespace {
 
 template <typename T, int kWorldSize>
 class TwoShotLane {
-  // Peers handled at once. With 16 ranks the addresses of all would not fit into registers.
-  static constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
-
  public:
   __device__ __forceinline__ TwoShotLane(const KernelArguments& arguments)
       : workspace_(arguments.workspace),
@@ -83,7 +80,7 @@ class TwoShotLane {
 
   __device__ __forceinline__ void scatter(int64_t chunk) const {
     const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
       const int owner = (rank + step) % kWorldSize;
       const Piece part = piece(chunk, owner);
@@ -105,7 +102,7 @@ class TwoShotLane {
                               : load_slot(slot(workspace_.layout.scatter_offset, rank, source, round(chunk)), i);
       });
       output_.store(part.first + i, result);
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
       for (int step = 1; step < kWorldSize; ++step)
         store_slot(slot(workspace_.layout.gather_offset, (rank + step) % kWorldSize, rank, round(chunk)), i, result);
     }
@@ -116,7 +113,7 @@ class TwoShotLane {
   __device__ __forceinline__ bool drain(int64_t chunk) const {
     if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
     const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
       const int owner = (rank + step) % kWorldSize;
       const Piece part = piece(chunk, owner);
@@ -148,7 +145,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_in_band_kernel(const __grid_constant__ KernelArguments arguments) {
-  constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
   const lar_workspace& workspace = arguments.workspace;
   const lar_layout& layout = workspace.layout;
   const int64_t chunk_bytes = layout.two_shot_in_band_chunk_bytes;
@@ -172,7 +168,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 
   wait_for_previous_kernel();
   for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
       const int owner = (rank + step) % kWorldSize;
       if (i < span_of(owner))
@@ -188,13 +184,13 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     uint4 result;
     const auto part = [&](int source) { return source == rank ? mine : load_in_band(scatter_slot(rank, source), i); };
     if (!poll_and_sum<T, kWorldSize>(lane, workspace, LAR_PHASE_SCATTER, part, result)) return;
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step)
       store_in_band(gather_slot((rank + step) % kWorldSize, rank), i, result);
     output.store(first_of(rank) + i, result);
   }
   for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
-#pragma unroll kPeersAtOnce
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
       const int owner = (rank + step) % kWorldSize;
       if (i >= span_of(owner)) continue;
