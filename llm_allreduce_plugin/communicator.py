@@ -21,7 +21,7 @@ from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
 from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Decision
-from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES, GroupFacts, Transport
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.topology import p2p_obstacle
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_GPU_WORKSPACE_BYTES = 256 << 20
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -49,9 +49,7 @@ class TensorParallelCommunicator:
         group: the tensor-parallel process group. On GPUs its NCCL group; symmetric memory is set up on it.
         device: this rank's device.
         config: the settings; defaults to :func:`llm_allreduce_plugin.load_config`.
-        control_group: a group of the same ranks that can carry Python objects between hosts' memories (gloo);
-        defaults to
-            ``group``.
+        control_group: a group of the same ranks that carries Python objects at start (gloo); defaults to ``group``.
         fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
             Defaults to ``torch.distributed.all_reduce`` on a copy.
 
@@ -93,6 +91,7 @@ class TensorParallelCommunicator:
         cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
         agreement.check(cards)
         self.facts = self._open_workspace(cards, control_group)
+        self._sizes = describe(config, self.facts)
         if self.rank == 0:
             self._log_start()
         self._monitor: Monitor | None = None
@@ -108,9 +107,8 @@ class TensorParallelCommunicator:
         """The sum of ``input_`` over all ranks.
 
         Args:
-            input_: any shape, dtype and layout, on this communicator's device; the same shape, dtype and layout on
-            every rank.
-                Never written.
+            input_: any shape, dtype and layout, on this communicator's device; the same shape and dtype on every
+                rank. Never written.
 
         Returns:
             A fresh tensor like ``input_`` (shape, dtype, strides), bit-identical on every rank.
@@ -150,7 +148,7 @@ class TensorParallelCommunicator:
             "device": str(self.device),
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
-            "sizes": describe(self.config, self.facts),
+            "sizes": self._sizes,
             "calls": dict(self._calls),
             "captured": dict(self._captured),
             "fallbacks": fallbacks,
@@ -205,26 +203,15 @@ class TensorParallelCommunicator:
             except (TransportError, ValueError) as error:
                 obstacle = str(error)
             else:
-                return dataclasses.replace(
-                    facts,
-                    transport=transport,
-                    lanes=layout.lanes,
-                    one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
-                    two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
-                    one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
-                    two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
-                )
+                return facts.with_layout(transport, layout)
         return dataclasses.replace(facts, no_transport_reason=obstacle)
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all, as far as this rank can see."""
         if self.config.allreduce_strategy is AllReduceStrategy.NCCL:
             return "allreduce_strategy is NCCL"
-        if self.world_size not in SUPPORTED_WORLD_SIZES:
-            sizes = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
-            return f"no kernel for {self.world_size} rank{'s' * (self.world_size > 1)} (there are for {sizes})"
-        if nodes > 1:
-            return f"ranks run on {nodes} hosts, and kernels here reach one"
+        if (reason := world_size_obstacle(self.world_size) or hosts_obstacle(nodes)) is not None:
+            return reason
         if self.device.type == "cpu":
             return None
         if self.device.type != "cuda":
@@ -258,21 +245,20 @@ class TensorParallelCommunicator:
     def _log_start(self) -> None:
         if self.facts.transport is Transport.NONE:
             logger.info(
-                "all-reduce over %d ranks: NCCL at every size: %s", self.world_size, self.facts.no_transport_reason
+                "all-reduce over %d ranks: %s: %s", self.world_size, self._sizes, self.facts.no_transport_reason
             )
-        else:
-            logger.info(
-                "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
-                self.world_size,
-                self.facts.transport,
-                self.config.allreduce_strategy,
-                describe(self.config, self.facts),
-            )
-        if self.facts.transport is not Transport.NONE:
-            # Says at once what asking for a strategy without a kernel leads to.
-            decision = decide(self.config, self.facts, 1, "bfloat16")
-            if decision.is_fallback:
-                self._log_fallback(decision)
+            return
+        logger.info(
+            "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
+            self.world_size,
+            self.facts.transport,
+            self.config.allreduce_strategy,
+            self._sizes,
+        )
+        # Says at once what asking for a strategy without a kernel leads to.
+        decision = decide(self.config, self.facts, 1, "bfloat16")
+        if decision.is_fallback:
+            self._log_fallback(decision)
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
@@ -306,7 +292,7 @@ class TensorParallelCommunicator:
         workspace, launch = self._workspace, decision.launch
         assert workspace is not None
         assert launch is not None
-        code = _DTYPES[dtype]
+        code = DTYPE_CODES[dtype]
         name = str(strategy.name)
         on_gpu = self.device.type == "cuda"
         index = self.device.index

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin import _C
 
 SUPPORTED_WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
 # The kernels' element types, as torch spells them, and their sizes in bytes.
@@ -16,6 +20,19 @@ class Transport(enum.StrEnum):
     SYMMETRIC = "symmetric"  # GPU memory of peers, over NVLink or PCIe P2P
     SHM = "shm"  # POSIX shared memory between CPU ranks
     NONE = "none"
+
+
+def world_size_obstacle(world_size: int) -> str | None:
+    """Why no kernel serves this many ranks, or None."""
+    if world_size in SUPPORTED_WORLD_SIZES:
+        return None
+    sizes = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
+    return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for {sizes})"
+
+
+def hosts_obstacle(hosts: int) -> str | None:
+    """Why ranks on this many hosts cannot share memory, or None."""
+    return f"ranks run on {hosts} hosts, and kernels here reach one" if hosts > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,3 +64,15 @@ class GroupFacts:
     two_shot_in_band_chunk_bytes: int = 0
     architecture: int | None = None
     nodes: int = 1
+
+    def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
+        """These facts once ranks reach each other through workspaces of this layout."""
+        return dataclasses.replace(
+            self,
+            transport=transport,
+            lanes=layout.lanes,
+            one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
+            two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+            one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
+            two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
+        )

@@ -7,15 +7,15 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, ClassVar
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.selection.decision import Launch
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport, world_size_obstacle
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin import _C
     from llm_allreduce_plugin.config import AllReduceStrategy
 
-VECTOR_BYTES = 16
-MAX_THREADS = 512
+VECTOR_BYTES = _C.VECTOR_BYTES
+MAX_THREADS = _C.MAX_THREADS
 IN_BAND_THREADS = (128, 256, 512)
 
 
@@ -70,10 +70,8 @@ class KernelStrategy(Strategy):
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         if facts.transport is Transport.NONE:
             return facts.no_transport_reason or "ranks cannot reach each other's memory"
-        if facts.world_size not in SUPPORTED_WORLD_SIZES:
-            return (
-                f"no kernel for {facts.world_size} ranks (there are for {', '.join(map(str, SUPPORTED_WORLD_SIZES))})"
-            )
+        if (reason := world_size_obstacle(facts.world_size)) is not None:
+            return reason
         if message.element_bytes == 0:
             return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"
         return None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceStrategy
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology.model import NodeTopology
 
 # The layout of the default workspace does not decide what can run; any positive chunk will do here.
 _CHUNK_BYTES = 4096
-_LANES = 128
 
 
 def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:
@@ -30,17 +30,15 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         reason = topology.note or "no GPU"
     elif size == 1:
         reason = "one GPU has nobody to reduce with"
-    elif hosts > 1:
-        reason = f"ranks run on {hosts} hosts, and kernels here reach one"
     else:
-        reason = topology.p2p_fault(range(size)) or ""
+        reason = hosts_obstacle(hosts) or topology.p2p_fault(range(size)) or ""
     architectures = {gpu.architecture for gpu in members}
     return GroupFacts(
         world_size=size,
         device="cuda",
         transport=Transport.NONE if reason else Transport.SYMMETRIC,
         no_transport_reason=reason,
-        lanes=_LANES,
+        lanes=_C.MAX_LANES,
         one_shot_chunk_bytes=_CHUNK_BYTES,
         two_shot_chunk_bytes=_CHUNK_BYTES,
         architecture=architectures.pop() if len(architectures) == 1 else None,

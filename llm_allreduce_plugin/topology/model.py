@@ -60,9 +60,8 @@ class NodeTopology(_Frozen):
         source: where this was read: ``"nvml"``, a file, or a sentence about how it was made.
         gpus: in NVML's order (PCI bus order).
         links: ``links[i][j]`` is ``X`` on the diagonal, ``NV<n>`` for n NVLinks, otherwise the nearest common PCIe
-            ancestor: PIX (one
-            switch), PXB (several switches), PHB (host bridge), NODE (NUMA node), SYS (between sockets), NET (another
-            host).
+            ancestor: PIX (one switch), PXB (several switches), PHB (host bridge), NODE (NUMA node), SYS (between
+            sockets), NET (another host).
         p2p: ``p2p[i][j]`` is the driver's word on peer access: OK, CNS, GNS, TNS, NS, DR, or ``?``.
         nvswitch: the NVLinks go through switches.
         driver: driver version, empty when unknown.

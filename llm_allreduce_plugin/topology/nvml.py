@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology
+from llm_allreduce_plugin.topology.model import P2P_MEANING, Fabric, Gpu, NodeTopology
 
 _T = TypeVar("_T")
 
@@ -226,8 +226,6 @@ def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
                 if handle is None:
                     return None
                 handles.append(handle)
-            from llm_allreduce_plugin.topology.model import P2P_MEANING
-
             for a, first in enumerate(handles):
                 for b, second in enumerate(handles):
                     status = _p2p(nvml, first, second) if a != b else "OK"

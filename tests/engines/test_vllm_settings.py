@@ -88,7 +88,9 @@ def test_vllm_is_left_alone(config: Any) -> None:
 
 
 def test_reasons_to_stand_aside() -> None:
-    assert stands_aside(None) is None
-    assert stands_aside(vllm_config({"allreduce_strategy": "ONESHOT"})) is None
-    assert stands_aside(vllm_config({"allreduce_strategy": "NCCL"})) == "allreduce_strategy is NCCL"
-    assert "elastic" in str(stands_aside(vllm_config({}, elastic=True)))
+    one_shot, nccl = settings_of({"allreduce_strategy": "ONESHOT"}), settings_of({"allreduce_strategy": "NCCL"})
+    assert stands_aside(None, one_shot) is None
+    assert stands_aside(None, nccl) == "allreduce_strategy is NCCL"
+    assert stands_aside(vllm_config({}), one_shot) is None
+    assert stands_aside(vllm_config({}), nccl) == "allreduce_strategy is NCCL"
+    assert "elastic" in str(stands_aside(vllm_config({}, elastic=True), one_shot))

@@ -10,13 +10,13 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
+from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GUARD_BYTES = 256
 
 # Streams beyond the hardware queues (8 by default) share one, and a kernel would wait behind the very one that waits
@@ -50,17 +50,8 @@ class LocalGroup:
         ]
 
     def launch_of(self, algorithm: str, message: Message) -> Launch:
-        layout = self.layout
-        facts = GroupFacts(
-            world_size=self.world_size,
-            device="cuda",
-            transport=Transport.SYMMETRIC,
-            lanes=self.lanes,
-            one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
-            two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
-            one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
-            two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
-        )
+        group = GroupFacts(world_size=self.world_size, device="cuda", transport=Transport.NONE)
+        facts = group.with_layout(Transport.SYMMETRIC, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
         assert launch is not None
         return launch

@@ -30,16 +30,8 @@ def facts(
         )
     lanes = 1 if transport is Transport.SHM else _C.MAX_LANES
     layout = _C.make_layout(world_size, lanes, workspace, in_band=in_band and lanes > 1)
-    return GroupFacts(
-        world_size=world_size,
-        device="cpu" if transport is Transport.SHM else "cuda",
-        transport=transport,
-        lanes=layout.lanes,
-        one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
-        two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
-        one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
-        two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
-    )
+    device = "cpu" if transport is Transport.SHM else "cuda"
+    return GroupFacts(world_size=world_size, device=device, transport=Transport.NONE).with_layout(transport, layout)
 
 
 def config(strategy: str, **settings: object) -> AllReduceConfig:

@@ -33,7 +33,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return stock(*args, **kwargs)
     config = get_current_vllm_config_or_none()
     settings = settings_of(config.additional_config if config is not None else None)
-    if (reason := stands_aside(config)) is not None:
+    if (reason := stands_aside(config, settings)) is not None:
         communicator = stock(*args, **kwargs)
         _report_stock(communicator, settings, reason)
         return communicator
@@ -41,7 +41,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
 
 
 def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str) -> None:  # noqa: ANN401
-    """VLLM's own class runs, so there is nothing of ours to count; the log and the report say so."""
+    """The stock class runs, so there is nothing of ours to count; the log and the report say so."""
     if communicator.rank_in_group == 0:
         logger.info("vLLM's own all-reduce is left in place: %s", reason)
     if settings.report_dir is not None:

@@ -1,11 +1,9 @@
 """What changes in vLLM, and why. Each patch names the upstream hook that would replace it.
 
-1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every
-group; there is
-   no registry for communicators (a hook was asked for in vLLM issue 22319, closed).
-2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns
-off the
-   FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the
+1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every group;
+   there is no registry for communicators (a hook was asked for in vLLM issue 22319, closed).
+2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off
+   the FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the
    plugin's version into ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general
    plugins would replace it.
 """
@@ -84,8 +82,8 @@ def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
     Raises:
         ConfigError: a setting is wrong; vLLM then does not start.
     """
-    settings_of(vllm_config.additional_config)
-    if vllm_config.parallel_config.tensor_parallel_size == 1 or stands_aside(vllm_config) is not None:
+    settings = settings_of(vllm_config.additional_config)
+    if vllm_config.parallel_config.tensor_parallel_size == 1 or stands_aside(vllm_config, settings) is not None:
         return
     pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
     if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):

@@ -48,12 +48,10 @@ def settings_of(additional_config: object) -> AllReduceConfig:
     return load_config(values, engine_name=_SOURCE)
 
 
-def stands_aside(vllm_config: Any) -> str | None:  # noqa: ANN401  (vLLM is not imported for a type)
-    """Why vLLM is to be left as it is under this configuration, or None."""
-    if vllm_config is None:
-        return None
-    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+def stands_aside(vllm_config: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401  (vLLM is not imported)
+    """Why vLLM is to be left as it is under this configuration (None: outside of one), or None."""
+    if vllm_config is not None and getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism requires vLLM's own communicator class"
-    if settings_of(vllm_config.additional_config).allreduce_strategy is AllReduceStrategy.NCCL:
+    if settings.allreduce_strategy is AllReduceStrategy.NCCL:
         return "allreduce_strategy is NCCL"
     return None
