@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.environment import environment
 from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
-from tests.support.processes import RankContext, RankPool
+from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 CALLS, REPLAYS = 20, 15

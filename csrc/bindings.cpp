@@ -121,12 +121,13 @@ class Workspace {
   lar_stream_order* order_ = nullptr;
 };
 
-lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, bool in_band) {
+lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, int in_band_lanes) {
   lar_layout layout;
-  if (lar_layout_init(&layout, world_size, lanes, workspace_bytes, in_band ? 1 : 0) != LAR_OK)
+  if (lar_layout_init(&layout, world_size, lanes, in_band_lanes, workspace_bytes) != LAR_OK)
     throw std::invalid_argument(
         "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
-        ", workspace_bytes=" + std::to_string(workspace_bytes) + ": world size must be 2 to 8 or 16, lanes 1 to " +
+        ", workspace_bytes=" + std::to_string(workspace_bytes) + ", in_band_lanes=" + std::to_string(in_band_lanes) +
+        ": world size must be 2 to 8 or 16, lanes 1 to " + std::to_string(LAR_MAX_LANES) + ", in-band lanes 0 to " +
         std::to_string(LAR_MAX_LANES) + ", and a chunk must hold at least one vector of 16 bytes");
   return layout;
 }
@@ -148,6 +149,7 @@ NB_MODULE(_C, module) {
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
       .def_ro("world_size", &lar_layout::world_size)
       .def_ro("lanes", &lar_layout::lanes)
+      .def_ro("in_band_lanes", &lar_layout::in_band_lanes)
       .def_ro("one_shot_chunk_bytes", &lar_layout::one_shot_chunk_bytes)
       .def_ro("two_shot_chunk_bytes", &lar_layout::two_shot_chunk_bytes)
       .def_ro("epochs_offset", &lar_layout::epochs_offset)
@@ -159,7 +161,7 @@ NB_MODULE(_C, module) {
       .def_ro("in_band_bytes", &lar_layout::in_band_bytes)
       .def_ro("total_bytes", &lar_layout::total_bytes);
 
-  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band"_a = false,
+  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band_lanes"_a = 0,
              "Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.");
   module.def("abi_version", &lar_abi_version);
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);

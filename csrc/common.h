@@ -35,11 +35,10 @@ LAR_HOST_DEVICE uint32_t* epoch_word(void* base, const lar_layout& layout, lar_a
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes + lane;
 }
 
-// Two words per lane: the generation that its next in-band call uses, and how many vectors of each slot of the one
-// before are still to be cleared.
-LAR_HOST_DEVICE uint32_t* in_band_state(void* base, const lar_layout& layout, lar_algorithm algorithm, int lane) {
+// The generation of slots that this lane's next in-band call uses.
+LAR_HOST_DEVICE uint32_t* generation_words(void* base, const lar_layout& layout, lar_algorithm algorithm) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.in_band_state_offset) +
-         (algorithm * layout.lanes + lane) * 2;
+         algorithm * layout.in_band_lanes;
 }
 
 // The row of flags of one lane: one word per publishing rank, all within 64 bytes.

@@ -197,8 +197,8 @@ class TensorParallelCommunicator:
             default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
             size = int(self.config.workspace_bytes or default)
             try:
-                in_band = on_gpu and self.config.in_band
-                layout = _C.make_layout(self.world_size, _C.MAX_LANES if on_gpu else 1, size, in_band=in_band)
+                lanes, in_band_lanes = (264, 132) if on_gpu else (1, 0)
+                layout = _C.make_layout(self.world_size, lanes, size, in_band_lanes)
                 transport = self._connect(layout, control_group)
             except (TransportError, ValueError) as error:
                 obstacle = str(error)

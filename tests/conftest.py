@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from tests.support.processes import RankPool
+from llm_allreduce_plugin.bench.ranks import RankPool
 
 PoolFor = Callable[[int], RankPool]
 

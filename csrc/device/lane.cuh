@@ -14,7 +14,13 @@ namespace lar {
 
 // Peers that a loop over peers handles at once. With 16 ranks the addresses of all would not fit into registers.
 template <int kWorldSize>
-constexpr int kPeersAtOnce = kWorldSize > 8 ? 2 : kWorldSize - 1;
+constexpr int kPeersAtOnce = kWorldSize > 8 ? 3 : kWorldSize - 1;
+
+// The rank `step` places after `rank`, without a division.
+template <int kWorldSize>
+__device__ __forceinline__ int rotated(int rank, int step) {
+  return rank + step < kWorldSize ? rank + step : rank + step - kWorldSize;
+}
 
 // System scope: the other side is another GPU, or the host.
 __device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
@@ -58,28 +64,63 @@ __device__ __forceinline__ void let_next_kernel_start() {
 #endif
 }
 
+// Where a wait that takes too long is reported, and how long that is.
+struct WaitLimit {
+  uint32_t* abort;  // set once any wait of this rank has expired
+  lar_failure* failure;
+  int64_t timeout_ns;
+  int32_t rank;
+  lar_algorithm algorithm;
+};
+
+__host__ __device__ inline WaitLimit wait_limit(const lar_workspace& workspace, lar_algorithm algorithm) {
+  return {abort_word(workspace.base[workspace.rank], workspace.layout), workspace.failure, workspace.timeout_ns,
+          workspace.rank, algorithm};
+}
+
+// Ends a wait for `peer` that has expired. The first lane to give up leaves the record and traps: what depends on this
+// call must not be read as if it had worked. Lanes that find the abort word set only return, so that none traps before
+// the record is out.
+__device__ __forceinline__ void give_up(const WaitLimit& limit, int lane, int peer, lar_phase phase, uint32_t round,
+                                        uint32_t seen, int64_t waited_ns) {
+  if (atomicCAS(limit.abort, 0u, 1u) != 0u) return;
+  lar_failure* failure = limit.failure;
+  failure->rank = limit.rank;
+  failure->peer = peer;
+  failure->algorithm = limit.algorithm;
+  failure->phase = phase;
+  failure->lane = lane;
+  failure->expected_round = round;
+  failure->seen_round = seen;
+  failure->waited_ns = waited_ns;
+  __threadfence_system();
+  failure->state = 1;
+  __threadfence_system();
+  __trap();
+}
+
 // Bounds a polling loop: is_over() once the group is broken or the time is up. The clock and the abort word are looked
 // at once in so many polls, since both are slower than what is polled.
 class Patience {
  public:
-  __device__ __forceinline__ explicit Patience(const lar_workspace& workspace) : workspace_(workspace) {}
+  __device__ __forceinline__ explicit Patience(const WaitLimit& limit) : limit_(limit) {}
 
   __device__ __forceinline__ bool is_over() {
     if (++polls_ % kPollsPerCheck != 0) return false;
     const int64_t now = global_timer_ns();
     if (start_ == 0) start_ = now;
     waited_ = now - start_;
-    if (waited_ > workspace_.timeout_ns) return true;
-    return *static_cast<volatile uint32_t*>(abort_word(workspace_.base[workspace_.rank], workspace_.layout)) != 0;
+    if (waited_ > limit_.timeout_ns) return true;
+    return *static_cast<volatile uint32_t*>(limit_.abort) != 0;
   }
 
   // After is_over(): true when this thread's own time is up, false when another has given up already.
-  __device__ __forceinline__ bool expired() const { return waited_ > workspace_.timeout_ns; }
+  __device__ __forceinline__ bool expired() const { return waited_ > limit_.timeout_ns; }
   __device__ __forceinline__ int64_t waited_ns() const { return waited_; }
 
  private:
   static constexpr uint32_t kPollsPerCheck = 256;
-  const lar_workspace& workspace_;
+  const WaitLimit& limit_;
   uint32_t polls_ = 0;
   int64_t start_ = 0;
   int64_t waited_ = 0;
@@ -123,36 +164,17 @@ class Lane {
     return __syncthreads_and(arrived);
   }
 
-  // The first lane to give up leaves the record and traps: what depends on this call must not be read as if it
-  // had worked. Lanes that find the abort word set only return, so that none traps before the record is out.
-  __device__ __forceinline__ void give_up(int peer, lar_phase phase, uint32_t round, uint32_t seen,
-                                          int64_t waited) const {
-    if (atomicCAS(abort_word(own_base(), workspace_.layout), 0u, 1u) != 0u) return;
-    lar_failure* failure = workspace_.failure;
-    failure->rank = workspace_.rank;
-    failure->peer = peer;
-    failure->algorithm = algorithm_;
-    failure->phase = phase;
-    failure->lane = index_;
-    failure->expected_round = round;
-    failure->seen_round = seen;
-    failure->waited_ns = waited;
-    __threadfence_system();
-    failure->state = 1;
-    __threadfence_system();
-    __trap();
-  }
-
  private:
   __device__ __forceinline__ void* own_base() const { return workspace_.base[workspace_.rank]; }
 
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
     const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, index_) + peer;
     uint32_t seen = load_acquire_system(flag);
-    Patience patience(workspace_);
+    const WaitLimit limit = wait_limit(workspace_, algorithm_);
+    Patience patience(limit);
     while (!reached(seen, round)) {
       if (patience.is_over()) {
-        if (patience.expired()) give_up(peer, phase, round, seen, patience.waited_ns());
+        if (patience.expired()) give_up(limit, index_, peer, phase, round, seen, patience.waited_ns());
         return false;
       }
       seen = load_acquire_system(flag);

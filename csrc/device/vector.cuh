@@ -83,6 +83,33 @@ __device__ __forceinline__ uint4 sum_in_rank_order(LoadPart part) {
   return sum.rounded();
 }
 
+// Sums vectors 0 .. span-1 by the whole block: store(i, part(0, i) + .. + part(kWorldSize - 1, i)). Several vectors of
+// each thread are in flight, about eight loads.
+template <typename T, int kWorldSize, typename LoadPart, typename Store>
+__device__ __forceinline__ void sum_vectors(int64_t span, LoadPart part, Store store) {
+  constexpr int kAtOnce = kWorldSize >= 8 ? 1 : 8 / kWorldSize;
+  const int64_t stride = blockDim.x;
+  int64_t i = threadIdx.x;
+  if constexpr (kAtOnce > 1) {
+    for (; i + (kAtOnce - 1) * stride < span; i += kAtOnce * stride) {
+      uint4 loaded[kAtOnce][kWorldSize];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int source = 0; source < kWorldSize; ++source) loaded[j][source] = part(source, i + j * stride);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        Accumulator<T> sum;
+#pragma unroll
+        for (int source = 0; source < kWorldSize; ++source) sum.add(loaded[j][source]);
+        store(i + j * stride, sum.rounded());
+      }
+    }
+  }
+  for (; i < span; i += stride)
+    store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
+}
+
 // The caller's tensor as a run of vectors: any count, any alignment. Only the last vector, or every vector of
 // a tensor that does not start on 16 bytes, is moved element by element.
 template <typename T>
@@ -128,7 +155,7 @@ class Payload {
 // Moves vectors 0 .. span-1 by the whole block, several loads of each thread in flight before the first store.
 template <typename Load, typename Store>
 __device__ __forceinline__ void move_vectors(int64_t span, Load load, Store store) {
-  constexpr int kInFlight = 4;
+  constexpr int kInFlight = 8;
   const int64_t stride = blockDim.x;
   int64_t i = threadIdx.x;
   for (; i + (kInFlight - 1) * stride < span; i += kInFlight * stride) {

@@ -18,14 +18,12 @@ extern "C" {
 enum {
   LAR_MAX_WORLD_SIZE = 16,  // entries in the peer pointer table
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
-  LAR_MAX_LANES = 128,      // blocks that may take part in one call
+  LAR_MAX_LANES = 1024,     // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
-  // Generations of slots; csrc/kernels/ says why these are enough.
-  LAR_ONE_SHOT_SLOTS = 2,
+  // Generations of slots; csrc/kernels/ and csrc/device/in_band.cuh say why these are enough.
+  LAR_ONE_SHOT_SLOTS = 4,
   LAR_TWO_SHOT_SLOTS = 4,
-  LAR_ONE_SHOT_IN_BAND_SLOTS = 3,
-  LAR_SCATTER_IN_BAND_SLOTS = 3,
-  LAR_GATHER_IN_BAND_SLOTS = 2,
+  LAR_IN_BAND_SLOTS = 2,
 };
 
 typedef enum lar_status {
@@ -43,19 +41,20 @@ typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
 //   epochs      uint32 [algorithm 2][lane]           local: rounds this lane has finished
-//   in_band     uint32 [algorithm 2][lane][2]        local: generation in use, vectors of the last one to be cleared
+//   in_band     uint32 [algorithm 2][in-band lane]   local: the generation that this lane's next call uses
 //   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
 //   one_shot    [generation][source rank][lane][one_shot_chunk_bytes]
 //   scatter     [ring][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
 //   gather      [ring][owner rank][lane][two_shot_chunk_bytes]    results on their way back
 // and for the in-band kernels, all filled with LAR_IN_BAND_MARKER before the first call:
-//   one_shot_in_band  [generation][source rank][lane][one_shot_in_band_chunk_bytes]
-//   scatter_in_band   [generation][source rank][lane][two_shot_in_band_chunk_bytes]
-//   gather_in_band    [generation][owner rank][lane][two_shot_in_band_chunk_bytes]
+//   one_shot_in_band  [generation][source rank][in-band lane][one_shot_in_band_chunk_bytes]
+//   scatter_in_band   [generation][source rank][in-band lane][two_shot_in_band_chunk_bytes]
+//   gather_in_band    [generation][owner rank][in-band lane][two_shot_in_band_chunk_bytes]
 // They are one run of in_band_bytes from in_band_offset; none without in-band kernels (CPU ranks).
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
+  int32_t in_band_lanes;
   int64_t abort_offset;  // uint32, local: set once a wait has expired
   int64_t epochs_offset;
   int64_t flags_offset;
@@ -120,9 +119,10 @@ typedef struct lar_launch {
   int32_t in_band;  // readiness travels in the data: one round only, GPUs only
 } lar_launch;
 
-// Splits `bytes` (rounded down to what fits) of workspace, with or without slots for the in-band kernels.
+// Splits `bytes` (rounded down to what fits) of workspace; without in-band lanes, none of it for in-band kernels.
 // LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than one vector.
-LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int64_t bytes, int32_t in_band);
+LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band_lanes,
+                               int64_t bytes);
 
 LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
 LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);

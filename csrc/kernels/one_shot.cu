@@ -3,25 +3,21 @@
 // One communication step, (N-1) * payload bytes per link direction: the least latency, at a price in traffic
 // that grows with the world size. Each lane works alone (device/lane.cuh).
 //
-// In band (device/in_band.cuh), for messages that fit the slots at once:
+// In band (device/in_band.cuh), for messages that fit the slots at once. Each thread, for each of its vectors:
 //
-//     store my vectors into slot [generation][my rank] of every peer
-//     clear what the lane read in its previous call, while the stores fly
-//     poll the vectors of all ranks, sum them in rank order, round once, store to the output
+//     store it into slot [generation][my rank] of every peer
+//     poll the vectors of all ranks, clear them, sum in rank order, round once, store to the output
 //
-// Why three generations: call e clears what was read in call e-1, and a peer next writes there in call e+2. That peer
-// has then ended call e+1, so it has my vectors of e+1, which I sent after call e, clears included, had ended. With
-// two, it would write in call e+1 already, knowing no more than that I had sent call e.
+// A thread stores its next vector before it polls for the present one, so that the links stay busy while it waits.
 //
-// Flagged, for any size, in rounds of at most one chunk:
+// Flagged, for any size, chunk by chunk with two chunks in flight:
 //
-//     store my chunk into slot [generation][my rank] of every peer
-//     publish the round, wait until every peer has published it
-//     sum the chunks of ranks 0..N-1 in that order, round once, store to the output
+//     step s:  push    chunk s      store my chunk into slot [round][my rank] of every peer, publish
+//              reduce  chunk s-1    wait, sum the chunks of ranks 0..N-1 in that order, round once, store to the output
 //
-// Why two generations and no barrier at the end: a peer publishes round e only after all its threads have read the
-// slots of round e-1 (program order and the barrier in publish()). So once the wait of round e returns, nobody reads
-// generation e-1 any more, and round e+1 may overwrite it.
+// Why four generations and no barrier at the end: push(s) overwrites chunk s-4. A peer publishes s-2 only after all its
+// threads have reduced s-4 (program order and the barrier in publish()), and this lane has seen every peer publish s-2
+// before it reduced that chunk, one step ago.
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
@@ -29,6 +25,42 @@
 
 namespace lar {
 namespace {
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
+  const Payload<T> input(arguments.input, arguments.count);
+  const Payload<T> output(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  const uint32_t first = arguments.chunk * blockIdx.x;
+  const uint32_t span = first < total_vectors ? min(arguments.chunk, total_vectors - first) : 0;
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  const uint32_t generation = generation_of(arguments);
+  const uint32_t slot = generation * arguments.generation_stride + blockIdx.x * arguments.lane_stride;
+  const auto push = [&](uint32_t i) {
+    const uint4 mine = without_marker(input.load(first + i));
+#pragma unroll kPeersAtOnce < kWorldSize>
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slot + i, mine);
+    return mine;
+  };
+
+  uint32_t i = threadIdx.x;
+  uint4 mine;
+  if (i < span) mine = push(i);
+  flip_generation(arguments, generation);
+  while (i < span) {
+    const uint32_t next = i + blockDim.x;
+    uint4 upcoming;
+    if (next < span) upcoming = push(next);
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, arguments.own, slot + i, mine, result)) return;
+    output.store(first + i, result);
+    i = next;
+    mine = upcoming;
+  }
+}
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
@@ -42,88 +74,54 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 
   const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
   const int64_t chunk = arguments.chunk_vectors;
-  const int64_t stride = chunk * gridDim.x;
+  const int64_t chunks = ceil_div(total_vectors, chunk * gridDim.x);
+  const auto first_of = [&](int64_t step) { return (step * gridDim.x + lane.index()) * chunk; };
+  const auto span_of = [&](int64_t step) { return min(chunk, total_vectors - first_of(step)); };  // may be negative
 
-  wait_for_previous_kernel();
   let_next_kernel_start();
-  uint32_t round = lane.epoch();
-  for (int64_t start = 0; start < total_vectors; start += stride) {
-    ++round;
-    const int generation = round % LAR_ONE_SHOT_SLOTS;
-    const int64_t first = start + chunk * lane.index();
-    const int64_t span = min(chunk, total_vectors - first);  // negative when this lane has no share
-
-    // Peers in rotated order, so that no GPU is everyone's first target.
-    char* slots[kWorldSize];
-#pragma unroll
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int peer = (rank + step) % kWorldSize;
-      slots[step] =
-          static_cast<char*>(workspace.base[peer]) +
-          slot_offset(layout, layout.one_shot_offset, layout.one_shot_chunk_bytes, generation, rank, lane.index());
-    }
-    for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
-      const uint4 mine = input.load(first + i);
-#pragma unroll
-      for (int step = 1; step < kWorldSize; ++step) store_slot(slots[step], i, mine);
-    }
-
-    lane.publish(FlagPlane::kOneShot, round);
-    if (!lane.wait(FlagPlane::kOneShot, LAR_PHASE_GATHER, round)) return;
-
-    const char* own = static_cast<const char*>(workspace.base[rank]);
-    for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
-      const uint4 result = sum_in_rank_order<T, kWorldSize>([&](int source) {
-        const int64_t slot =
-            slot_offset(layout, layout.one_shot_offset, layout.one_shot_chunk_bytes, generation, source, lane.index());
-        return source == rank ? input.load(first + i) : load_slot(own + slot, i);
-      });
-      output.store(first + i, result);
-    }
-  }
-  lane.finish(round);
-}
-
-template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
-    one_shot_in_band_kernel(const __grid_constant__ KernelArguments arguments) {
-  const lar_workspace& workspace = arguments.workspace;
-  const int64_t region = workspace.layout.one_shot_in_band_offset;
-  const int64_t chunk_bytes = workspace.layout.one_shot_in_band_chunk_bytes;
-  const int rank = workspace.rank;
-  const Payload<T> input(arguments.message.input, arguments.message.count);
-  const Payload<T> output(arguments.message.output, arguments.message.count);
-  const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
-
-  const InBandLane lane(workspace, LAR_ONE_SHOT);
-  const int64_t first = arguments.chunk_vectors * lane.index();
-  const int64_t span = min(arguments.chunk_vectors, total_vectors - first);
-  const int generation = lane.generation(LAR_ONE_SHOT_IN_BAND_SLOTS);
-
   wait_for_previous_kernel();
-  for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
-    const uint4 mine = without_marker(input.load(first + i));
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step)
-      store_in_band(lane.slot((rank + step) % kWorldSize, region, chunk_bytes, generation, rank), i, mine);
+  const uint32_t epoch = lane.epoch();
+  const auto round_of = [&](int64_t step) { return epoch + static_cast<uint32_t>(step) + 1; };
+  const auto slot = [&](int holder, int source, int64_t step) {
+    return static_cast<char*>(workspace.base[holder]) + slot_offset(layout, layout.one_shot_offset,
+                                                                    layout.one_shot_chunk_bytes,
+                                                                    round_of(step) % LAR_ONE_SHOT_SLOTS, source,
+                                                                    lane.index());
+  };
+
+  for (int64_t step = 0; step <= chunks; ++step) {
+    if (step < chunks) {
+      // Peers in rotated order, so that no GPU is everyone's first target.
+      char* slots[kWorldSize];
+#pragma unroll
+      for (int i = 1; i < kWorldSize; ++i) slots[i] = slot(rotated<kWorldSize>(rank, i), rank, step);
+      const int64_t first = first_of(step);
+      move_vectors(
+          span_of(step), [&](int64_t i) { return input.load(first + i); },
+          [&](int64_t i, const uint4& mine) {
+#pragma unroll
+            for (int peer = 1; peer < kWorldSize; ++peer) store_slot(slots[peer], i, mine);
+          });
+      lane.publish(FlagPlane::kOneShot, round_of(step));
+    }
+    if (step == 0) continue;
+    if (!lane.wait(FlagPlane::kOneShot, LAR_PHASE_GATHER, round_of(step - 1))) return;
+    const int64_t first = first_of(step - 1);
+    sum_vectors<T, kWorldSize>(
+        span_of(step - 1),
+        [&](int source, int64_t i) {
+          return source == rank ? input.load(first + i) : load_slot(slot(rank, source, step - 1), i);
+        },
+        [&](int64_t i, const uint4& result) { output.store(first + i, result); });
   }
-  lane.clear_previous<kWorldSize>(region, chunk_bytes, LAR_ONE_SHOT_IN_BAND_SLOTS);
-  lane.hand_over(arguments.chunk_vectors);
-  for (int64_t i = threadIdx.x; i < span; i += blockDim.x) {
-    const uint4 mine = without_marker(input.load(first + i));
-    uint4 result;
-    const auto part = [&](int source) {
-      return source == rank ? mine : load_in_band(lane.slot(rank, region, chunk_bytes, generation, source), i);
-    };
-    if (!poll_and_sum<T, kWorldSize>(lane, workspace, LAR_PHASE_GATHER, part, result)) return;
-    output.store(first + i, result);
-  }
+  lane.finish(epoch + static_cast<uint32_t>(chunks));
 }
 
 template <typename T, int kWorldSize>
 struct OneShot {
-  static Kernel kernel(bool in_band) {
-    return in_band ? one_shot_in_band_kernel<T, kWorldSize> : one_shot_kernel<T, kWorldSize>;
+  static const void* kernel(bool in_band) {
+    return in_band ? reinterpret_cast<const void*>(one_shot_in_band_kernel<T, kWorldSize>)
+                   : reinterpret_cast<const void*>(one_shot_kernel<T, kWorldSize>);
   }
 };
 
@@ -133,6 +131,8 @@ struct OneShot {
 extern "C" int lar_one_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  return lar::launch<lar::OneShot>(workspace, message, shape, 1, workspace->layout.one_shot_chunk_bytes,
-                                   workspace->layout.one_shot_in_band_chunk_bytes, stream);
+  const lar_layout& layout = workspace->layout;
+  const lar::Slots slots{LAR_ONE_SHOT, 1, layout.one_shot_chunk_bytes, layout.one_shot_in_band_offset,
+                         layout.one_shot_in_band_chunk_bytes, 0};
+  return lar::launch<lar::OneShot>(workspace, message, shape, slots, stream);
 }

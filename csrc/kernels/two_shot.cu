@@ -4,15 +4,15 @@
 // all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
 // every rank's part.
 //
-// In band (device/in_band.cuh), for messages that fit the slots at once:
+// In band (device/in_band.cuh), for messages that fit the slots at once. Each thread, on its vectors of every part:
 //
 //     scatter  store my partials into their owners' scatter slots
-//     clear    what the lane read in its previous call, while the stores fly
-//     reduce   poll the partials of my part, sum ranks 0..N-1 in order, round once, store to the output and to all
-//     peers drain    poll the other owners' results, store them to the output
+//     reduce   poll the partials of my part, clear them, sum ranks 0..N-1 in order, round once, store to the output and
+//              to the gather slots of all peers
+//     drain    one vector behind: poll the other owners' results, clear them, store them to the output
 //
-// Why three generations of scatter slots: as for one_shot.cu. Two of gather slots: a peer's result of call e+2 needs my
-// partial of e+2, which I send after call e+1, in which I cleared the slot, has ended.
+// All partials are stored before anything is polled: when a thread comes to reduce its first vector, the links still
+// have the last ones to carry.
 //
 // Flagged, for any size, chunk by chunk with three chunks in flight:
 //
@@ -82,7 +82,7 @@ class TwoShotLane {
     const int rank = workspace_.rank;
 #pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = (rank + step) % kWorldSize;
+      const int owner = rotated<kWorldSize>(rank, step);
       const Piece part = piece(chunk, owner);
       char* to = slot(workspace_.layout.scatter_offset, owner, rank, round(chunk));
       move_vectors(
@@ -96,16 +96,20 @@ class TwoShotLane {
     if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
     const int rank = workspace_.rank;
     const Piece part = piece(chunk, rank);
-    for (int64_t i = threadIdx.x; i < part.span; i += blockDim.x) {
-      const uint4 result = sum_in_rank_order<T, kWorldSize>([&](int source) {
-        return source == rank ? input_.load(part.first + i)
-                              : load_slot(slot(workspace_.layout.scatter_offset, rank, source, round(chunk)), i);
-      });
-      output_.store(part.first + i, result);
+    char* own = slot(workspace_.layout.scatter_offset, rank, 0, round(chunk));
+    const int64_t stride = workspace_.layout.lanes * workspace_.layout.two_shot_chunk_bytes;  // from source to source
+    sum_vectors<T, kWorldSize>(
+        part.span,
+        [&](int source, int64_t i) {
+          return source == rank ? input_.load(part.first + i) : load_slot(own + source * stride, i);
+        },
+        [&](int64_t i, const uint4& result) {
+          output_.store(part.first + i, result);
 #pragma unroll kPeersAtOnce < kWorldSize>
-      for (int step = 1; step < kWorldSize; ++step)
-        store_slot(slot(workspace_.layout.gather_offset, (rank + step) % kWorldSize, rank, round(chunk)), i, result);
-    }
+          for (int step = 1; step < kWorldSize; ++step)
+            store_slot(slot(workspace_.layout.gather_offset, rotated<kWorldSize>(rank, step), rank, round(chunk)), i,
+                       result);
+        });
     lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
     return true;
   }
@@ -115,7 +119,7 @@ class TwoShotLane {
     const int rank = workspace_.rank;
 #pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = (rank + step) % kWorldSize;
+      const int owner = rotated<kWorldSize>(rank, step);
       const Piece part = piece(chunk, owner);
       const char* from = slot(workspace_.layout.gather_offset, rank, owner, round(chunk));
       move_vectors(
@@ -137,77 +141,88 @@ class TwoShotLane {
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
-  wait_for_previous_kernel();
   let_next_kernel_start();
+  wait_for_previous_kernel();
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
-    two_shot_in_band_kernel(const __grid_constant__ KernelArguments arguments) {
-  const lar_workspace& workspace = arguments.workspace;
-  const lar_layout& layout = workspace.layout;
-  const int64_t chunk_bytes = layout.two_shot_in_band_chunk_bytes;
-  const int64_t chunk = arguments.chunk_vectors;
-  const int rank = workspace.rank;
-  const Payload<T> input(arguments.message.input, arguments.message.count);
-  const Payload<T> output(arguments.message.output, arguments.message.count);
-  const int64_t total_vectors = ceil_div(arguments.message.count, Vector<T>::kElements);
-
-  const InBandLane lane(workspace, LAR_TWO_SHOT);
-  const int scatter_generation = lane.generation(LAR_SCATTER_IN_BAND_SLOTS);
-  const int gather_generation = lane.generation(LAR_GATHER_IN_BAND_SLOTS);
-  const auto first_of = [&](int owner) { return (static_cast<int64_t>(owner) * gridDim.x + lane.index()) * chunk; };
-  const auto span_of = [&](int owner) { return min(chunk, total_vectors - first_of(owner)); };
-  const auto scatter_slot = [&](int holder, int source) {
-    return lane.slot(holder, layout.scatter_in_band_offset, chunk_bytes, scatter_generation, source);
+    two_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
+  const Payload<T> input(arguments.input, arguments.count);
+  const Payload<T> output(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  const uint32_t chunk = arguments.chunk;
+  const int rank = arguments.rank;
+  // Where this lane's share of the part of the rank `step` places on begins.
+  const auto first_of = [&](int step) {
+    return (rotated<kWorldSize>(rank, step) * gridDim.x + blockIdx.x) * chunk;
   };
-  const auto gather_slot = [&](int holder, int owner) {
-    return lane.slot(holder, layout.gather_in_band_offset, chunk_bytes, gather_generation, owner);
-  };
-
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
+  static_assert((kWorldSize - 1) % kAtOnce == 0, "batches must tile the peers");
+  let_next_kernel_start();
   wait_for_previous_kernel();
-  for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = (rank + step) % kWorldSize;
-      if (i < span_of(owner))
-        store_in_band(scatter_slot(owner, rank), i, without_marker(input.load(first_of(owner) + i)));
-    }
-  }
-  lane.clear_previous<kWorldSize>(layout.scatter_in_band_offset, chunk_bytes, LAR_SCATTER_IN_BAND_SLOTS);
-  lane.clear_previous<kWorldSize>(layout.gather_in_band_offset, chunk_bytes, LAR_GATHER_IN_BAND_SLOTS);
-  lane.hand_over(chunk);
 
-  for (int64_t i = threadIdx.x; i < span_of(rank); i += blockDim.x) {
-    const uint4 mine = without_marker(input.load(first_of(rank) + i));
-    uint4 result;
-    const auto part = [&](int source) { return source == rank ? mine : load_in_band(scatter_slot(rank, source), i); };
-    if (!poll_and_sum<T, kWorldSize>(lane, workspace, LAR_PHASE_SCATTER, part, result)) return;
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step)
-      store_in_band(gather_slot((rank + step) % kWorldSize, rank), i, result);
-    output.store(first_of(rank) + i, result);
-  }
-  for (int64_t i = threadIdx.x; i < chunk; i += blockDim.x) {
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = (rank + step) % kWorldSize;
-      if (i >= span_of(owner)) continue;
-      uint4 result[1];
-      if (!poll_until_complete(
-              lane, workspace, LAR_PHASE_GATHER, result, [&](int) { return load_in_band(gather_slot(rank, owner), i); },
-              [&](int) { return owner; }))
-        return;
-      output.store(first_of(owner) + i, result[0]);
+  const uint32_t generation = generation_of(arguments);
+  const uint32_t slot = generation * arguments.generation_stride + blockIdx.x * arguments.lane_stride;
+  for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+#pragma unroll 1
+    for (int base = 1; base < kWorldSize; base += kAtOnce) {
+      uint4 partial[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first_of(base + j) + i < total_vectors)
+          partial[j] = without_marker(input.load(first_of(base + j) + i));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first_of(base + j) + i < total_vectors) store_in_band(arguments.to[base + j], slot + i, partial[j]);
     }
+  }
+  flip_generation(arguments, generation);
+
+  const auto reduce = [&](uint32_t i) {
+    const uint32_t index = first_of(0) + i;
+    if (index >= total_vectors) return true;
+    const uint4 mine = without_marker(input.load(index));
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, arguments.own, slot + i, mine, result)) return false;
+#pragma unroll kAtOnce
+    for (int step = 1; step < kWorldSize; ++step)
+      store_in_band(arguments.to[step], slot + arguments.gather_stride + i, result);
+    output.store(index, result);
+    return true;
+  };
+  const auto drain = [&](uint32_t i) {
+#pragma unroll 1
+    for (int base = 1; base < kWorldSize; base += kAtOnce) {
+      const auto index = [&](int j) { return first_of(base + j) + i; };
+      const auto owner = [&](int j) { return rotated<kWorldSize>(rank, base + j); };
+      const auto at = [&](int j) { return slot + arguments.gather_stride + owner(j) * arguments.source_stride + i; };
+      uint4 results[kAtOnce];
+      const auto load = [&](int j) {
+        return index(j) < total_vectors ? load_in_band(arguments.own, at(j)) : uint4{0u, 0u, 0u, 0u};
+      };
+      if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, results, load, owner)) return false;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (index(j) >= total_vectors) continue;
+        output.store(index(j), results[j]);
+        clear_in_band(arguments.own, at(j));
+      }
+    }
+    return true;
+  };
+  for (uint32_t i = threadIdx.x; i < chunk + blockDim.x; i += blockDim.x) {
+    if (i < chunk && !reduce(i)) return;
+    if (i >= blockDim.x && !drain(i - blockDim.x)) return;
   }
 }
 
 template <typename T, int kWorldSize>
 struct TwoShot {
-  static Kernel kernel(bool in_band) {
-    return in_band ? two_shot_in_band_kernel<T, kWorldSize> : two_shot_kernel<T, kWorldSize>;
+  static const void* kernel(bool in_band) {
+    return in_band ? reinterpret_cast<const void*>(two_shot_in_band_kernel<T, kWorldSize>)
+                   : reinterpret_cast<const void*>(two_shot_kernel<T, kWorldSize>);
   }
 };
 
@@ -218,6 +233,11 @@ extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_messa
                                  void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  return lar::launch<lar::TwoShot>(workspace, message, shape, layout.world_size, layout.two_shot_chunk_bytes,
-                                   layout.two_shot_in_band_chunk_bytes, stream);
+  const lar::Slots slots{LAR_TWO_SHOT,
+                         layout.world_size,
+                         layout.two_shot_chunk_bytes,
+                         layout.scatter_in_band_offset,
+                         layout.two_shot_in_band_chunk_bytes,
+                         layout.gather_in_band_offset - layout.scatter_in_band_offset};
+  return lar::launch<lar::TwoShot>(workspace, message, shape, slots, stream);
 }

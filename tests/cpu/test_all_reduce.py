@@ -17,7 +17,7 @@ import torch
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
 from tests.conftest import PoolFor
 from tests.support import checks
-from tests.support.processes import RankContext, RankPool
+from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.support.reference import DTYPES, SIZES
 
 WORLD_SIZES = (2, 3, 4, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
-from tests.support.processes import RankContext
+from llm_allreduce_plugin.bench.ranks import RankContext
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 
 
