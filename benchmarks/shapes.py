@@ -25,49 +25,39 @@ from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
-Shape = tuple[str, bool, int, int, int, int]  # algorithm, in band, bytes, lanes, threads, chunk vectors
+Shape = tuple[str, int, int, int, int]  # algorithm, bytes, lanes, threads, chunk vectors
 
 
-def in_band_shapes(algorithm: str, parts: int, sizes: list[int], most_lanes: int) -> list[Shape]:
+def shapes_of(algorithm: str, parts: int, sizes: list[int], lanes_tried: tuple[int, ...]) -> list[Shape]:
+    """One vector to a thread where that is enough, then more."""
     shapes = []
     for size in sizes:
         pieces = math.ceil(size / 16 / parts)
         seen = set()
         for threads in (32, 64, 128, 256, 512):
-            for lanes in (most_lanes // 4, most_lanes // 2, most_lanes):
+            for lanes in lanes_tried:
                 used = min(lanes, math.ceil(pieces / threads))
                 chunk = math.ceil(pieces / used)
                 # Several vectors per thread of a small block leave the GPU idle.
-                if (used, threads) in seen or chunk < 32 or (chunk > threads and threads < 256):
+                if (used, threads) in seen or (chunk > threads and threads < 256):
                     continue
                 seen.add((used, threads))
-                shapes.append((algorithm, True, size, used, threads, chunk))
+                shapes.append((algorithm, size, used, threads, chunk))
     return shapes
 
 
-def flagged_shapes(algorithm: str, parts: int, sizes: list[int], multiprocessors: int) -> list[Shape]:
-    shapes = []
-    for size in sizes:
-        pieces = size // 16 // parts
-        for blocks, threads in ((1, 512), (2, 256), (4, 128), (2, 512)):
-            for chunk in (threads, 2 * threads, 4 * threads, 8 * threads, 16 * threads):
-                lanes = blocks * multiprocessors
-                if lanes * chunk <= pieces:
-                    shapes.append((algorithm, False, size, lanes, threads, chunk))
-    return shapes
-
-
-def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: tuple[int, int]) -> list[Any]:
-    layout = _C.make_layout(context.world_size, lanes[0], workspace_bytes, lanes[1])
+def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: int, in_band: bool) -> list[Any]:  # noqa: FBT001
+    layout = _C.make_layout(context.world_size, lanes, workspace_bytes, in_band)
     memory = SymmetricMemory.open(context.group, context.control_group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for algorithm, in_band, size, used, threads, chunk in shapes:
-        if not in_band and chunk * 16 > (
-            layout.one_shot_chunk_bytes if algorithm == "ONESHOT" else layout.two_shot_chunk_bytes
-        ):
-            continue
+    for algorithm, size, used, threads, wanted in shapes:
+        capacity = layout.one_shot_chunk_bytes if algorithm == "ONESHOT" else layout.two_shot_chunk_bytes
+        rounds = math.ceil(wanted / (capacity // 16))
+        chunk = math.ceil(wanted / rounds)  # rounds of equal length, so that no rank has more to do in the last
+        if chunk > threads:
+            chunk = math.ceil(chunk / 8) * 8
         count = size // DTYPE.itemsize
         if count not in data:
             seed = context.shared_seed()
@@ -82,26 +72,17 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
 
         def call() -> None:
             stream = torch.cuda.current_stream().cuda_stream
-            launch(mine.data_ptr(), output.data_ptr(), count, 2, used, threads, chunk, in_band, stream)  # noqa: B023
+            launch(mine.data_ptr(), output.data_ptr(), count, 2, used, threads, chunk, stream)  # noqa: B023
 
         call()
         torch.cuda.synchronize()
         wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)
+        output.fill_(float("nan"))
         timing = time_graph(context, call)
         wrong += wrong_elements(output, expected, exact=True, world_size=context.world_size)
-        rows.append(
-            {
-                "algorithm": algorithm,
-                "in_band": in_band,
-                "bytes": size,
-                "lanes": used,
-                "threads": threads,
-                "chunk_vectors": chunk,
-                "us": round(timing.median, 2),
-                "fastest_us": round(timing.fastest, 2),
-                "wrong": sum(context.gather(wrong)),
-            }
-        )
+        row = {"algorithm": algorithm, "bytes": size, "lanes": used, "threads": threads, "chunk_vectors": chunk}
+        row |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
+        rows.append(row | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
     del workspace
     memory.close()
@@ -111,43 +92,41 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--quick", action="store_true", help="few sizes")
-    parser.add_argument("--workspace-gib", type=float, default=6)
+    parser.add_argument("--flagged", action="store_true", help="the kernels that wait for flags")
+    parser.add_argument("--min", type=int, default=12, help="smallest size, as a power of two")
+    parser.add_argument("--max", type=int, default=28, help="largest size, as a power of two")
+    parser.add_argument("--step", type=int, default=2, help="powers of two between sizes")
+    parser.add_argument("--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor")
+    parser.add_argument("--workspace-mib", type=int, default=512)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     world_size = arguments.gpus
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    most = 2 * multiprocessors
-    shapes = []
-    small = [1 << power for power in range(12, 21, 2)] + [1 << 19]
-    middle = [1 << power for power in range(18, 25, 2)]
-    large = [1 << 24, 1 << 26, 1 << 28]
-    shapes += in_band_shapes("ONESHOT", 1, small if world_size > 2 else small + middle[2:] + large[1:2], most)
-    shapes += in_band_shapes("TWOSHOT", world_size, [1 << 16, *middle, *large[1:2]], most)
-    if world_size == 2:
-        shapes += flagged_shapes("ONESHOT", 1, large, multiprocessors)
-    shapes += flagged_shapes("TWOSHOT", world_size, large, multiprocessors)
+    tried = tuple(int(multiprocessors * blocks) for blocks in arguments.blocks)
+    sizes = [1 << power for power in range(arguments.min, arguments.max + 1, arguments.step)]
+    largest_one_shot = 1 << 28 if world_size == 2 else 1 << 20
+    shapes = shapes_of("ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried)
+    shapes += shapes_of("TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried)
     pool = RankPool(world_size, "cuda")
     try:
-        rows = pool.run(
-            measure, shapes, int(arguments.workspace_gib * (1 << 30)), (4 * multiprocessors, most), timeout_s=500
-        )[0]
+        workspace = arguments.workspace_mib << 20
+        rows = pool.run(measure, shapes, workspace, max(tried), not arguments.flagged, timeout_s=500)[0]
     finally:
         pool.close()
-    best: dict[tuple[str, bool, int], list[dict[str, Any]]] = {}
+    best: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        best.setdefault((row["algorithm"], row["in_band"], row["bytes"]), []).append(row)
-    print(f"{world_size} GPUs: best three shapes (lanes x threads, chunk in vectors)")
-    for (algorithm, in_band, size), group in best.items():
+        best.setdefault((row["algorithm"], row["bytes"]), []).append(row)
+    print(f"{world_size} GPUs, {'flagged' if arguments.flagged else 'in band'}: lanes x threads, chunk in vectors")
+    for (algorithm, size), group in best.items():
         group.sort(key=lambda row: row["us"])
         text = "  ".join(f"{r['us']:>8} ({r['lanes']}x{r['threads']}, {r['chunk_vectors']})" for r in group[:3])
-        print(f"{algorithm} {'in band' if in_band else 'flagged'} {size:>10}: {text}  worst {group[-1]['us']}")
+        print(f"{algorithm} {size:>10}: {text}  worst {group[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong elements")
     if arguments.out:
         record = {"environment": environment(), "harness": __doc__, "world_size": world_size, "rows": rows}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=None).replace('{"algorithm"', '\n{"algorithm"') + "\n")
+        arguments.out.write_text(json.dumps(record).replace('{"algorithm"', '\n{"algorithm"') + "\n")
     sys.exit(wrong > 0)
 
 

@@ -63,15 +63,15 @@ class Workspace {
   }
 
   int one_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               bool in_band, uint64_t stream) {
+               uint64_t stream) {
     return call(lar_one_shot_cuda, lar_one_shot_cpu, input, output, count, dtype,
-                {lanes, threads, chunk_vectors, in_band ? 1 : 0}, stream);
+                {lanes, threads, chunk_vectors}, stream);
   }
 
   int two_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               bool in_band, uint64_t stream) {
+               uint64_t stream) {
     return call(lar_two_shot_cuda, lar_two_shot_cpu, input, output, count, dtype,
-                {lanes, threads, chunk_vectors, in_band ? 1 : 0}, stream);
+                {lanes, threads, chunk_vectors}, stream);
   }
 
   void probe_write(uint32_t nonce, uint64_t stream) {
@@ -121,13 +121,12 @@ class Workspace {
   lar_stream_order* order_ = nullptr;
 };
 
-lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, int in_band_lanes) {
+lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, bool in_band) {
   lar_layout layout;
-  if (lar_layout_init(&layout, world_size, lanes, in_band_lanes, workspace_bytes) != LAR_OK)
+  if (lar_layout_init(&layout, world_size, lanes, in_band, workspace_bytes) != LAR_OK)
     throw std::invalid_argument(
         "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
-        ", workspace_bytes=" + std::to_string(workspace_bytes) + ", in_band_lanes=" + std::to_string(in_band_lanes) +
-        ": world size must be 2 to 8 or 16, lanes 1 to " + std::to_string(LAR_MAX_LANES) + ", in-band lanes 0 to " +
+        ", workspace_bytes=" + std::to_string(workspace_bytes) + ": world size must be 2 to 8 or 16, lanes 1 to " +
         std::to_string(LAR_MAX_LANES) + ", and a chunk must hold at least one vector of 16 bytes");
   return layout;
 }
@@ -149,19 +148,16 @@ NB_MODULE(_C, module) {
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
       .def_ro("world_size", &lar_layout::world_size)
       .def_ro("lanes", &lar_layout::lanes)
-      .def_ro("in_band_lanes", &lar_layout::in_band_lanes)
       .def_ro("one_shot_chunk_bytes", &lar_layout::one_shot_chunk_bytes)
       .def_ro("two_shot_chunk_bytes", &lar_layout::two_shot_chunk_bytes)
       .def_ro("epochs_offset", &lar_layout::epochs_offset)
       .def_ro("flags_offset", &lar_layout::flags_offset)
       .def_ro("probe_offset", &lar_layout::probe_offset)
-      .def_ro("one_shot_in_band_chunk_bytes", &lar_layout::one_shot_in_band_chunk_bytes)
-      .def_ro("two_shot_in_band_chunk_bytes", &lar_layout::two_shot_in_band_chunk_bytes)
-      .def_ro("in_band_offset", &lar_layout::in_band_offset)
-      .def_ro("in_band_bytes", &lar_layout::in_band_bytes)
+      .def_prop_ro("in_band", [](const lar_layout& layout) { return layout.in_band != 0; })
+      .def_ro("slots_offset", &lar_layout::one_shot_offset)
       .def_ro("total_bytes", &lar_layout::total_bytes);
 
-  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band_lanes"_a = 0,
+  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band"_a = false,
              "Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.");
   module.def("abi_version", &lar_abi_version);
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
@@ -170,9 +166,9 @@ NB_MODULE(_C, module) {
       .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
            "layout"_a, "timeout_s"_a, "device"_a)
       .def("one_shot", &Workspace::one_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "in_band"_a = false, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("two_shot", &Workspace::two_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "in_band"_a = false, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,

@@ -18,9 +18,7 @@ enum class FlagPlane : int { kOneShot = 0, kTwoShotScatter = 1, kTwoShotGather =
 bool supported_world_size(int32_t world_size);
 
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
-// `parts`: pieces that a lane handles per round; the capacities are those of the algorithm's two kinds of slots.
-int check_call(const lar_workspace*, const lar_message*, const lar_launch*, int parts, int64_t chunk_bytes,
-               int64_t in_band_chunk_bytes);
+int check_call(const lar_workspace*, const lar_message*, const lar_launch*, int64_t chunk_bytes);
 
 LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -33,12 +31,6 @@ LAR_HOST_DEVICE uint32_t* abort_word(void* base, const lar_layout& layout) {
 
 LAR_HOST_DEVICE uint32_t* epoch_word(void* base, const lar_layout& layout, lar_algorithm algorithm, int lane) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes + lane;
-}
-
-// The generation of slots that this lane's next in-band call uses.
-LAR_HOST_DEVICE uint32_t* generation_words(void* base, const lar_layout& layout, lar_algorithm algorithm) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.in_band_state_offset) +
-         algorithm * layout.in_band_lanes;
 }
 
 // The row of flags of one lane: one word per publishing rank, all within 64 bytes.

@@ -8,7 +8,7 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  if (const int status = check_call(workspace, message, shape, 1, layout.one_shot_chunk_bytes, 0); status != LAR_OK)
+  if (const int status = check_call(workspace, message, shape, layout.one_shot_chunk_bytes); status != LAR_OK)
     return status;
   if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
 
@@ -23,7 +23,7 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
   for (int64_t start = 0; start < message->count; start += chunk) {
     ++round;
     const int64_t count = std::min(chunk, message->count - start);
-    const int generation = round % LAR_ONE_SHOT_SLOTS;
+    const int generation = round % LAR_SLOTS;
     auto slot = [&](int holder, int source) {
       return lane.slot(layout.one_shot_offset, layout.one_shot_chunk_bytes, holder, source, generation);
     };

@@ -44,7 +44,7 @@ class TwoShotLane {
   uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
 
   char* slot(int64_t region, int holder, int source, int64_t chunk) const {
-    return lane_.slot(region, layout_.two_shot_chunk_bytes, holder, source, round(chunk) % LAR_TWO_SHOT_SLOTS);
+    return lane_.slot(region, layout_.two_shot_chunk_bytes, holder, source, round(chunk) % LAR_SLOTS);
   }
 
   const char* input(int64_t first) const { return static_cast<const char*>(message_.input) + first * element_; }
@@ -101,8 +101,7 @@ class TwoShotLane {
 extern "C" int lar_two_shot_cpu(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape) {
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  if (const int status = check_call(workspace, message, shape, workspace->layout.world_size,
-                                    workspace->layout.two_shot_chunk_bytes, 0);
+  if (const int status = check_call(workspace, message, shape, workspace->layout.two_shot_chunk_bytes);
       status != LAR_OK)
     return status;
   if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good

@@ -1,18 +1,28 @@
-// Readiness inside the data ("Lamport" exchange): no flag, no barrier, no fence.
+// Readiness inside the data ("Lamport" exchange): no flag, no barrier, no fence on the way.
 //
 // A slot is filled with a marker word before it is used. The sender simply stores its vectors; the reader polls the
 // vectors themselves until no word is the marker any more. Each 32-bit word is written and read in one piece, and every
 // word is checked, so a vector that arrives in parts is never taken early. Words are compared as bits: as floats, -0
 // would equal +0, and flush-to-zero would make subnormals equal to it too.
 //
-// The thread that reads a vector restores the marker behind it. Two generations of slots, used by turns, are enough:
-// what this rank cleared in call e is written next in call e+2. The peer that writes has ended call e+1, in which it
-// took a value that depends on what this rank sent in call e+1, and this rank sent nothing of call e+1 before call e,
-// clears included, had ended (the kernel boundary, or griddepcontrol.wait, which includes it). "Call" counts the in-band
-// calls of one algorithm; others in between only add order.
+// The thread that reads a vector restores the marker behind it, so a slot must not be written again before that. Slots
+// come in four generations, used by turns, one per round.
+//   - From call to call: a peer writes again at the earliest one call later (the generation after the next). It has
+//     then ended a call in which it took a value that depends on what this rank sent in that call, and this rank sent
+//     nothing of it before its own previous call, clears included, had ended (the kernel boundary, or
+//     griddepcontrol.wait, which includes it).
+//   - From round to round of one call, thread by thread (element i of a slot belongs to the same thread in every round
+//     and on every rank): csrc/kernels/ argues from the order of the steps, and from a fence between rounds that puts
+//     a thread's clears before what it sends next.
 #ifndef LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 
+#ifndef LAR_WEAK
+#define LAR_WEAK 0
+#endif
+#ifndef LAR_BLOCKS
+#define LAR_BLOCKS 1
+#endif
 #include "device/lane.cuh"
 #include "device/vector.cuh"
 
@@ -26,40 +36,64 @@ struct InBandArguments {
   int64_t count;
   char* to[LAR_MAX_WORLD_SIZE];  // my slot at rank (rank + i) % world_size, of lane 0 and generation 0
   char* own;                     // the slots in my workspace: source 0, lane 0, generation 0
-  uint32_t* generations;         // [lane]
+  uint32_t* epochs;              // [lane]
   uint32_t generation_stride;
   uint32_t source_stride;
   uint32_t lane_stride;
   uint32_t gather_stride;  // from a scatter slot to the gather slot of the same indices (TWOSHOT)
-  uint32_t chunk;          // vectors that a lane moves to one peer
+  uint32_t chunk;          // vectors that a lane moves to one peer per round
+  uint32_t rounds;
+  uint32_t lead;  // vectors that a thread pushes ahead of the one it reduces (ONESHOT)
   int32_t rank;
   WaitLimit limit;
 };
 
 // Relaxed accesses of system scope: whole words, in no order with anything else.
 __device__ __forceinline__ void store_in_band(char* slot, uint32_t index, const uint4& raw) {
+#if LAR_WEAK >= 1
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
+               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
+  return;
+#endif
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-               : "memory");
+               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
 }
 
-__device__ __forceinline__ uint4 load_in_band(const char* slot, uint32_t index) {
-  uint4 raw;
-  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(reinterpret_cast<const uint4*>(slot) + index)
-               : "memory");
-  return raw;
+// Predicated, not branched around: the loads of all peers must leave together.
+__device__ __forceinline__ void load_in_band_if(bool wanted, const char* address, uint4& raw) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
+      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
 }
 
-__device__ __forceinline__ void clear_in_band(char* slot, uint32_t index) {
-  store_in_band(slot, index, {LAR_IN_BAND_MARKER, LAR_IN_BAND_MARKER, LAR_IN_BAND_MARKER, LAR_IN_BAND_MARKER});
+__device__ __forceinline__ void clear_in_band_if(bool wanted, char* address) {
+#ifdef LAR_NOCLEAR
+  return;
+#endif
+#if LAR_WEAK >= 2
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
+      "@p st.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
+      "r"(LAR_IN_BAND_MARKER), "r"(static_cast<uint32_t>(wanted)));
+  return;
+#endif
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
+      "@p st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
+      "r"(LAR_IN_BAND_MARKER), "r"(static_cast<uint32_t>(wanted)));
 }
 
-__device__ __forceinline__ bool is_complete(const uint4& raw) {
-  return raw.x != LAR_IN_BAND_MARKER && raw.y != LAR_IN_BAND_MARKER && raw.z != LAR_IN_BAND_MARKER &&
-         raw.w != LAR_IN_BAND_MARKER;
+// The marker is the smallest signed word: vectors are complete when the smallest of all their words is another one. One
+// chain of minima takes one predicate; sixteen comparisons would take so many that ptxas holds back loads for them.
+static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "must be the smallest int");
+
+__device__ __forceinline__ int smallest_word(const uint4& raw) {
+  return min(min(static_cast<int>(raw.x), static_cast<int>(raw.y)), min(static_cast<int>(raw.z), static_cast<int>(raw.w)));
 }
+
+__device__ __forceinline__ bool is_marker(int word) { return word == static_cast<int>(LAR_IN_BAND_MARKER); }
 
 // An input vector without marker words. The values stay equal: only a -0 becomes +0.
 __device__ __forceinline__ uint4 without_marker(uint4 raw) {
@@ -70,60 +104,78 @@ __device__ __forceinline__ uint4 without_marker(uint4 raw) {
   return raw;
 }
 
-// The generation that this call uses. It lives in device memory, per lane, so that a captured graph may be replayed
-// between any other calls.
-__device__ __forceinline__ uint32_t generation_of(const InBandArguments& arguments) {
-  return *static_cast<volatile uint32_t*>(arguments.generations + blockIdx.x);
+// The rounds that this lane has finished in earlier calls: they say which generation is next. In device memory, so that
+// a captured graph may be replayed between any other calls.
+__device__ __forceinline__ uint32_t epoch_of(const InBandArguments& arguments) {
+  uint32_t epoch;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(arguments.epochs + blockIdx.x));
+  return epoch;
 }
 
-// Ends the use of `generation`; for the whole block, once every thread has it.
-__device__ __forceinline__ void flip_generation(const InBandArguments& arguments, uint32_t generation) {
+// Counts this call's rounds; for the whole block, once every thread has the epoch.
+__device__ __forceinline__ void advance_epoch(const InBandArguments& arguments, uint32_t epoch) {
   __syncthreads();
-  if (threadIdx.x == 0) arguments.generations[blockIdx.x] = generation ^ 1u;
+  if (threadIdx.x == 0) arguments.epochs[blockIdx.x] = epoch + arguments.rounds;
 }
 
-// Polls load(0) .. load(kCount - 1), all in flight together, until each is complete. rank_of(i) names the rank behind
-// the i-th. False when the wait expired or the group is broken; the caller must then return.
-template <int kCount, typename LoadPart, typename RankOf>
-__device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase, uint4 (&vectors)[kCount],
-                                                    LoadPart load, RankOf rank_of) {
+// This lane's slot of a round in a region, from the region's base: source 0's, or the sender's own in `to`.
+__device__ __forceinline__ uint32_t slot_of_round(const InBandArguments& arguments, uint32_t round) {
+  return round % LAR_SLOTS * arguments.generation_stride + blockIdx.x * arguments.lane_stride;
+}
+
+// Puts what this thread has cleared before what it sends from now on.
+__device__ __forceinline__ void fence_between_rounds() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// Polls the wanted vectors, all in flight together, until each is complete. The others keep their values, which must
+// not be incomplete. rank_of(i) names the rank behind the i-th. False when the wait expired or the group is broken; the
+// caller must then return. kPauseNs: between polls, so that waiting does not crowd out what is waited for.
+template <int kPauseNs, int kCount, typename RankOf>
+__device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase,
+                                                    char* const (&from)[kCount], const bool (&wanted)[kCount],
+                                                    uint4 (&vectors)[kCount], RankOf rank_of) {
   Patience patience(limit);
-  while (true) {
+  do {
+#pragma unroll 1
+    for (uint32_t polls = 0; polls < kPollsPerCheck; ++polls) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) vectors[i] = load(i);
-    bool complete = true;
+      for (int i = 0; i < kCount; ++i) load_in_band_if(wanted[i], from[i], vectors[i]);
+      int smallest = smallest_word(vectors[0]);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) complete &= is_complete(vectors[i]);
-    if (complete) return true;
-    if (patience.is_over()) {
-      int missing = 0;
-#pragma unroll
-      for (int i = kCount - 1; i >= 0; --i)
-        if (!is_complete(vectors[i])) missing = rank_of(i);
-      if (patience.expired()) give_up(limit, blockIdx.x, missing, phase, 0, 0, patience.waited_ns());
-      return false;
+      for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));
+      if (!is_marker(smallest)) return true;
+      if constexpr (kPauseNs > 0) __nanosleep(kPauseNs);
     }
-  }
+  } while (!patience.is_over());
+  int missing = 0;
+#pragma unroll
+  for (int i = kCount - 1; i >= 0; --i)
+    if (is_marker(smallest_word(vectors[i]))) missing = rank_of(i);
+  if (patience.expired()) give_up(limit, blockIdx.x, missing, phase, 0, 0, patience.waited_ns());
+  return false;
 }
 
-// The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in `slots` (source 0's;
-// the others follow at source_stride), which are cleared. Polls; false as for poll_until_complete().
-template <typename T, int kWorldSize>
-__device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, char* slots,
-                                             uint32_t index, const uint4& mine, uint4& result) {
+// The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in arguments.own, which is
+// cleared. Polls; false as for poll_until_complete().
+template <typename T, int kWorldSize, int kPauseNs>
+__device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
+                                             const uint4& mine, uint4& result) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
-  const int rank = arguments.rank;
   Accumulator<T> sum;
 #pragma unroll 1
   for (int first = 0; first < kWorldSize; first += kGroup) {
-    const auto load = [&](int i) {
-      return first + i == rank ? mine : load_in_band(slots, index + (first + i) * arguments.source_stride);
-    };
+    char* from[kGroup];
+    bool wanted[kGroup];
     uint4 parts[kGroup];
-    if (!poll_until_complete(arguments.limit, phase, parts, load, [&](int i) { return first + i; })) return false;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i)
-      if (first + i != rank) clear_in_band(slots, index + (first + i) * arguments.source_stride);
+    for (int i = 0; i < kGroup; ++i) {
+      from[i] = arguments.own + static_cast<int64_t>(index + (first + i) * arguments.source_stride) * LAR_VECTOR_BYTES;
+      wanted[i] = first + i != arguments.rank;
+      parts[i] = mine;
+    }
+    if (!poll_until_complete<kPauseNs>(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
+      return false;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) sum.add(parts[i]);
   }

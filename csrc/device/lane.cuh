@@ -99,14 +99,16 @@ __device__ __forceinline__ void give_up(const WaitLimit& limit, int lane, int pe
   __trap();
 }
 
-// Bounds a polling loop: is_over() once the group is broken or the time is up. The clock and the abort word are looked
-// at once in so many polls, since both are slower than what is polled.
+// Bounds a polling loop. To be asked once in kPollsPerCheck polls: the clock and the abort word are slower than what is
+// polled.
+constexpr uint32_t kPollsPerCheck = 256;
+
 class Patience {
  public:
   __device__ __forceinline__ explicit Patience(const WaitLimit& limit) : limit_(limit) {}
 
+  // True once the group is broken or the time is up.
   __device__ __forceinline__ bool is_over() {
-    if (++polls_ % kPollsPerCheck != 0) return false;
     const int64_t now = global_timer_ns();
     if (start_ == 0) start_ = now;
     waited_ = now - start_;
@@ -119,9 +121,7 @@ class Patience {
   __device__ __forceinline__ int64_t waited_ns() const { return waited_; }
 
  private:
-  static constexpr uint32_t kPollsPerCheck = 256;
   const WaitLimit& limit_;
-  uint32_t polls_ = 0;
   int64_t start_ = 0;
   int64_t waited_ = 0;
 };
@@ -172,8 +172,8 @@ class Lane {
     uint32_t seen = load_acquire_system(flag);
     const WaitLimit limit = wait_limit(workspace_, algorithm_);
     Patience patience(limit);
-    while (!reached(seen, round)) {
-      if (patience.is_over()) {
+    for (uint32_t polls = 1; !reached(seen, round); ++polls) {
+      if (polls % kPollsPerCheck == 0 && patience.is_over()) {
         if (patience.expired()) give_up(limit, index_, peer, phase, round, seen, patience.waited_ns());
         return false;
       }

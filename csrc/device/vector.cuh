@@ -110,6 +110,16 @@ __device__ __forceinline__ void sum_vectors(int64_t span, LoadPart part, Store s
     store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
 }
 
+// A whole aligned vector of the caller's tensor, loaded where the program says so. Not through the read-only path: with
+// dependent launch the tensor may still be written when this kernel starts.
+__device__ __forceinline__ uint4 load_vector(const void* address, uint32_t index) {
+  uint4 raw;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(static_cast<const uint4*>(address) + index));
+  return raw;
+}
+
 // The caller's tensor as a run of vectors: any count, any alignment. Only the last vector, or every vector of
 // a tensor that does not start on 16 bytes, is moved element by element.
 template <typename T>

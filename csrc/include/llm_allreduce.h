@@ -20,10 +20,7 @@ enum {
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 1024,     // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
-  // Generations of slots; csrc/kernels/ and csrc/device/in_band.cuh say why these are enough.
-  LAR_ONE_SHOT_SLOTS = 4,
-  LAR_TWO_SHOT_SLOTS = 4,
-  LAR_IN_BAND_SLOTS = 2,
+  LAR_SLOTS = 4,            // generations of slots, used by turns; csrc/kernels/ says why they are enough
 };
 
 typedef enum lar_status {
@@ -41,20 +38,15 @@ typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
 //   epochs      uint32 [algorithm 2][lane]           local: rounds this lane has finished
-//   in_band     uint32 [algorithm 2][in-band lane]   local: the generation that this lane's next call uses
 //   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
 //   one_shot    [generation][source rank][lane][one_shot_chunk_bytes]
-//   scatter     [ring][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
-//   gather      [ring][owner rank][lane][two_shot_chunk_bytes]    results on their way back
-// and for the in-band kernels, all filled with LAR_IN_BAND_MARKER before the first call:
-//   one_shot_in_band  [generation][source rank][in-band lane][one_shot_in_band_chunk_bytes]
-//   scatter_in_band   [generation][source rank][in-band lane][two_shot_in_band_chunk_bytes]
-//   gather_in_band    [generation][owner rank][in-band lane][two_shot_in_band_chunk_bytes]
-// They are one run of in_band_bytes from in_band_offset; none without in-band kernels (CPU ranks).
+//   scatter     [generation][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
+//   gather      [generation][owner rank][lane][two_shot_chunk_bytes]    results on their way back
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
-  int32_t in_band_lanes;
+  int32_t in_band;  // 1: readiness travels in the data, and slots hold LAR_IN_BAND_MARKER before the first call (GPUs)
+                    // 0: flags tell when a slot may be read
   int64_t abort_offset;  // uint32, local: set once a wait has expired
   int64_t epochs_offset;
   int64_t flags_offset;
@@ -64,14 +56,6 @@ typedef struct lar_layout {
   int64_t scatter_offset;
   int64_t gather_offset;
   int64_t two_shot_chunk_bytes;
-  int64_t in_band_state_offset;
-  int64_t in_band_offset;
-  int64_t in_band_bytes;
-  int64_t one_shot_in_band_offset;
-  int64_t one_shot_in_band_chunk_bytes;
-  int64_t scatter_in_band_offset;
-  int64_t gather_in_band_offset;
-  int64_t two_shot_in_band_chunk_bytes;
   int64_t total_bytes;
 } lar_layout;
 
@@ -116,13 +100,11 @@ typedef struct lar_launch {
   int32_t lanes;
   int32_t threads;
   int64_t chunk_vectors;
-  int32_t in_band;  // readiness travels in the data: one round only, GPUs only
 } lar_launch;
 
-// Splits `bytes` (rounded down to what fits) of workspace; without in-band lanes, none of it for in-band kernels.
-// LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than one vector.
-LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band_lanes,
-                               int64_t bytes);
+// Splits `bytes` (rounded down to what fits) of workspace. LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than
+// one vector.
+LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band, int64_t bytes);
 
 LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
 LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);

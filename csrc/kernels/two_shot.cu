@@ -4,17 +4,21 @@
 // all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
 // every rank's part.
 //
-// In band (device/in_band.cuh), for messages that fit the slots at once. Each thread, on its vectors of every part:
+// In band (device/in_band.cuh). Each thread, on its vectors of every part of a round:
 //
 //     scatter  store my partials into their owners' scatter slots
 //     reduce   poll the partials of my part, clear them, sum ranks 0..N-1 in order, round once, store to the output and
 //              to the gather slots of all peers
 //     drain    one vector behind: poll the other owners' results, clear them, store them to the output
 //
-// All partials are stored before anything is polled: when a thread comes to reduce its first vector, the links still
-// have the last ones to carry.
+// The partials of the next round are stored before anything of this one is polled, and a round's before its first
+// vector is reduced: while a thread waits, the links still have something to carry. Why four generations:
+//   - scatter(r) overwrites the owner's partials of r-4. I have drained its result of r-3, which it sent after its fence
+//     behind r-4, where it had cleared them.
+//   - reduce(r) overwrites my results of r-4 at a peer, with its partial of r in hand. It sent that after its fence
+//     behind r-3, and had by then drained, and cleared, all of r-4.
 //
-// Flagged, for any size, chunk by chunk with three chunks in flight:
+// Flagged, chunk by chunk with three chunks in flight:
 //
 //     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
 //              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish
@@ -75,7 +79,7 @@ class TwoShotLane {
   __device__ __forceinline__ char* slot(int64_t region, int holder, int source, uint32_t round) const {
     return static_cast<char*>(workspace_.base[holder]) + slot_offset(workspace_.layout, region,
                                                                      workspace_.layout.two_shot_chunk_bytes,
-                                                                     round % LAR_TWO_SHOT_SLOTS, source, lane_.index());
+                                                                     round % LAR_SLOTS, source, lane_.index());
   }
 
   __device__ __forceinline__ void scatter(int64_t chunk) const {
@@ -146,83 +150,175 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
+#ifndef LAR_PAUSE
+#define LAR_PAUSE 0
+#endif
+constexpr int kPauseNs = LAR_PAUSE;
+
+// The other ranks' parts, kPeersAtOnce at a time, as an in-band kernel handles them: part `first + j` belongs to the rank
+// that many places on.
+template <int kWorldSize>
+struct Batch {
+  static constexpr int kSize = kPeersAtOnce<kWorldSize>;
+  static_assert((kWorldSize - 1) % kSize == 0, "batches must tile the peers");
+};
+
+// Polls the results at `slot` (a gather slot's vector) that exist (index(step) < total_vectors) and stores them.
+template <int kWorldSize, int kPause, typename Index, typename Store>
+__device__ __forceinline__ bool drain_results(const InBandArguments& arguments, uint32_t slot, uint32_t total_vectors,
+                                              Index index, Store store) {
+  constexpr int kSize = Batch<kWorldSize>::kSize;
+#pragma unroll 1
+  for (int first = 1; first < kWorldSize; first += kSize) {
+    const auto owner = [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); };
+    char* from[kSize];
+    bool wanted[kSize];
+    uint4 results[kSize];
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      from[j] = arguments.own + static_cast<int64_t>(slot + owner(j) * arguments.source_stride) * LAR_VECTOR_BYTES;
+      wanted[j] = index(first + j) < total_vectors;
+      results[j] = {0u, 0u, 0u, 0u};
+    }
+    if (!poll_until_complete<kPause>(arguments.limit, LAR_PHASE_GATHER, from, wanted, results, owner)) return false;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) {
+      clear_in_band_if(wanted[j], from[j]);
+      if (wanted[j]) store(index(first + j), results[j]);
+    }
+  }
+  return true;
+}
+
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    two_shot_short_kernel(const __grid_constant__ InBandArguments arguments) {
+  constexpr int kSize = Batch<kWorldSize>::kSize;
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const auto index = [&](int step) {
+    const uint32_t part = rotated<kWorldSize>(arguments.rank, step) * gridDim.x + blockIdx.x;
+    return threadIdx.x < arguments.chunk ? part * arguments.chunk + threadIdx.x : total_vectors;
+  };
+  const auto load = [&](int step) { return load_vector(arguments.input, min(index(step), total_vectors - 1)); };
+  auto* output = static_cast<uint4*>(arguments.output);
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+
+  // All loads leave together; where there is no vector, one is loaded for nothing rather than branched around.
+  uint4 mine = load(0);
+  uint4 partials[kSize];
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) partials[j] = load(1 + j);
+  const uint32_t epoch = epoch_of(arguments);
+  mine = without_marker(mine);
+  const uint32_t slot = slot_of_round(arguments, epoch) + threadIdx.x;
+#pragma unroll 1
+  for (int first = 1;;) {
+#pragma unroll
+    for (int j = 0; j < kSize; ++j)
+      if (index(first + j) < total_vectors) store_in_band(arguments.to[first + j], slot, without_marker(partials[j]));
+    first += kSize;
+    if (first >= kWorldSize) break;
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) partials[j] = load(first + j);
+  }
+  advance_epoch(arguments, epoch);
+
+  const uint32_t gather_slot = slot + arguments.gather_stride;
+  if (index(0) < total_vectors) {
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize, 0>(arguments, LAR_PHASE_SCATTER, slot, mine, result)) return;
+#pragma unroll kPeersAtOnce < kWorldSize>
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slot, result);
+    output[index(0)] = result;
+  }
+  drain_results<kWorldSize, 0>(arguments, gather_slot, total_vectors, index,
+                               [&](uint32_t i, const uint4& result) { output[i] = result; });
+}
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, kWorldSize <= 4 ? LAR_BLOCKS : 1)
     two_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
+  constexpr int kSize = Batch<kWorldSize>::kSize;
   const Payload<T> input(arguments.input, arguments.count);
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
   const uint32_t chunk = arguments.chunk;
-  const int rank = arguments.rank;
-  // Where this lane's share of the part of the rank `step` places on begins.
-  const auto first_of = [&](int step) {
-    return (rotated<kWorldSize>(rank, step) * gridDim.x + blockIdx.x) * chunk;
+  // Where this lane's share of the part of the rank `step` places on begins, in a round.
+  const auto first_of = [&](uint32_t round, int step) {
+    const uint32_t part = round * kWorldSize + rotated<kWorldSize>(arguments.rank, step);
+    return (part * gridDim.x + blockIdx.x) * chunk;
   };
-  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
-  static_assert((kWorldSize - 1) % kAtOnce == 0, "batches must tile the peers");
   let_next_kernel_start();
   wait_for_previous_kernel();
 
-  const uint32_t generation = generation_of(arguments);
-  const uint32_t slot = generation * arguments.generation_stride + blockIdx.x * arguments.lane_stride;
-  for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+  const uint32_t epoch = epoch_of(arguments);
+  const auto scatter = [&](uint32_t round) {
+    const uint32_t slot = slot_of_round(arguments, epoch + round);
+    for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
 #pragma unroll 1
-    for (int base = 1; base < kWorldSize; base += kAtOnce) {
-      uint4 partial[kAtOnce];
+      for (int first = 1; first < kWorldSize; first += kSize) {
+        uint4 partials[kSize];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (first_of(base + j) + i < total_vectors)
-          partial[j] = without_marker(input.load(first_of(base + j) + i));
+        for (int j = 0; j < kSize; ++j)
+          if (first_of(round, first + j) + i < total_vectors) partials[j] = input.load(first_of(round, first + j) + i);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (first_of(base + j) + i < total_vectors) store_in_band(arguments.to[base + j], slot + i, partial[j]);
+        for (int j = 0; j < kSize; ++j)
+          if (first_of(round, first + j) + i < total_vectors)
+            store_in_band(arguments.to[first + j], slot + i, without_marker(partials[j]));
+      }
     }
-  }
-  flip_generation(arguments, generation);
-
-  const auto reduce = [&](uint32_t i) {
-    const uint32_t index = first_of(0) + i;
+  };
+  const auto reduce = [&](uint32_t round, uint32_t i) {
+    const uint32_t index = first_of(round, 0) + i;
     if (index >= total_vectors) return true;
+    const uint32_t slot = slot_of_round(arguments, epoch + round) + i;
     const uint4 mine = without_marker(input.load(index));
     uint4 result;
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, arguments.own, slot + i, mine, result)) return false;
-#pragma unroll kAtOnce
+    if (!poll_and_sum<T, kWorldSize, kPauseNs>(arguments, LAR_PHASE_SCATTER, slot, mine, result)) return false;
+#pragma unroll kPeersAtOnce < kWorldSize>
     for (int step = 1; step < kWorldSize; ++step)
-      store_in_band(arguments.to[step], slot + arguments.gather_stride + i, result);
+      store_in_band(arguments.to[step], slot + arguments.gather_stride, result);
     output.store(index, result);
     return true;
   };
-  const auto drain = [&](uint32_t i) {
-#pragma unroll 1
-    for (int base = 1; base < kWorldSize; base += kAtOnce) {
-      const auto index = [&](int j) { return first_of(base + j) + i; };
-      const auto owner = [&](int j) { return rotated<kWorldSize>(rank, base + j); };
-      const auto at = [&](int j) { return slot + arguments.gather_stride + owner(j) * arguments.source_stride + i; };
-      uint4 results[kAtOnce];
-      const auto load = [&](int j) {
-        return index(j) < total_vectors ? load_in_band(arguments.own, at(j)) : uint4{0u, 0u, 0u, 0u};
-      };
-      if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, results, load, owner)) return false;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (index(j) >= total_vectors) continue;
-        output.store(index(j), results[j]);
-        clear_in_band(arguments.own, at(j));
-      }
-    }
-    return true;
+  const auto drain = [&](uint32_t round, uint32_t i) {
+    return drain_results<kWorldSize, kPauseNs>(
+        arguments, slot_of_round(arguments, epoch + round) + arguments.gather_stride + i, total_vectors,
+        [&](int step) { return first_of(round, step) + i; },
+        [&](uint32_t index, const uint4& result) { output.store(index, result); });
   };
-  for (uint32_t i = threadIdx.x; i < chunk + blockDim.x; i += blockDim.x) {
-    if (i < chunk && !reduce(i)) return;
-    if (i >= blockDim.x && !drain(i - blockDim.x)) return;
+
+  scatter(0);
+  advance_epoch(arguments, epoch);
+  if (threadIdx.x >= chunk) return;
+  uint32_t last_round = 0;
+  uint32_t last = chunk;  // the vector reduced before this one; none yet
+  for (uint32_t round = 0; round < arguments.rounds; ++round) {
+    if (round + 1 < arguments.rounds) scatter(round + 1);
+    for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+      if (!reduce(round, i)) return;
+      if (last < chunk && !drain(last_round, last)) return;
+      last_round = round;
+      last = i;
+    }
+    if (arguments.rounds > 1) fence_between_rounds();
   }
+  drain(last_round, last);
 }
 
 template <typename T, int kWorldSize>
 struct TwoShot {
-  static const void* kernel(bool in_band) {
-    return in_band ? reinterpret_cast<const void*>(two_shot_in_band_kernel<T, kWorldSize>)
-                   : reinterpret_cast<const void*>(two_shot_kernel<T, kWorldSize>);
+  static const void* kernel(Variant variant) {
+    switch (variant) {
+      case Variant::kFlagged:
+        return reinterpret_cast<const void*>(two_shot_kernel<T, kWorldSize>);
+      case Variant::kInBand:
+        return reinterpret_cast<const void*>(two_shot_in_band_kernel<T, kWorldSize>);
+      case Variant::kInBandShort:
+        return reinterpret_cast<const void*>(two_shot_short_kernel<T, kWorldSize>);
+    }
+    return nullptr;
   }
 };
 
@@ -233,11 +329,7 @@ extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_messa
                                  void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  const lar::Slots slots{LAR_TWO_SHOT,
-                         layout.world_size,
-                         layout.two_shot_chunk_bytes,
-                         layout.scatter_in_band_offset,
-                         layout.two_shot_in_band_chunk_bytes,
-                         layout.gather_in_band_offset - layout.scatter_in_band_offset};
+  const lar::Slots slots{LAR_TWO_SHOT, layout.world_size, layout.scatter_offset, layout.two_shot_chunk_bytes,
+                         layout.gather_offset};
   return lar::launch<lar::TwoShot>(workspace, message, shape, slots, stream);
 }

@@ -36,10 +36,11 @@ def _without_multicast() -> Iterator[None]:
 
 
 def initialize(buffer: torch.Tensor, layout: _C.Layout) -> None:
-    """The state before the first call: zeros, and the marker in every slot of the in-band kernels."""
+    """The state before the first call: zeros, and in the slots of an in-band layout the marker."""
     buffer.zero_()
-    marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
-    buffer[layout.in_band_offset : layout.in_band_offset + layout.in_band_bytes].view(torch.int32).fill_(marker)
+    if layout.in_band:
+        marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
+        buffer[layout.slots_offset : layout.total_bytes].view(torch.int32).fill_(marker)
 
 
 class SymmetricMemory:
