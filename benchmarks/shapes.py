@@ -28,21 +28,20 @@ DTYPE = torch.bfloat16
 Shape = tuple[str, int, int, int, int]  # algorithm, bytes, lanes, threads, chunk vectors
 
 
-def shapes_of(algorithm: str, parts: int, sizes: list[int], lanes_tried: tuple[int, ...]) -> list[Shape]:
+def shapes_of(algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], in_band: bool) -> list[Shape]:  # noqa: FBT001
     """One vector to a thread where that is enough, then more."""
     shapes = []
     for size in sizes:
         pieces = math.ceil(size / 16 / parts)
         seen = set()
         for threads in (32, 64, 128, 256, 512):
-            for lanes in lanes_tried:
-                used = min(lanes, math.ceil(pieces / threads))
-                chunk = math.ceil(pieces / used)
+            for most in most_blocks:
+                lanes = min(most, math.ceil(pieces / threads))
                 # Several vectors per thread of a small block leave the GPU idle.
-                if (used, threads) in seen or (chunk > threads and threads < 256):
+                if (lanes, threads) in seen or (lanes * threads < pieces and threads < 256):
                     continue
-                seen.add((used, threads))
-                shapes.append((algorithm, size, used, threads, chunk))
+                seen.add((lanes, threads))
+                shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes)))
     return shapes
 
 
@@ -105,8 +104,8 @@ def main() -> None:
     tried = tuple(int(multiprocessors * blocks) for blocks in arguments.blocks)
     sizes = [1 << power for power in range(arguments.min, arguments.max + 1, arguments.step)]
     largest_one_shot = 1 << 28 if world_size == 2 else 1 << 20
-    shapes = shapes_of("ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried)
-    shapes += shapes_of("TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried)
+    shapes = shapes_of("ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried, not arguments.flagged)
+    shapes += shapes_of("TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried, not arguments.flagged)
     pool = RankPool(world_size, "cuda")
     try:
         workspace = arguments.workspace_mib << 20

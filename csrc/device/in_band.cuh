@@ -5,24 +5,15 @@
 // word is checked, so a vector that arrives in parts is never taken early. Words are compared as bits: as floats, -0
 // would equal +0, and flush-to-zero would make subnormals equal to it too.
 //
-// The thread that reads a vector restores the marker behind it, so a slot must not be written again before that. Slots
-// come in four generations, used by turns, one per round.
-//   - From call to call: a peer writes again at the earliest one call later (the generation after the next). It has
-//     then ended a call in which it took a value that depends on what this rank sent in that call, and this rank sent
-//     nothing of it before its own previous call, clears included, had ended (the kernel boundary, or
-//     griddepcontrol.wait, which includes it).
-//   - From round to round of one call, thread by thread (element i of a slot belongs to the same thread in every round
-//     and on every rank): csrc/kernels/ argues from the order of the steps, and from a fence between rounds that puts
-//     a thread's clears before what it sends next.
+// The thread that reads a vector restores the marker behind it. Two generations of slots, used by turns, are enough:
+// what this rank cleared in call e is written next in call e+2. The peer that writes has ended call e+1, in which it
+// took a value that depends on what this rank sent in call e+1, and this rank sent nothing of call e+1 before call e,
+// clears included, had ended (the kernel boundary, or griddepcontrol.wait, which includes it). "Call" counts the in-band
+// launches of one algorithm; others in between only add order. The argument is about whole kernels, so which block
+// handles which vector may change from call to call.
 #ifndef LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 
-#ifndef LAR_WEAK
-#define LAR_WEAK 0
-#endif
-#ifndef LAR_BLOCKS
-#define LAR_BLOCKS 1
-#endif
 #include "device/lane.cuh"
 #include "device/vector.cuh"
 
@@ -34,27 +25,24 @@ struct InBandArguments {
   const void* input;
   void* output;
   int64_t count;
-  char* to[LAR_MAX_WORLD_SIZE];  // my slot at rank (rank + i) % world_size, of lane 0 and generation 0
-  char* own;                     // the slots in my workspace: source 0, lane 0, generation 0
+  char* to[LAR_MAX_WORLD_SIZE];  // by step: my slot at rank (rank + step) % world_size, generation 0
+  char* own;                     // the slots in my workspace: the next rank's, generation 0
   uint32_t* epochs;              // [lane]
+  uint32_t lanes;                // entries of epochs
   uint32_t generation_stride;
-  uint32_t source_stride;
-  uint32_t lane_stride;
+  uint32_t peer_stride;
   uint32_t gather_stride;  // from a scatter slot to the gather slot of the same indices (TWOSHOT)
-  uint32_t chunk;          // vectors that a lane moves to one peer per round
-  uint32_t rounds;
-  uint32_t lead;  // vectors that a thread pushes ahead of the one it reduces (ONESHOT)
+  uint32_t part;           // vectors in the part of one rank (TWOSHOT); the last parts may be shorter
   int32_t rank;
   WaitLimit limit;
 };
 
+// The place of this thread among all of the grid, and their number.
+__device__ __forceinline__ uint32_t grid_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ uint32_t grid_threads() { return gridDim.x * blockDim.x; }
+
 // Relaxed accesses of system scope: whole words, in no order with anything else.
 __device__ __forceinline__ void store_in_band(char* slot, uint32_t index, const uint4& raw) {
-#if LAR_WEAK >= 1
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
-  return;
-#endif
   asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
                "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
 }
@@ -69,16 +57,6 @@ __device__ __forceinline__ void load_in_band_if(bool wanted, const char* address
 }
 
 __device__ __forceinline__ void clear_in_band_if(bool wanted, char* address) {
-#ifdef LAR_NOCLEAR
-  return;
-#endif
-#if LAR_WEAK >= 2
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
-      "@p st.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
-      "r"(LAR_IN_BAND_MARKER), "r"(static_cast<uint32_t>(wanted)));
-  return;
-#endif
   asm volatile(
       "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
       "@p st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
@@ -104,32 +82,40 @@ __device__ __forceinline__ uint4 without_marker(uint4 raw) {
   return raw;
 }
 
-// The rounds that this lane has finished in earlier calls: they say which generation is next. In device memory, so that
-// a captured graph may be replayed between any other calls.
+// The number of calls so far, which says which generation is next. In device memory, so that a captured graph may be
+// replayed between any other calls. One copy to a lane, all alike between calls: a block must not read what another
+// writes.
 __device__ __forceinline__ uint32_t epoch_of(const InBandArguments& arguments) {
   uint32_t epoch;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(arguments.epochs + blockIdx.x));
   return epoch;
 }
 
-// Counts this call's rounds; for the whole block, once every thread has the epoch.
+// Counts this call; for the whole block, once every thread has the epoch. Block 0 counts for the lanes without a block.
 __device__ __forceinline__ void advance_epoch(const InBandArguments& arguments, uint32_t epoch) {
   __syncthreads();
-  if (threadIdx.x == 0) arguments.epochs[blockIdx.x] = epoch + arguments.rounds;
+  if (threadIdx.x == 0) arguments.epochs[blockIdx.x] = epoch + 1;
+  if (blockIdx.x == 0)
+    for (uint32_t lane = gridDim.x + threadIdx.x; lane < arguments.lanes; lane += blockDim.x)
+      arguments.epochs[lane] = epoch + 1;
 }
 
-// This lane's slot of a round in a region, from the region's base: source 0's, or the sender's own in `to`.
-__device__ __forceinline__ uint32_t slot_of_round(const InBandArguments& arguments, uint32_t round) {
-  return round % LAR_SLOTS * arguments.generation_stride + blockIdx.x * arguments.lane_stride;
+// Where the slots of this call's generation begin, from `own` or from one of `to`.
+__device__ __forceinline__ uint32_t slots_of_call(const InBandArguments& arguments, uint32_t epoch) {
+  return epoch % LAR_IN_BAND_SLOTS * arguments.generation_stride;
 }
 
-// Puts what this thread has cleared before what it sends from now on.
-__device__ __forceinline__ void fence_between_rounds() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+// From `own` to the slot of `peer`: slots are in the order of the ranks that follow this one.
+template <int kWorldSize>
+__device__ __forceinline__ uint32_t slot_of_peer(const InBandArguments& arguments, int peer) {
+  const int step = peer > arguments.rank ? peer - arguments.rank : peer - arguments.rank + kWorldSize;
+  return (step - 1) * arguments.peer_stride;
+}
 
 // Polls the wanted vectors, all in flight together, until each is complete. The others keep their values, which must
 // not be incomplete. rank_of(i) names the rank behind the i-th. False when the wait expired or the group is broken; the
-// caller must then return. kPauseNs: between polls, so that waiting does not crowd out what is waited for.
-template <int kPauseNs, int kCount, typename RankOf>
+// caller must then return.
+template <int kCount, typename RankOf>
 __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase,
                                                     char* const (&from)[kCount], const bool (&wanted)[kCount],
                                                     uint4 (&vectors)[kCount], RankOf rank_of) {
@@ -143,7 +129,6 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
 #pragma unroll
       for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));
       if (!is_marker(smallest)) return true;
-      if constexpr (kPauseNs > 0) __nanosleep(kPauseNs);
     }
   } while (!patience.is_over());
   int missing = 0;
@@ -156,7 +141,7 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
 
 // The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in arguments.own, which is
 // cleared. Polls; false as for poll_until_complete().
-template <typename T, int kWorldSize, int kPauseNs>
+template <typename T, int kWorldSize>
 __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
                                              const uint4& mine, uint4& result) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
@@ -168,11 +153,12 @@ __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, l
     uint4 parts[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      from[i] = arguments.own + static_cast<int64_t>(index + (first + i) * arguments.source_stride) * LAR_VECTOR_BYTES;
+      const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, first + i);
+      from[i] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
       wanted[i] = first + i != arguments.rank;
       parts[i] = mine;
     }
-    if (!poll_until_complete<kPauseNs>(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
+    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
       return false;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);

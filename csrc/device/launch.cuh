@@ -78,11 +78,6 @@ inline bool has_dependent_launch() {
   return major[device] >= 9;
 }
 
-#ifndef LAR_LEAD
-#define LAR_LEAD 2
-#endif
-constexpr uint32_t kLead = LAR_LEAD;
-
 // The slots that an algorithm's kernels use.
 struct Slots {
   lar_algorithm algorithm;
@@ -93,27 +88,24 @@ struct Slots {
 };
 
 inline InBandArguments in_band_arguments(const lar_workspace& workspace, const lar_message& message,
-                                         const lar_launch& shape, const Slots& slots, int64_t total_vectors) {
+                                         const lar_launch& shape, const Slots& slots) {
   const lar_layout& layout = workspace.layout;
-  const int64_t source_bytes = layout.lanes * slots.chunk_bytes;
+  const int world_size = layout.world_size;
   const auto region = [&](int rank) { return static_cast<char*>(workspace.base[rank]) + slots.offset; };
   const auto vectors = [](int64_t bytes) { return static_cast<uint32_t>(bytes / LAR_VECTOR_BYTES); };
   InBandArguments out{};
   out.input = message.input;
   out.output = message.output;
   out.count = message.count;
-  for (int step = 0; step < layout.world_size; ++step)
-    out.to[step] = region((workspace.rank + step) % layout.world_size) + workspace.rank * source_bytes;
+  for (int step = 1; step < world_size; ++step)  // to that rank, I am the one world_size - step places on
+    out.to[step] = region((workspace.rank + step) % world_size) + (world_size - step - 1) * slots.chunk_bytes;
   out.own = region(workspace.rank);
   out.epochs = epoch_word(workspace.base[workspace.rank], layout, slots.algorithm, 0);
-  out.generation_stride = vectors(layout.world_size * source_bytes);
-  out.source_stride = vectors(source_bytes);
-  out.lane_stride = vectors(slots.chunk_bytes);
+  out.lanes = static_cast<uint32_t>(layout.lanes);
+  out.generation_stride = vectors((world_size - 1) * slots.chunk_bytes);
+  out.peer_stride = vectors(slots.chunk_bytes);
   out.gather_stride = vectors(slots.gather_offset - slots.offset);
-  out.chunk = static_cast<uint32_t>(shape.chunk_vectors);
-  out.rounds = static_cast<uint32_t>(ceil_div(total_vectors, shape.chunk_vectors * shape.lanes * slots.parts));
-  const int64_t vectors_per_thread = std::max<int64_t>(1, shape.chunk_vectors / shape.threads);
-  out.lead = out.rounds == 1 ? kLead : static_cast<uint32_t>(std::min<int64_t>(kLead, (3 * vectors_per_thread - 1) / 2));
+  out.part = static_cast<uint32_t>(shape.chunk_vectors);
   out.rank = workspace.rank;
   out.limit = wait_limit(workspace, slots.algorithm);
   return out;
@@ -124,46 +116,58 @@ inline bool starts_on_a_vector(const void* address) {
 }
 
 inline Variant choose_variant(const lar_workspace& workspace, const lar_message& message, const lar_launch& shape,
-                              uint32_t rounds) {
+                              int parts) {
   if (!workspace.layout.in_band) return Variant::kFlagged;
-  const bool whole = message.count * element_bytes(message.dtype) % LAR_VECTOR_BYTES == 0 &&
-                     starts_on_a_vector(message.input) && starts_on_a_vector(message.output);
-  return whole && rounds == 1 && shape.chunk_vectors <= shape.threads ? Variant::kInBandShort : Variant::kInBand;
+  const int64_t bytes = message.count * element_bytes(message.dtype);
+  const bool whole = bytes % LAR_VECTOR_BYTES == 0 && starts_on_a_vector(message.input) &&
+                     starts_on_a_vector(message.output);
+  const int64_t largest_part = parts == 1 ? bytes / LAR_VECTOR_BYTES : shape.chunk_vectors;
+  const bool one_each = largest_part <= int64_t{shape.lanes} * shape.threads;
+  return whole && one_each ? Variant::kInBandShort : Variant::kInBand;
 }
 
-// Starts the kernel. In-band kernels start with programmatic dependent launch: their blocks may be scheduled while the
-// previous kernel of the stream drains, and wait in wait_for_previous_kernel() before they touch memory.
+inline cudaError_t launch_kernel(const void* kernel, const lar_launch& shape, bool dependent, void* argument,
+                                 void* stream) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.lanes);
+  config.blockDim = dim3(shape.threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = dependent ? 1 : 0;
+  return cudaLaunchKernelExC(&config, kernel, &argument);
+}
+
+// Starts the kernel, in band once for every round. In-band kernels start with programmatic dependent launch: their
+// blocks may be scheduled while the previous kernel of the stream drains, and wait in wait_for_previous_kernel() before
+// they touch memory.
 template <template <typename, int> class Instances>
 int launch(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape, const Slots& slots,
            void* stream) {
   const int status = check_call(workspace, message, shape, slots.chunk_bytes);
   if (status != LAR_OK || message->count == 0) return status;
-  const int64_t total_vectors = ceil_div(message->count * element_bytes(message->dtype), LAR_VECTOR_BYTES);
-  if (total_vectors > INT32_MAX) return LAR_ERROR_INVALID_ARGUMENT;
-  KernelArguments flagged;
-  InBandArguments in_band;
-  Variant variant = Variant::kFlagged;
-  void* parameters[1];
-  if (workspace->layout.in_band) {
-    in_band = in_band_arguments(*workspace, *message, *shape, slots, total_vectors);
-    variant = choose_variant(*workspace, *message, *shape, in_band.rounds);
-    parameters[0] = &in_band;
-  } else {
-    flagged = {*workspace, *message, shape->chunk_vectors};
-    parameters[0] = &flagged;
+  const lar_dtype dtype = message->dtype;
+  const int world_size = workspace->layout.world_size;
+  if (!workspace->layout.in_band) {
+    KernelArguments arguments{*workspace, *message, shape->chunk_vectors};
+    return launch_kernel(select_kernel<Instances>(dtype, world_size, Variant::kFlagged), *shape, false, &arguments,
+                         stream);
   }
-
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape->lanes);
-  config.blockDim = dim3(shape->threads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &dependent;
-  config.numAttrs = workspace->layout.in_band && has_dependent_launch() ? 1 : 0;
-  return cudaLaunchKernelExC(&config, select_kernel<Instances>(message->dtype, workspace->layout.world_size, variant),
-                             parameters);
+  const int64_t round_elements = shape->chunk_vectors * slots.parts * (LAR_VECTOR_BYTES / element_bytes(dtype));
+  for (int64_t first = 0; first < message->count; first += round_elements) {
+    const int64_t offset = first * element_bytes(dtype);
+    const lar_message round{static_cast<const char*>(message->input) + offset,
+                            static_cast<char*>(message->output) + offset,
+                            std::min(round_elements, message->count - first), dtype};
+    InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
+    const void* kernel =
+        select_kernel<Instances>(dtype, world_size, choose_variant(*workspace, round, *shape, slots.parts));
+    const cudaError_t error = launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return LAR_OK;
 }
 
 }  // namespace lar

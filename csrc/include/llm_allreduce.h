@@ -20,7 +20,9 @@ enum {
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 1024,     // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
-  LAR_SLOTS = 4,            // generations of slots, used by turns; csrc/kernels/ says why they are enough
+  // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
+  LAR_SLOTS = 4,
+  LAR_IN_BAND_SLOTS = 2,
 };
 
 typedef enum lar_status {
@@ -37,16 +39,19 @@ typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1 } lar_algorithm;
 typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
-//   epochs      uint32 [algorithm 2][lane]           local: rounds this lane has finished
+//   epochs      uint32 [algorithm 2][lane]           local: rounds that this lane has finished
 //   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
-//   one_shot    [generation][source rank][lane][one_shot_chunk_bytes]
-//   scatter     [generation][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
-//   gather      [generation][owner rank][lane][two_shot_chunk_bytes]    results on their way back
+// With flags that tell when a slot may be read (in_band 0), lane by lane:
+//   one_shot    [generation 4][source rank][lane][one_shot_chunk_bytes]
+//   scatter     [generation 4][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
+//   gather      [generation 4][owner rank][lane][two_shot_chunk_bytes]    results on their way back
+// With readiness in the data (in_band 1, GPUs only), shared by all lanes, with LAR_IN_BAND_MARKER everywhere before the
+// first call. Peers are counted from the holder's next rank on:
+//   one_shot    [generation 2][peer][one_shot_chunk_bytes], and so on
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
-  int32_t in_band;  // 1: readiness travels in the data, and slots hold LAR_IN_BAND_MARKER before the first call (GPUs)
-                    // 0: flags tell when a slot may be read
+  int32_t in_band;
   int64_t abort_offset;  // uint32, local: set once a wait has expired
   int64_t epochs_offset;
   int64_t flags_offset;
@@ -94,8 +99,9 @@ typedef struct lar_message {
   lar_dtype dtype;
 } lar_message;
 
-// How a call is spread. Must be the same on every rank. `chunk_vectors`: 16-byte vectors that one lane moves
-// per round to one peer; what does not fit into lanes * chunk_vectors takes further rounds in the same kernel.
+// How a call is spread. Must be the same on every rank. `chunk_vectors`: 16-byte vectors that one lane (with flags) or all
+// lanes together (in band) move per round to one peer. Further rounds take place in the same kernel with flags, in
+// further launches in band.
 typedef struct lar_launch {
   int32_t lanes;
   int32_t threads;

@@ -5,14 +5,10 @@
 //
 // In band (device/in_band.cuh). Each thread, for each of its vectors:
 //
-//     push    store it into slot [generation][my rank] of every peer
+//     push    store it into my slot at every peer
 //     reduce  poll the vectors of all ranks, clear them, sum in rank order, round once, store to the output
 //
-// A thread pushes `lead` vectors ahead of the one it reduces, so that the links stay busy while it waits. Why four
-// generations: number a thread's vectors m = 0, 1, .., with K to a round. Before a peer pushes m, it has reduced m-lead-1.
-// I cleared the slot of m when I reduced m-4K; behind that round, at m-3K-1 or earlier, came my fence, and what I pushed
-// after it began with m-3K+lead at the latest. So the peer has taken something sent after the fence if
-// m-3K+lead <= m-lead-1, which is how the host bounds the lead.
+// A thread pushes kLead vectors ahead of the one it reduces, so that the links stay busy while it waits.
 //
 // Flagged, chunk by chunk with two chunks in flight:
 //
@@ -30,17 +26,12 @@
 namespace lar {
 namespace {
 
-#ifndef LAR_PAUSE
-#define LAR_PAUSE 0
-#endif
-constexpr int kPauseNs = LAR_PAUSE;
-
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_short_kernel(const __grid_constant__ InBandArguments arguments) {
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
-  const uint32_t index = blockIdx.x * arguments.chunk + threadIdx.x;
-  const bool has_vector = threadIdx.x < arguments.chunk && index < total_vectors;
+  const uint32_t index = grid_thread();
+  const bool has_vector = index < total_vectors;
   let_next_kernel_start();
   wait_for_previous_kernel();
 
@@ -48,7 +39,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   uint4 mine = load_vector(arguments.input, min(index, total_vectors - 1));
   const uint32_t epoch = epoch_of(arguments);
   mine = without_marker(mine);
-  const uint32_t slot = slot_of_round(arguments, epoch) + threadIdx.x;
+  const uint32_t slot = slots_of_call(arguments, epoch) + index;
   if (has_vector) {
 #pragma unroll
     for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slot, mine);
@@ -56,63 +47,43 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
   if (!has_vector) return;
   uint4 result;
-  if (!poll_and_sum<T, kWorldSize, 0>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
+  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
   static_cast<uint4*>(arguments.output)[index] = result;
 }
 
-// The vectors of one thread, in the order in which it handles them: through its chunk, then on to the next round.
-struct Walk {
-  uint32_t round;
-  uint32_t first;  // of this lane in this round
-  uint32_t i;      // within the chunk
-
-  __device__ __forceinline__ explicit Walk(const InBandArguments& arguments)
-      : round(0), first(blockIdx.x * arguments.chunk), i(threadIdx.x) {}
-
-  // True when a new round begins.
-  __device__ __forceinline__ bool advance(const InBandArguments& arguments) {
-    i += blockDim.x;
-    if (i < arguments.chunk) return false;
-    i = threadIdx.x;
-    first += gridDim.x * arguments.chunk;
-    ++round;
-    return true;
-  }
-};
-
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, kWorldSize <= 4 ? LAR_BLOCKS : 1)
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
+  constexpr int kLead = 2;
   const Payload<T> input(arguments.input, arguments.count);
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
-  const auto exists = [&](const Walk& at) {
-    return at.i < arguments.chunk && at.round < arguments.rounds && at.first + at.i < total_vectors;
-  };
   let_next_kernel_start();
   wait_for_previous_kernel();
 
   const uint32_t epoch = epoch_of(arguments);
-  Walk ahead(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  uint32_t ahead = grid_thread();
   const auto push = [&] {
-    if (!exists(ahead)) return;
-    const uint4 mine = without_marker(input.load(ahead.first + ahead.i));
-    const uint32_t slot = slot_of_round(arguments, epoch + ahead.round) + ahead.i;
+    if (ahead >= total_vectors) return;
+    const uint4 mine = without_marker(input.load(ahead));
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slot, mine);
-    ahead.advance(arguments);
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slots + ahead, mine);
+    ahead += grid_threads();
   };
 #pragma unroll 1
-  for (uint32_t i = 0; i < arguments.lead; ++i) push();
+  for (int i = 0; i < kLead; ++i) push();
   advance_epoch(arguments, epoch);
-  for (Walk at(arguments); exists(at);) {
+#ifdef LAR_PUSHONLY
+  while (ahead < total_vectors) push();
+  return;
+#endif
+  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
     push();
-    const uint4 mine = without_marker(input.load(at.first + at.i));
+    const uint4 mine = without_marker(input.load(i));
     uint4 result;
-    const uint32_t slot = slot_of_round(arguments, epoch + at.round) + at.i;
-    if (!poll_and_sum<T, kWorldSize, kPauseNs>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
-    output.store(at.first + at.i, result);
-    if (at.advance(arguments) && arguments.rounds > 1) fence_between_rounds();
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
+    output.store(i, result);
   }
 }
 

@@ -4,19 +4,15 @@
 // all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
 // every rank's part.
 //
-// In band (device/in_band.cuh). Each thread, on its vectors of every part of a round:
+// In band (device/in_band.cuh). Each thread, on its vectors of every part:
 //
 //     scatter  store my partials into their owners' scatter slots
 //     reduce   poll the partials of my part, clear them, sum ranks 0..N-1 in order, round once, store to the output and
 //              to the gather slots of all peers
 //     drain    one vector behind: poll the other owners' results, clear them, store them to the output
 //
-// The partials of the next round are stored before anything of this one is polled, and a round's before its first
-// vector is reduced: while a thread waits, the links still have something to carry. Why four generations:
-//   - scatter(r) overwrites the owner's partials of r-4. I have drained its result of r-3, which it sent after its fence
-//     behind r-4, where it had cleared them.
-//   - reduce(r) overwrites my results of r-4 at a peer, with its partial of r in hand. It sent that after its fence
-//     behind r-3, and had by then drained, and cleared, all of r-4.
+// All partials are stored before anything is polled: when a thread comes to reduce its first vector, the links still
+// have the last ones to carry.
 //
 // Flagged, chunk by chunk with three chunks in flight:
 //
@@ -150,41 +146,37 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
-#ifndef LAR_PAUSE
-#define LAR_PAUSE 0
-#endif
-constexpr int kPauseNs = LAR_PAUSE;
-
-// The other ranks' parts, kPeersAtOnce at a time, as an in-band kernel handles them: part `first + j` belongs to the rank
-// that many places on.
+// Vector `i` of the part of the rank `step` places on, in the tensor; not below total_vectors if there is none.
 template <int kWorldSize>
-struct Batch {
-  static constexpr int kSize = kPeersAtOnce<kWorldSize>;
-  static_assert((kWorldSize - 1) % kSize == 0, "batches must tile the peers");
-};
+__device__ __forceinline__ uint32_t index_of(const InBandArguments& arguments, int step, uint32_t i) {
+  return rotated<kWorldSize>(arguments.rank, step) * arguments.part + i;
+}
 
-// Polls the results at `slot` (a gather slot's vector) that exist (index(step) < total_vectors) and stores them.
-template <int kWorldSize, int kPause, typename Index, typename Store>
-__device__ __forceinline__ bool drain_results(const InBandArguments& arguments, uint32_t slot, uint32_t total_vectors,
-                                              Index index, Store store) {
-  constexpr int kSize = Batch<kWorldSize>::kSize;
+// Polls vector `i` of all results (slots: the gather slots of this call), clears them and stores them to the output.
+template <int kWorldSize, typename Store>
+__device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t slots, uint32_t total_vectors,
+                                      uint32_t i, Store store) {
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
+  static_assert((kWorldSize - 1) % kAtOnce == 0, "batches must tile the peers");
 #pragma unroll 1
-  for (int first = 1; first < kWorldSize; first += kSize) {
-    const auto owner = [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); };
-    char* from[kSize];
-    bool wanted[kSize];
-    uint4 results[kSize];
+  for (int first = 1; first < kWorldSize; first += kAtOnce) {
+    char* from[kAtOnce];
+    bool wanted[kAtOnce];
+    uint4 results[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      from[j] = arguments.own + static_cast<int64_t>(slot + owner(j) * arguments.source_stride) * LAR_VECTOR_BYTES;
-      wanted[j] = index(first + j) < total_vectors;
+    for (int j = 0; j < kAtOnce; ++j) {
+      const uint32_t at = slots + (first + j - 1) * arguments.peer_stride + i;
+      from[j] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
+      wanted[j] = index_of<kWorldSize>(arguments, first + j, i) < total_vectors;
       results[j] = {0u, 0u, 0u, 0u};
     }
-    if (!poll_until_complete<kPause>(arguments.limit, LAR_PHASE_GATHER, from, wanted, results, owner)) return false;
+    if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
+                             [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
+      return false;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
+    for (int j = 0; j < kAtOnce; ++j) {
       clear_in_band_if(wanted[j], from[j]);
-      if (wanted[j]) store(index(first + j), results[j]);
+      if (wanted[j]) store(index_of<kWorldSize>(arguments, first + j, i), results[j]);
     }
   }
   return true;
@@ -193,11 +185,11 @@ __device__ __forceinline__ bool drain_results(const InBandArguments& arguments, 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_short_kernel(const __grid_constant__ InBandArguments arguments) {
-  constexpr int kSize = Batch<kWorldSize>::kSize;
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t i = grid_thread();
   const auto index = [&](int step) {
-    const uint32_t part = rotated<kWorldSize>(arguments.rank, step) * gridDim.x + blockIdx.x;
-    return threadIdx.x < arguments.chunk ? part * arguments.chunk + threadIdx.x : total_vectors;
+    return i < arguments.part ? index_of<kWorldSize>(arguments, step, i) : total_vectors;
   };
   const auto load = [&](int step) { return load_vector(arguments.input, min(index(step), total_vectors - 1)); };
   auto* output = static_cast<uint4*>(arguments.output);
@@ -205,106 +197,93 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
 
   // All loads leave together; where there is no vector, one is loaded for nothing rather than branched around.
-  uint4 mine = load(0);
-  uint4 partials[kSize];
+  uint4 partials[kAtOnce];
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) partials[j] = load(1 + j);
+  for (int j = 0; j < kAtOnce; ++j) partials[j] = load(1 + j);
+  uint4 mine = load(0);
   const uint32_t epoch = epoch_of(arguments);
   mine = without_marker(mine);
-  const uint32_t slot = slot_of_round(arguments, epoch) + threadIdx.x;
+  const uint32_t slots = slots_of_call(arguments, epoch);
 #pragma unroll 1
   for (int first = 1;;) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      if (index(first + j) < total_vectors) store_in_band(arguments.to[first + j], slot, without_marker(partials[j]));
-    first += kSize;
+    for (int j = 0; j < kAtOnce; ++j)
+      if (index(first + j) < total_vectors) store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
+    first += kAtOnce;
     if (first >= kWorldSize) break;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) partials[j] = load(first + j);
+    for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);
   }
   advance_epoch(arguments, epoch);
+  if (i >= arguments.part) return;
 
-  const uint32_t gather_slot = slot + arguments.gather_stride;
+  const uint32_t gather_slots = slots + arguments.gather_stride;
   if (index(0) < total_vectors) {
     uint4 result;
-    if (!poll_and_sum<T, kWorldSize, 0>(arguments, LAR_PHASE_SCATTER, slot, mine, result)) return;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slot, result);
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
     output[index(0)] = result;
   }
-  drain_results<kWorldSize, 0>(arguments, gather_slot, total_vectors, index,
-                               [&](uint32_t i, const uint4& result) { output[i] = result; });
+  drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
+                    [&](uint32_t at, const uint4& result) { output[at] = result; });
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, kWorldSize <= 4 ? LAR_BLOCKS : 1)
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
-  constexpr int kSize = Batch<kWorldSize>::kSize;
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   const Payload<T> input(arguments.input, arguments.count);
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
-  const uint32_t chunk = arguments.chunk;
-  // Where this lane's share of the part of the rank `step` places on begins, in a round.
-  const auto first_of = [&](uint32_t round, int step) {
-    const uint32_t part = round * kWorldSize + rotated<kWorldSize>(arguments.rank, step);
-    return (part * gridDim.x + blockIdx.x) * chunk;
-  };
+  const uint32_t part = arguments.part;
+  const uint32_t stride = grid_threads();
+  const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
   let_next_kernel_start();
   wait_for_previous_kernel();
 
   const uint32_t epoch = epoch_of(arguments);
-  const auto scatter = [&](uint32_t round) {
-    const uint32_t slot = slot_of_round(arguments, epoch + round);
-    for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  const uint32_t gather_slots = slots + arguments.gather_stride;
+  for (uint32_t i = grid_thread(); i < part; i += stride) {
 #pragma unroll 1
-      for (int first = 1; first < kWorldSize; first += kSize) {
-        uint4 partials[kSize];
+    for (int first = 1; first < kWorldSize; first += kAtOnce) {
+      uint4 partials[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kSize; ++j)
-          if (first_of(round, first + j) + i < total_vectors) partials[j] = input.load(first_of(round, first + j) + i);
+      for (int j = 0; j < kAtOnce; ++j)
+        if (index(first + j, i) < total_vectors) partials[j] = input.load(index(first + j, i));
 #pragma unroll
-        for (int j = 0; j < kSize; ++j)
-          if (first_of(round, first + j) + i < total_vectors)
-            store_in_band(arguments.to[first + j], slot + i, without_marker(partials[j]));
-      }
+      for (int j = 0; j < kAtOnce; ++j)
+        if (index(first + j, i) < total_vectors)
+          store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
     }
-  };
-  const auto reduce = [&](uint32_t round, uint32_t i) {
-    const uint32_t index = first_of(round, 0) + i;
-    if (index >= total_vectors) return true;
-    const uint32_t slot = slot_of_round(arguments, epoch + round) + i;
-    const uint4 mine = without_marker(input.load(index));
+  }
+  advance_epoch(arguments, epoch);
+
+  const auto reduce = [&](uint32_t i) {
+    if (index(0, i) >= total_vectors) return true;
+    const uint4 mine = without_marker(input.load(index(0, i)));
     uint4 result;
-    if (!poll_and_sum<T, kWorldSize, kPauseNs>(arguments, LAR_PHASE_SCATTER, slot, mine, result)) return false;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return false;
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step)
-      store_in_band(arguments.to[step], slot + arguments.gather_stride, result);
-    output.store(index, result);
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
+    output.store(index(0, i), result);
     return true;
   };
-  const auto drain = [&](uint32_t round, uint32_t i) {
-    return drain_results<kWorldSize, kPauseNs>(
-        arguments, slot_of_round(arguments, epoch + round) + arguments.gather_stride + i, total_vectors,
-        [&](int step) { return first_of(round, step) + i; },
-        [&](uint32_t index, const uint4& result) { output.store(index, result); });
-  };
-
-  scatter(0);
-  advance_epoch(arguments, epoch);
-  if (threadIdx.x >= chunk) return;
-  uint32_t last_round = 0;
-  uint32_t last = chunk;  // the vector reduced before this one; none yet
-  for (uint32_t round = 0; round < arguments.rounds; ++round) {
-    if (round + 1 < arguments.rounds) scatter(round + 1);
-    for (uint32_t i = threadIdx.x; i < chunk; i += blockDim.x) {
-      if (!reduce(round, i)) return;
-      if (last < chunk && !drain(last_round, last)) return;
-      last_round = round;
-      last = i;
-    }
-    if (arguments.rounds > 1) fence_between_rounds();
+#ifdef LAR_PUSHONLY
+  for (uint32_t i = grid_thread(); i < part; i += stride) {
+    const uint4 mine = without_marker(input.load(index(0, i)));
+#pragma unroll kPeersAtOnce < kWorldSize>
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, mine);
   }
-  drain(last_round, last);
+  return;
+#endif
+  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
+    if (i < part && !reduce(i)) return;
+    if (i >= stride && !drain<kWorldSize>(arguments, gather_slots, total_vectors, i - stride,
+                                          [&](uint32_t at, const uint4& result) { output.store(at, result); }))
+      return;
+  }
 }
 
 template <typename T, int kWorldSize>
