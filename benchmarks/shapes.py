@@ -25,7 +25,9 @@ from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
-Shape = tuple[str, int, int, int, int]  # algorithm, bytes, lanes, threads, chunk vectors
+# algorithm, bytes, lanes, threads, chunk vectors, lanes that only scatter, lanes that only drain
+Shape = tuple[str, int, int, int, int, int, int]
+SPLIT_FROM = 1 << 21  # bytes from which lanes with one task are tried
 
 
 def shapes_of(algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], in_band: bool) -> list[Shape]:  # noqa: FBT001
@@ -41,7 +43,13 @@ def shapes_of(algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[i
                 if (lanes, threads) in seen or (lanes * threads < pieces and threads < 256):
                     continue
                 seen.add((lanes, threads))
-                shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes)))
+                shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes), 0, 0))
+                if not in_band or size < SPLIT_FROM or threads < 256 or lanes < 100:
+                    continue
+                for eighths in (1, 2, 3, 4):
+                    scatter = lanes * eighths // 8
+                    drains = (0,) if algorithm == "ONESHOT" else (lanes // 8, lanes // 4)
+                    shapes += [(algorithm, size, lanes, threads, pieces, scatter, drain) for drain in drains]
     return shapes
 
 
@@ -51,7 +59,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for algorithm, size, used, threads, wanted in shapes:
+    for algorithm, size, used, threads, wanted, scatter, drain in shapes:
         capacity = layout.one_shot_chunk_bytes if algorithm == "ONESHOT" else layout.two_shot_chunk_bytes
         rounds = math.ceil(wanted / (capacity // 16))
         chunk = math.ceil(wanted / rounds)  # rounds of equal length, so that no rank has more to do in the last
@@ -71,7 +79,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
 
         def call() -> None:
             stream = torch.cuda.current_stream().cuda_stream
-            launch(mine.data_ptr(), output.data_ptr(), count, 2, used, threads, chunk, stream)  # noqa: B023
+            launch(mine.data_ptr(), output.data_ptr(), count, 2, used, threads, chunk, scatter, drain, stream)  # noqa: B023
 
         call()
         torch.cuda.synchronize()
@@ -80,6 +88,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         timing = time_graph(context, call)
         wrong += wrong_elements(output, expected, exact=True, world_size=context.world_size)
         row = {"algorithm": algorithm, "bytes": size, "lanes": used, "threads": threads, "chunk_vectors": chunk}
+        row |= {"scatter_lanes": scatter, "drain_lanes": drain}
         row |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
         rows.append(row | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
@@ -118,7 +127,7 @@ def main() -> None:
     print(f"{world_size} GPUs, {'flagged' if arguments.flagged else 'in band'}: lanes x threads, chunk in vectors")
     for (algorithm, size), group in best.items():
         group.sort(key=lambda row: row["us"])
-        text = "  ".join(f"{r['us']:>8} ({r['lanes']}x{r['threads']}, {r['chunk_vectors']})" for r in group[:3])
+        text = "  ".join(f"{r['us']:>8} ({r['lanes']}x{r['threads']} {r['scatter_lanes']}/{r['drain_lanes']})" for r in group[:3])
         print(f"{algorithm} {size:>10}: {text}  worst {group[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong elements")

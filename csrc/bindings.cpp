@@ -63,24 +63,45 @@ class Workspace {
   }
 
   int one_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               uint64_t stream) {
-    return call(lar_one_shot_cuda, lar_one_shot_cpu, input, output, count, dtype,
-                {lanes, threads, chunk_vectors}, stream);
+               int scatter_lanes, int drain_lanes, uint64_t stream) {
+    return call(LAR_ONE_SHOT, pointer(input), pointer(output), count, dtype,
+                {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes}, pointer(stream));
   }
 
   int two_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               uint64_t stream) {
-    return call(lar_two_shot_cuda, lar_two_shot_cpu, input, output, count, dtype,
-                {lanes, threads, chunk_vectors}, stream);
+               int scatter_lanes, int drain_lanes, uint64_t stream) {
+    return call(LAR_TWO_SHOT, pointer(input), pointer(output), count, dtype,
+                {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes}, pointer(stream));
+  }
+
+  // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status of
+  // a broken group when an earlier wait has expired.
+  int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
+           void* stream, bool* capturing = nullptr) {
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
+    const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
+    const bool one_shot = algorithm == LAR_ONE_SHOT;
+    if (device_ == kCpu) {
+      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
+      return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
+                      : lar_two_shot_cpu(&workspace_, &message, &launch);
+    }
+    return with_order(
+        stream,
+        [&] {
+          return one_shot ? lar_one_shot_cuda(&workspace_, &message, &launch, stream)
+                          : lar_two_shot_cuda(&workspace_, &message, &launch, stream);
+        },
+        capturing);
   }
 
   void probe_write(uint32_t nonce, uint64_t stream) {
-    with_order(stream, [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+    with_order(pointer(stream), [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
   }
 
   void probe_check(uint32_t nonce, uint64_t verdict, uint64_t stream) {
     auto* words = static_cast<int32_t*>(pointer(verdict));
-    with_order(stream, [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+    with_order(pointer(stream), [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
   }
 
   using Failure = std::tuple<int, int, int, int, int, uint32_t, uint32_t, double>;
@@ -91,25 +112,14 @@ class Workspace {
   }
 
  private:
-  using CudaCall = int (*)(const lar_workspace*, const lar_message*, const lar_launch*, void*);
-  using CpuCall = int (*)(const lar_workspace*, const lar_message*, const lar_launch*);
-
-  int call(CudaCall cuda, CpuCall cpu, uint64_t input, uint64_t output, int64_t count, int dtype, lar_launch launch,
-           uint64_t stream) {
-    const lar_message message{pointer(input), pointer(output), count, static_cast<lar_dtype>(dtype)};
-    if (device_ == kCpu) {
-      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
-      return cpu(&workspace_, &message, &launch);
-    }
-    return with_order(stream, [&] { return cuda(&workspace_, &message, &launch, pointer(stream)); });
-  }
-
   template <typename Call>
-  int with_order(uint64_t stream, Call launch) {
+  int with_order(void* stream, Call launch, bool* capturing = nullptr) {
     if (device_ == kCpu) throw std::invalid_argument("this workspace belongs to a CPU rank");
-    throw_on_error(lar_stream_order_begin(order_, pointer(stream)), "before a launch");
+    throw_on_error(lar_stream_order_begin(order_, stream), "before a launch");
     const int status = launch();
-    const int end = lar_stream_order_end(order_, pointer(stream));
+    int is_capturing = 0;
+    const int end = lar_stream_order_end(order_, stream, &is_capturing);
+    if (capturing) *capturing = is_capturing != 0;
     throw_on_error(status, "launch");
     throw_on_error(end, "after a launch");
     return status;
@@ -119,6 +129,37 @@ class Workspace {
   lar_workspace workspace_{};
   lar_failure* failure_ = nullptr;
   lar_stream_order* order_ = nullptr;
+};
+
+// All that does not change between all-reduces of one size and type, so that a call is two addresses and a stream.
+class Plan {
+ public:
+  Plan(Workspace& workspace, int algorithm, int64_t count, int dtype, const lar_launch& launch)
+      : workspace_(workspace),
+        algorithm_(static_cast<lar_algorithm>(algorithm)),
+        count_(count),
+        dtype_(dtype),
+        launch_(launch) {}
+
+  int operator()(uint64_t input, uint64_t output, uint64_t stream) {
+    bool captured = false;
+    const int status =
+        workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_, pointer(stream), &captured);
+    if (status == LAR_OK) ++(captured ? captured_ : calls_);
+    return status;
+  }
+
+  int64_t calls() const { return calls_; }
+  int64_t captured() const { return captured_; }
+
+ private:
+  Workspace& workspace_;
+  const lar_algorithm algorithm_;
+  const int64_t count_;
+  const int dtype_;
+  const lar_launch launch_;
+  int64_t calls_ = 0;
+  int64_t captured_ = 0;
 };
 
 lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, bool in_band) {
@@ -143,6 +184,8 @@ NB_MODULE(_C, module) {
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
+  module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
+  module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
   module.attr("CPU") = kCpu;
 
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
@@ -166,11 +209,26 @@ NB_MODULE(_C, module) {
       .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
            "layout"_a, "timeout_s"_a, "device"_a)
       .def("one_shot", &Workspace::one_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("two_shot", &Workspace::two_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,
            "None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).");
+
+  nb::class_<Plan>(module, "Plan", "All-reduces of one size and type: called with input, output and stream.")
+      .def(
+          "__init__",
+          [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
+             int64_t chunk_vectors, int scatter_lanes, int drain_lanes) {
+            new (self) Plan(workspace, algorithm, count, dtype,
+                            {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes});
+          },
+          "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a,
+          "scatter_lanes"_a = 0, "drain_lanes"_a = 0, nb::keep_alive<1, 2>())
+      .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
+           "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
+      .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")
+      .def_prop_ro("captured", &Plan::captured, "Calls that went into a CUDA graph.");
 }

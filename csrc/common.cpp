@@ -32,6 +32,10 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
     return LAR_ERROR_INVALID_ARGUMENT;
   if (launch->chunk_vectors < 1 || launch->chunk_vectors > chunk_bytes / LAR_VECTOR_BYTES)
     return LAR_ERROR_INVALID_ARGUMENT;
+  // Some lane must be left for what the specialized ones do not do.
+  if (launch->scatter_lanes < 0 || launch->drain_lanes < 0 ||
+      launch->scatter_lanes + launch->drain_lanes >= launch->lanes)
+    return LAR_ERROR_INVALID_ARGUMENT;
   return LAR_OK;
 }
 

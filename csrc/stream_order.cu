@@ -38,18 +38,21 @@ extern "C" void lar_stream_order_destroy(lar_stream_order* order) {
 
 extern "C" int lar_stream_order_begin(lar_stream_order* order, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
+  order->capturing = false;
   if (const cudaError_t error = cudaGetDevice(&order->callers_device); error != cudaSuccess) return error;
   if (order->callers_device != order->device)
     if (const cudaError_t error = cudaSetDevice(order->device); error != cudaSuccess) return error;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  if (const cudaError_t error = cudaStreamIsCapturing(stream, &status); error != cudaSuccess) return error;
+  cudaError_t error = cudaStreamIsCapturing(stream, &status);
   order->capturing = status != cudaStreamCaptureStatusNone;
-  if (!order->capturing && order->recorded && stream != order->last_stream)
-    return cudaStreamWaitEvent(stream, order->last_call, 0);
-  return LAR_OK;
+  if (error == cudaSuccess && !order->capturing && order->recorded && stream != order->last_stream)
+    error = cudaStreamWaitEvent(stream, order->last_call, 0);
+  if (error != cudaSuccess && order->callers_device != order->device) cudaSetDevice(order->callers_device);
+  return error;
 }
 
-extern "C" int lar_stream_order_end(lar_stream_order* order, void* stream_handle) {
+extern "C" int lar_stream_order_end(lar_stream_order* order, void* stream_handle, int* capturing) {
+  if (capturing) *capturing = order->capturing ? 1 : 0;
   cudaError_t error = cudaSuccess;
   if (!order->capturing) {
     order->last_stream = static_cast<cudaStream_t>(stream_handle);

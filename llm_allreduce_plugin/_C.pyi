@@ -7,13 +7,17 @@ MAX_WORLD_SIZE: int = 16
 
 VECTOR_BYTES: int = 16
 
-MAX_LANES: int = 128
+MAX_LANES: int = 1024
 
 MAX_THREADS: int = 512
 
 IN_BAND_MARKER: int = 2147483648
 
 STATUS_TIMEOUT: int = -2
+
+ONE_SHOT: int = 0
+
+TWO_SHOT: int = 1
 
 CPU: int = -1
 
@@ -42,16 +46,10 @@ class Layout:
     def probe_offset(self) -> int: ...
 
     @property
-    def one_shot_in_band_chunk_bytes(self) -> int: ...
+    def in_band(self) -> bool: ...
 
     @property
-    def two_shot_in_band_chunk_bytes(self) -> int: ...
-
-    @property
-    def in_band_offset(self) -> int: ...
-
-    @property
-    def in_band_bytes(self) -> int: ...
+    def slots_offset(self) -> int: ...
 
     @property
     def total_bytes(self) -> int: ...
@@ -70,10 +68,10 @@ class Workspace:
 
     def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int) -> None: ...
 
-    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool = False, stream: int = 0) -> int:
+    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, stream: int = 0) -> int:
         """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
 
-    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool = False, stream: int = 0) -> int:
+    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, stream: int = 0) -> int:
         """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
 
     def probe_write(self, nonce: int, stream: int) -> None: ...
@@ -84,3 +82,23 @@ class Workspace:
         """
         None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).
         """
+
+class Plan:
+    """
+    All-reduces of one size and type: called with input, output and stream.
+    """
+
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0) -> None: ...
+
+    def __call__(self, input: int, output: int, stream: int = 0) -> int:
+        """
+        Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.
+        """
+
+    @property
+    def calls(self) -> int:
+        """Calls that ran at once."""
+
+    @property
+    def captured(self) -> int:
+        """Calls that went into a CUDA graph."""

@@ -25,7 +25,7 @@ class RankCard:
     """What one rank tells the others at start.
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
-    ``host`` and ``gpu`` say where the rank runs.
+    ``host`` and ``gpu`` say where the rank runs, ``multiprocessors`` how large its GPU is.
     """
 
     settings: dict[str, Any]
@@ -35,14 +35,16 @@ class RankCard:
     architecture: int | None
     host: str
     gpu: str | None
+    multiprocessors: int = 0
 
     @classmethod
     def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
         """The card of the calling process."""
-        architecture, gpu = None, None
+        architecture, gpu, multiprocessors = None, None, 0
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             architecture, gpu = properties.major * 10 + properties.minor, str(properties.uuid)
+            multiprocessors = properties.multi_processor_count
         return cls(
             settings=config.model_dump(mode="json", exclude=_LOCAL_SETTINGS),
             plugin_version=__version__,
@@ -51,6 +53,7 @@ class RankCard:
             architecture=architecture,
             host=_host_identity(),
             gpu=gpu,
+            multiprocessors=multiprocessors,
         )
 
 

@@ -34,6 +34,17 @@ DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
 
+# torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
+# compiler; the public way where it is gone.
+_current_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+def _no_stream(_index: int | None) -> int:
+    return 0
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As the policy spells it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
@@ -82,8 +93,9 @@ class TensorParallelCommunicator:
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
         self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
-        self._calls: Counter[str] = Counter()
-        self._captured: Counter[str] = Counter()
+        self._kernel_plans: list[tuple[str, _C.Plan]] = []
+        self._fallback_calls = 0
+        self._closed_counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._logged: set[str] = set()
         self._closed = False
 
@@ -137,6 +149,7 @@ class TensorParallelCommunicator:
         ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays
         do not pass through Python and are not counted.
         """
+        calls, captured = self._counts()
         fallbacks = {
             f"{decision.requested} -> {decision.strategy}": decision.reason
             for decision, _ in list(self._plans.values())
@@ -149,10 +162,19 @@ class TensorParallelCommunicator:
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
             "sizes": self._sizes,
-            "calls": dict(self._calls),
-            "captured": dict(self._captured),
+            "calls": dict(+calls),
+            "captured": dict(+captured),
             "fallbacks": fallbacks,
         }
+
+    def _counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Eager and captured calls by strategy."""
+        calls, captured = (Counter(counts) for counts in self._closed_counts)
+        calls[str(AllReduceStrategy.NCCL)] = self._fallback_calls
+        for name, plan in list(self._kernel_plans):
+            calls[name] += plan.calls
+            captured[name] += plan.captured
+        return calls, captured
 
     def check(self) -> None:
         """Raise the error of an earlier call that the device could not raise itself.
@@ -172,7 +194,9 @@ class TensorParallelCommunicator:
             self._monitor.close()
         if self._workspace is not None and self.device.type == "cuda" and failure_of(self._workspace) is None:
             torch.cuda.synchronize(self.device)
+        self._closed_counts = self._counts()
         self._plans.clear()
+        self._kernel_plans.clear()
         self._workspace = None
         if self._memory is not None:
             self._memory.close()
@@ -197,8 +221,9 @@ class TensorParallelCommunicator:
             default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
             size = int(self.config.workspace_bytes or default)
             try:
-                lanes, in_band_lanes = (264, 132) if on_gpu else (1, 0)
-                layout = _C.make_layout(self.world_size, lanes, size, in_band_lanes)
+                # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
+                lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards)) if on_gpu else 1
+                layout = _C.make_layout(self.world_size, lanes, size, in_band=on_gpu and self.config.in_band)
                 transport = self._connect(layout, control_group)
             except (TransportError, ValueError) as error:
                 obstacle = str(error)
@@ -272,7 +297,7 @@ class TensorParallelCommunicator:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         if isinstance(strategy, KernelStrategy):
-            run = self._kernel_call(strategy, decision, count, dtype)
+            run = self._kernel_call(decision, count, dtype)
         else:
             run = self._fallback_call
         entry = (decision, run)
@@ -286,39 +311,37 @@ class TensorParallelCommunicator:
             logger.warning("%s", line)
 
     def _kernel_call(
-        self, strategy: KernelStrategy, decision: Decision, count: int, dtype: torch.dtype
+        self, decision: Decision, count: int, dtype: torch.dtype
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function that launches this decision, with all that does not change bound."""
-        workspace, launch = self._workspace, decision.launch
-        assert workspace is not None
+        launch = decision.launch
+        assert self._workspace is not None
         assert launch is not None
-        code = DTYPE_CODES[dtype]
-        name = str(strategy.name)
-        on_gpu = self.device.type == "cuda"
+        name = str(decision.strategy)
+        plan = _C.Plan(
+            self._workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
+            launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
+        )  # fmt: skip
+        self._kernel_plans.append((name, plan))
         index = self.device.index
+        current_stream = _current_raw_stream if self.device.type == "cuda" else _no_stream
+        empty_like = torch.empty_like
 
         def run(input_: torch.Tensor) -> torch.Tensor:
-            if (failure := failure_of(workspace)) is not None:
-                raise failure
             # Kernels see the elements in logical order, so that ranks agree whatever their strides.
             source = input_ if input_.is_contiguous() else input_.contiguous()
-            output = torch.empty_like(source)
-            stream = torch.cuda.current_stream(index).cuda_stream if on_gpu else 0
-            status = strategy.launch(workspace, source.data_ptr(), output.data_ptr(), count, code, launch, stream)
+            output = empty_like(source)
+            status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
             if status != 0:
                 self.check()
                 message = f"{name}: {_C.error_string(status)}"
                 raise RuntimeError(message)
-            if on_gpu and torch.cuda.is_current_stream_capturing():
-                self._captured[name] += 1
-            else:
-                self._calls[name] += 1
-            return output if source is input_ else torch.empty_like(input_).copy_(output)
+            return output if source is input_ else empty_like(input_).copy_(output)
 
         return run
 
     def _fallback_call(self, input_: torch.Tensor) -> torch.Tensor:
-        self._calls[str(AllReduceStrategy.NCCL)] += 1
+        self._fallback_calls += 1
         return self._fallback(input_)
 
     def _torch_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:

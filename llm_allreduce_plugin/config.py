@@ -92,9 +92,9 @@ class AllReduceConfig(BaseModel):
         description="AUTO: largest message per rank that goes to ONESHOT; default from a table per world size",
     )
     in_band: bool = Field(
-        default=False,
-        description="GPUs: messages that fit carry their readiness inside the data instead of behind flags, and "
-        "kernels may start while the one before drains; faster on small messages, not yet run under an engine on GPUs",
+        default=True,
+        description="GPUs: readiness travels inside the data, and a kernel may start while the one before drains; off: "
+        "flags tell when data may be read, which is slower",
     )
     report_dir: Path | None = Field(
         default=None,

@@ -33,6 +33,8 @@ struct InBandArguments {
   uint32_t peer_stride;
   uint32_t gather_stride;  // from a scatter slot to the gather slot of the same indices (TWOSHOT)
   uint32_t part;           // vectors in the part of one rank (TWOSHOT); the last parts may be shorter
+  uint32_t scatter_lanes;  // see lar_launch
+  uint32_t drain_lanes;
   int32_t rank;
   WaitLimit limit;
 };
@@ -40,6 +42,23 @@ struct InBandArguments {
 // The place of this thread among all of the grid, and their number.
 __device__ __forceinline__ uint32_t grid_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ uint32_t grid_threads() { return gridDim.x * blockDim.x; }
+
+// The vectors that this thread handles in one step of an algorithm: every `stride`-th from `first` on, below `end`.
+// Neighbouring threads take neighbouring vectors across the whole grid, so that at any time all blocks write next to
+// each other: that is worth 5 % of the links' rate over a stretch of its own for each block.
+struct Share {
+  uint32_t first;
+  uint32_t stride;
+  uint32_t end;
+};
+
+// The share of this thread when `lanes` blocks from `first_lane` on do the step alone, all of the grid if there are none.
+// Lanes with one task pay off in large messages: stores to peers that wait for the links hold up everything that their
+// multiprocessor does behind them, so those who poll and sum had better be elsewhere.
+__device__ __forceinline__ Share share_of(uint32_t first_lane, uint32_t lanes, uint32_t vectors) {
+  const bool member = blockIdx.x >= first_lane && blockIdx.x < first_lane + lanes;
+  return {(blockIdx.x - first_lane) * blockDim.x + threadIdx.x, lanes * blockDim.x, member ? vectors : 0};
+}
 
 // Relaxed accesses of system scope: whole words, in no order with anything else.
 __device__ __forceinline__ void store_in_band(char* slot, uint32_t index, const uint4& raw) {

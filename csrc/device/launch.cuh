@@ -106,6 +106,8 @@ inline InBandArguments in_band_arguments(const lar_workspace& workspace, const l
   out.peer_stride = vectors(slots.chunk_bytes);
   out.gather_stride = vectors(slots.gather_offset - slots.offset);
   out.part = static_cast<uint32_t>(shape.chunk_vectors);
+  out.scatter_lanes = static_cast<uint32_t>(shape.scatter_lanes);
+  out.drain_lanes = static_cast<uint32_t>(shape.drain_lanes);
   out.rank = workspace.rank;
   out.limit = wait_limit(workspace, slots.algorithm);
   return out;
@@ -122,7 +124,7 @@ inline Variant choose_variant(const lar_workspace& workspace, const lar_message&
   const bool whole = bytes % LAR_VECTOR_BYTES == 0 && starts_on_a_vector(message.input) &&
                      starts_on_a_vector(message.output);
   const int64_t largest_part = parts == 1 ? bytes / LAR_VECTOR_BYTES : shape.chunk_vectors;
-  const bool one_each = largest_part <= int64_t{shape.lanes} * shape.threads;
+  const bool one_each = largest_part <= int64_t{shape.lanes} * shape.threads && shape.scatter_lanes == 0;
   return whole && one_each ? Variant::kInBandShort : Variant::kInBand;
 }
 

@@ -99,13 +99,17 @@ typedef struct lar_message {
   lar_dtype dtype;
 } lar_message;
 
-// How a call is spread. Must be the same on every rank. `chunk_vectors`: 16-byte vectors that one lane (with flags) or all
-// lanes together (in band) move per round to one peer. Further rounds take place in the same kernel with flags, in
-// further launches in band.
+// How a call is spread. Must be the same on every rank, except for the last two numbers.
 typedef struct lar_launch {
-  int32_t lanes;
+  int32_t lanes;  // blocks
   int32_t threads;
+  // 16-byte vectors that one lane (with flags) or all lanes together (in band) move per round to one peer. Further
+  // rounds take place in the same kernel with flags, in further launches in band.
   int64_t chunk_vectors;
+  // In band: lanes that do nothing but send this rank's input, and (TWOSHOT) nothing but take in results; the others do
+  // the rest. 0: every lane does everything for its own vectors.
+  int32_t scatter_lanes;
+  int32_t drain_lanes;
 } lar_launch;
 
 // Splits `bytes` (rounded down to what fits) of workspace. LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than
@@ -124,12 +128,13 @@ LAR_EXPORT int lar_probe_write_cuda(const lar_workspace*, uint32_t nonce, void* 
 LAR_EXPORT int lar_probe_check_cuda(const lar_workspace*, uint32_t nonce, int32_t* verdict, void* stream);
 
 // Keeps the calls of one workspace from overlapping when they come on different streams, and makes `device`
-// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call).
+// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call). `capturing` is set to 1 when
+// the call went into a graph; it may be null.
 typedef struct lar_stream_order lar_stream_order;
 LAR_EXPORT int lar_stream_order_create(lar_stream_order** order, int device);
 LAR_EXPORT void lar_stream_order_destroy(lar_stream_order* order);
 LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream);
-LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream);
+LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream, int* capturing);
 
 // Host memory for a lar_failure that outlives a broken CUDA context. `device_address` may be null (CPU ranks).
 LAR_EXPORT int lar_failure_create(lar_failure** host_address, lar_failure** device_address);

@@ -8,7 +8,8 @@
 //     push    store it into my slot at every peer
 //     reduce  poll the vectors of all ranks, clear them, sum in rank order, round once, store to the output
 //
-// A thread pushes kLead vectors ahead of the one it reduces, so that the links stay busy while it waits.
+// Small messages have a vector to a thread. In larger ones, a thread either pushes kLead vectors ahead of the one it
+// reduces, so that the links stay busy while it waits, or only pushes or only reduces, as its block's lane says.
 //
 // Flagged, chunk by chunk with two chunks in flight:
 //
@@ -25,6 +26,9 @@
 
 namespace lar {
 namespace {
+
+// Vectors on their way ahead of the one that a thread waits for.
+constexpr uint32_t kLead = 2;
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
@@ -54,32 +58,30 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_in_band_kernel(const __grid_constant__ InBandArguments arguments) {
-  constexpr int kLead = 2;
   const Payload<T> input(arguments.input, arguments.count);
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  const uint32_t pushers = arguments.scatter_lanes > 0 ? arguments.scatter_lanes : gridDim.x;
+  const uint32_t first_reducer = arguments.scatter_lanes;
+  const uint32_t lead = arguments.scatter_lanes > 0 ? UINT32_MAX : kLead;
   let_next_kernel_start();
   wait_for_previous_kernel();
 
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
-  uint32_t ahead = grid_thread();
+  Share ahead = share_of(0, pushers, total_vectors);
   const auto push = [&] {
-    if (ahead >= total_vectors) return;
-    const uint4 mine = without_marker(input.load(ahead));
+    const uint4 mine = without_marker(input.load(ahead.first));
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slots + ahead, mine);
-    ahead += grid_threads();
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slots + ahead.first, mine);
+    ahead.first += ahead.stride;
   };
-#pragma unroll 1
-  for (int i = 0; i < kLead; ++i) push();
+#pragma unroll 4
+  for (uint32_t i = 0; i < lead && ahead.first < ahead.end; ++i) push();
   advance_epoch(arguments, epoch);
-#ifdef LAR_PUSHONLY
-  while (ahead < total_vectors) push();
-  return;
-#endif
-  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
-    push();
+  Share share = share_of(first_reducer, gridDim.x - first_reducer, total_vectors);
+  for (uint32_t i = share.first; i < share.end; i += share.stride) {
+    if (ahead.first < ahead.end) push();
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
     if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;

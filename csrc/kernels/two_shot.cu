@@ -11,8 +11,8 @@
 //              to the gather slots of all peers
 //     drain    one vector behind: poll the other owners' results, clear them, store them to the output
 //
-// All partials are stored before anything is polled: when a thread comes to reduce its first vector, the links still
-// have the last ones to carry.
+// A thread that does all three stores all its partials before it polls anything: when it comes to reduce its first
+// vector, the links still have the last ones to carry. In large messages each lane does one of the three.
 //
 // Flagged, chunk by chunk with three chunks in flight:
 //
@@ -237,7 +237,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
   const uint32_t part = arguments.part;
-  const uint32_t stride = grid_threads();
   const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
   let_next_kernel_start();
   wait_for_previous_kernel();
@@ -245,7 +244,10 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t gather_slots = slots + arguments.gather_stride;
-  for (uint32_t i = grid_thread(); i < part; i += stride) {
+  const bool specialized = arguments.scatter_lanes > 0;
+  const Share to_scatter = share_of(0, specialized ? arguments.scatter_lanes : gridDim.x, part);
+#pragma unroll 2
+  for (uint32_t i = to_scatter.first; i < to_scatter.end; i += to_scatter.stride) {
 #pragma unroll 1
     for (int first = 1; first < kWorldSize; first += kAtOnce) {
       uint4 partials[kAtOnce];
@@ -260,7 +262,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   advance_epoch(arguments, epoch);
 
-  const auto reduce = [&](uint32_t i) {
+  const auto reduce_vector = [&](uint32_t i) {
     if (index(0, i) >= total_vectors) return true;
     const uint4 mine = without_marker(input.load(index(0, i)));
     uint4 result;
@@ -270,19 +272,22 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     output.store(index(0, i), result);
     return true;
   };
-#ifdef LAR_PUSHONLY
-  for (uint32_t i = grid_thread(); i < part; i += stride) {
-    const uint4 mine = without_marker(input.load(index(0, i)));
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, mine);
-  }
-  return;
-#endif
-  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
-    if (i < part && !reduce(i)) return;
-    if (i >= stride && !drain<kWorldSize>(arguments, gather_slots, total_vectors, i - stride,
-                                          [&](uint32_t at, const uint4& result) { output.store(at, result); }))
-      return;
+  const auto drain_vector = [&](uint32_t i) {
+    return drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
+                             [&](uint32_t at, const uint4& result) { output.store(at, result); });
+  };
+  // One loop for all: a vector is reduced, or the one a stride behind it is drained, or both.
+  const uint32_t reducers = gridDim.x - arguments.scatter_lanes - arguments.drain_lanes;
+  const Share to_reduce = share_of(arguments.scatter_lanes, reducers, part);
+  const Share to_drain = arguments.drain_lanes > 0
+                             ? share_of(gridDim.x - arguments.drain_lanes, arguments.drain_lanes, part)
+                             : to_reduce;
+  const uint32_t lag = arguments.drain_lanes > 0 ? 0 : to_reduce.stride;
+  const uint32_t end = max(to_reduce.end, to_drain.end > 0 ? to_drain.end + lag : 0);
+  const Share walk = to_reduce.end > 0 ? to_reduce : to_drain;
+  for (uint32_t i = walk.first; i < end; i += walk.stride) {
+    if (i < to_reduce.end && !reduce_vector(i)) return;
+    if (i >= lag && i - lag < to_drain.end && !drain_vector(i - lag)) return;
   }
 }
 

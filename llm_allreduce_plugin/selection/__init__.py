@@ -4,7 +4,7 @@
 them, and ``policy`` uses the strategies.
 """
 
-from llm_allreduce_plugin.selection.decision import Decision, Launch, PassedOver
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision, Launch, PassedOver
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 
-__all__ = ["Decision", "GroupFacts", "Launch", "PassedOver", "Transport"]
+__all__ = ["Algorithm", "Decision", "GroupFacts", "Launch", "PassedOver", "Transport"]

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 from llm_allreduce_plugin.config import AllReduceStrategy
+
+
+class Algorithm(enum.IntEnum):
+    """The kernels, with the numbers of ``lar_algorithm``."""
+
+    ONE_SHOT = 0
+    TWO_SHOT = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,18 +20,35 @@ class Launch:
     """How a kernel call is spread. Equal on every rank.
 
     Attributes:
+        algorithm: the kernel.
         lanes: blocks (CPU ranks: 1).
         threads: threads per block.
-        chunk_vectors: 16-byte vectors that a lane moves to one peer per round.
+        chunk_vectors: 16-byte vectors that a lane (in band: all lanes together) moves to one peer per round.
         rounds: rounds in one call; more than one when the message exceeds the workspace's slots.
         in_band: readiness travels inside the data; otherwise flags tell when a chunk may be read.
+        scatter_lanes: lanes that only send this rank's input; 0 when every lane does everything.
+        drain_lanes: lanes that only take in results; 0 when those that sum do it.
     """
 
+    algorithm: Algorithm
     lanes: int
     threads: int
     chunk_vectors: int
     rounds: int
     in_band: bool = False
+    scatter_lanes: int = 0
+    drain_lanes: int = 0
+
+    def __str__(self) -> str:
+        words = f"{self.lanes} blocks x {self.threads} threads"
+        if self.scatter_lanes:
+            words += f" ({self.scatter_lanes} only send"
+            words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
+        spread = "per peer" if self.in_band else "per block and peer"
+        return (
+            f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
+            f"{'in band' if self.in_band else 'flagged'}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +87,6 @@ class Decision:
     def __str__(self) -> str:
         lines = [f"{self.strategy}: {self.algorithm}", f"  because {self.reason}"]
         if self.launch is not None:
-            launch = self.launch
-            lines.append(
-                f"  launch: {launch.lanes} blocks x {launch.threads} threads, {launch.rounds} round(s) of "
-                f"{launch.chunk_vectors * 16} bytes per block and peer, {'in band' if launch.in_band else 'flagged'}"
-            )
+            lines.append(f"  launch: {self.launch}")
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
         return "\n".join(lines)

@@ -44,11 +44,10 @@ class GroupFacts:
         device: ``"cuda"`` or ``"cpu"``.
         transport: how ranks reach each other; ``NONE`` when they cannot.
         no_transport_reason: why, when they cannot.
-        lanes: blocks that the workspace has slots for.
-        one_shot_chunk_bytes: bytes per lane and source rank that ONESHOT moves in a round.
+        lanes: blocks that a call may have.
+        in_band: readiness travels inside the data.
+        one_shot_chunk_bytes: bytes that ONESHOT moves to one peer in a round: per lane, or in band all lanes together.
         two_shot_chunk_bytes: the same for TWOSHOT.
-        one_shot_in_band_chunk_bytes: the same for ONESHOT in band, whose calls have one round; 0 where there is none.
-        two_shot_in_band_chunk_bytes: the same for TWOSHOT in band.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
     """
@@ -58,10 +57,9 @@ class GroupFacts:
     transport: Transport
     no_transport_reason: str = ""
     lanes: int = 0
+    in_band: bool = False
     one_shot_chunk_bytes: int = 0
     two_shot_chunk_bytes: int = 0
-    one_shot_in_band_chunk_bytes: int = 0
-    two_shot_in_band_chunk_bytes: int = 0
     architecture: int | None = None
     nodes: int = 1
 
@@ -71,8 +69,7 @@ class GroupFacts:
             self,
             transport=transport,
             lanes=layout.lanes,
+            in_band=layout.in_band,
             one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
             two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
-            one_shot_in_band_chunk_bytes=layout.one_shot_in_band_chunk_bytes,
-            two_shot_in_band_chunk_bytes=layout.two_shot_in_band_chunk_bytes,
         )

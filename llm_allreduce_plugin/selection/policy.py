@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
-from llm_allreduce_plugin.selection.decision import Decision, PassedOver
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision, PassedOver
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
@@ -17,10 +17,10 @@ _FALLBACKS: dict[AllReduceStrategy, tuple[AllReduceStrategy, ...]] = {
     S.NCCL: (S.NCCL,),
     S.ONESHOT: (S.ONESHOT, S.TWOSHOT, S.NCCL),
     S.TWOSHOT: (S.TWOSHOT, S.NCCL),
-    S.MINLATENCY: (S.MINLATENCY, S.AUTO, S.NCCL),
+    S.MINLATENCY: (S.MINLATENCY, S.NCCL),
     S.UB: (S.UB, S.TWOSHOT, S.NCCL),
-    S.LOWPRECISION: (S.LOWPRECISION, S.MINLATENCY, S.AUTO, S.NCCL),
-    S.MNNVL: (S.MNNVL, S.MINLATENCY, S.AUTO, S.NCCL),
+    S.LOWPRECISION: (S.LOWPRECISION, S.MINLATENCY, S.NCCL),
+    S.MNNVL: (S.MNNVL, S.MINLATENCY, S.NCCL),
 }
 
 
@@ -31,22 +31,27 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _threshold(config: AllReduceConfig, facts: GroupFacts) -> tuple[int, str]:
+def _table(config: AllReduceConfig, facts: GroupFacts) -> tables.Table:
     if config.one_shot_max_bytes is not None:
-        return int(config.one_shot_max_bytes), "one_shot_max_bytes"
-    in_band = facts.one_shot_in_band_chunk_bytes > 0
-    return tables.one_shot_max_bytes(facts.world_size, in_band=in_band), f"the seed table for {facts.world_size} ranks"
+        ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
+        return tables.Table(ranges, "one_shot_max_bytes")
+    table = tables.fastest(facts.world_size, facts.architecture, in_band=facts.in_band)
+    return tables.Table(table.ranges, f"the seed table for {facts.world_size} ranks: {table.source}")
 
 
 def _auto_order(config: AllReduceConfig, facts: GroupFacts, message: Message) -> list[tuple[AllReduceStrategy, str]]:
     """AUTO's candidates, best first, each with what speaks for it."""
-    threshold, source = _threshold(config, facts)
+    table = _table(config, facts)
+    below, found = table.range_of(message.payload_bytes)
+    first = S(found.strategy)
+    second = S.TWOSHOT if first is S.ONESHOT else S.ONESHOT
     size = _bytes(message.payload_bytes)
-    if message.payload_bytes <= threshold:
-        why = f"{size} are within the {_bytes(threshold)} up to which one step beats two ({source})"
-        return [(S.ONESHOT, why), (S.TWOSHOT, f"ONESHOT would be next choice for {size}")]
-    why = f"{size} are more than the {_bytes(threshold)} up to which one step beats two ({source})"
-    return [(S.TWOSHOT, why), (S.ONESHOT, f"TWOSHOT would be next choice for {size}")]
+    if found.max_bytes is None:
+        where = f"more than {_bytes(below)}"
+    else:
+        where = f"within {_bytes(found.max_bytes)}" + (f" and more than {_bytes(below)}" if below else "")
+    steps = "one step beats two" if first is S.ONESHOT else "two steps beat one"
+    return [(first, f"{size} are {where}, where {steps} ({table.source})"), (second, f"{first} is first for {size}")]
 
 
 def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -> Decision:
@@ -111,17 +116,19 @@ def _passed_over(
 def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16") -> str:
     """What runs at which sizes, for a line in the log: ``ONESHOT to 256 KiB, then TWOSHOT``."""
     element = ELEMENT_BYTES[dtype]
-    steps: list[tuple[int, AllReduceStrategy]] = []
+    steps: list[tuple[int, str]] = []
     largest = 1 << 30
-    threshold, _ = _threshold(config, facts)
-    sizes = sorted({1 << power for power in range(4, 31)} | {min(max(threshold, element), largest)})
-    for size in sizes:
-        strategy = decide(config, facts, size // element, dtype).strategy
-        if steps and steps[-1][1] is strategy:
-            steps[-1] = (size, strategy)
+    limits = {min(found.max_bytes, largest) for found in _table(config, facts).ranges if found.max_bytes}
+    for size in sorted({1 << power for power in range(4, 31)} | limits):
+        decision = decide(config, facts, size // element, dtype)
+        what = str(decision.strategy)
+        if decision.strategy is S.MINLATENCY and decision.launch is not None:
+            what = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}[decision.launch.algorithm]
+        if steps and steps[-1][1] == what:
+            steps[-1] = (size, what)
         else:
-            steps.append((size, strategy))
-    parts = [f"{strategy} to {_bytes(size)}" for size, strategy in steps[:-1]]
+            steps.append((size, what))
+    parts = [f"{what} to {_bytes(size)}" for size, what in steps[:-1]]
     last = steps[-1][1]
     parts.append(f"then {last}" if parts else f"{last} at every size")
     return ", ".join(parts)

@@ -1,40 +1,123 @@
-"""Seed thresholds: where AUTO leaves ONESHOT for TWOSHOT before anything was measured on the node."""
+"""Seed tables: which exact kernel is the fastest for a size, before anything was measured on the node.
+
+One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1.2 us on NVLink).
+With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 KIB = 1024
 MIB = 1024 * KIB
 
-# Largest message, in bytes per rank, for ONESHOT. One-shot sends (N-1) * S per link direction and two-shot
-# 2 (N-1)/N * S, at the price of a second step: the crossover falls with the world size.
-# 2 and 4 ranks: measured on H200 (benchmarks/h200/latency_tp{2,4}.json and latency_in_band_tp{2,4}.json): the last
-# power of two at which ONESHOT is faster. The others are estimates on the curve through those two, not measured.
-ONE_SHOT_MAX_BYTES = {
-    2: 2 * MIB,
-    3: 1 * MIB,
-    4: 512 * KIB,
-    5: 320 * KIB,
-    6: 224 * KIB,
-    7: 160 * KIB,
-    8: 128 * KIB,
-    16: 32 * KIB,
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Messages up to ``max_bytes`` per rank (None: all larger ones) are fastest with ``strategy``."""
+
+    max_bytes: int | None
+    strategy: str  # "ONESHOT" or "TWOSHOT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The ranges of one world size, in rising order, and where they come from."""
+
+    ranges: tuple[Range, ...]
+    source: str
+
+    def range_of(self, payload_bytes: int) -> tuple[int, Range]:
+        """The range of a message, with the size above which it begins."""
+        below = 0
+        for found in self.ranges:
+            if found.max_bytes is None or payload_bytes <= found.max_bytes:
+                return below, found
+            below = found.max_bytes
+        raise AssertionError(self)  # the last range has no limit
+
+
+def _changeover(max_bytes: int, source: str) -> Table:
+    return Table((Range(max_bytes, "ONESHOT"), Range(None, "TWOSHOT")), source)
+
+
+_ESTIMATE = "an estimate: the measured step of 1.2 us against the traffic that one-shot sends more at 350 GB/s"
+
+# In band, on one NVSwitch node of H200. 2 and 4 ranks are measured (benchmarks/h200/shapes_tp{2,4}.json): the sizes between
+# the last power of two at which the one and the first at which the other is faster, where their lines cross. The others
+# are estimates, scaled to meet the measured ones.
+H200 = {
+    2: Table(
+        (Range(3 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
+        "measured on H200",
+    ),
+    3: _changeover(416 * KIB, _ESTIMATE),
+    4: _changeover(192 * KIB, "measured on H200"),
+    5: _changeover(112 * KIB, _ESTIMATE),
+    6: _changeover(80 * KIB, _ESTIMATE),
+    7: _changeover(64 * KIB, _ESTIMATE),
+    8: _changeover(52 * KIB, _ESTIMATE),
+    16: _changeover(20 * KIB, _ESTIMATE),
 }
-ONE_SHOT_MAX_BYTES_IN_BAND = {
-    2: 2 * MIB,
-    3: 512 * KIB,
-    4: 256 * KIB,
-    5: 160 * KIB,
-    6: 112 * KIB,
-    7: 80 * KIB,
-    8: 64 * KIB,
-    16: 16 * KIB,
+
+# How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
+LINK_SCALE = {
+    80: 0.65,  # A100: NVLink 3, 300 GB/s per direction
+    86: 0.1,  # PCIe cards from here ...
+    89: 0.1,
+    90: 1.0,  # H100, H200: NVLink 4, 450 GB/s
+    100: 2.0,  # B200: NVLink 5, 900 GB/s
+    103: 2.0,
+    120: 0.1,  # ... and here
+}
+
+# Kernels that wait for flags: CPU ranks, and GPUs with in_band off. 2 and 4 ranks measured on H200
+# (benchmarks/h200/latency_tp{2,4}.json), the others estimated.
+FLAGGED = {
+    2: _changeover(2 * MIB, "measured on H200"),
+    3: _changeover(1 * MIB, "an estimate between 2 and 4 ranks"),
+    4: _changeover(512 * KIB, "measured on H200"),
+    5: _changeover(320 * KIB, "an estimate beyond 4 ranks"),
+    6: _changeover(224 * KIB, "an estimate beyond 4 ranks"),
+    7: _changeover(160 * KIB, "an estimate beyond 4 ranks"),
+    8: _changeover(128 * KIB, "an estimate beyond 4 ranks"),
+    16: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
 }
 
 
-def one_shot_max_bytes(world_size: int, *, in_band: bool) -> int:
-    """The threshold for any world size: the entry of the next larger tabulated one, or of the largest."""
-    table = ONE_SHOT_MAX_BYTES_IN_BAND if in_band else ONE_SHOT_MAX_BYTES
-    for tabulated, threshold in table.items():
-        if world_size <= tabulated:
-            return threshold
-    return table[max(table)]
+def fastest(world_size: int, architecture: int | None, *, in_band: bool) -> Table:
+    """The table for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
+    tables = H200 if in_band else FLAGGED
+    table = next((tables[size] for size in tables if world_size <= size), tables[max(tables)])
+    scale = LINK_SCALE.get(architecture or 90, 1.0) if in_band else 1.0
+    if scale == 1.0:
+        return table
+    ranges = tuple(
+        dataclasses.replace(found, max_bytes=found.max_bytes and int(found.max_bytes * scale)) for found in table.ranges
+    )
+    return Table(ranges, f"scaled by {scale} from H200 for sm_{architecture}: an estimate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """From ``min_bytes`` on, lanes have one task each: fractions of the largest grid, in parts of 264 blocks.
+
+    264 blocks are two to a multiprocessor of an H200.
+    """
+
+    min_bytes: int
+    lanes: int
+    scatter: int
+    drain: int
+
+
+# Measured on H200 with 2 and 4 ranks (benchmarks/h200/shapes_tp{2,4}.json): before these sizes it does not pay.
+SPLITS: dict[tuple[str, int], Split] = {("ONESHOT", 2): Split(16 * MIB, 132, 16, 0)}
+TWO_SHOT_SPLIT = Split(16 * MIB, 264, 99, 66)  # more than two ranks
+
+
+def split(strategy: str, world_size: int) -> Split | None:
+    """When and how the lanes of a large message share the tasks out; None: never."""
+    if strategy == "TWOSHOT" and world_size > 2:
+        return TWO_SHOT_SPLIT
+    return SPLITS.get((strategy, world_size))

@@ -8,7 +8,8 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.selection.decision import Launch
+from llm_allreduce_plugin.selection import tables
+from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport, world_size_obstacle
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 VECTOR_BYTES = _C.VECTOR_BYTES
 MAX_THREADS = _C.MAX_THREADS
-IN_BAND_THREADS = (128, 256, 512)
+IN_BAND_THREADS = (64, 128, 256, 512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +63,8 @@ class KernelStrategy(Strategy):
     """A strategy that runs a kernel of this package on the group's workspaces."""
 
     @abc.abstractmethod
-    def launch(
-        self, workspace: _C.Workspace, input_: int, output: int, count: int, dtype: int, launch: Launch, stream: int
-    ) -> int:
-        """Start the kernel on ``count`` elements at two addresses; returns the status of the C ABI."""
+    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+        """How a call is spread: the kernel, its grid and its rounds. Pure."""
 
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         if facts.transport is Transport.NONE:
@@ -87,24 +86,38 @@ class MissingStrategy(Strategy):
         raise AssertionError(facts, message)  # never chosen
 
 
-def spread_in_band(message: Message, chunk_bytes: int, lanes: int, parts: int) -> Launch | None:
-    """How an in-band call is spread; None when the message does not fit the in-band slots at once.
+def spread_in_band(
+    message: Message, facts: GroupFacts, algorithm: Algorithm, chunk_bytes: int, parts: int, split: tables.Split | None
+) -> Launch:
+    """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
 
-    Small blocks are best: one vector per thread, and as few warps to a block as the number of lanes allows (measured on
-    H200 at 2 and 4 ranks, 4 KiB to 1 MiB: benchmarks/h200/block_shapes.json).
+    Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``); rounds are of equal length,
+    so that no rank has more to do in the last. Measured on H200: benchmarks/h200/shapes_tp{2,4}.json.
     """
-    if chunk_bytes == 0:
-        return None
-    for threads in IN_BAND_THREADS:
-        launch = spread(message.vectors, chunk_bytes, lanes, parts, threads)
-        if launch.rounds <= 1 and launch.chunk_vectors <= threads:
-            return dataclasses.replace(launch, in_band=True)
-    # Several vectors per thread of the largest blocks, if that is enough.
-    return dataclasses.replace(launch, in_band=True) if launch.rounds <= 1 else None
+    pieces = max(1, math.ceil(message.vectors / parts))  # vectors of the largest part
+    capacity = chunk_bytes // VECTOR_BYTES
+    rounds = math.ceil(pieces / capacity)
+    chunk = min(capacity, math.ceil(pieces / rounds / 8) * 8)  # parts that start on 128 bytes
+    if split is not None and message.payload_bytes >= split.min_bytes and facts.lanes >= 8:
+        return Launch(
+            algorithm=algorithm,
+            lanes=facts.lanes * split.lanes // 264,
+            threads=MAX_THREADS,
+            chunk_vectors=chunk,
+            rounds=rounds,
+            in_band=True,
+            scatter_lanes=max(1, facts.lanes * split.scatter // 264),
+            drain_lanes=facts.lanes * split.drain // 264,
+        )
+    threads = next((threads for threads in IN_BAND_THREADS if threads * facts.lanes >= chunk), MAX_THREADS)
+    lanes = min(facts.lanes, math.ceil(chunk / threads))
+    return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
 
 
-def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int, max_threads: int = MAX_THREADS) -> Launch:
-    """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round.
+def spread(
+    vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int, max_threads: int = MAX_THREADS
+) -> Launch:
+    """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round, with flags.
 
     Few blocks for few vectors (one vector per thread), then larger chunks, then further rounds.
     """
@@ -114,4 +127,4 @@ def spread(vectors: int, chunk_bytes: int, lanes: int, parts: int, max_threads: 
     used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
     chunk = max(1, min(math.ceil(pieces / used), capacity))
     rounds = math.ceil(pieces / (used * chunk))
-    return Launch(lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)
+    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)

@@ -6,11 +6,6 @@ from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.strategies.base import MissingStrategy
 
 
-class MinLatency(MissingStrategy):
-    name = AllReduceStrategy.MINLATENCY
-    algorithm = "the fastest exact kernel for each size on this node"
-
-
 class UserBuffer(MissingStrategy):
     name = AllReduceStrategy.UB
     algorithm = "zero-copy on registered buffers"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.selection import tables
+from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.strategies.base import KernelStrategy, Message, spread, spread_in_band
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin import _C
     from llm_allreduce_plugin.selection.decision import Launch
     from llm_allreduce_plugin.selection.facts import GroupFacts
+
+FLAGGED_THREADS = 256  # two blocks to a multiprocessor: one moves data while the other waits for its flags
 
 
 class TwoShot(KernelStrategy):
@@ -18,14 +21,8 @@ class TwoShot(KernelStrategy):
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        in_band = spread_in_band(message, facts.two_shot_in_band_chunk_bytes, facts.lanes, parts=facts.world_size)
-        if in_band is not None:
-            return in_band
-        return spread(message.vectors, facts.two_shot_chunk_bytes, facts.lanes, parts=facts.world_size)
-
-    def launch(
-        self, workspace: _C.Workspace, input_: int, output: int, count: int, dtype: int, launch: Launch, stream: int
-    ) -> int:
-        return workspace.two_shot(
-            input_, output, count, dtype, launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, stream
-        )
+        chunk_bytes, parts = facts.two_shot_chunk_bytes, facts.world_size
+        if facts.in_band:
+            split = tables.split(self.name, facts.world_size)
+            return spread_in_band(message, facts, Algorithm.TWO_SHOT, chunk_bytes, parts, split)
+        return spread(message.vectors, Algorithm.TWO_SHOT, chunk_bytes, facts.lanes, parts, FLAGGED_THREADS)

@@ -39,6 +39,7 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         transport=Transport.NONE if reason else Transport.SYMMETRIC,
         no_transport_reason=reason,
         lanes=_C.MAX_LANES,
+        in_band=True,
         one_shot_chunk_bytes=_CHUNK_BYTES,
         two_shot_chunk_bytes=_CHUNK_BYTES,
         architecture=architectures.pop() if len(architectures) == 1 else None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 
 from tests.support.local_group import LocalGroup
@@ -9,8 +12,9 @@ from tests.support.reference import assert_same_bits, rank_input, rank_ordered_s
 
 
 def main() -> None:
-    for world_size, in_band in ((2, True), (5, True), (16, True), (2, False), (5, False), (16, False)):
-        group = LocalGroup(world_size, in_band=in_band, lanes=2, timeout_s=30.0)
+    kinds: list[dict[str, Any]] = [{"in_band": True}, {"in_band": True, "split": (1, 1)}, {"in_band": False}]
+    for world_size, kind in itertools.product((2, 5, 16), kinds):
+        group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **kind)
         for algorithm in ("ONESHOT", "TWOSHOT"):
             for dtype in (torch.bfloat16, torch.float32):
                 for size in (1, 1023, 40_001):

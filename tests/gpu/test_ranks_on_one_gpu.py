@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -24,15 +25,26 @@ def fresh_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
-READINESS = pytest.mark.parametrize("in_band", (True, False), ids=("in band", "flagged"))
+READINESS = pytest.mark.parametrize(
+    "kind",
+    (
+        {"in_band": True},
+        {"in_band": True, "workspace_mib": 2},
+        {"in_band": True, "split": (1, 1)},
+        {"in_band": True, "split": (2, 0), "workspace_mib": 2},
+        {"in_band": False, "workspace_mib": 2},
+    ),
+    ids=("in band", "in band, rounds", "in band, split", "in band, split, rounds", "flagged"),
+)
+Kind = dict[str, Any]
 
 
 @READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str, in_band: bool) -> None:
-    group = LocalGroup(world_size, in_band=in_band)
+def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str, kind: Kind) -> None:
+    group = LocalGroup(world_size, **kind)
     for size in SIZES:
         seed = fresh_seed()
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
@@ -46,10 +58,10 @@ def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str, in_band: boo
 @READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_special_values(dtype: torch.dtype, algorithm: str, in_band: bool) -> None:
+def test_special_values(dtype: torch.dtype, algorithm: str, kind: Kind) -> None:
     inputs = special_inputs(5, dtype)
     expected = rank_ordered_sum(inputs)
-    for output in LocalGroup(5, in_band=in_band).all_reduce(algorithm, inputs):
+    for output in LocalGroup(5, **kind).all_reduce(algorithm, inputs):
         assert_same_bits(output, expected, f"{algorithm} {dtype}")
         zeros = output.cpu() == 0
         assert not torch.signbit(output.cpu()[zeros]).any()
@@ -71,9 +83,9 @@ def test_marker_in_the_input() -> None:
 
 @READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_changing_sizes(algorithm: str, in_band: bool) -> None:
+def test_changing_sizes(algorithm: str, kind: Kind) -> None:
     """Lanes come and go and leave slots of different lengths behind."""
-    group = LocalGroup(3, in_band=in_band, lanes=8)
+    group = LocalGroup(3, **kind, lanes=8)
     generator = torch.Generator().manual_seed(fresh_seed())
     for call in range(200):
         size = int(torch.randint(1, 1 << int(torch.randint(1, 17, (), generator=generator)), (), generator=generator))
@@ -86,8 +98,8 @@ def test_changing_sizes(algorithm: str, in_band: bool) -> None:
 @READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("world_size", (5, 8, 16))
-def test_graph_replays_between_eager_calls(world_size: int, algorithm: str, in_band: bool) -> None:
-    group = LocalGroup(world_size, in_band=in_band)
+def test_graph_replays_between_eager_calls(world_size: int, algorithm: str, kind: Kind) -> None:
+    group = LocalGroup(world_size, **kind)
     seed, size, dtype = fresh_seed(), 5003, torch.bfloat16
     inputs = [rank_input(seed, rank, size, dtype).to(group.device) for rank in range(world_size)]
     outputs = [torch.empty_like(part) for part in inputs]
@@ -118,7 +130,7 @@ def test_graph_replays_between_eager_calls(world_size: int, algorithm: str, in_b
 
 def test_epoch_wraps_around() -> None:
     """Rounds are counted in 32 bits; a server passes the end of that in half a day."""
-    group = LocalGroup(4, in_band=False)
+    group = LocalGroup(4, in_band=False, workspace_mib=2)
     layout = group.layout
     for buffer in group.buffers:
         # From the epochs to the end of the flags, all that flagged calls look at is a round number.

@@ -126,14 +126,15 @@ def check_strategies_agree(context: RankContext, dtype: torch.dtype, size: int, 
     ]
     mine = inputs[context.rank].to(context.device)
     outputs = {}
-    for strategy in ("ONESHOT", "TWOSHOT", "AUTO"):
+    for strategy in ("ONESHOT", "TWOSHOT", "AUTO", "MINLATENCY"):
         with communicator(context, strategy, one_shot_max_bytes=4096, **settings) as group:
             outputs[strategy] = group.all_reduce(mine).cpu()
             for rows in (1, 2, 17, mine.shape[0] // 2):
                 part = group.all_reduce(mine[:rows]).cpu()
                 assert_same_bits(part, outputs[strategy][:rows], f"{strategy}: rows 0..{rows} of {mine.shape[0]}")
     assert_same_bits(outputs["ONESHOT"], outputs["TWOSHOT"], "ONESHOT against TWOSHOT")
-    assert_same_bits(outputs["AUTO"], outputs["TWOSHOT"], "AUTO against TWOSHOT")
+    for strategy in ("AUTO", "MINLATENCY"):
+        assert_same_bits(outputs[strategy], outputs["TWOSHOT"], f"{strategy} against TWOSHOT")
 
 
 def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ Each rank has its own workspace and stream; grids are small, so that all ranks' 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import initialize
-from llm_allreduce_plugin.selection.decision import Launch
+from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
@@ -27,16 +28,25 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 class LocalGroup:
     """``world_size`` ranks on the current device; ``lanes`` bounds every rank's grid.
 
-    With ``in_band`` the workspace is large enough for the in-band kernels at most sizes; without, it is small and has
-    no slots for them, so that the flagged kernels take several rounds.
+    ``workspace_mib`` decides how many rounds a message takes. ``split``: lanes that only scatter and lanes that only
+    drain, of 4 or more, as in messages larger than tests have.
     """
 
-    def __init__(self, world_size: int, *, in_band: bool, lanes: int = 4, timeout_s: float = 20.0) -> None:
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        in_band: bool,
+        lanes: int = 4,
+        workspace_mib: int = 64,
+        split: tuple[int, int] | None = None,
+        timeout_s: float = 20.0,
+    ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
-        workspace_bytes = (64 if in_band else 2) << 20
-        self.layout = _C.make_layout(world_size, lanes, workspace_bytes, in_band=in_band)
+        self.split = split
+        self.layout = _C.make_layout(world_size, lanes, workspace_mib << 20, in_band=in_band)
         self.buffers = [
             torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
         ]
@@ -54,16 +64,20 @@ class LocalGroup:
         facts = group.with_layout(Transport.SYMMETRIC, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
         assert launch is not None
-        return launch
+        if self.split is None:
+            return launch
+        scatter, drain = self.split
+        return dataclasses.replace(launch, lanes=self.lanes, scatter_lanes=scatter, drain_lanes=drain)
 
     def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
         """Launch one rank's kernel on its stream."""
         dtype = str(input_.dtype).removeprefix("torch.")
         launch = self.launch_of(algorithm, Message(input_.numel(), dtype, ELEMENT_BYTES[dtype]))
-        call = self.workspaces[rank].one_shot if algorithm == "ONESHOT" else self.workspaces[rank].two_shot
+        one_shot = launch.algorithm is Algorithm.ONE_SHOT
+        call = self.workspaces[rank].one_shot if one_shot else self.workspaces[rank].two_shot
         call(
             input_.data_ptr(), output.data_ptr(), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, self.streams[rank].cuda_stream,
+            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, self.streams[rank].cuda_stream,
         )  # fmt: skip
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -72,13 +72,13 @@ def test_no_kernel_spills() -> None:
     kernels = re.findall(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     architectures = len(set(re.findall(r"sm_(\d+)", usage)))
     names = {name for name, *_ in kernels if "one_shot" in name or "two_shot" in name}
-    assert len(names) == 4 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms, in band and flagged
+    assert len(names) == 6 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms, flagged, in band, short
     assert len(kernels) >= len(names) * max(architectures, 1)
     spilling = [(name, stack, local) for name, _, stack, local in kernels if int(stack) or int(local)]
     assert spilling == []
 
 
-@given(st.integers(-1, 20), st.integers(-1, 140), st.integers(0, 1 << 28), st.booleans())
+@given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.booleans())
 def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int, in_band: bool) -> None:
     try:
         layout = _C.make_layout(world_size, lanes, size, in_band=in_band)
@@ -88,17 +88,17 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int, in_ba
     assert world_size in SUPPORTED_WORLD_SIZES
     assert 1 <= lanes <= _C.MAX_LANES
     assert layout.total_bytes <= size
-    for chunk in (layout.one_shot_chunk_bytes, layout.two_shot_chunk_bytes):
+    assert layout.in_band == in_band
+    chunks = (layout.one_shot_chunk_bytes, layout.two_shot_chunk_bytes)
+    for chunk in chunks:
         assert chunk >= _C.VECTOR_BYTES
         assert chunk % _C.VECTOR_BYTES == 0
-    assert (layout.one_shot_in_band_chunk_bytes >= _C.VECTOR_BYTES) == in_band
-    flagged = 2 * layout.one_shot_chunk_bytes + 8 * layout.two_shot_chunk_bytes
-    in_band_bytes = 3 * layout.one_shot_in_band_chunk_bytes + 5 * layout.two_shot_in_band_chunk_bytes
-    assert world_size * lanes * (flagged + in_band_bytes) <= layout.total_bytes
-    assert world_size * lanes * in_band_bytes <= layout.in_band_bytes
-    assert layout.in_band_offset % 4 == 0
+    slots = 2 * (world_size - 1) if in_band else 4 * world_size * lanes
+    payload = slots * (chunks[0] + 2 * chunks[1])
+    assert payload <= layout.total_bytes - layout.slots_offset
+    assert layout.slots_offset % 4 == 0
     # Little is left over: the splits round down by less than a vector per slot.
-    assert layout.total_bytes >= size - world_size * lanes * 18 * _C.VECTOR_BYTES - 8192
+    assert payload >= size - layout.slots_offset - slots * 3 * _C.VECTOR_BYTES - 1024
 
 
 def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Array[ctypes.c_char]]]:
@@ -110,7 +110,8 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
 @pytest.mark.parametrize(
     "change",
     [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 1024}]
-    + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}],
+    + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}]
+    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}],
     ids=str,
 )
 @pytest.mark.parametrize("algorithm", ("one_shot", "two_shot"))

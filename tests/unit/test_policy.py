@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.selection.tables import one_shot_max_bytes
+from llm_allreduce_plugin.selection.decision import Algorithm
+from llm_allreduce_plugin.selection.tables import LINK_SCALE, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, spread
 
@@ -23,15 +24,17 @@ def facts(
     transport: Transport = Transport.SYMMETRIC,
     workspace: int = 64 << 20,
     in_band: bool = False,
+    architecture: int | None = 90,
 ) -> GroupFacts:
     if transport is Transport.NONE:
         return GroupFacts(
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
-    lanes = 1 if transport is Transport.SHM else _C.MAX_LANES
+    lanes = 1 if transport is Transport.SHM else 264  # an H200's
     layout = _C.make_layout(world_size, lanes, workspace, in_band=in_band and lanes > 1)
     device = "cpu" if transport is Transport.SHM else "cuda"
-    return GroupFacts(world_size=world_size, device=device, transport=Transport.NONE).with_layout(transport, layout)
+    group = GroupFacts(world_size=world_size, device=device, transport=Transport.NONE, architecture=architecture)
+    return group.with_layout(transport, layout)
 
 
 def config(strategy: str, **settings: object) -> AllReduceConfig:
@@ -44,6 +47,7 @@ any_facts = st.builds(
     transport=st.sampled_from(list(Transport)),
     workspace=st.integers(2 << 20, 1 << 28),
     in_band=st.booleans(),
+    architecture=st.sampled_from((None, 75, *LINK_SCALE)),
 )
 
 
@@ -76,7 +80,7 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
 @given(st.integers(0, 1 << 31), st.integers(1, 1 << 20), st.integers(1, 128), st.sampled_from((1, 2, 3, 8, 16)))
 def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, lanes: int, parts: int) -> None:
     """The kernels give lane l of part p in round r the vectors from ((r * parts + p) * lanes + l) * chunk on."""
-    launch = spread(vectors, chunk_vectors * VECTOR_BYTES, lanes, parts)
+    launch = spread(vectors, Algorithm.ONE_SHOT, chunk_vectors * VECTOR_BYTES, lanes, parts)
     assert 1 <= launch.lanes <= lanes
     assert 32 <= launch.threads <= MAX_THREADS
     assert launch.threads % 32 == 0
@@ -87,20 +91,41 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
     assert vectors == 0 or (launch.rounds - 1) * per_round < vectors
 
 
-@given(st.integers(0, 1 << 22), st.sampled_from(SUPPORTED_WORLD_SIZES), st.sampled_from(("ONESHOT", "TWOSHOT")))
-def test_in_band_launches_fit_their_slots(count: int, world_size: int, strategy: str) -> None:
-    group = facts(world_size, in_band=True)
+@given(
+    st.integers(0, 1 << 28),
+    any_facts.filter(lambda group: group.in_band),
+    st.sampled_from(("ONESHOT", "TWOSHOT", "MINLATENCY")),
+)
+def test_in_band_launches_fit_their_slots(count: int, group: GroupFacts, strategy: str) -> None:
     launch = decide(config(strategy), group, count, "bfloat16").launch
     assert launch is not None
-    one_shot = strategy == "ONESHOT"
-    capacity = group.one_shot_in_band_chunk_bytes if one_shot else group.two_shot_in_band_chunk_bytes
-    parts = 1 if one_shot else world_size
-    fits = count * 2 <= group.lanes * (capacity // VECTOR_BYTES) * VECTOR_BYTES * parts
-    assert launch.in_band == fits
-    if launch.in_band:
-        assert launch.rounds <= 1
-        assert launch.chunk_vectors * VECTOR_BYTES <= capacity
-        assert launch.lanes * launch.chunk_vectors * parts * VECTOR_BYTES >= count * 2
+    assert launch.in_band
+    one_shot = launch.algorithm is Algorithm.ONE_SHOT
+    parts = 1 if one_shot else group.world_size
+    capacity = group.one_shot_chunk_bytes if one_shot else group.two_shot_chunk_bytes
+    assert 1 <= launch.chunk_vectors <= capacity // VECTOR_BYTES
+    per_round = launch.chunk_vectors * parts * VECTOR_BYTES
+    assert launch.rounds * per_round >= count * 2
+    assert (launch.rounds - 1) * per_round < max(count * 2, 1)
+    assert 1 <= launch.lanes <= group.lanes
+    assert 32 <= launch.threads <= MAX_THREADS
+    assert launch.scatter_lanes + launch.drain_lanes < launch.lanes
+
+
+def test_min_latency_takes_the_kernel_of_the_table() -> None:
+    """4 ranks change over between 128 and 256 KiB; 2 ranks come back to one step where the second no longer hides."""
+    expected = {
+        4: {1 << 17: Algorithm.ONE_SHOT, 1 << 18: Algorithm.TWO_SHOT, 1 << 28: Algorithm.TWO_SHOT},
+        2: {1 << 21: Algorithm.ONE_SHOT, 1 << 22: Algorithm.TWO_SHOT, 1 << 23: Algorithm.ONE_SHOT},
+    }
+    for world_size, sizes in expected.items():
+        for size, algorithm in sizes.items():
+            decision = decide(config("MINLATENCY"), facts(world_size, in_band=True), size // 2, "bfloat16")
+            assert decision.strategy is S.MINLATENCY
+            assert decision.launch is not None
+            assert decision.launch.algorithm is algorithm
+            auto = decide(config("AUTO"), facts(world_size, in_band=True), size // 2, "bfloat16")
+            assert auto.launch == decision.launch
 
 
 @pytest.mark.parametrize("strategy", ("ONESHOT", "TWOSHOT"))
@@ -113,37 +138,42 @@ def test_asked_for_by_name_runs_at_every_size(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("in_band", (False, True))
-def test_auto_changes_over_at_the_threshold(in_band: bool) -> None:
+def test_auto_changes_over_where_the_table_does(in_band: bool) -> None:
     for world_size in SUPPORTED_WORLD_SIZES:
-        threshold = one_shot_max_bytes(world_size, in_band=in_band)
         group = facts(world_size, in_band=in_band)
-        assert decide(config("AUTO"), group, threshold // 2, "bfloat16").strategy is S.ONESHOT
-        over = decide(config("AUTO"), group, threshold // 2 + 1, "bfloat16")
-        assert over.strategy is S.TWOSHOT
-        assert f"seed table for {world_size} ranks" in over.reason
+        below = 0
+        for found in fastest(world_size, 90, in_band=in_band).ranges:
+            first = decide(config("AUTO"), group, below // 2 + 1, "bfloat16")
+            assert first.strategy == found.strategy
+            assert f"seed table for {world_size} ranks" in first.reason
+            if found.max_bytes is not None:
+                assert decide(config("AUTO"), group, found.max_bytes // 2, "bfloat16").strategy == found.strategy
+                below = found.max_bytes
     small = config("AUTO", one_shot_max_bytes="1KiB")
     assert decide(small, facts(), 513, "bfloat16").strategy is S.TWOSHOT
     assert "one_shot_max_bytes" in decide(small, facts(), 513, "bfloat16").reason
 
 
-@given(st.integers(1, 1000), st.booleans())
-def test_threshold_of_any_world_size(world_size: int, in_band: bool) -> None:
-    assert one_shot_max_bytes(world_size, in_band=in_band) > 0
-    assert one_shot_max_bytes(world_size + 1, in_band=in_band) <= one_shot_max_bytes(world_size, in_band=in_band)
+@given(st.integers(1, 1000), st.sampled_from((None, 75, *LINK_SCALE)), st.booleans(), st.integers(0, 1 << 40))
+def test_tables_know_every_group_and_size(world_size: int, architecture: int | None, in_band: bool, size: int) -> None:
+    table = fastest(world_size, architecture, in_band=in_band)
+    below, found = table.range_of(size)
+    assert below <= size
+    assert found.max_bytes is None or size <= found.max_bytes
+    limits = [found.max_bytes for found in table.ranges[:-1]]
+    assert None not in limits
+    assert limits == sorted(limits)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize(
     ("strategy", "runs"),
-    [("MINLATENCY", "ONESHOT"), ("UB", "TWOSHOT"), ("LOWPRECISION", "ONESHOT"), ("MNNVL", "ONESHOT")],
+    [("UB", "TWOSHOT"), ("LOWPRECISION", "MINLATENCY"), ("MNNVL", "MINLATENCY")],
 )
 def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs: str) -> None:
     decision = decide(config(strategy), facts(), 64, "bfloat16")
     assert decision.strategy == runs
     assert decision.is_fallback
-    reasons = [f"the {strategy} kernel does not exist yet"]
-    if strategy in ("LOWPRECISION", "MNNVL"):
-        reasons.append("the MINLATENCY kernel does not exist yet")
-    assert decision.reason == "; ".join(reasons)
+    assert decision.reason == f"the {strategy} kernel does not exist yet"
 
 
 def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:
@@ -156,7 +186,10 @@ def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:
 
 def test_description() -> None:
     assert describe(config("AUTO"), facts(4)) == "ONESHOT to 512 KiB, then TWOSHOT"
-    assert describe(config("AUTO"), facts(4, in_band=True)) == "ONESHOT to 256 KiB, then TWOSHOT"
+    assert describe(config("AUTO"), facts(4, in_band=True)) == "ONESHOT to 192 KiB, then TWOSHOT"
+    assert describe(config("MINLATENCY"), facts(2, in_band=True)) == (
+        "one-shot to 3 MiB, two-shot to 4 MiB, then one-shot"
+    )
     assert describe(config("TWOSHOT"), facts(4)) == "TWOSHOT at every size"
     assert describe(config("AUTO", one_shot_max_bytes=3000), facts(4)) == "ONESHOT to 2.93 KiB, then TWOSHOT"
     assert describe(config("AUTO"), facts(transport=Transport.NONE)) == "NCCL at every size"

@@ -55,7 +55,7 @@ def runnable(name: str, world_size: int | None = None) -> set[str]:
 
 
 def test_what_can_run_where() -> None:
-    kernels = {"ONESHOT", "TWOSHOT", "NCCL"}
+    kernels = {"ONESHOT", "TWOSHOT", "MINLATENCY", "NCCL"}
     assert runnable("h200_x4_nvswitch") == kernels
     assert runnable("l40s_x8_two_numa") == kernels
     assert runnable("rtx4090_x8_no_p2p") == {"NCCL"}
