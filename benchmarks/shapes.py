@@ -18,8 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.environment import environment
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.bench.environment import environment
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, time_graph, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
@@ -104,7 +104,9 @@ def main() -> None:
     parser.add_argument("--min", type=int, default=12, help="smallest size, as a power of two")
     parser.add_argument("--max", type=int, default=28, help="largest size, as a power of two")
     parser.add_argument("--step", type=int, default=2, help="powers of two between sizes")
-    parser.add_argument("--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor")
+    parser.add_argument(
+        "--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor"
+    )
     parser.add_argument("--workspace-mib", type=int, default=512)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -127,7 +129,9 @@ def main() -> None:
     print(f"{world_size} GPUs, {'flagged' if arguments.flagged else 'in band'}: lanes x threads, chunk in vectors")
     for (algorithm, size), group in best.items():
         group.sort(key=lambda row: row["us"])
-        text = "  ".join(f"{r['us']:>8} ({r['lanes']}x{r['threads']} {r['scatter_lanes']}/{r['drain_lanes']})" for r in group[:3])
+        text = "  ".join(
+            f"{r['us']:>8} ({r['lanes']}x{r['threads']} {r['scatter_lanes']}/{r['drain_lanes']})" for r in group[:3]
+        )
         print(f"{algorithm} {size:>10}: {text}  worst {group[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong elements")

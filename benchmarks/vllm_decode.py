@@ -143,7 +143,7 @@ def main() -> None:
         run_variant(arguments)
         return
 
-    from benchmarks.environment import environment
+    from llm_allreduce_plugin.bench.environment import environment
 
     rows = []
     failed = False

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -95,6 +96,21 @@ class Workspace {
         capturing);
   }
 
+  double time_launches(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype,
+                       const lar_launch& launch, void* stream, int launches) {
+    const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
+    const auto call = algorithm == LAR_ONE_SHOT ? lar_one_shot_cuda : lar_two_shot_cuda;
+    double nanoseconds = 0;
+    with_order(stream, [&] {
+      const auto start = std::chrono::steady_clock::now();
+      int status = LAR_OK;
+      for (int i = 0; i < launches && status == LAR_OK; ++i) status = call(&workspace_, &message, &launch, stream);
+      nanoseconds = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
+      return status;
+    });
+    return nanoseconds / launches;
+  }
+
   void probe_write(uint32_t nonce, uint64_t stream) {
     with_order(pointer(stream), [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
   }
@@ -147,6 +163,12 @@ class Plan {
         workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_, pointer(stream), &captured);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
+  }
+
+  // Nanoseconds of host time per launch when nothing but launches is done: what a call's own cost is measured against.
+  double time_launches(uint64_t input, uint64_t output, uint64_t stream, int launches) {
+    return workspace_.time_launches(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
+                                    pointer(stream), launches);
   }
 
   int64_t calls() const { return calls_; }
@@ -229,6 +251,8 @@ NB_MODULE(_C, module) {
           "scatter_lanes"_a = 0, "drain_lanes"_a = 0, nb::keep_alive<1, 2>())
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
+      .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,
+           "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
       .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")
       .def_prop_ro("captured", &Plan::captured, "Calls that went into a CUDA graph.");
 }

@@ -95,6 +95,11 @@ class Plan:
         Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.
         """
 
+    def time_launches(self, input: int, output: int, stream: int, launches: int) -> float:
+        """
+        Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.
+        """
+
     @property
     def calls(self) -> int:
         """Calls that ran at once."""

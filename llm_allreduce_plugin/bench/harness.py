@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.bench.ranks import RankContext
 
-CALLS, REPLAYS = 20, 15
+CALLS, REPLAYS, WARMUP = 20, 15, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,36 +24,48 @@ class Timing:
     Attributes:
         median: median over replays, then maximum over ranks.
         fastest: the same with the minimum over replays.
+        output: what the last call returned, on this rank.
     """
 
     median: float
     fastest: float
+    output: torch.Tensor | None
 
 
-def _slowest(context: RankContext, samples: list[float]) -> Timing:
+def _slowest(context: RankContext, samples: list[float], output: object) -> Timing:
     both = context.gather((statistics.median(samples), min(samples)))
-    return Timing(max(median for median, _ in both), max(fastest for _, fastest in both))
+    tensor = output if isinstance(output, torch.Tensor) else None
+    return Timing(max(median for median, _ in both), max(fastest for _, fastest in both), tensor)
 
 
 def time_graph(
-    context: RankContext, call: Callable[[], object], calls: int = CALLS, replays: int = REPLAYS
+    context: RankContext,
+    call: Callable[[], object],
+    calls: int = CALLS,
+    replays: int = REPLAYS,
+    warmup: int = WARMUP,
+    capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Timing:
     """``calls`` calls in one CUDA graph, replayed ``replays`` times.
 
     The replays are queued without a pause. A rank's clock starts when its previous replay ends, so what is measured is
     the all-reduce; waiting for another host thread to start the first replay (tens of microseconds, which over 20 calls
-    would add one to each) falls into one extra replay that is not counted.
+    would add one to each) falls into replays that are not counted. Before one last replay the output is poisoned, so
+    that it shows what the graph computes.
+
+    ``capturing``: what the implementation wants around a capture.
     """
     stream = torch.cuda.Stream(context.device)
     stream.wait_stream(torch.cuda.current_stream(context.device))
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(warmup):
             call()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    output: object = None
+    with capturing(), torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
-            call()
+            output = call()
     ticks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
     dist.barrier(group=context.control_group)
     with torch.cuda.stream(stream):
@@ -61,30 +75,42 @@ def time_graph(
         for tick in ticks[1:]:
             graph.replay()
             tick.record()
+        stream.synchronize()
+        if isinstance(output, torch.Tensor):
+            output.fill_(float("nan"))
+        graph.replay()
     stream.synchronize()
     samples = [start.elapsed_time(end) * 1000 / calls for start, end in zip(ticks, ticks[1:], strict=False)]
-    return _slowest(context, samples)
+    timing = _slowest(context, samples, output)
+    # The graph owns the output's memory.
+    kept = None if timing.output is None else timing.output.clone()
+    return dataclasses.replace(timing, output=kept)
 
 
 def time_eager(
-    context: RankContext, call: Callable[[], object], calls: int = CALLS, replays: int = REPLAYS
+    context: RankContext,
+    call: Callable[[], object],
+    calls: int = CALLS,
+    replays: int = REPLAYS,
+    warmup: int = WARMUP,
 ) -> Timing:
     """``calls`` calls from the host in a row, ``replays`` times: what a program without graphs sees."""
     samples = []
     on_gpu = context.device.type == "cuda"
-    for _ in range(3):
-        call()
+    output: object = None
+    for _ in range(warmup):
+        output = call()
     for _ in range(replays):
         if on_gpu:
             torch.cuda.synchronize(context.device)
         dist.barrier(group=context.control_group)
         start = time.perf_counter()
         for _ in range(calls):
-            call()
+            output = call()
         if on_gpu:
             torch.cuda.synchronize(context.device)
         samples.append((time.perf_counter() - start) * 1e6 / calls)
-    return _slowest(context, samples)
+    return _slowest(context, samples, output)
 
 
 def make_input(seed: int, rank: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -93,9 +119,7 @@ def make_input(seed: int, rank: int, count: int, dtype: torch.dtype, device: tor
     return torch.randn(count, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
 
-def rank_ordered_sum(
-    seed: int, world_size: int, count: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def rank_ordered_sum(seed: int, world_size: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """What an exact all-reduce of :func:`make_input` gives: fp32, ranks in order, one rounding."""
     total = torch.zeros(count, dtype=torch.float32, device=device)
     for rank in range(world_size):

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import topo
+from llm_allreduce_plugin.cli import bench, topo
 
 app = typer.Typer(
     name="llm-allreduce",
@@ -30,10 +30,11 @@ def _root(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """With a callback typer keeps sub-commands, however few there are."""
+    """Holds --version."""
 
 
 app.command(name="topo")(topo.topo)
+app.command(name="bench")(bench.bench)
 
 
 def main() -> None:

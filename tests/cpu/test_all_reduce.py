@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
+from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 from tests.support import checks
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.support.reference import DTYPES, SIZES
 
 WORLD_SIZES = (2, 3, 4, 8)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, TensorParallelCommunicator
+from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 from tests.support import checks
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.support.reference import DTYPES, SIZES, assert_same_bits, rank_input, rank_ordered_sum
 
 pytestmark = pytest.mark.gpu(2, per_rank=True)

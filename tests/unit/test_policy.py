@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.tables import LINK_SCALE, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, spread

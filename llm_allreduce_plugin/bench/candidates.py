@@ -1,0 +1,237 @@
+"""What is compared: this package's strategies, and what else is installed that can all-reduce.
+
+Every candidate is opened on all ranks together. One that cannot be is left out with its reason, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin.agreement import first_fault
+from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+from llm_allreduce_plugin.config import AllReduceConfig
+
+MIB = 1 << 20
+
+# A function that all-reduces one given input and returns the output.
+Bound = Callable[[], torch.Tensor]
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One implementation, ready to run.
+
+    Attributes:
+        bind: makes the call for one input. An implementation that works in place, or only on memory of its own, copies
+            the input there first, once.
+        exact: gives the bits of the rank-ordered fp32 sum.
+        in_place: the call overwrites its input, so only the first answer after ``bind`` can be checked.
+        max_bytes: the largest message that it takes.
+        multiple_of: bytes that a message must be a multiple of.
+        capturing: what it wants around a graph capture.
+        close: lets go of its memory.
+    """
+
+    bind: Callable[[torch.Tensor], Bound]
+    exact: bool = False
+    in_place: bool = False
+    max_bytes: int = 1 << 62
+    multiple_of: int = 1
+    capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    close: Callable[[], None] = lambda: None
+
+    def refusal(self, payload_bytes: int) -> str | None:
+        """Why a message of this size is left out, or None."""
+        if payload_bytes > self.max_bytes:
+            return f"takes at most {self.max_bytes} bytes"
+        if payload_bytes % self.multiple_of:
+            return f"takes multiples of {self.multiple_of} bytes"
+        return None
+
+
+def _ours(strategy: str) -> Callable[[RankContext], Candidate]:
+    def open_(context: RankContext) -> Candidate:
+        config = AllReduceConfig(allreduce_strategy=strategy)
+        group = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
+        decision = group.explain((4096,), torch.bfloat16)
+        if decision.strategy == "NCCL":
+            message = decision.reason
+            raise RuntimeError(message)
+        return Candidate(bind=lambda x: lambda: group.all_reduce(x), exact=not decision.is_fallback, close=group.close)
+
+    return open_
+
+
+def _process_group(context: RankContext) -> Candidate:
+    def bind(x: torch.Tensor) -> Bound:
+        buffer = x.clone()
+
+        def call() -> torch.Tensor:
+            dist.all_reduce(buffer, group=context.group)
+            return buffer
+
+        return call
+
+    return Candidate(bind, in_place=True)
+
+
+def _nccl_windows(context: RankContext) -> Candidate:
+    """NCCL on buffers registered as symmetric windows (NCCL 2.27 and newer)."""
+    backend: Any = context.group._get_backend(context.device)  # noqa: SLF001  (torch documents this way)
+    pool = torch.cuda.MemPool(backend.mem_allocator)
+    registered: list[int] = []
+
+    def bind(x: torch.Tensor) -> Bound:
+        with torch.cuda.use_mem_pool(pool):
+            buffer = torch.empty_like(x)
+        buffer.copy_(x)
+        if registered:
+            backend.deregister_mem_pool(pool)
+            registered.clear()
+        backend.register_mem_pool(pool, symm=True)
+        registered.append(1)
+
+        def call() -> torch.Tensor:
+            dist.all_reduce(buffer, group=context.group)
+            return buffer
+
+        return call
+
+    def close() -> None:
+        if registered:
+            backend.deregister_mem_pool(pool)
+
+    return Candidate(bind, in_place=True, close=close)
+
+
+def _symmetric_memory(operator: str, max_bytes: int, *, in_place: bool) -> Callable[[RankContext], Candidate]:
+    """Torch's own symmetric-memory kernels."""
+
+    def open_(context: RankContext) -> Candidate:
+        import torch.distributed._symmetric_memory as symm_mem
+
+        run = getattr(torch.ops.symm_mem, operator)
+        name = context.group.group_name
+        storage = symm_mem.empty(max_bytes, dtype=torch.uint8, device=context.device)
+        symm_mem.rendezvous(storage, context.group)
+
+        def bind(x: torch.Tensor) -> Bound:
+            buffer = storage[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+            buffer.copy_(x)
+            torch.cuda.synchronize(context.device)
+            dist.barrier(group=context.control_group)
+            return lambda: run(buffer, "sum", name)
+
+        return Candidate(bind, in_place=in_place, max_bytes=max_bytes, multiple_of=16 * context.world_size)
+
+    return open_
+
+
+def _vllm_custom(context: RankContext) -> Candidate:
+    """VLLM's custom all-reduce, as vLLM captures it."""
+    from vllm.distributed.device_communicators.custom_all_reduce import CustomAllreduce
+
+    limit = 512 * MIB  # vLLM's own limit is 8 MiB; here it is to show where it stops paying
+    custom = CustomAllreduce(context.control_group, context.device, max_size=limit)
+    if custom.disabled:
+        message = "vLLM disables it here"
+        raise RuntimeError(message)
+
+    def bind(x: torch.Tensor) -> Bound:
+        def call() -> torch.Tensor:
+            output: torch.Tensor | None = custom.all_reduce(x, registered=custom._IS_CAPTURING)  # noqa: SLF001
+            assert output is not None
+            return output
+
+        return call
+
+    return Candidate(bind, max_bytes=limit - 1, multiple_of=16, capturing=custom.capture, close=custom.close)
+
+
+def _flashinfer(context: RankContext) -> Candidate:
+    """FlashInfer's one-shot and two-shot kernels, its choice between them; its back end without multicast."""
+    from flashinfer import comm
+    from flashinfer.comm.mnnvl import TorchDistBackend
+
+    hidden, limit = 4096, 16 * MIB
+    workspace = comm.create_allreduce_fusion_workspace(
+        backend="trtllm",
+        world_size=context.world_size,
+        rank=context.rank,
+        max_token_num=limit // (2 * hidden),
+        hidden_dim=hidden,
+        dtype=torch.bfloat16,
+        comm_backend=TorchDistBackend(group=context.control_group),
+    )
+
+    def bind(x: torch.Tensor) -> Bound:
+        rows = x.view(-1, min(hidden, x.numel()))
+        return lambda: comm.allreduce_fusion(
+            input=rows, workspace=workspace, pattern=comm.AllReduceFusionPattern.kAllReduce, launch_with_pdl=True
+        ).view(-1)
+
+    return Candidate(bind, max_bytes=limit, multiple_of=2 * hidden, close=workspace.destroy)
+
+
+def _sglang(context: RankContext) -> Candidate:
+    """SGLang's custom all-reduce, whichever of its versions it would take."""
+    from sglang.srt.distributed.device_communicators.custom_all_reduce import dispatch_custom_allreduce
+
+    custom = dispatch_custom_allreduce(group=context.control_group, device=context.device)(
+        group=context.control_group, device=context.device
+    )
+    if custom.disabled:
+        message = "SGLang disables it here"
+        raise RuntimeError(message)
+
+    def bind(x: torch.Tensor) -> Bound:
+        if not custom.should_custom_ar(x):
+            message = f"SGLang sends {x.numel() * x.element_size()} bytes elsewhere"
+            raise ValueError(message)
+        return lambda: custom.custom_all_reduce(x)
+
+    return Candidate(bind, max_bytes=16 * MIB, multiple_of=16, capturing=custom.capture, close=custom.close)
+
+
+OURS = ("ONESHOT", "TWOSHOT", "MINLATENCY")
+_CPU: dict[str, Callable[[RankContext], Candidate]] = {name: _ours(name) for name in OURS} | {"gloo": _process_group}
+_GPU: dict[str, Callable[[RankContext], Candidate]] = {
+    **{name: _ours(name) for name in OURS},
+    "NCCL": _process_group,
+    "NCCL-windows": _nccl_windows,
+    "torch-one-shot": _symmetric_memory("one_shot_all_reduce", 16 * MIB, in_place=False),
+    "torch-two-shot": _symmetric_memory("two_shot_all_reduce_", 512 * MIB, in_place=True),
+    "vLLM-custom": _vllm_custom,
+    "FlashInfer": _flashinfer,
+    "SGLang": _sglang,
+}
+
+
+def names(device_type: str) -> tuple[str, ...]:
+    """Every candidate for ranks on this kind of device, ours first."""
+    return tuple(_CPU if device_type == "cpu" else _GPU)
+
+
+def open_candidate(context: RankContext, name: str) -> Candidate:
+    """Collective.
+
+    Raises:
+        RuntimeError: on every rank alike, with the reason, when any rank cannot run it.
+    """
+    made: Candidate | None = None
+    error: str | None = None
+    try:
+        made = (_CPU if context.device.type == "cpu" else _GPU)[name](context)
+    except Exception as failure:  # noqa: BLE001  (other people's code: whatever it raises is the reason)
+        error = (str(failure).splitlines() or [type(failure).__name__])[0]
+    if (fault := first_fault(error, context.control_group)) is not None:
+        raise RuntimeError(fault)
+    assert made is not None
+    return made

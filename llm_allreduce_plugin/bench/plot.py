@@ -1,0 +1,43 @@
+"""Latency and bus bandwidth against message size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_allreduce_plugin.bench.table import bandwidths
+from llm_allreduce_plugin.bench.worker import Measurement
+
+MISSING = "--plot needs matplotlib: pip install matplotlib"
+
+
+def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> None:
+    """Write a picture whose format the suffix of ``path`` says (png, svg, pdf).
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RuntimeError(MISSING) from None
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    latency, bandwidth = figure.subplots(1, 2)
+    for name in dict.fromkeys(row.candidate for row in rows):
+        points = [(row.bytes, row.graph_us or row.eager_us) for row in rows if row.candidate == name]
+        measured = [(size, time) for size, time in points if time is not None]
+        if not measured:
+            continue
+        sizes = [size for size, _ in measured]
+        latency.plot(sizes, [time for _, time in measured], marker="o", markersize=3, label=name)
+        bandwidth.plot(
+            sizes, [bandwidths(size, time, world_size)[1] for size, time in measured], marker="o", markersize=3
+        )
+    for axes, unit in ((latency, "microseconds per call"), (bandwidth, "bus bandwidth, GB/s")):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes per rank")
+        axes.set_ylabel(unit)
+        axes.grid(visible=True, which="both", alpha=0.25)
+    latency.legend()
+    figure.suptitle(title)
+    figure.savefig(path)

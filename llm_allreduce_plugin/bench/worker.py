@@ -1,0 +1,120 @@
+"""What runs on the ranks of a benchmark: one candidate at one size at a time, verified before and after it is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from llm_allreduce_plugin.agreement import first_fault
+from llm_allreduce_plugin.bench import harness
+from llm_allreduce_plugin.bench.candidates import Candidate, open_candidate
+from llm_allreduce_plugin.bench.ranks import RankContext
+
+_open: dict[str, Candidate] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        dtype: as torch spells it.
+        calls: calls in a graph, or in a row.
+        replays: times that they are measured.
+        warmup: calls before.
+        check: compare results.
+    """
+
+    dtype: str
+    calls: int = harness.CALLS
+    replays: int = harness.REPLAYS
+    warmup: int = harness.WARMUP
+    check: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One candidate at one size. Times in microseconds per call, None where there are none.
+
+    Attributes:
+        candidate: whose.
+        bytes: payload per rank.
+        count: elements per rank.
+        eager_us: calls from the host in a row.
+        graph_us: calls in a CUDA graph.
+        eager_wrong: elements of the answer that are wrong, over all ranks; None when not checked.
+        graph_wrong: the same for the last replay.
+        left_out: why nothing was measured.
+    """
+
+    candidate: str
+    bytes: int
+    count: int
+    eager_us: float | None = None
+    graph_us: float | None = None
+    eager_wrong: int | None = None
+    graph_wrong: int | None = None
+    left_out: str = ""
+
+
+def open_all(context: RankContext, names: tuple[str, ...]) -> dict[str, str]:
+    """Open candidates; for those that cannot run, why."""
+    refused = {}
+    for name in names:
+        try:
+            _open[name] = open_candidate(context, name)
+        except RuntimeError as error:
+            refused[name] = str(error)
+    return refused
+
+
+def close_all(context: RankContext) -> None:
+    """Let go of everything."""
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+    for candidate in _open.values():
+        candidate.close()
+    _open.clear()
+
+
+def measure(context: RankContext, name: str, count: int, options: Options) -> Measurement:
+    """Collective. The same on every rank."""
+    candidate = _open[name]
+    dtype = getattr(torch, options.dtype)
+    size = count * dtype.itemsize
+    row = Measurement(name, size, count)
+    if (refusal := candidate.refusal(size)) is not None:
+        return dataclasses.replace(row, left_out=refusal)
+    seed = context.shared_seed()
+    mine = harness.make_input(seed, context.rank, count, dtype, context.device)
+    error: str | None = None
+    try:
+        call = candidate.bind(mine)
+        output = call()
+    except Exception as failure:  # noqa: BLE001  (other people's code)
+        error = (str(failure).splitlines() or [type(failure).__name__])[0]
+    if (fault := first_fault(error, context.control_group)) is not None:
+        return dataclasses.replace(row, left_out=fault)
+
+    expected = None
+    if options.check:
+        expected = harness.rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
+
+    def wrong(answer: torch.Tensor | None) -> int | None:
+        if expected is None or answer is None:
+            return None
+        bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
+        return sum(context.gather(bad))
+
+    eager_wrong = wrong(output)
+    eager = harness.time_eager(context, call, options.calls, options.replays, options.warmup)
+    if not candidate.in_place:
+        eager_wrong = max(eager_wrong or 0, wrong(eager.output) or 0) if options.check else None
+    row = dataclasses.replace(row, eager_us=round(eager.median, 2), eager_wrong=eager_wrong)
+    if context.device.type != "cuda":
+        return row
+    graph = harness.time_graph(context, call, options.calls, options.replays, options.warmup, candidate.capturing)
+    # In place, the answer of one call is the input of the next: what was checked is the first.
+    graph_wrong = eager_wrong if candidate.in_place else wrong(graph.output)
+    return dataclasses.replace(row, graph_us=round(graph.median, 2), graph_wrong=graph_wrong)

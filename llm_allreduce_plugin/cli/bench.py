@@ -1,0 +1,209 @@
+"""llm-allreduce bench: time every strategy beside what else is installed, with the flags and the table of nccl-tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# nccl-tests' names beside torch's.
+_DTYPES = {
+    "float": "float32",
+    "float32": "float32",
+    "half": "float16",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"4K"`` is 4096, as in nccl-tests.
+
+    Raises:
+        typer.BadParameter: it is not a size.
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        message = f"{text!r}: must be a positive number of bytes, like 512, 4K, 1M or 1G"
+        raise typer.BadParameter(message)
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def message_sizes(smallest: int, largest: int, factor: int, step: int | None, between: bool) -> list[int]:  # noqa: FBT001
+    """Bytes per rank from ``smallest`` to ``largest``: times ``factor``, or plus ``step``; ``between``: also 3/2 of each.
+
+    Raises:
+        typer.BadParameter: the range is empty.
+    """
+    if largest < smallest:
+        message = f"--maxbytes {largest} is less than --minbytes {smallest}"
+        raise typer.BadParameter(message)
+    sizes = []
+    size = smallest
+    while size <= largest:
+        sizes.append(size)
+        if between and size * 3 // 2 <= largest:
+            sizes.append(size * 3 // 2)
+        size = size + step if step else size * factor
+    return sizes
+
+
+def _devices(cpu: bool, ranks: int | None) -> tuple[str, int]:  # noqa: FBT001
+    import torch
+
+    available = 0 if cpu else torch.cuda.device_count()
+    if cpu or available == 0:
+        return "cpu", ranks or 2
+    if ranks is not None and ranks > available:
+        message = f"--ngpus {ranks}: this node has {available}"
+        raise typer.BadParameter(message)
+    if available < 2:
+        message = "this node has one GPU, which has nobody to reduce with; try --cpu"
+        raise typer.BadParameter(message)
+    return "cuda", ranks or available
+
+
+def _chosen(with_: list[str] | None, device_type: str) -> tuple[str, ...]:
+    from llm_allreduce_plugin.bench.candidates import names
+
+    known = names(device_type)
+    if not with_:
+        return known
+    wanted = [name for text in with_ for name in text.split(",") if name]
+    by_lower = {name.lower(): name for name in known}
+    for name in wanted:
+        if name.lower() not in by_lower:
+            message = f"--with {name}: must be one of {', '.join(known)}"
+            raise typer.BadParameter(message)
+    return tuple(by_lower[name.lower()] for name in wanted)
+
+
+def bench(
+    *,
+    minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
+    maxbytes: Annotated[str, typer.Option("--maxbytes", "-e", help="Largest message.")] = "64M",
+    stepfactor: Annotated[int, typer.Option("--stepfactor", "-f", min=2, help="Factor between sizes.")] = 2,
+    stepbytes: Annotated[str | None, typer.Option("--stepbytes", "-i", help="Fixed step between sizes.")] = None,
+    between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
+    ngpus: Annotated[int | None, typer.Option("--ngpus", "-g", min=2, help="Ranks; default: all GPUs.")] = None,
+    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Calls in a graph, or in a row.")] = 20,
+    replays: Annotated[int, typer.Option("--replays", "-m", min=1, help="Times that they are measured.")] = 15,
+    warmup_iters: Annotated[int, typer.Option("--warmup_iters", "-w", min=1, help="Calls before.")] = 3,
+    datatype: Annotated[str, typer.Option("--datatype", "-d", help="bfloat16, half or float.")] = "bfloat16",
+    op: Annotated[str, typer.Option("--op", "-o", help="Only sum.")] = "sum",
+    check: Annotated[int, typer.Option("--check", "-c", min=0, max=1, help="Verify every result (1) or not (0).")] = 1,
+    with_: Annotated[
+        list[str] | None, typer.Option("--with", metavar="NAME", help="Only these; repeat, or separate by commas.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
+) -> None:
+    """Time every strategy beside what else is installed, verify every result, print nccl-tests' table.
+
+    Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph" the
+    same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum; others may
+    be off by what rounding can cost.
+    """
+    from llm_allreduce_plugin.bench import worker
+    from llm_allreduce_plugin.bench.ranks import RankPool
+
+    if op != "sum":
+        message = f"--op {op}: must be sum"
+        raise typer.BadParameter(message)
+    if datatype.lower() not in _DTYPES:
+        message = f"--datatype {datatype}: must be one of {', '.join(_DTYPES)}"
+        raise typer.BadParameter(message)
+    dtype = _DTYPES[datatype.lower()]
+    step = parse_bytes(stepbytes) if stepbytes else None
+    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between)
+    element = {"float32": 4}.get(dtype, 2)
+    counts = [size // element for size in sizes if size >= element]
+    device_type, ranks = _devices(cpu, ngpus)
+    wanted = _chosen(with_, device_type)
+    options = worker.Options(dtype, iters, replays, warmup_iters, bool(check))
+    where = _device_line(device_type, ranks)
+    typer.echo(f"# llm-allreduce bench: {where}; {iters} calls x {replays} replays, median, slowest rank")
+    pool = RankPool(ranks, device_type)
+    rows: list[worker.Measurement] = []
+    try:
+        refused: dict[str, str] = pool.run(worker.open_all, wanted)[0]
+        for name, reason in refused.items():
+            typer.echo(f"# {name} is left out: {reason}")
+        names = [name for name in wanted if name not in refused]
+        _run(pool, names, counts, options, ranks, rows)
+        pool.run(worker.close_all)
+    finally:
+        pool.close()
+        if json_file is not None:
+            _write(json_file, rows, where, ranks, options)
+    _summary(rows, names, where, ranks, plot)
+
+
+def _device_line(device_type: str, ranks: int) -> str:
+    import torch
+
+    if device_type == "cpu":
+        return f"{ranks} CPU ranks"
+    return f"{ranks} x {torch.cuda.get_device_name(0)}"
+
+
+def _run(pool: Any, names: list[str], counts: list[int], options: Any, ranks: int, rows: list[Any]) -> None:
+    """Measure everything, printing as it comes; a bar on stderr tells how far it is when a person watches."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from llm_allreduce_plugin.bench import table, worker
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("bench", total=len(names) * len(counts))
+        for name in names:
+            typer.echo(f"#\n# {name}\n{table.HEADER}")
+            for count in counts:
+                progress.update(task, description=f"{name} {count}")
+                row = pool.run(worker.measure, name, count, options, timeout_s=300)[0]
+                rows.append(row)
+                typer.echo(table.line(row, options.dtype, ranks))
+                progress.advance(task)
+
+
+def _write(path: Path, rows: list[Any], where: str, ranks: int, options: Any) -> None:
+    from llm_allreduce_plugin.bench.environment import environment
+
+    record = {
+        "environment": environment(),
+        "where": where,
+        "world_size": ranks,
+        "options": dataclasses.asdict(options),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record).replace('{"candidate"', '\n{"candidate"') + "\n")
+
+
+def _summary(rows: list[Any], names: list[str], where: str, ranks: int, plot: Path | None) -> None:
+    from llm_allreduce_plugin.bench import table
+    from llm_allreduce_plugin.bench.plot import draw
+
+    typer.echo(f"#\n# side by side\n{table.side_by_side(rows, names)}")
+    wrong = sum((row.eager_wrong or 0) + (row.graph_wrong or 0) for row in rows)
+    unchecked = sum(row.eager_wrong is None and not row.left_out for row in rows)
+    typer.echo(f"# Out of bounds values : {wrong} {'OK' if wrong == 0 else 'FAILED'}")
+    if unchecked:
+        typer.echo(f"# {unchecked} results were not checked")
+    if plot is not None:
+        try:
+            draw(rows, ranks, where, plot)
+        except RuntimeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+    if wrong:
+        raise typer.Exit(1)
