@@ -27,16 +27,19 @@ from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
 DTYPE = torch.bfloat16
 # algorithm, bytes, lanes, threads, chunk vectors, lanes that only scatter, lanes that only drain
 Shape = tuple[str, int, int, int, int, int, int]
-SPLIT_FROM = 1 << 21  # bytes from which lanes with one task are tried
+SPLIT_FROM = 1 << 22  # bytes from which lanes with one task are tried
 
 
-def shapes_of(algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], in_band: bool) -> list[Shape]:  # noqa: FBT001
+def shapes_of(
+    algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], multiprocessors: int, in_band: bool
+) -> list[Shape]:  # noqa: FBT001
     """One vector to a thread where that is enough, then more."""
     shapes = []
+    most_threads = 512
     for size in sizes:
         pieces = math.ceil(size / 16 / parts)
         seen = set()
-        for threads in (32, 64, 128, 256, 512):
+        for threads in (64, 128, 256, most_threads):
             for most in most_blocks:
                 lanes = min(most, math.ceil(pieces / threads))
                 # Several vectors per thread of a small block leave the GPU idle.
@@ -44,12 +47,13 @@ def shapes_of(algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[i
                     continue
                 seen.add((lanes, threads))
                 shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes), 0, 0))
-                if not in_band or size < SPLIT_FROM or threads < 256 or lanes < 100:
-                    continue
-                for eighths in (1, 2, 3, 4):
-                    scatter = lanes * eighths // 8
-                    drains = (0,) if algorithm == "ONESHOT" else (lanes // 8, lanes // 4)
-                    shapes += [(algorithm, size, lanes, threads, pieces, scatter, drain) for drain in drains]
+                if in_band and size >= SPLIT_FROM and threads == most_threads and lanes == multiprocessors:
+                    drains = (0,) if algorithm == "ONESHOT" else (0, 8, 16, 24, 32)
+                    shapes += [
+                        (algorithm, size, lanes, threads, pieces, scatter, drain)
+                        for scatter in (8, 12, 16, 24, 32, 40, 48)
+                        for drain in drains
+                    ]
     return shapes
 
 
@@ -115,8 +119,12 @@ def main() -> None:
     tried = tuple(int(multiprocessors * blocks) for blocks in arguments.blocks)
     sizes = [1 << power for power in range(arguments.min, arguments.max + 1, arguments.step)]
     largest_one_shot = 1 << 28 if world_size == 2 else 1 << 20
-    shapes = shapes_of("ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried, not arguments.flagged)
-    shapes += shapes_of("TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried, not arguments.flagged)
+    shapes = shapes_of(
+        "ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried, multiprocessors, not arguments.flagged
+    )
+    shapes += shapes_of(
+        "TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried, multiprocessors, not arguments.flagged
+    )
     pool = RankPool(world_size, "cuda")
     try:
         workspace = arguments.workspace_mib << 20

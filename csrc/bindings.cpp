@@ -75,8 +75,8 @@ class Workspace {
                 {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes}, pointer(stream));
   }
 
-  // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status of
-  // a broken group when an earlier wait has expired.
+  // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
+  // of a broken group when an earlier wait has expired.
   int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
            void* stream, bool* capturing = nullptr) {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
@@ -159,8 +159,8 @@ class Plan {
 
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
     bool captured = false;
-    const int status =
-        workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_, pointer(stream), &captured);
+    const int status = workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
+                                       pointer(stream), &captured);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
@@ -231,9 +231,11 @@ NB_MODULE(_C, module) {
       .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
            "layout"_a, "timeout_s"_a, "device"_a)
       .def("one_shot", &Workspace::one_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0,
+           "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("two_shot", &Workspace::two_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0, "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
+           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0,
+           "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,
@@ -244,8 +246,8 @@ NB_MODULE(_C, module) {
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
              int64_t chunk_vectors, int scatter_lanes, int drain_lanes) {
-            new (self) Plan(workspace, algorithm, count, dtype,
-                            {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes});
+            new (self)
+                Plan(workspace, algorithm, count, dtype, {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes});
           },
           "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a,
           "scatter_lanes"_a = 0, "drain_lanes"_a = 0, nb::keep_alive<1, 2>())

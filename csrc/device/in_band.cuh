@@ -8,9 +8,9 @@
 // The thread that reads a vector restores the marker behind it. Two generations of slots, used by turns, are enough:
 // what this rank cleared in call e is written next in call e+2. The peer that writes has ended call e+1, in which it
 // took a value that depends on what this rank sent in call e+1, and this rank sent nothing of call e+1 before call e,
-// clears included, had ended (the kernel boundary, or griddepcontrol.wait, which includes it). "Call" counts the in-band
-// launches of one algorithm; others in between only add order. The argument is about whole kernels, so which block
-// handles which vector may change from call to call.
+// clears included, had ended (the kernel boundary, or griddepcontrol.wait, which includes it). "Call" counts the
+// in-band launches of one algorithm; others in between only add order. The argument is about whole kernels, so which
+// block handles which vector may change from call to call.
 #ifndef LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 
@@ -52,12 +52,9 @@ struct Share {
   uint32_t end;
 };
 
-// The share of this thread when `lanes` blocks from `first_lane` on do the step alone, all of the grid if there are none.
-// Lanes with one task pay off in large messages: stores to peers that wait for the links hold up everything that their
-// multiprocessor does behind them, so those who poll and sum had better be elsewhere.
+// The share of this thread when `lanes` blocks from `first_lane` on, of which this is one, do the step.
 __device__ __forceinline__ Share share_of(uint32_t first_lane, uint32_t lanes, uint32_t vectors) {
-  const bool member = blockIdx.x >= first_lane && blockIdx.x < first_lane + lanes;
-  return {(blockIdx.x - first_lane) * blockDim.x + threadIdx.x, lanes * blockDim.x, member ? vectors : 0};
+  return {(blockIdx.x - first_lane) * blockDim.x + threadIdx.x, lanes * blockDim.x, vectors};
 }
 
 // Relaxed accesses of system scope: whole words, in no order with anything else.
@@ -87,7 +84,8 @@ __device__ __forceinline__ void clear_in_band_if(bool wanted, char* address) {
 static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "must be the smallest int");
 
 __device__ __forceinline__ int smallest_word(const uint4& raw) {
-  return min(min(static_cast<int>(raw.x), static_cast<int>(raw.y)), min(static_cast<int>(raw.z), static_cast<int>(raw.w)));
+  return min(min(static_cast<int>(raw.x), static_cast<int>(raw.y)),
+             min(static_cast<int>(raw.z), static_cast<int>(raw.w)));
 }
 
 __device__ __forceinline__ bool is_marker(int word) { return word == static_cast<int>(LAR_IN_BAND_MARKER); }
@@ -158,33 +156,58 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
   return false;
 }
 
-// The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in arguments.own, which is
-// cleared. Polls; false as for poll_until_complete().
-template <typename T, int kWorldSize>
+// Sums in rank order, rounded, of kVectors vectors `stride` apart: of `mine` and of those of every peer's slot in
+// arguments.own from `index` on, which are cleared. Polls; false as for poll_until_complete().
+template <typename T, int kWorldSize, int kVectors>
 __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
-                                             const uint4& mine, uint4& result) {
+                                             uint32_t stride, const uint4 (&mine)[kVectors],
+                                             uint4 (&result)[kVectors]) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
-  Accumulator<T> sum;
+  Accumulator<T> sum[kVectors];
 #pragma unroll 1
   for (int first = 0; first < kWorldSize; first += kGroup) {
-    char* from[kGroup];
-    bool wanted[kGroup];
-    uint4 parts[kGroup];
+    char* from[kVectors * kGroup];
+    bool wanted[kVectors * kGroup];
+    uint4 parts[kVectors * kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, first + i);
+    for (int i = 0; i < kVectors * kGroup; ++i) {
+      const int source = first + i % kGroup;
+      const uint32_t at = index + i / kGroup * stride + slot_of_peer<kWorldSize>(arguments, source);
       from[i] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
-      wanted[i] = first + i != arguments.rank;
-      parts[i] = mine;
+      wanted[i] = source != arguments.rank;
+      parts[i] = mine[i / kGroup];
     }
-    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
+    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i % kGroup; }))
       return false;
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
+    for (int i = 0; i < kVectors * kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum.add(parts[i]);
+    for (int i = 0; i < kVectors * kGroup; ++i) sum[i / kGroup].add(parts[i]);
   }
-  result = sum.rounded();
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) result[j] = sum[j].rounded();
+  return true;
+}
+
+// Vectors that a thread of a large message handles at once, so that about eight loads are in flight.
+template <int kWorldSize>
+constexpr int kVectorsAtOnce = kWorldSize < 8 ? 8 / kWorldSize : 1;
+
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+// Calls body(Count<n>, i) for the n vectors i, i + stride, .. until the share is done; false as soon as
+// one of the calls is.
+template <int kAtOnce, typename Body>
+__device__ __forceinline__ bool in_batches(const Share& share, Body body) {
+  uint32_t i = share.first;
+  if constexpr (kAtOnce > 1)
+    for (; i + (kAtOnce - 1) * share.stride < share.end; i += kAtOnce * share.stride)
+      if (!body(Count<kAtOnce>{}, i)) return false;
+  for (; i < share.end; i += share.stride)
+    if (!body(Count<1>{}, i)) return false;
   return true;
 }
 

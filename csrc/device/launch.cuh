@@ -21,12 +21,13 @@ struct KernelArguments {
   int64_t chunk_vectors;
 };
 
-// Which of an algorithm's kernels runs. Ranks may run different ones of the two in-band kernels in the same call: they
-// differ only in what they can handle.
+// Which of an algorithm's kernels runs. Ranks may run different ones of the in-band kernels in the same call: what they
+// store where is the same.
 enum class Variant {
   kFlagged,
-  kInBand,
+  kInBand,       // any message
   kInBandShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
+  kInBandSplit,  // whole aligned vectors, many of them: lanes with one task each
 };
 
 // World size and element type are template parameters of the kernels, so that the loop over ranks unrolls and
@@ -121,11 +122,12 @@ inline Variant choose_variant(const lar_workspace& workspace, const lar_message&
                               int parts) {
   if (!workspace.layout.in_band) return Variant::kFlagged;
   const int64_t bytes = message.count * element_bytes(message.dtype);
-  const bool whole = bytes % LAR_VECTOR_BYTES == 0 && starts_on_a_vector(message.input) &&
-                     starts_on_a_vector(message.output);
+  const bool whole =
+      bytes % LAR_VECTOR_BYTES == 0 && starts_on_a_vector(message.input) && starts_on_a_vector(message.output);
   const int64_t largest_part = parts == 1 ? bytes / LAR_VECTOR_BYTES : shape.chunk_vectors;
-  const bool one_each = largest_part <= int64_t{shape.lanes} * shape.threads && shape.scatter_lanes == 0;
-  return whole && one_each ? Variant::kInBandShort : Variant::kInBand;
+  if (!whole) return Variant::kInBand;
+  if (shape.scatter_lanes > 0) return Variant::kInBandSplit;
+  return largest_part <= int64_t{shape.lanes} * shape.threads ? Variant::kInBandShort : Variant::kInBand;
 }
 
 inline cudaError_t launch_kernel(const void* kernel, const lar_launch& shape, bool dependent, void* argument,

@@ -106,8 +106,7 @@ __device__ __forceinline__ void sum_vectors(int64_t span, LoadPart part, Store s
       }
     }
   }
-  for (; i < span; i += stride)
-    store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
+  for (; i < span; i += stride) store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
 }
 
 // A whole aligned vector of the caller's tensor, loaded where the program says so. Not through the read-only path: with

@@ -128,8 +128,8 @@ LAR_EXPORT int lar_probe_write_cuda(const lar_workspace*, uint32_t nonce, void* 
 LAR_EXPORT int lar_probe_check_cuda(const lar_workspace*, uint32_t nonce, int32_t* verdict, void* stream);
 
 // Keeps the calls of one workspace from overlapping when they come on different streams, and makes `device`
-// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call). `capturing` is set to 1 when
-// the call went into a graph; it may be null.
+// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call). `capturing` is set to 1
+// when the call went into a graph; it may be null.
 typedef struct lar_stream_order lar_stream_order;
 LAR_EXPORT int lar_stream_order_create(lar_stream_order** order, int device);
 LAR_EXPORT void lar_stream_order_destroy(lar_stream_order* order);

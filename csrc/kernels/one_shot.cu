@@ -8,8 +8,10 @@
 //     push    store it into my slot at every peer
 //     reduce  poll the vectors of all ranks, clear them, sum in rank order, round once, store to the output
 //
-// Small messages have a vector to a thread. In larger ones, a thread either pushes kLead vectors ahead of the one it
-// reduces, so that the links stay busy while it waits, or only pushes or only reduces, as its block's lane says.
+// Small messages have a vector to a thread. In larger ones, a thread pushes kLead vectors ahead of the one it reduces,
+// so that the links stay busy while it waits. In the largest, some lanes only push and the others only reduce: a store
+// that waits for the links holds up all that its multiprocessor does behind it, so those who poll had better be
+// elsewhere.
 //
 // Flagged, chunk by chunk with two chunks in flight:
 //
@@ -28,7 +30,7 @@ namespace lar {
 namespace {
 
 // Vectors on their way ahead of the one that a thread waits for.
-constexpr uint32_t kLead = 2;
+constexpr int kLead = 2;
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
@@ -36,8 +38,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t index = grid_thread();
   const bool has_vector = index < total_vectors;
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // The two loads leave together; a thread without a vector loads one for nothing rather than branch.
   uint4 mine = load_vector(arguments.input, min(index, total_vectors - 1));
@@ -50,9 +52,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   advance_epoch(arguments, epoch);
   if (!has_vector) return;
-  uint4 result;
-  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
-  static_cast<uint4*>(arguments.output)[index] = result;
+  uint4 result[1];
+  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, 0, {mine}, result)) return;
+  static_cast<uint4*>(arguments.output)[index] = result[0];
 }
 
 template <typename T, int kWorldSize>
@@ -61,32 +63,70 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const Payload<T> input(arguments.input, arguments.count);
   const Payload<T> output(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
-  const uint32_t pushers = arguments.scatter_lanes > 0 ? arguments.scatter_lanes : gridDim.x;
-  const uint32_t first_reducer = arguments.scatter_lanes;
-  const uint32_t lead = arguments.scatter_lanes > 0 ? UINT32_MAX : kLead;
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
-  Share ahead = share_of(0, pushers, total_vectors);
+  uint32_t ahead = grid_thread();
   const auto push = [&] {
-    const uint4 mine = without_marker(input.load(ahead.first));
+    if (ahead >= total_vectors) return;
+    const uint4 mine = without_marker(input.load(ahead));
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slots + ahead.first, mine);
-    ahead.first += ahead.stride;
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], slots + ahead, mine);
+    ahead += grid_threads();
   };
-#pragma unroll 4
-  for (uint32_t i = 0; i < lead && ahead.first < ahead.end; ++i) push();
+#pragma unroll 1
+  for (int i = 0; i < kLead; ++i) push();
   advance_epoch(arguments, epoch);
-  Share share = share_of(first_reducer, gridDim.x - first_reducer, total_vectors);
-  for (uint32_t i = share.first; i < share.end; i += share.stride) {
-    if (ahead.first < ahead.end) push();
+  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
+    push();
     const uint4 mine = without_marker(input.load(i));
-    uint4 result;
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
-    output.store(i, result);
+    uint4 result[1];
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, 0, {mine}, result)) return;
+    output.store(i, result[0]);
   }
+}
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_split_kernel(const __grid_constant__ InBandArguments arguments) {
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t pushers = arguments.scatter_lanes;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  advance_epoch(arguments, epoch);
+  if (blockIdx.x < pushers) {
+    const Share share = share_of(0, pushers, total_vectors);
+    in_batches<4>(share, [&](auto count, uint32_t i) {
+      constexpr int kBatch = decltype(count)::value;
+      uint4 mine[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) mine[j] = load_vector(arguments.input, i + j * share.stride);
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+#pragma unroll kPeersAtOnce < kWorldSize>
+        for (int step = 1; step < kWorldSize; ++step)
+          store_in_band(arguments.to[step], slots + i + j * share.stride, without_marker(mine[j]));
+      return true;
+    });
+    return;
+  }
+  const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);
+  in_batches<kVectorsAtOnce<kWorldSize>>(share, [&](auto count, uint32_t i) {
+    constexpr int kBatch = decltype(count)::value;
+    uint4 mine[kBatch];
+    uint4 result[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) mine[j] = without_marker(load_vector(arguments.input, i + j * share.stride));
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, share.stride, mine, result)) return false;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) static_cast<uint4*>(arguments.output)[i + j * share.stride] = result[j];
+    return true;
+  });
 }
 
 template <typename T, int kWorldSize>
@@ -105,15 +145,14 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const auto first_of = [&](int64_t step) { return (step * gridDim.x + lane.index()) * chunk; };
   const auto span_of = [&](int64_t step) { return min(chunk, total_vectors - first_of(step)); };  // may be negative
 
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   const uint32_t epoch = lane.epoch();
   const auto round_of = [&](int64_t step) { return epoch + static_cast<uint32_t>(step) + 1; };
   const auto slot = [&](int holder, int source, int64_t step) {
     return static_cast<char*>(workspace.base[holder]) + slot_offset(layout, layout.one_shot_offset,
                                                                     layout.one_shot_chunk_bytes,
-                                                                    round_of(step) % LAR_SLOTS, source,
-                                                                    lane.index());
+                                                                    round_of(step) % LAR_SLOTS, source, lane.index());
   };
 
   for (int64_t step = 0; step <= chunks; ++step) {
@@ -154,6 +193,8 @@ struct OneShot {
         return reinterpret_cast<const void*>(one_shot_in_band_kernel<T, kWorldSize>);
       case Variant::kInBandShort:
         return reinterpret_cast<const void*>(one_shot_short_kernel<T, kWorldSize>);
+      case Variant::kInBandSplit:
+        return reinterpret_cast<const void*>(one_shot_split_kernel<T, kWorldSize>);
     }
     return nullptr;
   }

@@ -12,7 +12,8 @@
 //     drain    one vector behind: poll the other owners' results, clear them, store them to the output
 //
 // A thread that does all three stores all its partials before it polls anything: when it comes to reduce its first
-// vector, the links still have the last ones to carry. In large messages each lane does one of the three.
+// vector, the links still have the last ones to carry. In large messages each lane does one of the three (one_shot.cu
+// says why).
 //
 // Flagged, chunk by chunk with three chunks in flight:
 //
@@ -141,8 +142,8 @@ class TwoShotLane {
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
@@ -152,31 +153,34 @@ __device__ __forceinline__ uint32_t index_of(const InBandArguments& arguments, i
   return rotated<kWorldSize>(arguments.rank, step) * arguments.part + i;
 }
 
-// Polls vector `i` of all results (slots: the gather slots of this call), clears them and stores them to the output.
-template <int kWorldSize, typename Store>
+// Polls kVectors vectors, `stride` apart from `i` on, of all results (slots: the gather slots of this call), clears
+// them and stores them to the output.
+template <int kWorldSize, int kVectors, typename Store>
 __device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t slots, uint32_t total_vectors,
-                                      uint32_t i, Store store) {
+                                      uint32_t i, uint32_t stride, Store store) {
   constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   static_assert((kWorldSize - 1) % kAtOnce == 0, "batches must tile the peers");
 #pragma unroll 1
   for (int first = 1; first < kWorldSize; first += kAtOnce) {
-    char* from[kAtOnce];
-    bool wanted[kAtOnce];
-    uint4 results[kAtOnce];
+    const auto step = [&](int j) { return first + j % kAtOnce; };
+    const auto vector = [&](int j) { return i + j / kAtOnce * stride; };
+    char* from[kVectors * kAtOnce];
+    bool wanted[kVectors * kAtOnce];
+    uint4 results[kVectors * kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
-      const uint32_t at = slots + (first + j - 1) * arguments.peer_stride + i;
+    for (int j = 0; j < kVectors * kAtOnce; ++j) {
+      const uint32_t at = slots + (step(j) - 1) * arguments.peer_stride + vector(j);
       from[j] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
-      wanted[j] = index_of<kWorldSize>(arguments, first + j, i) < total_vectors;
+      wanted[j] = index_of<kWorldSize>(arguments, step(j), vector(j)) < total_vectors;
       results[j] = {0u, 0u, 0u, 0u};
     }
     if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
-                             [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
+                             [&](int j) { return rotated<kWorldSize>(arguments.rank, step(j)); }))
       return false;
 #pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) {
+    for (int j = 0; j < kVectors * kAtOnce; ++j) {
       clear_in_band_if(wanted[j], from[j]);
-      if (wanted[j]) store(index_of<kWorldSize>(arguments, first + j, i), results[j]);
+      if (wanted[j]) store(index_of<kWorldSize>(arguments, step(j), vector(j)), results[j]);
     }
   }
   return true;
@@ -193,8 +197,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   };
   const auto load = [&](int step) { return load_vector(arguments.input, min(index(step), total_vectors - 1)); };
   auto* output = static_cast<uint4*>(arguments.output);
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   // All loads leave together; where there is no vector, one is loaded for nothing rather than branched around.
   uint4 partials[kAtOnce];
@@ -208,7 +212,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   for (int first = 1;;) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
-      if (index(first + j) < total_vectors) store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
+      if (index(first + j) < total_vectors)
+        store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
     first += kAtOnce;
     if (first >= kWorldSize) break;
 #pragma unroll
@@ -219,14 +224,14 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 
   const uint32_t gather_slots = slots + arguments.gather_stride;
   if (index(0) < total_vectors) {
-    uint4 result;
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
+    uint4 result[1];
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, 0, {mine}, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
-    output[index(0)] = result;
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result[0]);
+    output[index(0)] = result[0];
   }
-  drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
-                    [&](uint32_t at, const uint4& result) { output[at] = result; });
+  drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i, 0,
+                       [&](uint32_t at, const uint4& result) { output[at] = result; });
 }
 
 template <typename T, int kWorldSize>
@@ -238,16 +243,14 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
   const uint32_t part = arguments.part;
   const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
-  let_next_kernel_start();
   wait_for_previous_kernel();
+  let_next_kernel_start();
 
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t gather_slots = slots + arguments.gather_stride;
-  const bool specialized = arguments.scatter_lanes > 0;
-  const Share to_scatter = share_of(0, specialized ? arguments.scatter_lanes : gridDim.x, part);
-#pragma unroll 2
-  for (uint32_t i = to_scatter.first; i < to_scatter.end; i += to_scatter.stride) {
+  const uint32_t stride = grid_threads();
+  for (uint32_t i = grid_thread(); i < part; i += stride) {
 #pragma unroll 1
     for (int first = 1; first < kWorldSize; first += kAtOnce) {
       uint4 partials[kAtOnce];
@@ -262,33 +265,91 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   advance_epoch(arguments, epoch);
 
-  const auto reduce_vector = [&](uint32_t i) {
-    if (index(0, i) >= total_vectors) return true;
-    const uint4 mine = without_marker(input.load(index(0, i)));
-    uint4 result;
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return false;
+  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
+    if (i < part && index(0, i) < total_vectors) {
+      const uint4 mine = without_marker(input.load(index(0, i)));
+      uint4 result[1];
+      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, 0, {mine}, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
-    output.store(index(0, i), result);
-    return true;
-  };
-  const auto drain_vector = [&](uint32_t i) {
-    return drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
-                             [&](uint32_t at, const uint4& result) { output.store(at, result); });
-  };
-  // One loop for all: a vector is reduced, or the one a stride behind it is drained, or both.
-  const uint32_t reducers = gridDim.x - arguments.scatter_lanes - arguments.drain_lanes;
-  const Share to_reduce = share_of(arguments.scatter_lanes, reducers, part);
-  const Share to_drain = arguments.drain_lanes > 0
-                             ? share_of(gridDim.x - arguments.drain_lanes, arguments.drain_lanes, part)
-                             : to_reduce;
-  const uint32_t lag = arguments.drain_lanes > 0 ? 0 : to_reduce.stride;
-  const uint32_t end = max(to_reduce.end, to_drain.end > 0 ? to_drain.end + lag : 0);
-  const Share walk = to_reduce.end > 0 ? to_reduce : to_drain;
-  for (uint32_t i = walk.first; i < end; i += walk.stride) {
-    if (i < to_reduce.end && !reduce_vector(i)) return;
-    if (i >= lag && i - lag < to_drain.end && !drain_vector(i - lag)) return;
+      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result[0]);
+      output.store(index(0, i), result[0]);
+    }
+    if (i >= stride && !drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i - stride, 0,
+                                             [&](uint32_t at, const uint4& result) { output.store(at, result); }))
+      return;
   }
+}
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    two_shot_split_kernel(const __grid_constant__ InBandArguments arguments) {
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
+  constexpr int kVectors = kVectorsAtOnce<kWorldSize>;
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t part = arguments.part;
+  const uint32_t scatterers = arguments.scatter_lanes;
+  const uint32_t drainers = arguments.drain_lanes;
+  const uint32_t reducers = gridDim.x - scatterers - drainers;
+  auto* output = static_cast<uint4*>(arguments.output);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  const uint32_t gather_slots = slots + arguments.gather_stride;
+  advance_epoch(arguments, epoch);
+  if (blockIdx.x < scatterers) {
+    const Share share = share_of(0, scatterers, part);
+    in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+      constexpr int kBatch = decltype(count)::value;
+      constexpr int kCount = kBatch * kAtOnce;
+#pragma unroll 1
+      for (int first = 1; first < kWorldSize; first += kAtOnce) {
+        const auto step = [&](int j) { return first + j % kAtOnce; };
+        const auto vector = [&](int j) { return i + j / kAtOnce * share.stride; };
+        const auto index = [&](int j) { return index_of<kWorldSize>(arguments, step(j), vector(j)); };
+        uint4 partials[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) partials[j] = load_vector(arguments.input, min(index(j), total_vectors - 1));
+#pragma unroll
+        for (int j = 0; j < kCount; ++j)
+          if (index(j) < total_vectors)
+            store_in_band(arguments.to[step(j)], slots + vector(j), without_marker(partials[j]));
+      }
+      return true;
+    });
+    return;
+  }
+  if (blockIdx.x < scatterers + reducers) {
+    const uint32_t first = arguments.rank * part;
+    const Share share = share_of(scatterers, reducers, first < total_vectors ? min(part, total_vectors - first) : 0);
+    in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+      constexpr int kBatch = decltype(count)::value;
+      uint4 mine[kBatch];
+      uint4 result[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        mine[j] = without_marker(load_vector(arguments.input, first + i + j * share.stride));
+      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, share.stride, mine, result))
+        return false;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+#pragma unroll kPeersAtOnce < kWorldSize>
+        for (int step = 1; step < kWorldSize; ++step)
+          store_in_band(arguments.to[step], gather_slots + i + j * share.stride, result[j]);
+        output[first + i + j * share.stride] = result[j];
+      }
+      return true;
+    });
+    if (drainers > 0) return;
+  }
+  const Share share =
+      drainers > 0 ? share_of(scatterers + reducers, drainers, part) : share_of(scatterers, reducers, part);
+  in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+    constexpr int kBatch = decltype(count)::value;
+    return drain<kWorldSize, kBatch>(arguments, gather_slots, total_vectors, i, share.stride,
+                                     [&](uint32_t at, const uint4& result) { output[at] = result; });
+  });
 }
 
 template <typename T, int kWorldSize>
@@ -301,6 +362,8 @@ struct TwoShot {
         return reinterpret_cast<const void*>(two_shot_in_band_kernel<T, kWorldSize>);
       case Variant::kInBandShort:
         return reinterpret_cast<const void*>(two_shot_short_kernel<T, kWorldSize>);
+      case Variant::kInBandSplit:
+        return reinterpret_cast<const void*>(two_shot_split_kernel<T, kWorldSize>);
     }
     return nullptr;
   }

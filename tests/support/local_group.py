@@ -28,6 +28,9 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 class LocalGroup:
     """``world_size`` ranks on the current device; ``lanes`` bounds every rank's grid.
 
+    A rank may have two kernels resident, one that runs and one that waits for it to end, and those of all ranks must
+    fit onto the GPU together.
+
     ``workspace_mib`` decides how many rounds a message takes. ``split``: lanes that only scatter and lanes that only
     drain, of 4 or more, as in messages larger than tests have.
     """
