@@ -2,8 +2,8 @@
 
     python benchmarks/host_cost.py --gpus 4 --out benchmarks/h200/host_cost.json
 
-Microseconds per call: median of 9 batches of 200 calls, the slowest rank's. A batch is short enough for the launch queue,
-so that the host never waits for the GPU.
+Microseconds per call: median of 9 batches of 200 calls, the slowest rank's. A batch is short enough for the launch
+queue, so that the host never waits for the GPU.
 """
 
 from __future__ import annotations

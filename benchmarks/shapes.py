@@ -31,8 +31,8 @@ SPLIT_FROM = 1 << 22  # bytes from which lanes with one task are tried
 
 
 def shapes_of(
-    algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], multiprocessors: int, in_band: bool
-) -> list[Shape]:  # noqa: FBT001
+    algorithm: str, parts: int, sizes: list[int], most_blocks: tuple[int, ...], multiprocessors: int, *, in_band: bool
+) -> list[Shape]:
     """One vector to a thread where that is enough, then more."""
     shapes = []
     most_threads = 512

@@ -37,7 +37,9 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dty
 # torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
 # compiler; the public way where it is gone.
 _current_raw_stream: Callable[[int], int] = getattr(
-    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+    torch._C,  # noqa: SLF001
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
 )
 
 
@@ -296,10 +298,8 @@ class TensorParallelCommunicator:
         if decision.is_fallback or (decision.strategy is AllReduceStrategy.NCCL and not requested_nccl):
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
-        if isinstance(strategy, KernelStrategy):
-            run = self._kernel_call(decision, count, dtype)
-        else:
-            run = self._fallback_call
+        is_ours = isinstance(strategy, KernelStrategy)
+        run = self._kernel_call(decision, count, dtype) if is_ours else self._fallback_call
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry

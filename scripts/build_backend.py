@@ -52,9 +52,7 @@ def installed_nvcc() -> Path | None:
         if release and release >= OLDEST_NVCC:
             return Path(candidate)
         if release:
-            print(  # noqa: T201  (shown by pip -v)
-                f"{candidate} is CUDA {release[0]}.{release[1]}; this build needs 12.8 or newer", file=sys.stderr
-            )
+            print(f"{candidate} is CUDA {release[0]}.{release[1]}; this build needs 12.8 or newer", file=sys.stderr)
     return None
 
 

@@ -35,7 +35,7 @@ class DemoError(Exception):
 
 
 def say(text: str) -> None:
-    print(f"[demo] {text}", flush=True)  # noqa: T201
+    print(f"[demo] {text}", flush=True)
 
 
 def make_model(folder: Path) -> None:

@@ -189,10 +189,6 @@ __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, l
   return true;
 }
 
-// Vectors that a thread of a large message handles at once, so that about eight loads are in flight.
-template <int kWorldSize>
-constexpr int kVectorsAtOnce = kWorldSize < 8 ? 8 / kWorldSize : 1;
-
 template <int kValue>
 struct Count {
   static constexpr int value = kValue;

@@ -164,7 +164,7 @@ class Payload {
 // Moves vectors 0 .. span-1 by the whole block, several loads of each thread in flight before the first store.
 template <typename Load, typename Store>
 __device__ __forceinline__ void move_vectors(int64_t span, Load load, Store store) {
-  constexpr int kInFlight = 8;
+  constexpr int kInFlight = 4;
   const int64_t stride = blockDim.x;
   int64_t i = threadIdx.x;
   for (; i + (kInFlight - 1) * stride < span; i += kInFlight * stride) {

@@ -32,6 +32,10 @@ namespace {
 // Vectors on their way ahead of the one that a thread waits for.
 constexpr int kLead = 2;
 
+// Vectors that a thread with one task handles at once.
+constexpr int kPushedAtOnce = 4;
+constexpr int kReducedAtOnce = 1;
+
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_short_kernel(const __grid_constant__ InBandArguments arguments) {
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
   if (blockIdx.x < pushers) {
     const Share share = share_of(0, pushers, total_vectors);
-    in_batches<4>(share, [&](auto count, uint32_t i) {
+    in_batches<kPushedAtOnce>(share, [&](auto count, uint32_t i) {
       constexpr int kBatch = decltype(count)::value;
       uint4 mine[kBatch];
 #pragma unroll
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);
-  in_batches<kVectorsAtOnce<kWorldSize>>(share, [&](auto count, uint32_t i) {
+  in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
     constexpr int kBatch = decltype(count)::value;
     uint4 mine[kBatch];
     uint4 result[kBatch];

@@ -36,6 +36,10 @@
 namespace lar {
 namespace {
 
+// Vectors that a thread with one task handles at once.
+constexpr int kScatteredAtOnce = 2;
+constexpr int kReducedAtOnce = 1;
+
 template <typename T, int kWorldSize>
 class TwoShotLane {
  public:
@@ -284,7 +288,6 @@ template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_split_kernel(const __grid_constant__ InBandArguments arguments) {
   constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
-  constexpr int kVectors = kVectorsAtOnce<kWorldSize>;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t part = arguments.part;
   const uint32_t scatterers = arguments.scatter_lanes;
@@ -300,7 +303,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
   if (blockIdx.x < scatterers) {
     const Share share = share_of(0, scatterers, part);
-    in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+    in_batches<kScatteredAtOnce>(share, [&](auto count, uint32_t i) {
       constexpr int kBatch = decltype(count)::value;
       constexpr int kCount = kBatch * kAtOnce;
 #pragma unroll 1
@@ -323,7 +326,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   if (blockIdx.x < scatterers + reducers) {
     const uint32_t first = arguments.rank * part;
     const Share share = share_of(scatterers, reducers, first < total_vectors ? min(part, total_vectors - first) : 0);
-    in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+    in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
       constexpr int kBatch = decltype(count)::value;
       uint4 mine[kBatch];
       uint4 result[kBatch];
@@ -345,7 +348,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   const Share share =
       drainers > 0 ? share_of(scatterers + reducers, drainers, part) : share_of(scatterers, reducers, part);
-  in_batches<kVectors>(share, [&](auto count, uint32_t i) {
+  in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
     constexpr int kBatch = decltype(count)::value;
     return drain<kWorldSize, kBatch>(arguments, gather_slots, total_vectors, i, share.stride,
                                      [&](uint32_t at, const uint4& result) { output[at] = result; });

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -55,7 +56,7 @@ def time_graph(
 
     ``capturing``: what the implementation wants around a capture.
     """
-    stream = torch.cuda.Stream(context.device)
+    stream = torch.cuda.Stream(context.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(context.device))
     with torch.cuda.stream(stream):
         for _ in range(warmup):
@@ -66,7 +67,7 @@ def time_graph(
     with capturing(), torch.cuda.graph(graph, stream=stream):
         for _ in range(calls):
             output = call()
-    ticks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+    ticks = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]  # type: ignore[no-untyped-call]
     dist.barrier(group=context.control_group)
     with torch.cuda.stream(stream):
         graph.replay()
@@ -80,7 +81,7 @@ def time_graph(
             output.fill_(float("nan"))
         graph.replay()
     stream.synchronize()
-    samples = [start.elapsed_time(end) * 1000 / calls for start, end in zip(ticks, ticks[1:], strict=False)]
+    samples = [start.elapsed_time(end) * 1000 / calls for start, end in itertools.pairwise(ticks)]
     timing = _slowest(context, samples, output)
     # The graph owns the output's memory.
     kept = None if timing.output is None else timing.output.clone()

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class RankContext:
         dist.broadcast_object_list(seeds, src=0, group=self.control_group)
         return seeds[0]
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
+        """``value`` of every rank, on every rank."""
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
@@ -67,7 +68,7 @@ def _serve(rank: int, world_size: int, device_type: str, store: str, pipe: Conne
         function, arguments = job
         try:
             pipe.send(("ok", function(context, *arguments)))
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (reported to the caller)
             pipe.send(("error", traceback.format_exc()))
 
 
@@ -95,7 +96,7 @@ class RankPool:
     def run(
         self,
         function: Callable[..., Any],
-        *arguments: Any,
+        *arguments: Any,  # noqa: ANN401
         timeout_s: float = 300.0,
         ranks: list[int] | None = None,
     ) -> list[Any]:
@@ -110,7 +111,7 @@ class RankPool:
             self._pipes[rank].send((function, arguments))
         return self._collect(timeout_s, members)
 
-    def _collect(self, timeout_s: float, ranks: Any) -> list[Any]:
+    def _collect(self, timeout_s: float, ranks: Iterable[int]) -> list[Any]:
         deadline = time.monotonic() + timeout_s
         results, errors = [], []
         for rank in ranks:
@@ -131,10 +132,12 @@ class RankPool:
         return results
 
     def kill(self) -> None:
+        """End every rank at once."""
         for process in self.processes:
             process.kill()
 
     def close(self) -> None:
+        """Let the ranks end, and wait for them."""
         for pipe in self._pipes:
             try:
                 pipe.send(None)

@@ -105,7 +105,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
         if expected is None or answer is None:
             return None
         bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
-        return sum(context.gather(bad))
+        return int(sum(context.gather(bad)))
 
     eager_wrong = wrong(output)
     eager = harness.time_eager(context, call, options.calls, options.replays, options.warmup)

@@ -1,4 +1,4 @@
-"""llm-allreduce bench: time every strategy beside what else is installed, with the flags and the table of nccl-tests."""
+"""llm-allreduce bench: every strategy beside what else is installed, with the flags and the table of nccl-tests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.bench.ranks import RankPool
+    from llm_allreduce_plugin.bench.worker import Measurement, Options
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # nccl-tests' names beside torch's.
@@ -35,8 +39,8 @@ def parse_bytes(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
-def message_sizes(smallest: int, largest: int, factor: int, step: int | None, between: bool) -> list[int]:  # noqa: FBT001
-    """Bytes per rank from ``smallest`` to ``largest``: times ``factor``, or plus ``step``; ``between``: also 3/2 of each.
+def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *, between: bool) -> list[int]:
+    """Bytes per rank from ``smallest`` to ``largest``, times ``factor`` or plus ``step``; or also 3/2 of each.
 
     Raises:
         typer.BadParameter: the range is empty.
@@ -63,7 +67,7 @@ def _devices(cpu: bool, ranks: int | None) -> tuple[str, int]:  # noqa: FBT001
     if ranks is not None and ranks > available:
         message = f"--ngpus {ranks}: this node has {available}"
         raise typer.BadParameter(message)
-    if available < 2:
+    if available == 1:
         message = "this node has one GPU, which has nobody to reduce with; try --cpu"
         raise typer.BadParameter(message)
     return "cuda", ranks or available
@@ -107,9 +111,9 @@ def bench(
 ) -> None:
     """Time every strategy beside what else is installed, verify every result, print nccl-tests' table.
 
-    Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph" the
-    same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum; others may
-    be off by what rounding can cost.
+    Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph"
+    the same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum;
+    others may be off by what rounding can cost.
     """
     from llm_allreduce_plugin.bench import worker
     from llm_allreduce_plugin.bench.ranks import RankPool
@@ -122,7 +126,7 @@ def bench(
         raise typer.BadParameter(message)
     dtype = _DTYPES[datatype.lower()]
     step = parse_bytes(stepbytes) if stepbytes else None
-    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between)
+    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
     element = {"float32": 4}.get(dtype, 2)
     counts = [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)
@@ -154,7 +158,9 @@ def _device_line(device_type: str, ranks: int) -> str:
     return f"{ranks} x {torch.cuda.get_device_name(0)}"
 
 
-def _run(pool: Any, names: list[str], counts: list[int], options: Any, ranks: int, rows: list[Any]) -> None:
+def _run(
+    pool: RankPool, names: list[str], counts: list[int], options: Options, ranks: int, rows: list[Measurement]
+) -> None:
     """Measure everything, printing as it comes; a bar on stderr tells how far it is when a person watches."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -175,7 +181,7 @@ def _run(pool: Any, names: list[str], counts: list[int], options: Any, ranks: in
                 progress.advance(task)
 
 
-def _write(path: Path, rows: list[Any], where: str, ranks: int, options: Any) -> None:
+def _write(path: Path, rows: list[Measurement], where: str, ranks: int, options: Options) -> None:
     from llm_allreduce_plugin.bench.environment import environment
 
     record = {
@@ -189,7 +195,7 @@ def _write(path: Path, rows: list[Any], where: str, ranks: int, options: Any) ->
     path.write_text(json.dumps(record).replace('{"candidate"', '\n{"candidate"') + "\n")
 
 
-def _summary(rows: list[Any], names: list[str], where: str, ranks: int, plot: Path | None) -> None:
+def _summary(rows: list[Measurement], names: list[str], where: str, ranks: int, plot: Path | None) -> None:
     from llm_allreduce_plugin.bench import table
     from llm_allreduce_plugin.bench.plot import draw
 

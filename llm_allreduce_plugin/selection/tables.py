@@ -1,7 +1,7 @@
 """Seed tables: which exact kernel is the fastest for a size, before anything was measured on the node.
 
-One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1.2 us on NVLink).
-With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
+One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1.2 us on
+NVLink). With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def _changeover(max_bytes: int, source: str) -> Table:
 
 _ESTIMATE = "an estimate: the measured step of 1.2 us against the traffic that one-shot sends more at 350 GB/s"
 
-# In band, on one NVSwitch node of H200. 2 and 4 ranks are measured (benchmarks/h200/shapes_tp{2,4}.json): the sizes between
-# the last power of two at which the one and the first at which the other is faster, where their lines cross. The others
-# are estimates, scaled to meet the measured ones.
+# In band, on one NVSwitch node of H200. 2 and 4 ranks are measured: between the last power of two at which the one and
+# the first at which the other is faster, where their lines cross. The others are estimates, scaled to meet them.
 H200 = {
     2: Table(
         (Range(3 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
@@ -111,13 +110,11 @@ class Split:
     drain: int
 
 
-# Measured on H200 with 2 and 4 ranks (benchmarks/h200/shapes_tp{2,4}.json): before these sizes it does not pay.
-SPLITS: dict[tuple[str, int], Split] = {("ONESHOT", 2): Split(16 * MIB, 132, 16, 0)}
+# Measured on H200 with 2 and 4 ranks: below these sizes it does not pay.
+SPLITS: dict[tuple[str, int], Split | None] = {("ONESHOT", 2): Split(16 * MIB, 132, 16, 0), ("TWOSHOT", 2): None}
 TWO_SHOT_SPLIT = Split(16 * MIB, 264, 99, 66)  # more than two ranks
 
 
 def split(strategy: str, world_size: int) -> Split | None:
     """When and how the lanes of a large message share the tasks out; None: never."""
-    if strategy == "TWOSHOT" and world_size > 2:
-        return TWO_SHOT_SPLIT
-    return SPLITS.get((strategy, world_size))
+    return SPLITS.get((strategy, world_size), TWO_SHOT_SPLIT if strategy == "TWOSHOT" else None)

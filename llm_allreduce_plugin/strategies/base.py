@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 VECTOR_BYTES = _C.VECTOR_BYTES
 MAX_THREADS = _C.MAX_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
+LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
+MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +93,14 @@ def spread_in_band(
 ) -> Launch:
     """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
 
-    Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``); rounds are of equal length,
-    so that no rank has more to do in the last. Measured on H200: benchmarks/h200/shapes_tp{2,4}.json.
+    Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``); rounds are of equal
+    length, so that no rank has more to do in the last. Measured on H200 with benchmarks/shapes.py.
     """
     pieces = max(1, math.ceil(message.vectors / parts))  # vectors of the largest part
     capacity = chunk_bytes // VECTOR_BYTES
     rounds = math.ceil(pieces / capacity)
-    chunk = min(capacity, math.ceil(pieces / rounds / 8) * 8)  # parts that start on 128 bytes
-    if split is not None and message.payload_bytes >= split.min_bytes and facts.lanes >= 8:
+    chunk = min(capacity, math.ceil(pieces / rounds / LINE_VECTORS) * LINE_VECTORS)
+    if split is not None and message.payload_bytes >= split.min_bytes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(
             algorithm=algorithm,
             lanes=facts.lanes * split.lanes // 264,

@@ -1,7 +1,7 @@
 """MINLATENCY: the fastest exact kernel for each size on this node, one-shot or two-shot.
 
-It has no kernel of its own: all exact kernels give the same bits, so it may take whichever is fastest for a size without
-an answer ever depending on it. The choice is ``selection.tables``'; AUTO makes the same one today.
+It has no kernel of its own: all exact kernels give the same bits, so it may take whichever is fastest for a size
+without an answer ever depending on it. The choice is ``selection.tables``'; AUTO makes the same one today.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ class LocalGroup:
         call = self.workspaces[rank].one_shot if one_shot else self.workspaces[rank].two_shot
         call(
             input_.data_ptr(), output.data_ptr(), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, self.streams[rank].cuda_stream,
+            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
+            self.streams[rank].cuda_stream,
         )  # fmt: skip
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,24 +15,15 @@ from hypothesis import strategies as st
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
+from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path
 
 FOLDER = Path(llm_allreduce_plugin._C.__file__).parent
-LIBRARY = FOLDER / "libllm_allreduce.so"
+LIBRARY = library_path()
 SOURCE = Path(__file__).parents[2] / "csrc"
 
 
 def output(*command: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def cuobjdump(*arguments: str | Path) -> str:
-    """From the CUDA toolkit, or from the wheel that the test extra installs."""
-    wheel = [Path(entry) / "nvidia" / "cu13" / "bin" for entry in sys.path]
-    tool = shutil.which(
-        "cuobjdump", path=os.pathsep.join([os.environ["PATH"], "/usr/local/cuda/bin", *map(str, wheel)])
-    )
-    assert tool is not None, "cuobjdump is missing: pip install '.[test]'"
-    return output(tool, *arguments)
 
 
 @pytest.mark.parametrize("path", (LIBRARY, Path(_C.__file__)), ids=("library", "bindings"))
@@ -68,14 +57,24 @@ def test_machine_code_for_every_architecture_asked_for() -> None:
 
 def test_no_kernel_spills() -> None:
     """No local memory: no spills, no arrays that fell out of registers."""
-    usage = cuobjdump("--dump-resource-usage", LIBRARY)
-    kernels = re.findall(r"Function (\S+):\s*\n?\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    architectures = len(set(re.findall(r"sm_(\d+)", usage)))
-    names = {name for name, *_ in kernels if "one_shot" in name or "two_shot" in name}
-    assert len(names) == 6 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms, flagged, in band, short
-    assert len(kernels) >= len(names) * max(architectures, 1)
-    spilling = [(name, stack, local) for name, _, stack, local in kernels if int(stack) or int(local)]
-    assert spilling == []
+    kernels = [kernel for kernel in kernel_resources(LIBRARY) if re.search("(one|two)_shot", kernel.name)]
+    names = {kernel.name for kernel in kernels}
+    assert len(names) == 8 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms in four variants
+    architectures = {kernel.architecture for kernel in kernels}
+    assert len(kernels) == len(names) * len(architectures)
+    assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
+    assert all(kernel.registers <= 65536 // _C.MAX_THREADS for kernel in kernels), "a block must fit"
+
+
+def test_register_report_has_every_kernel() -> None:
+    report = (SOURCE.parent / "docs" / "registers.md").read_text()
+    kernels = {re.search(r"(one|two)_shot_(\w+?_)?kernel", kernel.name) for kernel in kernel_resources(LIBRARY)}
+    names = {match[0] for match in kernels if match is not None}
+    assert len(names) == 8
+    for name in names:
+        for architecture in ("80", "86", "89", "90", "100", "120"):
+            for dtype in ("bf16", "fp16", "fp32"):
+                assert f"| `{name}` | {dtype} | {architecture} |" in report, "run scripts/register_report.py"
 
 
 @given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.booleans())

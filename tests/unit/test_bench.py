@@ -1,0 +1,118 @@
+"""llm-allreduce bench: flags, sizes, the table, and what counts as wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import typer
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llm_allreduce_plugin.bench import harness, table
+from llm_allreduce_plugin.bench.worker import Measurement
+from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
+
+RUNNER = CliRunner()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("512", 512), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("2GiB", 2 << 30), ("8KB", 8192)],
+)
+def test_sizes_as_nccl_tests_write_them(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ("", "0", "-4", "4X", "K", "1.5M"))
+def test_what_is_not_a_size(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="must be a positive number of bytes"):
+        parse_bytes(text)
+
+
+@given(st.integers(1, 1 << 20), st.integers(0, 1 << 24), st.integers(2, 8), st.none() | st.integers(1 << 16, 1 << 20))
+def test_size_ranges(smallest: int, more: int, factor: int, step: int | None) -> None:
+    sizes = message_sizes(smallest, smallest + more, factor, step, between=False)
+    assert sizes[0] == smallest
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] <= smallest + more
+    following = sizes[-1] + step if step else sizes[-1] * factor
+    assert following > smallest + more
+    assert set(sizes) <= set(message_sizes(smallest, smallest + more, factor, step, between=True))
+
+
+def test_empty_range() -> None:
+    with pytest.raises(typer.BadParameter, match="--maxbytes 10 is less than --minbytes 20"):
+        message_sizes(20, 10, 2, None, between=False)
+
+
+def test_bandwidths_are_those_of_nccl_tests() -> None:
+    """busbw = algbw * 2 (n-1) / n for an all-reduce."""
+    algorithm, bus = table.bandwidths(1 << 30, 1000.0, 4)
+    assert algorithm == pytest.approx(1073.741824)
+    assert bus == pytest.approx(1073.741824 * 1.5)
+
+
+def test_table() -> None:
+    row = Measurement("ONESHOT", 4096, 2048, eager_us=10.0, graph_us=2.0, eager_wrong=0, graph_wrong=3)
+    line = table.line(row, "bfloat16", 2)
+    assert line.split() == [
+        "4096",
+        "2048",
+        "bfloat16",
+        "sum",
+        "10.00",
+        "0.41",
+        "0.41",
+        "0",
+        "2.00",
+        "2.05",
+        "2.05",
+        "3",
+    ]
+    left_out = table.line(Measurement("x", 4096, 2048, left_out="too large"), "bfloat16", 2)
+    assert left_out.endswith("left out: too large")
+    unchecked = table.line(Measurement("x", 4096, 2048, eager_us=1.0), "bfloat16", 2)
+    assert unchecked.split()[7:] == ["N/A", "-", "-", "-", "-"]
+    other = Measurement("NCCL", 4096, 2048, eager_us=12.0, graph_us=9.0)
+    header, cells = table.side_by_side([row, other], ["ONESHOT", "NCCL"]).splitlines()
+    assert header.split()[-2:] == ["ONESHOT", "NCCL"]
+    assert cells.split() == ["4096", "2.00*", "9.00"]
+
+
+def test_exact_means_every_bit() -> None:
+    expected = harness.rank_ordered_sum(7, 3, 1000, torch.bfloat16, torch.device("cpu"))
+    output = expected.clone()
+    assert harness.wrong_elements(output, expected, exact=True, world_size=3) == 0
+    output.view(torch.int16)[5] ^= 1
+    assert harness.wrong_elements(output, expected, exact=True, world_size=3) == 1
+    assert harness.wrong_elements(output, expected, exact=False, world_size=3) == 0, "one unit in the last place"
+    output[7] += 1
+    output[8] = float("nan")
+    assert harness.wrong_elements(output, expected, exact=False, world_size=3) == 2
+
+
+def test_reference_is_the_sum_of_the_inputs() -> None:
+    cpu = torch.device("cpu")
+    inputs = [harness.make_input(11, rank, 500, torch.float16, cpu) for rank in range(4)]
+    assert len({tensor.sum().item() for tensor in inputs}) == 4, "ranks have inputs of their own"
+    total = torch.zeros(500)
+    for tensor in inputs:
+        total += tensor.float()
+    assert torch.equal(harness.rank_ordered_sum(11, 4, 500, torch.float16, cpu), total.half())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--op", "max"], "--op max: must be sum"),
+        (["-d", "int8"], "--datatype int8: must be one of"),
+        (["--cpu", "--with", "ONESHOT,magic"], "--with magic: must be one of ONESHOT, TWOSHOT, MINLATENCY, gloo"),
+        (["-b", "1M", "-e", "1K"], "is less than"),
+    ],
+)
+def test_wrong_flags_are_named(arguments: list[str], complaint: str) -> None:
+    result = RUNNER.invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", " ").split())
