@@ -35,11 +35,11 @@ def shapes_of(
 ) -> list[Shape]:
     """One vector to a thread where that is enough, then more."""
     shapes = []
-    most_threads = 512
+    most_threads = _C.MAX_THREADS if in_band else _C.MAX_FLAGGED_THREADS
     for size in sizes:
         pieces = math.ceil(size / 16 / parts)
         seen = set()
-        for threads in (64, 128, 256, most_threads):
+        for threads in sorted({64, 128, 256, most_threads}):
             for most in most_blocks:
                 lanes = min(most, math.ceil(pieces / threads))
                 # Several vectors per thread of a small block leave the GPU idle.

@@ -76,13 +76,14 @@ class Workspace {
   }
 
   // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
-  // of a broken group when an earlier wait has expired.
+  // of a broken group when an earlier wait has expired. `inputs`: see lar_two_shot_pull_cuda; null otherwise.
   int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
-           void* stream, bool* capturing = nullptr) {
+           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr) {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
     const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
     const bool one_shot = algorithm == LAR_ONE_SHOT;
     if (device_ == kCpu) {
+      if (inputs) return LAR_ERROR_INVALID_ARGUMENT;
       nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
       return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
                       : lar_two_shot_cpu(&workspace_, &message, &launch);
@@ -90,11 +91,14 @@ class Workspace {
     return with_order(
         stream,
         [&] {
+          if (inputs) return lar_two_shot_pull_cuda(&workspace_, &message, inputs, &launch, stream);
           return one_shot ? lar_one_shot_cuda(&workspace_, &message, &launch, stream)
                           : lar_two_shot_cuda(&workspace_, &message, &launch, stream);
         },
         capturing);
   }
+
+  int world_size() const { return workspace_.layout.world_size; }
 
   double time_launches(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype,
                        const lar_launch& launch, void* stream, int launches) {
@@ -150,17 +154,24 @@ class Workspace {
 // All that does not change between all-reduces of one size and type, so that a call is two addresses and a stream.
 class Plan {
  public:
-  Plan(Workspace& workspace, int algorithm, int64_t count, int dtype, const lar_launch& launch)
+  Plan(Workspace& workspace, int algorithm, int64_t count, int dtype, const lar_launch& launch,
+       const std::vector<int64_t>& peer_distances)
       : workspace_(workspace),
         algorithm_(static_cast<lar_algorithm>(algorithm)),
         count_(count),
         dtype_(dtype),
-        launch_(launch) {}
+        launch_(launch),
+        peer_distances_(peer_distances) {
+    if (!peer_distances.empty() && static_cast<int>(peer_distances.size()) != workspace.world_size())
+      throw std::invalid_argument("peer_distances: must be empty or have one entry per rank");
+  }
 
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
+    const void* inputs[LAR_MAX_WORLD_SIZE];
+    for (size_t rank = 0; rank < peer_distances_.size(); ++rank) inputs[rank] = pointer(input + peer_distances_[rank]);
     bool captured = false;
     const int status = workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
-                                       pointer(stream), &captured);
+                                       pointer(stream), &captured, peer_distances_.empty() ? nullptr : inputs);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
@@ -180,6 +191,7 @@ class Plan {
   const int64_t count_;
   const int dtype_;
   const lar_launch launch_;
+  const std::vector<int64_t> peer_distances_;  // from my input to where I see each rank's; empty: input is sent
   int64_t calls_ = 0;
   int64_t captured_ = 0;
 };
@@ -204,6 +216,7 @@ NB_MODULE(_C, module) {
   module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
   module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
+  module.attr("MAX_FLAGGED_THREADS") = static_cast<int>(LAR_MAX_FLAGGED_THREADS);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
@@ -245,12 +258,14 @@ NB_MODULE(_C, module) {
       .def(
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
-             int64_t chunk_vectors, int scatter_lanes, int drain_lanes) {
-            new (self)
-                Plan(workspace, algorithm, count, dtype, {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes});
+             int64_t chunk_vectors, int scatter_lanes, int drain_lanes, const std::vector<int64_t>& peer_distances) {
+            const lar_launch launch{lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
+            new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances);
           },
           "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a,
-          "scatter_lanes"_a = 0, "drain_lanes"_a = 0, nb::keep_alive<1, 2>())
+          "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{},
+          nb::keep_alive<1, 2>(),
+          "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
       .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,

@@ -28,7 +28,8 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
   if (message->count > 0 && (!message->input || !message->output)) return LAR_ERROR_INVALID_ARGUMENT;
   if (launch->lanes < 1 || launch->lanes > layout.lanes) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole warps, and one thread per peer to publish and to poll.
-  if (launch->threads < 32 || launch->threads > LAR_MAX_THREADS || launch->threads % 32 != 0)
+  const int most_threads = layout.in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
+  if (launch->threads < 32 || launch->threads > most_threads || launch->threads % 32 != 0)
     return LAR_ERROR_INVALID_ARGUMENT;
   if (launch->chunk_vectors < 1 || launch->chunk_vectors > chunk_bytes / LAR_VECTOR_BYTES)
     return LAR_ERROR_INVALID_ARGUMENT;

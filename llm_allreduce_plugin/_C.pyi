@@ -11,6 +11,8 @@ MAX_LANES: int = 1024
 
 MAX_THREADS: int = 512
 
+MAX_FLAGGED_THREADS: int = 256
+
 IN_BAND_MARKER: int = 2147483648
 
 STATUS_TIMEOUT: int = -2
@@ -88,7 +90,10 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0) -> None: ...
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = []) -> None:
+        """
+        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place.
+        """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:
         """

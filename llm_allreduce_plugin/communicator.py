@@ -17,10 +17,11 @@ from llm_allreduce_plugin import _C, agreement
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
+from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
 from llm_allreduce_plugin.monitor import Monitor, failure_of
-from llm_allreduce_plugin.selection.decision import Decision
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
@@ -96,12 +97,14 @@ class TensorParallelCommunicator:
         self._workspace: _C.Workspace | None = None
         self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._kernel_plans: list[tuple[str, _C.Plan]] = []
+        self._peer_visible: list[PeerVisibleBuffer] = []
+        self._pulls: dict[tuple[int, int, torch.dtype], Callable[[torch.Tensor], torch.Tensor] | None] = {}
         self._fallback_calls = 0
         self._closed_counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._logged: set[str] = set()
         self._closed = False
 
-        control_group = control_group or group
+        control_group = self._control_group = control_group or group
         cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
         agreement.check(cards)
         self.facts = self._open_workspace(cards, control_group)
@@ -135,11 +138,36 @@ class TensorParallelCommunicator:
         if input_.device != self.device:
             message = f"input is on {input_.device}, this communicator on {self.device}"
             raise ValueError(message)
+        if self._peer_visible and (call := self._pull(input_)) is not None:
+            return call(input_)
         key = (input_.numel(), input_.dtype)
         entry = self._plans.get(key)
         if entry is None:
             entry = self._plan(*key)
         return entry[1](input_)
+
+    def peer_visible_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in memory that every peer can read: calls that would be two-shot read their input there in place.
+
+        Collective: every rank must ask for the same, and must pass tensors at the same place in it to a call. It lives
+        as long as the communicator. Anything may be written to it, before a call and after, as to any tensor.
+
+        Args:
+            shape: of the tensor.
+            dtype: of its elements.
+
+        Returns:
+            An uninitialized tensor; where ranks do not share GPU memory, an ordinary one.
+
+        Raises:
+            TransportError: the memory cannot be allocated or mapped.
+        """
+        size = max(1, math.prod(shape)) * dtype.itemsize
+        if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band:
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        buffer = PeerVisibleBuffer.open(self._group, self._control_group, self.device, -(-size // 256) * 256)
+        self._peer_visible.append(buffer)
+        return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
     def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
         """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
@@ -199,6 +227,8 @@ class TensorParallelCommunicator:
         self._closed_counts = self._counts()
         self._plans.clear()
         self._kernel_plans.clear()
+        self._pulls.clear()
+        self._peer_visible.clear()
         self._workspace = None
         if self._memory is not None:
             self._memory.close()
@@ -310,8 +340,22 @@ class TensorParallelCommunicator:
             self._logged.add(line)
             logger.warning("%s", line)
 
+    def _pull(self, input_: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The call that reads this input in place; None when it must be sent, or is small enough to be sent faster."""
+        found = next((i for i, buffer in enumerate(self._peer_visible) if buffer.holds(input_)), None)
+        if found is None:
+            return None
+        key = (found, input_.numel(), input_.dtype)
+        if key not in self._pulls:
+            decision, _ = self._plans.get(key[1:]) or self._plan(*key[1:])
+            launch = decision.launch
+            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and input_.numel() > 0
+            distances = self._peer_visible[found].peer_distances
+            self._pulls[key] = self._kernel_call(decision, *key[1:], distances) if two_shot else None
+        return self._pulls[key]
+
     def _kernel_call(
-        self, decision: Decision, count: int, dtype: torch.dtype
+        self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function that launches this decision, with all that does not change bound."""
         launch = decision.launch
@@ -320,7 +364,7 @@ class TensorParallelCommunicator:
         name = str(decision.strategy)
         plan = _C.Plan(
             self._workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
-            launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
+            launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, peer_distances,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index

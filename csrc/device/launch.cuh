@@ -28,6 +28,7 @@ enum class Variant {
   kInBand,       // any message
   kInBandShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
   kInBandSplit,  // whole aligned vectors, many of them: lanes with one task each
+  kPull,         // whole aligned vectors that peers read in place (TWOSHOT)
 };
 
 // World size and element type are template parameters of the kernels, so that the loop over ranks unrolls and
@@ -144,6 +145,20 @@ inline cudaError_t launch_kernel(const void* kernel, const lar_launch& shape, bo
   return cudaLaunchKernelExC(&config, kernel, &argument);
 }
 
+// The rounds of an in-band call: run(message of the round, offset in bytes) until one fails.
+template <typename Run>
+int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Run run) {
+  const int64_t round_elements = shape.chunk_vectors * parts * (LAR_VECTOR_BYTES / element_bytes(message.dtype));
+  for (int64_t first = 0; first < message.count; first += round_elements) {
+    const int64_t offset = first * element_bytes(message.dtype);
+    const lar_message round{static_cast<const char*>(message.input) + offset,
+                            static_cast<char*>(message.output) + offset,
+                            std::min(round_elements, message.count - first), message.dtype};
+    if (const cudaError_t error = run(round, offset); error != cudaSuccess) return error;
+  }
+  return LAR_OK;
+}
+
 // Starts the kernel, in band once for every round. In-band kernels start with programmatic dependent launch: their
 // blocks may be scheduled while the previous kernel of the stream drains, and wait in wait_for_previous_kernel() before
 // they touch memory.
@@ -159,19 +174,12 @@ int launch(const lar_workspace* workspace, const lar_message* message, const lar
     return launch_kernel(select_kernel<Instances>(dtype, world_size, Variant::kFlagged), *shape, false, &arguments,
                          stream);
   }
-  const int64_t round_elements = shape->chunk_vectors * slots.parts * (LAR_VECTOR_BYTES / element_bytes(dtype));
-  for (int64_t first = 0; first < message->count; first += round_elements) {
-    const int64_t offset = first * element_bytes(dtype);
-    const lar_message round{static_cast<const char*>(message->input) + offset,
-                            static_cast<char*>(message->output) + offset,
-                            std::min(round_elements, message->count - first), dtype};
+  return in_rounds(*message, *shape, slots.parts, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
-    const void* kernel =
-        select_kernel<Instances>(dtype, world_size, choose_variant(*workspace, round, *shape, slots.parts));
-    const cudaError_t error = launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
-    if (error != cudaSuccess) return error;
-  }
-  return LAR_OK;
+    const Variant variant = choose_variant(*workspace, round, *shape, slots.parts);
+    return launch_kernel(select_kernel<Instances>(dtype, world_size, variant), *shape, has_dependent_launch(),
+                         &arguments, stream);
+  });
 }
 
 }  // namespace lar

@@ -84,10 +84,10 @@ __device__ __forceinline__ uint4 sum_in_rank_order(LoadPart part) {
 }
 
 // Sums vectors 0 .. span-1 by the whole block: store(i, part(0, i) + .. + part(kWorldSize - 1, i)). Several vectors of
-// each thread are in flight, about eight loads.
+// each thread are in flight, about four loads.
 template <typename T, int kWorldSize, typename LoadPart, typename Store>
 __device__ __forceinline__ void sum_vectors(int64_t span, LoadPart part, Store store) {
-  constexpr int kAtOnce = kWorldSize >= 8 ? 1 : 8 / kWorldSize;
+  constexpr int kAtOnce = kWorldSize > 4 ? 1 : 4 / kWorldSize;
   const int64_t stride = blockDim.x;
   int64_t i = threadIdx.x;
   if constexpr (kAtOnce > 1) {

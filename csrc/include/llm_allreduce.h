@@ -16,10 +16,11 @@ extern "C" {
 #endif
 
 enum {
-  LAR_MAX_WORLD_SIZE = 16,  // entries in the peer pointer table
-  LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
-  LAR_MAX_LANES = 1024,     // blocks that may take part in one call
-  LAR_MAX_THREADS = 512,    // threads per block
+  LAR_MAX_WORLD_SIZE = 16,        // entries in the peer pointer table
+  LAR_VECTOR_BYTES = 16,          // the unit in which messages are split: one 128-bit access
+  LAR_MAX_LANES = 1024,           // blocks that may take part in one call
+  LAR_MAX_THREADS = 512,          // threads per block
+  LAR_MAX_FLAGGED_THREADS = 256,  // the same for kernels that wait for flags, which keep more in registers
   // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,
@@ -118,6 +119,11 @@ LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
 
 LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
 LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
+// TWOSHOT without the scatter, for an input that peers can see: owners read their parts in place. `inputs[rank]`: where
+// this rank sees each rank's input, its own included. In-band workspaces, whole vectors that start on 16 bytes on every
+// rank. The input may be overwritten as soon as the call has ended.
+LAR_EXPORT int lar_two_shot_pull_cuda(const lar_workspace*, const lar_message*, const void* const* inputs,
+                                      const lar_launch*, void* stream);
 LAR_EXPORT int lar_one_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
 LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
 

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
     one_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   const lar_workspace& workspace = arguments.workspace;
   const lar_layout& layout = workspace.layout;
@@ -199,6 +199,8 @@ struct OneShot {
         return reinterpret_cast<const void*>(one_shot_short_kernel<T, kWorldSize>);
       case Variant::kInBandSplit:
         return reinterpret_cast<const void*>(one_shot_split_kernel<T, kWorldSize>);
+      case Variant::kPull:
+        break;  // a step more than ONESHOT has: its readers must say when they have read
     }
     return nullptr;
   }

@@ -15,6 +15,10 @@
 // vector, the links still have the last ones to carry. In large messages each lane does one of the three (one_shot.cu
 // says why).
 //
+// Pulled, when the input lies in memory that peers can see: instead of the scatter, each lane tells its peers by a flag
+// that the input is there, and owners read their parts in place. Results travel in band as above; once a rank has them
+// all, all owners have read its input, which may then be overwritten.
+//
 // Flagged, chunk by chunk with three chunks in flight:
 //
 //     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
@@ -144,7 +148,7 @@ class TwoShotLane {
 };
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -355,6 +359,46 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   });
 }
 
+struct PullArguments {
+  InBandArguments in_band;
+  lar_workspace workspace;
+  const void* inputs[LAR_MAX_WORLD_SIZE];
+};
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const __grid_constant__ PullArguments pull) {
+  const InBandArguments& arguments = pull.in_band;
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t part = arguments.part;
+  const uint32_t stride = grid_threads();
+  auto* output = static_cast<uint4*>(arguments.output);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t gather_slots = slots_of_call(arguments, epoch) + arguments.gather_stride;
+  // The kernels that wrote the input have ended: the release makes what they wrote visible with the flag.
+  const Lane lane(pull.workspace, LAR_TWO_SHOT);
+  lane.publish(FlagPlane::kTwoShotScatter, epoch + 1);
+  if (!lane.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, epoch + 1)) return;
+  advance_epoch(arguments, epoch);
+
+  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
+    const uint32_t index = index_of<kWorldSize>(arguments, 0, i);
+    if (i < part && index < total_vectors) {
+      // Past L1, which may hold what an earlier kernel read here.
+      const uint4 result = sum_in_rank_order<T, kWorldSize>(
+          [&](int source) { return __ldcg(static_cast<const uint4*>(pull.inputs[source]) + index); });
+#pragma unroll kPeersAtOnce < kWorldSize>
+      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
+      output[index] = result;
+    }
+    if (i >= stride && !drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i - stride, 0,
+                                             [&](uint32_t at, const uint4& result) { output[at] = result; }))
+      return;
+  }
+}
+
 template <typename T, int kWorldSize>
 struct TwoShot {
   static const void* kernel(Variant variant) {
@@ -367,10 +411,16 @@ struct TwoShot {
         return reinterpret_cast<const void*>(two_shot_short_kernel<T, kWorldSize>);
       case Variant::kInBandSplit:
         return reinterpret_cast<const void*>(two_shot_split_kernel<T, kWorldSize>);
+      case Variant::kPull:
+        return reinterpret_cast<const void*>(two_shot_pull_kernel<T, kWorldSize>);
     }
     return nullptr;
   }
 };
+
+Slots two_shot_slots(const lar_layout& layout) {
+  return {LAR_TWO_SHOT, layout.world_size, layout.scatter_offset, layout.two_shot_chunk_bytes, layout.gather_offset};
+}
 
 }  // namespace
 }  // namespace lar
@@ -378,8 +428,26 @@ struct TwoShot {
 extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  return lar::launch<lar::TwoShot>(workspace, message, shape, lar::two_shot_slots(workspace->layout), stream);
+}
+
+extern "C" int lar_two_shot_pull_cuda(const lar_workspace* workspace, const lar_message* message,
+                                      const void* const* inputs, const lar_launch* shape, void* stream) {
+  using namespace lar;
+  if (!workspace || !inputs) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  const lar::Slots slots{LAR_TWO_SHOT, layout.world_size, layout.scatter_offset, layout.two_shot_chunk_bytes,
-                         layout.gather_offset};
-  return lar::launch<lar::TwoShot>(workspace, message, shape, slots, stream);
+  const Slots slots = two_shot_slots(layout);
+  const int status = check_call(workspace, message, shape, slots.chunk_bytes);
+  if (status != LAR_OK || message->count == 0) return status;
+  bool whole = message->count * element_bytes(message->dtype) % LAR_VECTOR_BYTES == 0 && layout.in_band &&
+               starts_on_a_vector(message->output);
+  for (int rank = 0; rank < layout.world_size; ++rank) whole &= inputs[rank] && starts_on_a_vector(inputs[rank]);
+  if (!whole) return LAR_ERROR_INVALID_ARGUMENT;
+  const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kPull);
+  return in_rounds(*message, *shape, slots.parts, [&](const lar_message& round, int64_t offset) {
+    PullArguments arguments{in_band_arguments(*workspace, round, *shape, slots), *workspace, {}};
+    for (int rank = 0; rank < layout.world_size; ++rank)
+      arguments.inputs[rank] = static_cast<const char*>(inputs[rank]) + offset;
+    return launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
+  });
 }

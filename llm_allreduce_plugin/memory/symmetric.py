@@ -19,7 +19,7 @@ _MULTICAST_SWITCH = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
 @contextlib.contextmanager
-def _without_multicast() -> Iterator[None]:
+def without_multicast() -> Iterator[None]:
     """Torch creates a multicast object for every rendezvous unless told not to; no kernel here uses one yet.
 
     So none is made, whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say.
@@ -69,7 +69,7 @@ class SymmetricMemory:
         error: str | None = None
         memory: SymmetricMemory | None = None
         try:
-            with _without_multicast(), torch.cuda.device(device):
+            with without_multicast(), torch.cuda.device(device):
                 buffer = symm_mem.empty(layout.total_bytes, dtype=torch.uint8, device=device)
                 initialize(buffer, layout)
                 torch.cuda.synchronize(device)

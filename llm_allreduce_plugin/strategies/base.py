@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 VECTOR_BYTES = _C.VECTOR_BYTES
 MAX_THREADS = _C.MAX_THREADS
+MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
@@ -116,16 +117,14 @@ def spread_in_band(
     return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
 
 
-def spread(
-    vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int, max_threads: int = MAX_THREADS
-) -> Launch:
+def spread(vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int) -> Launch:
     """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round, with flags.
 
     Few blocks for few vectors (one vector per thread), then larger chunks, then further rounds.
     """
     pieces = math.ceil(vectors / parts)  # vectors of the largest part
     capacity = chunk_bytes // VECTOR_BYTES
-    threads = min(max_threads, max(32, math.ceil(pieces / 32) * 32))
+    threads = min(MAX_FLAGGED_THREADS, max(32, math.ceil(pieces / 32) * 32))
     used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
     chunk = max(1, min(math.ceil(pieces / used), capacity))
     rounds = math.ceil(pieces / (used * chunk))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.decision import Launch
     from llm_allreduce_plugin.selection.facts import GroupFacts
 
-# More blocks only add flags to exchange: 64 blocks of 512 threads already put 512 KiB in flight to every peer.
-MAX_FLAGGED_LANES = 64
+# More blocks only add flags to exchange: 128 blocks of 256 threads already put 512 KiB in flight to every peer.
+MAX_FLAGGED_LANES = 128
 
 
 class OneShot(KernelStrategy):

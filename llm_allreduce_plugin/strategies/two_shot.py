@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.decision import Launch
     from llm_allreduce_plugin.selection.facts import GroupFacts
 
-FLAGGED_THREADS = 256  # two blocks to a multiprocessor: one moves data while the other waits for its flags
-
 
 class TwoShot(KernelStrategy):
     name = AllReduceStrategy.TWOSHOT
@@ -25,4 +23,4 @@ class TwoShot(KernelStrategy):
         if facts.in_band:
             split = tables.split(self.name, facts.world_size)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, chunk_bytes, parts, split)
-        return spread(message.vectors, Algorithm.TWO_SHOT, chunk_bytes, facts.lanes, parts, FLAGGED_THREADS)
+        return spread(message.vectors, Algorithm.TWO_SHOT, chunk_bytes, facts.lanes, parts)

@@ -271,3 +271,16 @@ def test_killed_rank_leaves_no_shared_memory_and_stops_the_others() -> None:
     assert kind == "ok"
     assert text.startswith("rank 0 waited 2 s for rank 1 in ONESHOT/gather")
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+
+
+def _peer_visible(context: RankContext) -> None:
+    """CPU ranks get an ordinary tensor: the same program runs everywhere."""
+    with checks.communicator(context, "TWOSHOT") as group:
+        tensor = group.peer_visible_empty((3, 40), torch.float32)
+        assert tensor.shape == (3, 40)
+        tensor.fill_(float(context.rank + 1))
+        assert torch.equal(group.all_reduce(tensor), torch.full((3, 40), 3.0))
+
+
+def test_peer_visible_memory_is_ordinary_on_cpu_ranks(cpu_pool: PoolFor) -> None:
+    cpu_pool(2).run(_peer_visible)

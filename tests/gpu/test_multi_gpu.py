@@ -72,6 +72,28 @@ def test_mixed_sequence(gpu_pool: PoolFor, world_size: int, settings: Settings) 
     gpu_pool(world_size).run(checks.check_sequence, 300, settings | SMALL_WORKSPACE)
 
 
+def _read_in_place(context: RankContext, dtype: torch.dtype) -> None:
+    """Inputs in peer-visible memory, whole and in slices, overwritten right behind each call."""
+    with checks.communicator(context, "TWOSHOT") as group:
+        shared = group.peer_visible_empty((300_000,), dtype)
+        for first, size in ((0, 300_000), (8, 4096), (1024, 40_008), (3, 999), (0, 16), (64, 262_144)):
+            seed = context.shared_seed()
+            inputs = [rank_input(seed, rank, size, dtype) for rank in range(context.world_size)]
+            mine = shared[first : first + size]
+            mine.copy_(inputs[context.rank])
+            output = group.all_reduce(mine)
+            mine.fill_(float("nan"))  # peers must have read it by now
+            assert_same_bits(output, rank_ordered_sum(inputs), f"{dtype} x {size} at {first}")
+        whole = [key for key, call in group._pulls.items() if call is not None]
+        assert len(whole) == 5, "all but the odd one are read in place"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_inputs_read_in_place(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype) -> None:
+    gpu_pool(world_size).run(_read_in_place, dtype)
+
+
 # -- graphs ------------------------------------------------------------------------------------------------------------
 
 

@@ -55,6 +55,20 @@ def test_sizes(world_size: int, dtype: torch.dtype, algorithm: str, kind: Kind) 
             )
 
 
+@pytest.mark.parametrize("workspace_mib", (2, 64), ids=("rounds", "one round"))
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_inputs_read_in_place(world_size: int, workspace_mib: int) -> None:
+    """PULL, mixed with calls that share its slots and generations."""
+    group = LocalGroup(world_size, in_band=True, lanes=3, workspace_mib=workspace_mib)
+    for size in (8, 16, 1024, 40_000, 1 << 20):
+        for dtype in DTYPES:
+            for algorithm in ("PULL", "TWOSHOT", "PULL", "PULL"):
+                seed = fresh_seed()
+                inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
+                for output in group.all_reduce(algorithm, inputs):
+                    assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm} {dtype} x {size}, seed {seed}")
+
+
 @READINESS
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -84,8 +84,23 @@ class LocalGroup:
             self.streams[rank].cuda_stream,
         )  # fmt: skip
 
+    def start_pull(self, rank: int, inputs: list[torch.Tensor], output: torch.Tensor) -> None:
+        """The same for TWOSHOT reading every rank's input in place."""
+        mine = inputs[rank]
+        dtype = str(mine.dtype).removeprefix("torch.")
+        launch = self.launch_of("TWOSHOT", Message(mine.numel(), dtype, ELEMENT_BYTES[dtype]))
+        plan = _C.Plan(
+            self.workspaces[rank], int(Algorithm.TWO_SHOT), mine.numel(), DTYPE_CODES[mine.dtype],
+            launch.lanes, launch.threads, launch.chunk_vectors,
+            peer_distances=[other.data_ptr() - mine.data_ptr() for other in inputs],
+        )  # fmt: skip
+        assert plan(mine.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
+
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Every rank's output; each is poisoned first and lies between guards that must survive."""
+        """Every rank's output; each is poisoned first and lies between guards that must survive.
+
+        ``algorithm``: ONESHOT, TWOSHOT, or PULL for TWOSHOT that reads inputs in place.
+        """
         moved = [part.to(self.device) for part in inputs]
         size = inputs[0].numel() * inputs[0].element_size()
         padded = -(-size // 16) * 16
@@ -96,7 +111,10 @@ class LocalGroup:
         ]
         torch.cuda.synchronize()
         for rank in range(self.world_size):
-            self.start(rank, algorithm, moved[rank], outputs[rank])
+            if algorithm == "PULL":
+                self.start_pull(rank, moved, outputs[rank])
+            else:
+                self.start(rank, algorithm, moved[rank], outputs[rank])
         torch.cuda.synchronize()
         for rank, buffer in enumerate(guarded):
             edges = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + size :]])

@@ -59,18 +59,21 @@ def test_no_kernel_spills() -> None:
     """No local memory: no spills, no arrays that fell out of registers."""
     kernels = [kernel for kernel in kernel_resources(LIBRARY) if re.search("(one|two)_shot", kernel.name)]
     names = {kernel.name for kernel in kernels}
-    assert len(names) == 8 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms in four variants
+    assert len(names) == 9 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms in four variants, and pull
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(names) * len(architectures)
     assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
-    assert all(kernel.registers <= 65536 // _C.MAX_THREADS for kernel in kernels), "a block must fit"
+    for kernel in kernels:
+        flagged = re.search(r"(one|two)_shot_kernel", kernel.name)
+        threads = _C.MAX_FLAGGED_THREADS if flagged else _C.MAX_THREADS
+        assert kernel.registers * threads <= 65536, f"a block of {kernel.name} must fit"
 
 
 def test_register_report_has_every_kernel() -> None:
     report = (SOURCE.parent / "docs" / "registers.md").read_text()
     kernels = {re.search(r"(one|two)_shot_(\w+?_)?kernel", kernel.name) for kernel in kernel_resources(LIBRARY)}
     names = {match[0] for match in kernels if match is not None}
-    assert len(names) == 8
+    assert len(names) == 9
     for name in names:
         for architecture in ("80", "86", "89", "90", "100", "120"):
             for dtype in ("bf16", "fp16", "fp32"):
@@ -108,7 +111,7 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
 
 @pytest.mark.parametrize(
     "change",
-    [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 1024}]
+    [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 512}]
     + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}]
     + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}],
     ids=str,
