@@ -58,7 +58,7 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
     return at;
   };
   out.abort_offset = take(sizeof(uint32_t));
-  out.epochs_offset = take(int64_t{2} * lanes * sizeof(uint32_t));
+  out.epochs_offset = take(int64_t{3} * lanes * sizeof(uint32_t));
   out.flags_offset = take(int64_t{3} * lanes * LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
   out.probe_offset = take(LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ALGORITHMS = {0: "ONESHOT", 1: "TWOSHOT"}
+_ALGORITHMS = {0: "ONESHOT", 1: "TWOSHOT", 2: "TWOSHOT"}
 _PHASES = {0: "gather", 1: "scatter"}
 
 

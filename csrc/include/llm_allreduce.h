@@ -34,13 +34,14 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1 } lar_algorithm;
+// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own.
+typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1, LAR_TWO_SHOT_PULL = 2 } lar_algorithm;
 
 // What a rank was waiting for when it gave up.
 typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
-//   epochs      uint32 [algorithm 2][lane]           local: rounds that this lane has finished
+//   epochs      uint32 [algorithm 3][lane]           local: rounds that this lane has finished
 //   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
 // With flags that tell when a slot may be read (in_band 0), lane by lane:
 //   one_shot    [generation 4][source rank][lane][one_shot_chunk_bytes]

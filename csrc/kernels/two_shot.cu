@@ -378,9 +378,11 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t gather_slots = slots_of_call(arguments, epoch) + arguments.gather_stride;
   // The kernels that wrote the input have ended: the release makes what they wrote visible with the flag.
-  const Lane lane(pull.workspace, LAR_TWO_SHOT);
-  lane.publish(FlagPlane::kTwoShotScatter, epoch + 1);
-  if (!lane.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, epoch + 1)) return;
+  const Lane lane(pull.workspace, LAR_TWO_SHOT_PULL);
+  const uint32_t round = lane.epoch() + 1;
+  lane.publish(FlagPlane::kTwoShotScatter, round);
+  if (!lane.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round)) return;
+  lane.finish(round);
   advance_epoch(arguments, epoch);
 
   for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
