@@ -18,25 +18,28 @@ sys.path.insert(0, str(ROOT))
 from tests.support.cuda_tools import kernel_resources, library_path
 
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
-NAME = re.compile(r"(?P<kernel>(?:one|two)_shot_(?:\w+?_)?kernel)I(?P<type>f|6__half|13__nv_bfloat16)Li(?P<ranks>\d+)E")
+NAME = re.compile(
+    r"(?P<kernel>(?:one|two)_shot_(?:(?:in_band|short|split|pull)_)?kernel)I(?P<type>f|6__half|13__nv_bfloat16)Li(?P<ranks>\d+)E"
+)
 
 
 def main() -> None:
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else library_path()
-    table: dict[tuple[str, str, str], dict[int, int]] = defaultdict(dict)
+    table: dict[tuple[str, str, int], dict[int, int]] = defaultdict(dict)
     for resource in kernel_resources(library):
         match = NAME.search(resource.name)
         if match is None:
             continue
         if resource.stack or resource.local:
             sys.exit(f"{resource.name} on sm_{resource.architecture}: {resource.stack} bytes of stack")
-        key = (match["kernel"], TYPES[match["type"]], resource.architecture)
+        key = (match["kernel"], TYPES[match["type"]], int(resource.architecture))
         table[key][int(match["ranks"])] = resource.registers
     ranks = sorted({rank for row in table.values() for rank in row})
     print("# Registers per thread\n")
     print(
-        "Every kernel for every number of ranks; blocks have at most 512 threads, so 128 registers fit. No kernel has a"
+        "Every kernel for every number of ranks; blocks have at most 512 threads, which 128 registers fit; those of the"
     )
+    print("kernels without a middle name, which wait for flags, at most 256, which 255 fit. No kernel has a")
     print("stack frame or spills (`tests/unit/test_native.py` checks that for the architectures of the build at hand).")
     print("Made by `scripts/register_report.py` from a build with nvcc 13.0.\n")
     print("| kernel | type | sm | " + " | ".join(map(str, ranks)) + " |")
