@@ -25,6 +25,7 @@ from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
+from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 from llm_allreduce_plugin.topology import p2p_obstacle
 
 logger = logging.getLogger(__name__)
@@ -368,19 +369,22 @@ class TensorParallelCommunicator:
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index
+        must_be_aligned = launch.scatter_lanes > 0
         current_stream = _current_raw_stream if self.device.type == "cuda" else _no_stream
         empty_like = torch.empty_like
 
         def run(input_: torch.Tensor) -> torch.Tensor:
             # Kernels see the elements in logical order, so that ranks agree whatever their strides.
             source = input_ if input_.is_contiguous() else input_.contiguous()
+            if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
+                source = source.clone()
             output = empty_like(source)
             status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
             if status != 0:
                 self.check()
                 message = f"{name}: {_C.error_string(status)}"
                 raise RuntimeError(message)
-            return output if source is input_ else empty_like(input_).copy_(output)
+            return output if input_.is_contiguous() else empty_like(input_).copy_(output)
 
         return run
 

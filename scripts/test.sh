@@ -24,13 +24,13 @@ echo "== tests"
 if (($# == 0)); then
   echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
   check_wheel() {
-    local folder
+    local folder packages
     folder=$(mktemp -d)
+    packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
       "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl &&
-      (cd "$folder" && PYTHONPATH=site "$OLDPWD/$python" -S -c '
-import pathlib, sys
-sys.path += [str(path) for path in pathlib.Path(sys.prefix, "lib").glob("python3*/site-packages")]
+      (cd "$folder" && PYTHONPATH="site:$packages" "$OLDPWD/$python" -S -c '
+import pathlib
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
 assert pathlib.Path(_C.__file__).resolve().is_relative_to(pathlib.Path("site").resolve()), _C.__file__

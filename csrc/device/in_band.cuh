@@ -45,7 +45,7 @@ __device__ __forceinline__ uint32_t grid_threads() { return gridDim.x * blockDim
 
 // The vectors that this thread handles in one step of an algorithm: every `stride`-th from `first` on, below `end`.
 // Neighbouring threads take neighbouring vectors across the whole grid, so that at any time all blocks write next to
-// each other: that is worth 5 % of the links' rate over a stretch of its own for each block.
+// each other: the links carry more that way than with a stretch of its own for each block.
 struct Share {
   uint32_t first;
   uint32_t stride;

@@ -21,8 +21,10 @@ struct KernelArguments {
   int64_t chunk_vectors;
 };
 
-// Which of an algorithm's kernels runs. Ranks may run different ones of the in-band kernels in the same call: what they
-// store where is the same.
+// Which of an algorithm's kernels runs. All in-band kernels store the same vectors in the same places. In the same
+// call, ranks may run kInBand and kInBandShort: block b of the one waits only for block b of the other. kInBandSplit
+// must run on all or none: its blocks wait for vectors in another order, and where a grid is not resident as a whole,
+// ranks with different orders could wait for each other in a circle.
 enum class Variant {
   kFlagged,
   kInBand,       // any message
@@ -174,6 +176,9 @@ int launch(const lar_workspace* workspace, const lar_message* message, const lar
     return launch_kernel(select_kernel<Instances>(dtype, world_size, Variant::kFlagged), *shape, false, &arguments,
                          stream);
   }
+  // Where the tensor starts differs from rank to rank, how long it is does not.
+  const bool aligned = starts_on_a_vector(message->input) && starts_on_a_vector(message->output);
+  if (shape->scatter_lanes > 0 && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
   return in_rounds(*message, *shape, slots.parts, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
     const Variant variant = choose_variant(*workspace, round, *shape, slots.parts);

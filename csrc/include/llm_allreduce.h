@@ -101,15 +101,15 @@ typedef struct lar_message {
   lar_dtype dtype;
 } lar_message;
 
-// How a call is spread. Must be the same on every rank, except for the last two numbers.
+// How a call is spread. Must be the same on every rank.
 typedef struct lar_launch {
   int32_t lanes;  // blocks
   int32_t threads;
   // 16-byte vectors that one lane (with flags) or all lanes together (in band) move per round to one peer. Further
   // rounds take place in the same kernel with flags, in further launches in band.
   int64_t chunk_vectors;
-  // In band: lanes that do nothing but send this rank's input, and (TWOSHOT) nothing but take in results; the others do
-  // the rest. 0: every lane does everything for its own vectors.
+  // In band, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (TWOSHOT)
+  // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
   int32_t scatter_lanes;
   int32_t drain_lanes;
 } lar_launch;

@@ -1,7 +1,7 @@
 // ONESHOT: every rank stores its whole vector into a slot at every peer, then sums all slots itself.
 //
 // One communication step, (N-1) * payload bytes per link direction: the least latency, at a price in traffic
-// that grows with the world size. Each lane works alone (device/lane.cuh).
+// that grows with the world size.
 //
 // In band (device/in_band.cuh). Each thread, for each of its vectors:
 //
@@ -13,7 +13,7 @@
 // that waits for the links holds up all that its multiprocessor does behind it, so those who poll had better be
 // elsewhere.
 //
-// Flagged, chunk by chunk with two chunks in flight:
+// Flagged, each lane alone (device/lane.cuh), chunk by chunk with two chunks in flight:
 //
 //     step s:  push    chunk s      store my chunk into slot [round][my rank] of every peer, publish
 //              reduce  chunk s-1    wait, sum the chunks of ranks 0..N-1 in that order, round once, store to the output

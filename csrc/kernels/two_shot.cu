@@ -1,8 +1,7 @@
 // TWOSHOT: reduce-scatter, then all-gather, both by pushing. Two communication steps whatever the world size.
 //
 // Every rank owns 1/N of the vectors. 2 (N-1)/N * payload bytes per link direction: the least that an
-// all-reduce without in-network reduction can move. Each lane works alone (device/lane.cuh) on its share of
-// every rank's part.
+// all-reduce without in-network reduction can move.
 //
 // In band (device/in_band.cuh). Each thread, on its vectors of every part:
 //
@@ -19,7 +18,7 @@
 // that the input is there, and owners read their parts in place. Results travel in band as above; once a rank has them
 // all, all owners have read its input, which may then be overwritten.
 //
-// Flagged, chunk by chunk with three chunks in flight:
+// Flagged, each lane alone (device/lane.cuh) on its share of every part, chunk by chunk with three chunks in flight:
 //
 //     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
 //              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish

@@ -72,6 +72,27 @@ def test_mixed_sequence(gpu_pool: PoolFor, world_size: int, settings: Settings) 
     gpu_pool(world_size).run(checks.check_sequence, 300, settings | SMALL_WORKSPACE)
 
 
+def _large_and_unaligned(context: RankContext, strategy: str) -> None:
+    """Large messages have lanes with one task each, on every rank, however a rank's tensor lies."""
+    size = 12 << 20
+    with checks.communicator(context, strategy) as group:
+        launch = group.explain((size,), torch.float32).launch
+        assert launch is not None
+        assert launch.scatter_lanes > 0
+        for first_unaligned in (context.world_size, 1, 0):
+            seed = context.shared_seed()
+            inputs = [rank_input(seed, rank, size, torch.float32) for rank in range(context.world_size)]
+            storage = torch.empty(size + 4, device=context.device)
+            mine = storage[3 if context.rank >= first_unaligned else 0 :][:size]
+            mine.copy_(inputs[context.rank])
+            assert_same_bits(group.all_reduce(mine), rank_ordered_sum(inputs), f"{strategy}, {first_unaligned}")
+
+
+@pytest.mark.parametrize(("world_size", "strategy"), [(2, "ONESHOT"), (3, "TWOSHOT"), (4, "TWOSHOT")])
+def test_large_and_unaligned(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    gpu_pool(world_size).run(_large_and_unaligned, strategy)
+
+
 def _read_in_place(context: RankContext, dtype: torch.dtype) -> None:
     """Inputs in peer-visible memory, whole and in slices, overwritten right behind each call."""
     with checks.communicator(context, "TWOSHOT") as group:
