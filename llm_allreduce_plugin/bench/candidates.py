@@ -156,11 +156,11 @@ def _vllm_custom(context: RankContext) -> Candidate:
 
 
 def _flashinfer(context: RankContext) -> Candidate:
-    """FlashInfer's one-shot and two-shot kernels, its choice between them; its back end without multicast."""
+    """FlashInfer 0.6's one-shot and two-shot kernels, its choice between them; its back end without multicast."""
     from flashinfer import comm
     from flashinfer.comm.mnnvl import TorchDistBackend
 
-    hidden, limit = 4096, 16 * MIB
+    hidden, limit = 2048, 16 * MIB
     workspace = comm.create_allreduce_fusion_workspace(
         backend="trtllm",
         world_size=context.world_size,
@@ -169,10 +169,11 @@ def _flashinfer(context: RankContext) -> Candidate:
         hidden_dim=hidden,
         dtype=torch.bfloat16,
         comm_backend=TorchDistBackend(group=context.control_group),
+        group=context.control_group,
     )
 
     def bind(x: torch.Tensor) -> Bound:
-        rows = x.view(-1, min(hidden, x.numel()))
+        rows = x.view(-1, hidden)
         return lambda: comm.allreduce_fusion(
             input=rows, workspace=workspace, pattern=comm.AllReduceFusionPattern.kAllReduce, launch_with_pdl=True
         ).view(-1)
@@ -181,7 +182,7 @@ def _flashinfer(context: RankContext) -> Candidate:
 
 
 def _sglang(context: RankContext) -> Candidate:
-    """SGLang's custom all-reduce, whichever of its versions it would take."""
+    """SGLang 0.5's custom all-reduce, whichever of its versions it would take."""
     from sglang.srt.distributed.device_communicators.custom_all_reduce import dispatch_custom_allreduce
 
     custom = dispatch_custom_allreduce(group=context.control_group, device=context.device)(
