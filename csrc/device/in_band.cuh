@@ -156,36 +156,33 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
   return false;
 }
 
-// Sums in rank order, rounded, of kVectors vectors `stride` apart: of `mine` and of those of every peer's slot in
-// arguments.own from `index` on, which are cleared. Polls; false as for poll_until_complete().
-template <typename T, int kWorldSize, int kVectors>
+// The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in arguments.own, which
+// is cleared. Polls; false as for poll_until_complete().
+template <typename T, int kWorldSize>
 __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
-                                             uint32_t stride, const uint4 (&mine)[kVectors],
-                                             uint4 (&result)[kVectors]) {
+                                             const uint4& mine, uint4& result) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
-  Accumulator<T> sum[kVectors];
+  Accumulator<T> sum;
 #pragma unroll 1
   for (int first = 0; first < kWorldSize; first += kGroup) {
-    char* from[kVectors * kGroup];
-    bool wanted[kVectors * kGroup];
-    uint4 parts[kVectors * kGroup];
+    char* from[kGroup];
+    bool wanted[kGroup];
+    uint4 parts[kGroup];
 #pragma unroll
-    for (int i = 0; i < kVectors * kGroup; ++i) {
-      const int source = first + i % kGroup;
-      const uint32_t at = index + i / kGroup * stride + slot_of_peer<kWorldSize>(arguments, source);
+    for (int i = 0; i < kGroup; ++i) {
+      const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, first + i);
       from[i] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
-      wanted[i] = source != arguments.rank;
-      parts[i] = mine[i / kGroup];
+      wanted[i] = first + i != arguments.rank;
+      parts[i] = mine;
     }
-    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i % kGroup; }))
+    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
       return false;
 #pragma unroll
-    for (int i = 0; i < kVectors * kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
+    for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
 #pragma unroll
-    for (int i = 0; i < kVectors * kGroup; ++i) sum[i / kGroup].add(parts[i]);
+    for (int i = 0; i < kGroup; ++i) sum.add(parts[i]);
   }
-#pragma unroll
-  for (int j = 0; j < kVectors; ++j) result[j] = sum[j].rounded();
+  result = sum.rounded();
   return true;
 }
 
@@ -194,17 +191,12 @@ struct Count {
   static constexpr int value = kValue;
 };
 
-// Calls body(Count<n>, i) for the n vectors i, i + stride, .. until the share is done; false as soon as
-// one of the calls is.
+// Calls body(Count<n>, i) for the n vectors i, i + stride, .. until the share is done.
 template <int kAtOnce, typename Body>
-__device__ __forceinline__ bool in_batches(const Share& share, Body body) {
+__device__ __forceinline__ void in_batches(const Share& share, Body body) {
   uint32_t i = share.first;
-  if constexpr (kAtOnce > 1)
-    for (; i + (kAtOnce - 1) * share.stride < share.end; i += kAtOnce * share.stride)
-      if (!body(Count<kAtOnce>{}, i)) return false;
-  for (; i < share.end; i += share.stride)
-    if (!body(Count<1>{}, i)) return false;
-  return true;
+  for (; i + (kAtOnce - 1) * share.stride < share.end; i += kAtOnce * share.stride) body(Count<kAtOnce>{}, i);
+  for (; i < share.end; i += share.stride) body(Count<1>{}, i);
 }
 
 }  // namespace lar

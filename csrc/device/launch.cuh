@@ -121,16 +121,15 @@ inline bool starts_on_a_vector(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0;
 }
 
-inline Variant choose_variant(const lar_workspace& workspace, const lar_message& message, const lar_launch& shape,
-                              int parts) {
-  if (!workspace.layout.in_band) return Variant::kFlagged;
-  const int64_t bytes = message.count * element_bytes(message.dtype);
-  const bool whole =
-      bytes % LAR_VECTOR_BYTES == 0 && starts_on_a_vector(message.input) && starts_on_a_vector(message.output);
-  const int64_t largest_part = parts == 1 ? bytes / LAR_VECTOR_BYTES : shape.chunk_vectors;
-  if (!whole) return Variant::kInBand;
+inline bool ends_on_a_vector(const lar_message& message) {
+  return message.count * element_bytes(message.dtype) % LAR_VECTOR_BYTES == 0;
+}
+
+// Among the in-band kernels. `aligned`: the message starts on a vector.
+inline Variant choose_in_band(const lar_message& message, const lar_launch& shape, bool aligned) {
+  if (!aligned || !ends_on_a_vector(message)) return Variant::kInBand;
   if (shape.scatter_lanes > 0) return Variant::kInBandSplit;
-  return largest_part <= int64_t{shape.lanes} * shape.threads ? Variant::kInBandShort : Variant::kInBand;
+  return shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads ? Variant::kInBandShort : Variant::kInBand;
 }
 
 inline cudaError_t launch_kernel(const void* kernel, const lar_launch& shape, bool dependent, void* argument,
@@ -181,7 +180,7 @@ int launch(const lar_workspace* workspace, const lar_message* message, const lar
   if (shape->scatter_lanes > 0 && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
   return in_rounds(*message, *shape, slots.parts, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
-    const Variant variant = choose_variant(*workspace, round, *shape, slots.parts);
+    const Variant variant = choose_in_band(round, *shape, aligned);
     return launch_kernel(select_kernel<Instances>(dtype, world_size, variant), *shape, has_dependent_launch(),
                          &arguments, stream);
   });

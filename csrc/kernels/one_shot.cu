@@ -32,9 +32,8 @@ namespace {
 // Vectors on their way ahead of the one that a thread waits for.
 constexpr int kLead = 2;
 
-// Vectors that a thread with one task handles at once.
+// Vectors that a thread which does nothing else pushes at once. (Reducing several at once was slower.)
 constexpr int kPushedAtOnce = 4;
-constexpr int kReducedAtOnce = 1;
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
@@ -56,9 +55,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   advance_epoch(arguments, epoch);
   if (!has_vector) return;
-  uint4 result[1];
-  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, 0, {mine}, result)) return;
-  static_cast<uint4*>(arguments.output)[index] = result[0];
+  uint4 result;
+  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
+  static_cast<uint4*>(arguments.output)[index] = result;
 }
 
 template <typename T, int kWorldSize>
@@ -86,9 +85,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
     push();
     const uint4 mine = without_marker(input.load(i));
-    uint4 result[1];
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, 0, {mine}, result)) return;
-    output.store(i, result[0]);
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
+    output.store(i, result);
   }
 }
 
@@ -115,22 +114,16 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 #pragma unroll kPeersAtOnce < kWorldSize>
         for (int step = 1; step < kWorldSize; ++step)
           store_in_band(arguments.to[step], slots + i + j * share.stride, without_marker(mine[j]));
-      return true;
     });
     return;
   }
   const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);
-  in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
-    constexpr int kBatch = decltype(count)::value;
-    uint4 mine[kBatch];
-    uint4 result[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) mine[j] = without_marker(load_vector(arguments.input, i + j * share.stride));
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, share.stride, mine, result)) return false;
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) static_cast<uint4*>(arguments.output)[i + j * share.stride] = result[j];
-    return true;
-  });
+  for (uint32_t i = share.first; i < share.end; i += share.stride) {
+    const uint4 mine = without_marker(load_vector(arguments.input, i));
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
+    static_cast<uint4*>(arguments.output)[i] = result;
+  }
 }
 
 template <typename T, int kWorldSize>
@@ -149,8 +142,6 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
   const auto first_of = [&](int64_t step) { return (step * gridDim.x + lane.index()) * chunk; };
   const auto span_of = [&](int64_t step) { return min(chunk, total_vectors - first_of(step)); };  // may be negative
 
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   const uint32_t epoch = lane.epoch();
   const auto round_of = [&](int64_t step) { return epoch + static_cast<uint32_t>(step) + 1; };
   const auto slot = [&](int holder, int source, int64_t step) {

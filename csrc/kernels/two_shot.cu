@@ -39,9 +39,8 @@
 namespace lar {
 namespace {
 
-// Vectors that a thread with one task handles at once.
+// Vectors of every part that a thread which does nothing else scatters at once.
 constexpr int kScatteredAtOnce = 2;
-constexpr int kReducedAtOnce = 1;
 
 template <typename T, int kWorldSize>
 class TwoShotLane {
@@ -149,8 +148,6 @@ class TwoShotLane {
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
   TwoShotLane<T, kWorldSize>(arguments).run();
 }
 
@@ -160,34 +157,31 @@ __device__ __forceinline__ uint32_t index_of(const InBandArguments& arguments, i
   return rotated<kWorldSize>(arguments.rank, step) * arguments.part + i;
 }
 
-// Polls kVectors vectors, `stride` apart from `i` on, of all results (slots: the gather slots of this call), clears
-// them and stores them to the output.
-template <int kWorldSize, int kVectors, typename Store>
+// Polls vector `i` of all results (slots: the gather slots of this call), clears them and stores them to the output.
+template <int kWorldSize, typename Store>
 __device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t slots, uint32_t total_vectors,
-                                      uint32_t i, uint32_t stride, Store store) {
+                                      uint32_t i, Store store) {
   constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   static_assert((kWorldSize - 1) % kAtOnce == 0, "batches must tile the peers");
 #pragma unroll 1
   for (int first = 1; first < kWorldSize; first += kAtOnce) {
-    const auto step = [&](int j) { return first + j % kAtOnce; };
-    const auto vector = [&](int j) { return i + j / kAtOnce * stride; };
-    char* from[kVectors * kAtOnce];
-    bool wanted[kVectors * kAtOnce];
-    uint4 results[kVectors * kAtOnce];
+    char* from[kAtOnce];
+    bool wanted[kAtOnce];
+    uint4 results[kAtOnce];
 #pragma unroll
-    for (int j = 0; j < kVectors * kAtOnce; ++j) {
-      const uint32_t at = slots + (step(j) - 1) * arguments.peer_stride + vector(j);
+    for (int j = 0; j < kAtOnce; ++j) {
+      const uint32_t at = slots + (first + j - 1) * arguments.peer_stride + i;
       from[j] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
-      wanted[j] = index_of<kWorldSize>(arguments, step(j), vector(j)) < total_vectors;
+      wanted[j] = index_of<kWorldSize>(arguments, first + j, i) < total_vectors;
       results[j] = {0u, 0u, 0u, 0u};
     }
     if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
-                             [&](int j) { return rotated<kWorldSize>(arguments.rank, step(j)); }))
+                             [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
       return false;
 #pragma unroll
-    for (int j = 0; j < kVectors * kAtOnce; ++j) {
+    for (int j = 0; j < kAtOnce; ++j) {
       clear_in_band_if(wanted[j], from[j]);
-      if (wanted[j]) store(index_of<kWorldSize>(arguments, step(j), vector(j)), results[j]);
+      if (wanted[j]) store(index_of<kWorldSize>(arguments, first + j, i), results[j]);
     }
   }
   return true;
@@ -231,14 +225,14 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 
   const uint32_t gather_slots = slots + arguments.gather_stride;
   if (index(0) < total_vectors) {
-    uint4 result[1];
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, 0, {mine}, result)) return;
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result[0]);
-    output[index(0)] = result[0];
+    for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
+    output[index(0)] = result;
   }
-  drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i, 0,
-                       [&](uint32_t at, const uint4& result) { output[at] = result; });
+  drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
+                    [&](uint32_t at, const uint4& result) { output[at] = result; });
 }
 
 template <typename T, int kWorldSize>
@@ -275,14 +269,14 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
     if (i < part && index(0, i) < total_vectors) {
       const uint4 mine = without_marker(input.load(index(0, i)));
-      uint4 result[1];
-      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, 0, {mine}, result)) return;
+      uint4 result;
+      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result[0]);
-      output.store(index(0, i), result[0]);
+      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
+      output.store(index(0, i), result);
     }
-    if (i >= stride && !drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i - stride, 0,
-                                             [&](uint32_t at, const uint4& result) { output.store(at, result); }))
+    if (i >= stride && !drain<kWorldSize>(arguments, gather_slots, total_vectors, i - stride,
+                                          [&](uint32_t at, const uint4& result) { output.store(at, result); }))
       return;
   }
 }
@@ -322,40 +316,28 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
           if (index(j) < total_vectors)
             store_in_band(arguments.to[step(j)], slots + vector(j), without_marker(partials[j]));
       }
-      return true;
     });
     return;
   }
   if (blockIdx.x < scatterers + reducers) {
     const uint32_t first = arguments.rank * part;
     const Share share = share_of(scatterers, reducers, first < total_vectors ? min(part, total_vectors - first) : 0);
-    in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
-      constexpr int kBatch = decltype(count)::value;
-      uint4 mine[kBatch];
-      uint4 result[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j)
-        mine[j] = without_marker(load_vector(arguments.input, first + i + j * share.stride));
-      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, share.stride, mine, result))
-        return false;
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
+    for (uint32_t i = share.first; i < share.end; i += share.stride) {
+      const uint4 mine = without_marker(load_vector(arguments.input, first + i));
+      uint4 result;
+      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
 #pragma unroll kPeersAtOnce < kWorldSize>
-        for (int step = 1; step < kWorldSize; ++step)
-          store_in_band(arguments.to[step], gather_slots + i + j * share.stride, result[j]);
-        output[first + i + j * share.stride] = result[j];
-      }
-      return true;
-    });
+      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
+      output[first + i] = result;
+    }
     if (drainers > 0) return;
   }
   const Share share =
       drainers > 0 ? share_of(scatterers + reducers, drainers, part) : share_of(scatterers, reducers, part);
-  in_batches<kReducedAtOnce>(share, [&](auto count, uint32_t i) {
-    constexpr int kBatch = decltype(count)::value;
-    return drain<kWorldSize, kBatch>(arguments, gather_slots, total_vectors, i, share.stride,
-                                     [&](uint32_t at, const uint4& result) { output[at] = result; });
-  });
+  for (uint32_t i = share.first; i < share.end; i += share.stride)
+    if (!drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
+                           [&](uint32_t at, const uint4& result) { output[at] = result; }))
+      return;
 }
 
 struct PullArguments {
@@ -394,8 +376,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
       for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
       output[index] = result;
     }
-    if (i >= stride && !drain<kWorldSize, 1>(arguments, gather_slots, total_vectors, i - stride, 0,
-                                             [&](uint32_t at, const uint4& result) { output[at] = result; }))
+    if (i >= stride && !drain<kWorldSize>(arguments, gather_slots, total_vectors, i - stride,
+                                          [&](uint32_t at, const uint4& result) { output[at] = result; }))
       return;
   }
 }
@@ -440,8 +422,7 @@ extern "C" int lar_two_shot_pull_cuda(const lar_workspace* workspace, const lar_
   const Slots slots = two_shot_slots(layout);
   const int status = check_call(workspace, message, shape, slots.chunk_bytes);
   if (status != LAR_OK || message->count == 0) return status;
-  bool whole = message->count * element_bytes(message->dtype) % LAR_VECTOR_BYTES == 0 && layout.in_band &&
-               starts_on_a_vector(message->output);
+  bool whole = layout.in_band && ends_on_a_vector(*message) && starts_on_a_vector(message->output);
   for (int rank = 0; rank < layout.world_size; ++rank) whole &= inputs[rank] && starts_on_a_vector(inputs[rank]);
   if (!whole) return LAR_ERROR_INVALID_ARGUMENT;
   const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kPull);
