@@ -9,7 +9,6 @@ queue, so that the host never waits for the GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,16 +20,14 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.environment import environment
+from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 
 BATCHES, CALLS = 9, 200
 
 
 def measure(context: RankContext, strategy: str, size: int) -> dict[str, Any]:
-    config = AllReduceConfig(allreduce_strategy=strategy)
-    group = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
+    group = context.communicator(strategy)
     mine = torch.randn(size // 2, device=context.device).bfloat16()
     output = group.all_reduce(mine)
     plan = group._kernel_plans[0][1]  # noqa: SLF001
@@ -71,9 +68,7 @@ def main() -> None:
     for row in rows:
         print(row)
     if arguments.out:
-        record = {"environment": environment(), "harness": __doc__, "world_size": arguments.gpus, "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(arguments.out, rows, harness=__doc__, world_size=arguments.gpus)
 
 
 if __name__ == "__main__":

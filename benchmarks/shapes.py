@@ -8,7 +8,6 @@ The thresholds and launch tables of the package come from these. Microseconds pe
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.bench.environment import environment
+from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, time_graph, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
@@ -79,11 +79,11 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
             )
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
-        launch = workspace.one_shot if algorithm == "ONESHOT" else workspace.two_shot
+        kernel = _C.ONE_SHOT if algorithm == "ONESHOT" else _C.TWO_SHOT
+        plan = _C.Plan(workspace, kernel, count, DTYPE_CODES[DTYPE], used, threads, chunk, scatter, drain)
 
         def call() -> None:
-            stream = torch.cuda.current_stream().cuda_stream
-            launch(mine.data_ptr(), output.data_ptr(), count, 2, used, threads, chunk, scatter, drain, stream)  # noqa: B023
+            plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
 
         call()
         torch.cuda.synchronize()
@@ -96,7 +96,6 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         row |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
         rows.append(row | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
-    del workspace
     memory.close()
     return rows
 
@@ -119,16 +118,15 @@ def main() -> None:
     tried = tuple(int(multiprocessors * blocks) for blocks in arguments.blocks)
     sizes = [1 << power for power in range(arguments.min, arguments.max + 1, arguments.step)]
     largest_one_shot = 1 << 28 if world_size == 2 else 1 << 20
-    shapes = shapes_of(
-        "ONESHOT", 1, [s for s in sizes if s <= largest_one_shot], tried, multiprocessors, not arguments.flagged
-    )
-    shapes += shapes_of(
-        "TWOSHOT", world_size, [s for s in sizes if s >= 1 << 16], tried, multiprocessors, not arguments.flagged
-    )
+    in_band = not arguments.flagged
+    small = [size for size in sizes if size <= largest_one_shot]
+    large = [size for size in sizes if size >= 1 << 16]
+    shapes = shapes_of("ONESHOT", 1, small, tried, multiprocessors, in_band=in_band)
+    shapes += shapes_of("TWOSHOT", world_size, large, tried, multiprocessors, in_band=in_band)
     pool = RankPool(world_size, "cuda")
     try:
         workspace = arguments.workspace_mib << 20
-        rows = pool.run(measure, shapes, workspace, max(tried), not arguments.flagged, timeout_s=500)[0]
+        rows = pool.run(measure, shapes, workspace, max(tried), in_band, timeout_s=500)[0]
     finally:
         pool.close()
     best: dict[tuple[str, int], list[dict[str, Any]]] = {}
@@ -144,9 +142,7 @@ def main() -> None:
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong elements")
     if arguments.out:
-        record = {"environment": environment(), "harness": __doc__, "world_size": world_size, "rows": rows}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record).replace('{"algorithm"', '\n{"algorithm"') + "\n")
+        write_record(arguments.out, rows, harness=__doc__, world_size=world_size)
     sys.exit(wrong > 0)
 
 

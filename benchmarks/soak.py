@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.environment import environment
+from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 
@@ -66,10 +64,7 @@ class Soak:
         self.groups: dict[str, TensorParallelCommunicator] = {}
         for strategy in STRATEGIES:
             for label, settings in (("", {}), (" small workspace", {"workspace_bytes": SMALL_WORKSPACE})):
-                config = AllReduceConfig(allreduce_strategy=strategy, **settings)
-                self.groups[strategy + label] = TensorParallelCommunicator(
-                    context.group, context.device, config, control_group=context.control_group
-                )
+                self.groups[strategy + label] = context.communicator(strategy, **settings)
 
     def fill(self, tensor: torch.Tensor, seed: int) -> torch.Tensor:
         """New values for this rank's input; what every rank must then get."""
@@ -185,11 +180,9 @@ def main() -> None:
         f"{seconds:.0f} s, {turns * STEPS_PER_TURN} steps on {arguments.gpus} GPUs, {wrong} wrong elements, seed {seed}"
     )
     if arguments.out:
-        record: dict[str, Any] = {"environment": environment(), "harness": __doc__, "world_size": arguments.gpus}
-        record |= {"seconds": round(seconds), "seed": seed, "steps": turns * STEPS_PER_TURN, "wrong_elements": wrong}
-        record["counts"] = counts
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        run = {"seconds": round(seconds), "seed": seed, "steps": turns * STEPS_PER_TURN, "wrong_elements": wrong}
+        rows = [{"what": what, "times": times} for what, times in sorted(counts.items())]
+        write_record(arguments.out, rows, harness=__doc__, world_size=arguments.gpus, **run)
     sys.exit(wrong > 0)
 
 

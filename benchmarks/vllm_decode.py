@@ -144,7 +144,7 @@ def main() -> None:
         run_variant(arguments)
         return
 
-    from llm_allreduce_plugin.bench.environment import environment
+    from llm_allreduce_plugin.bench.environment import write_record
 
     rows = []
     failed = False
@@ -171,10 +171,7 @@ def main() -> None:
                 )
                 failed |= equal != REQUESTS
             if arguments.out:
-                record = {"environment": environment(), "harness": __doc__, "width": arguments.width}
-                record |= {"layers": arguments.layers, "rows": rows}
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+                write_record(arguments.out, rows, harness=__doc__, width=arguments.width, layers=arguments.layers)
     sys.exit(failed)
 
 

@@ -63,18 +63,6 @@ class Workspace {
     lar_failure_destroy(failure_, device_ != kCpu);
   }
 
-  int one_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               int scatter_lanes, int drain_lanes, uint64_t stream) {
-    return call(LAR_ONE_SHOT, pointer(input), pointer(output), count, dtype,
-                {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes}, pointer(stream));
-  }
-
-  int two_shot(uint64_t input, uint64_t output, int64_t count, int dtype, int lanes, int threads, int64_t chunk_vectors,
-               int scatter_lanes, int drain_lanes, uint64_t stream) {
-    return call(LAR_TWO_SHOT, pointer(input), pointer(output), count, dtype,
-                {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes}, pointer(stream));
-  }
-
   // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
   // of a broken group when an earlier wait has expired. `inputs`: see lar_two_shot_pull_cuda; null otherwise.
   int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
@@ -221,6 +209,7 @@ NB_MODULE(_C, module) {
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
   module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
+  module.attr("TWO_SHOT_PULL") = static_cast<int>(LAR_TWO_SHOT_PULL);
   module.attr("CPU") = kCpu;
 
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
@@ -243,12 +232,6 @@ NB_MODULE(_C, module) {
   nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
       .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
            "layout"_a, "timeout_s"_a, "device"_a)
-      .def("one_shot", &Workspace::one_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0,
-           "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
-      .def("two_shot", &Workspace::two_shot, "input"_a, "output"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a,
-           "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "stream"_a = 0,
-           "Returns 0, or STATUS_TIMEOUT (CPU ranks).")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,

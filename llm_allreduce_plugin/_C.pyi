@@ -21,6 +21,8 @@ ONE_SHOT: int = 0
 
 TWO_SHOT: int = 1
 
+TWO_SHOT_PULL: int = 2
+
 CPU: int = -1
 
 class Layout:
@@ -69,12 +71,6 @@ class Workspace:
     """One rank's view of the group's workspaces."""
 
     def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int) -> None: ...
-
-    def one_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, stream: int = 0) -> int:
-        """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
-
-    def two_shot(self, input: int, output: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, stream: int = 0) -> int:
-        """Returns 0, or STATUS_TIMEOUT (CPU ranks)."""
 
     def probe_write(self, nonce: int, stream: int) -> None: ...
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import RankMismatchError
+
+_T = TypeVar("_T")
 
 # Settings that only say where a rank writes.
 _LOCAL_SETTINGS = {"report_dir"}
@@ -81,6 +83,24 @@ def first_fault(fault: str | None, group: dist.ProcessGroup) -> str | None:
     faults: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(faults, fault, group=group)
     return next(filter(None, faults), None)
+
+
+def on_every_rank(make: Callable[[], _T], group: dist.ProcessGroup, raising: type[Exception], failed: str = "") -> _T:
+    """``make()``, if it works on every rank. Collective.
+
+    Raises:
+        raising: on every rank alike, with ``failed`` and the first line of what the lowest failing rank raised.
+    """
+    made: list[_T] = []
+    fault: str | None = None
+    try:
+        made.append(make())
+    except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must hear of it)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        fault = f"rank {dist.get_rank(group)} {failed}: {reason}" if failed else reason
+    if (fault := first_fault(fault, group)) is not None:
+        raise raising(fault)
+    return made[0]
 
 
 def check(cards: Sequence[RankCard]) -> None:

@@ -166,7 +166,7 @@ class TensorParallelCommunicator:
         size = max(1, math.prod(shape)) * dtype.itemsize
         if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        buffer = PeerVisibleBuffer.open(self._group, self._control_group, self.device, -(-size // 256) * 256)
+        buffer = PeerVisibleBuffer.open(self._group, self._control_group, self.device, size)
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
@@ -287,14 +287,12 @@ class TensorParallelCommunicator:
         else:
             memory = SymmetricMemory.open(self._group, control_group, self.device, layout)
             device_index = self.device.index
-        workspace, error = None, None
-        try:
-            workspace = _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index)
-        except RuntimeError as failure:
-            error = f"rank {self.rank} cannot set up its workspace: {failure}"
-        if (fault := agreement.first_fault(error, control_group)) is not None:
-            raise TransportError(fault)
-        assert workspace is not None
+        workspace = agreement.on_every_rank(
+            lambda: _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index),
+            control_group,
+            TransportError,
+            "cannot set up its workspace",
+        )
         if self.device.type == "cuda":
             prove_peer_access(workspace, control_group, self.device)
         self._memory, self._workspace = memory, workspace

@@ -8,16 +8,14 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.errors import PeerTimeoutError
-
-if TYPE_CHECKING:
-    from llm_allreduce_plugin import _C
 
 logger = logging.getLogger(__name__)
 
-_ALGORITHMS = {0: "ONESHOT", 1: "TWOSHOT", 2: "TWOSHOT"}
+_ALGORITHMS = {_C.ONE_SHOT: "ONESHOT", _C.TWO_SHOT: "TWOSHOT", _C.TWO_SHOT_PULL: "TWOSHOT"}
 _PHASES = {0: "gather", 1: "scatter"}
 
 

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.agreement import first_fault
+from llm_allreduce_plugin.agreement import on_every_rank
 from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.communicator import TensorParallelCommunicator
-from llm_allreduce_plugin.config import AllReduceConfig
 
 MIB = 1 << 20
 
@@ -58,8 +56,7 @@ class Candidate:
 
 def _ours(strategy: str) -> Callable[[RankContext], Candidate]:
     def open_(context: RankContext) -> Candidate:
-        config = AllReduceConfig(allreduce_strategy=strategy)
-        group = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
+        group = context.communicator(strategy)
         decision = group.explain((4096,), torch.bfloat16)
         if decision.strategy == "NCCL":
             message = decision.reason
@@ -69,17 +66,16 @@ def _ours(strategy: str) -> Callable[[RankContext], Candidate]:
     return open_
 
 
+def _reduce_in_place(context: RankContext, buffer: torch.Tensor) -> Bound:
+    def call() -> torch.Tensor:
+        dist.all_reduce(buffer, group=context.group)
+        return buffer
+
+    return call
+
+
 def _process_group(context: RankContext) -> Candidate:
-    def bind(x: torch.Tensor) -> Bound:
-        buffer = x.clone()
-
-        def call() -> torch.Tensor:
-            dist.all_reduce(buffer, group=context.group)
-            return buffer
-
-        return call
-
-    return Candidate(bind, in_place=True)
+    return Candidate(bind=lambda x: _reduce_in_place(context, x.clone()), in_place=True)
 
 
 def _nccl_windows(context: RankContext) -> Candidate:
@@ -97,12 +93,7 @@ def _nccl_windows(context: RankContext) -> Candidate:
             registered.clear()
         backend.register_mem_pool(pool, symm=True)
         registered.append(1)
-
-        def call() -> torch.Tensor:
-            dist.all_reduce(buffer, group=context.group)
-            return buffer
-
-        return call
+        return _reduce_in_place(context, buffer)
 
     def close() -> None:
         if registered:
@@ -226,13 +217,5 @@ def open_candidate(context: RankContext, name: str) -> Candidate:
     Raises:
         RuntimeError: on every rank alike, with the reason, when any rank cannot run it.
     """
-    made: Candidate | None = None
-    error: str | None = None
-    try:
-        made = (_CPU if context.device.type == "cpu" else _GPU)[name](context)
-    except Exception as failure:  # noqa: BLE001  (other people's code: whatever it raises is the reason)
-        error = (str(failure).splitlines() or [type(failure).__name__])[0]
-    if (fault := first_fault(error, context.control_group)) is not None:
-        raise RuntimeError(fault)
-    assert made is not None
-    return made
+    make = (_CPU if context.device.type == "cpu" else _GPU)[name]
+    return on_every_rank(lambda: make(context), context.control_group, RuntimeError)

@@ -1,12 +1,14 @@
-"""What a recorded result must name: the machine, the versions, the commit and the command."""
+"""What a recorded result must name: the machine, the versions, the commit and the command. And how it is written."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,3 +49,11 @@ def environment() -> dict[str, Any]:
             if name in os.environ
         },
     }
+
+
+def write_record(path: Path, rows: list[dict[str, Any]], **fields: Any) -> None:  # noqa: ANN401
+    """Write ``fields`` and ``rows``, a line to each row, with the :func:`environment` they were measured in."""
+    record = json.dumps({"environment": environment(), **fields}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{record[:-2]},\n "rows": [\n{lines}\n]\n}}\n')

@@ -82,10 +82,9 @@ def time_graph(
         graph.replay()
     stream.synchronize()
     samples = [start.elapsed_time(end) * 1000 / calls for start, end in itertools.pairwise(ticks)]
-    timing = _slowest(context, samples, output)
-    # The graph owns the output's memory.
-    kept = None if timing.output is None else timing.output.clone()
-    return dataclasses.replace(timing, output=kept)
+    if isinstance(output, torch.Tensor):
+        output = output.clone()  # the graph owns the memory
+    return _slowest(context, samples, output)
 
 
 def time_eager(

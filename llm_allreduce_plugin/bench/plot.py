@@ -23,7 +23,7 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     latency, bandwidth = figure.subplots(1, 2)
     for name in dict.fromkeys(row.candidate for row in rows):
-        points = [(row.bytes, row.graph_us or row.eager_us) for row in rows if row.candidate == name]
+        points = [(row.bytes, row.time_us) for row in rows if row.candidate == name]
         measured = [(size, time) for size, time in points if time is not None]
         if not measured:
             continue

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+from llm_allreduce_plugin.config import AllReduceConfig
+
 START_LIMIT_S = 240.0
 
 
@@ -34,6 +37,11 @@ class RankContext:
         seeds = [int.from_bytes(os.urandom(4), "little")]
         dist.broadcast_object_list(seeds, src=0, group=self.control_group)
         return seeds[0]
+
+    def communicator(self, strategy: str, **settings: Any) -> TensorParallelCommunicator:  # noqa: ANN401
+        """A communicator of this group. Collective."""
+        config = AllReduceConfig(allreduce_strategy=strategy, **settings)
+        return TensorParallelCommunicator(self.group, self.device, config, control_group=self.control_group)
 
     def gather(self, value: Any) -> list[Any]:  # noqa: ANN401
         """``value`` of every rank, on every rank."""

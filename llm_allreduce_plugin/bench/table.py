@@ -34,9 +34,9 @@ def line(row: Measurement, dtype: str, world_size: int) -> str:
 
 def side_by_side(rows: list[Measurement], names: list[str]) -> str:
     """Time per call of every candidate at every size (in a graph where there is one); the fastest marked."""
-    times = {(row.bytes, row.candidate): row.graph_us or row.eager_us for row in rows}
+    times = {(row.bytes, row.candidate): row.time_us for row in rows}
     width = max(10, *(len(name) + 2 for name in names))
-    lines = ["#  us per call" + " " * 1 + "".join(f"{name:>{width}}" for name in names)]
+    lines = ["#  us per call " + "".join(f"{name:>{width}}" for name in names)]
     for size in sorted({row.bytes for row in rows}):
         measured = [times.get((size, name)) for name in names]
         best = min((value for value in measured if value is not None), default=None)

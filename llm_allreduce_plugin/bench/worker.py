@@ -6,9 +6,9 @@ import dataclasses
 
 import torch
 
-from llm_allreduce_plugin.agreement import first_fault
+from llm_allreduce_plugin.agreement import on_every_rank
 from llm_allreduce_plugin.bench import harness
-from llm_allreduce_plugin.bench.candidates import Candidate, open_candidate
+from llm_allreduce_plugin.bench.candidates import Bound, Candidate, open_candidate
 from llm_allreduce_plugin.bench.ranks import RankContext
 
 _open: dict[str, Candidate] = {}
@@ -57,6 +57,11 @@ class Measurement:
     graph_wrong: int | None = None
     left_out: str = ""
 
+    @property
+    def time_us(self) -> float | None:
+        """In a graph where there is one."""
+        return self.eager_us if self.graph_us is None else self.graph_us
+
 
 def open_all(context: RankContext, names: tuple[str, ...]) -> dict[str, str]:
     """Open candidates; for those that cannot run, why."""
@@ -78,6 +83,11 @@ def close_all(context: RankContext) -> None:
     _open.clear()
 
 
+def _first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Bound, torch.Tensor]:
+    call = candidate.bind(mine)
+    return call, call()
+
+
 def measure(context: RankContext, name: str, count: int, options: Options) -> Measurement:
     """Collective. The same on every rank."""
     candidate = _open[name]
@@ -88,14 +98,10 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
         return dataclasses.replace(row, left_out=refusal)
     seed = context.shared_seed()
     mine = harness.make_input(seed, context.rank, count, dtype, context.device)
-    error: str | None = None
     try:
-        call = candidate.bind(mine)
-        output = call()
-    except Exception as failure:  # noqa: BLE001  (other people's code)
-        error = (str(failure).splitlines() or [type(failure).__name__])[0]
-    if (fault := first_fault(error, context.control_group)) is not None:
-        return dataclasses.replace(row, left_out=fault)
+        call, output = on_every_rank(lambda: _first_call(candidate, mine), context.control_group, RuntimeError)
+    except RuntimeError as error:
+        return dataclasses.replace(row, left_out=str(error))
 
     expected = None
     if options.check:

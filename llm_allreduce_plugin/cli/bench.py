@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.bench.ranks import RankPool
@@ -127,7 +128,7 @@ def bench(
     dtype = _DTYPES[datatype.lower()]
     step = parse_bytes(stepbytes) if stepbytes else None
     sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
-    element = {"float32": 4}.get(dtype, 2)
+    element = ELEMENT_BYTES[dtype]
     counts = [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)
     wanted = _chosen(with_, device_type)
@@ -182,17 +183,10 @@ def _run(
 
 
 def _write(path: Path, rows: list[Measurement], where: str, ranks: int, options: Options) -> None:
-    from llm_allreduce_plugin.bench.environment import environment
+    from llm_allreduce_plugin.bench.environment import write_record
 
-    record = {
-        "environment": environment(),
-        "where": where,
-        "world_size": ranks,
-        "options": dataclasses.asdict(options),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record).replace('{"candidate"', '\n{"candidate"') + "\n")
+    measured = [dataclasses.asdict(row) for row in rows]
+    write_record(path, measured, where=where, world_size=ranks, options=dataclasses.asdict(options))
 
 
 def _summary(rows: list[Measurement], names: list[str], where: str, ranks: int, plot: Path | None) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.agreement import first_fault
+from llm_allreduce_plugin.agreement import first_fault, on_every_rank
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.selection.facts import Transport
 
@@ -43,6 +43,33 @@ def initialize(buffer: torch.Tensor, layout: _C.Layout) -> None:
         buffer[layout.slots_offset : layout.total_bytes].view(torch.int32).fill_(marker)
 
 
+def share(
+    group: dist.ProcessGroup,
+    control_group: dist.ProcessGroup,
+    device: torch.device,
+    size: int,
+    prepare: Callable[[torch.Tensor], None] = lambda _: None,
+) -> tuple[torch.Tensor, object, list[int]]:
+    """``size`` bytes on every rank, mapped into every rank; prepared before any peer can see them. Collective.
+
+    Returns:
+        This rank's bytes, what keeps the mapping alive, and the address at which this rank sees each rank's.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate or map.
+    """
+
+    def make() -> tuple[torch.Tensor, object, list[int]]:
+        with without_multicast(), torch.cuda.device(device):
+            buffer = symm_mem.empty(size, dtype=torch.uint8, device=device)
+            prepare(buffer)
+            torch.cuda.synchronize(device)
+            handle = symm_mem.rendezvous(buffer, group)
+            return buffer, handle, [int(base) for base in handle.buffer_ptrs]
+
+    return on_every_rank(make, control_group, TransportError, "cannot map its peers' memory")
+
+
 class SymmetricMemory:
     """A workspace of the given layout on every rank, initialized, mapped into every rank.
 
@@ -66,21 +93,7 @@ class SymmetricMemory:
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-        error: str | None = None
-        memory: SymmetricMemory | None = None
-        try:
-            with without_multicast(), torch.cuda.device(device):
-                buffer = symm_mem.empty(layout.total_bytes, dtype=torch.uint8, device=device)
-                initialize(buffer, layout)
-                torch.cuda.synchronize(device)
-                handle = symm_mem.rendezvous(buffer, group)
-                memory = cls(buffer, handle, [int(base) for base in handle.buffer_ptrs])
-        except Exception as failure:  # noqa: BLE001  (torch raises many kinds; each means the same here)
-            error = f"rank {dist.get_rank(group)} cannot map its peers' memory: {failure}"
-        if (fault := first_fault(error, control_group)) is not None:
-            raise TransportError(fault.splitlines()[0])
-        assert memory is not None
-        return memory
+        return cls(*share(group, control_group, device, layout.total_bytes, lambda buffer: initialize(buffer, layout)))
 
     def close(self) -> None:
         """Let go of this rank's memory; peers' mappings keep it alive until they close too."""

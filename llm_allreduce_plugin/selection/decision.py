@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import enum
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceStrategy
 
 
 class Algorithm(enum.IntEnum):
     """The kernels, with the numbers of ``lar_algorithm``."""
 
-    ONE_SHOT = 0
-    TWO_SHOT = 1
+    ONE_SHOT = _C.ONE_SHOT
+    TWO_SHOT = _C.TWO_SHOT
 
 
 @dataclasses.dataclass(frozen=True)

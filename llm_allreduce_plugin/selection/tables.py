@@ -1,6 +1,6 @@
 """Seed tables: which exact kernel is the fastest for a size, before anything was measured on the node.
 
-One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1.2 us on
+One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1 us on
 NVLink). With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
 """
 
@@ -41,7 +41,7 @@ def _changeover(max_bytes: int, source: str) -> Table:
     return Table((Range(max_bytes, "ONESHOT"), Range(None, "TWOSHOT")), source)
 
 
-_ESTIMATE = "an estimate: the measured step of 1.2 us against the traffic that one-shot sends more at 350 GB/s"
+_ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot sends more at 350 GB/s"
 
 # In band, on one NVSwitch node of H200. 2 and 4 ranks are measured: between the last power of two at which the one and
 # the first at which the other is faster, where their lines cross. The others are estimates, scaled to meet them.
@@ -97,12 +97,13 @@ def fastest(world_size: int, architecture: int | None, *, in_band: bool) -> Tabl
     return Table(ranges, f"scaled by {scale} from H200 for sm_{architecture}: an estimate")
 
 
+# Two blocks to a multiprocessor of an H200: what the numbers of a Split are parts of.
+LARGEST_GRID = 264
+
+
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """From ``min_bytes`` on, lanes have one task each: fractions of the largest grid, in parts of 264 blocks.
-
-    264 blocks are two to a multiprocessor of an H200.
-    """
+    """From ``min_bytes`` on, lanes have one task each: so many of LARGEST_GRID, scaled to the grid at hand."""
 
     min_bytes: int
     lanes: int

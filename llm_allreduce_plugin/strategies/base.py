@@ -104,13 +104,13 @@ def spread_in_band(
     if split is not None and message.payload_bytes >= split.min_bytes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(
             algorithm=algorithm,
-            lanes=facts.lanes * split.lanes // 264,
+            lanes=facts.lanes * split.lanes // tables.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
             rounds=rounds,
             in_band=True,
-            scatter_lanes=max(1, facts.lanes * split.scatter // 264),
-            drain_lanes=facts.lanes * split.drain // 264,
+            scatter_lanes=max(1, facts.lanes * split.scatter // tables.LARGEST_GRID),
+            drain_lanes=facts.lanes * split.drain // tables.LARGEST_GRID,
         )
     threads = next((threads for threads in IN_BAND_THREADS if threads * facts.lanes >= chunk), MAX_THREADS)
     lanes = min(facts.lanes, math.ceil(chunk / threads))

@@ -10,15 +10,14 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
+from llm_allreduce_plugin import TensorParallelCommunicator
 from llm_allreduce_plugin.bench.ranks import RankContext
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 
 
 @contextlib.contextmanager
 def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterator[TensorParallelCommunicator]:
-    config = AllReduceConfig(allreduce_strategy=strategy, **settings)
-    made = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
+    made = context.communicator(strategy, **settings)
     try:
         yield made
     finally:

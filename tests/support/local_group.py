@@ -13,7 +13,7 @@ import torch
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import initialize
-from llm_allreduce_plugin.selection.decision import Algorithm, Launch
+from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
@@ -74,27 +74,24 @@ class LocalGroup:
 
     def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
         """Launch one rank's kernel on its stream."""
-        dtype = str(input_.dtype).removeprefix("torch.")
-        launch = self.launch_of(algorithm, Message(input_.numel(), dtype, ELEMENT_BYTES[dtype]))
-        one_shot = launch.algorithm is Algorithm.ONE_SHOT
-        call = self.workspaces[rank].one_shot if one_shot else self.workspaces[rank].two_shot
-        call(
-            input_.data_ptr(), output.data_ptr(), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
-            self.streams[rank].cuda_stream,
-        )  # fmt: skip
+        self._start(rank, algorithm, input_, output, [])
 
     def start_pull(self, rank: int, inputs: list[torch.Tensor], output: torch.Tensor) -> None:
         """The same for TWOSHOT reading every rank's input in place."""
         mine = inputs[rank]
-        dtype = str(mine.dtype).removeprefix("torch.")
-        launch = self.launch_of("TWOSHOT", Message(mine.numel(), dtype, ELEMENT_BYTES[dtype]))
+        self._start(rank, "TWOSHOT", mine, output, [other.data_ptr() - mine.data_ptr() for other in inputs])
+
+    def _start(
+        self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor, peer_distances: list[int]
+    ) -> None:
+        dtype = str(input_.dtype).removeprefix("torch.")
+        launch = self.launch_of(algorithm, Message(input_.numel(), dtype, ELEMENT_BYTES[dtype]))
         plan = _C.Plan(
-            self.workspaces[rank], int(Algorithm.TWO_SHOT), mine.numel(), DTYPE_CODES[mine.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors,
-            peer_distances=[other.data_ptr() - mine.data_ptr() for other in inputs],
+            self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
+            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
+            peer_distances,
         )  # fmt: skip
-        assert plan(mine.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
+        assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Every rank's output; each is poisoned first and lies between guards that must survive.

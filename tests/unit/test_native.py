@@ -119,13 +119,16 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
     + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}],
     ids=str,
 )
-@pytest.mark.parametrize("algorithm", ("one_shot", "two_shot"))
-def test_calls_that_no_kernel_may_be_given(algorithm: str, change: dict[str, int]) -> None:
+@pytest.mark.parametrize("algorithm", (_C.ONE_SHOT, _C.TWO_SHOT), ids=("one_shot", "two_shot"))
+def test_calls_that_no_kernel_may_be_given(algorithm: int, change: dict[str, int]) -> None:
     workspace, _buffers = cpu_workspace()
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    call = {"input": address, "output": address, "count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1}
-    status = getattr(workspace, algorithm)(**(call | change))
+    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1}
+    call = {"input": address, "output": address}
+    plan |= {key: value for key, value in change.items() if key not in call}
+    call |= {key: value for key, value in change.items() if key in call}
+    status = _C.Plan(workspace, algorithm, **plan)(**call)
     assert _C.error_string(status) == "invalid argument"
     assert workspace.failure() is None
 
@@ -134,12 +137,12 @@ def test_an_absent_peer_is_recorded() -> None:
     workspace, _buffers = cpu_workspace(timeout_s=0.05)
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    status = workspace.two_shot(address, address, 4, 0, 1, 32, 1)
-    assert status == _C.STATUS_TIMEOUT
+    one_shot, two_shot = (_C.Plan(workspace, algorithm, 4, 0, 1, 32, 1) for algorithm in (_C.ONE_SHOT, _C.TWO_SHOT))
+    assert two_shot(address, address) == _C.STATUS_TIMEOUT
     record = workspace.failure()
     assert record is not None
     assert record[:2] == (0, 1)
-    assert workspace.one_shot(address, address, 4, 0, 1, 32, 1) == _C.STATUS_TIMEOUT, "broken for good, at once"
+    assert one_shot(address, address) == _C.STATUS_TIMEOUT, "broken for good, at once"
 
 
 def test_type_stub_is_up_to_date() -> None:
