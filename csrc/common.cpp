@@ -67,7 +67,7 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
   const int64_t slots =
       out.in_band ? LAR_IN_BAND_SLOTS * int64_t{world_size - 1} : LAR_SLOTS * int64_t{world_size} * lanes;
   // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones.
-  const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / 4;
+  const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / 8;
   out.one_shot_chunk_bytes = align_down(one_shot / slots);
   out.two_shot_chunk_bytes = align_down((payload - one_shot) / (2 * slots));
   if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)

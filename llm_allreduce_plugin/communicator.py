@@ -30,7 +30,7 @@ from llm_allreduce_plugin.topology import p2p_obstacle
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GPU_WORKSPACE_BYTES = 256 << 20
+DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype

@@ -186,19 +186,6 @@ __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, l
   return true;
 }
 
-template <int kValue>
-struct Count {
-  static constexpr int value = kValue;
-};
-
-// Calls body(Count<n>, i) for the n vectors i, i + stride, .. until the share is done.
-template <int kAtOnce, typename Body>
-__device__ __forceinline__ void in_batches(const Share& share, Body body) {
-  uint32_t i = share.first;
-  for (; i + (kAtOnce - 1) * share.stride < share.end; i += kAtOnce * share.stride) body(Count<kAtOnce>{}, i);
-  for (; i < share.end; i += share.stride) body(Count<1>{}, i);
-}
-
 }  // namespace lar
 
 #endif  // LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_

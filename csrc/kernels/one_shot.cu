@@ -9,9 +9,8 @@
 //     reduce  poll the vectors of all ranks, clear them, sum in rank order, round once, store to the output
 //
 // Small messages have a vector to a thread. In larger ones, a thread pushes kLead vectors ahead of the one it reduces,
-// so that the links stay busy while it waits. In the largest, some lanes only push and the others only reduce: a store
-// that waits for the links holds up all that its multiprocessor does behind it, so those who poll had better be
-// elsewhere.
+// so that the links stay busy while it waits. In the largest, some lanes only push, by bulk copies (device/outbox.cuh),
+// and the others only reduce: few lanes are enough to fill the links, and those who poll had better be elsewhere.
 //
 // Flagged, each lane alone (device/lane.cuh), chunk by chunk with two chunks in flight:
 //
@@ -24,6 +23,7 @@
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
+#include "device/outbox.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
@@ -31,9 +31,6 @@ namespace {
 
 // Vectors on their way ahead of the one that a thread waits for.
 constexpr int kLead = 2;
-
-// Vectors that a thread which does nothing else pushes at once. (Reducing several at once was slower.)
-constexpr int kPushedAtOnce = 4;
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
@@ -103,18 +100,18 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t slots = slots_of_call(arguments, epoch);
   advance_epoch(arguments, epoch);
   if (blockIdx.x < pushers) {
+    LAR_OUTBOX_MEMORY(memory);
+    Outbox outbox(memory);
     const Share share = share_of(0, pushers, total_vectors);
-    in_batches<kPushedAtOnce>(share, [&](auto count, uint32_t i) {
-      constexpr int kBatch = decltype(count)::value;
-      uint4 mine[kBatch];
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j) mine[j] = load_vector(arguments.input, i + j * share.stride);
-#pragma unroll
-      for (int j = 0; j < kBatch; ++j)
+    for (uint32_t tile = share.first - lane_of_warp(); tile < share.end; tile += share.stride) {
+      const uint4 mine = load_vector(arguments.input, min(tile + lane_of_warp(), total_vectors - 1));
+      outbox.fill(without_marker(mine));
 #pragma unroll kPeersAtOnce < kWorldSize>
-        for (int step = 1; step < kWorldSize; ++step)
-          store_in_band(arguments.to[step], slots + i + j * share.stride, without_marker(mine[j]));
-    });
+      for (int step = 1; step < kWorldSize; ++step)
+        outbox.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
+      outbox.close();
+    }
+    outbox.flush();
     return;
   }
   const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);

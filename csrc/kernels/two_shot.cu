@@ -34,13 +34,11 @@
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
+#include "device/outbox.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
 namespace {
-
-// Vectors of every part that a thread which does nothing else scatters at once.
-constexpr int kScatteredAtOnce = 2;
 
 template <typename T, int kWorldSize>
 class TwoShotLane {
@@ -298,38 +296,53 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t gather_slots = slots + arguments.gather_stride;
   advance_epoch(arguments, epoch);
+  LAR_OUTBOX_MEMORY(memory);
+  Outbox outbox(memory);
   if (blockIdx.x < scatterers) {
     const Share share = share_of(0, scatterers, part);
-    in_batches<kScatteredAtOnce>(share, [&](auto count, uint32_t i) {
-      constexpr int kBatch = decltype(count)::value;
-      constexpr int kCount = kBatch * kAtOnce;
+    for (uint32_t tile = share.first - lane_of_warp(); tile < share.end; tile += share.stride) {
 #pragma unroll 1
       for (int first = 1; first < kWorldSize; first += kAtOnce) {
-        const auto step = [&](int j) { return first + j % kAtOnce; };
-        const auto vector = [&](int j) { return i + j / kAtOnce * share.stride; };
-        const auto index = [&](int j) { return index_of<kWorldSize>(arguments, step(j), vector(j)); };
-        uint4 partials[kCount];
+        uint4 partials[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) partials[j] = load_vector(arguments.input, min(index(j), total_vectors - 1));
+        for (int j = 0; j < kAtOnce; ++j) {
+          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile) + lane_of_warp();
+          partials[j] = load_vector(arguments.input, min(index, total_vectors - 1));
+        }
 #pragma unroll
-        for (int j = 0; j < kCount; ++j)
-          if (index(j) < total_vectors)
-            store_in_band(arguments.to[step(j)], slots + vector(j), without_marker(partials[j]));
+        for (int j = 0; j < kAtOnce; ++j) {
+          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile);
+          if (index >= total_vectors) continue;
+          outbox.fill(without_marker(partials[j]));
+          outbox.send(arguments.to[first + j], slots + tile,
+                      min(min(kTileVectors, part - tile), total_vectors - index));
+          outbox.close();
+        }
       }
-    });
+    }
+    outbox.flush();
     return;
   }
   if (blockIdx.x < scatterers + reducers) {
     const uint32_t first = arguments.rank * part;
     const Share share = share_of(scatterers, reducers, first < total_vectors ? min(part, total_vectors - first) : 0);
-    for (uint32_t i = share.first; i < share.end; i += share.stride) {
-      const uint4 mine = without_marker(load_vector(arguments.input, first + i));
-      uint4 result;
-      if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
+    for (uint32_t tile = share.first - lane_of_warp(); tile < share.end; tile += share.stride) {
+      const uint32_t i = tile + lane_of_warp();
+      uint4 result = {0u, 0u, 0u, 0u};
+      bool complete = true;
+      if (i < share.end) {
+        const uint4 mine = without_marker(load_vector(arguments.input, first + i));
+        complete = poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result);
+        if (complete) output[first + i] = result;
+      }
+      if (!__all_sync(0xffffffffu, complete)) return;
+      outbox.fill(result);
 #pragma unroll kPeersAtOnce < kWorldSize>
-      for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
-      output[first + i] = result;
+      for (int step = 1; step < kWorldSize; ++step)
+        outbox.send(arguments.to[step], gather_slots + tile, min(kTileVectors, share.end - tile));
+      outbox.close();
     }
+    outbox.flush();
     if (drainers > 0) return;
   }
   const Share share =

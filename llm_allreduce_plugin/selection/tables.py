@@ -111,9 +111,10 @@ class Split:
     drain: int
 
 
-# Measured on H200 with 2 and 4 ranks: below these sizes it does not pay.
+# Measured on H200 with 2 and 4 ranks: below these sizes it does not pay. One block to a multiprocessor: those that poll
+# then leave the others the caches.
 SPLITS: dict[tuple[str, int], Split | None] = {("ONESHOT", 2): Split(16 * MIB, 132, 16, 0), ("TWOSHOT", 2): None}
-TWO_SHOT_SPLIT = Split(16 * MIB, 264, 99, 66)  # more than two ranks
+TWO_SHOT_SPLIT = Split(16 * MIB, 132, 48, 33)  # more than two ranks
 
 
 def split(strategy: str, world_size: int) -> Split | None:

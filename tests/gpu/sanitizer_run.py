@@ -15,9 +15,10 @@ def main() -> None:
     kinds: list[dict[str, Any]] = [{"in_band": True}, {"in_band": True, "split": (1, 1)}, {"in_band": False}]
     for world_size, kind in itertools.product((2, 5, 16), kinds):
         group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **kind)
-        for algorithm in ("ONESHOT", "TWOSHOT"):
+        algorithms = ("ONESHOT", "TWOSHOT", "PULL") if kind == {"in_band": True} else ("ONESHOT", "TWOSHOT")
+        for algorithm in algorithms:
             for dtype in (torch.bfloat16, torch.float32):
-                for size in (1, 1023, 40_001):
+                for size in (40_000, 8) if algorithm == "PULL" else (1, 1023, 40_001, 40_000):
                     inputs = [rank_input(size, rank, size, dtype) for rank in range(world_size)]
                     for output in group.all_reduce(algorithm, inputs):
                         assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm} {dtype} x {size}")
