@@ -6,10 +6,16 @@
 namespace lar {
 namespace {
 
-constexpr int64_t kAlignment = 256;  // every region starts on its own cache lines
+constexpr int64_t kAlignment = 256;  // every region and every slot starts on its own cache lines
 
 int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-int64_t align_down(int64_t bytes) { return bytes / LAR_VECTOR_BYTES * LAR_VECTOR_BYTES; }
+
+// Slots that start within a cache line make every packet on the links two: 6 to 8 % of the time of a large message
+// (H200). Only workspaces of the smallest size cannot afford whole lines.
+int64_t slot_bytes(int64_t bytes) {
+  const int64_t unit = bytes < kAlignment ? LAR_VECTOR_BYTES : kAlignment;
+  return bytes / unit * unit;
+}
 
 }  // namespace
 
@@ -68,8 +74,8 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
       out.in_band ? LAR_IN_BAND_SLOTS * int64_t{world_size - 1} : LAR_SLOTS * int64_t{world_size} * lanes;
   // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones.
   const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / 8;
-  out.one_shot_chunk_bytes = align_down(one_shot / slots);
-  out.two_shot_chunk_bytes = align_down((payload - one_shot) / (2 * slots));
+  out.one_shot_chunk_bytes = slot_bytes(one_shot / slots);
+  out.two_shot_chunk_bytes = slot_bytes((payload - one_shot) / (2 * slots));
   if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)
     return LAR_ERROR_INVALID_ARGUMENT;
   out.one_shot_offset = take(slots * out.one_shot_chunk_bytes);

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "common.h"
+#include "device/capture.h"
 
 namespace {
 // One page of our own rather than cudaHostAlloc: it stays readable after the trap has ended the CUDA context.
@@ -16,6 +17,7 @@ extern "C" int lar_failure_create(lar_failure** host_address, lar_failure** devi
   if (page == MAP_FAILED) return LAR_ERROR_INVALID_ARGUMENT;
   *host_address = static_cast<lar_failure*>(page);
   if (!device_address) return LAR_OK;
+  const lar::OutsideCapture outside;
   cudaError_t error = cudaHostRegister(page, kPageBytes, cudaHostRegisterMapped | cudaHostRegisterPortable);
   if (error == cudaSuccess) {
     void* mapped = nullptr;
@@ -32,7 +34,10 @@ extern "C" int lar_failure_create(lar_failure** host_address, lar_failure** devi
 
 extern "C" void lar_failure_destroy(lar_failure* host_address, int registered) {
   if (!host_address) return;
-  if (registered) cudaHostUnregister(host_address);
+  if (registered) {
+    const lar::OutsideCapture outside;
+    cudaHostUnregister(host_address);
+  }
   munmap(host_address, kPageBytes);
 }
 

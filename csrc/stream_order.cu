@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "common.h"
+#include "device/capture.h"
 
 struct lar_stream_order {
   int device = 0;
@@ -32,6 +33,7 @@ extern "C" int lar_stream_order_create(lar_stream_order** order, int device) {
 
 extern "C" void lar_stream_order_destroy(lar_stream_order* order) {
   if (!order) return;
+  const lar::OutsideCapture outside;
   cudaEventDestroy(order->last_call);
   delete order;
 }

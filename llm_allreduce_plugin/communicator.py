@@ -54,6 +54,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _torch_all_reduce(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        output = input_.clone(memory_format=torch.contiguous_format)
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(output, group=group)
+        return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)
+
+    return run
+
+
+class _Fallback:
+    """What runs where no kernel here can, counted."""
+
+    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.calls = 0
+        self._run = run
+
+    def __call__(self, input_: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self._run(input_)
+
+
+def _raise_failure_of(workspace: _C.Workspace) -> None:
+    if (failure := failure_of(workspace)) is not None:
+        raise failure
+
+
 class TensorParallelCommunicator:
     """All-reduces of one tensor-parallel group.
 
@@ -93,14 +120,15 @@ class TensorParallelCommunicator:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._group = group
-        self._fallback = fallback or self._torch_all_reduce
+        # No bound methods of this object here or in the plans: without a cycle, an abandoned communicator ends where it
+        # is dropped, and not wherever garbage happens to be collected.
+        self._fallback = _Fallback(fallback or _torch_all_reduce(group))
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
         self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
         self._kernel_plans: list[tuple[str, _C.Plan]] = []
         self._peer_visible: list[PeerVisibleBuffer] = []
         self._pulls: dict[tuple[int, int, torch.dtype], Callable[[torch.Tensor], torch.Tensor] | None] = {}
-        self._fallback_calls = 0
         self._closed_counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._logged: set[str] = set()
         self._closed = False
@@ -201,7 +229,7 @@ class TensorParallelCommunicator:
     def _counts(self) -> tuple[Counter[str], Counter[str]]:
         """Eager and captured calls by strategy."""
         calls, captured = (Counter(counts) for counts in self._closed_counts)
-        calls[str(AllReduceStrategy.NCCL)] = self._fallback_calls
+        calls[str(AllReduceStrategy.NCCL)] = self._fallback.calls
         for name, plan in list(self._kernel_plans):
             calls[name] += plan.calls
             captured[name] += plan.captured
@@ -213,8 +241,8 @@ class TensorParallelCommunicator:
         Raises:
             PeerTimeoutError: a wait has expired.
         """
-        if self._workspace is not None and (failure := failure_of(self._workspace)) is not None:
-            raise failure
+        if self._workspace is not None:
+            _raise_failure_of(self._workspace)
 
     def close(self) -> None:
         """Let go of the workspace. Idempotent. Calls in flight are waited for."""
@@ -328,7 +356,7 @@ class TensorParallelCommunicator:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
-        run = self._kernel_call(decision, count, dtype) if is_ours else self._fallback_call
+        run = self._kernel_call(decision, count, dtype) if is_ours else self._fallback
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry
@@ -357,12 +385,12 @@ class TensorParallelCommunicator:
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """A function that launches this decision, with all that does not change bound."""
-        launch = decision.launch
-        assert self._workspace is not None
+        launch, workspace = decision.launch, self._workspace
+        assert workspace is not None
         assert launch is not None
         name = str(decision.strategy)
         plan = _C.Plan(
-            self._workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
+            workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, peer_distances,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
@@ -379,19 +407,9 @@ class TensorParallelCommunicator:
             output = empty_like(source)
             status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
             if status != 0:
-                self.check()
+                _raise_failure_of(workspace)
                 message = f"{name}: {_C.error_string(status)}"
                 raise RuntimeError(message)
             return output if input_.is_contiguous() else empty_like(input_).copy_(output)
 
         return run
-
-    def _fallback_call(self, input_: torch.Tensor) -> torch.Tensor:
-        self._fallback_calls += 1
-        return self._fallback(input_)
-
-    def _torch_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        output = input_.clone(memory_format=torch.contiguous_format)
-        if self.world_size > 1:
-            dist.all_reduce(output, group=self._group)
-        return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)

@@ -66,9 +66,10 @@ class Monitor:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and write the last report."""
+        """End the thread, let go of the workspace and write the last report."""
         self._stop.set()
         self._thread.join()
+        self._workspace = None
         self._write_report()
 
     def _run(self) -> None:

@@ -6,7 +6,9 @@ import gc
 import json
 import logging
 import os
+import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -201,6 +203,35 @@ def _report(context: RankContext, folder: str) -> None:
     with checks.communicator(context, "TWOSHOT", report_dir=folder) as group:
         for _ in range(3):
             group.all_reduce(torch.ones(8))
+
+
+def _drop_without_collection(context: RankContext) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        for closed in (True, False):
+            group = context.communicator("TWOSHOT")
+            group.all_reduce(torch.ones(100))
+            group.all_reduce(torch.arange(10))  # no kernel
+            workspace, gone = group._workspace, weakref.ref(group)
+            if closed:
+                group.close()
+            else:
+                assert group._monitor is not None
+                thread = group._monitor._thread
+            del group
+            assert gone() is None, "nothing refers back to the communicator"
+            if not closed:
+                thread.join(10)  # finds out within a second
+            assert sys.getrefcount(workspace) == 2, "nobody else holds the workspace: here and in the call"
+    finally:
+        gc.enable()
+    context.gather(None)
+
+
+def test_communicators_end_without_garbage_collection(cpu_pool: PoolFor) -> None:
+    """A collection may come at any time, in the middle of a graph capture too."""
+    cpu_pool(2).run(_drop_without_collection)
 
 
 def test_report_files(cpu_pool: PoolFor, tmp_path: Path) -> None:

@@ -207,6 +207,35 @@ def test_graphs_interleaved_with_eager_calls(gpu_pool: PoolFor, world_size: int,
     gpu_pool(world_size).run(_interleave, settings)
 
 
+def _end_in_a_capture(context: RankContext) -> None:
+    """Workspaces that end while another communicator's call is captured."""
+    with checks.communicator(context, "ONESHOT") as kept:
+        static = torch.ones(1000, device=context.device)
+        for closed in (True, False):
+            other = context.communicator("TWOSHOT")
+            other.all_reduce(static)
+            torch.cuda.synchronize()
+            left = [other._workspace]
+            memory = other._memory  # torch's own, which it frees when it likes
+            if closed:
+                other.close()
+            del other
+            stream = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                del left
+                output = kept.all_reduce(static)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(output, torch.full_like(output, context.world_size))
+            del memory
+        context.gather(None)
+
+
+def test_workspaces_may_end_during_a_capture(gpu_pool: PoolFor) -> None:
+    gpu_pool(2).run(_end_in_a_capture)
+
+
 def _streams(context: RankContext, settings: Settings) -> None:
     """Eager calls that hop between streams without the caller ordering them."""
     seed = context.shared_seed()
