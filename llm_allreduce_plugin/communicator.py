@@ -422,17 +422,16 @@ class TensorParallelCommunicator:
         new_output = _empty_like_on(index) if self.device.type == "cuda" else torch.empty_like
 
         def run(input_: torch.Tensor) -> torch.Tensor:
-            if not input_.is_contiguous():
-                # Kernels see the elements in logical order, so that ranks agree whatever their strides.
-                return torch.empty_like(input_).copy_(run(input_.contiguous()))
-            if must_be_aligned and input_.data_ptr() % VECTOR_BYTES:
-                input_ = input_.clone()
-            output = new_output(input_)
-            status = plan(input_.data_ptr(), output.data_ptr(), current_stream(index))
+            # Kernels see the elements in logical order, so that ranks agree whatever their strides.
+            source = input_.contiguous()
+            if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
+                source = source.clone()
+            output = new_output(source)
+            status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
             if status != 0:
                 _raise_failure_of(workspace)
                 message = f"{name}: {_C.error_string(status)}"
                 raise RuntimeError(message)
-            return output
+            return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
         return run
