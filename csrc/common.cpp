@@ -72,8 +72,9 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
   const int64_t payload = bytes - offset - kRegions * kAlignment;
   const int64_t slots =
       out.in_band ? LAR_IN_BAND_SLOTS * int64_t{world_size - 1} : LAR_SLOTS * int64_t{world_size} * lanes;
-  // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones.
-  const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / 8;
+  // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones (but
+  // with flags, every lane has slots of its own, which must not become too small).
+  const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / (out.in_band ? 8 : 4);
   out.one_shot_chunk_bytes = slot_bytes(one_shot / slots);
   out.two_shot_chunk_bytes = slot_bytes((payload - one_shot) / (2 * slots));
   if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)

@@ -47,7 +47,8 @@ _ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot
 # the first at which the other is faster, where their lines cross. The others are estimates, scaled to meet them.
 H200 = {
     2: Table(
-        (Range(3 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
+        # As far as the largest grid has a thread for each vector; TWOSHOT has half as many to a rank.
+        (Range(2 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
         "measured on H200",
     ),
     3: _changeover(416 * KIB, _ESTIMATE),
@@ -111,12 +112,13 @@ class Split:
     drain: int
 
 
-# Measured on H200 with 2 and 4 ranks: below these sizes it does not pay. One block to a multiprocessor: those that poll
-# then leave the others the caches.
-SPLITS: dict[tuple[str, int], Split | None] = {("ONESHOT", 2): Split(16 * MIB, 132, 16, 0), ("TWOSHOT", 2): None}
-TWO_SHOT_SPLIT = Split(16 * MIB, 132, 48, 33)  # more than two ranks
+# Measured on H200 with 2 and 4 ranks, the same for more; only where the largest grid has not a thread for each vector.
+# One block to a multiprocessor: those that poll then leave the others the caches.
+SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(9 * MIB, 132, 16, 0),), ("TWOSHOT", 2): ()}
+TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
 
 
-def split(strategy: str, world_size: int) -> Split | None:
-    """When and how the lanes of a large message share the tasks out; None: never."""
-    return SPLITS.get((strategy, world_size), TWO_SHOT_SPLIT if strategy == "TWOSHOT" else None)
+def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
+    """How the lanes of a large message share the tasks out; None: they do not."""
+    splits = SPLITS.get((strategy, world_size), TWO_SHOT_SPLITS if strategy == "TWOSHOT" else ())
+    return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)

@@ -24,6 +24,6 @@ class OneShot(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         chunk_bytes = facts.one_shot_chunk_bytes
         if facts.in_band:
-            split = tables.split(self.name, facts.world_size)
+            split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.ONE_SHOT, chunk_bytes, 1, split)
         return spread(message.vectors, Algorithm.ONE_SHOT, chunk_bytes, min(facts.lanes, MAX_FLAGGED_LANES), parts=1)

@@ -21,6 +21,6 @@ class TwoShot(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         chunk_bytes, parts = facts.two_shot_chunk_bytes, facts.world_size
         if facts.in_band:
-            split = tables.split(self.name, facts.world_size)
+            split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, chunk_bytes, parts, split)
         return spread(message.vectors, Algorithm.TWO_SHOT, chunk_bytes, facts.lanes, parts)
