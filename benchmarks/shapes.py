@@ -48,10 +48,11 @@ def shapes_of(
                 seen.add((lanes, threads))
                 shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes), 0, 0))
                 if in_band and size >= SPLIT_FROM and threads == most_threads and lanes == multiprocessors:
-                    drains = (0,) if algorithm == "ONESHOT" else (0, 8, 16, 24, 32)
+                    scatters = (12, 14, 16, 18, 20, 24) if algorithm == "ONESHOT" else (32, 40, 48, 56)
+                    drains = (0,) if algorithm == "ONESHOT" else (24, 33, 40)
                     shapes += [
                         (algorithm, size, lanes, threads, pieces, scatter, drain)
-                        for scatter in (8, 12, 16, 24, 32, 40, 48)
+                        for scatter in scatters
                         for drain in drains
                     ]
     return shapes
@@ -110,7 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor"
     )
-    parser.add_argument("--workspace-mib", type=int, default=512)
+    parser.add_argument("--workspace-mib", type=int, default=384)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     world_size = arguments.gpus

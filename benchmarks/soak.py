@@ -58,7 +58,7 @@ class Soak:
     def __init__(self, context: RankContext, largest: int) -> None:
         self.context = context
         self.largest = largest
-        self.stream = torch.cuda.Stream(context.device)
+        self.stream = torch.cuda.Stream(context.device)  # type: ignore[no-untyped-call]
         self.kept: list[Kept] = []
         self.counts: Counter[str] = Counter()
         self.groups: dict[str, TensorParallelCommunicator] = {}

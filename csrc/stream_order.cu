@@ -9,6 +9,10 @@
 #include "common.h"
 #include "device/capture.h"
 
+namespace {
+bool is_default(cudaStream_t stream) { return stream == nullptr || stream == cudaStreamLegacy; }
+}  // namespace
+
 struct lar_stream_order {
   int device = 0;
   int callers_device = 0;
@@ -49,7 +53,7 @@ extern "C" int lar_stream_order_begin(lar_stream_order* order, void* stream_hand
   if (order->callers_device != order->device)
     if (const cudaError_t error = cudaSetDevice(order->device); error != cudaSuccess) return error;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  cudaError_t error = cudaStreamIsCapturing(stream, &status);
+  cudaError_t error = is_default(stream) ? cudaSuccess : cudaStreamIsCapturing(stream, &status);
   order->capturing = status != cudaStreamCaptureStatusNone;
   if (error == cudaSuccess && !order->capturing && order->called && stream != order->last_stream) {
     if (!order->recorded) error = cudaEventRecord(order->last_call, order->last_stream);
@@ -67,7 +71,7 @@ extern "C" int lar_stream_order_end(lar_stream_order* order, void* stream_handle
     order->last_stream = static_cast<cudaStream_t>(stream_handle);
     order->called = true;
     order->recorded = false;
-    if (order->last_stream != cudaStreamLegacy && order->last_stream != nullptr) {
+    if (!is_default(order->last_stream)) {
       error = cudaEventRecord(order->last_call, order->last_stream);
       order->recorded = error == cudaSuccess;
     }

@@ -49,26 +49,17 @@ def _no_stream(_index: int | None) -> int:
     return 0
 
 
+def _empty_strided_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
 # What torch's compiler allocates with: half the time of torch.empty_like, which is most of an eager call's own. On the
-# current device only. None where it is gone.
-_empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] | None = getattr(
+# current device. The public way where it is gone.
+_empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] = getattr(
     getattr(torch._C._dynamo, "guards", None),  # noqa: SLF001
     "_empty_strided_cuda",
-    None,
+    _empty_strided_like,
 )
-
-
-def _empty_like_on(device_index: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``torch.empty_like`` for contiguous tensors on this GPU."""
-    empty_strided = _empty_strided
-    if empty_strided is None:
-        return torch.empty_like
-
-    def empty_like(input_: torch.Tensor) -> torch.Tensor:
-        output = empty_strided(tuple(input_.shape), input_.stride(), input_.dtype)
-        return output if output.get_device() == device_index else torch.empty_like(input_)
-
-    return empty_like
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -418,15 +409,21 @@ class TensorParallelCommunicator:
         self._kernel_plans.append((name, plan))
         index = self.device.index
         must_be_aligned = launch.scatter_lanes > 0
-        current_stream = _current_raw_stream if self.device.type == "cuda" else _no_stream
-        new_output = _empty_like_on(index) if self.device.type == "cuda" else torch.empty_like
+        on_gpu = self.device.type == "cuda"
+        current_stream = _current_raw_stream if on_gpu else _no_stream
+        empty_strided = _empty_strided
 
         def run(input_: torch.Tensor) -> torch.Tensor:
             # Kernels see the elements in logical order, so that ranks agree whatever their strides.
             source = input_.contiguous()
             if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
                 source = source.clone()
-            output = new_output(source)
+            if on_gpu:
+                output = empty_strided(tuple(source.shape), source.stride(), source.dtype)
+                if output.get_device() != index:  # the caller's current device is another
+                    output = torch.empty_like(source)
+            else:
+                output = torch.empty_like(source)
             status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
             if status != 0:
                 _raise_failure_of(workspace)

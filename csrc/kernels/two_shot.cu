@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t scatterers = arguments.scatter_lanes;
   const uint32_t drainers = arguments.drain_lanes;
   const uint32_t reducers = gridDim.x - scatterers - drainers;
-  auto* output = static_cast<uint4*>(arguments.output);
+  auto* output = static_cast<uint4*>(arguments.output);  // stored as a stream: the caches are for the slots
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -333,7 +333,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       if (i < share.end) {
         const uint4 mine = without_marker(load_vector(arguments.input, first + i));
         complete = poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result);
-        if (complete) output[first + i] = result;
+        if (complete) __stcs(&output[first + i], result);
       }
       if (!__all_sync(0xffffffffu, complete)) return;
       outbox.fill(result);
@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       drainers > 0 ? share_of(scatterers + reducers, drainers, part) : share_of(scatterers, reducers, part);
   for (uint32_t i = share.first; i < share.end; i += share.stride)
     if (!drain<kWorldSize>(arguments, gather_slots, total_vectors, i,
-                           [&](uint32_t at, const uint4& result) { output[at] = result; }))
+                           [&](uint32_t at, const uint4& result) { __stcs(&output[at], result); }))
       return;
 }
 

@@ -10,6 +10,14 @@ from llm_allreduce_plugin.bench.worker import Measurement
 MISSING = "--plot needs matplotlib: pip install matplotlib"
 
 
+def _short(size: float, _position: int) -> str:
+    """4096 as 4K."""
+    for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
+        if size >= unit:
+            return f"{size / unit:g}{name}"
+    return f"{size:g}"
+
+
 def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> None:
     """Write a picture whose format the suffix of ``path`` says (png, svg, pdf).
 
@@ -34,6 +42,7 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
         )
     for axes, unit in ((latency, "microseconds per call"), (bandwidth, "bus bandwidth, GB/s")):
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_short)
         axes.set_yscale("log")
         axes.set_xlabel("bytes per rank")
         axes.set_ylabel(unit)

@@ -114,7 +114,7 @@ class Split:
 
 # Measured on H200 with 2 and 4 ranks, the same for more; only where the largest grid has not a thread for each vector.
 # One block to a multiprocessor: those that poll then leave the others the caches.
-SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(9 * MIB, 132, 16, 0),), ("TWOSHOT", 2): ()}
+SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(0, 132, 16, 0),), ("TWOSHOT", 2): ()}
 TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
 
 
