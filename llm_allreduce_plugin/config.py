@@ -84,7 +84,7 @@ class AllReduceConfig(BaseModel):
         ge=2 << 20,
         le=1 << 33,
         description="memory per rank through which messages of any size are passed in chunks, as a number or like "
-        "'64MiB'; default 256 MiB on a GPU, 4 MiB of shared memory on a CPU rank",
+        "'64MiB'; default 384 MiB on a GPU, 4 MiB of shared memory on a CPU rank",
     )
     one_shot_max_bytes: ByteSize | None = Field(
         default=None,
