@@ -184,6 +184,30 @@ class Plan {
   int64_t captured_ = 0;
 };
 
+// Encodes or decodes `count` values between two addresses, on the CPU or, with a stream, on the current device.
+void encode(int format, int dtype, uint64_t values, int64_t count, uint64_t packets, std::optional<uint64_t> stream) {
+  const auto wire = static_cast<lar_wire_format>(format);
+  const auto type = static_cast<lar_dtype>(dtype);
+  throw_on_error(stream ? lar_encode_cuda(wire, type, pointer(values), count, pointer(packets), pointer(*stream))
+                        : lar_encode_cpu(wire, type, pointer(values), count, pointer(packets)),
+                 "encode");
+}
+
+void decode(int format, int dtype, uint64_t packets, int64_t count, uint64_t values, std::optional<uint64_t> stream) {
+  const auto wire = static_cast<lar_wire_format>(format);
+  const auto type = static_cast<lar_dtype>(dtype);
+  throw_on_error(stream ? lar_decode_cuda(wire, type, pointer(packets), count, pointer(values), pointer(*stream))
+                        : lar_decode_cpu(wire, type, pointer(packets), count, pointer(values)),
+                 "decode");
+}
+
+std::tuple<int, int> packet_size(int format) {
+  int32_t values = 0;
+  int32_t bytes = 0;
+  throw_on_error(lar_packet_size(static_cast<lar_wire_format>(format), &values, &bytes), "packet_size");
+  return {values, bytes};
+}
+
 lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, bool in_band) {
   lar_layout layout;
   if (lar_layout_init(&layout, world_size, lanes, in_band, workspace_bytes) != LAR_OK)
@@ -226,6 +250,14 @@ NB_MODULE(_C, module) {
 
   module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band"_a = false,
              "Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.");
+  module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
+  module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
+             "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
+  module.def("decode", &decode, "format"_a, "dtype"_a, "packets"_a, "count"_a, "values"_a, "stream"_a = nb::none(),
+             "The other way round.");
+  module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
+  module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
+  module.attr("WIRE_HADAMARD2") = static_cast<int>(LAR_WIRE_HADAMARD2);
   module.def("abi_version", &lar_abi_version);
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
 

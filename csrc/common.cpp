@@ -46,6 +46,13 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
   return LAR_OK;
 }
 
+int check_codec_call(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count, const void* packets,
+                     int32_t* packet_values, int32_t* packet_bytes) {
+  if (dtype < LAR_FLOAT32 || dtype > LAR_BFLOAT16 || count < 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (count > 0 && (!values || !packets)) return LAR_ERROR_INVALID_ARGUMENT;
+  return lar_packet_size(format, packet_values, packet_bytes);
+}
+
 }  // namespace lar
 
 extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band, int64_t bytes) {
@@ -87,4 +94,4 @@ extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t l
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 3; }
+extern "C" int lar_abi_version(void) { return 4; }

@@ -20,6 +20,10 @@ bool supported_world_size(int32_t world_size);
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
 int check_call(const lar_workspace*, const lar_message*, const lar_launch*, int64_t chunk_bytes);
 
+// The same for encoding and decoding; the packet size of the format.
+int check_codec_call(lar_wire_format, lar_dtype, const void* values, int64_t count, const void* packets,
+                     int32_t* packet_values, int32_t* packet_bytes);
+
 LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 LAR_HOST_DEVICE int element_bytes(lar_dtype dtype) { return dtype == LAR_FLOAT32 ? 4 : 2; }

@@ -63,6 +63,23 @@ def make_layout(world_size: int, lanes: int, workspace_bytes: int, in_band: bool
     Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.
     """
 
+def packet_size(format: int) -> tuple[int, int]:
+    """Values and bytes of a packet of a wire format."""
+
+def encode(format: int, dtype: int, values: int, count: int, packets: int, stream: int | None = None) -> None:
+    """
+    Encode `count` values at one address into packets at another, on the CPU or on a stream.
+    """
+
+def decode(format: int, dtype: int, packets: int, count: int, values: int, stream: int | None = None) -> None:
+    """The other way round."""
+
+WIRE_FP8: int = 0
+
+WIRE_TQ3: int = 1
+
+WIRE_HADAMARD2: int = 2
+
 def abi_version() -> int: ...
 
 def error_string(code: int) -> str: ...

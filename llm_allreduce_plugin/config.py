@@ -61,6 +61,14 @@ class AllReduceStrategy(enum.StrEnum):
             raise ValueError(message) from None
 
 
+class WireFormat(enum.StrEnum):
+    """What LOWPRECISION sends values as; ``csrc/codec`` says what each is."""
+
+    FP8 = "fp8"  # e4m3 and a scale for 496 values: 8.26 bits a value
+    TQ3 = "tq3"  # three levels and a scale for 32 values: 2.5 bits a value
+    HADAMARD2 = "hadamard2"  # rotated, four levels and a scale for 32 values: 2.5 bits a value, with less error
+
+
 Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
 
 

@@ -37,6 +37,9 @@ typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } la
 // LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own.
 typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1, LAR_TWO_SHOT_PULL = 2 } lar_algorithm;
 
+// What values are sent as by LOWPRECISION; csrc/codec/ says what each is.
+typedef enum lar_wire_format { LAR_WIRE_FP8 = 0, LAR_WIRE_TQ3 = 1, LAR_WIRE_HADAMARD2 = 2 } lar_wire_format;
+
 // What a rank was waiting for when it gave up.
 typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
 
@@ -127,6 +130,16 @@ LAR_EXPORT int lar_two_shot_pull_cuda(const lar_workspace*, const lar_message*, 
                                       const lar_launch*, void* stream);
 LAR_EXPORT int lar_one_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
 LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
+
+// Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as zero.
+// Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.
+LAR_EXPORT int lar_packet_size(lar_wire_format, int32_t* values, int32_t* bytes);
+LAR_EXPORT int lar_encode_cpu(lar_wire_format, lar_dtype, const void* values, int64_t count, void* packets);
+LAR_EXPORT int lar_decode_cpu(lar_wire_format, lar_dtype, const void* packets, int64_t count, void* values);
+LAR_EXPORT int lar_encode_cuda(lar_wire_format, lar_dtype, const void* values, int64_t count, void* packets,
+                               void* stream);
+LAR_EXPORT int lar_decode_cuda(lar_wire_format, lar_dtype, const void* packets, int64_t count, void* values,
+                               void* stream);
 
 // Proof that peers see each other's bytes. Each rank writes a word made from `nonce` into every peer's probe
 // area; after a barrier of the caller's, each rank checks what peers wrote here and, by loading from each peer,

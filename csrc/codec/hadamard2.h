@@ -1,0 +1,94 @@
+// HADAMARD2: 32 values in 10 bytes, like TQ3, with less error: the block is rotated by a Hadamard matrix, which spreads
+// outliers over all 32 values and makes them nearly normal, and each is sent as one of the four levels that are best
+// for normal data (Lloyd-Max: +-0.4528 and +-1.5104 standard deviations, apart at +-0.9816; J. Max, "Quantizing for
+// minimum distortion", 1960). First plane: signs; second plane: the larger level. The scale is the one with the least
+// squared error for the levels chosen, in fp16.
+//
+//   NaN, infinity   the scale is NaN and so is the whole block, whose values the rotation mixes
+//   > 2^20          taken for 2^20, beyond what the fp16 scale can say anyway: no finite value becomes NaN or infinite
+//   < about 2^-25   the scale is 0, and so is the block
+#ifndef LLM_ALLREDUCE_CODEC_HADAMARD2_H_
+#define LLM_ALLREDUCE_CODEC_HADAMARD2_H_
+
+#include "codec/block32.h"
+
+namespace lar::codec {
+
+struct Hadamard2 {
+  static constexpr float kSmall = 0.4527800f;
+  static constexpr float kLarge = 1.5104176f;
+  static constexpr float kApart = 0.9815988f;
+  static constexpr float kLargestInput = 0x1p20f;
+  static constexpr float kInverseRoot32 = 0.17677669f;
+
+  LAR_CODEC static Block32 encode(const float (&input)[Block32::kValues]) {
+    float values[Block32::kValues];
+    bool all_finite = true;
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) {
+      all_finite &= is_finite(input[i]);
+      values[i] = input[i] > kLargestInput ? kLargestInput : input[i] < -kLargestInput ? -kLargestInput : input[i];
+    }
+    if (!all_finite) return {0u, 0u, kHalfNan};
+    rotate(values);
+    float squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) squares = add(squares, multiply(values[i], values[i]));
+    float scale = square_root(multiply(squares, 1.0f / Block32::kValues));
+    uint32_t large = 0;
+    // The levels of the root mean square, then those of the best scale for them.
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+      const float apart = multiply(scale, kApart);
+      float products = 0.0f;
+      float weights = 0.0f;
+      large = 0;
+#pragma unroll
+      for (int i = 0; i < Block32::kValues; ++i) {
+        const bool is_large = magnitude(values[i]) > apart;
+        const float level = is_large ? kLarge : kSmall;
+        large |= static_cast<uint32_t>(is_large) << i;
+        products = add(products, multiply(magnitude(values[i]), level));
+        weights = add(weights, multiply(level, level));
+      }
+      scale = divide(products, weights);
+    }
+    Block32 out{0u, large, half_bits(scale > kLargestHalf ? kLargestHalf : scale)};
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) out.first |= (bits_of(values[i]) >> 31) << i;
+    return out;
+  }
+
+  LAR_CODEC static void decode(const Block32& block, float (&values)[Block32::kValues]) {
+    const float scale = from_half_bits(block.scale);
+    const float small = multiply(scale, kSmall);
+    const float large = multiply(scale, kLarge);
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) {
+      const float size = (block.second >> i) & 1u ? large : small;
+      values[i] = (block.first >> i) & 1u ? from_bits(bits_of(size) ^ 0x80000000u) : size;
+    }
+    rotate(values);
+  }
+
+ private:
+  // The Hadamard matrix of order 32, divided by the root of 32: its own inverse. Five steps of sums and differences.
+  LAR_CODEC static void rotate(float (&values)[Block32::kValues]) {
+#pragma unroll
+    for (int half = 1; half < Block32::kValues; half *= 2)
+#pragma unroll
+      for (int i = 0; i < Block32::kValues; ++i)
+        if ((i & half) == 0) {
+          const float a = values[i];
+          const float b = values[i + half];
+          values[i] = add(a, b);
+          values[i + half] = add(a, -b);
+        }
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) values[i] = multiply(values[i], kInverseRoot32);
+  }
+};
+
+}  // namespace lar::codec
+
+#endif  // LLM_ALLREDUCE_CODEC_HADAMARD2_H_

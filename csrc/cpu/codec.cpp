@@ -1,0 +1,163 @@
+#include "cpu/codec.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "codec/fp8.h"
+#include "codec/hadamard2.h"
+#include "codec/tq3.h"
+#include "cpu/float_types.h"
+
+namespace lar::cpu {
+namespace {
+
+using codec::Block32;
+using codec::Fp8;
+using codec::Packet32;
+
+static_assert(Fp8::kValues <= kMostPacketValues && Packet32::kValues <= kMostPacketValues);
+
+void encode_fp8(const float* values, char* packet) {
+  float largest = 0.0f;
+  for (int i = 0; i < Fp8::kValues; ++i) largest = std::max(largest, Fp8::weight(values[i]));
+  const float scale = Fp8::scale(largest);
+  const float multiplier = Fp8::multiplier(scale);
+  for (int i = 0; i < Fp8::kValues; ++i) packet[i] = static_cast<char>(Fp8::encode(values[i], multiplier));
+  std::memset(packet + Fp8::kScaleByte, 0, Fp8::kBytes - Fp8::kScaleByte);
+  std::memcpy(packet + Fp8::kScaleByte, &scale, sizeof(scale));
+}
+
+void decode_fp8(const char* packet, float* values) {
+  float scale;
+  std::memcpy(&scale, packet + Fp8::kScaleByte, sizeof(scale));
+  for (int i = 0; i < Fp8::kValues; ++i) values[i] = Fp8::decode(static_cast<uint8_t>(packet[i]), scale);
+}
+
+template <typename Codec>
+void encode_blocks(const float* values, char* packet) {
+  for (int block = 0; block < Packet32::kBlocks; ++block) {
+    float part[Block32::kValues];
+    std::copy_n(values + block * Block32::kValues, Block32::kValues, part);
+    codec::store_block(packet, block, Codec::encode(part));
+  }
+}
+
+template <typename Codec>
+void decode_blocks(const char* packet, float* values) {
+  for (int block = 0; block < Packet32::kBlocks; ++block) {
+    float part[Block32::kValues];
+    Codec::decode(codec::load_block(packet, block), part);
+    std::copy_n(part, Block32::kValues, values + block * Block32::kValues);
+  }
+}
+
+template <typename Type>
+void widen_typed(const void* elements, int64_t count, float* values) {
+  for (int64_t i = 0; i < count; ++i) {
+    typename Type::Storage bits;
+    std::memcpy(&bits, static_cast<const char*>(elements) + i * sizeof(bits), sizeof(bits));
+    values[i] = Type::widen(bits);
+  }
+}
+
+template <typename Type>
+void round_typed(const float* values, int64_t count, void* elements) {
+  for (int64_t i = 0; i < count; ++i) {
+    const typename Type::Storage bits = Type::round(values[i]);
+    std::memcpy(static_cast<char*>(elements) + i * sizeof(bits), &bits, sizeof(bits));
+  }
+}
+
+}  // namespace
+
+void encode_packet(lar_wire_format format, const float* values, char* packet) {
+  switch (format) {
+    case LAR_WIRE_FP8:
+      return encode_fp8(values, packet);
+    case LAR_WIRE_TQ3:
+      return encode_blocks<codec::Tq3>(values, packet);
+    case LAR_WIRE_HADAMARD2:
+      return encode_blocks<codec::Hadamard2>(values, packet);
+  }
+}
+
+void decode_packet(lar_wire_format format, const char* packet, float* values) {
+  switch (format) {
+    case LAR_WIRE_FP8:
+      return decode_fp8(packet, values);
+    case LAR_WIRE_TQ3:
+      return decode_blocks<codec::Tq3>(packet, values);
+    case LAR_WIRE_HADAMARD2:
+      return decode_blocks<codec::Hadamard2>(packet, values);
+  }
+}
+
+void widen(lar_dtype dtype, const void* elements, int64_t count, float* values) {
+  switch (dtype) {
+    case LAR_FLOAT32:
+      return widen_typed<Float32>(elements, count, values);
+    case LAR_FLOAT16:
+      return widen_typed<Float16>(elements, count, values);
+    case LAR_BFLOAT16:
+      return widen_typed<BFloat16>(elements, count, values);
+  }
+}
+
+void round(lar_dtype dtype, const float* values, int64_t count, void* elements) {
+  switch (dtype) {
+    case LAR_FLOAT32:
+      return round_typed<Float32>(values, count, elements);
+    case LAR_FLOAT16:
+      return round_typed<Float16>(values, count, elements);
+    case LAR_BFLOAT16:
+      return round_typed<BFloat16>(values, count, elements);
+  }
+}
+
+}  // namespace lar::cpu
+
+extern "C" int lar_packet_size(lar_wire_format format, int32_t* values, int32_t* bytes) {
+  switch (format) {
+    case LAR_WIRE_FP8:
+      *values = lar::codec::Fp8::kValues;
+      *bytes = lar::codec::Fp8::kBytes;
+      return LAR_OK;
+    case LAR_WIRE_TQ3:
+    case LAR_WIRE_HADAMARD2:
+      *values = lar::codec::Packet32::kValues;
+      *bytes = lar::codec::Packet32::kBytes;
+      return LAR_OK;
+  }
+  return LAR_ERROR_INVALID_ARGUMENT;
+}
+
+extern "C" int lar_encode_cpu(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count,
+                              void* packets) {
+  int32_t size = 0;
+  int32_t bytes = 0;
+  if (const int status = lar::check_codec_call(format, dtype, values, count, packets, &size, &bytes); status != LAR_OK)
+    return status;
+  float widened[lar::cpu::kMostPacketValues];
+  for (int64_t first = 0; first < count; first += size) {
+    const int64_t here = std::min<int64_t>(size, count - first);
+    lar::cpu::widen(dtype, static_cast<const char*>(values) + first * lar::element_bytes(dtype), here, widened);
+    std::fill(widened + here, widened + size, 0.0f);
+    lar::cpu::encode_packet(format, widened, static_cast<char*>(packets) + first / size * bytes);
+  }
+  return LAR_OK;
+}
+
+extern "C" int lar_decode_cpu(lar_wire_format format, lar_dtype dtype, const void* packets, int64_t count,
+                              void* values) {
+  int32_t size = 0;
+  int32_t bytes = 0;
+  if (const int status = lar::check_codec_call(format, dtype, values, count, packets, &size, &bytes); status != LAR_OK)
+    return status;
+  float decoded[lar::cpu::kMostPacketValues];
+  for (int64_t first = 0; first < count; first += size) {
+    lar::cpu::decode_packet(format, static_cast<const char*>(packets) + first / size * bytes, decoded);
+    lar::cpu::round(dtype, decoded, std::min<int64_t>(size, count - first),
+                    static_cast<char*>(values) + first * lar::element_bytes(dtype));
+  }
+  return LAR_OK;
+}

@@ -1,0 +1,21 @@
+// Packets of the wire formats on the CPU.
+#ifndef LLM_ALLREDUCE_CPU_CODEC_H_
+#define LLM_ALLREDUCE_CPU_CODEC_H_
+
+#include "common.h"
+
+namespace lar::cpu {
+
+constexpr int kMostPacketValues = 1024;  // of any format
+
+// One packet from all its values, and back.
+void encode_packet(lar_wire_format format, const float* values, char* packet);
+void decode_packet(lar_wire_format format, const char* packet, float* values);
+
+// fp32 from `count` elements of any alignment, and back with one rounding.
+void widen(lar_dtype dtype, const void* elements, int64_t count, float* values);
+void round(lar_dtype dtype, const float* values, int64_t count, void* elements);
+
+}  // namespace lar::cpu
+
+#endif  // LLM_ALLREDUCE_CPU_CODEC_H_

@@ -1,0 +1,113 @@
+// Packets of the wire formats on the device: one warp to a packet.
+#ifndef LLM_ALLREDUCE_DEVICE_PACKET_CUH_
+#define LLM_ALLREDUCE_DEVICE_PACKET_CUH_
+
+#include "codec/fp8.h"
+#include "codec/hadamard2.h"
+#include "codec/tq3.h"
+#include "device/vector.cuh"
+
+namespace lar {
+
+constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+// `count` values of a thread as neighbouring vectors of T, the first of them `index`.
+template <typename T, int kCount>
+__device__ __forceinline__ void load_values(const Payload<T>& from, int64_t index, float (&values)[kCount]) {
+  constexpr int kElements = Vector<T>::kElements;
+  static_assert(kCount % kElements == 0, "a thread has whole vectors");
+#pragma unroll
+  for (int j = 0; j < kCount / kElements; ++j) {
+    const uint4 raw = from.load(index + j);
+    const T* elements = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) values[j * kElements + i] = widen(elements[i]);
+  }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void store_values(const Payload<T>& to, int64_t index, int64_t total_vectors,
+                                             const float (&values)[kCount]) {
+  constexpr int kElements = Vector<T>::kElements;
+#pragma unroll
+  for (int j = 0; j < kCount / kElements; ++j) {
+    uint4 raw;
+    T* elements = reinterpret_cast<T*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) elements[i] = round_to<T>(values[j * kElements + i]);
+    if (index + j < total_vectors) to.store(index + j, raw);
+  }
+}
+
+// FP8: threads 0 to 30 have 16 values each, thread 31 the scale.
+struct Fp8Packet {
+  using Codec = codec::Fp8;
+  static constexpr int kThreadValues = 16;
+  static constexpr int kThreads = 31;  // with values
+  static constexpr int kBytes = Codec::kBytes;
+
+  // For the whole warp. What thread 31 passes does not count.
+  __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
+    const bool has_values = threadIdx.x % 32 < kThreads;
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
+    // Floats that are not negative are in the order of their bits.
+    const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
+    const float scale = Codec::scale(__uint_as_float(most));
+    const float multiplier = Codec::multiplier(scale);
+    uint4 raw;
+    auto* codes = reinterpret_cast<uint8_t*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) codes[i] = Codec::encode(values[i], multiplier);
+    return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
+  }
+
+  // For the whole warp.
+  __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
+    const float scale = __uint_as_float(__shfl_sync(kWholeWarp, raw.x, kThreads));
+    const auto* codes = reinterpret_cast<const uint8_t*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) values[i] = Codec::decode(codes[i], scale);
+  }
+
+  __device__ __forceinline__ static void encode_to(char* packet, const float (&values)[kThreadValues]) {
+    reinterpret_cast<uint4*>(packet)[threadIdx.x % 32] = encode(values);
+  }
+
+  __device__ __forceinline__ static void decode_from(const char* packet, float (&values)[kThreadValues]) {
+    decode(__ldcg(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32), values);
+  }
+};
+
+// The formats of 10 bytes for 32 values: one block to a thread.
+template <typename BlockCodec>
+struct BlockPacket {
+  static constexpr int kThreadValues = codec::Block32::kValues;
+  static constexpr int kThreads = codec::Packet32::kBlocks;
+  static constexpr int kBytes = codec::Packet32::kBytes;
+
+  __device__ __forceinline__ static void encode_to(char* packet, const float (&values)[kThreadValues]) {
+    const int block = threadIdx.x % 32;
+    const codec::Block32 encoded = BlockCodec::encode(values);
+    reinterpret_cast<uint32_t*>(packet)[block] = encoded.first;
+    reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte)[block] = encoded.second;
+    reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte)[block] = encoded.scale;
+  }
+
+  __device__ __forceinline__ static void decode_from(const char* packet, float (&values)[kThreadValues]) {
+    const int block = threadIdx.x % 32;
+    codec::Block32 encoded;
+    encoded.first = __ldcg(reinterpret_cast<const unsigned int*>(packet) + block);
+    encoded.second = __ldcg(reinterpret_cast<const unsigned int*>(packet + codec::Packet32::kSecondByte) + block);
+    encoded.scale = __ldcg(reinterpret_cast<const unsigned short*>(packet + codec::Packet32::kScaleByte) + block);
+    BlockCodec::decode(encoded, values);
+  }
+};
+
+using Tq3Packet = BlockPacket<codec::Tq3>;
+using Hadamard2Packet = BlockPacket<codec::Hadamard2>;
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_PACKET_CUH_

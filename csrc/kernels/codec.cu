@@ -1,0 +1,113 @@
+// Encoding and decoding by themselves: what the tests compare with the oracle, and what the break-even report times.
+#include <algorithm>
+
+#include "device/packet.cuh"
+
+namespace lar {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int64_t kMostBlocks = 1 << 16;
+
+// Every warp takes every so many packets: body(packet, the first vector of this thread in it).
+template <typename T, typename Packet, typename Body>
+__device__ __forceinline__ void for_each_packet(int64_t packets, Body body) {
+  constexpr int kThreadVectors = Packet::kThreadValues / Vector<T>::kElements;
+  for (int64_t packet = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; packet < packets;
+       packet += int64_t{gridDim.x} * kWarps)
+    body(packet, (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors);
+}
+
+template <typename T, typename Packet>
+__global__ void __launch_bounds__(kThreads)
+    encode_kernel(const void* values, int64_t count, char* packets, int64_t num_packets) {
+  const Payload<T> from(values, count);
+  for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
+    float thread_values[Packet::kThreadValues];
+    load_values(from, vector, thread_values);
+    Packet::encode_to(packets + packet * Packet::kBytes, thread_values);
+  });
+}
+
+template <typename T, typename Packet>
+__global__ void __launch_bounds__(kThreads)
+    decode_kernel(const char* packets, int64_t num_packets, void* values, int64_t count) {
+  const Payload<T> to(values, count);
+  const int64_t total_vectors = ceil_div(count, Vector<T>::kElements);
+  for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
+    float thread_values[Packet::kThreadValues];
+    Packet::decode_from(packets + packet * Packet::kBytes, thread_values);
+    if (threadIdx.x % 32 < Packet::kThreads) store_values(to, vector, total_vectors, thread_values);
+  });
+}
+
+struct Call {
+  bool encodes;
+  lar_dtype dtype;
+  const void* from;
+  void* to;
+  int64_t count;
+  int64_t packets;
+  cudaStream_t stream;
+};
+
+template <typename T, typename Packet>
+cudaError_t run(const Call& call) {
+  const auto blocks = static_cast<unsigned>(std::min(ceil_div(call.packets, kWarps), kMostBlocks));
+  if (call.encodes)
+    encode_kernel<T, Packet>
+        <<<blocks, kThreads, 0, call.stream>>>(call.from, call.count, static_cast<char*>(call.to), call.packets);
+  else
+    decode_kernel<T, Packet>
+        <<<blocks, kThreads, 0, call.stream>>>(static_cast<const char*>(call.from), call.packets, call.to, call.count);
+  return cudaGetLastError();
+}
+
+template <typename Packet>
+cudaError_t run(const Call& call) {
+  switch (call.dtype) {
+    case LAR_FLOAT32:
+      return run<float, Packet>(call);
+    case LAR_FLOAT16:
+      return run<__half, Packet>(call);
+    case LAR_BFLOAT16:
+      return run<__nv_bfloat16, Packet>(call);
+  }
+  return cudaErrorInvalidValue;
+}
+
+int code(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count, void* packets, bool encodes,
+         void* stream) {
+  int32_t packet_values = 0;
+  int32_t packet_bytes = 0;
+  if (const int status = check_codec_call(format, dtype, values, count, packets, &packet_values, &packet_bytes);
+      status != LAR_OK || count == 0)
+    return status;
+  if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  const void* from = encodes ? values : packets;
+  void* to = encodes ? packets : const_cast<void*>(values);
+  const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), static_cast<cudaStream_t>(stream)};
+  switch (format) {
+    case LAR_WIRE_FP8:
+      return run<Fp8Packet>(call);
+    case LAR_WIRE_TQ3:
+      return run<Tq3Packet>(call);
+    case LAR_WIRE_HADAMARD2:
+      return run<Hadamard2Packet>(call);
+  }
+  return LAR_ERROR_INVALID_ARGUMENT;
+}
+
+}  // namespace
+}  // namespace lar
+
+extern "C" int lar_encode_cuda(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count,
+                               void* packets, void* stream) {
+  return lar::code(format, dtype, values, count, packets, true, stream);
+}
+
+extern "C" int lar_decode_cuda(lar_wire_format format, lar_dtype dtype, const void* packets, int64_t count,
+                               void* values, void* stream) {
+  return lar::code(format, dtype, values, count, const_cast<void*>(packets), false, stream);
+}

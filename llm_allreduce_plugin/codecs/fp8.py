@@ -1,0 +1,33 @@
+"""FP8: 496 e4m3 values and an fp32 scale in 512 bytes; see csrc/codec/fp8.h for what becomes of special values."""
+
+from __future__ import annotations
+
+import torch
+
+PACKET_VALUES = 496
+PACKET_BYTES = 512
+LARGEST = 448.0
+LEAST_SCALE = 2.0**-126
+_NAN_CODE, _MINUS_ZERO_CODE = 0x7F, 0x80
+
+
+def encode(values: torch.Tensor) -> torch.Tensor:
+    """Fp32 ``[packets, 496]`` to uint8 ``[packets, 512]``."""
+    finite = values.isfinite()
+    largest = torch.where(finite, values.abs(), 0.0).amax(1, keepdim=True)
+    scale = (largest / LARGEST).clamp_min(LEAST_SCALE)
+    # 448 may come out a little above: e4m3 has nothing between it and NaN, to which torch would round from 464 on.
+    scaled = torch.where(finite, values * (1.0 / scale), 0.0)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = torch.where(codes == _MINUS_ZERO_CODE, 0, codes)  # a -0 becomes +0
+    codes = torch.where(finite, codes, _NAN_CODE).to(torch.uint8)
+    tail = torch.zeros(values.shape[0], 4, dtype=torch.float32)
+    tail[:, :1] = scale
+    return torch.cat([codes, tail.view(torch.uint8)], 1)
+
+
+def decode(packets: torch.Tensor) -> torch.Tensor:
+    """Uint8 ``[packets, 512]`` to fp32 ``[packets, 496]``."""
+    scale = packets[:, PACKET_VALUES : PACKET_VALUES + 4].contiguous().view(torch.float32)
+    codes = packets[:, :PACKET_VALUES].contiguous().view(torch.float8_e4m3fn)
+    return codes.float() * scale
