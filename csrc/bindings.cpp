@@ -66,16 +66,19 @@ class Workspace {
   // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
   // of a broken group when an earlier wait has expired. `inputs`: see lar_two_shot_pull_cuda; null otherwise.
   int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
-           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr) {
+           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr, int wire_format = -1) {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
     const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
     const bool one_shot = algorithm == LAR_ONE_SHOT;
     if (device_ == kCpu) {
       if (inputs) return LAR_ERROR_INVALID_ARGUMENT;
       nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
+      if (algorithm == LAR_LOW_PRECISION)
+        return lar_low_precision_cpu(&workspace_, &message, &launch, static_cast<lar_wire_format>(wire_format));
       return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
                       : lar_two_shot_cpu(&workspace_, &message, &launch);
     }
+    if (algorithm == LAR_LOW_PRECISION) return LAR_ERROR_INVALID_ARGUMENT;
     return with_order(
         stream,
         [&] {
@@ -143,13 +146,14 @@ class Workspace {
 class Plan {
  public:
   Plan(Workspace& workspace, int algorithm, int64_t count, int dtype, const lar_launch& launch,
-       const std::vector<int64_t>& peer_distances)
+       const std::vector<int64_t>& peer_distances, int wire_format)
       : workspace_(workspace),
         algorithm_(static_cast<lar_algorithm>(algorithm)),
         count_(count),
         dtype_(dtype),
         launch_(launch),
-        peer_distances_(peer_distances) {
+        peer_distances_(peer_distances),
+        wire_format_(wire_format) {
     if (!peer_distances.empty() && static_cast<int>(peer_distances.size()) != workspace.world_size())
       throw std::invalid_argument("peer_distances: must be empty or have one entry per rank");
   }
@@ -158,8 +162,9 @@ class Plan {
     const void* inputs[LAR_MAX_WORLD_SIZE];
     for (size_t rank = 0; rank < peer_distances_.size(); ++rank) inputs[rank] = pointer(input + peer_distances_[rank]);
     bool captured = false;
-    const int status = workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
-                                       pointer(stream), &captured, peer_distances_.empty() ? nullptr : inputs);
+    const int status =
+        workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_, pointer(stream),
+                        &captured, peer_distances_.empty() ? nullptr : inputs, wire_format_);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
@@ -180,6 +185,7 @@ class Plan {
   const int dtype_;
   const lar_launch launch_;
   const std::vector<int64_t> peer_distances_;  // from my input to where I see each rank's; empty: input is sent
+  const int wire_format_;                      // of LOW_PRECISION
   int64_t calls_ = 0;
   int64_t captured_ = 0;
 };
@@ -234,6 +240,7 @@ NB_MODULE(_C, module) {
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
   module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
   module.attr("TWO_SHOT_PULL") = static_cast<int>(LAR_TWO_SHOT_PULL);
+  module.attr("LOW_PRECISION") = static_cast<int>(LAR_LOW_PRECISION);
   module.attr("CPU") = kCpu;
 
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
@@ -273,14 +280,16 @@ NB_MODULE(_C, module) {
       .def(
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
-             int64_t chunk_vectors, int scatter_lanes, int drain_lanes, const std::vector<int64_t>& peer_distances) {
+             int64_t chunk_vectors, int scatter_lanes, int drain_lanes, const std::vector<int64_t>& peer_distances,
+             int wire_format) {
             const lar_launch launch{lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
-            new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances);
+            new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances, wire_format);
           },
           "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a,
-          "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{},
+          "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{}, "wire_format"_a = -1,
           nb::keep_alive<1, 2>(),
-          "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place.")
+          "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. "
+          "`wire_format`: for LOW_PRECISION, one of WIRE_*.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
       .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,

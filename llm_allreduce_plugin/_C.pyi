@@ -23,6 +23,8 @@ TWO_SHOT: int = 1
 
 TWO_SHOT_PULL: int = 2
 
+LOW_PRECISION: int = 3
+
 CPU: int = -1
 
 class Layout:
@@ -103,9 +105,9 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = []) -> None:
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1) -> None:
         """
-        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place.
+        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION, one of WIRE_*.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

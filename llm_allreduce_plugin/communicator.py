@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement
+from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -222,11 +223,12 @@ class TensorParallelCommunicator:
         do not pass through Python and are not counted.
         """
         calls, captured = self._counts()
-        fallbacks = {
-            f"{decision.requested} -> {decision.strategy}": decision.reason
-            for decision, _ in list(self._plans.values())
-            if decision.is_fallback
-        }
+        reasons: dict[str, list[str]] = {}
+        for decision, _ in list(self._plans.values()):
+            if decision.is_fallback:
+                known = reasons.setdefault(f"{decision.requested} -> {decision.strategy}", [])
+                known += [decision.reason] if decision.reason not in known else []
+        fallbacks = {what: "; ".join(known) for what, known in reasons.items()}
         return {
             "rank": self.rank,
             "world_size": self.world_size,
@@ -287,6 +289,7 @@ class TensorParallelCommunicator:
             transport=Transport.NONE,
             architecture=cards[0].architecture,
             nodes=nodes,
+            low_precision=self.config.low_precision,
         )
         # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
         obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
@@ -405,13 +408,13 @@ class TensorParallelCommunicator:
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, peer_distances,
+            -1 if launch.wire_format is None else CODECS[launch.wire_format].code,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index
         must_be_aligned = launch.scatter_lanes > 0
         on_gpu = self.device.type == "cuda"
         current_stream = _current_raw_stream if on_gpu else _no_stream
-        empty_strided = _empty_strided
 
         def run(input_: torch.Tensor) -> torch.Tensor:
             # Kernels see the elements in logical order, so that ranks agree whatever their strides.
@@ -419,7 +422,7 @@ class TensorParallelCommunicator:
             if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
                 source = source.clone()
             if on_gpu:
-                output = empty_strided(tuple(source.shape), source.stride(), source.dtype)
+                output = _empty_strided(tuple(source.shape), source.stride(), source.dtype)
                 if output.get_device() != index:  # the caller's current device is another
                     output = torch.empty_like(source)
             else:

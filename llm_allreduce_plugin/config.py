@@ -69,6 +69,43 @@ class WireFormat(enum.StrEnum):
     HADAMARD2 = "hadamard2"  # rotated, four levels and a scale for 32 values: 2.5 bits a value, with less error
 
 
+class LowPrecisionAlgorithm(enum.StrEnum):
+    """How LOWPRECISION moves packets."""
+
+    TWO_SHOT = "two_shot"  # compressed both ways; two steps whatever the world size
+
+
+def _lower_case(value: object) -> object:
+    return value.strip().lower() if isinstance(value, str) else value
+
+
+def _parsed(value: object) -> object:
+    """A mapping from text, as environment variables have it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        message = "must be a mapping of settings, as JSON in the environment"
+        raise ValueError(message) from None
+
+
+class LowPrecisionConfig(BaseModel):
+    """What LOWPRECISION does. Frozen; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    wire_format: Annotated[WireFormat, BeforeValidator(_lower_case)] = Field(
+        default=WireFormat.FP8, description="what values are sent as"
+    )
+    algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(_lower_case)] = Field(
+        default=LowPrecisionAlgorithm.TWO_SHOT, description="how packets move"
+    )
+    min_bytes: ByteSize | None = Field(
+        default=None, ge=0, description="smallest message per rank that is compressed; default: from where it pays"
+    )
+
+
 Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
 
 
@@ -103,6 +140,10 @@ class AllReduceConfig(BaseModel):
         default=True,
         description="GPUs: readiness travels inside the data, and a kernel may start while the one before drains; off: "
         "flags tell when data may be read, which is slower",
+    )
+    low_precision: Annotated[LowPrecisionConfig, BeforeValidator(_parsed)] = Field(
+        default=LowPrecisionConfig(),
+        description="LOWPRECISION: wire_format (fp8, tq3, hadamard2), algorithm (two_shot), min_bytes",
     )
     report_dir: Path | None = Field(
         default=None,
@@ -187,16 +228,17 @@ def _validated(source: str, values: Mapping[str, Any], label: Mapping[str, str] 
     except ValidationError as error:
         lines = []
         for fault in error.errors():
-            field = str(fault["loc"][0]) if fault["loc"] else "?"
-            name = (label or {}).get(field, field)
+            path = [str(part) for part in fault["loc"]] or ["?"]
+            nested = path[0] == "low_precision" and len(path) > 1
+            fields = LowPrecisionConfig.model_fields if nested else AllReduceConfig.model_fields
+            field = path[1] if nested else path[0]
+            name = ".".join([(label or {}).get(path[0], path[0]), *path[1:]])
             if fault["type"] == "extra_forbidden":
-                lines.append(
-                    f"{source}: {field}={values[field]!r}: {_unknown_key(field, list(AllReduceConfig.model_fields))}"
-                )
+                lines.append(f"{source}: {name}={fault['input']!r}: {_unknown_key(field, list(fields))}")
                 continue
             allowed = fault["msg"].removeprefix("Value error, ")
             allowed = allowed[:1].lower() + allowed[1:]
-            meaning = AllReduceConfig.model_fields[field].description
+            meaning = fields[field].description
             lines.append(f"{source}: {name}={fault['input']!r}: {allowed} ({meaning})")
         raise ConfigError("\n".join(lines)) from None
     return dict(values)
@@ -235,6 +277,14 @@ def _from_environment() -> dict[str, Any]:
     return _validated("environment", values, {name: variable for variable, name in variables.items()})
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    """A nested setting that was found valid, as a mapping of what it sets."""
+    parsed = _parsed(value)
+    if isinstance(parsed, LowPrecisionConfig):
+        return parsed.model_dump(exclude_unset=True)
+    return parsed if isinstance(parsed, Mapping) else {}
+
+
 def load_config(
     engine: Mapping[str, Any] | None = None,
     *,
@@ -250,12 +300,19 @@ def load_config(
         ConfigError: naming the source, the field, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
+
+    def add(values: dict[str, Any]) -> None:
+        nested = dict(_mapping(merged.get("low_precision"))) | dict(_mapping(values.get("low_precision")))
+        merged.update(values)
+        if nested:
+            merged["low_precision"] = nested
+
     if path := os.environ.get(CONFIG_FILE_VARIABLE):
-        merged |= _from_file(Path(path))
-    merged |= _from_environment()
+        add(_from_file(Path(path)))
+    add(_from_environment())
     if engine is not None:
         if not isinstance(engine, Mapping):
             message = f"{engine_name}: {engine!r}: must be a mapping of settings"
             raise ConfigError(message)
-        merged |= _validated(engine_name, engine)
+        add(_validated(engine_name, engine))
     return AllReduceConfig(**merged)

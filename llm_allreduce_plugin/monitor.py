@@ -15,7 +15,12 @@ from llm_allreduce_plugin.errors import PeerTimeoutError
 
 logger = logging.getLogger(__name__)
 
-_ALGORITHMS = {_C.ONE_SHOT: "ONESHOT", _C.TWO_SHOT: "TWOSHOT", _C.TWO_SHOT_PULL: "TWOSHOT"}
+_ALGORITHMS = {
+    _C.ONE_SHOT: "ONESHOT",
+    _C.TWO_SHOT: "TWOSHOT",
+    _C.TWO_SHOT_PULL: "TWOSHOT",
+    _C.LOW_PRECISION: "LOWPRECISION",
+}
 _PHASES = {0: "gather", 1: "scatter"}
 
 

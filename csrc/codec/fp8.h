@@ -22,6 +22,7 @@
 namespace lar::codec {
 
 struct Fp8 {
+  static constexpr bool kSendsInfinity = false;
   static constexpr int kValues = 496;
   static constexpr int kBytes = 512;
   static constexpr int kScaleByte = 496;

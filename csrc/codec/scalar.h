@@ -50,6 +50,14 @@ LAR_CODEC bool is_finite(float value) { return (bits_of(value) & kMagnitudeMask)
 LAR_CODEC float magnitude(float value) { return from_bits(bits_of(value) & kMagnitudeMask); }
 LAR_CODEC float nan() { return from_bits(0x7fffffffu); }
 
+// For formats that send infinity as NaN: what a rank's own values must look like beside the decoded ones, and a sum
+// that is infinite only because finite values were too large to add up.
+LAR_CODEC float infinity_as_nan(float value) { return is_finite(value) ? value : nan(); }
+LAR_CODEC float largest_for_infinity(float sum) {
+  const bool is_infinite = (bits_of(sum) & kMagnitudeMask) == kInfinityBits;
+  return is_infinite ? from_bits(bits_of(sum) - 1) : sum;
+}
+
 // fp32 -> fp16 bits; NaN becomes kHalfNan.
 LAR_CODEC uint16_t half_bits(float value) {
 #if defined(__CUDACC__)

@@ -13,6 +13,7 @@
 namespace lar::codec {
 
 struct Tq3 {
+  static constexpr bool kSendsInfinity = true;
   LAR_CODEC static Block32 encode(const float (&values)[Block32::kValues]) {
     float largest = 0.0f;
     bool any_nan = false;

@@ -16,6 +16,7 @@ using codec::Fp8;
 using codec::Packet32;
 
 static_assert(Fp8::kValues <= kMostPacketValues && Packet32::kValues <= kMostPacketValues);
+static_assert(Fp8::kBytes <= kMostPacketBytes && Packet32::kBytes <= kMostPacketBytes);
 
 void encode_fp8(const float* values, char* packet) {
   float largest = 0.0f;
@@ -90,6 +91,18 @@ void decode_packet(lar_wire_format format, const char* packet, float* values) {
     case LAR_WIRE_HADAMARD2:
       return decode_blocks<codec::Hadamard2>(packet, values);
   }
+}
+
+bool sends_infinity(lar_wire_format format) {
+  switch (format) {
+    case LAR_WIRE_FP8:
+      return Fp8::kSendsInfinity;
+    case LAR_WIRE_TQ3:
+      return codec::Tq3::kSendsInfinity;
+    case LAR_WIRE_HADAMARD2:
+      return codec::Hadamard2::kSendsInfinity;
+  }
+  return false;
 }
 
 void widen(lar_dtype dtype, const void* elements, int64_t count, float* values) {

@@ -8,7 +8,10 @@ namespace lar::cpu {
 
 class Lane {
  public:
-  Lane(const lar_workspace& workspace, lar_algorithm algorithm) : workspace_(workspace), algorithm_(algorithm) {}
+  // `reported`: the algorithm that an expired wait names, where it is not the one whose rounds are counted.
+  Lane(const lar_workspace& workspace, lar_algorithm algorithm, lar_algorithm reported)
+      : workspace_(workspace), algorithm_(algorithm), reported_(reported) {}
+  Lane(const lar_workspace& workspace, lar_algorithm algorithm) : Lane(workspace, algorithm, algorithm) {}
 
   uint32_t epoch() const { return *epoch_word(own_base(), workspace_.layout, algorithm_, 0); }
   void finish(uint32_t epoch) const { *epoch_word(own_base(), workspace_.layout, algorithm_, 0) = epoch; }
@@ -30,6 +33,7 @@ class Lane {
 
   const lar_workspace& workspace_;
   const lar_algorithm algorithm_;
+  const lar_algorithm reported_;
 };
 
 // output[i] = sources[0][i] + sources[1][i] + ..., in fp32 from +0, in that order, rounded once: the arithmetic of

@@ -34,8 +34,14 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own.
-typedef enum lar_algorithm { LAR_ONE_SHOT = 0, LAR_TWO_SHOT = 1, LAR_TWO_SHOT_PULL = 2 } lar_algorithm;
+// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own. LAR_LOW_PRECISION: TWOSHOT in a
+// wire format, which shares TWOSHOT's slots and counts.
+typedef enum lar_algorithm {
+  LAR_ONE_SHOT = 0,
+  LAR_TWO_SHOT = 1,
+  LAR_TWO_SHOT_PULL = 2,
+  LAR_LOW_PRECISION = 3,
+} lar_algorithm;
 
 // What values are sent as by LOWPRECISION; csrc/codec/ says what each is.
 typedef enum lar_wire_format { LAR_WIRE_FP8 = 0, LAR_WIRE_TQ3 = 1, LAR_WIRE_HADAMARD2 = 2 } lar_wire_format;
@@ -130,6 +136,9 @@ LAR_EXPORT int lar_two_shot_pull_cuda(const lar_workspace*, const lar_message*, 
                                       const lar_launch*, void* stream);
 LAR_EXPORT int lar_one_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
 LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
+// TWOSHOT with everything that travels in a wire format: what ranks send their owners, and the sums on their way back.
+// Every rank takes the decoded sums, the owner too, so all have the same bits. A slot must hold at least one packet.
+LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as zero.
 // Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.

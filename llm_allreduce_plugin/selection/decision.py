@@ -6,7 +6,7 @@ import dataclasses
 import enum
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
 
 
 class Algorithm(enum.IntEnum):
@@ -14,6 +14,7 @@ class Algorithm(enum.IntEnum):
 
     ONE_SHOT = _C.ONE_SHOT
     TWO_SHOT = _C.TWO_SHOT
+    LOW_PRECISION = _C.LOW_PRECISION
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Launch:
         in_band: readiness travels inside the data; otherwise flags tell when a chunk may be read.
         scatter_lanes: lanes that only send this rank's input; 0 when every lane does everything.
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
+        wire_format: what values are sent as; None: as they are.
     """
 
     algorithm: Algorithm
@@ -39,6 +41,7 @@ class Launch:
     in_band: bool = False
     scatter_lanes: int = 0
     drain_lanes: int = 0
+    wire_format: WireFormat | None = None
 
     def __str__(self) -> str:
         words = f"{self.lanes} blocks x {self.threads} threads"
@@ -48,7 +51,7 @@ class Launch:
         spread = "per peer" if self.in_band else "per block and peer"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{'in band' if self.in_band else 'flagged'}"
+            f"{'in band' if self.in_band else 'flagged'}{f', as {self.wire_format}' if self.wire_format else ''}"
         )
 
 

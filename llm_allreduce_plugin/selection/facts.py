@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
+from llm_allreduce_plugin.config import LowPrecisionConfig
+
 if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
 
@@ -50,6 +52,7 @@ class GroupFacts:
         two_shot_chunk_bytes: the same for TWOSHOT.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
+        low_precision: the agreed settings of LOWPRECISION.
     """
 
     world_size: int
@@ -62,6 +65,7 @@ class GroupFacts:
     two_shot_chunk_bytes: int = 0
     architecture: int | None = None
     nodes: int = 1
+    low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.strategies.base import KernelStrategy, Strategy
+from llm_allreduce_plugin.strategies.low_precision import LowPrecision
 from llm_allreduce_plugin.strategies.min_latency import MinLatency
-from llm_allreduce_plugin.strategies.missing import LowPrecision, MultiNodeNvlink, UserBuffer
+from llm_allreduce_plugin.strategies.missing import MultiNodeNvlink, UserBuffer
 from llm_allreduce_plugin.strategies.nccl import Nccl
 from llm_allreduce_plugin.strategies.one_shot import OneShot
 from llm_allreduce_plugin.strategies.two_shot import TwoShot

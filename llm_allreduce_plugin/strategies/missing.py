@@ -11,11 +11,6 @@ class UserBuffer(MissingStrategy):
     algorithm = "zero-copy on registered buffers"
 
 
-class LowPrecision(MissingStrategy):
-    name = AllReduceStrategy.LOWPRECISION
-    algorithm = "compressed on the wire"
-
-
 class MultiNodeNvlink(MissingStrategy):
     name = AllReduceStrategy.MNNVL
     algorithm = "kernels over an NVLink domain that spans nodes"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin import communicator as communicator_module
 from llm_allreduce_plugin.bench.ranks import RankContext
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 
@@ -26,15 +27,19 @@ def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterat
 
 @contextlib.contextmanager
 def poisoned_outputs() -> Iterator[None]:
-    """Every tensor from empty_like is filled with garbage first, so unwritten elements cannot pass by luck."""
+    """Every output is filled with garbage first, so unwritten elements cannot pass by luck."""
     empty_like = torch.empty_like
+    empty_strided = communicator_module._empty_strided
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         return (
             poison(empty_like(*args, **kwargs).contiguous()) if args[0].is_contiguous() else empty_like(*args, **kwargs)
         )
 
-    with mock.patch.object(torch, "empty_like", poisoned):
+    with (
+        mock.patch.object(torch, "empty_like", poisoned),
+        mock.patch.object(communicator_module, "_empty_strided", lambda *args: poison(empty_strided(*args))),
+    ):
         yield
 
 
@@ -174,7 +179,8 @@ def check_other_inputs(context: RankContext) -> None:
         assert torch.equal(group.all_reduce(doubles), doubles * context.world_size)
         assert group.report()["calls"] == {"NCCL": 2}
         assert group.report()["fallbacks"] == {
-            "ONESHOT -> NCCL": "no kernel for dtype float64 (there are for float32, float16, bfloat16)"
+            "ONESHOT -> NCCL": "no kernel for dtype int64 (there are for float32, float16, bfloat16); "
+            "no kernel for dtype float64 (there are for float32, float16, bfloat16)"
         }
         with pytest.raises(ValueError, match="input is on meta"):
             group.all_reduce(torch.ones(1, device="meta"))

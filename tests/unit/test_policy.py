@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
-from llm_allreduce_plugin.selection.decision import Algorithm
+from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.selection.tables import LINK_SCALE, fastest
@@ -167,13 +170,52 @@ def test_tables_know_every_group_and_size(world_size: int, architecture: int | N
 
 @pytest.mark.parametrize(
     ("strategy", "runs"),
-    [("UB", "TWOSHOT"), ("LOWPRECISION", "MINLATENCY"), ("MNNVL", "MINLATENCY")],
+    [("UB", "TWOSHOT"), ("MNNVL", "MINLATENCY")],
 )
 def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs: str) -> None:
     decision = decide(config(strategy), facts(), 64, "bfloat16")
     assert decision.strategy == runs
     assert decision.is_fallback
     assert decision.reason == f"the {strategy} kernel does not exist yet"
+
+
+def low_precision(count: int, dtype: str, group: GroupFacts, **settings: Any) -> Decision:
+    agreed = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=LowPrecisionConfig(**settings))
+    return decide(agreed, dataclasses.replace(group, low_precision=agreed.low_precision), count, dtype)
+
+
+def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
+    cpu = facts(transport=Transport.SHM, workspace=4 << 20)
+    runs = low_precision(4096, "bfloat16", cpu, wire_format="TQ3")
+    assert runs.strategy is S.LOWPRECISION
+    assert runs.launch is not None
+    assert runs.launch.wire_format is WireFormat.TQ3
+    for decision, reason in (
+        (low_precision(4096, "float32", cpu), "compression is for bfloat16 and float16, not float32"),
+        (
+            low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
+            "messages below low_precision.min_bytes (1048576) stay exact",
+        ),
+        (low_precision(4096, "bfloat16", facts()), "the LOWPRECISION kernel for GPUs does not exist yet"),
+        (low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16)), "for 2 to 8 ranks, not 16"),
+    ):
+        assert decision.strategy is S.MINLATENCY
+        assert reason in decision.reason
+
+
+@given(st.integers(0, 1 << 26), st.sampled_from(list(WireFormat)), st.integers(2, 8), st.integers(1 << 19, 1 << 24))
+def test_low_precision_launches_fit_their_slots(count: int, wire: WireFormat, world_size: int, workspace: int) -> None:
+    group = facts(world_size, transport=Transport.SHM, workspace=workspace)
+    launch = low_precision(count, "bfloat16", group, wire_format=wire).launch
+    assert launch is not None
+    codec = CODECS[wire]
+    packet_vectors = codec.packet_bytes // VECTOR_BYTES
+    assert launch.chunk_vectors % packet_vectors == 0
+    chunk = launch.chunk_vectors // packet_vectors
+    assert 1 <= chunk <= group.two_shot_chunk_bytes // codec.packet_bytes
+    per_round = chunk * world_size * codec.packet_values
+    assert launch.rounds * per_round >= count
+    assert (launch.rounds - 1) * per_round < max(count, 1)
 
 
 def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:

@@ -1,0 +1,60 @@
+"""LOWPRECISION: two-shot push with everything that travels in a wire format. Kernels: csrc/cpu/low_precision.cpp.
+
+Lossy, so it runs only where it was asked for, and the same bits on every rank all the same: all take the owner's sum as
+it was decoded from the wire, the owner too. What the wire formats are: csrc/codec.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.selection.decision import Algorithm, Launch
+from llm_allreduce_plugin.strategies.base import VECTOR_BYTES, KernelStrategy, Message
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.selection.facts import GroupFacts
+
+LARGEST_WORLD_SIZE = 8
+ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
+
+
+class LowPrecision(KernelStrategy):
+    name = AllReduceStrategy.LOWPRECISION
+    algorithm = "two-shot push, compressed on the wire"
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        if (reason := super().obstacle(facts, message)) is not None:
+            return reason
+        if facts.device != "cpu":
+            return "the LOWPRECISION kernel for GPUs does not exist yet"
+        if facts.world_size > LARGEST_WORLD_SIZE:
+            return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
+        if message.element_bytes != ELEMENT_BYTES:
+            return f"compression is for bfloat16 and float16, not {message.dtype}"
+        codec = CODECS[facts.low_precision.wire_format]
+        if facts.two_shot_chunk_bytes < codec.packet_bytes:
+            return (
+                f"a slot of the workspace ({facts.two_shot_chunk_bytes} bytes) holds no packet of "
+                f"{facts.low_precision.wire_format} ({codec.packet_bytes} bytes)"
+            )
+        least = int(facts.low_precision.min_bytes or 0)
+        if message.payload_bytes < least:
+            return f"messages below low_precision.min_bytes ({least}) stay exact"
+        return None
+
+    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+        wire_format = facts.low_precision.wire_format
+        codec = CODECS[wire_format]
+        packets = max(1, math.ceil(message.count / codec.packet_values / facts.world_size))
+        chunk = min(packets, facts.two_shot_chunk_bytes // codec.packet_bytes)
+        return Launch(
+            Algorithm.LOW_PRECISION,
+            lanes=1,
+            threads=32,
+            chunk_vectors=chunk * codec.packet_bytes // VECTOR_BYTES,
+            rounds=math.ceil(packets / chunk),
+            wire_format=wire_format,
+        )
