@@ -34,8 +34,8 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own. LAR_LOW_PRECISION: TWOSHOT in a
-// wire format, which shares TWOSHOT's slots and counts.
+// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own. LAR_LOW_PRECISION: TWOSHOT in
+// a wire format, which shares TWOSHOT's slots and counts.
 typedef enum lar_algorithm {
   LAR_ONE_SHOT = 0,
   LAR_TWO_SHOT = 1,
@@ -140,8 +140,8 @@ LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const 
 // Every rank takes the decoded sums, the owner too, so all have the same bits. A slot must hold at least one packet.
 LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
 
-// Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as zero.
-// Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.
+// Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
+// zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.
 LAR_EXPORT int lar_packet_size(lar_wire_format, int32_t* values, int32_t* bytes);
 LAR_EXPORT int lar_encode_cpu(lar_wire_format, lar_dtype, const void* values, int64_t count, void* packets);
 LAR_EXPORT int lar_decode_cpu(lar_wire_format, lar_dtype, const void* packets, int64_t count, void* values);

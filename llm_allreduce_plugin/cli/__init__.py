@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import bench, topo
+from llm_allreduce_plugin.cli import accuracy, bench, topo
 
 app = typer.Typer(
     name="llm-allreduce",
@@ -35,6 +35,7 @@ def _root(
 
 app.command(name="topo")(topo.topo)
 app.command(name="bench")(bench.bench)
+app.command(name="accuracy")(accuracy.accuracy)
 
 
 def main() -> None:

@@ -10,13 +10,13 @@ import torch
 
 from llm_allreduce_plugin.bench.ranks import RankContext
 from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.reference import (
     assert_same_bits,
     digest,
-    low_precision_sum,
     rank_input,
     rank_ordered_sum,
     special_inputs,
@@ -36,7 +36,7 @@ def _compare(context: RankContext, group: Any, inputs: list[torch.Tensor], wire:
     with checks.poisoned_outputs():
         output = group.all_reduce(mine)
     chunk = launch.chunk_vectors * 16 // CODECS[wire].packet_bytes
-    expected = low_precision_sum(inputs, wire, chunk)
+    expected = compressed_sum(inputs, wire, chunk)
     assert torch.equal(output.isnan(), expected.isnan()), what
     assert_same_bits(output[~output.isnan()], expected[~expected.isnan()], what)
     assert torch.equal(mine.view(torch.int16), before.view(torch.int16)), f"{what}: the input was written"

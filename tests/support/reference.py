@@ -7,9 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.config import WireFormat
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIB = 1 << 20
 SIZES = (0, 1, 7, 8, 9, 1023, MIB - 1, MIB, MIB + 1)
@@ -55,27 +52,6 @@ def rank_ordered_sum(inputs: Sequence[torch.Tensor]) -> torch.Tensor:
     for part in inputs:
         total += part.to(torch.float32)
     return total.to(inputs[0].dtype)
-
-
-def low_precision_sum(inputs: Sequence[torch.Tensor], wire: WireFormat, chunk_packets: int) -> torch.Tensor:
-    """What LOWPRECISION gives: owners add what they decode to their own values, in rank order, and all decode the sum.
-
-    ``chunk_packets``: packets that one owner after another has; the last owner's are followed by the first's again.
-    """
-    codec, world_size, count = CODECS[wire], len(inputs), inputs[0].numel()
-    packets = -(-count // codec.packet_values)
-    owners = (torch.arange(packets) // chunk_packets % world_size).repeat_interleave(codec.packet_values)[:count]
-    infinity_travels = wire is WireFormat.TQ3
-    total = torch.zeros(count)
-    for rank, part in enumerate(inputs):
-        exact = part.float()
-        if not infinity_travels:
-            exact = torch.where(exact.isfinite(), exact, float("nan"))
-        total = total + torch.where(owners == rank, exact, codec.round_trip(part))
-    if not infinity_travels:
-        largest = torch.finfo(torch.float32).max
-        total = torch.where(total.isinf(), total.sign() * largest, total)
-    return (codec.round_trip(total) + 0.0).to(inputs[0].dtype)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""llm-allreduce accuracy: what each wire format of LOWPRECISION costs, on made data and in a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_allreduce_plugin.config import WireFormat
+
+
+def _formats(text: str) -> list[WireFormat]:
+    try:
+        return [WireFormat(name.strip().lower()) for name in text.split(",")]
+    except ValueError:
+        message = f"--formats {text}: must be some of {', '.join(WireFormat)}, separated by commas"
+        raise typer.BadParameter(message) from None
+
+
+FEWEST, MOST = 2, 8  # ranks that LOWPRECISION serves
+
+
+def _ranks(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and FEWEST <= int(part) <= MOST for part in parts):
+        message = f"--ranks {text}: must be numbers from {FEWEST} to {MOST}, separated by commas"
+        raise typer.BadParameter(message)
+    return [int(part) for part in parts]
+
+
+def accuracy(
+    *,
+    formats: Annotated[str, typer.Option("--formats", help="Wire formats.")] = ",".join(WireFormat),
+    ranks: Annotated[str, typer.Option("--ranks", help="Numbers of ranks.")] = "2,4,8",
+    model: Annotated[bool, typer.Option("--model/--no-model", help="Also the sentence-embedding model.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
+) -> None:
+    """Measure the error of compressed all-reduces: of one on made data, and of all of a model's layers together.
+
+    Computed with the torch oracle, whose bits are those of the kernels, so no GPU is needed. The model is
+    all-MiniLM-L6-v2, split over as many ranks as divide its 12 heads.
+    """
+    from llm_allreduce_plugin.accuracy import minilm, report, synthetic
+
+    wires, sizes = _formats(formats), _ranks(ranks)
+    errors = []
+    typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
+    for data in synthetic.DATA:
+        errors += [synthetic.measure(wire, size, data) for wire in (None, *wires) for size in sizes]
+    typer.echo(report.synthetic_table(errors))
+    effects: list[minilm.Effect] = []
+    if model:
+        try:
+            loaded = minilm.MiniLm()
+        except minilm.MissingModelError as missing:
+            typer.echo(f"# {missing}")
+        else:
+            split = [size for size in sizes if loaded.heads % size == 0]
+            typer.echo("#\n# sentence embeddings of all-MiniLM-L6-v2, two all-reduces in each of 6 layers")
+            if split != sizes:
+                left_out = ", ".join(str(size) for size in sizes if size not in split)
+                typer.echo(f"# not over {left_out} ranks: the model has {loaded.heads} heads")
+            effects = minilm.measure(loaded, wires, split)
+            typer.echo(report.model_table(effects))
+    if json_file is not None:
+        from llm_allreduce_plugin.bench.environment import write_record
+
+        rows = [dataclasses.asdict(error) for error in errors] + [dataclasses.asdict(effect) for effect in effects]
+        write_record(json_file, rows, tokens=synthetic.TOKENS, hidden=synthetic.HIDDEN)
+    if plot is not None:
+        try:
+            report.draw(errors, effects, plot)
+        except RuntimeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
