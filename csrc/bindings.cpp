@@ -78,10 +78,12 @@ class Workspace {
       return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
                       : lar_two_shot_cpu(&workspace_, &message, &launch);
     }
-    if (algorithm == LAR_LOW_PRECISION) return LAR_ERROR_INVALID_ARGUMENT;
     return with_order(
         stream,
         [&] {
+          if (algorithm == LAR_LOW_PRECISION)
+            return lar_low_precision_cuda(&workspace_, &message, &launch, static_cast<lar_wire_format>(wire_format),
+                                          stream);
           if (inputs) return lar_two_shot_pull_cuda(&workspace_, &message, inputs, &launch, stream);
           return one_shot ? lar_one_shot_cuda(&workspace_, &message, &launch, stream)
                           : lar_two_shot_cuda(&workspace_, &message, &launch, stream);

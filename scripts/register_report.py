@@ -19,7 +19,7 @@ from tests.support.cuda_tools import kernel_resources, library_path
 
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 NAME = re.compile(
-    r"(?P<kernel>(?:one|two)_shot_(?:(?:in_band|short|split|pull)_)?kernel)I(?P<type>f|6__half|13__nv_bfloat16)Li(?P<ranks>\d+)E"
+    r"(?P<kernel>(?:(?:one|two)_shot_(?:(?:in_band|short|split|pull)_)?|low_precision_fp8_)kernel)I(?P<type>f|6__half|13__nv_bfloat16)Li(?P<ranks>\d+)E"
 )
 
 

@@ -148,8 +148,7 @@ inline cudaError_t launch_kernel(const void* kernel, const lar_launch& shape, bo
 
 // The rounds of an in-band call: run(message of the round, offset in bytes) until one fails.
 template <typename Run>
-int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Run run) {
-  const int64_t round_elements = shape.chunk_vectors * parts * (LAR_VECTOR_BYTES / element_bytes(message.dtype));
+int in_rounds_of(int64_t round_elements, const lar_message& message, Run run) {
   for (int64_t first = 0; first < message.count; first += round_elements) {
     const int64_t offset = first * element_bytes(message.dtype);
     const lar_message round{static_cast<const char*>(message.input) + offset,
@@ -158,6 +157,12 @@ int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Ru
     if (const cudaError_t error = run(round, offset); error != cudaSuccess) return error;
   }
   return LAR_OK;
+}
+
+template <typename Run>
+int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Run run) {
+  const int64_t round_elements = shape.chunk_vectors * parts * (LAR_VECTOR_BYTES / element_bytes(message.dtype));
+  return in_rounds_of(round_elements, message, run);
 }
 
 // Starts the kernel, in band once for every round. In-band kernels start with programmatic dependent launch: their

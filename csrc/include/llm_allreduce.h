@@ -139,6 +139,9 @@ LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const 
 // TWOSHOT with everything that travels in a wire format: what ranks send their owners, and the sums on their way back.
 // Every rank takes the decoded sums, the owner too, so all have the same bits. A slot must hold at least one packet.
 LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
+// In-band workspaces, LAR_WIRE_FP8, 16-bit elements, 2 to 8 ranks; scatter_lanes must be at least 1.
+LAR_EXPORT int lar_low_precision_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
+                                      void* stream);
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
 // zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.

@@ -21,6 +21,14 @@ def _output(*command: str) -> str:
         return ""
 
 
+def _command() -> str:
+    """As it would be typed anywhere: without the place of an installed script."""
+    program = Path(sys.argv[0])
+    if program.suffix != ".py":
+        return shlex.join([program.name, *sys.argv[1:]])
+    return shlex.join(["python", *sys.argv])
+
+
 def environment() -> dict[str, Any]:
     """GPU, driver, CUDA, torch, NCCL, vLLM, this package, commit, command and the switches that matter.
 
@@ -42,7 +50,7 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         **versions,
         "commit": os.environ.get("BENCHMARK_COMMIT") or _output("git", "rev-parse", "HEAD"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": _command(),
         "switches": {
             name: os.environ[name]
             for name in ("NCCL_P2P_DISABLE", "NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST")

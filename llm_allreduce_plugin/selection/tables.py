@@ -117,6 +117,8 @@ class Split:
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(0, 132, 16, 0),), ("TWOSHOT", 2): ()}
 TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
 
+LOW_PRECISION_SPLIT = Split(0, 132, 48, 33)  # not measured: that of the exact kernels
+
 
 def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
     """How the lanes of a large message share the tasks out; None: they do not."""

@@ -11,6 +11,7 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
+from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
@@ -19,6 +20,13 @@ from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 
 GUARD_BYTES = 256
+
+
+def message_of(tensor: torch.Tensor) -> Message:
+    """As the policy sees it."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Message(tensor.numel(), dtype, ELEMENT_BYTES[dtype])
+
 
 # Streams beyond the hardware queues (8 by default) share one, and a kernel would wait behind the very one that waits
 # for it.
@@ -84,19 +92,18 @@ class LocalGroup:
     def _start(
         self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor, peer_distances: list[int]
     ) -> None:
-        dtype = str(input_.dtype).removeprefix("torch.")
-        launch = self.launch_of(algorithm, Message(input_.numel(), dtype, ELEMENT_BYTES[dtype]))
+        launch = self.launch_of(algorithm, message_of(input_))
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
             launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
-            peer_distances,
+            peer_distances, -1 if launch.wire_format is None else CODECS[launch.wire_format].code,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Every rank's output; each is poisoned first and lies between guards that must survive.
 
-        ``algorithm``: ONESHOT, TWOSHOT, or PULL for TWOSHOT that reads inputs in place.
+        ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, or PULL for TWOSHOT that reads inputs in place.
         """
         moved = [part.to(self.device) for part in inputs]
         size = inputs[0].numel() * inputs[0].element_size()
