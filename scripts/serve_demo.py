@@ -142,12 +142,15 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
             stop(process)
 
 
+def end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+
+
 def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + STARTUP_LIMIT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-            message = f"the server ended with code {process.returncode}; the end of its log:\n{tail}"
+            message = f"the server ended with code {process.returncode}; the end of its log:\n{end_of(log)}"
             raise DemoError(message)
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             http(url, timeout=2)
@@ -231,7 +234,12 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
         say(f"healthy after {time.monotonic() - started:.0f} s")
         body = {"model": "demo", "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}
         asked = time.monotonic()
-        answer = http(f"http://127.0.0.1:{port}/v1/completions", body)
+        try:
+            answer = http(f"http://127.0.0.1:{port}/v1/completions", body)
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            message = f"the server answered {error.code}: {said}\nthe end of its log:\n{end_of(log)}"
+            raise DemoError(message) from None
         seconds = time.monotonic() - asked
         time.sleep(1.5)  # the workers write their reports about once a second
         reports = read_reports(work / "report")
