@@ -45,6 +45,8 @@ install_engine() {
     # Without a GPU: vLLM's Python code, its pure-Python needs, and plain-torch stand-ins for the missing CPU kernels.
     "${pip[@]}" --no-deps -r scripts/vllm_cpu_ops/requirements.txt
     "${pip[@]}" --no-deps "vllm==$VLLM_VERSION"
+    # Where pip takes torch's CUDA build, Triton comes with it, and vLLM would launch kernels with it on the CPU.
+    "$1/bin/python" -m pip uninstall --quiet --yes triton
   fi
 }
 
