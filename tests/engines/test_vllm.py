@@ -171,7 +171,13 @@ def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, 
 def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:
     environment, mark = marked
     process = subprocess.Popen(
-        [*DEMO, "ONESHOT"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        [*DEMO, "ONESHOT"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        # As from a terminal: a shell starts background jobs, this test run perhaps among them, deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (no threads here)
     )
     assert process.stdout is not None
     for line in process.stdout:
