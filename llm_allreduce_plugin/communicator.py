@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement
-from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -54,7 +53,7 @@ def _empty_strided_like(size: Sequence[int], stride: Sequence[int], dtype: torch
     return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
 
 
-# What torch's compiler allocates with: half the time of torch.empty_like, which is most of an eager call's own. On the
+# What torch's compiler allocates with, past the dispatcher: allocating is most of an eager call's own time. On the
 # current device. The public way where it is gone.
 _empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] = getattr(
     getattr(torch._C._dynamo, "guards", None),  # noqa: SLF001
@@ -408,7 +407,7 @@ class TensorParallelCommunicator:
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-            -1 if launch.wire_format is None else CODECS[launch.wire_format].code,
+            launch.wire_code,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index

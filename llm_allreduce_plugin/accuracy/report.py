@@ -7,8 +7,8 @@ from pathlib import Path
 
 from llm_allreduce_plugin.accuracy.minilm import Effect
 from llm_allreduce_plugin.accuracy.synthetic import Error
+from llm_allreduce_plugin.bench.plot import new_figure
 
-MISSING = "--plot needs matplotlib: pip install matplotlib"
 EXACT = "exact"
 
 
@@ -37,11 +37,7 @@ def draw(errors: Sequence[Error], effects: Sequence[Effect], path: Path) -> None
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RuntimeError(MISSING) from None
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    figure = new_figure(5.2)
     left, right = figure.subplots(1, 2)
     styles = {"normal": "-", "heavy-tailed": "--", "outliers": ":"}
     formats = list(dict.fromkeys(error.wire_format for error in errors))

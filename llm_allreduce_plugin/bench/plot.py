@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.bench.table import bandwidths
 from llm_allreduce_plugin.bench.worker import Measurement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MISSING = "--plot needs matplotlib: pip install matplotlib"
 
@@ -18,8 +22,8 @@ def _short(size: float, _position: int) -> str:
     return f"{size:g}"
 
 
-def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> None:
-    """Write a picture whose format the suffix of ``path`` says (png, svg, pdf).
+def new_figure(height: float) -> Figure:
+    """An empty picture as wide as all of this package's.
 
     Raises:
         RuntimeError: matplotlib is not installed.
@@ -28,7 +32,16 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
         from matplotlib.figure import Figure
     except ImportError:
         raise RuntimeError(MISSING) from None
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    return Figure(figsize=(11, height), layout="constrained")
+
+
+def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> None:
+    """Write a picture whose format the suffix of ``path`` says (png, svg, pdf).
+
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    figure = new_figure(4.6)
     latency, bandwidth = figure.subplots(1, 2)
     for name in dict.fromkeys(row.candidate for row in rows):
         points = [(row.bytes, row.time_us) for row in rows if row.candidate == name]

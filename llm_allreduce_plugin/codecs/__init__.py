@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.codecs import fp8, hadamard2, tq3
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.wire import PACKETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,13 @@ class Codec:
 
 
 CODECS: dict[WireFormat, Codec] = {
-    WireFormat.FP8: Codec(_C.WIRE_FP8, fp8.PACKET_VALUES, fp8.PACKET_BYTES, fp8.encode, fp8.decode),
-    WireFormat.TQ3: Codec(_C.WIRE_TQ3, tq3.PACKET_VALUES, tq3.PACKET_BYTES, tq3.encode, tq3.decode),
+    WireFormat.FP8: Codec(PACKETS[WireFormat.FP8].code, fp8.PACKET_VALUES, fp8.PACKET_BYTES, fp8.encode, fp8.decode),
+    WireFormat.TQ3: Codec(PACKETS[WireFormat.TQ3].code, tq3.PACKET_VALUES, tq3.PACKET_BYTES, tq3.encode, tq3.decode),
     WireFormat.HADAMARD2: Codec(
-        _C.WIRE_HADAMARD2, hadamard2.PACKET_VALUES, hadamard2.PACKET_BYTES, hadamard2.encode, hadamard2.decode
+        PACKETS[WireFormat.HADAMARD2].code,
+        hadamard2.PACKET_VALUES,
+        hadamard2.PACKET_BYTES,
+        hadamard2.encode,
+        hadamard2.decode,
     ),
 }

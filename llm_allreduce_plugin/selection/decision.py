@@ -7,6 +7,7 @@ import enum
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
+from llm_allreduce_plugin.wire import PACKETS
 
 
 class Algorithm(enum.IntEnum):
@@ -42,6 +43,11 @@ class Launch:
     scatter_lanes: int = 0
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
+
+    @property
+    def wire_code(self) -> int:
+        """``wire_format`` in the C ABI; -1 for none."""
+        return -1 if self.wire_format is None else PACKETS[self.wire_format].code
 
     def __str__(self) -> str:
         words = f"{self.lanes} blocks x {self.threads} threads"

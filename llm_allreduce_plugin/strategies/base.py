@@ -20,7 +20,7 @@ MAX_THREADS = _C.MAX_THREADS
 MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
-TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 takes 6.8 us with 64 blocks, 7.1 to 7.3 with 128 or 256
+TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 
 
@@ -96,7 +96,7 @@ def spread_in_band(
     """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
 
     Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``), and in TWOSHOT, whose
-    blocks stay longer, three to four multiprocessors where that is enough. ``split``: how lanes share the tasks out
+    blocks stay longer, three to every four of them where that is enough. ``split``: how lanes share the tasks out
     where the largest grid has not a thread for each vector. Rounds are of equal length, so that no rank has more to do
     in the last. Measured on H200 with benchmarks/shapes.py.
     """

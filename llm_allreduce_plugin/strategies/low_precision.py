@@ -10,11 +10,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, KernelStrategy, Message
+from llm_allreduce_plugin.wire import PACKETS
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.facts import GroupFacts
@@ -38,11 +38,11 @@ class LowPrecision(KernelStrategy):
             return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
-        codec = CODECS[facts.low_precision.wire_format]
-        if facts.two_shot_chunk_bytes < codec.packet_bytes:
+        packet = PACKETS[facts.low_precision.wire_format]
+        if facts.two_shot_chunk_bytes < packet.bytes:
             return (
                 f"a slot of the workspace ({facts.two_shot_chunk_bytes} bytes) holds no packet of "
-                f"{facts.low_precision.wire_format} ({codec.packet_bytes} bytes)"
+                f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
             )
         least = int(facts.low_precision.min_bytes or 0)
         if message.payload_bytes < least:
@@ -52,15 +52,15 @@ class LowPrecision(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane; on GPUs every lane has one task, as in the exact kernels' large messages."""
         wire_format = facts.low_precision.wire_format
-        codec = CODECS[wire_format]
-        packets = max(1, math.ceil(message.count / codec.packet_values / facts.world_size))  # of the largest part
-        rounds = math.ceil(packets / (facts.two_shot_chunk_bytes // codec.packet_bytes))
+        packet = PACKETS[wire_format]
+        packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
+        rounds = math.ceil(packets / (facts.two_shot_chunk_bytes // packet.bytes))
         chunk = math.ceil(packets / rounds)
         launch = Launch(
             Algorithm.LOW_PRECISION,
             lanes=1,
             threads=32,
-            chunk_vectors=chunk * codec.packet_bytes // VECTOR_BYTES,
+            chunk_vectors=chunk * packet.bytes // VECTOR_BYTES,
             rounds=math.ceil(packets / chunk),
             wire_format=wire_format,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from typing import Any
@@ -12,17 +11,13 @@ import torch
 
 from llm_allreduce_plugin import _C
 from tests.support.local_group import LocalGroup
-from tests.support.reference import DTYPES, assert_same_bits, rank_input, rank_ordered_sum, special_inputs
+from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
 pytestmark = pytest.mark.gpu(1)
 
 WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
 ALGORITHMS = ("ONESHOT", "TWOSHOT")
 SIZES = (1, 7, 8, 9, 1023, 40_000, (1 << 20) + 1)
-
-
-def fresh_seed() -> int:
-    return int.from_bytes(os.urandom(4), "little")
 
 
 READINESS = pytest.mark.parametrize(

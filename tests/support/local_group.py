@@ -11,7 +11,6 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
@@ -96,7 +95,7 @@ class LocalGroup:
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
             launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
-            peer_distances, -1 if launch.wire_format is None else CODECS[launch.wire_format].code,
+            peer_distances, launch.wire_code,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,11 @@ MIB = 1 << 20
 SIZES = (0, 1, 7, 8, 9, 1023, MIB - 1, MIB, MIB + 1)
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def fresh_seed() -> int:
+    """Another one in every run; failures name it."""
+    return int.from_bytes(os.urandom(4), "little")
 
 
 def rank_input(seed: int, rank: int, count: int, dtype: torch.dtype) -> torch.Tensor:
