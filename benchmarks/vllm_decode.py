@@ -6,7 +6,7 @@
 A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
 200 steps in which the whole batch decodes. (The time of many tokens less that of one, taken before, carries the
-jitter of two prefills: 0.3 ms per token at batch 128.) Where both run, ONESHOT and TWOSHOT must generate the same
+jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the same
 tokens for the same 256 requests.
 """
 

@@ -2,7 +2,7 @@
 // do. When an eager call comes on another stream than the last, it is made to wait for the last one here.
 // Captured calls are ordered by the graph they become part of.
 //
-// An event behind every call costs as much as a quarter of the launch. Behind calls on the default stream, where eager
+// An event behind every call costs host time. Behind calls on the default stream, where eager
 // programs run, it is recorded only once another stream asks: that stream never ends and is never captured.
 #include <cuda_runtime.h>
 

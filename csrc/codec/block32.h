@@ -1,4 +1,4 @@
-// Formats of 10 bytes for 32 values: two bit planes and an fp16 scale (seed tq3_ring; sizes in facts of the format).
+// Formats of 10 bytes for 32 values: two bit planes and an fp16 scale.
 //
 // A packet is 32 blocks, 1024 values, one block to a thread of a warp: 128 bytes of first planes, 128 of second planes,
 // 64 of scales. In runs rather than block by block, because a stride of 10 bytes would misalign every load.

@@ -2,7 +2,7 @@
 // values each, thread 31 the scale, fp32, at byte 496 (12 bytes unused, zero). A value is its e4m3 code times the
 // scale.
 //
-// The packet is that of TensorRT-LLM's low-precision all-reduce (seed low_precision_allreduce), which sends the inverse
+// The packet is that of TensorRT-LLM's low-precision all-reduce, which sends the inverse
 // scale, 448 / max|x|; here it is max|x| / 448, so that decoding multiplies.
 //
 //   NaN, infinity   the code NaN: what was not finite stays visible, in that value alone

@@ -1,5 +1,6 @@
-// TQ3: 32 values in 10 bytes, each -s, 0 or +s (seed tq3_ring). First plane: signs, set only where the value is not
-// zero; second plane: where it is not zero; scale s = max|x| in fp16. A value is not zero when |x| >= s / 2.
+// TQ3: 32 values in 10 bytes, each -s, 0 or +s (a pull request to ExLlamaV3 described it). First plane: signs, set only
+// where the value is not zero; second plane: where it is not zero; scale s = max|x| in fp16. A value is not zero when
+// |x| >= s / 2.
 //
 //   NaN        the scale is NaN and so is the whole block: it stays visible
 //   infinity   s is infinite, the infinite values keep their sign, the finite ones of the block become 0
