@@ -59,13 +59,15 @@ def shapes_of(
 
 
 def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: int, in_band: bool) -> list[Any]:  # noqa: FBT001
-    layout = _C.make_layout(context.world_size, lanes, workspace_bytes, in_band)
+    flagged = 0 if in_band else workspace_bytes
+    layout = _C.make_layout(context.world_size, lanes, in_band_bytes=workspace_bytes - flagged, flagged_bytes=flagged)
     memory = SymmetricMemory.open(context.group, context.control_group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for algorithm, size, used, threads, wanted, scatter, drain in shapes:
-        capacity = layout.one_shot_chunk_bytes if algorithm == "ONESHOT" else layout.two_shot_chunk_bytes
+        kind = layout.in_band if in_band else layout.flagged
+        capacity = kind.one_shot_bytes if algorithm == "ONESHOT" else kind.two_shot_bytes
         rounds = math.ceil(wanted / (capacity // 16))
         chunk = math.ceil(wanted / rounds)  # rounds of equal length, so that no rank has more to do in the last
         if chunk > threads:
@@ -81,7 +83,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
         kernel = _C.ONE_SHOT if algorithm == "ONESHOT" else _C.TWO_SHOT
-        plan = _C.Plan(workspace, kernel, count, DTYPE_CODES[DTYPE], used, threads, chunk, scatter, drain)
+        plan = _C.Plan(workspace, kernel, count, DTYPE_CODES[DTYPE], used, threads, chunk, in_band, scatter, drain)
 
         def call() -> None:
             plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023

@@ -3,9 +3,9 @@
     python benchmarks/soak_one_gpu.py --ranks 4 --seconds 600 --out benchmarks/h200/soak_one_gpu.json
 
 Every rank has a workspace and a stream of its own. Every step draws an algorithm, a kind of launch (as usual, in many
-rounds, with lanes that have one task each, waiting for flags, inputs read in place), a dtype and a size, and either
-calls it eagerly, captures a new graph on every rank, or replays one of those kept. The expected bits are those of the
-rank-ordered fp32 sum.
+rounds, with lanes that have one task each, waiting for flags, through host memory, inputs read in place), a dtype and a
+size, and either calls it eagerly, captures a new graph on every rank, or replays one of those kept. The expected bits
+are those of the rank-ordered fp32 sum, of LOWPRECISION those of its oracle in torch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, wrong_elements
-from tests.support.local_group import LocalGroup
+from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.codecs.two_shot import compressed_sum
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.monitor import failure_of
+from tests.support.local_group import LocalGroup, message_of
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRAPHS_KEPT = 8
@@ -35,14 +39,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "in band, split": {"in_band": True, "split": (2, 1)},
     "in band, split, rounds": {"in_band": True, "split": (1, 0), "workspace_mib": 2},
     "flagged": {"in_band": False, "workspace_mib": 4},
+    "host": {"host": True},
+    "host, rounds": {"host": True, "workspace_mib": 2},
+    "tq3": {"in_band": False, "workspace_mib": 4, "wire_format": WireFormat.TQ3},
+    "hadamard2, host": {"host": True, "workspace_mib": 4, "wire_format": WireFormat.HADAMARD2},
 }
+PULLS = ("in band", "in band, rounds")
+COMPRESSES = ("in band, split", "in band, split, rounds", "flagged", "host", "host, rounds", "tq3", "hadamard2, host")
 
 
 @dataclasses.dataclass
 class Kept:
     """One graph per rank, with what they read and write."""
 
-    name: str
+    kind: str
+    algorithm: str
     graphs: list[torch.cuda.CUDAGraph]
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -59,11 +70,21 @@ class Soak:
         self.groups = {name: LocalGroup(ranks, lanes=6, **kind) for name, kind in KINDS.items()}
         self.device = torch.device("cuda", torch.cuda.current_device())
 
-    def expected(self, seed: int, inputs: list[torch.Tensor]) -> torch.Tensor:
+    def failures(self) -> list[str]:
+        """Waits that have expired."""
+        found = [(name, failure_of(workspace)) for name, group in self.groups.items() for workspace in group.workspaces]
+        return [f"{name}: {failure}" for name, failure in found if failure is not None]
+
+    def expected(self, seed: int, inputs: list[torch.Tensor], name: str, algorithm: str) -> torch.Tensor:
         """Fills the inputs anew; what every rank must get."""
         count, dtype = inputs[0].numel(), inputs[0].dtype
         for rank, tensor in enumerate(inputs):
             tensor.copy_(make_input(seed, rank, count, dtype, self.device))
+        if algorithm == "LOWPRECISION":
+            group = self.groups[name]
+            wire = group.low_precision.wire_format
+            owned = group.launch_of(algorithm, message_of(inputs[0])).owned_vectors * 16
+            return compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
         return rank_ordered_sum(seed, self.ranks, count, dtype, self.device)
 
     def compare(self, outputs: list[torch.Tensor], expected: torch.Tensor) -> int:
@@ -76,18 +97,18 @@ class Soak:
         if kind < 0.4 and self.kept:
             return self.replay(generator.choice(self.kept), generator.randint(1, 4), seed)
         name = generator.choice(sorted(self.groups))
-        in_place = ("PULL",) if name in ("in band", "in band, rounds") else ()
-        algorithm = generator.choice(("ONESHOT", "TWOSHOT", *in_place))
+        more = ("PULL",) * (name in PULLS) + ("LOWPRECISION",) * (name in COMPRESSES)
+        algorithm = generator.choice(("ONESHOT", "TWOSHOT", *more))
         power = generator.randint(0, self.largest.bit_length() - 2)
         size = generator.randint(1 << power, 2 << power)
         if algorithm == "PULL" or generator.random() < 0.5:
             size = max(8, size // 8 * 8)
-        dtype = generator.choice(DTYPES)
+        dtype = generator.choice(DTYPES[:2] if algorithm == "LOWPRECISION" else DTYPES)
         inputs = [torch.empty(size, dtype=dtype, device=self.device) for _ in range(self.ranks)]
         if kind < 0.55 and algorithm != "PULL":
             self.capture(name, algorithm, inputs, generator)
             return 0
-        expected = self.expected(seed, inputs)
+        expected = self.expected(seed, inputs, name, algorithm)
         self.counts[f"eager {algorithm}, {name}"] += 1
         return self.compare(self.groups[name].all_reduce(algorithm, inputs), expected)
 
@@ -104,15 +125,15 @@ class Soak:
             graphs.append(graph)
         if len(self.kept) >= GRAPHS_KEPT:
             del self.kept[generator.randrange(len(self.kept))]
-        self.kept.append(Kept(f"{algorithm}, {name}", graphs, inputs, outputs))
+        self.kept.append(Kept(name, algorithm, graphs, inputs, outputs))
         self.counts[f"captured {algorithm}, {name}"] += 1
 
     def replay(self, kept: Kept, times: int, seed: int) -> int:
         """Wrong elements of a few replays of one graph."""
         wrong = 0
-        streams = self.groups[kept.name.split(", ", 1)[1]].streams
+        streams = self.groups[kept.kind].streams
         for turn in range(times):
-            expected = self.expected(seed + turn, kept.inputs)
+            expected = self.expected(seed + turn, kept.inputs, kept.kind, kept.algorithm)
             for output in kept.outputs:
                 output.fill_(float("nan"))
             torch.cuda.synchronize()
@@ -121,7 +142,7 @@ class Soak:
                     graph.replay()
             torch.cuda.synchronize()
             wrong += self.compare(kept.outputs, expected)
-            self.counts[f"replayed {kept.name}"] += 1
+            self.counts[f"replayed {kept.algorithm}, {kept.kind}"] += 1
         return wrong
 
 
@@ -138,10 +159,17 @@ def main() -> None:
     soak = Soak(arguments.ranks, arguments.largest)
     began = time.monotonic()
     steps = wrong = 0
-    while time.monotonic() - began < arguments.seconds:
-        wrong += soak.step(generator)
-        steps += 1
-    torch.cuda.synchronize()
+    try:
+        while time.monotonic() - began < arguments.seconds:
+            bad = soak.step(generator)
+            if bad:
+                print(f"step {steps}: {bad} wrong elements, seed {seed}", flush=True)
+            wrong += bad
+            steps += 1
+        torch.cuda.synchronize()
+    except Exception:
+        print(f"step {steps} failed after {time.monotonic() - began:.0f} s, seed {seed}: {soak.failures()}", flush=True)
+        raise
     seconds = time.monotonic() - began
     print(f"{seconds:.0f} s, {steps} steps, {arguments.ranks} ranks on one GPU, {wrong} wrong elements, seed {seed}")
     if arguments.out:

@@ -31,7 +31,9 @@ void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
 // payload memory: that belongs to llm_allreduce_plugin.memory.
 class Workspace {
  public:
-  Workspace(int rank, const std::vector<uint64_t>& bases, const lar_layout& layout, double timeout_s, int device)
+  // `local`: the address of memory for lar_workspace.local; 0: within the workspace itself.
+  Workspace(int rank, const std::vector<uint64_t>& bases, const lar_layout& layout, double timeout_s, int device,
+            uint64_t local)
       : device_(device) {
     if (static_cast<int>(bases.size()) != layout.world_size)
       throw std::invalid_argument("bases: got " + std::to_string(bases.size()) + " addresses for world size " +
@@ -42,6 +44,7 @@ class Workspace {
     if (!(timeout_s > 0)) throw std::invalid_argument("timeout_s: must be positive");
     workspace_.rank = rank;
     for (size_t peer = 0; peer < bases.size(); ++peer) workspace_.base[peer] = pointer(bases[peer]);
+    workspace_.local = local ? pointer(local) : workspace_.base[rank];
     workspace_.layout = layout;
     workspace_.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
     if (device == kCpu) {
@@ -216,14 +219,22 @@ std::tuple<int, int> packet_size(int format) {
   return {values, bytes};
 }
 
-lar_layout make_layout(int world_size, int lanes, int64_t workspace_bytes, bool in_band) {
+lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t flagged_bytes, bool published) {
+  const lar_layout_wish wish{world_size, lanes, published, in_band_bytes, flagged_bytes};
   lar_layout layout;
-  if (lar_layout_init(&layout, world_size, lanes, in_band, workspace_bytes) != LAR_OK)
+  if (lar_layout_init(&layout, &wish) != LAR_OK)
     throw std::invalid_argument(
         "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
-        ", workspace_bytes=" + std::to_string(workspace_bytes) + ": world size must be 2 to 8 or 16, lanes 1 to " +
-        std::to_string(LAR_MAX_LANES) + ", and a chunk must hold at least one vector of 16 bytes");
+        ", in_band_bytes=" + std::to_string(in_band_bytes) + ", flagged_bytes=" + std::to_string(flagged_bytes) +
+        ": world size must be 2 to 8 or 16, lanes 1 to " + std::to_string(LAR_MAX_LANES) +
+        ", and a slot must hold at least one vector of 16 bytes");
   return layout;
+}
+
+uint64_t host_register(uint64_t address, int64_t bytes) {
+  void* seen = nullptr;
+  throw_on_error(lar_host_register(pointer(address), bytes, &seen), "pinning host memory");
+  return reinterpret_cast<uint64_t>(seen);
 }
 
 }  // namespace
@@ -245,20 +256,37 @@ NB_MODULE(_C, module) {
   module.attr("LOW_PRECISION") = static_cast<int>(LAR_LOW_PRECISION);
   module.attr("CPU") = kCpu;
 
+  nb::class_<lar_slots>(module, "Slots",
+                        "Where a kind of slots lies in a workspace; a slot of 0 bytes: there are none.")
+      .def_ro("one_shot_offset", &lar_slots::one_shot_offset)
+      .def_ro("one_shot_bytes", &lar_slots::one_shot_bytes)
+      .def_ro("scatter_offset", &lar_slots::scatter_offset)
+      .def_ro("gather_offset", &lar_slots::gather_offset)
+      .def_ro("two_shot_bytes", &lar_slots::two_shot_bytes);
+
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
       .def_ro("world_size", &lar_layout::world_size)
       .def_ro("lanes", &lar_layout::lanes)
-      .def_ro("one_shot_chunk_bytes", &lar_layout::one_shot_chunk_bytes)
-      .def_ro("two_shot_chunk_bytes", &lar_layout::two_shot_chunk_bytes)
+      .def_prop_ro("published", [](const lar_layout& layout) { return layout.published != 0; })
       .def_ro("epochs_offset", &lar_layout::epochs_offset)
       .def_ro("flags_offset", &lar_layout::flags_offset)
       .def_ro("probe_offset", &lar_layout::probe_offset)
-      .def_prop_ro("in_band", [](const lar_layout& layout) { return layout.in_band != 0; })
-      .def_ro("slots_offset", &lar_layout::one_shot_offset)
+      .def_ro("in_band", &lar_layout::in_band)
+      .def_ro("flagged", &lar_layout::flagged)
+      .def_ro("local_bytes", &lar_layout::local_bytes)
       .def_ro("total_bytes", &lar_layout::total_bytes);
 
-  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, "workspace_bytes"_a, "in_band"_a = false,
-             "Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.");
+  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, nb::kw_only(), "in_band_bytes"_a = 0,
+             "flagged_bytes"_a = 0, "published"_a = false,
+             "Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.");
+  module.def("host_register", &host_register, "address"_a, "bytes"_a,
+             "Pin whole pages of host memory; the address at which the current device sees them.");
+  module.def(
+      "host_unregister", [](uint64_t address) { throw_on_error(lar_host_unregister(pointer(address)), "unpin"); },
+      "address"_a);
+  module.def(
+      "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
+      "world_size"_a, "Load all kernels for a world size onto the current device.");
   module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
   module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
              "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
@@ -271,8 +299,9 @@ NB_MODULE(_C, module) {
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
 
   nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
-      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int>(), "rank"_a, "bases"_a,
-           "layout"_a, "timeout_s"_a, "device"_a)
+      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int, uint64_t>(), "rank"_a, "bases"_a,
+           "layout"_a, "timeout_s"_a, "device"_a, "local"_a = 0,
+           "`local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace.")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,
@@ -282,12 +311,12 @@ NB_MODULE(_C, module) {
       .def(
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
-             int64_t chunk_vectors, int scatter_lanes, int drain_lanes, const std::vector<int64_t>& peer_distances,
-             int wire_format) {
-            const lar_launch launch{lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
+             int64_t chunk_vectors, bool in_band, int scatter_lanes, int drain_lanes,
+             const std::vector<int64_t>& peer_distances, int wire_format) {
+            const lar_launch launch{lanes, threads, chunk_vectors, in_band, scatter_lanes, drain_lanes};
             new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances, wire_format);
           },
-          "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a,
+          "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "in_band"_a,
           "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{}, "wire_format"_a = -1,
           nb::keep_alive<1, 2>(),
           "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. "

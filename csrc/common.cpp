@@ -34,7 +34,7 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
   if (message->count > 0 && (!message->input || !message->output)) return LAR_ERROR_INVALID_ARGUMENT;
   if (launch->lanes < 1 || launch->lanes > layout.lanes) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole warps, and one thread per peer to publish and to poll.
-  const int most_threads = layout.in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
+  const int most_threads = launch->in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
   if (launch->threads < 32 || launch->threads > most_threads || launch->threads % 32 != 0)
     return LAR_ERROR_INVALID_ARGUMENT;
   if (launch->chunk_vectors < 1 || launch->chunk_vectors > chunk_bytes / LAR_VECTOR_BYTES)
@@ -53,45 +53,93 @@ int check_codec_call(lar_wire_format format, lar_dtype dtype, const void* values
   return lar_packet_size(format, packet_values, packet_bytes);
 }
 
-}  // namespace lar
+namespace {
 
-extern "C" int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band, int64_t bytes) {
-  using namespace lar;
-  if (!layout || !supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (lanes < 1 || lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
+// How many slots there are of each kind, over all lanes.
+struct SlotCounts {
+  int64_t one_shot;
+  int64_t scatter;
+  int64_t gather;
+};
 
-  lar_layout out{};
-  out.world_size = world_size;
-  out.lanes = lanes;
-  out.in_band = in_band ? 1 : 0;
-  int64_t offset = 0;
-  auto take = [&offset](int64_t size) {
-    const int64_t at = offset;
-    offset += align_up(size);
+SlotCounts in_band_counts(const lar_layout_wish& wish) {
+  if (wish.published) return {LAR_PUBLISHED_SLOTS, 0, 0};
+  const int64_t slots = LAR_IN_BAND_SLOTS * int64_t{wish.world_size - 1};
+  return {slots, slots, slots};
+}
+
+SlotCounts flagged_counts(const lar_layout_wish& wish) {
+  const int64_t once = LAR_SLOTS * int64_t{wish.lanes};
+  const int64_t pushed = once * wish.world_size;
+  return {wish.published ? once : pushed, pushed, wish.published ? once : pushed};
+}
+
+// Splits `bytes` among the slots, `one_shot_bytes` of them for ONESHOT. Offsets count from `offset`, which moves on.
+lar_slots split(int64_t bytes, int64_t one_shot_bytes, const SlotCounts& counts, int64_t* offset) {
+  const auto take = [offset](int64_t size) {
+    const int64_t at = *offset;
+    *offset += align_up(size);
     return at;
   };
-  out.abort_offset = take(sizeof(uint32_t));
-  out.epochs_offset = take(int64_t{3} * lanes * sizeof(uint32_t));
-  out.flags_offset = take(int64_t{3} * lanes * LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
-  out.probe_offset = take(LAR_MAX_WORLD_SIZE * sizeof(uint32_t));
-
   constexpr int kRegions = 3;
-  const int64_t payload = bytes - offset - kRegions * kAlignment;
-  const int64_t slots =
-      out.in_band ? LAR_IN_BAND_SLOTS * int64_t{world_size - 1} : LAR_SLOTS * int64_t{world_size} * lanes;
+  const int64_t two_shot = counts.scatter + counts.gather;
+  lar_slots out{};
+  out.one_shot_bytes = slot_bytes((two_shot > 0 ? one_shot_bytes : bytes) / counts.one_shot);
+  if (two_shot > 0) out.two_shot_bytes = slot_bytes((bytes - one_shot_bytes - kRegions * kAlignment) / two_shot);
+  out.one_shot_offset = take(counts.one_shot * out.one_shot_bytes);
+  out.scatter_offset = take(counts.scatter * out.two_shot_bytes);
+  out.gather_offset = take(counts.gather * out.two_shot_bytes);
+  return out;
+}
+
+bool holds_vectors(const lar_slots& slots, const SlotCounts& counts) {
+  return slots.one_shot_bytes >= LAR_VECTOR_BYTES && (counts.scatter == 0 || slots.two_shot_bytes >= LAR_VECTOR_BYTES);
+}
+
+}  // namespace
+}  // namespace lar
+
+extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) {
+  using namespace lar;
+  if (!layout || !wish || !supported_world_size(wish->world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (wish->lanes < 1 || wish->lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
+  if (wish->in_band_bytes < 0 || wish->flagged_bytes < 0) return LAR_ERROR_INVALID_ARGUMENT;
+
+  lar_layout out{};
+  out.world_size = wish->world_size;
+  out.lanes = wish->lanes;
+  out.published = wish->published ? 1 : 0;
+  int64_t offset = 0;
+  auto take = [&offset](int64_t words) {
+    const int64_t at = offset;
+    offset += align_up(words * static_cast<int64_t>(sizeof(uint32_t)));
+    return at;
+  };
+  out.abort_offset = take(1);
+  out.epochs_offset = take(static_cast<int64_t>(EpochPlane::kNumber) * wish->lanes);
+  out.extents_offset = take(int64_t{LAR_PUBLISHED_SLOTS} * wish->lanes);
+  out.local_bytes = offset;
+  out.flags_offset = take(static_cast<int64_t>(FlagPlane::kNumber) * wish->lanes * LAR_MAX_WORLD_SIZE);
+  out.probe_offset = take(LAR_MAX_WORLD_SIZE);
+
   // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones (but
   // with flags, every lane has slots of its own, which must not become too small).
-  const int64_t one_shot = world_size == 2 ? payload / 4 * 3 : payload / (out.in_band ? 8 : 4);
-  out.one_shot_chunk_bytes = slot_bytes(one_shot / slots);
-  out.two_shot_chunk_bytes = slot_bytes((payload - one_shot) / (2 * slots));
-  if (out.one_shot_chunk_bytes < LAR_VECTOR_BYTES || out.two_shot_chunk_bytes < LAR_VECTOR_BYTES)
-    return LAR_ERROR_INVALID_ARGUMENT;
-  out.one_shot_offset = take(slots * out.one_shot_chunk_bytes);
-  out.scatter_offset = take(slots * out.two_shot_chunk_bytes);
-  out.gather_offset = take(slots * out.two_shot_chunk_bytes);
+  const auto for_one_shot = [&](int64_t bytes, int64_t otherwise) {
+    return wish->world_size == 2 ? bytes / 4 * 3 : bytes / otherwise;
+  };
+  if (const int64_t bytes = wish->in_band_bytes; bytes > 0) {
+    const SlotCounts counts = in_band_counts(*wish);
+    out.in_band = split(bytes, for_one_shot(bytes, 8), counts, &offset);
+    if (!holds_vectors(out.in_band, counts)) return LAR_ERROR_INVALID_ARGUMENT;
+  }
+  if (const int64_t bytes = wish->flagged_bytes; bytes > 0) {
+    const SlotCounts counts = flagged_counts(*wish);
+    out.flagged = split(bytes, for_one_shot(bytes, 4), counts, &offset);
+    if (!holds_vectors(out.flagged, counts)) return LAR_ERROR_INVALID_ARGUMENT;
+  }
   out.total_bytes = offset;
   *layout = out;
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 4; }
+extern "C" int lar_abi_version(void) { return 5; }

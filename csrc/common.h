@@ -12,8 +12,11 @@
 
 namespace lar {
 
-// Planes of lar_layout::flags.
-enum class FlagPlane : int { kOneShot = 0, kTwoShotScatter = 1, kTwoShotGather = 2 };
+// Planes of lar_layout::flags, and their number.
+enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, kNumber };
+
+// Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
+enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kNumber };
 
 bool supported_world_size(int32_t world_size);
 
@@ -28,13 +31,14 @@ LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 
 LAR_HOST_DEVICE int element_bytes(lar_dtype dtype) { return dtype == LAR_FLOAT32 ? 4 : 2; }
 
-// Typed addresses inside a workspace.
-LAR_HOST_DEVICE uint32_t* abort_word(void* base, const lar_layout& layout) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.abort_offset);
+// Typed addresses inside a workspace, and inside lar_workspace.local.
+LAR_HOST_DEVICE uint32_t* abort_word(void* local, const lar_layout& layout) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.abort_offset);
 }
 
-LAR_HOST_DEVICE uint32_t* epoch_word(void* base, const lar_layout& layout, lar_algorithm algorithm, int lane) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.epochs_offset) + algorithm * layout.lanes + lane;
+LAR_HOST_DEVICE uint32_t* epoch_word(void* local, const lar_layout& layout, EpochPlane plane, int lane) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.epochs_offset) +
+         static_cast<int>(plane) * layout.lanes + lane;
 }
 
 // The row of flags of one lane: one word per publishing rank, all within 64 bytes.
@@ -47,12 +51,30 @@ LAR_HOST_DEVICE uint32_t* probe_words(void* base, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.probe_offset);
 }
 
-// Byte offset of slot [ring][rank][lane] in a region of equal chunks.
-LAR_HOST_DEVICE int64_t slot_offset(const lar_layout& layout, int64_t region_offset, int64_t chunk_bytes, int ring,
-                                    int rank, int lane) {
-  const int64_t slot = (static_cast<int64_t>(ring) * layout.world_size + rank) * layout.lanes + lane;
-  return region_offset + slot * chunk_bytes;
+// A generation of vectors published in band: how many this lane knows there to be.
+LAR_HOST_DEVICE uint32_t* extent_words(void* local, const lar_layout& layout) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.extents_offset);
 }
+
+// Byte offset of flagged slot [ring][rank][lane] in a region of equal slots for `ranks` ranks.
+LAR_HOST_DEVICE int64_t slot_offset(const lar_layout& layout, int64_t region_offset, int64_t slot_bytes, int ring,
+                                    int ranks, int rank, int lane) {
+  const int64_t slot = (static_cast<int64_t>(ring) * ranks + rank) * layout.lanes + lane;
+  return region_offset + slot * slot_bytes;
+}
+
+// The flagged slot in which what rank `source` stores is for rank `reader`. `shared`: all readers get the same, so that
+// in a published layout there is one slot for all of them.
+LAR_HOST_DEVICE char* flagged_slot(const lar_workspace& workspace, int64_t region_offset, int64_t slot_bytes, int ring,
+                                   int reader, int source, int lane, bool shared) {
+  const lar_layout& layout = workspace.layout;
+  const bool once = shared && layout.published;
+  return static_cast<char*>(workspace.base[once ? source : reader]) +
+         slot_offset(layout, region_offset, slot_bytes, ring, once ? 1 : layout.world_size, once ? 0 : source, lane);
+}
+
+// Slots that a rank stores what all others are to read in.
+LAR_HOST_DEVICE int shared_copies(const lar_layout& layout) { return layout.published ? 1 : layout.world_size - 1; }
 
 // True once a peer has published `round`. Rounds are 32-bit and wrap after about half a day of serving, so
 // they are compared by distance, never by size.

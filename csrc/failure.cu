@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include "common.h"
-#include "device/capture.h"
 
 namespace {
 // One page of our own rather than cudaHostAlloc: it stays readable after the trap has ended the CUDA context.
@@ -17,27 +16,19 @@ extern "C" int lar_failure_create(lar_failure** host_address, lar_failure** devi
   if (page == MAP_FAILED) return LAR_ERROR_INVALID_ARGUMENT;
   *host_address = static_cast<lar_failure*>(page);
   if (!device_address) return LAR_OK;
-  const lar::OutsideCapture outside;
-  cudaError_t error = cudaHostRegister(page, kPageBytes, cudaHostRegisterMapped | cudaHostRegisterPortable);
-  if (error == cudaSuccess) {
-    void* mapped = nullptr;
-    error = cudaHostGetDevicePointer(&mapped, page, 0);
-    *device_address = static_cast<lar_failure*>(mapped);
-    if (error != cudaSuccess) cudaHostUnregister(page);
-  }
-  if (error != cudaSuccess) {
+  void* mapped = nullptr;
+  const int status = lar_host_register(page, kPageBytes, &mapped);
+  *device_address = static_cast<lar_failure*>(mapped);
+  if (status != LAR_OK) {
     munmap(page, kPageBytes);
     *host_address = nullptr;
   }
-  return error;
+  return status;
 }
 
 extern "C" void lar_failure_destroy(lar_failure* host_address, int registered) {
   if (!host_address) return;
-  if (registered) {
-    const lar::OutsideCapture outside;
-    cudaHostUnregister(host_address);
-  }
+  if (registered) lar_host_unregister(host_address);
   munmap(host_address, kPageBytes);
 }
 

@@ -27,6 +27,26 @@ LOW_PRECISION: int = 3
 
 CPU: int = -1
 
+class Slots:
+    """
+    Where a kind of slots lies in a workspace; a slot of 0 bytes: there are none.
+    """
+
+    @property
+    def one_shot_offset(self) -> int: ...
+
+    @property
+    def one_shot_bytes(self) -> int: ...
+
+    @property
+    def scatter_offset(self) -> int: ...
+
+    @property
+    def gather_offset(self) -> int: ...
+
+    @property
+    def two_shot_bytes(self) -> int: ...
+
 class Layout:
     """Where everything lies inside a workspace; offsets and sizes in bytes."""
 
@@ -37,10 +57,7 @@ class Layout:
     def lanes(self) -> int: ...
 
     @property
-    def one_shot_chunk_bytes(self) -> int: ...
-
-    @property
-    def two_shot_chunk_bytes(self) -> int: ...
+    def published(self) -> bool: ...
 
     @property
     def epochs_offset(self) -> int: ...
@@ -52,18 +69,31 @@ class Layout:
     def probe_offset(self) -> int: ...
 
     @property
-    def in_band(self) -> bool: ...
+    def in_band(self) -> Slots: ...
 
     @property
-    def slots_offset(self) -> int: ...
+    def flagged(self) -> Slots: ...
+
+    @property
+    def local_bytes(self) -> int: ...
 
     @property
     def total_bytes(self) -> int: ...
 
-def make_layout(world_size: int, lanes: int, workspace_bytes: int, in_band: bool = False) -> Layout:
+def make_layout(world_size: int, lanes: int, *, in_band_bytes: int = 0, flagged_bytes: int = 0, published: bool = False) -> Layout:
     """
-    Split a workspace of at most `workspace_bytes`. Raises ValueError when it is too small.
+    Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.
     """
+
+def host_register(address: int, bytes: int) -> int:
+    """
+    Pin whole pages of host memory; the address at which the current device sees them.
+    """
+
+def host_unregister(address: int) -> None: ...
+
+def load_kernels(world_size: int) -> None:
+    """Load all kernels for a world size onto the current device."""
 
 def packet_size(format: int) -> tuple[int, int]:
     """Values and bytes of a packet of a wire format."""
@@ -89,7 +119,10 @@ def error_string(code: int) -> str: ...
 class Workspace:
     """One rank's view of the group's workspaces."""
 
-    def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int) -> None: ...
+    def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int, local: int = 0) -> None:
+        """
+        `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace.
+        """
 
     def probe_write(self, nonce: int, stream: int) -> None: ...
 
@@ -105,7 +138,7 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1) -> None:
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1) -> None:
         """
         `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION, one of WIRE_*.
         """

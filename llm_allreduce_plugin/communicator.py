@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
+from llm_allreduce_plugin.memory.host import HostMemory
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
@@ -32,6 +33,11 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
+# Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
+DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
+HOST_LANES = 64  # blocks: few are enough for PCIe
+HOST_IN_BAND_SHARE = 8  # of a workspace in host memory; the rest is for larger messages
+FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format needs flags
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
@@ -205,7 +211,7 @@ class TensorParallelCommunicator:
             TransportError: the memory cannot be allocated or mapped.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
-        if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band:
+        if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band.two_shot:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         buffer = PeerVisibleBuffer.open(self._group, self._control_group, self.device, size)
         self._peer_visible.append(buffer)
@@ -292,20 +298,20 @@ class TensorParallelCommunicator:
         )
         # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
         obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
-        if obstacle is None:
-            on_gpu = self.device.type == "cuda"
-            default = DEFAULT_GPU_WORKSPACE_BYTES if on_gpu else DEFAULT_CPU_WORKSPACE_BYTES
-            size = int(self.config.workspace_bytes or default)
+        if obstacle is not None:
+            return dataclasses.replace(facts, no_transport_reason=obstacle)
+        reasons = []
+        for transport in self._transports():
             try:
-                # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
-                lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards)) if on_gpu else 1
-                layout = _C.make_layout(self.world_size, lanes, size, in_band=on_gpu and self.config.in_band)
-                transport = self._connect(layout, control_group)
+                layout = self._layout(transport, cards)
+                self._connect(transport, layout, cards, control_group)
             except (TransportError, ValueError) as error:
-                obstacle = str(error)
-            else:
-                return facts.with_layout(transport, layout)
-        return dataclasses.replace(facts, no_transport_reason=obstacle)
+                reasons.append(str(error))
+                continue
+            if reasons and self.rank == 0:
+                logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reasons))
+            return facts.with_layout(transport, layout)
+        return dataclasses.replace(facts, no_transport_reason="; ".join(reasons))
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all, as far as this rank can see."""
@@ -313,33 +319,77 @@ class TensorParallelCommunicator:
             return "allreduce_strategy is NCCL"
         if (reason := world_size_obstacle(self.world_size) or hosts_obstacle(nodes)) is not None:
             return reason
-        if self.device.type == "cpu":
-            return None
-        if self.device.type != "cuda":
+        if self.device.type not in ("cpu", "cuda"):
             return f"no kernels for device type {self.device.type}"
         gpus = [card.gpu for card in cards if card.gpu is not None]
-        if len(set(gpus)) < len(gpus):
-            return "several ranks share a GPU"
-        return p2p_obstacle(gpus)
+        return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
 
-    def _connect(self, layout: _C.Layout, control_group: dist.ProcessGroup) -> Transport:
-        memory: SharedMemory
+    def _transports(self) -> tuple[Transport, ...]:
+        """How ranks may share memory, best first."""
         if self.device.type == "cpu":
+            return (Transport.SHM,)
+        return {
+            TransportChoice.AUTO: (Transport.SYMMETRIC, Transport.HOST),
+            TransportChoice.PEER: (Transport.SYMMETRIC,),
+            TransportChoice.HOST: (Transport.HOST,),
+        }[self.config.transport]
+
+    def _layout(self, transport: Transport, cards: list[agreement.RankCard]) -> _C.Layout:
+        wanted = self.config.workspace_bytes
+        if transport is Transport.SHM:
+            size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
+            return _C.make_layout(self.world_size, 1, flagged_bytes=size, published=True)
+        if transport is Transport.HOST:
+            size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // self.world_size)
+            in_band = size // HOST_IN_BAND_SHARE
+            return _C.make_layout(
+                self.world_size, HOST_LANES, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True
+            )
+        size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
+        # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
+        lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards))
+        flagged = 0
+        if not self.config.in_band:
+            flagged = size
+        elif self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
+            needs_flags = self.config.low_precision.wire_format is not WireFormat.FP8
+            flagged = size // FLAGGED_SHARE if needs_flags else 0
+        return _C.make_layout(self.world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)
+
+    def _connect(
+        self, transport: Transport, layout: _C.Layout, cards: list[agreement.RankCard], control_group: dist.ProcessGroup
+    ) -> None:
+        """Share memory of this layout and prove that it is shared. Collective.
+
+        Raises:
+            TransportError: on every rank alike, with the reason.
+        """
+        memory: SharedMemory
+        device_index = _C.CPU if transport is Transport.SHM else self.device.index
+        if transport is Transport.SHM:
             memory = ShmMemory.open(control_group, layout.total_bytes)
-            device_index = _C.CPU
+        elif transport is Transport.HOST:
+            memory = HostMemory.open(control_group, self.device, layout)
         else:
+            gpus = [card.gpu for card in cards if card.gpu is not None]
+            if (obstacle := agreement.first_fault(p2p_obstacle(gpus), control_group)) is not None:
+                raise TransportError(obstacle)
             memory = SymmetricMemory.open(self._group, control_group, self.device, layout)
-            device_index = self.device.index
-        workspace = agreement.on_every_rank(
-            lambda: _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index),
-            control_group,
-            TransportError,
-            "cannot set up its workspace",
-        )
-        if self.device.type == "cuda":
-            prove_peer_access(workspace, control_group, self.device)
+
+        def make() -> _C.Workspace:
+            if transport is not Transport.SHM:
+                with torch.cuda.device(self.device):
+                    _C.load_kernels(self.world_size)
+            return _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index, memory.local)
+
+        try:
+            workspace = agreement.on_every_rank(make, control_group, TransportError, "cannot set up its workspace")
+            if transport is not Transport.SHM:
+                prove_peer_access(workspace, control_group, self.device)
+        except TransportError:
+            memory.close()
+            raise
         self._memory, self._workspace = memory, workspace
-        return memory.transport
 
     def _log_start(self) -> None:
         if self.facts.transport is Transport.NONE:
@@ -406,7 +456,7 @@ class TensorParallelCommunicator:
         name = str(decision.strategy)
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
-            launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes, peer_distances,
+            launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
             launch.wire_code,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))

@@ -106,6 +106,14 @@ class LowPrecisionConfig(BaseModel):
     )
 
 
+class TransportChoice(enum.StrEnum):
+    """Which memory GPU ranks share."""
+
+    AUTO = "auto"  # peers' GPU memory where all can reach it, else host memory
+    PEER = "peer"
+    HOST = "host"
+
+
 Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
 
 
@@ -124,12 +132,17 @@ class AllReduceConfig(BaseModel):
         allow_inf_nan=False,
         description="seconds of GPU time (CPU ranks: of wall time) that a rank waits for a peer before it gives up",
     )
+    transport: Annotated[TransportChoice, BeforeValidator(_lower_case)] = Field(
+        default=TransportChoice.AUTO,
+        description="GPUs: 'peer' for each other's memory (NVLink, PCIe peer access), 'host' for pinned host memory, "
+        "'auto' for the first where it works and otherwise the second",
+    )
     workspace_bytes: ByteSize | None = Field(
         default=None,
         ge=2 << 20,
         le=1 << 33,
         description="memory per rank through which messages of any size are passed in chunks, as a number or like "
-        "'64MiB'; default 384 MiB on a GPU, 4 MiB of shared memory on a CPU rank",
+        "'64MiB'; default 384 MiB of a GPU; 48 MiB of host memory for all GPUs together; 4 MiB on a CPU rank",
     )
     one_shot_max_bytes: ByteSize | None = Field(
         default=None,

@@ -77,7 +77,7 @@ bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
         lar_failure& failure = *workspace_.failure;
         failure.rank = workspace_.rank;
         failure.peer = peer;
-        failure.algorithm = reported_;
+        failure.algorithm = algorithm_;
         failure.phase = phase;
         failure.lane = 0;
         failure.expected_round = round;

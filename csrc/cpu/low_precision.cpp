@@ -28,13 +28,13 @@ class Packets {
     }
   }
 
-  void reduce(const Piece& part, const char* const* packed, char* const* outputs) const {
+  void reduce(const Piece& part, const char* const* packed, char* const* outputs, int copies) const {
     char encoded[kMostPacketBytes];
     float sum[kMostPacketValues];
     for (int64_t i = 0; i < part.count; ++i) {
       sum_packet(part.first + i, packed, i, sum);
       encode_packet(format_, sum, encoded);
-      for (int peer = 0; peer < world_size_ - 1; ++peer) std::copy_n(encoded, bytes_, outputs[peer] + i * bytes_);
+      for (int copy = 0; copy < copies; ++copy) std::copy_n(encoded, bytes_, outputs[copy] + i * bytes_);
       store(part.first + i, encoded);
     }
   }
@@ -96,7 +96,7 @@ extern "C" int lar_low_precision_cpu(const lar_workspace* workspace, const lar_m
                                      const lar_launch* shape, lar_wire_format format) {
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  if (const int status = check_call(workspace, message, shape, workspace->layout.two_shot_chunk_bytes);
+  if (const int status = check_call(workspace, message, shape, workspace->layout.flagged.two_shot_bytes);
       status != LAR_OK)
     return status;
   int32_t values = 0;

@@ -8,13 +8,13 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  if (const int status = check_call(workspace, message, shape, layout.one_shot_chunk_bytes); status != LAR_OK)
+  if (const int status = check_call(workspace, message, shape, layout.flagged.one_shot_bytes); status != LAR_OK)
     return status;
   if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
 
   const int element = element_bytes(message->dtype);
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / element;
-  const cpu::Lane lane(*workspace, LAR_ONE_SHOT);
+  const cpu::Lane lane(*workspace, EpochPlane::kOneShot, LAR_ONE_SHOT);
   const int rank = workspace->rank;
   const char* input = static_cast<const char*>(message->input);
   char* output = static_cast<char*>(message->output);
@@ -23,11 +23,10 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
   for (int64_t start = 0; start < message->count; start += chunk) {
     ++round;
     const int64_t count = std::min(chunk, message->count - start);
-    const int generation = round % LAR_SLOTS;
-    auto slot = [&](int holder, int source) {
-      return lane.slot(layout.one_shot_offset, layout.one_shot_chunk_bytes, holder, source, generation);
+    auto slot = [&](int reader, int source) {
+      return lane.slot(layout.flagged.one_shot_offset, layout.flagged.one_shot_bytes, reader, source, round, true);
     };
-    for (int step = 1; step < layout.world_size; ++step)
+    for (int step = 1; step <= shared_copies(layout); ++step)
       std::memcpy(slot((rank + step) % layout.world_size, rank), input + start * element, count * element);
 
     lane.publish(FlagPlane::kOneShot, round);

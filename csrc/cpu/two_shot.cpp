@@ -16,14 +16,14 @@ class Elements {
 
   void pack(const Piece& part, char* slot) const { std::memcpy(slot, input(part.first), part.count * element_); }
 
-  void reduce(const Piece& part, const char* const* packed, char* const* outputs) const {
+  void reduce(const Piece& part, const char* const* packed, char* const* outputs, int copies) const {
     const void* sources[LAR_MAX_WORLD_SIZE];
     void* everywhere[LAR_MAX_WORLD_SIZE];
     for (int source = 0; source < world_size_; ++source)
       sources[source] = packed[source] ? packed[source] : input(part.first);
-    std::copy_n(outputs, world_size_ - 1, everywhere);
-    everywhere[world_size_ - 1] = output(part.first);
-    reduce_in_rank_order(message_.dtype, sources, world_size_, everywhere, world_size_, part.count);
+    std::copy_n(outputs, copies, everywhere);
+    everywhere[copies] = output(part.first);
+    reduce_in_rank_order(message_.dtype, sources, world_size_, everywhere, copies + 1, part.count);
   }
 
   void unpack(const Piece& part, const char* slot) const {
@@ -45,7 +45,7 @@ class Elements {
 extern "C" int lar_two_shot_cpu(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape) {
   using namespace lar;
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  if (const int status = check_call(workspace, message, shape, workspace->layout.two_shot_chunk_bytes);
+  if (const int status = check_call(workspace, message, shape, workspace->layout.flagged.two_shot_bytes);
       status != LAR_OK)
     return status;
   if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good

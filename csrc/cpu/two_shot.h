@@ -18,8 +18,9 @@ struct Piece {
 // `Cargo` is what travels, in units that it knows the size of:
 //   int64_t units()                       in the message
 //   void pack(Piece, char* slot)          this rank's own, for their owner
-//   void reduce(Piece, sources, outputs)  sums the packed units of all ranks, of which sources[rank] is null for this
-//                                         rank's own, stores the result and writes it, packed, to every output
+//   void reduce(Piece, sources, outputs, copies)
+//                                         sums the packed units of all ranks, of which sources[rank] is null for this
+//                                         rank's own, stores the result and writes it, packed, to so many outputs
 //   void unpack(Piece, const char* slot)  stores a peer's result
 template <typename Cargo>
 class TwoShotSteps {
@@ -28,7 +29,8 @@ class TwoShotSteps {
   TwoShotSteps(const lar_workspace& workspace, lar_algorithm reported, const Cargo& cargo, int64_t chunk)
       : workspace_(workspace),
         layout_(workspace.layout),
-        lane_(workspace, LAR_TWO_SHOT, reported),
+        slots_(layout_.flagged),
+        lane_(workspace, EpochPlane::kTwoShot, reported),
         cargo_(cargo),
         chunk_(chunk),
         epoch_(lane_.epoch()) {}
@@ -52,15 +54,19 @@ class TwoShotSteps {
 
   uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
 
-  char* slot(int64_t region, int holder, int source, int64_t chunk) const {
-    return lane_.slot(region, layout_.two_shot_chunk_bytes, holder, source, round(chunk) % LAR_SLOTS);
+  char* scatter_slot(int owner, int source, int64_t chunk) const {
+    return lane_.slot(slots_.scatter_offset, slots_.two_shot_bytes, owner, source, round(chunk), false);
+  }
+
+  char* gather_slot(int reader, int owner, int64_t chunk) const {
+    return lane_.slot(slots_.gather_offset, slots_.two_shot_bytes, reader, owner, round(chunk), true);
   }
 
   int peer(int step) const { return (workspace_.rank + step) % layout_.world_size; }
 
   void scatter(int64_t chunk) const {
     for (int step = 1; step < layout_.world_size; ++step)
-      cargo_.pack(piece(chunk, peer(step)), slot(layout_.scatter_offset, peer(step), workspace_.rank, chunk));
+      cargo_.pack(piece(chunk, peer(step)), scatter_slot(peer(step), workspace_.rank, chunk));
     lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
   }
 
@@ -69,12 +75,11 @@ class TwoShotSteps {
     const int rank = workspace_.rank;
     const char* sources[LAR_MAX_WORLD_SIZE];
     char* outputs[LAR_MAX_WORLD_SIZE];
-    int peers = 0;
-    for (int other = 0; other < layout_.world_size; ++other) {
-      sources[other] = other == rank ? nullptr : slot(layout_.scatter_offset, rank, other, chunk);
-      if (other != rank) outputs[peers++] = slot(layout_.gather_offset, other, rank, chunk);
-    }
-    cargo_.reduce(piece(chunk, rank), sources, outputs);
+    for (int other = 0; other < layout_.world_size; ++other)
+      sources[other] = other == rank ? nullptr : scatter_slot(rank, other, chunk);
+    const int copies = shared_copies(layout_);
+    for (int step = 1; step <= copies; ++step) outputs[step - 1] = gather_slot(peer(step), rank, chunk);
+    cargo_.reduce(piece(chunk, rank), sources, outputs, copies);
     lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
     return true;
   }
@@ -82,12 +87,13 @@ class TwoShotSteps {
   bool drain(int64_t chunk) const {
     if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
     for (int step = 1; step < layout_.world_size; ++step)
-      cargo_.unpack(piece(chunk, peer(step)), slot(layout_.gather_offset, workspace_.rank, peer(step), chunk));
+      cargo_.unpack(piece(chunk, peer(step)), gather_slot(workspace_.rank, peer(step), chunk));
     return true;
   }
 
   const lar_workspace& workspace_;
   const lar_layout& layout_;
+  const lar_slots& slots_;
   const Lane lane_;
   const Cargo& cargo_;
   const int64_t chunk_;

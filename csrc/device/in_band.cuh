@@ -156,11 +156,11 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
   return false;
 }
 
-// The sum in rank order, rounded, of `mine` and of the vector at `index` of every peer's slot in arguments.own, which
-// is cleared. Polls; false as for poll_until_complete().
-template <typename T, int kWorldSize>
-__device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
-                                             const uint4& mine, uint4& result) {
+// The sum in rank order, rounded, of `mine` and of the vectors at address_of(peer), which are polled and, if `kClears`,
+// cleared. False as for poll_until_complete().
+template <typename T, int kWorldSize, bool kClears, typename AddressOf>
+__device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments, lar_phase phase, AddressOf address_of,
+                                                const uint4& mine, uint4& result) {
   constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
   Accumulator<T> sum;
 #pragma unroll 1
@@ -170,20 +170,32 @@ __device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, l
     uint4 parts[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, first + i);
-      from[i] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
+      from[i] = address_of(first + i);
       wanted[i] = first + i != arguments.rank;
       parts[i] = mine;
     }
     if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
       return false;
+    if (kClears) {
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
+      for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
+    }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) sum.add(parts[i]);
   }
   result = sum.rounded();
   return true;
+}
+
+// The same with the vector at `index` of every peer's slot in arguments.own, which is cleared.
+template <typename T, int kWorldSize>
+__device__ __forceinline__ bool poll_and_sum(const InBandArguments& arguments, lar_phase phase, uint32_t index,
+                                             const uint4& mine, uint4& result) {
+  const auto address_of = [&](int peer) {
+    const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, peer);
+    return arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
+  };
+  return poll_and_sum_at<T, kWorldSize, true>(arguments, phase, address_of, mine, result);
 }
 
 }  // namespace lar

@@ -74,8 +74,8 @@ struct WaitLimit {
 };
 
 __host__ __device__ inline WaitLimit wait_limit(const lar_workspace& workspace, lar_algorithm algorithm) {
-  return {abort_word(workspace.base[workspace.rank], workspace.layout), workspace.failure, workspace.timeout_ns,
-          workspace.rank, algorithm};
+  return {abort_word(workspace.local, workspace.layout), workspace.failure, workspace.timeout_ns, workspace.rank,
+          algorithm};
 }
 
 // Ends a wait for `peer` that has expired. The first lane to give up leaves the record and traps: what depends on this
@@ -128,21 +128,22 @@ class Patience {
 
 class Lane {
  public:
-  __device__ __forceinline__ Lane(const lar_workspace& workspace, lar_algorithm algorithm)
-      : workspace_(workspace), algorithm_(algorithm), index_(blockIdx.x) {}
+  // `algorithm`: what an expired wait names.
+  __device__ __forceinline__ Lane(const lar_workspace& workspace, EpochPlane epochs, lar_algorithm algorithm)
+      : workspace_(workspace), epochs_(epochs), algorithm_(algorithm), index_(blockIdx.x) {}
 
   __device__ __forceinline__ int index() const { return index_; }
 
   // The number of rounds this lane has finished in earlier calls.
   __device__ __forceinline__ uint32_t epoch() const {
-    return *epoch_word(own_base(), workspace_.layout, algorithm_, index_);
+    return *epoch_word(workspace_.local, workspace_.layout, epochs_, index_);
   }
 
   // Ends the call: `epoch` rounds are finished. The barrier keeps a slow thread from reading the new count as
   // the old one.
   __device__ __forceinline__ void finish(uint32_t epoch) const {
     __syncthreads();
-    if (threadIdx.x == 0) *epoch_word(own_base(), workspace_.layout, algorithm_, index_) = epoch;
+    if (threadIdx.x == 0) *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
   }
 
   // Tells every peer that all that this block stored so far belongs to `round` and may be read.
@@ -165,10 +166,8 @@ class Lane {
   }
 
  private:
-  __device__ __forceinline__ void* own_base() const { return workspace_.base[workspace_.rank]; }
-
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
-    const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, index_) + peer;
+    const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
     uint32_t seen = load_acquire_system(flag);
     const WaitLimit limit = wait_limit(workspace_, algorithm_);
     Patience patience(limit);
@@ -183,6 +182,7 @@ class Lane {
   }
 
   const lar_workspace& workspace_;
+  const EpochPlane epochs_;
   const lar_algorithm algorithm_;
   const int index_;
 };

@@ -31,7 +31,10 @@ enum class Variant {
   kInBandShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
   kInBandSplit,  // whole aligned vectors, many of them: lanes with one task each
   kPull,         // whole aligned vectors that peers read in place (TWOSHOT)
+  kPublished,    // any message, in band in memory that all share (ONESHOT)
 };
+constexpr Variant kVariants[] = {Variant::kFlagged,     Variant::kInBand, Variant::kInBandShort,
+                                 Variant::kInBandSplit, Variant::kPull,   Variant::kPublished};
 
 // World size and element type are template parameters of the kernels, so that the loop over ranks unrolls and
 // the loads of all peers are in flight together. `Instances<T, N>::kernel(variant)` names the kernel.
@@ -72,6 +75,27 @@ const void* select_kernel(lar_dtype dtype, int world_size, Variant variant) {
   return nullptr;
 }
 
+// Has the driver load a kernel onto the current device now. Null is no kernel.
+inline int load_kernel(const void* kernel) {
+  cudaFuncAttributes attributes;
+  return kernel ? cudaFuncGetAttributes(&attributes, kernel) : cudaSuccess;
+}
+
+// All kernels of an algorithm for `world_size`.
+template <template <typename, int> class Instances>
+int load_kernels(int world_size) {
+  for (const lar_dtype dtype : {LAR_FLOAT32, LAR_FLOAT16, LAR_BFLOAT16})
+    for (const Variant variant : kVariants)
+      if (const int status = load_kernel(select_kernel<Instances>(dtype, world_size, variant)); status != LAR_OK)
+        return status;
+  return LAR_OK;
+}
+
+// Those of each kernels/*.cu.
+int load_one_shot_kernels(int world_size);
+int load_two_shot_kernels(int world_size);
+int load_low_precision_kernels(int world_size);
+
 // Whether the current device can start a kernel before its predecessor in the stream has ended.
 inline bool has_dependent_launch() {
   constexpr int kMaxDevices = 64;
@@ -82,17 +106,18 @@ inline bool has_dependent_launch() {
   return major[device] >= 9;
 }
 
-// The slots that an algorithm's kernels use.
-struct Slots {
-  lar_algorithm algorithm;
-  int parts;  // chunks that a lane handles per round
+// The in-band slots that an algorithm's kernels use.
+struct InBandSlots {
+  lar_algorithm algorithm;  // what an expired wait names
+  EpochPlane epochs;
+  int parts;  // slots that a round fills at most
   int64_t offset;
-  int64_t chunk_bytes;
+  int64_t slot_bytes;
   int64_t gather_offset;  // TWOSHOT
 };
 
 inline InBandArguments in_band_arguments(const lar_workspace& workspace, const lar_message& message,
-                                         const lar_launch& shape, const Slots& slots) {
+                                         const lar_launch& shape, const InBandSlots& slots) {
   const lar_layout& layout = workspace.layout;
   const int world_size = layout.world_size;
   const auto region = [&](int rank) { return static_cast<char*>(workspace.base[rank]) + slots.offset; };
@@ -102,12 +127,12 @@ inline InBandArguments in_band_arguments(const lar_workspace& workspace, const l
   out.output = message.output;
   out.count = message.count;
   for (int step = 1; step < world_size; ++step)  // to that rank, I am the one world_size - step places on
-    out.to[step] = region((workspace.rank + step) % world_size) + (world_size - step - 1) * slots.chunk_bytes;
+    out.to[step] = region((workspace.rank + step) % world_size) + (world_size - step - 1) * slots.slot_bytes;
   out.own = region(workspace.rank);
-  out.epochs = epoch_word(workspace.base[workspace.rank], layout, slots.algorithm, 0);
+  out.epochs = epoch_word(workspace.local, layout, slots.epochs, 0);
   out.lanes = static_cast<uint32_t>(layout.lanes);
-  out.generation_stride = vectors((world_size - 1) * slots.chunk_bytes);
-  out.peer_stride = vectors(slots.chunk_bytes);
+  out.generation_stride = vectors((world_size - 1) * slots.slot_bytes);
+  out.peer_stride = vectors(slots.slot_bytes);
   out.gather_stride = vectors(slots.gather_offset - slots.offset);
   out.part = static_cast<uint32_t>(shape.chunk_vectors);
   out.scatter_lanes = static_cast<uint32_t>(shape.scatter_lanes);
@@ -165,29 +190,31 @@ int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Ru
   return in_rounds_of(round_elements, message, run);
 }
 
-// Starts the kernel, in band once for every round. In-band kernels start with programmatic dependent launch: their
-// blocks may be scheduled while the previous kernel of the stream drains, and wait in wait_for_previous_kernel() before
-// they touch memory.
+// Starts the flagged kernel, one launch for all rounds. Without dependent launch: its blocks must all be resident while
+// they wait for each other's flags, and another kernel's that waits for this one's end may not take their place.
+inline int launch_flagged(const void* kernel, const lar_workspace& workspace, const lar_message& message,
+                          const lar_launch& shape, int64_t slot_bytes, void* stream) {
+  const int status = check_call(&workspace, &message, &shape, slot_bytes);
+  if (status != LAR_OK || message.count == 0) return status;
+  KernelArguments arguments{workspace, message, shape.chunk_vectors};
+  return launch_kernel(kernel, shape, false, &arguments, stream);
+}
+
+// Starts the in-band kernel once for every round, with programmatic dependent launch: blocks may be scheduled while the
+// previous kernel of the stream drains, and wait in wait_for_previous_kernel() before they touch memory.
 template <template <typename, int> class Instances>
-int launch(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape, const Slots& slots,
-           void* stream) {
-  const int status = check_call(workspace, message, shape, slots.chunk_bytes);
-  if (status != LAR_OK || message->count == 0) return status;
-  const lar_dtype dtype = message->dtype;
-  const int world_size = workspace->layout.world_size;
-  if (!workspace->layout.in_band) {
-    KernelArguments arguments{*workspace, *message, shape->chunk_vectors};
-    return launch_kernel(select_kernel<Instances>(dtype, world_size, Variant::kFlagged), *shape, false, &arguments,
-                         stream);
-  }
+int launch_in_band(const lar_workspace& workspace, const lar_message& message, const lar_launch& shape,
+                   const InBandSlots& slots, void* stream) {
+  const int status = check_call(&workspace, &message, &shape, slots.slot_bytes);
+  if (status != LAR_OK || message.count == 0) return status;
   // Where the tensor starts differs from rank to rank, how long it is does not.
-  const bool aligned = starts_on_a_vector(message->input) && starts_on_a_vector(message->output);
-  if (shape->scatter_lanes > 0 && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
-  return in_rounds(*message, *shape, slots.parts, [&](const lar_message& round, int64_t) {
-    InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
-    const Variant variant = choose_in_band(round, *shape, aligned);
-    return launch_kernel(select_kernel<Instances>(dtype, world_size, variant), *shape, has_dependent_launch(),
-                         &arguments, stream);
+  const bool aligned = starts_on_a_vector(message.input) && starts_on_a_vector(message.output);
+  if (shape.scatter_lanes > 0 && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
+  return in_rounds(message, shape, slots.parts, [&](const lar_message& round, int64_t) {
+    InBandArguments arguments = in_band_arguments(workspace, round, shape, slots);
+    const void* kernel =
+        select_kernel<Instances>(message.dtype, workspace.layout.world_size, choose_in_band(round, shape, aligned));
+    return launch_kernel(kernel, shape, has_dependent_launch(), &arguments, stream);
   });
 }
 

@@ -42,8 +42,10 @@ __device__ __forceinline__ void store_values(const Payload<T>& to, int64_t index
 // FP8: threads 0 to 30 have 16 values each, thread 31 the scale.
 struct Fp8Packet {
   using Codec = codec::Fp8;
+  using Encoded = uint4;  // a thread's share of a packet
   static constexpr int kThreadValues = 16;
   static constexpr int kThreads = 31;  // with values
+  static constexpr int kValues = Codec::kValues;
   static constexpr int kBytes = Codec::kBytes;
 
   // For the whole warp. What thread 31 passes does not count.
@@ -71,37 +73,47 @@ struct Fp8Packet {
     for (int i = 0; i < kThreadValues; ++i) values[i] = Codec::decode(codes[i], scale);
   }
 
-  __device__ __forceinline__ static void encode_to(char* packet, const float (&values)[kThreadValues]) {
-    reinterpret_cast<uint4*>(packet)[threadIdx.x % 32] = encode(values);
+  __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
+    reinterpret_cast<uint4*>(packet)[threadIdx.x % 32] = encoded;
   }
 
-  __device__ __forceinline__ static void decode_from(const char* packet, float (&values)[kThreadValues]) {
-    decode(__ldcg(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32), values);
+  __device__ __forceinline__ static Encoded load(const char* packet) {
+    return __ldcg(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
   }
 };
 
 // The formats of 10 bytes for 32 values: one block to a thread.
 template <typename BlockCodec>
 struct BlockPacket {
+  using Codec = BlockCodec;
+  using Encoded = codec::Block32;
   static constexpr int kThreadValues = codec::Block32::kValues;
   static constexpr int kThreads = codec::Packet32::kBlocks;
+  static constexpr int kValues = codec::Packet32::kValues;
   static constexpr int kBytes = codec::Packet32::kBytes;
 
-  __device__ __forceinline__ static void encode_to(char* packet, const float (&values)[kThreadValues]) {
+  __device__ __forceinline__ static Encoded encode(const float (&values)[kThreadValues]) {
+    return BlockCodec::encode(values);
+  }
+
+  __device__ __forceinline__ static void decode(const Encoded& encoded, float (&values)[kThreadValues]) {
+    BlockCodec::decode(encoded, values);
+  }
+
+  __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
     const int block = threadIdx.x % 32;
-    const codec::Block32 encoded = BlockCodec::encode(values);
     reinterpret_cast<uint32_t*>(packet)[block] = encoded.first;
     reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte)[block] = encoded.second;
     reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte)[block] = encoded.scale;
   }
 
-  __device__ __forceinline__ static void decode_from(const char* packet, float (&values)[kThreadValues]) {
+  __device__ __forceinline__ static Encoded load(const char* packet) {
     const int block = threadIdx.x % 32;
     codec::Block32 encoded;
     encoded.first = __ldcg(reinterpret_cast<const unsigned int*>(packet) + block);
     encoded.second = __ldcg(reinterpret_cast<const unsigned int*>(packet + codec::Packet32::kSecondByte) + block);
     encoded.scale = __ldcg(reinterpret_cast<const unsigned short*>(packet + codec::Packet32::kScaleByte) + block);
-    BlockCodec::decode(encoded, values);
+    return encoded;
   }
 };
 

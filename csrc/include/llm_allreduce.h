@@ -24,6 +24,7 @@ enum {
   // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,
+  LAR_PUBLISHED_SLOTS = 4,
 };
 
 typedef enum lar_status {
@@ -34,8 +35,8 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place, which counts rounds of its own. LAR_LOW_PRECISION: TWOSHOT in
-// a wire format, which shares TWOSHOT's slots and counts.
+// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place. LAR_LOW_PRECISION: TWOSHOT in a wire format, which shares
+// TWOSHOT's slots and counts.
 typedef enum lar_algorithm {
   LAR_ONE_SHOT = 0,
   LAR_TWO_SHOT = 1,
@@ -49,29 +50,47 @@ typedef enum lar_wire_format { LAR_WIRE_FP8 = 0, LAR_WIRE_TQ3 = 1, LAR_WIRE_HADA
 // What a rank was waiting for when it gave up.
 typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
 
+// Where a kind of slots lies; offsets in bytes from the base of a rank's workspace. A slot of 0 bytes: there are none.
+typedef struct lar_slots {
+  int64_t one_shot_offset;
+  int64_t one_shot_bytes;  // of one slot
+  int64_t scatter_offset;
+  int64_t gather_offset;
+  int64_t two_shot_bytes;  // of one slot
+} lar_slots;
+
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
-//   epochs      uint32 [algorithm 3][lane]           local: rounds that this lane has finished
-//   flags       uint32 [phase 3][lane][rank 16]      written by peers: the newest round that rank has published
-// With flags that tell when a slot may be read (in_band 0), lane by lane:
-//   one_shot    [generation 4][source rank][lane][one_shot_chunk_bytes]
-//   scatter     [generation 4][source rank][lane][two_shot_chunk_bytes]   partial sums on their way to their owner
-//   gather      [generation 4][owner rank][lane][two_shot_chunk_bytes]    results on their way back
-// With readiness in the data (in_band 1, GPUs only), shared by all lanes, with LAR_IN_BAND_MARKER everywhere before the
-// first call. Peers are counted from the holder's next rank on:
-//   one_shot    [generation 2][peer][one_shot_chunk_bytes], and so on
+//   local       what only this rank touches (lar_workspace.local):
+//     abort     uint32                               set once a wait has expired
+//     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
+//     extents   uint32 [generation 4][lane]          published in band: vectors in that generation
+//   flags       uint32 [plane][lane][rank 16]        written by peers: the newest round that rank has published
+//
+// Flagged slots, where flags tell lane by lane when a slot may be read:
+//   one_shot    [generation 4][source rank][lane][one_shot_bytes]
+//   scatter     [generation 4][source rank][lane][two_shot_bytes]   partial sums on their way to their owner
+//   gather      [generation 4][owner rank][lane][two_shot_bytes]    results on their way back
+// In-band slots, with readiness in the data, shared by all lanes, LAR_IN_BAND_MARKER everywhere before the first call
+// (GPUs only). Peers are counted from the holder's next rank on:
+//   one_shot    [generation 2][peer][one_shot_bytes], and so on
+//
+// Published (1): all workspaces lie in one memory that is as near to every rank, host memory. What several ranks are to
+// read is stored once, in the workspace of the rank that it comes from, and read there by all; only `scatter`, where
+// every reader gets something else, lies with the readers. Then these regions have no dimension of peers:
+//   flagged     one_shot, gather  [generation 4][lane][..bytes]
+//   in band     one_shot          [generation 4][one_shot_bytes]; there are no others
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
-  int32_t in_band;
-  int64_t abort_offset;  // uint32, local: set once a wait has expired
+  int32_t published;
+  int64_t abort_offset;
   int64_t epochs_offset;
+  int64_t extents_offset;
+  int64_t local_bytes;  // of the local part, which comes first
   int64_t flags_offset;
   int64_t probe_offset;
-  int64_t one_shot_offset;
-  int64_t one_shot_chunk_bytes;
-  int64_t scatter_offset;
-  int64_t gather_offset;
-  int64_t two_shot_chunk_bytes;
+  lar_slots in_band;
+  lar_slots flagged;
   int64_t total_bytes;
 } lar_layout;
 
@@ -96,6 +115,8 @@ typedef struct lar_failure {
 typedef struct lar_workspace {
   int32_t rank;
   void* base[LAR_MAX_WORLD_SIZE];
+  void*
+      local;  // base[rank], or memory of this rank's own where workspaces are far away: lar_layout.local_bytes, zeroed
   lar_layout layout;
   lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
   int64_t timeout_ns;    // no wait lasts longer
@@ -117,15 +138,28 @@ typedef struct lar_launch {
   // 16-byte vectors that one lane (with flags) or all lanes together (in band) move per round to one peer. Further
   // rounds take place in the same kernel with flags, in further launches in band.
   int64_t chunk_vectors;
+  int32_t in_band;  // through which slots
   // In band, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (TWOSHOT)
   // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
   int32_t scatter_lanes;
   int32_t drain_lanes;
 } lar_launch;
 
-// Splits `bytes` (rounded down to what fits) of workspace. LAR_ERROR_INVALID_ARGUMENT when a chunk would hold less than
-// one vector.
-LAR_EXPORT int lar_layout_init(lar_layout* layout, int32_t world_size, int32_t lanes, int32_t in_band, int64_t bytes);
+// What a workspace is to hold.
+typedef struct lar_layout_wish {
+  int32_t world_size;
+  int32_t lanes;
+  int32_t published;      // see lar_layout
+  int64_t in_band_bytes;  // for in-band slots; 0: none. What does not fit a layout is rounded down.
+  int64_t flagged_bytes;  // for flagged slots; 0: none
+} lar_layout_wish;
+
+// LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector.
+LAR_EXPORT int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish);
+
+// Loads all kernels for `world_size` onto the current device. Otherwise each is loaded when it is first launched, which
+// may wait for kernels that run: for ever, if they wait for a rank of the same process.
+LAR_EXPORT int lar_load_kernels_cuda(int32_t world_size);
 
 LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
 LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
@@ -139,7 +173,7 @@ LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const 
 // TWOSHOT with everything that travels in a wire format: what ranks send their owners, and the sums on their way back.
 // Every rank takes the decoded sums, the owner too, so all have the same bits. A slot must hold at least one packet.
 LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
-// In-band workspaces, LAR_WIRE_FP8, 16-bit elements, 2 to 8 ranks; scatter_lanes must be at least 1.
+// 16-bit elements, 2 to 8 ranks. In band: LAR_WIRE_FP8, and scatter_lanes must be at least 1.
 LAR_EXPORT int lar_low_precision_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
                                       void* stream);
 
@@ -167,6 +201,10 @@ LAR_EXPORT int lar_stream_order_create(lar_stream_order** order, int device);
 LAR_EXPORT void lar_stream_order_destroy(lar_stream_order* order);
 LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream);
 LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream, int* capturing);
+
+// Pins `bytes` of host memory at `address`, whole pages, and tells where the current device sees them.
+LAR_EXPORT int lar_host_register(void* address, int64_t bytes, void** device_address);
+LAR_EXPORT int lar_host_unregister(void* address);
 
 // Host memory for a lar_failure that outlives a broken CUDA context. `device_address` may be null (CPU ranks).
 LAR_EXPORT int lar_failure_create(lar_failure** host_address, lar_failure** device_address);

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads)
   for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
     float thread_values[Packet::kThreadValues];
     load_values(from, vector, thread_values);
-    Packet::encode_to(packets + packet * Packet::kBytes, thread_values);
+    Packet::store(packets + packet * Packet::kBytes, Packet::encode(thread_values));
   });
 }
 
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t total_vectors = ceil_div(count, Vector<T>::kElements);
   for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
     float thread_values[Packet::kThreadValues];
-    Packet::decode_from(packets + packet * Packet::kBytes, thread_values);
+    Packet::decode(Packet::load(packets + packet * Packet::kBytes), thread_values);
     if (threadIdx.x % 32 < Packet::kThreads) store_values(to, vector, total_vectors, thread_values);
   });
 }

@@ -9,11 +9,14 @@
 //     reduce   poll the packets of my part, decode, add to my own values in rank order, encode, send to all peers
 //     drain    poll the other owners' sums, decode, store them to the output
 //
+// Flagged, any format: the lanes of device/two_shot_lane.cuh, a warp to a packet.
+//
 // The owner's own values are added as they are, which costs nothing and leaves one error fewer.
 #include "device/in_band.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
 #include "device/packet.cuh"
+#include "device/two_shot_lane.cuh"
 
 namespace lar {
 namespace {
@@ -22,53 +25,88 @@ constexpr int kPacketVectors = Fp8Packet::kBytes / LAR_VECTOR_BYTES;
 static_assert(kPacketVectors == kTileVectors, "a packet is a tile");
 static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "codes are never 0x80, and a scale is not negative");
 
-// The message as packets. A thread's values are neighbours: `kThreadVectors` vectors of the tensor.
-template <typename T>
+// The message as packets. A thread's values are neighbours: `kThreadVectors` vectors of the tensor. Every function is
+// for the whole warp.
+template <typename T, typename Packet>
 class Packets {
  public:
-  static constexpr int kThreadVectors = Fp8Packet::kThreadValues / Vector<T>::kElements;
+  static constexpr int kThreadValues = Packet::kThreadValues;
+  static constexpr int kThreadVectors = kThreadValues / Vector<T>::kElements;
+  using Values = float[kThreadValues];
+  using Encoded = typename Packet::Encoded;
 
-  __device__ __forceinline__ explicit Packets(const InBandArguments& arguments)
-      : input_(arguments.input, arguments.count),
-        output_(arguments.output, arguments.count),
-        count_(arguments.count),
-        total_vectors_(ceil_div(arguments.count, Vector<T>::kElements)),
-        number_(static_cast<uint32_t>(ceil_div(arguments.count, Fp8Packet::Codec::kValues))) {}
+  __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
+      : input_(input, count),
+        output_(output, count),
+        count_(count),
+        total_vectors_(ceil_div(count, Vector<T>::kElements)),
+        number_(ceil_div(count, Packet::kValues)) {}
 
-  __device__ __forceinline__ uint32_t number() const { return number_; }
+  __device__ __forceinline__ int64_t number() const { return number_; }
 
-  __device__ __forceinline__ void load(uint32_t packet, float (&values)[Fp8Packet::kThreadValues]) const {
+  __device__ __forceinline__ Encoded encoded(int64_t packet) const {
+    Values values;
     load_values(input_, first_vector(packet), values);
+    return Packet::encode(values);
   }
 
-  // Decodes what a packet's vectors say and stores it. A zero is +0.
-  __device__ __forceinline__ void store(uint32_t packet, const uint4& raw) const {
-    float values[Fp8Packet::kThreadValues];
-    Fp8Packet::decode(raw, values);
+  // Decodes and stores to the output. A zero is +0.
+  __device__ __forceinline__ void store(int64_t packet, const Encoded& encoded) const {
+    Values values;
+    Packet::decode(encoded, values);
 #pragma unroll
-    for (int i = 0; i < Fp8Packet::kThreadValues; ++i) values[i] = codec::add(0.0f, values[i]);
-    if (lane_of_warp() < Fp8Packet::kThreads) store_values(output_, first_vector(packet), total_vectors_, values);
+    for (int i = 0; i < kThreadValues; ++i) values[i] = codec::add(0.0f, values[i]);
+    if (threadIdx.x % 32 < Packet::kThreads) store_values(output_, first_vector(packet), total_vectors_, values);
   }
 
-  // Sums behind the message's end, which must not count.
-  __device__ __forceinline__ void clear_behind_end(uint32_t packet, float (&values)[Fp8Packet::kThreadValues]) const {
-    const int64_t first = first_vector(packet) * Vector<T>::kElements;
-    if (first + Fp8Packet::kThreadValues <= count_) return;
+  // The encoded sum in rank order: this rank's own values as they are, the others' decoded.
+  template <int kWorldSize>
+  __device__ __forceinline__ Encoded sum(int64_t packet, int rank, const Encoded (&others)[kWorldSize]) const {
+    Values sum;
 #pragma unroll
-    for (int i = 0; i < Fp8Packet::kThreadValues; ++i)
-      if (first + i >= count_) values[i] = 0.0f;
+    for (int i = 0; i < kThreadValues; ++i) sum[i] = 0.0f;
+#pragma unroll
+    for (int source = 0; source < kWorldSize; ++source) {
+      Values values;
+      if (source == rank) {
+        load_values(input_, first_vector(packet), values);
+        if (!Packet::Codec::kSendsInfinity) {
+#pragma unroll
+          for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
+        }
+      } else {
+        Packet::decode(others[source], values);
+      }
+#pragma unroll
+      for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::add(sum[i], values[i]);
+    }
+    if (!Packet::Codec::kSendsInfinity) {
+#pragma unroll
+      for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::largest_for_infinity(sum[i]);
+    }
+    clear_behind_end(packet, sum);
+    return Packet::encode(sum);
   }
 
  private:
-  __device__ __forceinline__ int64_t first_vector(uint32_t packet) const {
-    return (int64_t{packet} * Fp8Packet::kThreads + lane_of_warp()) * kThreadVectors;
+  __device__ __forceinline__ int64_t first_vector(int64_t packet) const {
+    return (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors;
+  }
+
+  // Sums behind the message's end, which must not count.
+  __device__ __forceinline__ void clear_behind_end(int64_t packet, Values& values) const {
+    const int64_t first = first_vector(packet) * Vector<T>::kElements;
+    if (first + kThreadValues <= count_) return;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i)
+      if (first + i >= count_) values[i] = 0.0f;
   }
 
   const Payload<T> input_;
   const Payload<T> output_;
   const int64_t count_;
   const int64_t total_vectors_;
-  const uint32_t number_;
+  const int64_t number_;
 };
 
 // This thread's vector of the packets at `index` of every wanted slot of `own`, polled and cleared. For the whole warp;
@@ -83,9 +121,10 @@ __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase
   return true;
 }
 
+// The encoded sum of a packet of my part, whose in-band slots begin at `slots`.
 template <typename T, int kWorldSize>
-__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Packets<T>& packets, uint32_t slots,
-                                           uint32_t packet, uint32_t tile, float (&sum)[Fp8Packet::kThreadValues]) {
+__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Packets<T, Fp8Packet>& packets,
+                                           uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
   char* from[kWorldSize];
   bool wanted[kWorldSize];
   uint4 vectors[kWorldSize];
@@ -97,24 +136,7 @@ __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, con
     vectors[source] = {0u, 0u, 0u, 0u};
   }
   if (!take(arguments, LAR_PHASE_SCATTER, from, wanted, vectors, [](int i) { return i; })) return false;
-#pragma unroll
-  for (int i = 0; i < Fp8Packet::kThreadValues; ++i) sum[i] = 0.0f;
-#pragma unroll
-  for (int source = 0; source < kWorldSize; ++source) {
-    float values[Fp8Packet::kThreadValues];
-    if (source == arguments.rank) {
-      packets.load(packet, values);
-#pragma unroll
-      for (int i = 0; i < Fp8Packet::kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
-    } else {
-      Fp8Packet::decode(vectors[source], values);
-    }
-#pragma unroll
-    for (int i = 0; i < Fp8Packet::kThreadValues; ++i) sum[i] = codec::add(sum[i], values[i]);
-  }
-#pragma unroll
-  for (int i = 0; i < Fp8Packet::kThreadValues; ++i) sum[i] = codec::largest_for_infinity(sum[i]);
-  packets.clear_behind_end(packet, sum);
+  result = packets.sum(packet, arguments.rank, vectors);
   return true;
 }
 
@@ -126,7 +148,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t scatterers = arguments.scatter_lanes;
   const uint32_t drainers = arguments.drain_lanes;
   const uint32_t reducers = gridDim.x - scatterers - drainers;
-  const Packets<T> packets(arguments);
+  const Packets<T, Fp8Packet> packets(arguments.input, arguments.output, arguments.count);
   const auto packet_of = [&](int step, uint32_t tile) {
     return (rotated<kWorldSize>(arguments.rank, step) * part + tile) / kPacketVectors;
   };
@@ -146,9 +168,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       for (int step = 1; step < kWorldSize; ++step) {
         const uint32_t packet = packet_of(step, tile);
         if (packet >= packets.number()) continue;
-        float values[Fp8Packet::kThreadValues];
-        packets.load(packet, values);
-        outbox.fill(Fp8Packet::encode(values));
+        outbox.fill(packets.encoded(packet));
         outbox.send(arguments.to[step], slots + tile, kTileVectors);
         outbox.close();
       }
@@ -161,9 +181,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     for (uint32_t tile = share.first - lane_of_warp(); tile < share.end; tile += share.stride) {
       const uint32_t packet = packet_of(0, tile);
       if (packet >= packets.number()) break;
-      float sum[Fp8Packet::kThreadValues];
-      if (!sum_packet<T, kWorldSize>(arguments, packets, slots, packet, tile, sum)) return;
-      const uint4 result = Fp8Packet::encode(sum);
+      uint4 result;
+      if (!sum_packet<T, kWorldSize>(arguments, packets, slots, packet, tile, result)) return;
       outbox.fill(result);
 #pragma unroll kPeersAtOnce < kWorldSize>
       for (int step = 1; step < kWorldSize; ++step) outbox.send(arguments.to[step], gather_slots + tile, kTileVectors);
@@ -198,51 +217,137 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
 }
 
+// What the flagged lanes move: packets, a warp to each.
+template <typename T, int kWorldSize, typename Packet>
+class PacketCargo {
+ public:
+  __device__ __forceinline__ explicit PacketCargo(const lar_message& message)
+      : packets_(message.input, message.output, message.count) {}
+
+  __device__ __forceinline__ int64_t units() const { return packets_.number(); }
+
+  __device__ __forceinline__ void pack(const Piece& part, char* slot) const {
+    for_each(part, [&](int64_t i) { Packet::store(slot + i * Packet::kBytes, packets_.encoded(part.first + i)); });
+  }
+
+  template <typename Sources, typename Targets>
+  __device__ __forceinline__ void reduce(const Piece& part, int rank, Sources source_of,
+                                         Targets for_each_target) const {
+    for_each(part, [&](int64_t i) {
+      typename Packet::Encoded others[kWorldSize];
+#pragma unroll
+      for (int source = 0; source < kWorldSize; ++source)
+        if (source != rank) others[source] = Packet::load(source_of(source) + i * Packet::kBytes);
+      const typename Packet::Encoded result = packets_.sum(part.first + i, rank, others);
+      for_each_target([&](char* slot) { Packet::store(slot + i * Packet::kBytes, result); });
+      packets_.store(part.first + i, result);
+    });
+  }
+
+  __device__ __forceinline__ void unpack(const Piece& part, const char* slot) const {
+    for_each(part, [&](int64_t i) { packets_.store(part.first + i, Packet::load(slot + i * Packet::kBytes)); });
+  }
+
+ private:
+  template <typename Body>
+  __device__ __forceinline__ void for_each(const Piece& part, Body body) const {
+    for (int64_t i = threadIdx.x / 32; i < part.span; i += blockDim.x / 32) body(i);
+  }
+
+  const Packets<T, Packet> packets_;
+};
+
+template <typename T, int kWorldSize, typename Packet>
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
+    low_precision_kernel(const __grid_constant__ KernelArguments arguments) {
+  const PacketCargo<T, kWorldSize, Packet> packets(arguments.message);
+  const int64_t chunk = arguments.chunk_vectors * LAR_VECTOR_BYTES / Packet::kBytes;
+  two_shot_lane<kWorldSize>(arguments.workspace, LAR_LOW_PRECISION, packets, chunk);
+}
+
+template <typename T, int kWorldSize>
+const void* kernel_of(lar_wire_format format, bool in_band) {
+  if (in_band)
+    return format == LAR_WIRE_FP8 ? reinterpret_cast<const void*>(low_precision_fp8_kernel<T, kWorldSize>) : nullptr;
+  switch (format) {
+    case LAR_WIRE_FP8:
+      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Fp8Packet>);
+    case LAR_WIRE_TQ3:
+      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Tq3Packet>);
+    case LAR_WIRE_HADAMARD2:
+      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Hadamard2Packet>);
+  }
+  return nullptr;
+}
+
 template <typename T>
-const void* select_kernel(int world_size) {
+const void* kernel_of(int world_size, lar_wire_format format, bool in_band) {
   switch (world_size) {
     case 2:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 2>);
+      return kernel_of<T, 2>(format, in_band);
     case 3:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 3>);
+      return kernel_of<T, 3>(format, in_band);
     case 4:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 4>);
+      return kernel_of<T, 4>(format, in_band);
     case 5:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 5>);
+      return kernel_of<T, 5>(format, in_band);
     case 6:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 6>);
+      return kernel_of<T, 6>(format, in_band);
     case 7:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 7>);
+      return kernel_of<T, 7>(format, in_band);
     case 8:
-      return reinterpret_cast<const void*>(low_precision_fp8_kernel<T, 8>);
+      return kernel_of<T, 8>(format, in_band);
     default:
       return nullptr;
   }
 }
 
+const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, bool in_band) {
+  if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(world_size, format, in_band);
+  if (dtype == LAR_FLOAT16) return kernel_of<__half>(world_size, format, in_band);
+  return nullptr;
+}
+
 }  // namespace
+
+int load_low_precision_kernels(int world_size) {
+  for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
+    for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
+      for (const bool in_band : {false, true})
+        if (const int status = load_kernel(kernel_of(dtype, world_size, format, in_band)); status != LAR_OK)
+          return status;
+  return LAR_OK;
+}
+
 }  // namespace lar
 
 extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_message* message,
                                       const lar_launch* shape, lar_wire_format format, void* stream) {
   using namespace lar;
-  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  const int status = check_call(workspace, message, shape, layout.two_shot_chunk_bytes);
+  int32_t packet_values = 0;
+  int32_t packet_bytes = 0;
+  if (const int status = lar_packet_size(format, &packet_values, &packet_bytes); status != LAR_OK) return status;
+  const void* kernel = kernel_of(message->dtype, layout.world_size, format, shape->in_band != 0);
+  // Whole packets to a slot.
+  if (!kernel || shape->chunk_vectors * LAR_VECTOR_BYTES % packet_bytes != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!shape->in_band)
+    return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);
+
+  const InBandSlots slots{LAR_LOW_PRECISION,
+                          EpochPlane::kTwoShotInBand,
+                          layout.world_size,
+                          layout.in_band.scatter_offset,
+                          layout.in_band.two_shot_bytes,
+                          layout.in_band.gather_offset};
+  const int status = check_call(workspace, message, shape, slots.slot_bytes);
   if (status != LAR_OK || message->count == 0) return status;
-  const void* kernel = nullptr;
-  if (message->dtype == LAR_BFLOAT16) kernel = select_kernel<__nv_bfloat16>(layout.world_size);
-  if (message->dtype == LAR_FLOAT16) kernel = select_kernel<__half>(layout.world_size);
-  // Whole packets to a part, and some lanes for each task.
-  const bool fits = shape->chunk_vectors % kPacketVectors == 0 && shape->scatter_lanes > 0;
-  if (!kernel || !layout.in_band || format != LAR_WIRE_FP8 || !fits) return LAR_ERROR_INVALID_ARGUMENT;
-  const Slots slots{LAR_TWO_SHOT, layout.world_size, layout.scatter_offset, layout.two_shot_chunk_bytes,
-                    layout.gather_offset};
+  if (shape->scatter_lanes < 1) return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t round_elements =
-      shape->chunk_vectors / kPacketVectors * layout.world_size * int64_t{Fp8Packet::Codec::kValues};
+      shape->chunk_vectors / kPacketVectors * layout.world_size * int64_t{Fp8Packet::kValues};
   return in_rounds_of(round_elements, *message, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
-    arguments.limit.algorithm = LAR_LOW_PRECISION;
     return launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
   });
 }

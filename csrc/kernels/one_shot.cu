@@ -12,6 +12,13 @@
 // so that the links stay busy while it waits. In the largest, some lanes only push, by bulk copies (device/outbox.cuh),
 // and the others only reduce: few lanes are enough to fill the links, and those who poll had better be elsewhere.
 //
+// Published, where all workspaces lie in host memory: storing to every peer would only send the same over PCIe several
+// times, so a rank stores its vectors once, in its own workspace, and all peers poll them there. A reader can then not
+// clear what it has read. The rank that stored it does, two calls later, at the start: it has ended the call between,
+// in which every peer sent something, and sent it after its own kernel of the first call, reads included, had ended.
+// And a peer polls that generation again two calls after that: it has then taken what the rank sent after it had
+// cleared.
+//
 // Flagged, each lane alone (device/lane.cuh), chunk by chunk with two chunks in flight:
 //
 //     step s:  push    chunk s      store my chunk into slot [round][my rank] of every peer, publish
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
   const lar_workspace& workspace = arguments.workspace;
   const lar_layout& layout = workspace.layout;
   const int rank = workspace.rank;
-  const Lane lane(workspace, LAR_ONE_SHOT);
+  const Lane lane(workspace, EpochPlane::kOneShot, LAR_ONE_SHOT);
   const Payload<T> input(arguments.message.input, arguments.message.count);
   const Payload<T> output(arguments.message.output, arguments.message.count);
 
@@ -141,11 +148,11 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
 
   const uint32_t epoch = lane.epoch();
   const auto round_of = [&](int64_t step) { return epoch + static_cast<uint32_t>(step) + 1; };
-  const auto slot = [&](int holder, int source, int64_t step) {
-    return static_cast<char*>(workspace.base[holder]) + slot_offset(layout, layout.one_shot_offset,
-                                                                    layout.one_shot_chunk_bytes,
-                                                                    round_of(step) % LAR_SLOTS, source, lane.index());
+  const auto slot = [&](int reader, int source, int64_t step) {
+    return flagged_slot(workspace, layout.flagged.one_shot_offset, layout.flagged.one_shot_bytes,
+                        round_of(step) % LAR_SLOTS, reader, source, lane.index(), true);
   };
+  const int copies = shared_copies(layout);
 
   for (int64_t step = 0; step <= chunks; ++step) {
     if (step < chunks) {
@@ -158,7 +165,8 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
           span_of(step), [&](int64_t i) { return input.load(first + i); },
           [&](int64_t i, const uint4& mine) {
 #pragma unroll
-            for (int peer = 1; peer < kWorldSize; ++peer) store_slot(slots[peer], i, mine);
+            for (int peer = 1; peer < kWorldSize; ++peer)
+              if (peer <= copies) store_slot(slots[peer], i, mine);
           });
       lane.publish(FlagPlane::kOneShot, round_of(step));
     }
@@ -175,6 +183,50 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
   lane.finish(epoch + static_cast<uint32_t>(chunks));
 }
 
+struct PublishedArguments {
+  InBandArguments in_band;
+  char* slots[LAR_MAX_WORLD_SIZE];  // of each rank, generation 0
+  uint32_t* extents;                // [generation][lane]
+};
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_published_kernel(const __grid_constant__ PublishedArguments published) {
+  const InBandArguments& arguments = published.in_band;
+  const Payload<T> input(arguments.input, arguments.count);
+  const Payload<T> output(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t generation = epoch % LAR_PUBLISHED_SLOTS;
+  const uint32_t old_generation = (epoch - 2) % LAR_PUBLISHED_SLOTS;
+  const uint32_t slots = generation * arguments.generation_stride;
+  const uint32_t old_slots = old_generation * arguments.generation_stride;
+  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads())
+    store_in_band(arguments.own, slots + i, without_marker(input.load(i)));
+
+  const uint32_t old_vectors = published.extents[old_generation * arguments.lanes + blockIdx.x];
+  for (uint32_t i = grid_thread(); i < old_vectors; i += grid_threads())
+    clear_in_band_if(true, arguments.own + int64_t{old_slots + i} * LAR_VECTOR_BYTES);
+  // As with the epochs, every lane has a copy of its own, and block 0 keeps those of lanes without a block.
+  uint32_t* extents = published.extents + generation * arguments.lanes;
+  if (threadIdx.x == 0) extents[blockIdx.x] = total_vectors;
+  if (blockIdx.x == 0)
+    for (uint32_t lane = gridDim.x + threadIdx.x; lane < arguments.lanes; lane += blockDim.x)
+      extents[lane] = total_vectors;
+  advance_epoch(arguments, epoch);
+
+  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
+    const uint4 mine = without_marker(input.load(i));
+    uint4 result;
+    const auto address_of = [&](int peer) { return published.slots[peer] + int64_t{slots + i} * LAR_VECTOR_BYTES; };
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
+    output.store(i, result);
+  }
+}
+
 template <typename T, int kWorldSize>
 struct OneShot {
   static const void* kernel(Variant variant) {
@@ -187,6 +239,8 @@ struct OneShot {
         return reinterpret_cast<const void*>(one_shot_short_kernel<T, kWorldSize>);
       case Variant::kInBandSplit:
         return reinterpret_cast<const void*>(one_shot_split_kernel<T, kWorldSize>);
+      case Variant::kPublished:
+        return reinterpret_cast<const void*>(one_shot_published_kernel<T, kWorldSize>);
       case Variant::kPull:
         break;  // a step more than ONESHOT has: its readers must say when they have read
     }
@@ -194,13 +248,40 @@ struct OneShot {
   }
 };
 
+int launch_published(const lar_workspace& workspace, const lar_message& message, const lar_launch& shape,
+                     const InBandSlots& slots, void* stream) {
+  const lar_layout& layout = workspace.layout;
+  const int status = check_call(&workspace, &message, &shape, slots.slot_bytes);
+  if (status != LAR_OK || message.count == 0) return status;
+  if (shape.scatter_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
+  const void* kernel = select_kernel<OneShot>(message.dtype, layout.world_size, Variant::kPublished);
+  return in_rounds(message, shape, slots.parts, [&](const lar_message& round, int64_t) {
+    PublishedArguments arguments{in_band_arguments(workspace, round, shape, slots), {}, nullptr};
+    arguments.in_band.generation_stride = static_cast<uint32_t>(slots.slot_bytes / LAR_VECTOR_BYTES);
+    arguments.extents = extent_words(workspace.local, layout);
+    for (int rank = 0; rank < layout.world_size; ++rank)
+      arguments.slots[rank] = static_cast<char*>(workspace.base[rank]) + slots.offset;
+    return launch_kernel(kernel, shape, has_dependent_launch(), &arguments, stream);
+  });
+}
+
 }  // namespace
+
+int load_one_shot_kernels(int world_size) { return load_kernels<OneShot>(world_size); }
+
 }  // namespace lar
 
 extern "C" int lar_one_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
-  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  using namespace lar;
+  if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  const lar::Slots slots{LAR_ONE_SHOT, 1, layout.one_shot_offset, layout.one_shot_chunk_bytes, 0};
-  return lar::launch<lar::OneShot>(workspace, message, shape, slots, stream);
+  if (!shape->in_band) {
+    const void* kernel = select_kernel<OneShot>(message->dtype, layout.world_size, Variant::kFlagged);
+    return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.one_shot_bytes, stream);
+  }
+  const InBandSlots slots{
+      LAR_ONE_SHOT, EpochPlane::kOneShotInBand, 1, layout.in_band.one_shot_offset, layout.in_band.one_shot_bytes, 0};
+  return layout.published ? launch_published(*workspace, *message, *shape, slots, stream)
+                          : launch_in_band<OneShot>(*workspace, *message, *shape, slots, stream);
 }

@@ -18,135 +18,65 @@
 // that the input is there, and owners read their parts in place. Results travel in band as above; once a rank has them
 // all, all owners have read its input, which may then be overwritten.
 //
-// Flagged, each lane alone (device/lane.cuh) on its share of every part, chunk by chunk with three chunks in flight:
-//
-//     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
-//              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish
-//              drain    chunk s-2    wait, copy the other owners' results to the output
-//
-// Why a ring of four slots needs no barrier (three would do; four keeps the index a mask, which survives the
-// wrap of the 32-bit epoch):
-//   - scatter(s) overwrites chunk s-4 at its owner. The owner read that chunk before it published its result,
-//     and this lane has drained the result of chunk s-3 already.
-//   - reduce(s-1) overwrites chunk s-5 in the peers' gather slots. A peer drains chunk s-5 before it publishes
-//     scatter(s-2), and this lane has just seen every peer publish scatter(s-1).
-// A call ends with everything drained, so the first chunks of the next call are safe by the same argument.
+// Flagged: device/two_shot_lane.cuh.
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
+#include "device/two_shot_lane.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
 namespace {
 
+// Vectors as they are.
 template <typename T, int kWorldSize>
-class TwoShotLane {
+class Vectors {
  public:
-  __device__ __forceinline__ TwoShotLane(const KernelArguments& arguments)
-      : workspace_(arguments.workspace),
-        lane_(workspace_, LAR_TWO_SHOT),
-        input_(arguments.message.input, arguments.message.count),
-        output_(arguments.message.output, arguments.message.count),
-        total_vectors_(ceil_div(arguments.message.count, Vector<T>::kElements)),
-        chunk_(arguments.chunk_vectors),
-        epoch_(lane_.epoch()) {}
+  __device__ __forceinline__ explicit Vectors(const lar_message& message)
+      : input_(message.input, message.count),
+        output_(message.output, message.count),
+        units_(ceil_div(message.count, Vector<T>::kElements)) {}
 
-  __device__ __forceinline__ void run() {
-    const int64_t chunks = ceil_div(total_vectors_, chunk_ * gridDim.x * kWorldSize);
-    for (int64_t step = 0; step < chunks + 2; ++step) {
-      if (step < chunks) scatter(step);
-      if (step >= 1 && step <= chunks && !reduce(step - 1)) return;
-      if (step >= 2 && !drain(step - 2)) return;
-    }
-    lane_.finish(epoch_ + static_cast<uint32_t>(chunks));
+  __device__ __forceinline__ int64_t units() const { return units_; }
+
+  __device__ __forceinline__ void pack(const Piece& part, char* slot) const {
+    move_vectors(
+        part.span, [&](int64_t i) { return input_.load(part.first + i); },
+        [&](int64_t i, const uint4& raw) { store_slot(slot, i, raw); });
   }
 
- private:
-  // The vectors of `chunk` that `owner` reduces in this lane: [first, first + span).
-  struct Piece {
-    int64_t first;
-    int64_t span;  // not positive when the tensor ends before this piece
-  };
-
-  __device__ __forceinline__ Piece piece(int64_t chunk, int owner) const {
-    const int64_t first = ((chunk * kWorldSize + owner) * gridDim.x + lane_.index()) * chunk_;
-    return {first, min(chunk_, total_vectors_ - first)};
-  }
-
-  __device__ __forceinline__ uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
-
-  // Slot for the bytes of rank `source` at rank `holder`.
-  __device__ __forceinline__ char* slot(int64_t region, int holder, int source, uint32_t round) const {
-    return static_cast<char*>(workspace_.base[holder]) + slot_offset(workspace_.layout, region,
-                                                                     workspace_.layout.two_shot_chunk_bytes,
-                                                                     round % LAR_SLOTS, source, lane_.index());
-  }
-
-  __device__ __forceinline__ void scatter(int64_t chunk) const {
-    const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = rotated<kWorldSize>(rank, step);
-      const Piece part = piece(chunk, owner);
-      char* to = slot(workspace_.layout.scatter_offset, owner, rank, round(chunk));
-      move_vectors(
-          part.span, [&](int64_t i) { return input_.load(part.first + i); },
-          [&](int64_t i, const uint4& raw) { store_slot(to, i, raw); });
-    }
-    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
-  }
-
-  __device__ __forceinline__ bool reduce(int64_t chunk) const {
-    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
-    const int rank = workspace_.rank;
-    const Piece part = piece(chunk, rank);
-    char* own = slot(workspace_.layout.scatter_offset, rank, 0, round(chunk));
-    const int64_t stride = workspace_.layout.lanes * workspace_.layout.two_shot_chunk_bytes;  // from source to source
+  template <typename Sources, typename Targets>
+  __device__ __forceinline__ void reduce(const Piece& part, int rank, Sources source_of,
+                                         Targets for_each_target) const {
     sum_vectors<T, kWorldSize>(
         part.span,
         [&](int source, int64_t i) {
-          return source == rank ? input_.load(part.first + i) : load_slot(own + source * stride, i);
+          return source == rank ? input_.load(part.first + i) : load_slot(source_of(source), i);
         },
         [&](int64_t i, const uint4& result) {
           output_.store(part.first + i, result);
-#pragma unroll kPeersAtOnce < kWorldSize>
-          for (int step = 1; step < kWorldSize; ++step)
-            store_slot(slot(workspace_.layout.gather_offset, rotated<kWorldSize>(rank, step), rank, round(chunk)), i,
-                       result);
+          for_each_target([&](char* slot) { store_slot(slot, i, result); });
         });
-    lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
-    return true;
   }
 
-  __device__ __forceinline__ bool drain(int64_t chunk) const {
-    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
-    const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = rotated<kWorldSize>(rank, step);
-      const Piece part = piece(chunk, owner);
-      const char* from = slot(workspace_.layout.gather_offset, rank, owner, round(chunk));
-      move_vectors(
-          part.span, [&](int64_t i) { return load_slot(from, i); },
-          [&](int64_t i, const uint4& raw) { output_.store(part.first + i, raw); });
-    }
-    return true;
+  __device__ __forceinline__ void unpack(const Piece& part, const char* slot) const {
+    move_vectors(
+        part.span, [&](int64_t i) { return load_slot(slot, i); },
+        [&](int64_t i, const uint4& raw) { output_.store(part.first + i, raw); });
   }
 
-  const lar_workspace& workspace_;
-  const Lane lane_;
+ private:
   const Payload<T> input_;
   const Payload<T> output_;
-  const int64_t total_vectors_;
-  const int64_t chunk_;
-  const uint32_t epoch_;
+  const int64_t units_;
 };
 
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
-  TwoShotLane<T, kWorldSize>(arguments).run();
+  const Vectors<T, kWorldSize> vectors(arguments.message);
+  two_shot_lane<kWorldSize>(arguments.workspace, LAR_TWO_SHOT, vectors, arguments.chunk_vectors);
 }
 
 // Vector `i` of the part of the rank `step` places on, in the tensor; not below total_vectors if there is none.
@@ -372,10 +302,10 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t gather_slots = slots_of_call(arguments, epoch) + arguments.gather_stride;
   // The kernels that wrote the input have ended: the release makes what they wrote visible with the flag.
-  const Lane lane(pull.workspace, LAR_TWO_SHOT_PULL);
+  const Lane lane(pull.workspace, EpochPlane::kPull, LAR_TWO_SHOT_PULL);
   const uint32_t round = lane.epoch() + 1;
-  lane.publish(FlagPlane::kTwoShotScatter, round);
-  if (!lane.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round)) return;
+  lane.publish(FlagPlane::kPull, round);
+  if (!lane.wait(FlagPlane::kPull, LAR_PHASE_SCATTER, round)) return;
   lane.finish(round);
   advance_epoch(arguments, epoch);
 
@@ -409,22 +339,36 @@ struct TwoShot {
         return reinterpret_cast<const void*>(two_shot_split_kernel<T, kWorldSize>);
       case Variant::kPull:
         return reinterpret_cast<const void*>(two_shot_pull_kernel<T, kWorldSize>);
+      case Variant::kPublished:
+        break;  // with flags only
     }
     return nullptr;
   }
 };
 
-Slots two_shot_slots(const lar_layout& layout) {
-  return {LAR_TWO_SHOT, layout.world_size, layout.scatter_offset, layout.two_shot_chunk_bytes, layout.gather_offset};
+InBandSlots in_band_slots(const lar_layout& layout) {
+  return {LAR_TWO_SHOT,
+          EpochPlane::kTwoShotInBand,
+          layout.world_size,
+          layout.in_band.scatter_offset,
+          layout.in_band.two_shot_bytes,
+          layout.in_band.gather_offset};
 }
 
 }  // namespace
+
+int load_two_shot_kernels(int world_size) { return load_kernels<TwoShot>(world_size); }
+
 }  // namespace lar
 
 extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
-  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  return lar::launch<lar::TwoShot>(workspace, message, shape, lar::two_shot_slots(workspace->layout), stream);
+  using namespace lar;
+  if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
+  const lar_layout& layout = workspace->layout;
+  if (shape->in_band) return launch_in_band<TwoShot>(*workspace, *message, *shape, in_band_slots(layout), stream);
+  const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kFlagged);
+  return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);
 }
 
 extern "C" int lar_two_shot_pull_cuda(const lar_workspace* workspace, const lar_message* message,
@@ -432,10 +376,10 @@ extern "C" int lar_two_shot_pull_cuda(const lar_workspace* workspace, const lar_
   using namespace lar;
   if (!workspace || !inputs) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
-  const Slots slots = two_shot_slots(layout);
-  const int status = check_call(workspace, message, shape, slots.chunk_bytes);
+  const InBandSlots slots = in_band_slots(layout);
+  const int status = check_call(workspace, message, shape, slots.slot_bytes);
   if (status != LAR_OK || message->count == 0) return status;
-  bool whole = layout.in_band && ends_on_a_vector(*message) && starts_on_a_vector(message->output);
+  bool whole = shape->in_band && ends_on_a_vector(*message) && starts_on_a_vector(message->output);
   for (int rank = 0; rank < layout.world_size; ++rank) whole &= inputs[rank] && starts_on_a_vector(inputs[rank]);
   if (!whole) return LAR_ERROR_INVALID_ARGUMENT;
   const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kPull);

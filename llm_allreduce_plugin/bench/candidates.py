@@ -30,6 +30,7 @@ class Candidate:
         bind: makes the call for one input. An implementation that works in place, or only on memory of its own, copies
             the input there first, once.
         exact: gives the bits of the rank-ordered fp32 sum.
+        most_error: for lossy ones, the relative L2 error that their answer may have on normal data.
         in_place: the call overwrites its input, so only the first answer after ``bind`` can be checked.
         max_bytes: the largest message that it takes.
         multiple_of: bytes that a message must be a multiple of.
@@ -39,6 +40,7 @@ class Candidate:
 
     bind: Callable[[torch.Tensor], Bound]
     exact: bool = False
+    most_error: float | None = None
     in_place: bool = False
     max_bytes: int = 1 << 62
     multiple_of: int = 1
@@ -54,9 +56,28 @@ class Candidate:
         return None
 
 
-def _ours(strategy: str) -> Callable[[RankContext], Candidate]:
-    def open_(context: RankContext) -> Candidate:
-        group = context.communicator(strategy)
+@dataclasses.dataclass(frozen=True)
+class OurSettings:
+    """What this package's candidates are to be measured with.
+
+    Attributes:
+        transport: ``auto``, ``peer`` or ``host``.
+        wire_format: of LOWPRECISION.
+    """
+
+    transport: str = "auto"
+    wire_format: str = "fp8"
+
+
+Opener = Callable[[RankContext, OurSettings], Candidate]
+
+# Relative L2 errors on normal data are about a third less, see docs/accuracy.md; more ranks make no difference.
+_MOST_ERROR = {"fp8": 0.05, "tq3": 1.0, "hadamard2": 0.5}
+
+
+def _ours(strategy: str) -> Opener:
+    def open_(context: RankContext, settings: OurSettings) -> Candidate:
+        group = context.communicator(strategy, transport=settings.transport)
         decision = group.explain((4096,), torch.bfloat16)
         if decision.strategy == "NCCL":
             message = decision.reason
@@ -64,6 +85,26 @@ def _ours(strategy: str) -> Callable[[RankContext], Candidate]:
         return Candidate(bind=lambda x: lambda: group.all_reduce(x), exact=not decision.is_fallback, close=group.close)
 
     return open_
+
+
+def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
+    """At every size, also where the policy would rather stay exact."""
+    group = context.communicator(
+        "LOWPRECISION",
+        transport=settings.transport,
+        low_precision={"wire_format": settings.wire_format, "min_bytes": 0},
+    )
+    decision = group.explain((1 << 20,), torch.bfloat16)
+    if decision.is_fallback:
+        raise RuntimeError(decision.reason)
+    return Candidate(
+        bind=lambda x: lambda: group.all_reduce(x), most_error=_MOST_ERROR[settings.wire_format], close=group.close
+    )
+
+
+def _peer(open_: Callable[[RankContext], Candidate]) -> Opener:
+    """A candidate that our settings say nothing to."""
+    return lambda context, _settings: open_(context)
 
 
 def _reduce_in_place(context: RankContext, buffer: torch.Tensor) -> Bound:
@@ -192,17 +233,18 @@ def _sglang(context: RankContext) -> Candidate:
     return Candidate(bind, max_bytes=16 * MIB, multiple_of=16, capturing=custom.capture, close=custom.close)
 
 
-OURS = ("ONESHOT", "TWOSHOT", "MINLATENCY")
-_CPU: dict[str, Callable[[RankContext], Candidate]] = {name: _ours(name) for name in OURS} | {"gloo": _process_group}
-_GPU: dict[str, Callable[[RankContext], Candidate]] = {
-    **{name: _ours(name) for name in OURS},
-    "NCCL": _process_group,
-    "NCCL-windows": _nccl_windows,
-    "torch-one-shot": _symmetric_memory("one_shot_all_reduce", 16 * MIB, in_place=False),
-    "torch-two-shot": _symmetric_memory("two_shot_all_reduce_", 512 * MIB, in_place=True),
-    "vLLM-custom": _vllm_custom,
-    "FlashInfer": _flashinfer,
-    "SGLang": _sglang,
+OURS: dict[str, Opener] = {name: _ours(name) for name in ("ONESHOT", "TWOSHOT", "MINLATENCY")} | {
+    "LOWPRECISION": _low_precision
+}
+_CPU: dict[str, Opener] = OURS | {"gloo": _peer(_process_group)}
+_GPU: dict[str, Opener] = OURS | {
+    "NCCL": _peer(_process_group),
+    "NCCL-windows": _peer(_nccl_windows),
+    "torch-one-shot": _peer(_symmetric_memory("one_shot_all_reduce", 16 * MIB, in_place=False)),
+    "torch-two-shot": _peer(_symmetric_memory("two_shot_all_reduce_", 512 * MIB, in_place=True)),
+    "vLLM-custom": _peer(_vllm_custom),
+    "FlashInfer": _peer(_flashinfer),
+    "SGLang": _peer(_sglang),
 }
 
 
@@ -211,11 +253,11 @@ def names(device_type: str) -> tuple[str, ...]:
     return tuple(_CPU if device_type == "cpu" else _GPU)
 
 
-def open_candidate(context: RankContext, name: str) -> Candidate:
+def open_candidate(context: RankContext, name: str, settings: OurSettings) -> Candidate:
     """Collective.
 
     Raises:
         RuntimeError: on every rank alike, with the reason, when any rank cannot run it.
     """
     make = (_CPU if context.device.type == "cpu" else _GPU)[name]
-    return on_every_rank(lambda: make(context), context.control_group, RuntimeError)
+    return on_every_rank(lambda: make(context, settings), context.control_group, RuntimeError)

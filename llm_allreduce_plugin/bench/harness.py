@@ -139,3 +139,17 @@ def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool,
         return int((output.view(word) != expected.view(word)).sum())
     allowed = world_size * torch.finfo(expected.dtype).eps * (expected.float().abs() + world_size**0.5)
     return int(((output.float() - expected.float()).abs() > allowed).sum()) + int(output.isnan().sum())
+
+
+def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the difference over that of ``expected``; infinite when the output is not finite."""
+    difference = float((output.float() - expected.float()).norm() / expected.float().norm())
+    return difference if difference == difference else float("inf")  # noqa: PLR0124
+
+
+def digest(output: torch.Tensor) -> int:
+    """A number that differs, in all likelihood, when the bits of two outputs do."""
+    word = {2: torch.int16, 4: torch.int32}[output.element_size()]
+    words = output.reshape(-1).view(word).to(torch.int64)
+    places = torch.arange(1, words.numel() + 1, device=output.device) * 0x9E3779B97F4A7C1
+    return int((words * places).sum())

@@ -8,7 +8,7 @@ import torch
 
 from llm_allreduce_plugin.agreement import on_every_rank
 from llm_allreduce_plugin.bench import harness
-from llm_allreduce_plugin.bench.candidates import Bound, Candidate, open_candidate
+from llm_allreduce_plugin.bench.candidates import Bound, Candidate, OurSettings, open_candidate
 from llm_allreduce_plugin.bench.ranks import RankContext
 
 _open: dict[str, Candidate] = {}
@@ -63,12 +63,12 @@ class Measurement:
         return self.eager_us if self.graph_us is None else self.graph_us
 
 
-def open_all(context: RankContext, names: tuple[str, ...]) -> dict[str, str]:
+def open_all(context: RankContext, names: tuple[str, ...], settings: OurSettings) -> dict[str, str]:
     """Open candidates; for those that cannot run, why."""
     refused = {}
     for name in names:
         try:
-            _open[name] = open_candidate(context, name)
+            _open[name] = open_candidate(context, name, settings)
         except RuntimeError as error:
             refused[name] = str(error)
     return refused
@@ -110,7 +110,12 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     def wrong(answer: torch.Tensor | None) -> int | None:
         if expected is None or answer is None:
             return None
-        bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
+        if candidate.most_error is not None:
+            digests = context.gather(harness.digest(answer))
+            alike = all(other == digests[0] for other in digests)
+            bad = 0 if alike and harness.relative_error(answer, expected) <= candidate.most_error else answer.numel()
+        else:
+            bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
         return int(sum(context.gather(bad)))
 
     eager_wrong = wrong(output)

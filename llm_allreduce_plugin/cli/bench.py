@@ -12,6 +12,7 @@ import typer
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
 
 if TYPE_CHECKING:
+    from llm_allreduce_plugin.bench.candidates import OurSettings
     from llm_allreduce_plugin.bench.ranks import RankPool
     from llm_allreduce_plugin.bench.worker import Measurement, Options
 
@@ -106,6 +107,10 @@ def bench(
     with_: Annotated[
         list[str] | None, typer.Option("--with", metavar="NAME", help="Only these; repeat, or separate by commas.")
     ] = None,
+    transport: Annotated[
+        str, typer.Option("--transport", help="GPUs: auto, peer or host memory for this package's strategies.")
+    ] = "auto",
+    wire_format: Annotated[str, typer.Option("--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.")] = "fp8",
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
@@ -125,6 +130,7 @@ def bench(
     if datatype.lower() not in _DTYPES:
         message = f"--datatype {datatype}: must be one of {', '.join(_DTYPES)}"
         raise typer.BadParameter(message)
+    settings = _settings(transport, wire_format)
     dtype = _DTYPES[datatype.lower()]
     step = parse_bytes(stepbytes) if stepbytes else None
     sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
@@ -138,7 +144,7 @@ def bench(
     pool = RankPool(ranks, device_type)
     rows: list[worker.Measurement] = []
     try:
-        refused: dict[str, str] = pool.run(worker.open_all, wanted)[0]
+        refused: dict[str, str] = pool.run(worker.open_all, wanted, settings)[0]
         for name, reason in refused.items():
             typer.echo(f"# {name} is left out: {reason}")
         names = [name for name in wanted if name not in refused]
@@ -147,7 +153,7 @@ def bench(
     finally:
         pool.close()
         if json_file is not None:
-            _write(json_file, rows, where, ranks, options)
+            _write(json_file, rows, where, ranks, options, settings)
     _summary(rows, names, where, ranks, plot)
 
 
@@ -182,11 +188,33 @@ def _run(
                 progress.advance(task)
 
 
-def _write(path: Path, rows: list[Measurement], where: str, ranks: int, options: Options) -> None:
+def _settings(transport: str, wire_format: str) -> OurSettings:
+    from llm_allreduce_plugin.bench.candidates import OurSettings
+    from llm_allreduce_plugin.config import TransportChoice, WireFormat
+
+    for option, value, allowed in (
+        ("--transport", transport, TransportChoice),
+        ("--wire-format", wire_format, WireFormat),
+    ):
+        if value.lower() not in set(allowed):
+            message = f"{option} {value}: must be one of {', '.join(allowed)}"
+            raise typer.BadParameter(message)
+    return OurSettings(transport.lower(), wire_format.lower())
+
+
+def _write(
+    path: Path, rows: list[Measurement], where: str, ranks: int, options: Options, settings: OurSettings
+) -> None:
     from llm_allreduce_plugin.bench.environment import write_record
 
     measured = [dataclasses.asdict(row) for row in rows]
-    write_record(path, measured, where=where, world_size=ranks, options=dataclasses.asdict(options))
+    write_record(
+        path,
+        measured,
+        where=where,
+        world_size=ranks,
+        options=dataclasses.asdict(options) | dataclasses.asdict(settings),
+    )
 
 
 def _summary(rows: list[Measurement], names: list[str], where: str, ranks: int, plot: Path | None) -> None:

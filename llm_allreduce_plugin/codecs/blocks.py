@@ -24,7 +24,7 @@ def half_of(scale: torch.Tensor) -> torch.Tensor:
 
 def _plane(bits: torch.Tensor) -> torch.Tensor:
     """Bool ``[blocks, 32]`` to uint8 ``[packets, 128]``: bit i of a little-endian word is element i."""
-    weights = 1 << torch.arange(8)
+    weights = 1 << torch.arange(8, device=bits.device)
     words = (bits.view(-1, 4, 8).to(torch.int64) * weights).sum(2)
     return words.to(torch.uint8).view(-1, BLOCKS * 4)
 
@@ -40,7 +40,7 @@ def unpack(packets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
     def plane(begin: int) -> torch.Tensor:
         words = packets[:, begin : begin + BLOCKS * 4].reshape(-1, 4, 1)
-        return ((words >> torch.arange(8, dtype=torch.uint8)) & 1).bool().reshape(-1, BLOCK_VALUES)
+        return ((words >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1).bool().reshape(-1, BLOCK_VALUES)
 
     scale = packets[:, BLOCKS * 8 :].contiguous().view(torch.float16).reshape(-1, 1).float()
     return plane(0), plane(BLOCKS * 4), scale

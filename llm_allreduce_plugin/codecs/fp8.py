@@ -15,13 +15,14 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     """Fp32 ``[packets, 496]`` to uint8 ``[packets, 512]``."""
     finite = values.isfinite()
     largest = torch.where(finite, values.abs(), 0.0).amax(1, keepdim=True)
-    scale = (largest / LARGEST).clamp_min(LEAST_SCALE)
+    # By a tensor: dividing by a number, torch multiplies by its inverse on GPUs.
+    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min(LEAST_SCALE)
     # 448 may come out a little above: e4m3 has nothing between it and NaN, to which torch would round from 464 on.
     scaled = torch.where(finite, values * (1.0 / scale), 0.0)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
     codes = torch.where(codes == _MINUS_ZERO_CODE, 0, codes)  # a -0 becomes +0
     codes = torch.where(finite, codes, _NAN_CODE).to(torch.uint8)
-    tail = torch.zeros(values.shape[0], 4, dtype=torch.float32)
+    tail = torch.zeros(values.shape[0], 4, dtype=torch.float32, device=values.device)
     tail[:, :1] = scale
     return torch.cat([codes, tail.view(torch.uint8)], 1)
 

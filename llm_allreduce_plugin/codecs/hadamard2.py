@@ -41,7 +41,7 @@ def _rotate(blocks: torch.Tensor) -> torch.Tensor:
 
 def _sum(terms: torch.Tensor) -> torch.Tensor:
     """Over the elements of each block, one after another."""
-    total = torch.zeros(terms.shape[0], 1)
+    total = torch.zeros(terms.shape[0], 1, device=terms.device)
     for i in range(BLOCK_VALUES):
         total = total + terms[:, i : i + 1]
     return total

@@ -14,7 +14,7 @@ def compressed_sum(inputs: Sequence[torch.Tensor], wire: WireFormat, chunk_packe
     """The compressed two-shot all-reduce: owners add what they decode to their own values, and all decode the sum.
 
     Args:
-        inputs: one tensor per rank, alike in shape and dtype, on the CPU.
+        inputs: one tensor per rank, alike in shape, dtype and device.
         wire: what travels.
         chunk_packets: packets that one owner after another has, in turns; default: an equal part for each rank.
 
@@ -26,9 +26,11 @@ def compressed_sum(inputs: Sequence[torch.Tensor], wire: WireFormat, chunk_packe
     count = flat[0].numel()
     packets = -(-count // codec.packet_values)
     chunk = chunk_packets or max(1, -(-packets // world_size))
-    owners = (torch.arange(packets) // chunk % world_size).repeat_interleave(codec.packet_values)[:count]
+    owners = (torch.arange(packets, device=flat[0].device) // chunk % world_size).repeat_interleave(
+        codec.packet_values
+    )[:count]
     sends_infinity = wire is WireFormat.TQ3
-    total = torch.zeros(count)
+    total = torch.zeros(count, device=flat[0].device)
     for rank, part in enumerate(flat):
         exact = part.float()
         if not sends_infinity:

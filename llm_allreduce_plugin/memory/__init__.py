@@ -1,4 +1,4 @@
-"""How ranks see each other's bytes: ``symmetric`` for GPUs (NVLink or PCIe P2P), ``shm`` for CPU ranks.
+"""How ranks see each other's bytes: ``symmetric`` and ``host`` for GPUs, ``shm`` for CPU ranks.
 
 A transport gives every rank the address at which it sees each peer's workspace, and proves that it does.
 """
@@ -16,6 +16,7 @@ class SharedMemory(Protocol):
 
     transport: Transport
     bases: list[int]  # address of each rank's workspace in this process, in rank order
+    local: int  # address of what only this rank touches; 0: in its workspace
 
     def close(self) -> None:
         """Let go of the memory. No kernel may be running on it."""

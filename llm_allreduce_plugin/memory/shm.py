@@ -1,4 +1,4 @@
-"""Workspaces of CPU ranks: one POSIX shared-memory file, mapped by every rank and unlinked at once."""
+"""Shared host memory: one POSIX shared-memory file, mapped by every rank and unlinked at once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class ShmMemory:
     """
 
     transport = Transport.SHM
+    local = 0
 
     def __init__(self, mapping: mmap.mmap, bytes_per_rank: int, world_size: int) -> None:
         self._mapping: mmap.mmap | None = mapping
         self._view: ctypes.c_char | None = ctypes.c_char.from_buffer(mapping)
-        base = ctypes.addressof(self._view)
-        self.bases = [base + rank * bytes_per_rank for rank in range(world_size)]
+        self.address = ctypes.addressof(self._view)
+        self.bases = [self.address + rank * bytes_per_rank for rank in range(world_size)]
 
     @classmethod
     def open(cls, group: dist.ProcessGroup, bytes_per_rank: int) -> ShmMemory:
@@ -50,16 +51,17 @@ class ShmMemory:
             if rank == 0:
                 path = SHM_FOLDER / f"llm-allreduce-{os.getpid()}-{secrets.token_hex(8)}"
                 try:
-                    mapping = _create(path, total)
+                    _create(path, total)
                 except OSError as failure:
                     error = f"rank 0 cannot create {total} bytes of shared memory in {SHM_FOLDER}: {failure.strerror}"
             offer = [str(path), error]
             dist.broadcast_object_list(offer, src=dist.get_global_rank(group, 0), group=group)
-            if rank != 0 and offer[1] is None:
+            if offer[1] is None:
                 try:
-                    mapping = _open(Path(str(offer[0])), total)
+                    mapping = _open(Path(str(offer[0])), total, rank * bytes_per_rank, bytes_per_rank)
                 except OSError as failure:
-                    error = f"rank {rank} cannot open rank 0's shared memory: {failure.strerror} (other IPC namespace?)"
+                    error = f"rank {rank} cannot map {total} bytes of shared memory in {SHM_FOLDER}: {failure.strerror}"
+                    error += "" if rank == 0 else " (other IPC namespace?)"
             # Nobody goes on before all have mapped it: the file loses its name next.
             error = first_fault(error, group)
         finally:
@@ -82,22 +84,23 @@ class ShmMemory:
             self._mapping = None
 
 
-def _create(path: Path, size: int) -> mmap.mmap:
+def _create(path: Path, size: int) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        # Takes the pages now: a full /dev/shm is an error here, not a SIGBUS in the middle of a sum.
-        os.posix_fallocate(descriptor, 0, size)
-        return mmap.mmap(descriptor, size)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        os.ftruncate(descriptor, size)
     finally:
         os.close(descriptor)
 
 
-def _open(path: Path, size: int) -> mmap.mmap:
+def _open(path: Path, size: int, first: int, length: int) -> mmap.mmap:
+    """The whole file, of which this rank takes the pages of its own part now.
+
+    So a full /dev/shm is an error here, not a SIGBUS in the middle of a sum, and each part lies in memory near the rank
+    that writes it.
+    """
     descriptor = os.open(path, os.O_RDWR)
     try:
+        os.posix_fallocate(descriptor, first, length)
         return mmap.mmap(descriptor, size)
     finally:
         os.close(descriptor)

@@ -38,9 +38,9 @@ def without_multicast() -> Iterator[None]:
 def initialize(buffer: torch.Tensor, layout: _C.Layout) -> None:
     """The state before the first call: zeros, and in the slots of an in-band layout the marker."""
     buffer.zero_()
-    if layout.in_band:
-        marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
-        buffer[layout.slots_offset : layout.total_bytes].view(torch.int32).fill_(marker)
+    marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
+    end = layout.flagged.one_shot_offset or layout.total_bytes  # flagged slots come next
+    buffer[layout.in_band.one_shot_offset or end : end].view(torch.int32).fill_(marker)
 
 
 def share(
@@ -78,6 +78,7 @@ class SymmetricMemory:
     """
 
     transport = Transport.SYMMETRIC
+    local = 0
 
     def __init__(self, buffer: torch.Tensor, handle: object, bases: list[int]) -> None:
         self._buffer: torch.Tensor | None = buffer
@@ -125,5 +126,5 @@ def prove_peer_access(workspace: _C.Workspace, control_group: dist.ProcessGroup,
         elif not bits & 2:
             faults.append(f"rank {rank} reads something else from rank {peer}'s memory than it wrote there")
     if (lost := first_fault(faults[0] if faults else None, control_group)) is not None:
-        message = f"peer access is advertised but broken: {lost} (ACS or an IOMMU between the GPUs?)"
+        message = f"shared memory is broken: {lost} (peer access that ACS or an IOMMU between the GPUs drops?)"
         raise TransportError(message)

@@ -45,6 +45,11 @@ class Launch:
     wire_format: WireFormat | None = None
 
     @property
+    def owned_vectors(self) -> int:
+        """Vectors that one rank owns, after which come those of the next."""
+        return self.chunk_vectors if self.in_band else self.chunk_vectors * self.lanes
+
+    @property
     def wire_code(self) -> int:
         """``wire_format`` in the C ABI; -1 for none."""
         return -1 if self.wire_format is None else PACKETS[self.wire_format].code

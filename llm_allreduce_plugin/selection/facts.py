@@ -20,6 +20,7 @@ class Transport(enum.StrEnum):
     """How ranks see each other's bytes."""
 
     SYMMETRIC = "symmetric"  # GPU memory of peers, over NVLink or PCIe P2P
+    HOST = "host"  # pinned host memory that all GPUs of the node see
     SHM = "shm"  # POSIX shared memory between CPU ranks
     NONE = "none"
 
@@ -38,6 +39,14 @@ def hosts_obstacle(hosts: int) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class SlotBytes:
+    """How much one slot holds: per lane with flags, of all lanes together in band. 0: there are no such slots."""
+
+    one_shot: int = 0
+    two_shot: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupFacts:
     """The agreed facts of a tensor-parallel group.
 
@@ -47,9 +56,8 @@ class GroupFacts:
         transport: how ranks reach each other; ``NONE`` when they cannot.
         no_transport_reason: why, when they cannot.
         lanes: blocks that a call may have.
-        in_band: readiness travels inside the data.
-        one_shot_chunk_bytes: bytes that ONESHOT moves to one peer in a round: per lane, or in band all lanes together.
-        two_shot_chunk_bytes: the same for TWOSHOT.
+        in_band: slots in which readiness travels inside the data.
+        flagged: slots with flags that tell when they may be read.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
         low_precision: the agreed settings of LOWPRECISION.
@@ -60,9 +68,8 @@ class GroupFacts:
     transport: Transport
     no_transport_reason: str = ""
     lanes: int = 0
-    in_band: bool = False
-    one_shot_chunk_bytes: int = 0
-    two_shot_chunk_bytes: int = 0
+    in_band: SlotBytes = SlotBytes()
+    flagged: SlotBytes = SlotBytes()
     architecture: int | None = None
     nodes: int = 1
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
@@ -73,7 +80,6 @@ class GroupFacts:
             self,
             transport=transport,
             lanes=layout.lanes,
-            in_band=layout.in_band,
-            one_shot_chunk_bytes=layout.one_shot_chunk_bytes,
-            two_shot_chunk_bytes=layout.two_shot_chunk_bytes,
+            in_band=SlotBytes(layout.in_band.one_shot_bytes, layout.in_band.two_shot_bytes),
+            flagged=SlotBytes(layout.flagged.one_shot_bytes, layout.flagged.two_shot_bytes),
         )

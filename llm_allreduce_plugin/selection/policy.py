@@ -35,7 +35,7 @@ def _table(config: AllReduceConfig, facts: GroupFacts) -> tables.Table:
     if config.one_shot_max_bytes is not None:
         ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
         return tables.Table(ranges, "one_shot_max_bytes")
-    table = tables.fastest(facts.world_size, facts.architecture, in_band=facts.in_band)
+    table = tables.fastest_of(facts)
     return tables.Table(table.ranges, f"the seed table for {facts.world_size} ranks: {table.source}")
 
 

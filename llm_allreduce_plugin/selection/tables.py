@@ -7,6 +7,12 @@ NVLink). With two ranks both send S, so one-shot wins again where the second ste
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.selection.facts import Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.selection.facts import GroupFacts
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -85,6 +91,40 @@ FLAGGED = {
 }
 
 
+# Through pinned host memory.
+HOST = {
+    2: Table((Range(None, "ONESHOT"),), "measured on H200 through host memory"),
+    3: _changeover(192 * KIB, "an estimate between 2 and 4 ranks"),
+    4: _changeover(128 * KIB, "measured on H200 through host memory"),
+    5: _changeover(96 * KIB, "an estimate beyond 4 ranks"),
+    6: _changeover(64 * KIB, "an estimate beyond 4 ranks"),
+    7: _changeover(64 * KIB, "an estimate beyond 4 ranks"),
+    8: _changeover(48 * KIB, "an estimate beyond 4 ranks"),
+    16: _changeover(16 * KIB, "an estimate beyond 4 ranks"),
+}
+
+# ONESHOT through host memory: the largest message whose readiness travels inside the data.
+HOST_IN_BAND_BYTES = {2: 256 * KIB, 4: 128 * KIB}
+HOST_LANES = 32  # blocks of an exact kernel with flags
+
+
+def host_in_band_bytes(world_size: int) -> int:
+    """Largest message that ONESHOT sends in band through host memory."""
+    return next((limit for size, limit in HOST_IN_BAND_BYTES.items() if world_size <= size), 64 * KIB)
+
+
+def flagged_lanes(transport: Transport, lanes: int) -> int:
+    """Blocks that a kernel with flags may have, of those that the workspace has lanes for."""
+    return min(lanes, HOST_LANES) if transport is Transport.HOST else lanes
+
+
+def fastest_of(facts: GroupFacts) -> Table:
+    """The table for a group."""
+    if facts.transport is Transport.HOST:
+        return next((HOST[size] for size in HOST if facts.world_size <= size), HOST[max(HOST)])
+    return fastest(facts.world_size, facts.architecture, in_band=facts.in_band.two_shot > 0)
+
+
 def fastest(world_size: int, architecture: int | None, *, in_band: bool) -> Table:
     """The table for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
     tables = H200 if in_band else FLAGGED
@@ -117,7 +157,27 @@ class Split:
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(0, 132, 16, 0),), ("TWOSHOT", 2): ()}
 TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
 
-LOW_PRECISION_SPLIT = Split(0, 132, 48, 33)  # not measured: that of the exact kernels
+# LOWPRECISION in band, FP8. Encoding and decoding take time of their own, so that more blocks pay up to 16 MiB.
+LOW_PRECISION_SPLITS = (Split(0, 264, 88, 87), Split(40 * MIB, 132, 33, 38))
+HOST_LOW_PRECISION_LANES = 64
+
+
+def low_precision_split(payload_bytes: int) -> Split:
+    """How the lanes of a compressed message share the tasks out; ``payload_bytes`` on the wire, both ways."""
+    return next(split for split in reversed(LOW_PRECISION_SPLITS) if payload_bytes >= split.min_bytes)
+
+
+def low_precision_lanes(transport: Transport, lanes: int) -> int:
+    """Blocks that a compressed call with flags may have: more than an exact one, whose threads only move bytes."""
+    return min(lanes, HOST_LOW_PRECISION_LANES) if transport is Transport.HOST else lanes
+
+
+def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, str]:
+    """The smallest message per rank for which compression is faster, and how that is known."""
+    if facts.transport is Transport.SHM:
+        return 0, "CPU ranks compress everything"
+    del wire_format
+    return 0, ""
 
 
 def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:

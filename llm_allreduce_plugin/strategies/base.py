@@ -123,6 +123,17 @@ def spread_in_band(
     return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
 
 
+def spread_published(message: Message, lanes: int) -> Launch:
+    """How an in-band call through host memory is spread: a vector to a thread, in small blocks while there are lanes.
+
+    One round: larger messages go by flags.
+    """
+    vectors = max(1, message.vectors)
+    threads = next((threads for threads in IN_BAND_THREADS if threads * lanes >= vectors), MAX_THREADS)
+    used = min(lanes, math.ceil(vectors / threads))
+    return Launch(Algorithm.ONE_SHOT, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
+
+
 def spread(vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int) -> Launch:
     """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round, with flags.
 

@@ -6,14 +6,13 @@ it was decoded from the wire, the owner too. What the wire formats are: csrc/cod
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
-from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, KernelStrategy, Message
+from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, KernelStrategy, Message
 from llm_allreduce_plugin.wire import PACKETS
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 LARGEST_WORLD_SIZE = 8
 WARP_THREADS = 32
+FLAGGED_WARPS = MAX_FLAGGED_THREADS // WARP_THREADS
 FEWEST_LANES = 3  # one for each task
 ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 
@@ -32,49 +32,73 @@ class LowPrecision(KernelStrategy):
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         if (reason := super().obstacle(facts, message)) is not None:
             return reason
-        if facts.device != "cpu":
-            return "the LOWPRECISION kernel for GPUs has not been tried on one yet"
         if facts.world_size > LARGEST_WORLD_SIZE:
             return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
         packet = PACKETS[facts.low_precision.wire_format]
-        if facts.two_shot_chunk_bytes < packet.bytes:
+        if (slot_bytes := self._slots(facts)) < packet.bytes:
             return (
-                f"a slot of the workspace ({facts.two_shot_chunk_bytes} bytes) holds no packet of "
+                f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
                 f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
             )
-        least = int(facts.low_precision.min_bytes or 0)
+        least, why = self._least_bytes(facts)
         if message.payload_bytes < least:
-            return f"messages below low_precision.min_bytes ({least}) stay exact"
+            return f"messages below {least} bytes stay exact ({why})"
         return None
 
+    @staticmethod
+    def _in_band(facts: GroupFacts) -> bool:
+        """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
+        return facts.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
+
+    def _slots(self, facts: GroupFacts) -> int:
+        return facts.in_band.two_shot if self._in_band(facts) else facts.flagged.two_shot
+
+    @staticmethod
+    def _least_bytes(facts: GroupFacts) -> tuple[int, str]:
+        settings = facts.low_precision
+        if settings.min_bytes is not None:
+            return int(settings.min_bytes), "low_precision.min_bytes"
+        return tables.low_precision_pays_from(facts, settings.wire_format)
+
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        """CPU ranks have one lane; on GPUs every lane has one task, as in the exact kernels' large messages."""
+        """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
         wire_format = facts.low_precision.wire_format
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
-        rounds = math.ceil(packets / (facts.two_shot_chunk_bytes // packet.bytes))
-        chunk = math.ceil(packets / rounds)
-        launch = Launch(
+        capacity = self._slots(facts) // packet.bytes
+        if self._in_band(facts):
+            return self._plan_in_band(facts, packets, capacity, packet.bytes)
+        # With flags a lane has packets for a warp each before there is another lane.
+        most = tables.low_precision_lanes(facts.transport, facts.lanes)
+        lanes = max(1, min(most, math.ceil(packets / FLAGGED_WARPS)))
+        chunk = min(capacity, math.ceil(packets / lanes))
+        return Launch(
             Algorithm.LOW_PRECISION,
-            lanes=1,
-            threads=32,
+            lanes=lanes,
+            threads=FLAGGED_WARPS * WARP_THREADS,
             chunk_vectors=chunk * packet.bytes // VECTOR_BYTES,
-            rounds=math.ceil(packets / chunk),
+            rounds=math.ceil(packets / chunk / lanes),
             wire_format=wire_format,
         )
-        if not facts.in_band:
-            return launch
-        split = tables.LOW_PRECISION_SPLIT
+
+    @staticmethod
+    def _plan_in_band(facts: GroupFacts, packets: int, capacity: int, packet_bytes: int) -> Launch:
+        rounds = math.ceil(packets / capacity)
+        chunk = math.ceil(packets / rounds)
+        split = tables.low_precision_split(packets * packet_bytes * facts.world_size)
         # A warp to a packet: no more lanes than the part has packets for.
         warps = MAX_THREADS // WARP_THREADS
         lanes = min(facts.lanes * split.lanes // tables.LARGEST_GRID, max(FEWEST_LANES, math.ceil(packets / warps) * 3))
-        return dataclasses.replace(
-            launch,
+        return Launch(
+            Algorithm.LOW_PRECISION,
             lanes=lanes,
             threads=MAX_THREADS,
+            chunk_vectors=chunk * packet_bytes // VECTOR_BYTES,
+            rounds=math.ceil(packets / chunk),
             in_band=True,
             scatter_lanes=max(1, lanes * split.scatter // split.lanes),
-            drain_lanes=max(1, lanes * split.drain // split.lanes),
+            drain_lanes=lanes * split.drain // split.lanes,
+            wire_format=facts.low_precision.wire_format,
         )

@@ -26,6 +26,6 @@ class MinLatency(KernelStrategy):
     algorithm = "the fastest exact kernel for each size on this node"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        table = tables.fastest(facts.world_size, facts.architecture, in_band=facts.in_band)
+        table = tables.fastest_of(facts)
         _, found = table.range_of(message.payload_bytes)
         return _KERNELS[found.strategy].plan(facts, message)

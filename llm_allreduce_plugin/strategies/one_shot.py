@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm
-from llm_allreduce_plugin.strategies.base import KernelStrategy, Message, spread, spread_in_band
+from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.strategies.base import KernelStrategy, Message, spread, spread_in_band, spread_published
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.decision import Launch
@@ -22,8 +23,12 @@ class OneShot(KernelStrategy):
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        chunk_bytes = facts.one_shot_chunk_bytes
-        if facts.in_band:
+        slot_bytes = facts.in_band.one_shot
+        if facts.transport is Transport.HOST:
+            if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(facts.world_size)):
+                return spread_published(message, facts.lanes)
+        elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
-            return spread_in_band(message, facts, Algorithm.ONE_SHOT, chunk_bytes, 1, split)
-        return spread(message.vectors, Algorithm.ONE_SHOT, chunk_bytes, min(facts.lanes, MAX_FLAGGED_LANES), parts=1)
+            return spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)
+        lanes = min(tables.flagged_lanes(facts.transport, facts.lanes), MAX_FLAGGED_LANES)
+        return spread(message.vectors, Algorithm.ONE_SHOT, facts.flagged.one_shot, lanes, parts=1)

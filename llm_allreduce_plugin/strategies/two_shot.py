@@ -19,8 +19,9 @@ class TwoShot(KernelStrategy):
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        chunk_bytes, parts = facts.two_shot_chunk_bytes, facts.world_size
-        if facts.in_band:
+        parts = facts.world_size
+        if slot_bytes := facts.in_band.two_shot:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
-            return spread_in_band(message, facts, Algorithm.TWO_SHOT, chunk_bytes, parts, split)
-        return spread(message.vectors, Algorithm.TWO_SHOT, chunk_bytes, facts.lanes, parts)
+            return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
+        lanes = tables.flagged_lanes(facts.transport, facts.lanes)
+        return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts)

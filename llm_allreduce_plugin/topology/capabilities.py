@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceStrategy
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle
+from llm_allreduce_plugin.selection.facts import GroupFacts, SlotBytes, Transport, hosts_obstacle
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology.model import NodeTopology
 
-# The layout of the default workspace does not decide what can run; any positive chunk will do here.
-_CHUNK_BYTES = 4096
+# The layout of the default workspace does not decide what can run; any slots will do here.
+_SLOTS = SlotBytes(4096, 4096)
 
 
 def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:
@@ -26,22 +26,24 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
     members = topology.gpus[:size]
     hosts = len({gpu.host for gpu in members})
     reason = ""
+    transport = Transport.SYMMETRIC
     if not members:
         reason = topology.note or "no GPU"
     elif size == 1:
         reason = "one GPU has nobody to reduce with"
     else:
-        reason = hosts_obstacle(hosts) or topology.p2p_fault(range(size)) or ""
+        reason = hosts_obstacle(hosts) or ""
+        if topology.p2p_fault(range(size)) is not None:
+            transport = Transport.HOST
     architectures = {gpu.architecture for gpu in members}
     return GroupFacts(
         world_size=size,
         device="cuda",
-        transport=Transport.NONE if reason else Transport.SYMMETRIC,
+        transport=Transport.NONE if reason else transport,
         no_transport_reason=reason,
         lanes=_C.MAX_LANES,
-        in_band=True,
-        one_shot_chunk_bytes=_CHUNK_BYTES,
-        two_shot_chunk_bytes=_CHUNK_BYTES,
+        in_band=_SLOTS if transport is Transport.SYMMETRIC else SlotBytes(one_shot=4096),
+        flagged=_SLOTS if transport is Transport.HOST else SlotBytes(),
         architecture=architectures.pop() if len(architectures) == 1 else None,
         nodes=max(hosts, 1),
     )

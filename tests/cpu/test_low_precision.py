@@ -100,7 +100,9 @@ def _mixed(context: RankContext) -> None:
             else:
                 _compare(context, group, inputs, WireFormat.FP8, f"turn {turn}")
         assert set(group.report()["calls"]) == {"LOWPRECISION", "MINLATENCY"}
-        assert "low_precision.min_bytes (2000)" in json.dumps(group.report()["fallbacks"])
+        assert "messages below 2000 bytes stay exact (low_precision.min_bytes)" in json.dumps(
+            group.report()["fallbacks"]
+        )
 
 
 def test_small_messages_and_fp32_stay_exact(cpu_pool: PoolFor) -> None:

@@ -12,7 +12,12 @@ from tests.support.reference import assert_same_bits, rank_input, rank_ordered_s
 
 
 def main() -> None:
-    kinds: list[dict[str, Any]] = [{"in_band": True}, {"in_band": True, "split": (1, 1)}, {"in_band": False}]
+    kinds: list[dict[str, Any]] = [
+        {"in_band": True},
+        {"in_band": True, "split": (1, 1)},
+        {"in_band": False},
+        {"host": True},
+    ]
     for world_size, kind in itertools.product((2, 5, 16), kinds):
         group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **kind)
         algorithms = ("ONESHOT", "TWOSHOT", "PULL") if kind == {"in_band": True} else ("ONESHOT", "TWOSHOT")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,17 @@ pytestmark = pytest.mark.gpu(1)
 WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8)
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SIZES = (1, 31, 495, 497, 15_000, 40_000, 300_001)
-SPLITS = {"three tasks": (2, 1), "reducers drain": (2, 0)}
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        {"split": (2, 1)},
+        {"split": (2, 0)},
+        *({"in_band": False, "wire_format": wire} for wire in WireFormat),
+        *({"host": True, "wire_format": wire} for wire in WireFormat),
+    ],
+    ids=("in band, three tasks", "in band, reducers drain")
+    + tuple(f"{where}, {wire}" for where in ("flagged", "host") for wire in WireFormat),
+)
 
 
 @pytest.mark.parametrize("wire", list(WireFormat), ids=str)
@@ -47,10 +59,14 @@ def test_codec_kernels_are_the_oracle(dtype: torch.dtype, wire: WireFormat) -> N
         assert torch.equal(seen[numbers].view(word), decoded[numbers].view(word))
 
 
-def compare(group: LocalGroup, inputs: list[torch.Tensor], what: str) -> None:
+def expected_sum(group: LocalGroup, inputs: list[torch.Tensor]) -> torch.Tensor:
+    wire = group.low_precision.wire_format
     launch = group.launch_of("LOWPRECISION", message_of(inputs[0]))
-    chunk = launch.chunk_vectors * 16 // CODECS[WireFormat.FP8].packet_bytes
-    expected = compressed_sum(inputs, WireFormat.FP8, chunk)
+    return compressed_sum(inputs, wire, launch.owned_vectors * 16 // CODECS[wire].packet_bytes)
+
+
+def compare(group: LocalGroup, inputs: list[torch.Tensor], what: str) -> None:
+    expected = expected_sum(group, inputs)
     outputs = [output.cpu() for output in group.all_reduce("LOWPRECISION", inputs)]
     for output in outputs:
         assert torch.equal(output.view(torch.int16), outputs[0].view(torch.int16)), f"{what}: ranks differ"
@@ -59,27 +75,29 @@ def compare(group: LocalGroup, inputs: list[torch.Tensor], what: str) -> None:
     assert_same_bits(outputs[0][numbers], expected[numbers], what)
 
 
-@pytest.mark.parametrize("split", list(SPLITS.values()), ids=list(SPLITS))
+@KINDS
 @pytest.mark.parametrize("workspace_mib", (64, 2), ids=("one round", "rounds"))
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sizes(world_size: int, dtype: torch.dtype, workspace_mib: int, split: tuple[int, int]) -> None:
-    group = LocalGroup(world_size, in_band=True, lanes=5, workspace_mib=workspace_mib, split=split)
+def test_sizes(world_size: int, dtype: torch.dtype, workspace_mib: int, kind: dict[str, Any]) -> None:
+    group = LocalGroup(world_size, lanes=5, workspace_mib=workspace_mib, **kind)
     for size in SIZES:
         seed = fresh_seed()
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
         compare(group, inputs, f"{dtype} x {size}, {world_size} ranks, seed {seed}")
 
 
+@KINDS
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)
-def test_special_values(dtype: torch.dtype) -> None:
-    group = LocalGroup(5, in_band=True, split=(1, 1))
+def test_special_values(dtype: torch.dtype, kind: dict[str, Any]) -> None:
+    group = LocalGroup(5, **kind)
     compare(group, special_inputs(5, dtype), f"{dtype}")
 
 
-def test_between_exact_calls() -> None:
+@KINDS
+def test_between_exact_calls(kind: dict[str, Any]) -> None:
     """They share slots and counts with TWOSHOT."""
-    group = LocalGroup(4, in_band=True, lanes=5, split=(2, 1), workspace_mib=2)
+    group = LocalGroup(4, lanes=5, workspace_mib=2, **kind)
     for turn in range(40):
         seed, size = fresh_seed(), (512, 5000, 40_000, 123_456)[turn % 4]
         inputs = [rank_input(seed, rank, size, torch.bfloat16) for rank in range(4)]
@@ -90,8 +108,9 @@ def test_between_exact_calls() -> None:
             compare(group, inputs, f"turn {turn}, seed {seed}")
 
 
-def test_graph_replays() -> None:
-    group = LocalGroup(4, in_band=True, split=(1, 1))
+@KINDS
+def test_graph_replays(kind: dict[str, Any]) -> None:
+    group = LocalGroup(4, **kind)
     size = 20_000
     inputs = [torch.zeros(size, dtype=torch.bfloat16, device=group.device) for _ in range(4)]
     outputs = [torch.empty_like(part) for part in inputs]
@@ -102,7 +121,6 @@ def test_graph_replays() -> None:
         with torch.cuda.graph(graph, stream=group.streams[rank]):
             group.start(rank, "LOWPRECISION", inputs[rank], outputs[rank])
         graphs.append(graph)
-    chunk = group.launch_of("LOWPRECISION", message_of(inputs[0])).chunk_vectors * 16 // 512
     for turn in range(20):
         fresh = [rank_input(turn, rank, size, torch.bfloat16) for rank in range(4)]
         for part, values, output in zip(inputs, fresh, outputs, strict=True):
@@ -114,4 +132,4 @@ def test_graph_replays() -> None:
                 graph.replay()
         torch.cuda.synchronize()
         for output in outputs:
-            assert_same_bits(output.cpu(), compressed_sum(fresh, WireFormat.FP8, chunk), f"turn {turn}")
+            assert_same_bits(output.cpu(), expected_sum(group, fresh), f"turn {turn}")

@@ -22,7 +22,9 @@ WORLD_SIZES = (2, 3, 4)
 STRATEGIES = ("ONESHOT", "TWOSHOT", "MINLATENCY")
 Settings = dict[str, Any]
 SMALL_WORKSPACE: Settings = {"workspace_bytes": 4 << 20}
-READINESS = pytest.mark.parametrize("settings", ({}, {"in_band": False}), ids=("in band", "flagged"))
+READINESS = pytest.mark.parametrize(
+    "settings", ({}, {"in_band": False}, {"transport": "host"}), ids=("in band", "flagged", "host")
+)
 
 
 @READINESS

@@ -28,8 +28,10 @@ READINESS = pytest.mark.parametrize(
         {"in_band": True, "split": (1, 1)},
         {"in_band": True, "split": (1, 0), "workspace_mib": 2},
         {"in_band": False, "workspace_mib": 2},
+        {"host": True},
+        {"host": True, "workspace_mib": 2},
     ),
-    ids=("in band", "in band, rounds", "in band, split", "in band, split, rounds", "flagged"),
+    ids=("in band", "in band, rounds", "in band, split", "in band, split, rounds", "flagged", "host", "host, rounds"),
 )
 Kind = dict[str, Any]
 
@@ -161,7 +163,7 @@ def test_missing_rank_stops_the_others_with_a_named_error() -> None:
 import sys, time, torch
 from llm_allreduce_plugin.monitor import failure_of
 from tests.support.local_group import LocalGroup
-group = LocalGroup(4, in_band=sys.argv[2] == "in_band", timeout_s=2.0)
+group = LocalGroup(4, in_band=sys.argv[2] != "flagged", host=sys.argv[2] == "host", timeout_s=2.0)
 inputs = [torch.ones(1000, device="cuda") for _ in range(4)]
 outputs = [torch.empty_like(part) for part in inputs]
 torch.cuda.synchronize()
@@ -179,7 +181,7 @@ for rank in (0, 1, 3):
         print("named:", failure)
 """
     for algorithm, phase in (("ONESHOT", "gather"), ("TWOSHOT", "scatter")):
-        for readiness in ("in_band", "flagged"):
+        for readiness in ("in_band", "flagged", "host"):
             command = [sys.executable, "-c", script, algorithm, readiness]
             result = subprocess.run(command, capture_output=True, text=True, timeout=120)
             _check_missing_rank(result, algorithm, phase)

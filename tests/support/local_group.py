@@ -12,6 +12,7 @@ import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
@@ -38,40 +39,64 @@ class LocalGroup:
     A rank may have two kernels resident, one that runs and one that waits for it to end, and those of all ranks must
     fit onto the GPU together.
 
-    ``workspace_mib`` decides how many rounds a message takes. ``split``: lanes that only scatter and lanes that only
-    drain, of 4 or more, as in messages larger than tests have.
+    ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
+    rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
+    larger than tests have. ``wire_format``: of LOWPRECISION.
     """
 
     def __init__(
         self,
         world_size: int,
         *,
-        in_band: bool,
+        in_band: bool = True,
+        host: bool = False,
         lanes: int = 4,
         workspace_mib: int = 64,
         split: tuple[int, int] | None = None,
+        wire_format: WireFormat = WireFormat.FP8,
         timeout_s: float = 20.0,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
         self.split = split
-        self.layout = _C.make_layout(world_size, lanes, workspace_mib << 20, in_band=in_band)
+        self.low_precision = LowPrecisionConfig(wire_format=wire_format, min_bytes=0)
+        self.transport = Transport.HOST if host else Transport.SYMMETRIC
+        size = workspace_mib << 20
+        share = size // 8 if host else size if in_band else 0
+        self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share, published=host)
+        # A rank of this process that loads a kernel would wait for those that wait for it.
+        _C.load_kernels(world_size)
         self.buffers = [
-            torch.empty(self.layout.total_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
+            torch.empty(
+                self.layout.total_bytes, dtype=torch.uint8, device="cpu" if host else self.device, pin_memory=host
+            )
+            for _ in range(world_size)
         ]
         for buffer in self.buffers:
             initialize(buffer, self.layout)
+        self.locals = [
+            torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
+        ]
         bases = [buffer.data_ptr() for buffer in self.buffers]
         self.streams = [torch.cuda.Stream(self.device) for _ in range(world_size)]
         torch.cuda.synchronize()
         self.workspaces = [
-            _C.Workspace(rank, bases, self.layout, timeout_s, self.device.index) for rank in range(world_size)
+            _C.Workspace(
+                rank, bases, self.layout, timeout_s, self.device.index, self.locals[rank].data_ptr() if host else 0
+            )
+            for rank in range(world_size)
         ]
 
     def launch_of(self, algorithm: str, message: Message) -> Launch:
-        group = GroupFacts(world_size=self.world_size, device="cuda", transport=Transport.NONE)
-        facts = group.with_layout(Transport.SYMMETRIC, self.layout)
+        group = GroupFacts(
+            world_size=self.world_size,
+            device="cuda",
+            transport=Transport.NONE,
+            architecture=90,
+            low_precision=self.low_precision,
+        )
+        facts = group.with_layout(self.transport, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
         assert launch is not None
         if self.split is None:
@@ -94,8 +119,8 @@ class LocalGroup:
         launch = self.launch_of(algorithm, message_of(input_))
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, launch.scatter_lanes, launch.drain_lanes,
-            peer_distances, launch.wire_code,
+            launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, launch.scatter_lanes,
+            launch.drain_lanes, peer_distances, launch.wire_code,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 

@@ -59,7 +59,8 @@ def test_no_kernel_spills() -> None:
     """No local memory: no spills, no arrays that fell out of registers."""
     kernels = [kernel for kernel in kernel_resources(LIBRARY) if re.search("(one|two)_shot", kernel.name)]
     names = {kernel.name for kernel in kernels}
-    assert len(names) == 9 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)  # two algorithms in four variants, and pull
+    # Two algorithms in four variants, pull and published.
+    assert len(names) == 10 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(names) * len(architectures)
     assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
@@ -72,42 +73,67 @@ def test_no_kernel_spills() -> None:
 def test_register_report_has_every_kernel() -> None:
     report = (SOURCE.parent / "docs" / "registers.md").read_text()
     kernels = {
-        re.search(r"(one|two)_shot_((in_band|short|split|pull)_)?kernel", kernel.name)
+        re.search(r"(one|two)_shot_((in_band|short|split|pull|published)_)?kernel", kernel.name)
         for kernel in kernel_resources(LIBRARY)
     }
     names = {match[0] for match in kernels if match is not None}
-    assert len(names) == 9
+    assert len(names) == 10
     for name in names:
         for architecture in ("80", "86", "89", "90", "100", "120"):
             for dtype in ("bf16", "fp16", "fp32"):
                 assert f"| `{name}` | {dtype} | {architecture} |" in report, "run scripts/register_report.py"
 
 
-@given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.booleans())
-def test_layout_fits_or_is_refused(world_size: int, lanes: int, size: int, in_band: bool) -> None:
+def counts(layout: _C.Layout, *, in_band: bool) -> tuple[int, int, int]:
+    """Slots for ONESHOT, scatter and gather."""
+    if in_band:
+        pushed = 2 * (layout.world_size - 1)
+        return (4, 0, 0) if layout.published else (pushed, pushed, pushed)
+    once = 4 * layout.lanes
+    pushed = once * layout.world_size
+    return (once, pushed, once) if layout.published else (pushed, pushed, pushed)
+
+
+@given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.booleans())
+def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, flagged: int, published: bool) -> None:
     try:
-        layout = _C.make_layout(world_size, lanes, size, in_band=in_band)
+        layout = _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=flagged, published=published)
     except ValueError as error:
-        assert f"world_size={world_size}, lanes={lanes}, workspace_bytes={size}" in str(error)
+        wish = f"world_size={world_size}, lanes={lanes}, in_band_bytes={in_band}, flagged_bytes={flagged}"
+        assert wish in str(error)
         return
     assert world_size in SUPPORTED_WORLD_SIZES
     assert 1 <= lanes <= _C.MAX_LANES
-    assert layout.total_bytes <= size
-    assert layout.in_band == in_band
-    chunks = (layout.one_shot_chunk_bytes, layout.two_shot_chunk_bytes)
-    for chunk in chunks:
-        assert chunk >= _C.VECTOR_BYTES
-        assert chunk % (256 if chunk >= 256 else _C.VECTOR_BYTES) == 0, "slots start on cache lines"
-    slots = 2 * (world_size - 1) if in_band else 4 * world_size * lanes
-    payload = slots * (chunks[0] + 2 * chunks[1])
-    assert payload <= layout.total_bytes - layout.slots_offset
-    assert layout.slots_offset % 256 == 0
-    # Little is left over: the splits round down by less than two cache lines per slot.
-    assert payload >= size - layout.slots_offset - slots * 3 * 256 - 1024
+    end = layout.probe_offset + 256
+    assert 0 < layout.local_bytes <= layout.flags_offset
+    for is_in_band, slots, size in ((True, layout.in_band, in_band), (False, layout.flagged, flagged)):
+        if size == 0:
+            assert (slots.one_shot_bytes, slots.two_shot_bytes) == (0, 0)
+            continue
+        numbers = counts(layout, in_band=is_in_band)
+        bytes_each = (slots.one_shot_bytes, slots.two_shot_bytes, slots.two_shot_bytes)
+        used = 0
+        for offset, number, each in zip(
+            (slots.one_shot_offset, slots.scatter_offset, slots.gather_offset), numbers, bytes_each, strict=True
+        ):
+            if number == 0:
+                assert each == 0
+                continue
+            assert offset % 256 == 0
+            assert offset >= end, "regions do not overlap"
+            assert each >= _C.VECTOR_BYTES
+            assert each % (256 if each >= 256 else _C.VECTOR_BYTES) == 0, "slots start on cache lines"
+            end = offset + number * each
+            used += number * each
+        assert used <= size
+        # Little is left over: the splits round down by less than a cache line per slot.
+        assert used >= size - sum(numbers) * 256 - 1024
+    assert layout.total_bytes >= end
+    assert layout.total_bytes % 256 == 0
 
 
 def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Array[ctypes.c_char]]]:
-    layout = _C.make_layout(2, 1, 1 << 16)
+    layout = _C.make_layout(2, 1, flagged_bytes=1 << 16)
     buffers = [ctypes.create_string_buffer(layout.total_bytes) for _ in range(2)]
     return _C.Workspace(0, [ctypes.addressof(b) for b in buffers], layout, timeout_s, _C.CPU), buffers
 
@@ -124,7 +150,7 @@ def test_calls_that_no_kernel_may_be_given(algorithm: int, change: dict[str, int
     workspace, _buffers = cpu_workspace()
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1}
+    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1, "in_band": False}
     call = {"input": address, "output": address}
     plan |= {key: value for key, value in change.items() if key not in call}
     call |= {key: value for key, value in change.items() if key in call}
@@ -137,7 +163,9 @@ def test_an_absent_peer_is_recorded() -> None:
     workspace, _buffers = cpu_workspace(timeout_s=0.05)
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    one_shot, two_shot = (_C.Plan(workspace, algorithm, 4, 0, 1, 32, 1) for algorithm in (_C.ONE_SHOT, _C.TWO_SHOT))
+    one_shot, two_shot = (
+        _C.Plan(workspace, algorithm, 4, 0, 1, 32, 1, False) for algorithm in (_C.ONE_SHOT, _C.TWO_SHOT)
+    )
     assert two_shot(address, address) == _C.STATUS_TIMEOUT
     record = workspace.failure()
     assert record is not None
@@ -153,7 +181,7 @@ def test_type_stub_is_up_to_date() -> None:
 
 
 def test_workspace_arguments() -> None:
-    layout = _C.make_layout(2, 1, 1 << 16)
+    layout = _C.make_layout(2, 1, flagged_bytes=1 << 16)
     with pytest.raises(ValueError, match="got 1 addresses for world size 2"):
         _C.Workspace(0, [1], layout, 1.0, _C.CPU)
     with pytest.raises(ValueError, match="2 is not in a group of 2"):

@@ -33,8 +33,15 @@ def facts(
         return GroupFacts(
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
-    lanes = 1 if transport is Transport.SHM else 264  # an H200's
-    layout = _C.make_layout(world_size, lanes, workspace, in_band=in_band and lanes > 1)
+    lanes = {Transport.SHM: 1, Transport.HOST: 64, Transport.SYMMETRIC: 264}[transport]  # the last an H200's
+    share = {Transport.SHM: 0, Transport.HOST: workspace // 8, Transport.SYMMETRIC: workspace if in_band else 0}
+    layout = _C.make_layout(
+        world_size,
+        lanes,
+        in_band_bytes=share[transport],
+        flagged_bytes=workspace - share[transport],
+        published=transport is not Transport.SYMMETRIC,
+    )
     device = "cpu" if transport is Transport.SHM else "cuda"
     group = GroupFacts(world_size=world_size, device=device, transport=Transport.NONE, architecture=architecture)
     return group.with_layout(transport, layout)
@@ -96,7 +103,7 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
 
 @given(
     st.integers(0, 1 << 28),
-    any_facts.filter(lambda group: group.in_band),
+    any_facts.filter(lambda group: group.in_band.two_shot > 0),
     st.sampled_from(("ONESHOT", "TWOSHOT", "MINLATENCY")),
 )
 def test_in_band_launches_fit_their_slots(count: int, group: GroupFacts, strategy: str) -> None:
@@ -105,7 +112,7 @@ def test_in_band_launches_fit_their_slots(count: int, group: GroupFacts, strateg
     assert launch.in_band
     one_shot = launch.algorithm is Algorithm.ONE_SHOT
     parts = 1 if one_shot else group.world_size
-    capacity = group.one_shot_chunk_bytes if one_shot else group.two_shot_chunk_bytes
+    capacity = group.in_band.one_shot if one_shot else group.in_band.two_shot
     assert 1 <= launch.chunk_vectors <= capacity // VECTOR_BYTES
     per_round = launch.chunk_vectors * parts * VECTOR_BYTES
     assert launch.rounds * per_round >= count * 2
@@ -194,7 +201,7 @@ def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
         (low_precision(4096, "float32", cpu), "compression is for bfloat16 and float16, not float32"),
         (
             low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
-            "messages below low_precision.min_bytes (1048576) stay exact",
+            "messages below 1048576 bytes stay exact (low_precision.min_bytes)",
         ),
         (low_precision(4096, "bfloat16", facts()), "the LOWPRECISION kernel for GPUs has not been tried on one yet"),
         (low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16)), "for 2 to 8 ranks, not 16"),
@@ -212,7 +219,7 @@ def test_low_precision_launches_fit_their_slots(count: int, wire: WireFormat, wo
     packet_vectors = codec.packet_bytes // VECTOR_BYTES
     assert launch.chunk_vectors % packet_vectors == 0
     chunk = launch.chunk_vectors // packet_vectors
-    assert 1 <= chunk <= group.two_shot_chunk_bytes // codec.packet_bytes
+    assert 1 <= chunk <= group.flagged.two_shot // codec.packet_bytes
     per_round = chunk * world_size * codec.packet_values
     assert launch.rounds * per_round >= count
     assert (launch.rounds - 1) * per_round < max(count, 1)

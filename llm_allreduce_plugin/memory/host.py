@@ -1,0 +1,76 @@
+"""Workspaces of GPU ranks in host memory that all GPUs of the node see: for nodes without peer access.
+
+POSIX shared memory, pinned by every rank once and mapped into its GPU's address space. What only one rank touches
+(epochs, the abort word) lies in that GPU's own memory instead: every access over PCIe takes a microsecond.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import on_every_rank
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.memory.shm import ShmMemory
+from llm_allreduce_plugin.selection.facts import Transport
+
+PAGE_BYTES = 4096
+MARKER = _C.IN_BAND_MARKER.to_bytes(4, "little")
+
+
+def fill_with_marker(address: int, layout: _C.Layout) -> None:
+    """The state of in-band slots before the first call, in the workspace at a host address."""
+    size = layout.flagged.one_shot_offset - layout.in_band.one_shot_offset  # flagged slots come next
+    pattern = MARKER * (size // len(MARKER))
+    ctypes.memmove(address + layout.in_band.one_shot_offset, pattern, len(pattern))
+
+
+class HostMemory:
+    """A workspace of the given layout for every rank, initialized, pinned and visible to every rank's GPU."""
+
+    transport = Transport.HOST
+
+    def __init__(self, shared: ShmMemory, bases: list[int], local: torch.Tensor) -> None:
+        self._shared: ShmMemory | None = shared
+        self._local: torch.Tensor | None = local
+        self.bases = bases
+        self.local = local.data_ptr()
+
+    @classmethod
+    def open(cls, control_group: dist.ProcessGroup, device: torch.device, layout: _C.Layout) -> HostMemory:
+        """Collective over ``control_group``.
+
+        Raises:
+            TransportError: on every rank alike, when a rank cannot map or pin the memory.
+        """
+        rank, world_size = dist.get_rank(control_group), dist.get_world_size(control_group)
+        bytes_per_rank = -(-layout.total_bytes // PAGE_BYTES) * PAGE_BYTES
+        shared = ShmMemory.open(control_group, bytes_per_rank)
+
+        def pin() -> HostMemory:
+            fill_with_marker(shared.bases[rank], layout)
+            with torch.cuda.device(device):
+                local = torch.zeros(layout.local_bytes, dtype=torch.uint8, device=device)
+                torch.cuda.synchronize(device)
+                seen = _C.host_register(shared.address, bytes_per_rank * world_size)
+            return cls(shared, [seen + peer * bytes_per_rank for peer in range(world_size)], local)
+
+        try:
+            return on_every_rank(pin, control_group, TransportError, "cannot pin shared host memory")
+        except TransportError:
+            shared.close()
+            raise
+
+    def close(self) -> None:
+        """Unpin and unmap; peers keep theirs."""
+        if self._shared is not None:
+            _C.host_unregister(self._shared.address)
+            self._shared.close()
+            self._shared = None
+        self._local = None
+
+    def __del__(self) -> None:
+        self.close()  # pinned pages must not be unmapped
