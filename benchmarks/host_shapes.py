@@ -3,7 +3,8 @@
     python benchmarks/host_shapes.py --gpus 4 --out benchmarks/h200/host_shapes_tp4.json
 
 What a node without peer access gets. The tables of the package for host memory come from these. Microseconds per call
-in a CUDA graph, bf16. ``lanes_of_workspace``: more of them leave each a smaller slot.
+in a CUDA graph, bf16. ``chunk``: vectors (of LOWPRECISION packets) that a lane moves to one peer at a time.
+``lanes_of_workspace``: more of them leave each a smaller slot.
 """
 
 from __future__ import annotations
@@ -39,49 +40,51 @@ KIB, MIB = 1 << 10, 1 << 20
 WIRE = {"fp8": WireFormat.FP8, "tq3": WireFormat.TQ3, "hadamard2": WireFormat.HADAMARD2}
 MOST_ERROR = {"fp8": 0.05, "tq3": 1.0, "hadamard2": 0.5}
 
-# kernel, bytes, lanes, threads
-Shape = tuple[str, int, int, int]
+WORKERS = 256
+# kernel, bytes, lanes, threads, vectors or packets in a chunk
+Shape = tuple[str, int, int, int, int]
 
 
 def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
-    """What is worth trying with so many lanes."""
+    """What is worth trying with a workspace of so many lanes."""
     shapes: list[Shape] = []
     if small:
         sizes = (4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB)
-        for size, threads in itertools.product(sizes, (64, 128, 256, 512)):
+        for size, threads in itertools.product(sizes, (64, 256, 512)):
             used = math.ceil(size / 16 / threads)
             if used <= lanes:
-                shapes.append(("ONESHOT in band", size, used, threads))
-    blocks = [count for count in (8, 16, 32, 64, 128) if count <= lanes and (count * 2 >= lanes or small)]
-    one_shot = [64 * KIB, 256 * KIB, MIB, 4 * MIB]
-    one_shot += [16 * MIB, 64 * MIB] if world_size == 2 else []
-    shapes += [("ONESHOT flagged", size, used, 256) for size, used in itertools.product(one_shot, blocks)]
-    for size, used in itertools.product((64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB), blocks):
-        if world_size > 2:
-            shapes.append(("TWOSHOT flagged", size, used, 256))
-        shapes += [(wire, size, used, 256) for wire in ("fp8", "tq3") if size >= 256 * KIB]
+                shapes.append(("ONESHOT in band", size, used, threads, size // 16))
+    one_shot = [64 * KIB, 256 * KIB, MIB] + [4 * MIB, 16 * MIB, 64 * MIB] * (world_size == 2)
+    kernels = {"ONESHOT flagged": (one_shot, 1, WORKERS)}
+    if world_size > 2:
+        sizes = [128 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
+        kernels["TWOSHOT flagged"] = (sizes, world_size, WORKERS)
+    for wire in ("fp8", "tq3"):
+        kernels[wire] = ([256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB], world_size, WORKERS // 32)
+    for kernel, (sizes, parts, unit) in kernels.items():
+        unit_bytes = 16 if kernel not in WIRE else PACKETS[WIRE[kernel]].values * DTYPE.itemsize
+        for size, used, units in itertools.product(sizes, (8, 16, 32, 64, 128), (1, 2, 3, 4)):
+            pieces = math.ceil(size / unit_bytes / parts / used)  # of a lane
+            least = 8 if size <= MIB else 32 if size <= 4 * MIB else 64
+            if least <= used <= lanes and unit * (units - 1) < pieces:
+                shapes.append((kernel, size, used, WORKERS, unit * units))
     return shapes
 
 
-def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan:
-    """The call that a shape stands for."""
-    kernel, size, lanes, threads = shape
-    count, vectors, code = size // DTYPE.itemsize, math.ceil(size / 16), DTYPE_CODES[DTYPE]
-    if kernel == "ONESHOT in band":
-        return _C.Plan(workspace, _C.ONE_SHOT, count, code, lanes, threads, vectors, in_band=True)
-    if kernel == "ONESHOT flagged":
-        chunk = min(layout.flagged.one_shot_bytes // 16, math.ceil(vectors / lanes))
-        return _C.Plan(workspace, _C.ONE_SHOT, count, code, lanes, threads, chunk, in_band=False)
-    if kernel == "TWOSHOT flagged":
-        chunk = min(layout.flagged.two_shot_bytes // 16, math.ceil(vectors / layout.world_size / lanes))
-        return _C.Plan(workspace, _C.TWO_SHOT, count, code, lanes, threads, chunk, in_band=False)
-    packet = PACKETS[WIRE[kernel]]
-    packets = math.ceil(count / packet.values / layout.world_size)
-    chunk = min(layout.flagged.two_shot_bytes // packet.bytes, math.ceil(packets / lanes))
-    chunk_vectors = chunk * packet.bytes // 16
-    return _C.Plan(
-        workspace, _C.LOW_PRECISION, count, code, lanes, threads, chunk_vectors, in_band=False, wire_format=packet.code
-    )
+def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan | None:
+    """The call that a shape stands for; None when its chunks are too large for the slots."""
+    kernel, size, lanes, threads, chunk = shape
+    count, code = size // DTYPE.itemsize, DTYPE_CODES[DTYPE]
+    one_shot = kernel.startswith("ONESHOT")
+    in_band = kernel.endswith("in band")
+    slots = layout.in_band if in_band else layout.flagged
+    wire = PACKETS[WIRE[kernel]] if kernel in WIRE else None
+    vectors = chunk if wire is None else chunk * wire.bytes // 16
+    if vectors * 16 > (slots.one_shot_bytes if one_shot else slots.two_shot_bytes):
+        return None
+    algorithm = _C.ONE_SHOT if one_shot else _C.TWO_SHOT if wire is None else _C.LOW_PRECISION
+    wire_code = -1 if wire is None else wire.code
+    return _C.Plan(workspace, algorithm, count, code, lanes, threads, vectors, in_band=in_band, wire_format=wire_code)
 
 
 def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[str, Any]]:
@@ -96,7 +99,9 @@ def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for shape in shapes:
-        kernel, payload, used, threads = shape
+        kernel, payload, used, threads, chunk = shape
+        if (plan := plan_of(workspace, layout, shape)) is None:
+            continue
         count = payload // DTYPE.itemsize
         if count not in data:
             seed = context.shared_seed()
@@ -107,7 +112,6 @@ def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[
             )
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
-        plan = plan_of(workspace, layout, shape)
 
         def call() -> None:
             plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
@@ -117,7 +121,8 @@ def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[
             wrong = int(relative_error(output, expected) > MOST_ERROR[kernel])
         else:
             wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)
-        row = {"kernel": kernel, "bytes": payload, "lanes": used, "threads": threads, "lanes_of_workspace": lanes}
+        row = {"kernel": kernel, "bytes": payload, "lanes": used, "threads": threads, "chunk": chunk}
+        row |= {"lanes_of_workspace": lanes}
         row |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
         rows.append(row | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
@@ -146,7 +151,9 @@ def main() -> None:
     rows.sort(key=lambda row: (row["kernel"], row["bytes"], row["us"]))
     for (kernel, size), group in itertools.groupby(rows, key=lambda row: (row["kernel"], row["bytes"])):
         best = list(group)
-        text = "  ".join(f"{r['us']:>8} ({r['lanes']}x{r['threads']} of {r['lanes_of_workspace']})" for r in best[:4])
+        text = "  ".join(
+            f"{r['us']:>8} ({r['lanes']}x{r['threads']}/{r['chunk']} of {r['lanes_of_workspace']})" for r in best[:4]
+        )
         print(f"{kernel:>16} {size:>9}: {text}  worst {best[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong")

@@ -126,6 +126,14 @@ class Patience {
   int64_t waited_ = 0;
 };
 
+// How a block shares out the protocol's work. With a courier, the last warp does nothing but release flags: a release
+// waits until all that the block stored before has arrived, over PCIe for a microsecond or two, in which the others,
+// the workers, go on.
+enum class Crew { kWorkers, kWorkersAndCourier };
+
+constexpr int kCourierThreads = 32;
+
+template <Crew kCrew>
 class Lane {
  public:
   // `algorithm`: what an expired wait names.
@@ -134,38 +142,83 @@ class Lane {
 
   __device__ __forceinline__ int index() const { return index_; }
 
+  __device__ __forceinline__ static int workers() { return blockDim.x - (kHasCourier ? kCourierThreads : 0); }
+  __device__ __forceinline__ static bool is_courier() { return kHasCourier && threadIdx.x >= workers(); }
+
   // The number of rounds this lane has finished in earlier calls.
   __device__ __forceinline__ uint32_t epoch() const {
     return *epoch_word(workspace_.local, workspace_.layout, epochs_, index_);
   }
 
-  // Ends the call: `epoch` rounds are finished. The barrier keeps a slow thread from reading the new count as
-  // the old one.
+  // Ends the call: `epoch` rounds are finished. For all threads: the barrier keeps a slow one from reading the new
+  // count as the old one.
   __device__ __forceinline__ void finish(uint32_t epoch) const {
     __syncthreads();
     if (threadIdx.x == 0) *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
   }
 
-  // Tells every peer that all that this block stored so far belongs to `round` and may be read.
-  // The barrier orders the block's stores before the releases, which are cumulative (PTX memory model,
-  // causality order), so one thread per peer publishes for the whole block without a fence per thread.
+  // For the workers: tells every peer that all that they stored so far belongs to `round` and may be read. With a
+  // courier, who must deliver() the same rounds in the same order, this waits for the release before, not for this one.
+  // The barrier orders the block's stores before the releases, which are cumulative (PTX memory model, causality
+  // order), so one thread per peer publishes for the whole block without a fence per thread.
   __device__ __forceinline__ void publish(FlagPlane plane, uint32_t round) const {
     __syncthreads();
-    const int peer = threadIdx.x;
-    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
-      store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank, round);
+    if (!kHasCourier) release(threadIdx.x, plane, round);
   }
 
-  // Waits until every peer has published `round`. False for the whole block when one did not arrive in time;
-  // the caller must then return at once.
+  // For the courier. False once the workers have given up.
+  __device__ __forceinline__ bool deliver(FlagPlane plane, uint32_t round) const {
+    __syncthreads();
+    if (*given_up()) return false;
+    release(threadIdx.x - workers(), plane, round);
+    return true;
+  }
+
+  // For the workers: waits until every peer has published `round`. False for all of them when one did not arrive in
+  // time; they must then return at once.
   __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
     bool arrived = true;
     const int peer = threadIdx.x;
     if (peer < workspace_.layout.world_size && peer != workspace_.rank) arrived = wait_for(peer, plane, phase, round);
-    return __syncthreads_and(arrived);
+    if (!kHasCourier) return __syncthreads_and(arrived);
+    arrived = all_workers(arrived);
+    if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the courier's barrier
+    return arrived;
+  }
+
+  // For all threads, before anything else.
+  __device__ __forceinline__ void start() const {
+    if (!kHasCourier) return;
+    if (threadIdx.x == 0) *given_up() = false;
+    __syncthreads();
   }
 
  private:
+  static constexpr bool kHasCourier = kCrew == Crew::kWorkersAndCourier;
+  static constexpr int kWorkerBarrier = 1;  // 0 is that of __syncthreads()
+
+  __device__ __forceinline__ static volatile bool* given_up() {
+    __shared__ volatile bool word;
+    return &word;
+  }
+
+  __device__ __forceinline__ static bool all_workers(bool value) {
+    uint32_t all;
+    asm volatile(
+        "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
+        "barrier.cta.red.and.pred q, %2, %3, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+        : "=r"(all)
+        : "r"(static_cast<uint32_t>(value)), "n"(kWorkerBarrier), "r"(workers())
+        : "memory");
+    return all != 0;
+  }
+
+  // One thread to a peer.
+  __device__ __forceinline__ void release(int peer, FlagPlane plane, uint32_t round) const {
+    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
+      store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank, round);
+  }
+
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
     const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
     uint32_t seen = load_acquire_system(flag);

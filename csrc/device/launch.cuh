@@ -197,7 +197,9 @@ inline int launch_flagged(const void* kernel, const lar_workspace& workspace, co
   const int status = check_call(&workspace, &message, &shape, slot_bytes);
   if (status != LAR_OK || message.count == 0) return status;
   KernelArguments arguments{workspace, message, shape.chunk_vectors};
-  return launch_kernel(kernel, shape, false, &arguments, stream);
+  lar_launch with_courier = shape;
+  with_courier.threads += kCourierThreads;
+  return launch_kernel(kernel, with_courier, false, &arguments, stream);
 }
 
 // Starts the in-band kernel once for every round, with programmatic dependent launch: blocks may be scheduled while the

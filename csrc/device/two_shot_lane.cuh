@@ -10,6 +10,7 @@
 //     and this lane has drained the result of chunk s-3 already.
 //   - reduce(s-1) overwrites chunk s-5 in the gather slots. A peer drains chunk s-5 before it publishes
 //     scatter(s-2), and this lane has just seen every peer publish scatter(s-1).
+// The courier releases the flags in that order, so a flag never runs ahead of what it stands for.
 // A call ends with everything drained, so the first chunks of the next call are safe by the same argument. It does not
 // matter in whose workspace a slot lies: in a published layout an owner stores its results once, in its own.
 #ifndef LLM_ALLREDUCE_DEVICE_TWO_SHOT_LANE_CUH_
@@ -25,17 +26,20 @@ struct Piece {
   int64_t span;  // not positive when the message ends before this piece
 };
 
-// `Cargo` is what travels, in units that it knows the size of; every function is for the whole block:
+// `Cargo` is what travels, in units that it knows the size of; every function is for the workers:
+//   kOwnersAtOnce                               pieces that pack() and unpack() are given
 //   units()                                     in the message
-//   pack(Piece, slot)                           this rank's own, for their owner
+//   pack(Piece[], slots[])                      this rank's own, for their owners
 //   reduce(Piece, rank, source_of, for_each_target)
 //                                               sums the packed units of all ranks in rank order, of which this
 //                                               rank's own come from its input, stores the result, and writes it,
 //                                               packed, to every target
-//   unpack(Piece, slot)                         stores a peer's result
+//   unpack(Piece[], slots[])                    stores the peers' results
 template <int kWorldSize, typename Cargo>
 class TwoShotLane {
  public:
+  using FlaggedLane = Lane<Crew::kWorkersAndCourier>;
+
   __device__ __forceinline__ TwoShotLane(const lar_workspace& workspace, lar_algorithm algorithm, const Cargo& cargo,
                                          int64_t chunk)
       : workspace_(workspace),
@@ -43,19 +47,34 @@ class TwoShotLane {
         lane_(workspace, EpochPlane::kTwoShot, algorithm),
         cargo_(cargo),
         chunk_(chunk),
+        chunks_(ceil_div(cargo.units(), chunk * gridDim.x * kWorldSize)),
         epoch_(lane_.epoch()) {}
 
   __device__ __forceinline__ void run() {
-    const int64_t chunks = ceil_div(cargo_.units(), chunk_ * gridDim.x * kWorldSize);
-    for (int64_t step = 0; step < chunks + 2; ++step) {
-      if (step < chunks) scatter(step);
-      if (step >= 1 && step <= chunks && !reduce(step - 1)) return;
-      if (step >= 2 && !drain(step - 2)) return;
-    }
-    lane_.finish(epoch_ + static_cast<uint32_t>(chunks));
+    lane_.start();
+    if (!(lane_.is_courier() ? deliver() : work())) return;
+    lane_.finish(epoch_ + static_cast<uint32_t>(chunks_));
   }
 
  private:
+  __device__ __forceinline__ bool work() const {
+    for (int64_t step = 0; step < chunks_ + 2; ++step) {
+      if (step < chunks_) scatter(step);
+      if (step >= 1 && step <= chunks_ && !reduce(step - 1)) return false;
+      if (step >= 2 && !drain(step - 2)) return false;
+    }
+    return true;
+  }
+
+  // What scatter() and reduce() publish.
+  __device__ __forceinline__ bool deliver() const {
+    for (int64_t step = 0; step <= chunks_; ++step) {
+      if (step < chunks_ && !lane_.deliver(FlagPlane::kTwoShotScatter, round(step))) return false;
+      if (step >= 1 && !lane_.deliver(FlagPlane::kTwoShotGather, round(step - 1))) return false;
+    }
+    return true;
+  }
+
   __device__ __forceinline__ Piece piece(int64_t chunk, int owner) const {
     const int64_t first = ((chunk * kWorldSize + owner) * gridDim.x + lane_.index()) * chunk_;
     return {first, min(chunk_, cargo_.units() - first)};
@@ -73,13 +92,30 @@ class TwoShotLane {
                         owner, lane_.index(), true);
   }
 
-  __device__ __forceinline__ void scatter(int64_t chunk) const {
-    const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = rotated<kWorldSize>(rank, step);
-      cargo_.pack(piece(chunk, owner), scatter_slot(owner, rank, chunk));
+  // body(parts, slots) for the other ranks, some at a time: of a chunk, the part of each owner and slot_of(owner).
+  template <typename SlotOf, typename Body>
+  __device__ __forceinline__ void for_all_owners(int64_t chunk, SlotOf slot_of, Body body) const {
+    constexpr int kAtOnce = Cargo::kOwnersAtOnce;
+#pragma unroll 1
+    for (int first = 1; first < kWorldSize; first += kAtOnce) {
+      Piece parts[kAtOnce];
+      char* slots[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const bool is_peer = (kWorldSize - 1) % kAtOnce == 0 || first + j < kWorldSize;
+        const int owner = rotated<kWorldSize>(workspace_.rank, is_peer ? first + j : 0);
+        parts[j] = piece(chunk, owner);
+        if (!is_peer) parts[j].span = 0;
+        slots[j] = slot_of(owner);
+      }
+      body(parts, slots);
     }
+  }
+
+  __device__ __forceinline__ void scatter(int64_t chunk) const {
+    for_all_owners(
+        chunk, [&](int owner) { return scatter_slot(owner, workspace_.rank, chunk); },
+        [&](const auto& parts, const auto& slots) { cargo_.pack(parts, slots); });
     lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
   }
 
@@ -102,20 +138,18 @@ class TwoShotLane {
 
   __device__ __forceinline__ bool drain(int64_t chunk) const {
     if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
-    const int rank = workspace_.rank;
-#pragma unroll kPeersAtOnce < kWorldSize>
-    for (int step = 1; step < kWorldSize; ++step) {
-      const int owner = rotated<kWorldSize>(rank, step);
-      cargo_.unpack(piece(chunk, owner), gather_slot(rank, owner, chunk));
-    }
+    for_all_owners(
+        chunk, [&](int owner) { return gather_slot(workspace_.rank, owner, chunk); },
+        [&](const auto& parts, const auto& slots) { cargo_.unpack(parts, slots); });
     return true;
   }
 
   const lar_workspace& workspace_;
   const lar_slots& slots_;
-  const Lane lane_;
+  const FlaggedLane lane_;
   const Cargo& cargo_;
   const int64_t chunk_;
+  const int64_t chunks_;
   const uint32_t epoch_;
 };
 

@@ -83,30 +83,33 @@ __device__ __forceinline__ uint4 sum_in_rank_order(LoadPart part) {
   return sum.rounded();
 }
 
-// Sums vectors 0 .. span-1 by the whole block: store(i, part(0, i) + .. + part(kWorldSize - 1, i)). Several vectors of
-// each thread are in flight, about four loads.
+// Sums vectors 0 .. span-1 by the first `threads` of the block: store(i, part(0, i) + .. + part(kWorldSize - 1, i)).
+// About eight loads of each thread are in flight.
 template <typename T, int kWorldSize, typename LoadPart, typename Store>
-__device__ __forceinline__ void sum_vectors(int64_t span, LoadPart part, Store store) {
-  constexpr int kAtOnce = kWorldSize > 4 ? 1 : 4 / kWorldSize;
-  const int64_t stride = blockDim.x;
-  int64_t i = threadIdx.x;
-  if constexpr (kAtOnce > 1) {
-    for (; i + (kAtOnce - 1) * stride < span; i += kAtOnce * stride) {
+__device__ __forceinline__ void sum_vectors(int64_t span, int threads, LoadPart part, Store store) {
+  constexpr int kAtOnce = kWorldSize > 4 ? 1 : 8 / kWorldSize;
+  if constexpr (kAtOnce == 1) {
+    for (int64_t i = threadIdx.x; i < span; i += threads)
+      store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
+  } else {
+    for (int64_t i = threadIdx.x; i < span; i += kAtOnce * threads) {
       uint4 loaded[kAtOnce][kWorldSize];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
+        if (const int64_t at = i + j * threads; at < span) {
 #pragma unroll
-        for (int source = 0; source < kWorldSize; ++source) loaded[j][source] = part(source, i + j * stride);
+          for (int source = 0; source < kWorldSize; ++source) loaded[j][source] = part(source, at);
+        }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        Accumulator<T> sum;
+      for (int j = 0; j < kAtOnce; ++j)
+        if (const int64_t at = i + j * threads; at < span) {
+          Accumulator<T> sum;
 #pragma unroll
-        for (int source = 0; source < kWorldSize; ++source) sum.add(loaded[j][source]);
-        store(i + j * stride, sum.rounded());
-      }
+          for (int source = 0; source < kWorldSize; ++source) sum.add(loaded[j][source]);
+          store(at, sum.rounded());
+        }
     }
   }
-  for (; i < span; i += stride) store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
 }
 
 // A whole aligned vector of the caller's tensor, loaded where the program says so. Not through the read-only path: with
@@ -161,20 +164,27 @@ class Payload {
   int64_t whole_vectors_;
 };
 
-// Moves vectors 0 .. span-1 by the whole block, several loads of each thread in flight before the first store.
-template <typename Load, typename Store>
-__device__ __forceinline__ void move_vectors(int64_t span, Load load, Store store) {
-  constexpr int kInFlight = 4;
-  const int64_t stride = blockDim.x;
-  int64_t i = threadIdx.x;
-  for (; i + (kInFlight - 1) * stride < span; i += kInFlight * stride) {
-    uint4 raw[kInFlight];
+// Moves vectors 0 .. spans[k]-1 of each of kCount pieces by the first `threads` of the block: store(k, i, load(k, i)).
+// At least four loads of each thread are in flight before the first store.
+template <int kCount, typename Load, typename Store>
+__device__ __forceinline__ void move_vectors(const int64_t (&spans)[kCount], int threads, Load load, Store store) {
+  constexpr int kAtOnce = kCount >= 4 ? 1 : (4 + kCount - 1) / kCount;
+  int64_t longest = spans[0];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) raw[j] = load(i + j * stride);
+  for (int k = 1; k < kCount; ++k) longest = max(longest, spans[k]);
+  for (int64_t i = threadIdx.x; i < longest; i += kAtOnce * threads) {
+    uint4 raw[kAtOnce][kCount];
 #pragma unroll
-    for (int j = 0; j < kInFlight; ++j) store(i + j * stride, raw[j]);
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (i + j * threads < spans[k]) raw[j][k] = load(k, i + j * threads);
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (i + j * threads < spans[k]) store(k, i + j * threads, raw[j][k]);
   }
-  for (; i < span; i += stride) store(i, load(i));
 }
 
 }  // namespace lar

@@ -221,19 +221,25 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize, typename Packet>
 class PacketCargo {
  public:
+  static constexpr int kOwnersAtOnce = kWorldSize < 4 ? kWorldSize - 1 : 3;
+
   __device__ __forceinline__ explicit PacketCargo(const lar_message& message)
       : packets_(message.input, message.output, message.count) {}
 
   __device__ __forceinline__ int64_t units() const { return packets_.number(); }
 
-  __device__ __forceinline__ void pack(const Piece& part, char* slot) const {
-    for_each(part, [&](int64_t i) { Packet::store(slot + i * Packet::kBytes, packets_.encoded(part.first + i)); });
+  template <int kCount>
+  __device__ __forceinline__ void pack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k)
+      for_each(parts[k].span,
+               [&](int64_t i) { Packet::store(slots[k] + i * Packet::kBytes, packets_.encoded(parts[k].first + i)); });
   }
 
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, Sources source_of,
                                          Targets for_each_target) const {
-    for_each(part, [&](int64_t i) {
+    for_each(part.span, [&](int64_t i) {
       typename Packet::Encoded others[kWorldSize];
 #pragma unroll
       for (int source = 0; source < kWorldSize; ++source)
@@ -244,21 +250,36 @@ class PacketCargo {
     });
   }
 
-  __device__ __forceinline__ void unpack(const Piece& part, const char* slot) const {
-    for_each(part, [&](int64_t i) { packets_.store(part.first + i, Packet::load(slot + i * Packet::kBytes)); });
+  // All owners' packets of the same place are on their way together.
+  template <int kCount>
+  __device__ __forceinline__ void unpack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+    int64_t longest = parts[0].span;
+#pragma unroll
+    for (int k = 1; k < kCount; ++k) longest = max(longest, parts[k].span);
+    for_each(longest, [&](int64_t i) {
+      typename Packet::Encoded results[kCount];
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (i < parts[k].span) results[k] = Packet::load(slots[k] + i * Packet::kBytes);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k)
+        if (i < parts[k].span) packets_.store(parts[k].first + i, results[k]);
+    });
   }
 
  private:
+  // Every warp of the workers takes every so many.
   template <typename Body>
-  __device__ __forceinline__ void for_each(const Piece& part, Body body) const {
-    for (int64_t i = threadIdx.x / 32; i < part.span; i += blockDim.x / 32) body(i);
+  __device__ __forceinline__ static void for_each(int64_t span, Body body) {
+    const int warps = Lane<Crew::kWorkersAndCourier>::workers() / 32;
+    for (int64_t i = threadIdx.x / 32; i < span; i += warps) body(i);
   }
 
   const Packets<T, Packet> packets_;
 };
 
 template <typename T, int kWorldSize, typename Packet>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     low_precision_kernel(const __grid_constant__ KernelArguments arguments) {
   const PacketCargo<T, kWorldSize, Packet> packets(arguments.message);
   const int64_t chunk = arguments.chunk_vectors * LAR_VECTOR_BYTES / Packet::kBytes;

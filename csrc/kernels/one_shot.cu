@@ -131,12 +131,13 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     one_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   const lar_workspace& workspace = arguments.workspace;
   const lar_layout& layout = workspace.layout;
   const int rank = workspace.rank;
-  const Lane lane(workspace, EpochPlane::kOneShot, LAR_ONE_SHOT);
+  const Lane<Crew::kWorkersAndCourier> lane(workspace, EpochPlane::kOneShot, LAR_ONE_SHOT);
+  lane.start();
   const Payload<T> input(arguments.message.input, arguments.message.count);
   const Payload<T> output(arguments.message.output, arguments.message.count);
 
@@ -153,6 +154,12 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
                         round_of(step) % LAR_SLOTS, reader, source, lane.index(), true);
   };
   const int copies = shared_copies(layout);
+  if (lane.is_courier()) {
+    for (int64_t step = 0; step < chunks; ++step)
+      if (!lane.deliver(FlagPlane::kOneShot, round_of(step))) return;
+    lane.finish(epoch + static_cast<uint32_t>(chunks));
+    return;
+  }
 
   for (int64_t step = 0; step <= chunks; ++step) {
     if (step < chunks) {
@@ -161,9 +168,10 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
 #pragma unroll
       for (int i = 1; i < kWorldSize; ++i) slots[i] = slot(rotated<kWorldSize>(rank, i), rank, step);
       const int64_t first = first_of(step);
+      const int64_t spans[] = {span_of(step)};
       move_vectors(
-          span_of(step), [&](int64_t i) { return input.load(first + i); },
-          [&](int64_t i, const uint4& mine) {
+          spans, lane.workers(), [&](int, int64_t i) { return input.load(first + i); },
+          [&](int, int64_t i, const uint4& mine) {
 #pragma unroll
             for (int peer = 1; peer < kWorldSize; ++peer)
               if (peer <= copies) store_slot(slots[peer], i, mine);
@@ -174,7 +182,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
     if (!lane.wait(FlagPlane::kOneShot, LAR_PHASE_GATHER, round_of(step - 1))) return;
     const int64_t first = first_of(step - 1);
     sum_vectors<T, kWorldSize>(
-        span_of(step - 1),
+        span_of(step - 1), lane.workers(),
         [&](int source, int64_t i) {
           return source == rank ? input.load(first + i) : load_slot(slot(rank, source, step - 1), i);
         },

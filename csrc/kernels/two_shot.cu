@@ -33,6 +33,8 @@ namespace {
 template <typename T, int kWorldSize>
 class Vectors {
  public:
+  static constexpr int kOwnersAtOnce = kPeersAtOnce<kWorldSize>;
+
   __device__ __forceinline__ explicit Vectors(const lar_message& message)
       : input_(message.input, message.count),
         output_(message.output, message.count),
@@ -40,40 +42,52 @@ class Vectors {
 
   __device__ __forceinline__ int64_t units() const { return units_; }
 
-  __device__ __forceinline__ void pack(const Piece& part, char* slot) const {
-    move_vectors(
-        part.span, [&](int64_t i) { return input_.load(part.first + i); },
-        [&](int64_t i, const uint4& raw) { store_slot(slot, i, raw); });
+  template <int kCount>
+  __device__ __forceinline__ void pack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+    move(
+        parts, [&](int k, int64_t i) { return input_.load(parts[k].first + i); },
+        [&](int k, int64_t i, const uint4& raw) { store_slot(slots[k], i, raw); });
   }
 
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, Sources source_of,
                                          Targets for_each_target) const {
     sum_vectors<T, kWorldSize>(
-        part.span,
+        part.span, Workers::workers(),
         [&](int source, int64_t i) {
           return source == rank ? input_.load(part.first + i) : load_slot(source_of(source), i);
         },
         [&](int64_t i, const uint4& result) {
-          output_.store(part.first + i, result);
           for_each_target([&](char* slot) { store_slot(slot, i, result); });
+          output_.store(part.first + i, result);
         });
   }
 
-  __device__ __forceinline__ void unpack(const Piece& part, const char* slot) const {
-    move_vectors(
-        part.span, [&](int64_t i) { return load_slot(slot, i); },
-        [&](int64_t i, const uint4& raw) { output_.store(part.first + i, raw); });
+  template <int kCount>
+  __device__ __forceinline__ void unpack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+    move(
+        parts, [&](int k, int64_t i) { return load_slot(slots[k], i); },
+        [&](int k, int64_t i, const uint4& raw) { output_.store(parts[k].first + i, raw); });
   }
 
  private:
+  using Workers = Lane<Crew::kWorkersAndCourier>;
+
+  template <int kCount, typename Load, typename Store>
+  __device__ __forceinline__ static void move(const Piece (&parts)[kCount], Load load, Store store) {
+    int64_t spans[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) spans[k] = parts[k].span;
+    move_vectors(spans, Workers::workers(), load, store);
+  }
+
   const Payload<T> input_;
   const Payload<T> output_;
   const int64_t units_;
 };
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   const Vectors<T, kWorldSize> vectors(arguments.message);
   two_shot_lane<kWorldSize>(arguments.workspace, LAR_TWO_SHOT, vectors, arguments.chunk_vectors);
@@ -302,7 +316,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t gather_slots = slots_of_call(arguments, epoch) + arguments.gather_stride;
   // The kernels that wrote the input have ended: the release makes what they wrote visible with the flag.
-  const Lane lane(pull.workspace, EpochPlane::kPull, LAR_TWO_SHOT_PULL);
+  const Lane<Crew::kWorkers> lane(pull.workspace, EpochPlane::kPull, LAR_TWO_SHOT_PULL);
   const uint32_t round = lane.epoch() + 1;
   lane.publish(FlagPlane::kPull, round);
   if (!lane.wait(FlagPlane::kPull, LAR_PHASE_SCATTER, round)) return;
