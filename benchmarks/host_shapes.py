@@ -49,13 +49,20 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
     """What is worth trying with a workspace of so many lanes."""
     shapes: list[Shape] = []
     if small:
-        sizes = (4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB)
-        for size, threads in itertools.product(sizes, (64, 256, 512)):
+        in_band = [4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB]
+        for size, threads in itertools.product(in_band, (64, 256, 512)):
             used = math.ceil(size / 16 / threads)
             if used <= lanes:
                 shapes.append(("ONESHOT in band", size, used, threads, size // 16))
+        for size, threads in itertools.product([64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB], (64, 256, 512)):
+            vectors = math.ceil(size / 16 / world_size)
+            used = min(lanes, math.ceil(vectors / threads))
+            shapes.append(("TWOSHOT in band", size, used, threads, vectors))
+            packets = math.ceil(size / DTYPE.itemsize / PACKETS[WireFormat.FP8].values / world_size)
+            used = min(lanes, math.ceil(packets * 32 / threads))
+            shapes.append(("fp8 in band", size, used, threads, packets))
     one_shot = [64 * KIB, 256 * KIB, MIB] + [4 * MIB, 16 * MIB, 64 * MIB] * (world_size == 2)
-    kernels = {"ONESHOT flagged": (one_shot, 1, WORKERS)}
+    kernels: dict[str, tuple[list[int], int, int]] = {"ONESHOT flagged": (one_shot, 1, WORKERS)}
     if world_size > 2:
         sizes = [128 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
         kernels["TWOSHOT flagged"] = (sizes, world_size, WORKERS)
@@ -65,7 +72,7 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
         unit_bytes = 16 if kernel not in WIRE else PACKETS[WIRE[kernel]].values * DTYPE.itemsize
         for size, used, units in itertools.product(sizes, (8, 16, 32, 64, 128), (1, 2, 3, 4)):
             pieces = math.ceil(size / unit_bytes / parts / used)  # of a lane
-            least = 8 if size <= MIB else 32 if size <= 4 * MIB else 64
+            least = 8 if size <= MIB else 32
             if least <= used <= lanes and unit * (units - 1) < pieces:
                 shapes.append((kernel, size, used, WORKERS, unit * units))
     return shapes
@@ -78,7 +85,7 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
     one_shot = kernel.startswith("ONESHOT")
     in_band = kernel.endswith("in band")
     slots = layout.in_band if in_band else layout.flagged
-    wire = PACKETS[WIRE[kernel]] if kernel in WIRE else None
+    wire = PACKETS[WIRE[kernel.split()[0]]] if kernel.split()[0] in WIRE else None
     vectors = chunk if wire is None else chunk * wire.bytes // 16
     if vectors * 16 > (slots.one_shot_bytes if one_shot else slots.two_shot_bytes):
         return None
@@ -117,8 +124,8 @@ def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[
             plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
 
         timing = time_graph(context, call)
-        if kernel in WIRE:
-            wrong = int(relative_error(output, expected) > MOST_ERROR[kernel])
+        if (wire := kernel.split()[0]) in WIRE:
+            wrong = int(relative_error(output, expected) > MOST_ERROR[wire])
         else:
             wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)
         row = {"kernel": kernel, "bytes": payload, "lanes": used, "threads": threads, "chunk": chunk}
@@ -135,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--lanes", type=int, nargs="+", default=[32, 64, 128], help="of the workspace")
+    parser.add_argument("--largest", type=int, default=64 * MIB, help="bytes of the largest message")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     pool = RankPool(arguments.gpus, "cuda")
@@ -142,7 +150,7 @@ def main() -> None:
     try:
         for lanes in arguments.lanes:
             shapes = shapes_of(arguments.gpus, lanes, small=lanes == 64)
-            shapes.sort(key=lambda shape: shape[1])
+            shapes = sorted((s for s in shapes if s[1] <= arguments.largest), key=lambda shape: shape[1])
             rows += pool.run(measure, shapes, lanes, timeout_s=400)[0]
     finally:
         pool.close()

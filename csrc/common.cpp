@@ -10,10 +10,12 @@ constexpr int64_t kAlignment = 256;  // every region and every slot starts on it
 
 int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
+constexpr int64_t kPage = 4096;
+
 // Slots that start within a cache line make every packet on the links two, which
 // large messages feel. Only workspaces of the smallest size cannot afford whole lines.
 int64_t slot_bytes(int64_t bytes) {
-  const int64_t unit = bytes < kAlignment ? LAR_VECTOR_BYTES : kAlignment;
+  const int64_t unit = bytes < kAlignment ? int64_t{LAR_VECTOR_BYTES} : kAlignment;
   return bytes / unit * unit;
 }
 
@@ -63,9 +65,9 @@ struct SlotCounts {
 };
 
 SlotCounts in_band_counts(const lar_layout_wish& wish) {
-  if (wish.published) return {LAR_PUBLISHED_SLOTS, 0, 0};
-  const int64_t slots = LAR_IN_BAND_SLOTS * int64_t{wish.world_size - 1};
-  return {slots, slots, slots};
+  const int64_t pushed = LAR_IN_BAND_SLOTS * int64_t{wish.world_size - 1};
+  return wish.published ? SlotCounts{LAR_PUBLISHED_SLOTS, pushed, LAR_PUBLISHED_SLOTS}
+                        : SlotCounts{pushed, pushed, pushed};
 }
 
 SlotCounts flagged_counts(const lar_layout_wish& wish) {
@@ -82,18 +84,17 @@ lar_slots split(int64_t bytes, int64_t one_shot_bytes, const SlotCounts& counts,
     return at;
   };
   constexpr int kRegions = 3;
-  const int64_t two_shot = counts.scatter + counts.gather;
   lar_slots out{};
-  out.one_shot_bytes = slot_bytes((two_shot > 0 ? one_shot_bytes : bytes) / counts.one_shot);
-  if (two_shot > 0) out.two_shot_bytes = slot_bytes((bytes - one_shot_bytes - kRegions * kAlignment) / two_shot);
+  out.one_shot_bytes = slot_bytes(one_shot_bytes / counts.one_shot);
+  out.two_shot_bytes = slot_bytes((bytes - one_shot_bytes - kRegions * kAlignment) / (counts.scatter + counts.gather));
   out.one_shot_offset = take(counts.one_shot * out.one_shot_bytes);
   out.scatter_offset = take(counts.scatter * out.two_shot_bytes);
   out.gather_offset = take(counts.gather * out.two_shot_bytes);
   return out;
 }
 
-bool holds_vectors(const lar_slots& slots, const SlotCounts& counts) {
-  return slots.one_shot_bytes >= LAR_VECTOR_BYTES && (counts.scatter == 0 || slots.two_shot_bytes >= LAR_VECTOR_BYTES);
+bool holds_vectors(const lar_slots& slots) {
+  return slots.one_shot_bytes >= LAR_VECTOR_BYTES && slots.two_shot_bytes >= LAR_VECTOR_BYTES;
 }
 
 }  // namespace
@@ -117,7 +118,7 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
   };
   out.abort_offset = take(1);
   out.epochs_offset = take(static_cast<int64_t>(EpochPlane::kNumber) * wish->lanes);
-  out.extents_offset = take(int64_t{LAR_PUBLISHED_SLOTS} * wish->lanes);
+  out.extents_offset = take(static_cast<int64_t>(ExtentPlane::kNumber) * LAR_PUBLISHED_SLOTS * wish->lanes);
   out.local_bytes = offset;
   out.flags_offset = take(static_cast<int64_t>(FlagPlane::kNumber) * wish->lanes * LAR_MAX_WORLD_SIZE);
   out.probe_offset = take(LAR_MAX_WORLD_SIZE);
@@ -128,14 +129,14 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
     return wish->world_size == 2 ? bytes / 4 * 3 : bytes / otherwise;
   };
   if (const int64_t bytes = wish->in_band_bytes; bytes > 0) {
-    const SlotCounts counts = in_band_counts(*wish);
-    out.in_band = split(bytes, for_one_shot(bytes, 8), counts, &offset);
-    if (!holds_vectors(out.in_band, counts)) return LAR_ERROR_INVALID_ARGUMENT;
+    // Published, only small messages are sent in band, by either algorithm.
+    const int64_t one_shot = wish->published ? bytes / 5 * 2 : for_one_shot(bytes, 8);
+    out.in_band = split(bytes, one_shot, in_band_counts(*wish), &offset);
+    if (!holds_vectors(out.in_band)) return LAR_ERROR_INVALID_ARGUMENT;
   }
   if (const int64_t bytes = wish->flagged_bytes; bytes > 0) {
-    const SlotCounts counts = flagged_counts(*wish);
-    out.flagged = split(bytes, for_one_shot(bytes, 4), counts, &offset);
-    if (!holds_vectors(out.flagged, counts)) return LAR_ERROR_INVALID_ARGUMENT;
+    out.flagged = split(bytes, for_one_shot(bytes, 4), flagged_counts(*wish), &offset);
+    if (!holds_vectors(out.flagged)) return LAR_ERROR_INVALID_ARGUMENT;
   }
   out.total_bytes = offset;
   *layout = out;

@@ -18,6 +18,9 @@ enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, k
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kNumber };
 
+// Planes of lar_layout::extents.
+enum class ExtentPlane : int { kOneShot, kTwoShot, kNumber };
+
 bool supported_world_size(int32_t world_size);
 
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
@@ -51,9 +54,10 @@ LAR_HOST_DEVICE uint32_t* probe_words(void* base, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.probe_offset);
 }
 
-// A generation of vectors published in band: how many this lane knows there to be.
-LAR_HOST_DEVICE uint32_t* extent_words(void* local, const lar_layout& layout) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.extents_offset);
+// How many vectors lie in each generation published in band, as each lane knows it.
+LAR_HOST_DEVICE uint32_t* extent_words(void* local, const lar_layout& layout, ExtentPlane plane) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.extents_offset) +
+         static_cast<int>(plane) * LAR_PUBLISHED_SLOTS * layout.lanes;
 }
 
 // Byte offset of flagged slot [ring][rank][lane] in a region of equal slots for `ranks` ranks.

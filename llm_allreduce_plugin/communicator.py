@@ -36,7 +36,7 @@ DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 # Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
-HOST_IN_BAND_SHARE = 8  # of a workspace in host memory; the rest is for larger messages
+HOST_IN_BAND_SHARE = 3  # of a workspace in host memory; the rest is for larger messages
 FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format needs flags
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype

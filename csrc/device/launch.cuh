@@ -184,10 +184,14 @@ int in_rounds_of(int64_t round_elements, const lar_message& message, Run run) {
   return LAR_OK;
 }
 
+// Elements of a round whose parts are vectors as they are.
+inline int64_t elements_of_round(const lar_message& message, const lar_launch& shape, int parts) {
+  return shape.chunk_vectors * parts * (LAR_VECTOR_BYTES / element_bytes(message.dtype));
+}
+
 template <typename Run>
 int in_rounds(const lar_message& message, const lar_launch& shape, int parts, Run run) {
-  const int64_t round_elements = shape.chunk_vectors * parts * (LAR_VECTOR_BYTES / element_bytes(message.dtype));
-  return in_rounds_of(round_elements, message, run);
+  return in_rounds_of(elements_of_round(message, shape, parts), message, run);
 }
 
 // Starts the flagged kernel, one launch for all rounds. Without dependent launch: its blocks must all be resident while

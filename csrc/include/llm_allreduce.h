@@ -63,7 +63,7 @@ typedef struct lar_slots {
 //   local       what only this rank touches (lar_workspace.local):
 //     abort     uint32                               set once a wait has expired
 //     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
-//     extents   uint32 [generation 4][lane]          published in band: vectors in that generation
+//     extents   uint32 [plane][generation 4][lane]   published in band: vectors that lie in that generation
 //   flags       uint32 [plane][lane][rank 16]        written by peers: the newest round that rank has published
 //
 // Flagged slots, where flags tell lane by lane when a slot may be read:
@@ -78,7 +78,7 @@ typedef struct lar_slots {
 // read is stored once, in the workspace of the rank that it comes from, and read there by all; only `scatter`, where
 // every reader gets something else, lies with the readers. Then these regions have no dimension of peers:
 //   flagged     one_shot, gather  [generation 4][lane][..bytes]
-//   in band     one_shot          [generation 4][one_shot_bytes]; there are no others
+//   in band     one_shot, gather  [generation 4][..bytes]
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;

@@ -9,6 +9,9 @@
 //     reduce   poll the packets of my part, decode, add to my own values in rank order, encode, send to all peers
 //     drain    poll the other owners' sums, decode, store them to the output
 //
+// Published in host memory, FP8: every warp does all three for its packets, and sums are stored once
+// (device/published.cuh).
+//
 // Flagged, any format: the lanes of device/two_shot_lane.cuh, a warp to a packet.
 //
 // The owner's own values are added as they are, which costs nothing and leaves one error fewer.
@@ -16,6 +19,7 @@
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
 #include "device/packet.cuh"
+#include "device/published.cuh"
 #include "device/two_shot_lane.cuh"
 
 namespace lar {
@@ -217,6 +221,57 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
 }
 
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    low_precision_published_kernel(const __grid_constant__ PublishedArguments published) {
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
+  const InBandArguments& arguments = published.in_band;
+  const uint32_t part = arguments.part;  // wire vectors of the part of one rank
+  const Packets<T, Fp8Packet> packets(arguments.input, arguments.output, arguments.count);
+  const auto packet_of = [&](int step, uint32_t tile) {
+    return (rotated<kWorldSize>(arguments.rank, step) * part + tile) / kPacketVectors;
+  };
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  const Publication publication(published, epoch);
+  const uint32_t first_tile = grid_thread() - lane_of_warp();
+  for (uint32_t tile = first_tile; tile < part; tile += grid_threads())
+#pragma unroll kAtOnce
+    for (int step = 1; step < kWorldSize; ++step)
+      if (packet_of(step, tile) < packets.number())
+        store_in_band(arguments.to[step], slots + tile + lane_of_warp(), packets.encoded(packet_of(step, tile)));
+  publication.clear_old_generation(part);
+  advance_epoch(arguments, epoch);
+
+  for (uint32_t tile = first_tile; tile < part && packet_of(0, tile) < packets.number(); tile += grid_threads()) {
+    uint4 result;
+    if (!sum_packet<T, kWorldSize>(arguments, packets, slots, packet_of(0, tile), tile, result)) return;
+    publication.store(tile + lane_of_warp(), result);
+    packets.store(packet_of(0, tile), result);
+  }
+  for (uint32_t tile = first_tile; tile < part; tile += grid_threads()) {
+    char* from[kAtOnce];
+    bool wanted[kAtOnce];
+    uint4 results[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      from[j] = publication.vector(rotated<kWorldSize>(arguments.rank, 1 + j), tile + lane_of_warp());
+      wanted[j] = packet_of(1 + j, tile) < packets.number();
+      results[j] = {0u, 0u, 0u, 0u};
+    }
+    const bool complete = poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
+                                              [&](int j) { return rotated<kWorldSize>(arguments.rank, 1 + j); });
+    if (!__all_sync(kWholeWarp, complete)) return;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (wanted[j]) packets.store(packet_of(1 + j, tile), results[j]);
+  }
+  settle_clears();
+}
+
 // What the flagged lanes move: packets, a warp to each.
 template <typename T, int kWorldSize, typename Packet>
 class PacketCargo {
@@ -286,10 +341,16 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
   two_shot_lane<kWorldSize>(arguments.workspace, LAR_LOW_PRECISION, packets, chunk);
 }
 
+enum class Path { kFlagged, kInBand, kPublished };
+
 template <typename T, int kWorldSize>
-const void* kernel_of(lar_wire_format format, bool in_band) {
-  if (in_band)
-    return format == LAR_WIRE_FP8 ? reinterpret_cast<const void*>(low_precision_fp8_kernel<T, kWorldSize>) : nullptr;
+const void* kernel_of(lar_wire_format format, Path path) {
+  static_assert(kPeersAtOnce<kWorldSize> == kWorldSize - 1, "all peers at once");
+  if (path != Path::kFlagged) {
+    if (format != LAR_WIRE_FP8) return nullptr;  // their packets may have words like the marker
+    return path == Path::kInBand ? reinterpret_cast<const void*>(low_precision_fp8_kernel<T, kWorldSize>)
+                                 : reinterpret_cast<const void*>(low_precision_published_kernel<T, kWorldSize>);
+  }
   switch (format) {
     case LAR_WIRE_FP8:
       return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Fp8Packet>);
@@ -302,30 +363,30 @@ const void* kernel_of(lar_wire_format format, bool in_band) {
 }
 
 template <typename T>
-const void* kernel_of(int world_size, lar_wire_format format, bool in_band) {
+const void* kernel_of(int world_size, lar_wire_format format, Path path) {
   switch (world_size) {
     case 2:
-      return kernel_of<T, 2>(format, in_band);
+      return kernel_of<T, 2>(format, path);
     case 3:
-      return kernel_of<T, 3>(format, in_band);
+      return kernel_of<T, 3>(format, path);
     case 4:
-      return kernel_of<T, 4>(format, in_band);
+      return kernel_of<T, 4>(format, path);
     case 5:
-      return kernel_of<T, 5>(format, in_band);
+      return kernel_of<T, 5>(format, path);
     case 6:
-      return kernel_of<T, 6>(format, in_band);
+      return kernel_of<T, 6>(format, path);
     case 7:
-      return kernel_of<T, 7>(format, in_band);
+      return kernel_of<T, 7>(format, path);
     case 8:
-      return kernel_of<T, 8>(format, in_band);
+      return kernel_of<T, 8>(format, path);
     default:
       return nullptr;
   }
 }
 
-const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, bool in_band) {
-  if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(world_size, format, in_band);
-  if (dtype == LAR_FLOAT16) return kernel_of<__half>(world_size, format, in_band);
+const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, Path path) {
+  if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(world_size, format, path);
+  if (dtype == LAR_FLOAT16) return kernel_of<__half>(world_size, format, path);
   return nullptr;
 }
 
@@ -334,9 +395,8 @@ const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, b
 int load_low_precision_kernels(int world_size) {
   for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
     for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
-      for (const bool in_band : {false, true})
-        if (const int status = load_kernel(kernel_of(dtype, world_size, format, in_band)); status != LAR_OK)
-          return status;
+      for (const Path path : {Path::kFlagged, Path::kInBand, Path::kPublished})
+        if (const int status = load_kernel(kernel_of(dtype, world_size, format, path)); status != LAR_OK) return status;
   return LAR_OK;
 }
 
@@ -350,10 +410,11 @@ extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_
   int32_t packet_values = 0;
   int32_t packet_bytes = 0;
   if (const int status = lar_packet_size(format, &packet_values, &packet_bytes); status != LAR_OK) return status;
-  const void* kernel = kernel_of(message->dtype, layout.world_size, format, shape->in_band != 0);
+  const Path path = !shape->in_band ? Path::kFlagged : layout.published ? Path::kPublished : Path::kInBand;
+  const void* kernel = kernel_of(message->dtype, layout.world_size, format, path);
   // Whole packets to a slot.
   if (!kernel || shape->chunk_vectors * LAR_VECTOR_BYTES % packet_bytes != 0) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!shape->in_band)
+  if (path == Path::kFlagged)
     return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);
 
   const InBandSlots slots{LAR_LOW_PRECISION,
@@ -362,11 +423,14 @@ extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_
                           layout.in_band.scatter_offset,
                           layout.in_band.two_shot_bytes,
                           layout.in_band.gather_offset};
+  const int64_t round_elements =
+      shape->chunk_vectors / kPacketVectors * layout.world_size * int64_t{Fp8Packet::kValues};
+  if (path == Path::kPublished)
+    return launch_published(kernel, *workspace, *message, *shape, slots, slots.gather_offset, ExtentPlane::kTwoShot,
+                            round_elements, stream);
   const int status = check_call(workspace, message, shape, slots.slot_bytes);
   if (status != LAR_OK || message->count == 0) return status;
   if (shape->scatter_lanes < 1) return LAR_ERROR_INVALID_ARGUMENT;
-  const int64_t round_elements =
-      shape->chunk_vectors / kPacketVectors * layout.world_size * int64_t{Fp8Packet::kValues};
   return in_rounds_of(round_elements, *message, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
     return launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);

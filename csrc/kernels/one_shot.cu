@@ -12,12 +12,7 @@
 // so that the links stay busy while it waits. In the largest, some lanes only push, by bulk copies (device/outbox.cuh),
 // and the others only reduce: few lanes are enough to fill the links, and those who poll had better be elsewhere.
 //
-// Published, where all workspaces lie in host memory: storing to every peer would only send the same over PCIe several
-// times, so a rank stores its vectors once, in its own workspace, and all peers poll them there. A reader can then not
-// clear what it has read. The rank that stored it does, two calls later, at the start: it has ended the call between,
-// in which every peer sent something, and sent it after its own kernel of the first call, reads included, had ended.
-// And a peer polls that generation again two calls after that: it has then taken what the rank sent after it had
-// cleared.
+// Published, where all workspaces lie in host memory: device/published.cuh.
 //
 // Flagged, each lane alone (device/lane.cuh), chunk by chunk with two chunks in flight:
 //
@@ -31,6 +26,7 @@
 #include "device/lane.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
+#include "device/published.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
@@ -191,12 +187,6 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
   lane.finish(epoch + static_cast<uint32_t>(chunks));
 }
 
-struct PublishedArguments {
-  InBandArguments in_band;
-  char* slots[LAR_MAX_WORLD_SIZE];  // of each rank, generation 0
-  uint32_t* extents;                // [generation][lane]
-};
-
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_published_kernel(const __grid_constant__ PublishedArguments published) {
@@ -208,31 +198,20 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   let_next_kernel_start();
 
   const uint32_t epoch = epoch_of(arguments);
-  const uint32_t generation = epoch % LAR_PUBLISHED_SLOTS;
-  const uint32_t old_generation = (epoch - 2) % LAR_PUBLISHED_SLOTS;
-  const uint32_t slots = generation * arguments.generation_stride;
-  const uint32_t old_slots = old_generation * arguments.generation_stride;
+  const Publication publication(published, epoch);
   for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads())
-    store_in_band(arguments.own, slots + i, without_marker(input.load(i)));
-
-  const uint32_t old_vectors = published.extents[old_generation * arguments.lanes + blockIdx.x];
-  for (uint32_t i = grid_thread(); i < old_vectors; i += grid_threads())
-    clear_in_band_if(true, arguments.own + int64_t{old_slots + i} * LAR_VECTOR_BYTES);
-  // As with the epochs, every lane has a copy of its own, and block 0 keeps those of lanes without a block.
-  uint32_t* extents = published.extents + generation * arguments.lanes;
-  if (threadIdx.x == 0) extents[blockIdx.x] = total_vectors;
-  if (blockIdx.x == 0)
-    for (uint32_t lane = gridDim.x + threadIdx.x; lane < arguments.lanes; lane += blockDim.x)
-      extents[lane] = total_vectors;
+    publication.store(i, without_marker(input.load(i)));
+  publication.clear_old_generation(total_vectors);
   advance_epoch(arguments, epoch);
 
   for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
-    const auto address_of = [&](int peer) { return published.slots[peer] + int64_t{slots + i} * LAR_VECTOR_BYTES; };
+    const auto address_of = [&](int peer) { return publication.vector(peer, i); };
     if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
     output.store(i, result);
   }
+  settle_clears();
 }
 
 template <typename T, int kWorldSize>
@@ -256,23 +235,6 @@ struct OneShot {
   }
 };
 
-int launch_published(const lar_workspace& workspace, const lar_message& message, const lar_launch& shape,
-                     const InBandSlots& slots, void* stream) {
-  const lar_layout& layout = workspace.layout;
-  const int status = check_call(&workspace, &message, &shape, slots.slot_bytes);
-  if (status != LAR_OK || message.count == 0) return status;
-  if (shape.scatter_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
-  const void* kernel = select_kernel<OneShot>(message.dtype, layout.world_size, Variant::kPublished);
-  return in_rounds(message, shape, slots.parts, [&](const lar_message& round, int64_t) {
-    PublishedArguments arguments{in_band_arguments(workspace, round, shape, slots), {}, nullptr};
-    arguments.in_band.generation_stride = static_cast<uint32_t>(slots.slot_bytes / LAR_VECTOR_BYTES);
-    arguments.extents = extent_words(workspace.local, layout);
-    for (int rank = 0; rank < layout.world_size; ++rank)
-      arguments.slots[rank] = static_cast<char*>(workspace.base[rank]) + slots.offset;
-    return launch_kernel(kernel, shape, has_dependent_launch(), &arguments, stream);
-  });
-}
-
 }  // namespace
 
 int load_one_shot_kernels(int world_size) { return load_kernels<OneShot>(world_size); }
@@ -290,6 +252,8 @@ extern "C" int lar_one_shot_cuda(const lar_workspace* workspace, const lar_messa
   }
   const InBandSlots slots{
       LAR_ONE_SHOT, EpochPlane::kOneShotInBand, 1, layout.in_band.one_shot_offset, layout.in_band.one_shot_bytes, 0};
-  return layout.published ? launch_published(*workspace, *message, *shape, slots, stream)
-                          : launch_in_band<OneShot>(*workspace, *message, *shape, slots, stream);
+  if (!layout.published) return launch_in_band<OneShot>(*workspace, *message, *shape, slots, stream);
+  const void* kernel = select_kernel<OneShot>(message->dtype, layout.world_size, Variant::kPublished);
+  return launch_published(kernel, *workspace, *message, *shape, slots, slots.offset, ExtentPlane::kOneShot,
+                          elements_of_round(*message, *shape, slots.parts), stream);
 }

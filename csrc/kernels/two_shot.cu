@@ -18,11 +18,15 @@
 // that the input is there, and owners read their parts in place. Results travel in band as above; once a rank has them
 // all, all owners have read its input, which may then be overwritten.
 //
+// Published, where all workspaces lie in host memory: the scatter is as above, but results are stored once, and polled
+// by all peers where they are (device/published.cuh).
+//
 // Flagged: device/two_shot_lane.cuh.
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
+#include "device/published.cuh"
 #include "device/two_shot_lane.cuh"
 #include "device/vector.cuh"
 
@@ -340,6 +344,60 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
 }
 
 template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    two_shot_published_kernel(const __grid_constant__ PublishedArguments published) {
+  constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
+  const InBandArguments& arguments = published.in_band;
+  const Payload<T> input(arguments.input, arguments.count);
+  const Payload<T> output(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  const uint32_t part = arguments.part;
+  const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  const Publication publication(published, epoch);
+  for (uint32_t i = grid_thread(); i < part; i += grid_threads())
+#pragma unroll kAtOnce
+    for (int step = 1; step < kWorldSize; ++step)
+      if (index(step, i) < total_vectors)
+        store_in_band(arguments.to[step], slots + i, without_marker(input.load(index(step, i))));
+  publication.clear_old_generation(part);
+  advance_epoch(arguments, epoch);
+
+  for (uint32_t i = grid_thread(); i < part && index(0, i) < total_vectors; i += grid_threads()) {
+    const uint4 mine = without_marker(input.load(index(0, i)));
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
+    publication.store(i, result);
+    output.store(index(0, i), result);
+  }
+  for (uint32_t i = grid_thread(); i < part; i += grid_threads()) {
+#pragma unroll 1
+    for (int first = 1; first < kWorldSize; first += kAtOnce) {
+      char* from[kAtOnce];
+      bool wanted[kAtOnce];
+      uint4 results[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        from[j] = publication.vector(rotated<kWorldSize>(arguments.rank, first + j), i);
+        wanted[j] = index(first + j, i) < total_vectors;
+        results[j] = {0u, 0u, 0u, 0u};
+      }
+      if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
+                               [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
+        return;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (wanted[j]) output.store(index(first + j, i), results[j]);
+    }
+  }
+  settle_clears();
+}
+
+template <typename T, int kWorldSize>
 struct TwoShot {
   static const void* kernel(Variant variant) {
     switch (variant) {
@@ -354,7 +412,7 @@ struct TwoShot {
       case Variant::kPull:
         return reinterpret_cast<const void*>(two_shot_pull_kernel<T, kWorldSize>);
       case Variant::kPublished:
-        break;  // with flags only
+        return reinterpret_cast<const void*>(two_shot_published_kernel<T, kWorldSize>);
     }
     return nullptr;
   }
@@ -380,6 +438,11 @@ extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_messa
   using namespace lar;
   if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
+  if (shape->in_band && layout.published) {
+    const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kPublished);
+    return launch_published(kernel, *workspace, *message, *shape, in_band_slots(layout), layout.in_band.gather_offset,
+                            ExtentPlane::kTwoShot, elements_of_round(*message, *shape, layout.world_size), stream);
+  }
   if (shape->in_band) return launch_in_band<TwoShot>(*workspace, *message, *shape, in_band_slots(layout), stream);
   const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kFlagged);
   return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);

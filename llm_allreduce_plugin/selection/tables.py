@@ -103,19 +103,31 @@ HOST = {
     16: _changeover(16 * KIB, "an estimate beyond 4 ranks"),
 }
 
-# ONESHOT through host memory: the largest message whose readiness travels inside the data.
-HOST_IN_BAND_BYTES = {2: 256 * KIB, 4: 128 * KIB}
-HOST_LANES = 32  # blocks of an exact kernel with flags
+# Through host memory: the largest message whose readiness travels inside the data.
+HOST_IN_BAND_BYTES = {
+    "ONESHOT": {2: 256 * KIB, 4: 256 * KIB, 8: 64 * KIB},
+    "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 8: 256 * KIB},
+    "LOWPRECISION": {2: 1 * MIB, 4: 1 * MIB, 8: 1 * MIB},
+}
+HOST_LANES = ((8 * MIB, 32), (None, 64))  # blocks of an exact kernel with flags, by size
 
 
-def host_in_band_bytes(world_size: int) -> int:
-    """Largest message that ONESHOT sends in band through host memory."""
-    return next((limit for size, limit in HOST_IN_BAND_BYTES.items() if world_size <= size), 64 * KIB)
+def host_in_band_bytes(strategy: str, world_size: int) -> int:
+    """Largest message that a strategy sends in band through host memory."""
+    limits = HOST_IN_BAND_BYTES[strategy]
+    return next((limit for size, limit in limits.items() if world_size <= size), 0)
 
 
-def flagged_lanes(transport: Transport, lanes: int) -> int:
+def flagged_lanes(transport: Transport, lanes: int, payload_bytes: int) -> int:
     """Blocks that a kernel with flags may have, of those that the workspace has lanes for."""
-    return min(lanes, HOST_LANES) if transport is Transport.HOST else lanes
+    if transport is not Transport.HOST:
+        return lanes
+    return min(lanes, next(most for limit, most in HOST_LANES if limit is None or payload_bytes <= limit))
+
+
+def vectors_per_thread(transport: Transport) -> int | None:
+    """Vectors of each thread in a chunk of a kernel with flags: short chunks keep PCIe busy both ways."""
+    return 1 if transport is Transport.HOST else None
 
 
 def fastest_of(facts: GroupFacts) -> Table:

@@ -123,24 +123,29 @@ def spread_in_band(
     return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
 
 
-def spread_published(message: Message, lanes: int) -> Launch:
+def spread_published(algorithm: Algorithm, vectors: int, lanes: int) -> Launch:
     """How an in-band call through host memory is spread: a vector to a thread, in small blocks while there are lanes.
 
-    One round: larger messages go by flags.
+    ``vectors``: of the message, or of the largest part. One round: larger messages go by flags.
     """
-    vectors = max(1, message.vectors)
+    vectors = max(1, vectors)
     threads = next((threads for threads in IN_BAND_THREADS if threads * lanes >= vectors), MAX_THREADS)
     used = min(lanes, math.ceil(vectors / threads))
-    return Launch(Algorithm.ONE_SHOT, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
+    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
 
 
-def spread(vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int) -> Launch:
+def spread(
+    vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int, most_per_thread: int | None = None
+) -> Launch:
     """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round, with flags.
 
-    Few blocks for few vectors (one vector per thread), then larger chunks, then further rounds.
+    Few blocks for few vectors (one vector per thread), then larger chunks, up to what a slot holds or
+    ``most_per_thread`` vectors of each thread, then further rounds.
     """
     pieces = math.ceil(vectors / parts)  # vectors of the largest part
     capacity = chunk_bytes // VECTOR_BYTES
+    if most_per_thread is not None:
+        capacity = min(capacity, most_per_thread * MAX_FLAGGED_THREADS)
     threads = min(MAX_FLAGGED_THREADS, max(32, math.ceil(pieces / 32) * 32))
     used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
     chunk = max(1, min(math.ceil(pieces / used), capacity))

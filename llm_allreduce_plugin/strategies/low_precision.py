@@ -6,13 +6,22 @@ it was decoded from the wire, the owner too. What the wire formats are: csrc/cod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
-from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, KernelStrategy, Message
+from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.strategies.base import (
+    MAX_FLAGGED_THREADS,
+    MAX_THREADS,
+    VECTOR_BYTES,
+    KernelStrategy,
+    Message,
+    spread_published,
+)
 from llm_allreduce_plugin.wire import PACKETS
 
 if TYPE_CHECKING:
@@ -52,8 +61,14 @@ class LowPrecision(KernelStrategy):
         """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
         return facts.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
 
+    def _published(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
+        """Through host memory, in one round of in-band slots."""
+        fits = packets * packet_bytes <= facts.in_band.two_shot
+        return fits and message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
+
     def _slots(self, facts: GroupFacts) -> int:
-        return facts.in_band.two_shot if self._in_band(facts) else facts.flagged.two_shot
+        pushed_in_band = self._in_band(facts) and facts.transport is not Transport.HOST
+        return facts.in_band.two_shot if pushed_in_band else facts.flagged.two_shot
 
     @staticmethod
     def _least_bytes(facts: GroupFacts) -> tuple[int, str]:
@@ -68,12 +83,17 @@ class LowPrecision(KernelStrategy):
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         capacity = self._slots(facts) // packet.bytes
-        if self._in_band(facts):
+        if self._in_band(facts) and facts.transport is not Transport.HOST:
             return self._plan_in_band(facts, packets, capacity, packet.bytes)
+        if self._in_band(facts) and self._published(facts, message, packets, packet.bytes):
+            launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
+            return dataclasses.replace(launch, wire_format=wire_format)
         # With flags a lane has packets for a warp each before there is another lane.
         most = tables.low_precision_lanes(facts.transport, facts.lanes)
         lanes = max(1, min(most, math.ceil(packets / FLAGGED_WARPS)))
         chunk = min(capacity, math.ceil(packets / lanes))
+        if facts.transport is Transport.HOST:
+            chunk = min(chunk, FLAGGED_WARPS)
         return Launch(
             Algorithm.LOW_PRECISION,
             lanes=lanes,

@@ -25,10 +25,13 @@ class OneShot(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         slot_bytes = facts.in_band.one_shot
         if facts.transport is Transport.HOST:
-            if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(facts.world_size)):
-                return spread_published(message, facts.lanes)
+            if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(self.name, facts.world_size)):
+                return spread_published(Algorithm.ONE_SHOT, message.vectors, facts.lanes)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)
-        lanes = min(tables.flagged_lanes(facts.transport, facts.lanes), MAX_FLAGGED_LANES)
-        return spread(message.vectors, Algorithm.ONE_SHOT, facts.flagged.one_shot, lanes, parts=1)
+        lanes = tables.flagged_lanes(facts.transport, facts.lanes, message.payload_bytes)
+        most = tables.vectors_per_thread(facts.transport)
+        return spread(
+            message.vectors, Algorithm.ONE_SHOT, facts.flagged.one_shot, min(lanes, MAX_FLAGGED_LANES), 1, most
+        )

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm
-from llm_allreduce_plugin.strategies.base import KernelStrategy, Message, spread, spread_in_band
+from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.strategies.base import (
+    VECTOR_BYTES,
+    KernelStrategy,
+    Message,
+    spread,
+    spread_in_band,
+    spread_published,
+)
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.decision import Launch
@@ -20,8 +29,15 @@ class TwoShot(KernelStrategy):
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         parts = facts.world_size
-        if slot_bytes := facts.in_band.two_shot:
+        slot_bytes = facts.in_band.two_shot
+        if facts.transport is Transport.HOST:
+            vectors = math.ceil(message.vectors / parts)  # of the largest part
+            limit = tables.host_in_band_bytes(self.name, facts.world_size)
+            if vectors * VECTOR_BYTES <= slot_bytes and message.payload_bytes <= limit:
+                return spread_published(Algorithm.TWO_SHOT, vectors, facts.lanes)
+        elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
-        lanes = tables.flagged_lanes(facts.transport, facts.lanes)
-        return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts)
+        lanes = tables.flagged_lanes(facts.transport, facts.lanes, message.payload_bytes)
+        most = tables.vectors_per_thread(facts.transport)
+        return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)
