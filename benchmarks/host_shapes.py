@@ -50,11 +50,11 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
     shapes: list[Shape] = []
     if small:
         in_band = [4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB]
-        for size, threads in itertools.product(in_band, (64, 256, 512)):
+        for size, threads in itertools.product(in_band, (64, 128, 256)):
             used = math.ceil(size / 16 / threads)
             if used <= lanes:
                 shapes.append(("ONESHOT in band", size, used, threads, size // 16))
-        for size, threads in itertools.product([64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB], (64, 256, 512)):
+        for size, threads in itertools.product([64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB], (64, 128, 256)):
             vectors = math.ceil(size / 16 / world_size)
             used = min(lanes, math.ceil(vectors / threads))
             shapes.append(("TWOSHOT in band", size, used, threads, vectors))

@@ -65,9 +65,9 @@ struct SlotCounts {
 };
 
 SlotCounts in_band_counts(const lar_layout_wish& wish) {
-  const int64_t pushed = LAR_IN_BAND_SLOTS * int64_t{wish.world_size - 1};
-  return wish.published ? SlotCounts{LAR_PUBLISHED_SLOTS, pushed, LAR_PUBLISHED_SLOTS}
-                        : SlotCounts{pushed, pushed, pushed};
+  const int64_t peers = wish.world_size - 1;
+  if (wish.published) return {LAR_PUBLISHED_SLOTS, LAR_PUBLISHED_SLOTS * peers, LAR_PUBLISHED_SLOTS};
+  return {LAR_IN_BAND_SLOTS * peers, LAR_IN_BAND_SLOTS * peers, LAR_IN_BAND_SLOTS * peers};
 }
 
 SlotCounts flagged_counts(const lar_layout_wish& wish) {

@@ -59,18 +59,21 @@ struct Fp8Packet {
     const float scale = Codec::scale(__uint_as_float(most));
     const float multiplier = Codec::multiplier(scale);
     uint4 raw;
-    auto* codes = reinterpret_cast<uint8_t*>(&raw);
+    auto* words = reinterpret_cast<uint32_t*>(&raw);
 #pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) codes[i] = Codec::encode(values[i], multiplier);
+    for (int i = 0; i < kThreadValues; i += 4) {
+      const float four[] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+      words[i / 4] = Codec::encode(four, multiplier);
+    }
     return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
   }
 
   // For the whole warp.
   __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
     const float scale = __uint_as_float(__shfl_sync(kWholeWarp, raw.x, kThreads));
-    const auto* codes = reinterpret_cast<const uint8_t*>(&raw);
+    const auto* pairs = reinterpret_cast<const uint16_t*>(&raw);
 #pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) values[i] = Codec::decode(codes[i], scale);
+    for (int i = 0; i < kThreadValues; i += 2) Codec::decode(pairs[i / 2], scale, values[i], values[i + 1]);
   }
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {

@@ -20,7 +20,9 @@ enum {
   LAR_VECTOR_BYTES = 16,          // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 1024,           // blocks that may take part in one call
   LAR_MAX_THREADS = 512,          // threads per block
-  LAR_MAX_FLAGGED_THREADS = 256,  // the same for kernels that wait for flags, which keep more in registers
+  // The same for kernels that wait for flags or go through host memory, which keep more in registers and have one more
+  // warp (device/lane.cuh).
+  LAR_MAX_FLAGGED_THREADS = 256,
   // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,
@@ -78,7 +80,7 @@ typedef struct lar_slots {
 // read is stored once, in the workspace of the rank that it comes from, and read there by all; only `scatter`, where
 // every reader gets something else, lies with the readers. Then these regions have no dimension of peers:
 //   flagged     one_shot, gather  [generation 4][lane][..bytes]
-//   in band     one_shot, gather  [generation 4][..bytes]
+//   in band     one_shot, gather  [generation 4][..bytes]; scatter [generation 4][peer][..bytes]
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;

@@ -113,20 +113,22 @@ class Packets {
   const int64_t number_;
 };
 
-// This thread's vector of the packets at `index` of every wanted slot of `own`, polled and cleared. For the whole warp;
-// false for all of it when a wait expired.
-template <int kCount, typename RankOf>
+// This thread's vectors of the wanted packets, polled and, if `kClears`, cleared. For the whole warp; false for all of
+// it when a wait expired.
+template <bool kClears, int kCount, typename RankOf>
 __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase phase, char* const (&from)[kCount],
                                      const bool (&wanted)[kCount], uint4 (&vectors)[kCount], RankOf rank_of) {
   const bool complete = poll_until_complete(arguments.limit, phase, from, wanted, vectors, rank_of);
   if (!__all_sync(kWholeWarp, complete)) return false;
+  if (kClears) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) clear_in_band_if(wanted[i], from[i]);
+    for (int i = 0; i < kCount; ++i) clear_in_band_if(wanted[i], from[i]);
+  }
   return true;
 }
 
 // The encoded sum of a packet of my part, whose in-band slots begin at `slots`.
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, bool kClears>
 __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Packets<T, Fp8Packet>& packets,
                                            uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
   char* from[kWorldSize];
@@ -139,7 +141,7 @@ __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, con
     wanted[source] = source != arguments.rank;
     vectors[source] = {0u, 0u, 0u, 0u};
   }
-  if (!take(arguments, LAR_PHASE_SCATTER, from, wanted, vectors, [](int i) { return i; })) return false;
+  if (!take<kClears>(arguments, LAR_PHASE_SCATTER, from, wanted, vectors, [](int i) { return i; })) return false;
   result = packets.sum(packet, arguments.rank, vectors);
   return true;
 }
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       const uint32_t packet = packet_of(0, tile);
       if (packet >= packets.number()) break;
       uint4 result;
-      if (!sum_packet<T, kWorldSize>(arguments, packets, slots, packet, tile, result)) return;
+      if (!sum_packet<T, kWorldSize, true>(arguments, packets, slots, packet, tile, result)) return;
       outbox.fill(result);
 #pragma unroll kPeersAtOnce < kWorldSize>
       for (int step = 1; step < kWorldSize; ++step) outbox.send(arguments.to[step], gather_slots + tile, kTileVectors);
@@ -211,8 +213,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
         wanted[j] = packet_of(first + j, tile) < packets.number();
         results[j] = {0u, 0u, 0u, 0u};
       }
-      if (!take(arguments, LAR_PHASE_GATHER, from, wanted, results,
-                [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
+      if (!take<true>(arguments, LAR_PHASE_GATHER, from, wanted, results,
+                      [&](int j) { return rotated<kWorldSize>(arguments.rank, first + j); }))
         return;
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
@@ -222,7 +224,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     low_precision_published_kernel(const __grid_constant__ PublishedArguments published) {
   constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   const InBandArguments& arguments = published.in_band;
@@ -234,25 +236,26 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
   let_next_kernel_start();
 
-  const uint32_t epoch = epoch_of(arguments);
-  const uint32_t slots = slots_of_call(arguments, epoch);
-  const Publication publication(published, epoch);
-  const uint32_t first_tile = grid_thread() - lane_of_warp();
-  for (uint32_t tile = first_tile; tile < part; tile += grid_threads())
+  Publication publication(published);
+  const uint32_t slots = publication.scatter_slots();
+  const uint32_t start = publication.is_courier() ? part : publication.worker() - lane_of_warp();
+  const uint32_t stride = publication.workers();
+  for (uint32_t tile = start; tile < part; tile += stride)
 #pragma unroll kAtOnce
     for (int step = 1; step < kWorldSize; ++step)
       if (packet_of(step, tile) < packets.number())
         store_in_band(arguments.to[step], slots + tile + lane_of_warp(), packets.encoded(packet_of(step, tile)));
-  publication.clear_old_generation(part);
-  advance_epoch(arguments, epoch);
+  publication.count_call(part);
+  if (publication.is_courier()) return publication.settle_clears();
 
-  for (uint32_t tile = first_tile; tile < part && packet_of(0, tile) < packets.number(); tile += grid_threads()) {
+  for (uint32_t tile = start; tile < part && packet_of(0, tile) < packets.number(); tile += stride) {
     uint4 result;
-    if (!sum_packet<T, kWorldSize>(arguments, packets, slots, packet_of(0, tile), tile, result)) return;
+    if (!sum_packet<T, kWorldSize, false>(arguments, packets, slots, packet_of(0, tile), tile, result)) return;
     publication.store(tile + lane_of_warp(), result);
     packets.store(packet_of(0, tile), result);
   }
-  for (uint32_t tile = first_tile; tile < part; tile += grid_threads()) {
+  publication.clear_old_generation<kWorldSize>(true);
+  for (uint32_t tile = start; tile < part; tile += stride) {
     char* from[kAtOnce];
     bool wanted[kAtOnce];
     uint4 results[kAtOnce];
@@ -262,14 +265,13 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       wanted[j] = packet_of(1 + j, tile) < packets.number();
       results[j] = {0u, 0u, 0u, 0u};
     }
-    const bool complete = poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
-                                              [&](int j) { return rotated<kWorldSize>(arguments.rank, 1 + j); });
-    if (!__all_sync(kWholeWarp, complete)) return;
+    if (!take<false>(arguments, LAR_PHASE_GATHER, from, wanted, results,
+                     [&](int j) { return rotated<kWorldSize>(arguments.rank, 1 + j); }))
+      return;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
       if (wanted[j]) packets.store(packet_of(1 + j, tile), results[j]);
   }
-  settle_clears();
 }
 
 // What the flagged lanes move: packets, a warp to each.

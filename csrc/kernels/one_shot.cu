@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     one_shot_published_kernel(const __grid_constant__ PublishedArguments published) {
   const InBandArguments& arguments = published.in_band;
   const Payload<T> input(arguments.input, arguments.count);
@@ -197,21 +197,21 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
   let_next_kernel_start();
 
-  const uint32_t epoch = epoch_of(arguments);
-  const Publication publication(published, epoch);
-  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads())
-    publication.store(i, without_marker(input.load(i)));
-  publication.clear_old_generation(total_vectors);
-  advance_epoch(arguments, epoch);
+  Publication publication(published);
+  const uint32_t first = publication.is_courier() ? total_vectors : publication.worker();
+  const uint32_t stride = publication.workers();
+  for (uint32_t i = first; i < total_vectors; i += stride) publication.store(i, without_marker(input.load(i)));
+  publication.count_call(total_vectors);
+  if (publication.is_courier()) return publication.settle_clears();
+  publication.clear_old_generation<kWorldSize>(false);
 
-  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
+  for (uint32_t i = first; i < total_vectors; i += stride) {
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
     const auto address_of = [&](int peer) { return publication.vector(peer, i); };
     if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
     output.store(i, result);
   }
-  settle_clears();
 }
 
 template <typename T, int kWorldSize>

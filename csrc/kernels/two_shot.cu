@@ -344,7 +344,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     two_shot_published_kernel(const __grid_constant__ PublishedArguments published) {
   constexpr int kAtOnce = kPeersAtOnce<kWorldSize>;
   const InBandArguments& arguments = published.in_band;
@@ -356,25 +356,31 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
   let_next_kernel_start();
 
-  const uint32_t epoch = epoch_of(arguments);
-  const uint32_t slots = slots_of_call(arguments, epoch);
-  const Publication publication(published, epoch);
-  for (uint32_t i = grid_thread(); i < part; i += grid_threads())
+  Publication publication(published);
+  const uint32_t slots = publication.scatter_slots();
+  const uint32_t start = publication.is_courier() ? part : publication.worker();
+  const uint32_t stride = publication.workers();
+  for (uint32_t i = start; i < part; i += stride)
 #pragma unroll kAtOnce
     for (int step = 1; step < kWorldSize; ++step)
       if (index(step, i) < total_vectors)
         store_in_band(arguments.to[step], slots + i, without_marker(input.load(index(step, i))));
-  publication.clear_old_generation(part);
-  advance_epoch(arguments, epoch);
+  publication.count_call(part);
+  if (publication.is_courier()) return publication.settle_clears();
 
-  for (uint32_t i = grid_thread(); i < part && index(0, i) < total_vectors; i += grid_threads()) {
+  for (uint32_t i = start; i < part && index(0, i) < total_vectors; i += stride) {
     const uint4 mine = without_marker(input.load(index(0, i)));
     uint4 result;
-    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
+    const auto address_of = [&](int peer) {
+      const uint32_t at = slots + i + slot_of_peer<kWorldSize>(arguments, peer);
+      return arguments.own + int64_t{at} * LAR_VECTOR_BYTES;
+    };
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_SCATTER, address_of, mine, result)) return;
     publication.store(i, result);
     output.store(index(0, i), result);
   }
-  for (uint32_t i = grid_thread(); i < part; i += grid_threads()) {
+  publication.clear_old_generation<kWorldSize>(true);
+  for (uint32_t i = start; i < part; i += stride) {
 #pragma unroll 1
     for (int first = 1; first < kWorldSize; first += kAtOnce) {
       char* from[kAtOnce];
@@ -394,7 +400,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
         if (wanted[j]) output.store(index(first + j, i), results[j]);
     }
   }
-  settle_clears();
 }
 
 template <typename T, int kWorldSize>

@@ -129,7 +129,8 @@ def spread_published(algorithm: Algorithm, vectors: int, lanes: int) -> Launch:
     ``vectors``: of the message, or of the largest part. One round: larger messages go by flags.
     """
     vectors = max(1, vectors)
-    threads = next((threads for threads in IN_BAND_THREADS if threads * lanes >= vectors), MAX_THREADS)
+    choices = (threads for threads in IN_BAND_THREADS if threads <= MAX_FLAGGED_THREADS)
+    threads = next((threads for threads in choices if threads * lanes >= vectors), MAX_FLAGGED_THREADS)
     used = min(lanes, math.ceil(vectors / threads))
     return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
 
