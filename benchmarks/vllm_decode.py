@@ -7,7 +7,9 @@ A Llama of the given width with dummy weights, torch.compile and full CUDA graph
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
 200 steps in which the whole batch decodes. (The time of many tokens less that of one, taken before, carries the
 jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the same
-tokens for the same 256 requests.
+tokens for the same 256 requests. ``--no-peer-access``: as on a node whose GPUs do not see each other: NCCL with
+NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median time of 32 prompts of 1024 tokens with
+one new token each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 BATCHES = (1, 8, 32, 128)
 STEPS = 200
+PREFILLS = 3
 NOT_COUNTED = 10  # steps at either end of a run
 
 
@@ -63,8 +66,11 @@ def run_variant(arguments: argparse.Namespace) -> None:
 
     started = time.monotonic()
     extra: dict[str, Any] = {}
+    if arguments.no_peer_access:
+        extra["disable_custom_all_reduce"] = True
     if arguments.variant != "default":
         settings = {"allreduce_strategy": arguments.variant, "report_dir": arguments.report}
+        settings |= {"transport": "host"} if arguments.no_peer_access else {}
         extra["additional_config"] = {"allreduce": settings}
     llm = LLM(
         model=arguments.model,
@@ -117,6 +123,10 @@ def run_variant(arguments: argparse.Namespace) -> None:
         steps = step_times(batch)
         result[f"ms_per_token_batch_{size}"] = round(statistics.median(steps) * 1000, 3)
         result[f"steps_batch_{size}"] = len(steps)
+    prefills = []
+    for _ in range(PREFILLS + 1):  # the first one is not counted
+        prefills.append(generate(prompts(32, 1024, 1024), 1)[0])
+    result["prefill_32x1024_s"] = round(statistics.median(prefills[1:]), 3)
     result["tokens"] = []
     if arguments.requests:
         seconds, result["tokens"] = generate(prompts(arguments.requests, 16, 96), 48)
@@ -125,7 +135,9 @@ def run_variant(arguments: argparse.Namespace) -> None:
     Path(arguments.result).write_text(json.dumps(result))
 
 
-def start_variant(variant: str, tp: int, requests: int, model: Path, work: Path, log: Path) -> dict[str, Any]:
+def start_variant(
+    variant: str, tp: int, arguments: argparse.Namespace, model: Path, work: Path, log: Path
+) -> dict[str, Any]:
     report = work / f"report-{variant}-{tp}"
     result = work / f"result-{variant}-{tp}.json"
     environment = dict(os.environ)
@@ -141,8 +153,11 @@ def start_variant(variant: str, tp: int, requests: int, model: Path, work: Path,
         "--model",
         str(model),
         "--requests",
-        str(requests),
+        str(arguments.requests),
     ]
+    if arguments.no_peer_access:
+        command.append("--no-peer-access")
+        environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     command += ["--result", str(result), "--report", str(report)]
     with log.open("wb") as sink:
         subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT, timeout=400, check=False)  # noqa: S603
@@ -162,6 +177,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--variants", nargs="+", default=["default", "MINLATENCY"])
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
+    parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
@@ -178,7 +194,14 @@ def main() -> None:
 
     def record() -> None:
         if arguments.out:
-            write_record(arguments.out, rows, harness=__doc__, width=arguments.width, layers=arguments.layers)
+            write_record(
+                arguments.out,
+                rows,
+                harness=__doc__,
+                width=arguments.width,
+                layers=arguments.layers,
+                peer_access=not arguments.no_peer_access,
+            )
 
     with tempfile.TemporaryDirectory(prefix="vllm-bench-") as folder:
         work = Path(folder)
@@ -187,13 +210,14 @@ def main() -> None:
             tokens = {}
             for variant in arguments.variants:
                 log = arguments.logs / f"vllm-{variant}-tp{tp}.log"
-                answer = start_variant(variant, tp, arguments.requests, work / "model", work, log)
+                answer = start_variant(variant, tp, arguments, work / "model", work, log)
                 tokens[variant] = answer.pop("tokens")
                 row = {"tp": tp, "variant": variant, **answer}
                 rows.append(row)
                 times = "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)
                 print(
-                    f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s",
+                    f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; prefill "
+                    f"{row['prefill_32x1024_s']} s; start {row['start_s']} s",
                     flush=True,
                 )
                 record()

@@ -7,12 +7,15 @@ NVLink). With two ranks both send S, so one-shot wins again where the second ste
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from llm_allreduce_plugin.selection.facts import Transport
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.facts import GroupFacts
+
+_T = TypeVar("_T")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -94,35 +97,44 @@ FLAGGED = {
 # Through pinned host memory.
 HOST = {
     2: Table((Range(None, "ONESHOT"),), "measured on H200 through host memory"),
-    3: _changeover(192 * KIB, "an estimate between 2 and 4 ranks"),
-    4: _changeover(128 * KIB, "measured on H200 through host memory"),
-    5: _changeover(96 * KIB, "an estimate beyond 4 ranks"),
-    6: _changeover(64 * KIB, "an estimate beyond 4 ranks"),
-    7: _changeover(64 * KIB, "an estimate beyond 4 ranks"),
-    8: _changeover(48 * KIB, "an estimate beyond 4 ranks"),
-    16: _changeover(16 * KIB, "an estimate beyond 4 ranks"),
+    3: _changeover(128 * KIB, "an estimate between 2 and 4 ranks"),
+    4: _changeover(64 * KIB, "measured on H200 through host memory"),
+    5: _changeover(48 * KIB, "an estimate beyond 4 ranks"),
+    6: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
+    7: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
+    8: _changeover(24 * KIB, "an estimate beyond 4 ranks"),
+    16: _changeover(8 * KIB, "an estimate beyond 4 ranks"),
 }
 
 # Through host memory: the largest message whose readiness travels inside the data.
 HOST_IN_BAND_BYTES = {
-    "ONESHOT": {2: 256 * KIB, 4: 256 * KIB, 8: 64 * KIB},
-    "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 8: 256 * KIB},
-    "LOWPRECISION": {2: 1 * MIB, 4: 1 * MIB, 8: 1 * MIB},
+    "ONESHOT": {2: 256 * KIB, 4: 256 * KIB, 16: 64 * KIB},
+    "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 16: 256 * KIB},
+    "LOWPRECISION": {16: 1 * MIB},
 }
-HOST_LANES = ((8 * MIB, 32), (None, 64))  # blocks of an exact kernel with flags, by size
+# Blocks of an exact kernel with flags, by size; measured on H200 with 2 and 4 ranks.
+HOST_LANES = {2: ((1 * MIB, 32), (None, 64)), 4: ((8 * MIB, 32), (None, 64))}
+
+
+def _of(table: Mapping[int, _T], world_size: int) -> _T:
+    """The entry of the next larger tabulated world size, or of the largest."""
+    return next((table[size] for size in table if world_size <= size), table[max(table)])
+
+
+def _by_size(steps: tuple[tuple[int | None, int], ...], payload_bytes: int) -> int:
+    return next(value for limit, value in steps if limit is None or payload_bytes <= limit)
 
 
 def host_in_band_bytes(strategy: str, world_size: int) -> int:
     """Largest message that a strategy sends in band through host memory."""
-    limits = HOST_IN_BAND_BYTES[strategy]
-    return next((limit for size, limit in limits.items() if world_size <= size), 0)
+    return _of(HOST_IN_BAND_BYTES[strategy], world_size)
 
 
-def flagged_lanes(transport: Transport, lanes: int, payload_bytes: int) -> int:
-    """Blocks that a kernel with flags may have, of those that the workspace has lanes for."""
-    if transport is not Transport.HOST:
-        return lanes
-    return min(lanes, next(most for limit, most in HOST_LANES if limit is None or payload_bytes <= limit))
+def flagged_lanes(facts: GroupFacts, payload_bytes: int) -> int:
+    """Blocks that an exact kernel with flags may have, of those that the workspace has lanes for."""
+    if facts.transport is not Transport.HOST:
+        return facts.lanes
+    return min(facts.lanes, _by_size(_of(HOST_LANES, facts.world_size), payload_bytes))
 
 
 def vectors_per_thread(transport: Transport) -> int | None:
@@ -133,14 +145,14 @@ def vectors_per_thread(transport: Transport) -> int | None:
 def fastest_of(facts: GroupFacts) -> Table:
     """The table for a group."""
     if facts.transport is Transport.HOST:
-        return next((HOST[size] for size in HOST if facts.world_size <= size), HOST[max(HOST)])
+        return _of(HOST, facts.world_size)
     return fastest(facts.world_size, facts.architecture, in_band=facts.in_band.two_shot > 0)
 
 
 def fastest(world_size: int, architecture: int | None, *, in_band: bool) -> Table:
     """The table for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
     tables = H200 if in_band else FLAGGED
-    table = next((tables[size] for size in tables if world_size <= size), tables[max(tables)])
+    table = _of(tables, world_size)
     scale = LINK_SCALE.get(architecture or 90, 1.0) if in_band else 1.0
     if scale == 1.0:
         return table
@@ -169,27 +181,61 @@ class Split:
 SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(0, 132, 16, 0),), ("TWOSHOT", 2): ()}
 TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
 
-# LOWPRECISION in band, FP8. Encoding and decoding take time of their own, so that more blocks pay up to 16 MiB.
-LOW_PRECISION_SPLITS = (Split(0, 264, 88, 87), Split(40 * MIB, 132, 33, 38))
-HOST_LOW_PRECISION_LANES = 64
+# LOWPRECISION in band, FP8, measured on H200 with 2 and 4 ranks, the latter also for more. Encoding and decoding take
+# time of their own, so that more blocks pay where the links are not busy all the time.
+LOW_PRECISION_SPLITS = {
+    2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
+    4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
+}
 
 
-def low_precision_split(payload_bytes: int) -> Split:
-    """How the lanes of a compressed message share the tasks out; ``payload_bytes`` on the wire, both ways."""
-    return next(split for split in reversed(LOW_PRECISION_SPLITS) if payload_bytes >= split.min_bytes)
+def low_precision_split(world_size: int, payload_bytes: int) -> Split:
+    """How the lanes of a compressed message share the tasks out."""
+    splits = _of(LOW_PRECISION_SPLITS, world_size)
+    return next(split for split in reversed(splits) if payload_bytes >= split.min_bytes)
 
 
-def low_precision_lanes(transport: Transport, lanes: int) -> int:
-    """Blocks that a compressed call with flags may have: more than an exact one, whose threads only move bytes."""
-    return min(lanes, HOST_LOW_PRECISION_LANES) if transport is Transport.HOST else lanes
+# Blocks of a compressed call with flags through host memory, by size; measured on H200 with 2 and 4 ranks.
+HOST_LOW_PRECISION_LANES = {
+    2: ((512 * KIB, 16), (2 * MIB, 32), (None, 64)),
+    4: ((512 * KIB, 16), (8 * MIB, 32), (None, 64)),
+}
+
+
+def low_precision_lanes(facts: GroupFacts, payload_bytes: int) -> int:
+    """Blocks that a compressed call with flags may have."""
+    if facts.transport is not Transport.HOST:
+        return facts.lanes
+    return min(facts.lanes, _by_size(_of(HOST_LOW_PRECISION_LANES, facts.world_size), payload_bytes))
+
+
+_MEASURED = "measured on H200"
+
+# The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
+# larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
+# compression costs does not depend on them, what it saves is inverse to them.
+LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]] = {
+    (Transport.SYMMETRIC, "fp8"): ({2: 2304 * KIB, 4: 2 * MIB}, _MEASURED),
+    (Transport.SYMMETRIC, "tq3"): ({4: 16 * MIB}, "an estimate"),
+    (Transport.SYMMETRIC, "hadamard2"): ({4: 16 * MIB}, "an estimate"),
+    (Transport.HOST, "fp8"): ({4: 96 * KIB}, _MEASURED),
+    (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 288 * KIB}, _MEASURED),
+    (Transport.HOST, "hadamard2"): ({4: 512 * KIB}, "an estimate from TQ3"),
+}
 
 
 def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, str]:
     """The smallest message per rank for which compression is faster, and how that is known."""
-    if facts.transport is Transport.SHM:
+    if (facts.transport, wire_format) not in LOW_PRECISION_PAYS_FROM:
         return 0, "CPU ranks compress everything"
-    del wire_format
-    return 0, ""
+    sizes, source = LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
+    least = _of(sizes, facts.world_size)
+    if facts.world_size > max(sizes):
+        source += f" with {max(sizes)} ranks"
+    scale = LINK_SCALE.get(facts.architecture or 90, 1.0) if facts.transport is Transport.SYMMETRIC else 1.0
+    if scale != 1.0:
+        source += f", scaled by {scale} for sm_{facts.architecture}"
+    return int(least * scale), source
 
 
 def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:

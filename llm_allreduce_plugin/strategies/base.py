@@ -123,14 +123,15 @@ def spread_in_band(
     return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
 
 
-def spread_published(algorithm: Algorithm, vectors: int, lanes: int) -> Launch:
-    """How an in-band call through host memory is spread: a vector to a thread, in small blocks while there are lanes.
+def spread_published(algorithm: Algorithm, vectors: int, lanes: int, *, per_thread: int = 1) -> Launch:
+    """How an in-band call through host memory is spread: in small blocks as long as there are lanes.
 
-    ``vectors``: of the message, or of the largest part. One round: larger messages go by flags.
+    ``vectors``: of the message, or of the largest part; a thread has at most ``per_thread`` before blocks grow. One
+    round: larger messages go by flags. Measured on H200 with benchmarks/host_shapes.py.
     """
     vectors = max(1, vectors)
     choices = (threads for threads in IN_BAND_THREADS if threads <= MAX_FLAGGED_THREADS)
-    threads = next((threads for threads in choices if threads * lanes >= vectors), MAX_FLAGGED_THREADS)
+    threads = next((threads for threads in choices if threads * lanes * per_thread >= vectors), MAX_FLAGGED_THREADS)
     used = min(lanes, math.ceil(vectors / threads))
     return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
 

@@ -51,9 +51,14 @@ class LowPrecision(KernelStrategy):
                 f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
                 f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
             )
-        least, why = self._least_bytes(facts)
+        settings = facts.low_precision
+        if settings.min_bytes is not None:
+            if message.payload_bytes < settings.min_bytes:
+                return f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
+            return None
+        least, source = tables.low_precision_pays_from(facts, settings.wire_format)
         if message.payload_bytes < least:
-            return f"messages below {least} bytes stay exact ({why})"
+            return f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
         return None
 
     @staticmethod
@@ -70,13 +75,6 @@ class LowPrecision(KernelStrategy):
         pushed_in_band = self._in_band(facts) and facts.transport is not Transport.HOST
         return facts.in_band.two_shot if pushed_in_band else facts.flagged.two_shot
 
-    @staticmethod
-    def _least_bytes(facts: GroupFacts) -> tuple[int, str]:
-        settings = facts.low_precision
-        if settings.min_bytes is not None:
-            return int(settings.min_bytes), "low_precision.min_bytes"
-        return tables.low_precision_pays_from(facts, settings.wire_format)
-
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
         wire_format = facts.low_precision.wire_format
@@ -84,12 +82,12 @@ class LowPrecision(KernelStrategy):
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         capacity = self._slots(facts) // packet.bytes
         if self._in_band(facts) and facts.transport is not Transport.HOST:
-            return self._plan_in_band(facts, packets, capacity, packet.bytes)
+            return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)
         if self._in_band(facts) and self._published(facts, message, packets, packet.bytes):
             launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
         # With flags a lane has packets for a warp each before there is another lane.
-        most = tables.low_precision_lanes(facts.transport, facts.lanes)
+        most = tables.low_precision_lanes(facts, message.payload_bytes)
         lanes = max(1, min(most, math.ceil(packets / FLAGGED_WARPS)))
         chunk = min(capacity, math.ceil(packets / lanes))
         if facts.transport is Transport.HOST:
@@ -104,10 +102,10 @@ class LowPrecision(KernelStrategy):
         )
 
     @staticmethod
-    def _plan_in_band(facts: GroupFacts, packets: int, capacity: int, packet_bytes: int) -> Launch:
+    def _plan_in_band(facts: GroupFacts, payload_bytes: int, packets: int, capacity: int, packet_bytes: int) -> Launch:
         rounds = math.ceil(packets / capacity)
         chunk = math.ceil(packets / rounds)
-        split = tables.low_precision_split(packets * packet_bytes * facts.world_size)
+        split = tables.low_precision_split(facts.world_size, payload_bytes)
         # A warp to a packet: no more lanes than the part has packets for.
         warps = MAX_THREADS // WARP_THREADS
         lanes = min(facts.lanes * split.lanes // tables.LARGEST_GRID, max(FEWEST_LANES, math.ceil(packets / warps) * 3))

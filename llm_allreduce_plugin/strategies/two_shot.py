@@ -34,10 +34,10 @@ class TwoShot(KernelStrategy):
             vectors = math.ceil(message.vectors / parts)  # of the largest part
             limit = tables.host_in_band_bytes(self.name, facts.world_size)
             if vectors * VECTOR_BYTES <= slot_bytes and message.payload_bytes <= limit:
-                return spread_published(Algorithm.TWO_SHOT, vectors, facts.lanes)
+                return spread_published(Algorithm.TWO_SHOT, vectors, facts.lanes, per_thread=2)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
-        lanes = tables.flagged_lanes(facts.transport, facts.lanes, message.payload_bytes)
+        lanes = tables.flagged_lanes(facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)

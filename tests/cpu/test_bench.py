@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin.bench import worker
-from llm_allreduce_plugin.bench.candidates import Bound
+from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.ranks import RankContext
 from llm_allreduce_plugin.cli import app
 from tests.conftest import PoolFor
@@ -38,7 +38,7 @@ def test_bench_on_cpu_ranks(tmp_path: Path) -> None:
 
 def _measure_with_a_fault(context: RankContext) -> worker.Measurement:
     """One element of one rank's answer off by a bit."""
-    assert worker.open_all(context, ("ONESHOT",)) == {}
+    assert worker.open_all(context, ("ONESHOT",), OurSettings()) == {}
     candidate = worker._open["ONESHOT"]
     bind = candidate.bind
 

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 
-from tests.support.local_group import LocalGroup
+from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.codecs.two_shot import compressed_sum
+from llm_allreduce_plugin.config import WireFormat
+from tests.support.local_group import LocalGroup, message_of
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 
@@ -34,6 +37,18 @@ def main() -> None:
         group.workspaces[1].probe_check(7, verdict.data_ptr(), group.streams[1].cuda_stream)
         torch.cuda.synchronize()
         assert verdict.tolist() == [3] * world_size
+    for world_size, wire in itertools.product((2, 5), WireFormat):
+        compressing: list[dict[str, Any]] = [{"in_band": True, "split": (1, 1)}, {"in_band": False}, {"host": True}]
+        for kind in compressing:
+            if wire is not WireFormat.FP8 and "split" in kind:
+                continue
+            group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, **kind)
+            for size in (1, 1025, 40_000):
+                inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
+                owned = group.launch_of("LOWPRECISION", message_of(inputs[0])).owned_vectors * 16
+                expected = compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
+                for output in group.all_reduce("LOWPRECISION", inputs):
+                    assert_same_bits(output, expected, f"{wire} x {size}")
     print("every kernel ran")  # noqa: T201
 
 

@@ -108,7 +108,10 @@ def test_reference_is_the_sum_of_the_inputs() -> None:
     [
         (["--op", "max"], "--op max: must be sum"),
         (["-d", "int8"], "--datatype int8: must be one of"),
-        (["--cpu", "--with", "ONESHOT,magic"], "--with magic: must be one of ONESHOT, TWOSHOT, MINLATENCY, gloo"),
+        (
+            ["--cpu", "--with", "ONESHOT,magic"],
+            "--with magic: must be one of ONESHOT, TWOSHOT, MINLATENCY",
+        ),
         (["-b", "1M", "-e", "1K"], "is less than"),
     ],
 )

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.communicator import HOST_IN_BAND_SHARE
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.selection.tables import LINK_SCALE, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.strategies.base import MAX_THREADS, VECTOR_BYTES, spread
+from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, spread
 
 S = AllReduceStrategy
 
@@ -34,7 +35,11 @@ def facts(
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
     lanes = {Transport.SHM: 1, Transport.HOST: 64, Transport.SYMMETRIC: 264}[transport]  # the last an H200's
-    share = {Transport.SHM: 0, Transport.HOST: workspace // 8, Transport.SYMMETRIC: workspace if in_band else 0}
+    share = {
+        Transport.SHM: 0,
+        Transport.HOST: workspace // HOST_IN_BAND_SHARE,
+        Transport.SYMMETRIC: workspace if in_band else 0,
+    }
     layout = _C.make_layout(
         world_size,
         lanes,
@@ -103,7 +108,7 @@ def test_spread_covers_every_vector_exactly(vectors: int, chunk_vectors: int, la
 
 @given(
     st.integers(0, 1 << 28),
-    any_facts.filter(lambda group: group.in_band.two_shot > 0),
+    any_facts.filter(lambda group: group.transport is Transport.SYMMETRIC and group.in_band.two_shot > 0),
     st.sampled_from(("ONESHOT", "TWOSHOT", "MINLATENCY")),
 )
 def test_in_band_launches_fit_their_slots(count: int, group: GroupFacts, strategy: str) -> None:
@@ -120,6 +125,58 @@ def test_in_band_launches_fit_their_slots(count: int, group: GroupFacts, strateg
     assert 1 <= launch.lanes <= group.lanes
     assert 32 <= launch.threads <= MAX_THREADS
     assert launch.scatter_lanes + launch.drain_lanes < launch.lanes
+
+
+@given(
+    st.integers(1, 1 << 28),
+    any_facts.filter(lambda group: group.transport is Transport.HOST),
+    st.sampled_from(("ONESHOT", "TWOSHOT", "MINLATENCY")),
+)
+def test_launches_through_host_memory_fit_their_slots(count: int, group: GroupFacts, strategy: str) -> None:
+    launch = decide(config(strategy), group, count, "bfloat16").launch
+    assert launch is not None
+    one_shot = launch.algorithm is Algorithm.ONE_SHOT
+    parts = 1 if one_shot else group.world_size
+    slots = group.in_band if launch.in_band else group.flagged
+    assert 1 <= launch.chunk_vectors * VECTOR_BYTES <= (slots.one_shot if one_shot else slots.two_shot)
+    assert launch.owned_vectors * parts * VECTOR_BYTES * launch.rounds >= count * 2
+    assert launch.rounds == 1 or not launch.in_band
+    assert 1 <= launch.lanes <= group.lanes
+    assert 32 <= launch.threads <= MAX_FLAGGED_THREADS
+
+
+def test_small_messages_go_in_band_through_host_memory() -> None:
+    group = facts(4, Transport.HOST, workspace=12 << 20)
+    for size, algorithm, in_band in (
+        (4 << 10, Algorithm.ONE_SHOT, True),
+        (64 << 10, Algorithm.ONE_SHOT, True),
+        (128 << 10, Algorithm.TWO_SHOT, True),
+        (512 << 10, Algorithm.TWO_SHOT, True),
+        (1 << 20, Algorithm.TWO_SHOT, False),
+        (1 << 26, Algorithm.TWO_SHOT, False),
+    ):
+        launch = decide(config("MINLATENCY"), group, size // 2, "bfloat16").launch
+        assert launch is not None
+        assert (launch.algorithm, launch.in_band) == (algorithm, in_band), size
+
+
+def test_compression_runs_where_it_is_faster() -> None:
+    """From a measured size on for each kind of memory, scaled to what the links carry."""
+    group = facts(4, in_band=True)
+    assert low_precision(1 << 20, "bfloat16", group).strategy is S.LOWPRECISION
+    small = low_precision((1 << 20) - 1, "bfloat16", group)
+    assert small.strategy is S.MINLATENCY
+    assert small.reason == "below 2097152 bytes the exact kernels are faster than fp8 (measured on H200)"
+    pcie = low_precision(1 << 17, "bfloat16", facts(8, in_band=True, architecture=89))
+    assert pcie.strategy is S.LOWPRECISION
+    assert (
+        "with 4 ranks, scaled by 0.1 for sm_89"
+        in low_precision(100, "bfloat16", facts(8, in_band=True, architecture=89)).reason
+    )
+    host = facts(4, Transport.HOST, workspace=12 << 20)
+    assert low_precision(48 << 10, "bfloat16", host).strategy is S.LOWPRECISION
+    assert low_precision((48 << 10) - 1, "bfloat16", host).strategy is S.MINLATENCY
+    assert low_precision(8, "bfloat16", host, min_bytes=0).strategy is S.LOWPRECISION
 
 
 def test_min_latency_takes_the_kernel_of_the_table() -> None:
@@ -203,7 +260,6 @@ def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
             low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
             "messages below 1048576 bytes stay exact (low_precision.min_bytes)",
         ),
-        (low_precision(4096, "bfloat16", facts()), "the LOWPRECISION kernel for GPUs has not been tried on one yet"),
         (low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16)), "for 2 to 8 ranks, not 16"),
     ):
         assert decision.strategy is S.MINLATENCY
