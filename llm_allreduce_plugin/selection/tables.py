@@ -216,11 +216,11 @@ _MEASURED = "measured on H200"
 # compression costs does not depend on them, what it saves is inverse to them.
 LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]] = {
     (Transport.SYMMETRIC, "fp8"): ({2: 2304 * KIB, 4: 2 * MIB}, _MEASURED),
-    (Transport.SYMMETRIC, "tq3"): ({4: 16 * MIB}, "an estimate"),
-    (Transport.SYMMETRIC, "hadamard2"): ({4: 16 * MIB}, "an estimate"),
+    (Transport.SYMMETRIC, "tq3"): ({4: 4 * MIB}, _MEASURED),
+    (Transport.SYMMETRIC, "hadamard2"): ({4: 26 * MIB}, _MEASURED),
     (Transport.HOST, "fp8"): ({4: 96 * KIB}, _MEASURED),
-    (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 288 * KIB}, _MEASURED),
-    (Transport.HOST, "hadamard2"): ({4: 512 * KIB}, "an estimate from TQ3"),
+    (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
+    (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }
 
 
@@ -230,8 +230,8 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, s
         return 0, "CPU ranks compress everything"
     sizes, source = LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
     least = _of(sizes, facts.world_size)
-    if facts.world_size > max(sizes):
-        source += f" with {max(sizes)} ranks"
+    if facts.world_size not in sizes:
+        source += f" with {next((size for size in sizes if facts.world_size <= size), max(sizes))} ranks"
     scale = LINK_SCALE.get(facts.architecture or 90, 1.0) if facts.transport is Transport.SYMMETRIC else 1.0
     if scale != 1.0:
         source += f", scaled by {scale} for sm_{facts.architecture}"

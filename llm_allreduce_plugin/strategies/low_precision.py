@@ -106,9 +106,8 @@ class LowPrecision(KernelStrategy):
         rounds = math.ceil(packets / capacity)
         chunk = math.ceil(packets / rounds)
         split = tables.low_precision_split(facts.world_size, payload_bytes)
-        # A warp to a packet: no more lanes than the part has packets for.
-        warps = MAX_THREADS // WARP_THREADS
-        lanes = min(facts.lanes * split.lanes // tables.LARGEST_GRID, max(FEWEST_LANES, math.ceil(packets / warps) * 3))
+        # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
+        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
         return Launch(
             Algorithm.LOW_PRECISION,
             lanes=lanes,
