@@ -125,10 +125,11 @@ class TwoShotLane {
     const char* first_source = scatter_slot(rank, 0, chunk);
     const int64_t stride = workspace_.layout.lanes * slots_.two_shot_bytes;  // from source to source
     const int copies = shared_copies(workspace_.layout);
+    constexpr int kTargetsAtOnce = kWorldSize > 4 ? 1 : kWorldSize - 1;  // whose addresses are kept in registers
     cargo_.reduce(
         piece(chunk, rank), rank, [&](int source) { return first_source + source * stride; },
         [&](auto store) {
-#pragma unroll kPeersAtOnce < kWorldSize>
+#pragma unroll kTargetsAtOnce
           for (int step = 1; step < kWorldSize; ++step)
             if (step <= copies) store(gather_slot(rotated<kWorldSize>(rank, step), rank, chunk));
         });

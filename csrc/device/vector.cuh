@@ -65,14 +65,14 @@ struct Accumulator {
   }
 };
 
-// The sum of the vectors part(0) .. part(kWorldSize - 1), in that order. Loads run ahead of the additions, eight
-// at a time: enough in flight to hide their latency, few enough to stay in registers with 16 ranks.
+// The sum of the vectors part(0) .. part(kWorldSize - 1), in that order. Loads run ahead of the additions: those
+// of all ranks, or with 16, four at a time, to stay in registers.
 template <typename T, int kWorldSize, typename LoadPart>
 __device__ __forceinline__ uint4 sum_in_rank_order(LoadPart part) {
-  constexpr int kGroup = kWorldSize < 8 ? kWorldSize : 8;
+  constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;
   static_assert(kWorldSize % kGroup == 0, "groups must tile the ranks");
   Accumulator<T> sum;
-#pragma unroll
+#pragma unroll 1
   for (int first = 0; first < kWorldSize; first += kGroup) {
     uint4 loaded[kGroup];
 #pragma unroll
@@ -89,6 +89,7 @@ template <typename T, int kWorldSize, typename LoadPart, typename Store>
 __device__ __forceinline__ void sum_vectors(int64_t span, int threads, LoadPart part, Store store) {
   constexpr int kAtOnce = kWorldSize > 4 ? 1 : 8 / kWorldSize;
   if constexpr (kAtOnce == 1) {
+#pragma unroll 1
     for (int64_t i = threadIdx.x; i < span; i += threads)
       store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
   } else {

@@ -278,7 +278,8 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 template <typename T, int kWorldSize, typename Packet>
 class PacketCargo {
  public:
-  static constexpr int kOwnersAtOnce = kWorldSize < 4 ? kWorldSize - 1 : 3;
+  // As many as fit the registers of a thread.
+  static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : 2;
 
   __device__ __forceinline__ explicit PacketCargo(const lar_message& message)
       : packets_(message.input, message.output, message.count) {}

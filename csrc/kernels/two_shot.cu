@@ -37,7 +37,8 @@ namespace {
 template <typename T, int kWorldSize>
 class Vectors {
  public:
-  static constexpr int kOwnersAtOnce = kPeersAtOnce<kWorldSize>;
+  // As many as fit the registers of a thread.
+  static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : kWorldSize <= 8 ? 4 : 1;
 
   __device__ __forceinline__ explicit Vectors(const lar_message& message)
       : input_(message.input, message.count),
