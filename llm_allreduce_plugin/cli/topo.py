@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin.errors import TopologyError
+from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.topology import NodeTopology, group_facts, strategy_table
 
 _LEGEND = """\
@@ -83,7 +84,8 @@ def render(topology: NodeTopology, world_size: int | None) -> str:
         if switches:
             parts.append(f"Multicast is switched off here by {' and '.join(switches)}")
     facts = group_facts(topology, world_size)
-    parts += ["", f"Strategies for a group of {facts.world_size}:"]
+    through = {Transport.SYMMETRIC: "each other's memory", Transport.HOST: "pinned host memory"}.get(facts.transport)
+    parts += ["", f"Strategies for a group of {facts.world_size}{f' through {through}' if through else ''}:"]
     rows = [[f"  {name}", "yes" if reason is None else "no", reason or ""] for name, reason in strategy_table(facts)]
     parts.append(_grid(rows))
     if topology.gpus:

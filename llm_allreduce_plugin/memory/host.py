@@ -6,7 +6,9 @@ POSIX shared memory, pinned by every rank once and mapped into its GPU's address
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import sys
 
 import torch
 import torch.distributed as dist
@@ -65,12 +67,15 @@ class HostMemory:
             raise
 
     def close(self) -> None:
-        """Unpin and unmap; peers keep theirs."""
+        """Unpin and unmap; peers keep theirs. No kernel may be running on it."""
         if self._shared is not None:
-            _C.host_unregister(self._shared.address)
+            # A CUDA context that an expired wait has ended cannot unpin, nor need it.
+            with contextlib.suppress(RuntimeError):
+                _C.host_unregister(self._shared.address)
             self._shared.close()
             self._shared = None
         self._local = None
 
     def __del__(self) -> None:
-        self.close()  # pinned pages must not be unmapped
+        if not sys.is_finalizing():
+            self.close()  # pages must be unpinned before they are unmapped

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -49,6 +50,12 @@ def test_unknown_names_are_never_auto(value: object) -> None:
         return
     with pytest.raises(ValueError, match="AUTO, NCCL, UB, MINLATENCY, ONESHOT, TWOSHOT, LOWPRECISION, MNNVL"):
         AllReduceStrategy.parse(value)
+
+
+def test_transports_in_any_case() -> None:
+    assert str(AllReduceConfig(transport="HOST").transport) == "host"  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"transport='pcie': .*'auto', 'peer' or 'host'"):
+        load_config({"transport": "pcie"}, environment={})
 
 
 def test_defaults() -> None:
@@ -174,6 +181,15 @@ def test_llm_args() -> None:
             allreduce_strategy="TWOSHOT",  # type: ignore[arg-type]
             allreduce=AllReduceConfig(allreduce_strategy="ONESHOT"),  # type: ignore[arg-type]
         ).allreduce_config()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs" / "vllm").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_examples_are_valid(path: Path) -> None:
+    settings = yaml.safe_load(path.read_text()).get("additional-config", {}).get("allreduce", {})
+    assert load_config(settings, environment={}) == AllReduceConfig(**settings)
+    assert "low_precision" not in path.stem or settings["allreduce_strategy"] == "LOWPRECISION"
 
 
 def test_every_variable_is_in_the_table_and_the_readme() -> None:

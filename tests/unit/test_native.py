@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.memory.host import fill_with_marker
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
 from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path
 
@@ -130,6 +131,16 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
         assert used >= size - sum(numbers) * 256 - 1024
     assert layout.total_bytes >= end
     assert layout.total_bytes % 256 == 0
+
+
+def test_in_band_slots_in_host_memory_start_with_the_marker() -> None:
+    layout = _C.make_layout(4, 3, in_band_bytes=1 << 16, flagged_bytes=1 << 18, published=True)
+    buffer = (ctypes.c_uint32 * (layout.total_bytes // 4))()
+    fill_with_marker(ctypes.addressof(buffer), layout)
+    marked = [word == _C.IN_BAND_MARKER for word in buffer]
+    first, end = layout.in_band.one_shot_offset // 4, layout.flagged.one_shot_offset // 4
+    assert all(marked[first:end])
+    assert not any(marked[:first] + marked[end:])
 
 
 def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Array[ctypes.c_char]]]:
