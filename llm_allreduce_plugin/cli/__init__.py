@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, topo
+from llm_allreduce_plugin.cli import accuracy, bench, breakeven, topo
 
 app = typer.Typer(
     name="llm-allreduce",
@@ -36,6 +36,7 @@ def _root(
 app.command(name="topo")(topo.topo)
 app.command(name="bench")(bench.bench)
 app.command(name="accuracy")(accuracy.accuracy)
+app.command(name="breakeven")(breakeven.breakeven)
 
 
 def main() -> None:

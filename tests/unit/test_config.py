@@ -18,6 +18,7 @@ import llm_allreduce_plugin
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, LlmArgs
 from llm_allreduce_plugin.config import ENV_PREFIX, environment_table
 
+EXAMPLES = Path(__file__).parents[2] / "configs" / "vllm"
 NAMES = [str(name) for name in AllReduceStrategy]
 
 

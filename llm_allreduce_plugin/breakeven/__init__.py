@@ -1,0 +1,1 @@
+"""From which link bandwidth down compression pays: a model of the two-shot, fed with measured codec times."""

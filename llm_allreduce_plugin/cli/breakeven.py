@@ -1,0 +1,56 @@
+"""llm-allreduce breakeven: from which link bandwidth down compression pays."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llm_allreduce_plugin.cli.bench import parse_bytes
+from llm_allreduce_plugin.config import WireFormat
+
+
+def breakeven(
+    *,
+    size: Annotated[str, typer.Option("--bytes", help="Message, in bytes per rank.")] = "64M",
+    ranks: Annotated[int, typer.Option("--ranks", min=2, max=8, help="Number of ranks.")] = 4,
+    cpu: Annotated[bool, typer.Option("--cpu", help="The CPU's codecs, even where there is a GPU.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (png, svg, pdf).")] = None,
+) -> None:
+    """Compare exact and compressed all-reduces over links of any bandwidth.
+
+    Times this device's encoding and decoding, and works out the rest: what is sent, divided by the bandwidth, and
+    nothing overlapped. Of small messages, whose time is latency, it says nothing; `bench` measures those.
+    """
+    import torch
+
+    from llm_allreduce_plugin.breakeven import model
+    from llm_allreduce_plugin.breakeven.measure import codec_speed
+    from llm_allreduce_plugin.breakeven.plot import draw
+
+    payload = parse_bytes(size)
+    on_gpu = torch.cuda.is_available() and not cpu
+    device = torch.device("cuda" if on_gpu else "cpu")
+    where = torch.cuda.get_device_name(0) if on_gpu else "the CPU, which says nothing about a GPU"
+    speeds = {wire: codec_speed(wire, payload, device) for wire in WireFormat}
+    typer.echo(f"# codecs measured on {where}; {ranks} ranks")
+    for wire, speed in speeds.items():
+        typer.echo(f"# {wire}: encodes {speed.encode:.4g} GB/s of bf16, decodes {speed.decode:.4g} GB/s")
+    typer.echo(model.table(payload, ranks, speeds))
+    if json_file is not None:
+        from llm_allreduce_plugin.bench.environment import write_record
+
+        rows = [
+            {"wire_format": str(wire), **dataclasses.asdict(speed), "pays_below": model.break_even(ranks, wire, speed)}
+            for wire, speed in speeds.items()
+        ]
+        write_record(json_file, rows, bytes=payload, ranks=ranks, where=where, unit="GB/s")
+    if plot is not None:
+        try:
+            draw(payload, ranks, speeds, f"codecs of {where}", plot)
+        except RuntimeError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None

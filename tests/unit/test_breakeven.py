@@ -1,0 +1,50 @@
+"""The break-even model, and the command on CPU codecs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llm_allreduce_plugin.breakeven.model import CodecSpeed, break_even, codec_seconds, ratio, seconds, traffic
+from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.config import WireFormat
+
+RUNNER = CliRunner()
+any_speed = st.builds(CodecSpeed, encode=st.floats(0.1, 1e5), decode=st.floats(0.1, 1e5))
+
+
+def test_what_is_sent_and_coded() -> None:
+    assert [traffic(ranks) for ranks in (2, 4, 8)] == [1.0, 1.5, 1.75]
+    assert ratio(WireFormat.FP8) == pytest.approx(512 / 992)
+    assert ratio(WireFormat.TQ3) == pytest.approx(10 / 64)
+    # 4 ranks, 1 GB: encodes all of it once; decodes three quarters, three quarters and its own quarter.
+    assert codec_seconds(1e9, 4, CodecSpeed(encode=1.0, decode=2.0)) == pytest.approx(1.0 + 1.75 / 2)
+    assert seconds(1e9, 2, 10.0) == pytest.approx(0.1)
+
+
+@given(st.integers(2, 8), st.sampled_from(list(WireFormat)), any_speed, st.floats(1, 1e10))
+def test_break_even_is_where_the_lines_cross(ranks: int, wire: WireFormat, speed: CodecSpeed, size: float) -> None:
+    bandwidth = break_even(ranks, wire, speed)
+    assert seconds(size, ranks, bandwidth, wire, speed) == pytest.approx(seconds(size, ranks, bandwidth), rel=1e-6)
+    assert seconds(size, ranks, bandwidth / 2, wire, speed) < seconds(size, ranks, bandwidth / 2)
+    assert seconds(size, ranks, bandwidth * 2, wire, speed) > seconds(size, ranks, bandwidth * 2)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    record, picture = tmp_path / "b.json", tmp_path / "b.svg"
+    flags = ["--cpu", "--bytes", "256K", "--ranks", "2", "--json", str(record), "--plot", str(picture)]
+    result = RUNNER.invoke(app, ["breakeven", *flags])
+    assert result.exit_code == 0, result.output
+    assert "says nothing about a GPU" in result.output
+    lines = result.output.splitlines()
+    assert any(line.split()[:3] == ["PCIe", "4.0", "x16,"] for line in lines)
+    rows = json.loads(record.read_text())["rows"]
+    assert [row["wire_format"] for row in rows] == list(WireFormat)
+    assert all(row["encode"] > 0 and row["decode"] > 0 and row["pays_below"] > 0 for row in rows)
+    assert picture.stat().st_size > 0
+    assert RUNNER.invoke(app, ["breakeven", "--bytes", "many"]).exit_code == 2
