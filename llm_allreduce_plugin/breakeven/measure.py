@@ -19,7 +19,7 @@ REPEATS = 9
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
     """The median time of one run."""
-    times = []
+    times: list[float] = []
     for _ in range(REPEATS + 1):  # the first one warms up
         if device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
