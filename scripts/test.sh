@@ -37,7 +37,7 @@ import pathlib
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
 assert pathlib.Path(_C.__file__).resolve().is_relative_to(pathlib.Path("site").resolve()), _C.__file__
-print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, 1 << 26).total_bytes)')
+print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, in_band_bytes=1 << 26).total_bytes)')
     local status=$?
     rm -rf "$folder"
     return $status

@@ -16,10 +16,10 @@ extern "C" {
 #endif
 
 enum {
-  LAR_MAX_WORLD_SIZE = 16,        // entries in the peer pointer table
-  LAR_VECTOR_BYTES = 16,          // the unit in which messages are split: one 128-bit access
-  LAR_MAX_LANES = 1024,           // blocks that may take part in one call
-  LAR_MAX_THREADS = 512,          // threads per block
+  LAR_MAX_WORLD_SIZE = 16,  // entries in the peer pointer table
+  LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
+  LAR_MAX_LANES = 1024,     // blocks that may take part in one call
+  LAR_MAX_THREADS = 512,    // threads per block
   // The same for kernels that wait for flags or go through host memory, which keep more in registers and have one more
   // warp (device/lane.cuh).
   LAR_MAX_FLAGGED_THREADS = 256,
