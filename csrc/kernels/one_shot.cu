@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
                         round_of(step) % LAR_SLOTS, reader, source, lane.index(), true);
   };
   const int copies = shared_copies(layout);
-  constexpr int kTargetsAtOnce = kWorldSize > 8 ? 1 : kWorldSize - 1;  // whose addresses are kept in registers
+  constexpr bool kKeepsAddresses = kWorldSize <= 8;  // of the slots; those of 16 would not fit the registers
   if (lane.is_courier()) {
     for (int64_t step = 0; step < chunks; ++step)
       if (!lane.deliver(FlagPlane::kOneShot, round_of(step))) return;
@@ -160,15 +160,21 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 
   for (int64_t step = 0; step <= chunks; ++step) {
     if (step < chunks) {
+      // Peers in rotated order, so that no GPU is everyone's first target.
+      const auto slot_of_step = [&](int peer) { return slot(rotated<kWorldSize>(rank, peer), rank, step); };
+      char* slots[kWorldSize];
+      if (kKeepsAddresses) {
+#pragma unroll
+        for (int peer = 1; peer < kWorldSize; ++peer) slots[peer] = slot_of_step(peer);
+      }
       const int64_t first = first_of(step);
       const int64_t spans[] = {span_of(step)};
       move_vectors(
           spans, lane.workers(), [&](int, int64_t i) { return input.load(first + i); },
           [&](int, int64_t i, const uint4& mine) {
-      // Peers in rotated order, so that no GPU is everyone's first target.
-#pragma unroll kTargetsAtOnce
+#pragma unroll
             for (int peer = 1; peer < kWorldSize; ++peer)
-              if (peer <= copies) store_slot(slot(rotated<kWorldSize>(rank, peer), rank, step), i, mine);
+              if (peer <= copies) store_slot(kKeepsAddresses ? slots[peer] : slot_of_step(peer), i, mine);
           });
       lane.publish(FlagPlane::kOneShot, round_of(step));
     }
