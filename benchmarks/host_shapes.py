@@ -23,26 +23,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import (
-    make_input,
-    rank_ordered_sum,
+    MOST_ERROR,
+    call_of,
+    make_case,
     relative_error,
     time_graph,
     wrong_elements,
 )
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.communicator import DEFAULT_HOST_WORKSPACE_BYTES, DTYPE_CODES, HOST_IN_BAND_SHARE
+from llm_allreduce_plugin.communicator import DEFAULT_HOST_WORKSPACE_BYTES, DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.memory.host import HostMemory
+from llm_allreduce_plugin.memory.host import HostMemory, host_layout
 from llm_allreduce_plugin.wire import PACKETS
 
 DTYPE = torch.bfloat16
 KIB, MIB = 1 << 10, 1 << 20
-WIRE = {"fp8": WireFormat.FP8, "tq3": WireFormat.TQ3, "hadamard2": WireFormat.HADAMARD2}
-MOST_ERROR = {"fp8": 0.05, "tq3": 1.0, "hadamard2": 0.5}
-
 WORKERS = 256
 # kernel, bytes, lanes, threads, vectors or packets in a chunk
 Shape = tuple[str, int, int, int, int]
+
+
+def wire_of(kernel: str) -> WireFormat | None:
+    """Of ``"fp8"`` or ``"fp8 in band"``; None of an exact kernel."""
+    name = kernel.split(maxsplit=1)[0]
+    return WireFormat(name) if name in set(WireFormat) else None
 
 
 def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
@@ -66,10 +70,11 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
     if world_size > 2:
         sizes = [128 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
         kernels["TWOSHOT flagged"] = (sizes, world_size, WORKERS)
-    for wire in ("fp8", "tq3"):
+    for wire in (WireFormat.FP8, WireFormat.TQ3):
         kernels[wire] = ([256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB], world_size, WORKERS // 32)
     for kernel, (sizes, parts, unit) in kernels.items():
-        unit_bytes = 16 if kernel not in WIRE else PACKETS[WIRE[kernel]].values * DTYPE.itemsize
+        format_ = wire_of(kernel)
+        unit_bytes = 16 if format_ is None else PACKETS[format_].values * DTYPE.itemsize
         for size, used, units in itertools.product(sizes, (8, 16, 32, 64, 128), (1, 2, 3, 4)):
             pieces = math.ceil(size / unit_bytes / parts / used)  # of a lane
             least = 8 if size <= MIB else 32
@@ -85,7 +90,8 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
     one_shot = kernel.startswith("ONESHOT")
     in_band = kernel.endswith("in band")
     slots = layout.in_band if in_band else layout.flagged
-    wire = PACKETS[WIRE[kernel.split()[0]]] if kernel.split()[0] in WIRE else None
+    format_ = wire_of(kernel)
+    wire = None if format_ is None else PACKETS[format_]
     vectors = chunk if wire is None else chunk * wire.bytes // 16
     if vectors * 16 > (slots.one_shot_bytes if one_shot else slots.two_shot_bytes):
         return None
@@ -96,11 +102,7 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
 
 def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[str, Any]]:
     """Collective: one workspace, all shapes."""
-    size = DEFAULT_HOST_WORKSPACE_BYTES // context.world_size
-    in_band = size // HOST_IN_BAND_SHARE
-    layout = _C.make_layout(
-        context.world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True
-    )
+    layout = host_layout(context.world_size, lanes, DEFAULT_HOST_WORKSPACE_BYTES // context.world_size)
     memory = HostMemory.open(context.control_group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index, memory.local)
     rows = []
@@ -111,20 +113,12 @@ def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[
             continue
         count = payload // DTYPE.itemsize
         if count not in data:
-            seed = context.shared_seed()
             data.clear()
-            data[count] = (
-                make_input(seed, context.rank, count, DTYPE, context.device),
-                rank_ordered_sum(seed, context.world_size, count, DTYPE, context.device),
-            )
+            data[count] = make_case(context, count, DTYPE)
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
-
-        def call() -> None:
-            plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
-
-        timing = time_graph(context, call)
-        if (wire := kernel.split()[0]) in WIRE:
+        timing = time_graph(context, call_of(plan, mine, output))
+        if (wire := wire_of(kernel)) is not None:
             wrong = int(relative_error(output, expected) > MOST_ERROR[wire])
         else:
             wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)

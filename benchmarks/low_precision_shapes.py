@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, relative_error, time_graph
+from llm_allreduce_plugin.bench.harness import MOST_ERROR, call_of, make_case, relative_error, time_graph
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.communicator import DEFAULT_GPU_WORKSPACE_BYTES, DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
@@ -29,7 +29,6 @@ from llm_allreduce_plugin.wire import PACKETS
 
 DTYPE = torch.bfloat16
 PACKET = PACKETS[WireFormat.FP8]
-MOST_ERROR = 0.05
 # Parts of the lanes that only send, and that only take in.
 SHARES = ((0.36, 0.0), (0.5, 0.0), (0.25, 0.0), (0.2, 0.25), (0.25, 0.25), (0.25, 0.33), (0.2, 0.33), (0.33, 0.33))
 # bytes, lanes, of which scatter, of which drain
@@ -44,24 +43,19 @@ def measure(context: RankContext, shapes: list[Shape]) -> list[dict[str, Any]]:
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     for size, group in itertools.groupby(shapes, key=lambda shape: shape[0]):
-        count, seed = size // DTYPE.itemsize, context.shared_seed()
+        count = size // DTYPE.itemsize
         packets = math.ceil(count / PACKET.values / context.world_size)
         rounds = math.ceil(packets / (layout.in_band.two_shot_bytes // PACKET.bytes))
         chunk_vectors = math.ceil(packets / rounds) * PACKET.bytes // 16
-        mine = make_input(seed, context.rank, count, DTYPE, context.device)
-        exact = rank_ordered_sum(seed, context.world_size, count, DTYPE, context.device)
+        mine, exact = make_case(context, count, DTYPE)
         for _, lanes, scatter, drain in group:
             output = torch.full_like(mine, float("nan"))
             plan = _C.Plan(
                 workspace, _C.LOW_PRECISION, count, DTYPE_CODES[DTYPE], lanes, _C.MAX_THREADS, chunk_vectors,
                 in_band=True, scatter_lanes=scatter, drain_lanes=drain, wire_format=PACKET.code,
             )  # fmt: skip
-
-            def call() -> None:
-                plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
-
-            timing = time_graph(context, call)
-            wrong = int(relative_error(output, exact) > MOST_ERROR)
+            timing = time_graph(context, call_of(plan, mine, output))
+            wrong = int(relative_error(output, exact) > MOST_ERROR[WireFormat.FP8])
             row = {"bytes": size, "lanes": lanes, "scatter_lanes": scatter, "drain_lanes": drain}
             rows.append(row | {"us": round(timing.median, 2), "wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()

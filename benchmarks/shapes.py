@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, time_graph, wrong_elements
+from llm_allreduce_plugin.bench.harness import call_of, make_case, time_graph, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
@@ -74,20 +74,13 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
             chunk = math.ceil(chunk / 8) * 8
         count = size // DTYPE.itemsize
         if count not in data:
-            seed = context.shared_seed()
             data.clear()
-            data[count] = (
-                make_input(seed, context.rank, count, DTYPE, context.device),
-                rank_ordered_sum(seed, context.world_size, count, DTYPE, context.device),
-            )
+            data[count] = make_case(context, count, DTYPE)
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
         kernel = _C.ONE_SHOT if algorithm == "ONESHOT" else _C.TWO_SHOT
         plan = _C.Plan(workspace, kernel, count, DTYPE_CODES[DTYPE], used, threads, chunk, in_band, scatter, drain)
-
-        def call() -> None:
-            plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)  # noqa: B023
-
+        call = call_of(plan, mine, output)
         call()
         torch.cuda.synchronize()
         wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)

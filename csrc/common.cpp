@@ -10,8 +10,6 @@ constexpr int64_t kAlignment = 256;  // every region and every slot starts on it
 
 int64_t align_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-constexpr int64_t kPage = 4096;
-
 // Slots that start within a cache line make every packet on the links two, which
 // large messages feel. Only workspaces of the smallest size cannot afford whole lines.
 int64_t slot_bytes(int64_t bytes) {

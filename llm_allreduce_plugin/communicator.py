@@ -17,7 +17,7 @@ from llm_allreduce_plugin import _C, agreement
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
-from llm_allreduce_plugin.memory.host import HostMemory
+from llm_allreduce_plugin.memory.host import HostMemory, host_layout
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
@@ -36,7 +36,6 @@ DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 # Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
-HOST_IN_BAND_SHARE = 3  # of a workspace in host memory; the rest is for larger messages
 FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format needs flags
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
@@ -341,10 +340,7 @@ class TensorParallelCommunicator:
             return _C.make_layout(self.world_size, 1, flagged_bytes=size, published=True)
         if transport is Transport.HOST:
             size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // self.world_size)
-            in_band = size // HOST_IN_BAND_SHARE
-            return _C.make_layout(
-                self.world_size, HOST_LANES, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True
-            )
+            return host_layout(self.world_size, HOST_LANES, size)
         size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
         # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
         lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards))

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.agreement import on_every_rank
+from llm_allreduce_plugin.bench.harness import MOST_ERROR
 from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.config import WireFormat
 
 MIB = 1 << 20
 
@@ -66,13 +68,10 @@ class OurSettings:
     """
 
     transport: str = "auto"
-    wire_format: str = "fp8"
+    wire_format: WireFormat = WireFormat.FP8
 
 
 Opener = Callable[[RankContext, OurSettings], Candidate]
-
-# Relative L2 errors on normal data are about a third less, see docs/accuracy.md; more ranks make no difference.
-_MOST_ERROR = {"fp8": 0.05, "tq3": 1.0, "hadamard2": 0.5}
 
 
 def _ours(strategy: str) -> Opener:
@@ -98,7 +97,7 @@ def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
     if decision.is_fallback:
         raise RuntimeError(decision.reason)
     return Candidate(
-        bind=lambda x: lambda: group.all_reduce(x), most_error=_MOST_ERROR[settings.wire_format], close=group.close
+        bind=lambda x: lambda: group.all_reduce(x), most_error=MOST_ERROR[settings.wire_format], close=group.close
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.config import WireFormat
 
 CALLS, REPLAYS, WARMUP = 20, 15, 3
 
@@ -127,6 +129,22 @@ def rank_ordered_sum(seed: int, world_size: int, count: int, dtype: torch.dtype,
     return total.to(dtype)
 
 
+def make_case(context: RankContext, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's input from a fresh seed, and what an exact all-reduce gives. Collective."""
+    seed = context.shared_seed()
+    mine = make_input(seed, context.rank, count, dtype, context.device)
+    return mine, rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
+
+
+def call_of(plan: _C.Plan, mine: torch.Tensor, output: torch.Tensor) -> Callable[[], None]:
+    """A call of ``plan`` on the current stream, to be timed."""
+
+    def call() -> None:
+        plan(mine.data_ptr(), output.data_ptr(), torch.cuda.current_stream().cuda_stream)
+
+    return call
+
+
 def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool, world_size: int) -> int:
     """Elements that are not what they must be.
 
@@ -139,6 +157,10 @@ def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool,
         return int((output.view(word) != expected.view(word)).sum())
     allowed = world_size * torch.finfo(expected.dtype).eps * (expected.float().abs() + world_size**0.5)
     return int(((output.float() - expected.float()).abs() > allowed).sum()) + int(output.isnan().sum())
+
+
+# What each wire format may be off by on normal data; docs/accuracy.md has what it is.
+MOST_ERROR = {WireFormat.FP8: 0.05, WireFormat.TQ3: 1.0, WireFormat.HADAMARD2: 0.5}
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:

@@ -199,7 +199,7 @@ def _settings(transport: str, wire_format: str) -> OurSettings:
         if value.lower() not in set(allowed):
             message = f"{option} {value}: must be one of {', '.join(allowed)}"
             raise typer.BadParameter(message)
-    return OurSettings(transport.lower(), wire_format.lower())
+    return OurSettings(transport.lower(), WireFormat(wire_format.lower()))
 
 
 def _write(

@@ -17,17 +17,21 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.agreement import on_every_rank
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory.shm import ShmMemory
+from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.facts import Transport
 
 PAGE_BYTES = 4096
-MARKER = _C.IN_BAND_MARKER.to_bytes(4, "little")
+IN_BAND_SHARE = 3  # of a workspace; the rest is for larger messages
 
 
-def fill_with_marker(address: int, layout: _C.Layout) -> None:
-    """The state of in-band slots before the first call, in the workspace at a host address."""
-    size = layout.flagged.one_shot_offset - layout.in_band.one_shot_offset  # flagged slots come next
-    pattern = MARKER * (size // len(MARKER))
-    ctypes.memmove(address + layout.in_band.one_shot_offset, pattern, len(pattern))
+def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
+    """How ``size`` bytes of a rank's workspace in host memory are laid out.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    in_band = size // IN_BAND_SHARE
+    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True)
 
 
 class HostMemory:
@@ -53,7 +57,8 @@ class HostMemory:
         shared = ShmMemory.open(control_group, bytes_per_rank)
 
         def pin() -> HostMemory:
-            fill_with_marker(shared.bases[rank], layout)
+            own = (ctypes.c_uint8 * layout.total_bytes).from_address(shared.bases[rank])
+            initialize(torch.frombuffer(own, dtype=torch.uint8), layout)
             with torch.cuda.device(device):
                 local = torch.zeros(layout.local_bytes, dtype=torch.uint8, device=device)
                 torch.cuda.synchronize(device)

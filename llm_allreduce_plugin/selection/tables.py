@@ -50,6 +50,9 @@ def _changeover(max_bytes: int, source: str) -> Table:
     return Table((Range(max_bytes, "ONESHOT"), Range(None, "TWOSHOT")), source)
 
 
+_MEASURED = "measured on H200"
+_BETWEEN = "an estimate between 2 and 4 ranks"
+_BEYOND = "an estimate beyond 4 ranks"
 _ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot sends more at 350 GB/s"
 
 # In band, on one NVSwitch node of H200. 2 and 4 ranks are measured: between the last power of two at which the one and
@@ -58,10 +61,10 @@ H200 = {
     2: Table(
         # As far as the largest grid has a thread for each vector; TWOSHOT has half as many to a rank.
         (Range(2 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
-        "measured on H200",
+        _MEASURED,
     ),
     3: _changeover(416 * KIB, _ESTIMATE),
-    4: _changeover(192 * KIB, "measured on H200"),
+    4: _changeover(192 * KIB, _MEASURED),
     5: _changeover(112 * KIB, _ESTIMATE),
     6: _changeover(80 * KIB, _ESTIMATE),
     7: _changeover(64 * KIB, _ESTIMATE),
@@ -83,27 +86,27 @@ LINK_SCALE = {
 # Kernels that wait for flags: CPU ranks, and GPUs with in_band off. 2 and 4 ranks measured on H200
 # (benchmarks/h200/latency_tp{2,4}.json), the others estimated.
 FLAGGED = {
-    2: _changeover(2 * MIB, "measured on H200"),
-    3: _changeover(1 * MIB, "an estimate between 2 and 4 ranks"),
-    4: _changeover(512 * KIB, "measured on H200"),
-    5: _changeover(320 * KIB, "an estimate beyond 4 ranks"),
-    6: _changeover(224 * KIB, "an estimate beyond 4 ranks"),
-    7: _changeover(160 * KIB, "an estimate beyond 4 ranks"),
-    8: _changeover(128 * KIB, "an estimate beyond 4 ranks"),
-    16: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
+    2: _changeover(2 * MIB, _MEASURED),
+    3: _changeover(1 * MIB, _BETWEEN),
+    4: _changeover(512 * KIB, _MEASURED),
+    5: _changeover(320 * KIB, _BEYOND),
+    6: _changeover(224 * KIB, _BEYOND),
+    7: _changeover(160 * KIB, _BEYOND),
+    8: _changeover(128 * KIB, _BEYOND),
+    16: _changeover(32 * KIB, _BEYOND),
 }
 
 
 # Through pinned host memory.
 HOST = {
     2: Table((Range(None, "ONESHOT"),), "measured on H200 through host memory"),
-    3: _changeover(128 * KIB, "an estimate between 2 and 4 ranks"),
+    3: _changeover(128 * KIB, _BETWEEN),
     4: _changeover(64 * KIB, "measured on H200 through host memory"),
-    5: _changeover(48 * KIB, "an estimate beyond 4 ranks"),
-    6: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
-    7: _changeover(32 * KIB, "an estimate beyond 4 ranks"),
-    8: _changeover(24 * KIB, "an estimate beyond 4 ranks"),
-    16: _changeover(8 * KIB, "an estimate beyond 4 ranks"),
+    5: _changeover(48 * KIB, _BEYOND),
+    6: _changeover(32 * KIB, _BEYOND),
+    7: _changeover(32 * KIB, _BEYOND),
+    8: _changeover(24 * KIB, _BEYOND),
+    16: _changeover(8 * KIB, _BEYOND),
 }
 
 # Through host memory: the largest message whose readiness travels inside the data.
@@ -112,17 +115,25 @@ HOST_IN_BAND_BYTES = {
     "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 16: 256 * KIB},
     "LOWPRECISION": {16: 1 * MIB},
 }
-# Blocks of an exact kernel with flags, by size; measured on H200 with 2 and 4 ranks.
-HOST_LANES = {2: ((1 * MIB, 32), (None, 64)), 4: ((8 * MIB, 32), (None, 64))}
+# Blocks of a kernel with flags through host memory, by size; measured on H200 with 2 and 4 ranks.
+_HOST_LANES = {2: ((1 * MIB, 32), (None, 64)), 4: ((8 * MIB, 32), (None, 64))}
+HOST_LANES: dict[str, Mapping[int, tuple[tuple[int | None, int], ...]]] = {
+    "ONESHOT": _HOST_LANES,
+    "TWOSHOT": _HOST_LANES,
+    "LOWPRECISION": {
+        2: ((512 * KIB, 16), (2 * MIB, 32), (None, 64)),
+        4: ((512 * KIB, 16), (8 * MIB, 32), (None, 64)),
+    },
+}
+
+
+def _tabulated(table: Mapping[int, object], world_size: int) -> int:
+    """The next larger tabulated world size, or the largest."""
+    return next((size for size in table if world_size <= size), max(table))
 
 
 def _of(table: Mapping[int, _T], world_size: int) -> _T:
-    """The entry of the next larger tabulated world size, or of the largest."""
-    return next((table[size] for size in table if world_size <= size), table[max(table)])
-
-
-def _by_size(steps: tuple[tuple[int | None, int], ...], payload_bytes: int) -> int:
-    return next(value for limit, value in steps if limit is None or payload_bytes <= limit)
+    return table[_tabulated(table, world_size)]
 
 
 def host_in_band_bytes(strategy: str, world_size: int) -> int:
@@ -130,11 +141,12 @@ def host_in_band_bytes(strategy: str, world_size: int) -> int:
     return _of(HOST_IN_BAND_BYTES[strategy], world_size)
 
 
-def flagged_lanes(facts: GroupFacts, payload_bytes: int) -> int:
-    """Blocks that an exact kernel with flags may have, of those that the workspace has lanes for."""
+def flagged_lanes(strategy: str, facts: GroupFacts, payload_bytes: int) -> int:
+    """Blocks that a kernel with flags may have, of those that the workspace has lanes for."""
     if facts.transport is not Transport.HOST:
         return facts.lanes
-    return min(facts.lanes, _by_size(_of(HOST_LANES, facts.world_size), payload_bytes))
+    steps = _of(HOST_LANES[strategy], facts.world_size)
+    return min(facts.lanes, next(most for limit, most in steps if limit is None or payload_bytes <= limit))
 
 
 def vectors_per_thread(transport: Transport) -> int | None:
@@ -176,40 +188,25 @@ class Split:
     drain: int
 
 
-# Measured on H200 with 2 and 4 ranks, the same for more; only where the largest grid has not a thread for each vector.
-# One block to a multiprocessor: those that poll then leave the others the caches.
-SPLITS: dict[tuple[str, int], tuple[Split, ...]] = {("ONESHOT", 2): (Split(0, 132, 16, 0),), ("TWOSHOT", 2): ()}
-TWO_SHOT_SPLITS = (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))  # more than two ranks
-
-# LOWPRECISION in band, FP8, measured on H200 with 2 and 4 ranks, the latter also for more. Encoding and decoding take
-# time of their own, so that more blocks pay where the links are not busy all the time.
-LOW_PRECISION_SPLITS = {
-    2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
-    4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
+# In band, measured on H200 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the largest
+# grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the caches to
+# the others. LOWPRECISION (FP8) always; encoding and decoding take time of their own, so that more blocks pay where the
+# links are not busy all the time.
+SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
+    "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
+    "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
+    "LOWPRECISION": {
+        2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
+        4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
+    },
 }
 
 
-def low_precision_split(world_size: int, payload_bytes: int) -> Split:
-    """How the lanes of a compressed message share the tasks out."""
-    splits = _of(LOW_PRECISION_SPLITS, world_size)
-    return next(split for split in reversed(splits) if payload_bytes >= split.min_bytes)
+def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
+    """How the lanes of a large message share the tasks out; None: they do not."""
+    splits = _of(SPLITS[strategy], world_size)
+    return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
-
-# Blocks of a compressed call with flags through host memory, by size; measured on H200 with 2 and 4 ranks.
-HOST_LOW_PRECISION_LANES = {
-    2: ((512 * KIB, 16), (2 * MIB, 32), (None, 64)),
-    4: ((512 * KIB, 16), (8 * MIB, 32), (None, 64)),
-}
-
-
-def low_precision_lanes(facts: GroupFacts, payload_bytes: int) -> int:
-    """Blocks that a compressed call with flags may have."""
-    if facts.transport is not Transport.HOST:
-        return facts.lanes
-    return min(facts.lanes, _by_size(_of(HOST_LOW_PRECISION_LANES, facts.world_size), payload_bytes))
-
-
-_MEASURED = "measured on H200"
 
 # The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
 # larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
@@ -229,16 +226,10 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, s
     if (facts.transport, wire_format) not in LOW_PRECISION_PAYS_FROM:
         return 0, "CPU ranks compress everything"
     sizes, source = LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
-    least = _of(sizes, facts.world_size)
-    if facts.world_size not in sizes:
-        source += f" with {next((size for size in sizes if facts.world_size <= size), max(sizes))} ranks"
+    tabulated = _tabulated(sizes, facts.world_size)
+    if facts.world_size != tabulated:
+        source += f" with {tabulated} ranks"
     scale = LINK_SCALE.get(facts.architecture or 90, 1.0) if facts.transport is Transport.SYMMETRIC else 1.0
     if scale != 1.0:
         source += f", scaled by {scale} for sm_{facts.architecture}"
-    return int(least * scale), source
-
-
-def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
-    """How the lanes of a large message share the tasks out; None: they do not."""
-    splits = SPLITS.get((strategy, world_size), TWO_SHOT_SPLITS if strategy == "TWOSHOT" else ())
-    return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
+    return int(sizes[tabulated] * scale), source

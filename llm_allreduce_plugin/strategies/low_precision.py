@@ -66,14 +66,17 @@ class LowPrecision(KernelStrategy):
         """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
         return facts.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
 
-    def _published(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
+    def _pushes_in_band(self, facts: GroupFacts) -> bool:
+        return self._in_band(facts) and facts.transport is not Transport.HOST
+
+    def _publishes(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
         """Through host memory, in one round of in-band slots."""
         fits = packets * packet_bytes <= facts.in_band.two_shot
-        return fits and message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
+        small = message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
+        return self._in_band(facts) and fits and small
 
     def _slots(self, facts: GroupFacts) -> int:
-        pushed_in_band = self._in_band(facts) and facts.transport is not Transport.HOST
-        return facts.in_band.two_shot if pushed_in_band else facts.flagged.two_shot
+        return facts.in_band.two_shot if self._pushes_in_band(facts) else facts.flagged.two_shot
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
@@ -81,13 +84,13 @@ class LowPrecision(KernelStrategy):
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         capacity = self._slots(facts) // packet.bytes
-        if self._in_band(facts) and facts.transport is not Transport.HOST:
+        if self._pushes_in_band(facts):
             return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)
-        if self._in_band(facts) and self._published(facts, message, packets, packet.bytes):
+        if self._publishes(facts, message, packets, packet.bytes):
             launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
         # With flags a lane has packets for a warp each before there is another lane.
-        most = tables.low_precision_lanes(facts, message.payload_bytes)
+        most = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         lanes = max(1, min(most, math.ceil(packets / FLAGGED_WARPS)))
         chunk = min(capacity, math.ceil(packets / lanes))
         if facts.transport is Transport.HOST:
@@ -101,11 +104,13 @@ class LowPrecision(KernelStrategy):
             wire_format=wire_format,
         )
 
-    @staticmethod
-    def _plan_in_band(facts: GroupFacts, payload_bytes: int, packets: int, capacity: int, packet_bytes: int) -> Launch:
+    def _plan_in_band(
+        self, facts: GroupFacts, payload_bytes: int, packets: int, capacity: int, packet_bytes: int
+    ) -> Launch:
         rounds = math.ceil(packets / capacity)
         chunk = math.ceil(packets / rounds)
-        split = tables.low_precision_split(facts.world_size, payload_bytes)
+        split = tables.split(self.name, facts.world_size, payload_bytes)
+        assert split is not None
         # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
         lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
         return Launch(

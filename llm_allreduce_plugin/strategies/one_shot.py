@@ -30,7 +30,7 @@ class OneShot(KernelStrategy):
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)
-        lanes = tables.flagged_lanes(facts, message.payload_bytes)
+        lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(
             message.vectors, Algorithm.ONE_SHOT, facts.flagged.one_shot, min(lanes, MAX_FLAGGED_LANES), 1, most

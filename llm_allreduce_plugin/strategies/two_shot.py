@@ -38,6 +38,6 @@ class TwoShot(KernelStrategy):
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
-        lanes = tables.flagged_lanes(facts, message.payload_bytes)
+        lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)

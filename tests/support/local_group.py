@@ -11,8 +11,9 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.communicator import DTYPE_CODES, HOST_IN_BAND_SHARE
+from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.memory.host import host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
@@ -63,8 +64,11 @@ class LocalGroup:
         self.low_precision = LowPrecisionConfig(wire_format=wire_format, min_bytes=0)
         self.transport = Transport.HOST if host else Transport.SYMMETRIC
         size = workspace_mib << 20
-        share = size // HOST_IN_BAND_SHARE if host else size if in_band else 0
-        self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share, published=host)
+        if host:
+            self.layout = host_layout(world_size, lanes, size)
+        else:
+            share = size if in_band else 0
+            self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
         # A rank of this process that loads a kernel would wait for those that wait for it.
         _C.load_kernels(world_size)
         self.buffers = [

@@ -9,12 +9,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.memory.host import fill_with_marker
+from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
 from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path
 
@@ -136,7 +137,7 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
 def test_in_band_slots_in_host_memory_start_with_the_marker() -> None:
     layout = _C.make_layout(4, 3, in_band_bytes=1 << 16, flagged_bytes=1 << 18, published=True)
     buffer = (ctypes.c_uint32 * (layout.total_bytes // 4))()
-    fill_with_marker(ctypes.addressof(buffer), layout)
+    initialize(torch.frombuffer(buffer, dtype=torch.uint8), layout)
     marked = [word == _C.IN_BAND_MARKER for word in buffer]
     first, end = layout.in_band.one_shot_offset // 4, layout.flagged.one_shot_offset // 4
     assert all(marked[first:end])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.communicator import HOST_IN_BAND_SHARE
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.memory.host import host_layout
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
@@ -34,19 +34,13 @@ def facts(
         return GroupFacts(
             world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
         )
-    lanes = {Transport.SHM: 1, Transport.HOST: 64, Transport.SYMMETRIC: 264}[transport]  # the last an H200's
-    share = {
-        Transport.SHM: 0,
-        Transport.HOST: workspace // HOST_IN_BAND_SHARE,
-        Transport.SYMMETRIC: workspace if in_band else 0,
-    }
-    layout = _C.make_layout(
-        world_size,
-        lanes,
-        in_band_bytes=share[transport],
-        flagged_bytes=workspace - share[transport],
-        published=transport is not Transport.SYMMETRIC,
-    )
+    if transport is Transport.HOST:
+        layout = host_layout(world_size, 64, workspace)
+    elif transport is Transport.SHM:
+        layout = _C.make_layout(world_size, 1, flagged_bytes=workspace, published=True)
+    else:
+        share = workspace if in_band else 0
+        layout = _C.make_layout(world_size, 264, in_band_bytes=share, flagged_bytes=workspace - share)  # an H200's
     device = "cpu" if transport is Transport.SHM else "cuda"
     group = GroupFacts(world_size=world_size, device=device, transport=Transport.NONE, architecture=architecture)
     return group.with_layout(transport, layout)
