@@ -55,20 +55,20 @@ void reduce_typed(const void* const* sources, int num_sources, void* const* outp
 
 }  // namespace
 
-void Lane::publish(FlagPlane plane, uint32_t round) const {
+void Lane::publish(FlagPlane plane, uint32_t round, uint32_t peers) const {
   for (int peer = 0; peer < workspace_.layout.world_size; ++peer)
-    if (peer != workspace_.rank) {
+    if (is_meant(peer, peers)) {
       uint32_t* flag = flag_row(workspace_.base[peer], workspace_.layout, plane, 0) + workspace_.rank;
       __atomic_store_n(flag, round, __ATOMIC_RELEASE);
       wake_sleepers(flag);
     }
 }
 
-bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
+bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round, uint32_t peers) const {
   const uint32_t* row = flag_row(own_base(), workspace_.layout, plane, 0);
   const int64_t start = now_ns();
   for (int peer = 0; peer < workspace_.layout.world_size; ++peer) {
-    if (peer == workspace_.rank) continue;
+    if (!is_meant(peer, peers)) continue;
     for (int64_t polls = 0;; ++polls) {
       const uint32_t seen = __atomic_load_n(row + peer, __ATOMIC_ACQUIRE);
       if (reached(seen, round)) break;

@@ -15,11 +15,13 @@ class Lane {
   uint32_t epoch() const { return *epoch_word(workspace_.local, workspace_.layout, epochs_, 0); }
   void finish(uint32_t epoch) const { *epoch_word(workspace_.local, workspace_.layout, epochs_, 0) = epoch; }
 
-  // Tells every peer that all that was stored so far belongs to `round` and may be read.
-  void publish(FlagPlane plane, uint32_t round) const;
+  static constexpr uint32_t kAllPeers = ~0u;
 
-  // Waits until every peer has published `round`; false, with the failure on record, when one did not in time.
-  bool wait(FlagPlane plane, lar_phase phase, uint32_t round) const;
+  // Tells the peers (bit r: rank r) that all that was stored so far belongs to `round` and may be read.
+  void publish(FlagPlane plane, uint32_t round, uint32_t peers = kAllPeers) const;
+
+  // Waits until each of the peers has published `round`; false, with the failure on record, when one did not in time.
+  bool wait(FlagPlane plane, lar_phase phase, uint32_t round, uint32_t peers = kAllPeers) const;
 
   // The slot for what `source` has for `reader`; `shared`: for all readers alike.
   char* slot(int64_t region_offset, int64_t slot_bytes, int reader, int source, uint32_t round, bool shared) const {
@@ -27,6 +29,7 @@ class Lane {
   }
 
  private:
+  bool is_meant(int peer, uint32_t peers) const { return peer != workspace_.rank && (peers >> peer & 1u) != 0; }
   void* own_base() const { return workspace_.base[workspace_.rank]; }
 
   const lar_workspace& workspace_;

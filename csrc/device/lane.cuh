@@ -133,6 +133,15 @@ enum class Crew { kWorkers, kWorkersAndCourier };
 
 constexpr int kCourierThreads = 32;
 
+// Whom a lane publishes to and waits for. Never this rank itself.
+struct AllPeers {
+  __device__ __forceinline__ bool has(int) const { return true; }
+};
+struct SomePeers {
+  uint32_t bits;  // bit r: rank r
+  __device__ __forceinline__ bool has(int peer) const { return (bits >> peer & 1u) != 0; }
+};
+
 template <Crew kCrew>
 class Lane {
  public:
@@ -157,29 +166,32 @@ class Lane {
     if (threadIdx.x == 0) *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
   }
 
-  // For the workers: tells every peer that all that they stored so far belongs to `round` and may be read. With a
+  // For the workers: tells the peers that all that they stored so far belongs to `round` and may be read. With a
   // courier, who must deliver() the same rounds in the same order, this waits for the release before, not for this one.
   // The barrier orders the block's stores before the releases, which are cumulative (PTX memory model, causality
   // order), so one thread per peer publishes for the whole block without a fence per thread.
-  __device__ __forceinline__ void publish(FlagPlane plane, uint32_t round) const {
+  template <typename Peers = AllPeers>
+  __device__ __forceinline__ void publish(FlagPlane plane, uint32_t round, Peers peers = {}) const {
     __syncthreads();
-    if (!kHasCourier) release(threadIdx.x, plane, round);
+    if (!kHasCourier) release(threadIdx.x, plane, round, peers);
   }
 
   // For the courier. False once the workers have given up.
-  __device__ __forceinline__ bool deliver(FlagPlane plane, uint32_t round) const {
+  template <typename Peers = AllPeers>
+  __device__ __forceinline__ bool deliver(FlagPlane plane, uint32_t round, Peers peers = {}) const {
     __syncthreads();
     if (*given_up()) return false;
-    release(threadIdx.x - workers(), plane, round);
+    release(threadIdx.x - workers(), plane, round, peers);
     return true;
   }
 
-  // For the workers: waits until every peer has published `round`. False for all of them when one did not arrive in
+  // For the workers: waits until each of the peers has published `round`. False for all of them when one did not arrive in
   // time; they must then return at once.
-  __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round) const {
+  template <typename Peers = AllPeers>
+  __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round, Peers peers = {}) const {
     bool arrived = true;
     const int peer = threadIdx.x;
-    if (peer < workspace_.layout.world_size && peer != workspace_.rank) arrived = wait_for(peer, plane, phase, round);
+    if (is_meant(peer, peers)) arrived = wait_for(peer, plane, phase, round);
     if (!kHasCourier) return __syncthreads_and(arrived);
     arrived = all_workers(arrived);
     if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the courier's barrier
@@ -213,9 +225,15 @@ class Lane {
     return all != 0;
   }
 
+  template <typename Peers>
+  __device__ __forceinline__ bool is_meant(int peer, Peers peers) const {
+    return peer < workspace_.layout.world_size && peer != workspace_.rank && peers.has(peer);
+  }
+
   // One thread to a peer.
-  __device__ __forceinline__ void release(int peer, FlagPlane plane, uint32_t round) const {
-    if (peer < workspace_.layout.world_size && peer != workspace_.rank)
+  template <typename Peers>
+  __device__ __forceinline__ void release(int peer, FlagPlane plane, uint32_t round, Peers peers) const {
+    if (is_meant(peer, peers))
       store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank, round);
   }
 
