@@ -1,0 +1,103 @@
+"""LOWPRECISION on GPUs of their own through the communicator, against the oracle; host memory when a rank is killed."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.codecs.two_shot import compressed_sum
+from llm_allreduce_plugin.config import WireFormat
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.reference import assert_same_bits, digest, rank_input
+
+pytestmark = pytest.mark.gpu(2, per_rank=True)
+
+SIZES = (1, 497, 40_000, 300_001, 3_000_001)
+TRANSPORTS = ("peer", "host")
+
+
+def _check(context: RankContext, wire: WireFormat, dtype: torch.dtype, transport: str) -> None:
+    """Eager calls of every size, then replays of a graph on new data."""
+    settings = {"low_precision": {"wire_format": wire, "min_bytes": 0}, "transport": transport}
+    with checks.communicator(context, "LOWPRECISION", **settings) as group:
+
+        def expected(inputs: list[torch.Tensor]) -> torch.Tensor:
+            launch = group.explain(inputs[0].shape, dtype).launch
+            assert launch is not None
+            return compressed_sum(inputs, wire, launch.owned_vectors * 16 // CODECS[wire].packet_bytes)
+
+        def inputs_of(size: int) -> list[torch.Tensor]:
+            seed = context.shared_seed()
+            return [rank_input(seed, rank, size, dtype) for rank in range(context.world_size)]
+
+        digests = []
+        for size in SIZES:
+            inputs = inputs_of(size)
+            mine = inputs[context.rank].to(context.device)
+            with checks.poisoned_outputs():
+                output = group.all_reduce(mine)
+            assert_same_bits(output, expected(inputs), f"{wire} {dtype} x {size} through {transport}")
+            assert torch.equal(mine.cpu(), inputs[context.rank]), "the input was written"
+            digests.append(digest(output))
+        assert group.report()["calls"] == {"LOWPRECISION": len(SIZES)}
+
+        size = 300_001
+        static = torch.zeros(size, dtype=dtype, device=context.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.graph(graph, stream=stream):
+            output = group.all_reduce(static)
+        for _ in range(5):
+            inputs = inputs_of(size)
+            static.copy_(inputs[context.rank])
+            output.fill_(float("nan"))
+            graph.replay()
+            assert_same_bits(output, expected(inputs), f"{wire} {dtype} replayed through {transport}")
+            digests.append(digest(output))
+        everyone = context.gather(digests)
+        assert all(other == everyone[0] for other in everyone), "ranks differ"
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_the_oracle_s_bits(gpu_pool: PoolFor, world_size: int, wire: WireFormat, transport: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        gpu_pool(world_size).run(_check, wire, dtype, transport)
+
+
+def _reduce_for_ever(context: RankContext) -> None:
+    made = context.communicator("ONESHOT", transport="host", timeout_s=3.0)
+    mine = torch.ones(1000, device=context.device)
+    try:
+        while True:
+            made.all_reduce(mine)
+            torch.cuda.synchronize()
+    except RuntimeError:
+        made.check()  # the named error, if that is what broke the context
+        raise
+
+
+def test_a_killed_rank_leaves_no_shared_memory_and_no_process() -> None:
+    before = set(os.listdir("/dev/shm"))
+    pool = RankPool(2, "cuda")
+    try:
+        for pipe in pool._pipes:
+            pipe.send((_reduce_for_ever, ()))
+        time.sleep(15)
+        pool.processes[1].kill()
+        assert pool._pipes[0].poll(3.0 + 10.0), "rank 0 still waits"
+        answer: tuple[str, Any] = pool._pipes[0].recv()
+    finally:
+        pool.kill()
+    assert answer[0] != "ok"
+    assert "rank 0 waited 3 s for rank 1 in ONESHOT/gather" in str(answer[1]), answer
+    assert not any(process.is_alive() for process in pool.processes)
+    left = {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("cuda.shm")}
+    assert left == set(), left
