@@ -19,7 +19,6 @@ from llm_allreduce_plugin.strategies.low_precision import LARGEST_WORLD_SIZE
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
-
 WORLD_SIZES = (2, 5, 16)
 
 
