@@ -74,3 +74,31 @@ def test_plot(tmp_path: Path) -> None:
     draw(rows, 2, "a test", tmp_path / "plot.svg")
     picture = (tmp_path / "plot.svg").read_text()
     assert "bytes per rank" in picture or "<svg" in picture
+
+
+def test_plot_of_records(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    row = {"candidate": "LOWPRECISION", "bytes": 4096, "count": 2048, "graph_us": 3.5}
+    for name, wire, ranks in (("a", "fp8", 4), ("b", "tq3", 4), ("c", "fp8", 2)):
+        record = {"world_size": ranks, "where": "a test", "options": {"wire_format": wire}, "rows": [row]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    (tmp_path / "d.json").write_text("[]")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = RUNNER.invoke(app, ["plot", *arguments], env={"COLUMNS": "200"})
+        return result.exit_code, result.output
+
+    a, b, c, d = (str(tmp_path / f"{name}.json") for name in "abcd")
+    picture = tmp_path / "plot.svg"
+    assert run(a, b, "--out", str(picture)) == (0, "")
+    assert "<svg" in picture.read_text()
+    for arguments, text in (
+        ((a, c), "is of 2 ranks, the files before of 4"),
+        ((d,), "is no record of `llm-allreduce bench --json`"),
+        ((str(tmp_path / "none.json"),), "cannot be read"),
+        ((a, b, "--with", "lowprecision tq3,x"), "--with x: must be one of LOWPRECISION, LOWPRECISION tq3"),
+        ((a, "--out", str(tmp_path / "plot.xyz")), "xyz"),
+    ):
+        code, output = run("--out", str(picture), *arguments)
+        assert code == 2
+        assert text in " ".join(output.replace("│", " ").split()), output
