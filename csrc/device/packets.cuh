@@ -2,6 +2,7 @@
 #ifndef LLM_ALLREDUCE_DEVICE_PACKETS_CUH_
 #define LLM_ALLREDUCE_DEVICE_PACKETS_CUH_
 
+#include "device/lane.cuh"
 #include "device/packet.cuh"
 
 namespace lar {
@@ -14,6 +15,8 @@ class Packets {
   static constexpr int kThreadVectors = kThreadValues / Vector<T>::kElements;
   using Values = float[kThreadValues];
   using Encoded = typename Packet::Encoded;
+  using Raw = uint4[kThreadVectors];
+  static constexpr int kRawBytes = Packet::kValues * sizeof(T);  // of a packet's values as they are
 
   __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
       : input_(input, count),
@@ -61,11 +64,41 @@ class Packets {
     add_to(sum, values);
   }
 
-  // A sum as it travels on.
+  // A sum as it travels on, encoded or rounded to T.
   __device__ __forceinline__ Encoded encoded_sum(int64_t packet, Values& sum) const {
     limit(sum);
     clear_behind_end(packet, sum);
     return Packet::encode(sum);
+  }
+
+  __device__ __forceinline__ static void round_sum(Values& sum, Raw& raw) {
+    constexpr int kElements = Vector<T>::kElements;
+    limit(sum);
+    positive_zeros(sum);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i)
+      reinterpret_cast<T*>(&raw[i / kElements])[i % kElements] = round_to<T>(sum[i]);
+  }
+
+  // Rounded values in a slot: those vectors that the threads of a warp move together are neighbours.
+  __device__ __forceinline__ static void load_raw(const char* slot, Raw& raw) {
+    if (!has_values()) return;
+#pragma unroll
+    for (int j = 0; j < kThreadVectors; ++j) raw[j] = load_slot(slot, j * Packet::kThreads + threadIdx.x % 32);
+  }
+
+  __device__ __forceinline__ static void store_raw(char* slot, const Raw& raw) {
+    if (!has_values()) return;
+#pragma unroll
+    for (int j = 0; j < kThreadVectors; ++j) store_slot(slot, j * Packet::kThreads + threadIdx.x % 32, raw[j]);
+  }
+
+  // Rounded values to the output.
+  __device__ __forceinline__ void store(int64_t packet, const Raw& raw) const {
+    if (!has_values()) return;
+#pragma unroll
+    for (int j = 0; j < kThreadVectors; ++j)
+      if (first_vector(packet) + j < total_vectors_) output_.store(first_vector(packet) + j, raw[j]);
   }
 
   // The encoded sum in rank order: this rank's own values as they are, the others' decoded.
@@ -102,9 +135,10 @@ class Packets {
 
   // Where the format sends infinities as NaN, a sum of finite values stays finite.
   __device__ __forceinline__ static void limit(Values& sum) {
-    if (Packet::Codec::kSendsInfinity) return;
+    if (!Packet::Codec::kSendsInfinity) {
 #pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::largest_for_infinity(sum[i]);
+      for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::largest_for_infinity(sum[i]);
+    }
   }
 
   // Sums behind the message's end, which must not count.
