@@ -68,16 +68,22 @@ class Workspace {
 
   // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
   // of a broken group when an earlier wait has expired. `inputs`: see lar_two_shot_pull_cuda; null otherwise.
+  // `domains`: of LOW_PRECISION_HIERARCHICAL.
   int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
-           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr, int wire_format = -1) {
+           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr, int wire_format = -1,
+           const int32_t* domains = nullptr) {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
     const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
     const bool one_shot = algorithm == LAR_ONE_SHOT;
+    const auto format = static_cast<lar_wire_format>(wire_format);
     if (device_ == kCpu) {
       if (inputs) return LAR_ERROR_INVALID_ARGUMENT;
       nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
-      if (algorithm == LAR_LOW_PRECISION)
-        return lar_low_precision_cpu(&workspace_, &message, &launch, static_cast<lar_wire_format>(wire_format));
+      if (algorithm == LAR_LOW_PRECISION) return lar_low_precision_cpu(&workspace_, &message, &launch, format);
+      if (algorithm == LAR_LOW_PRECISION_RING)
+        return lar_low_precision_ring_cpu(&workspace_, &message, &launch, format);
+      if (algorithm == LAR_LOW_PRECISION_HIERARCHICAL)
+        return lar_low_precision_hierarchical_cpu(&workspace_, &message, &launch, format, domains);
       return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
                       : lar_two_shot_cpu(&workspace_, &message, &launch);
     }
@@ -85,8 +91,11 @@ class Workspace {
         stream,
         [&] {
           if (algorithm == LAR_LOW_PRECISION)
-            return lar_low_precision_cuda(&workspace_, &message, &launch, static_cast<lar_wire_format>(wire_format),
-                                          stream);
+            return lar_low_precision_cuda(&workspace_, &message, &launch, format, stream);
+          if (algorithm == LAR_LOW_PRECISION_RING)
+            return lar_low_precision_ring_cuda(&workspace_, &message, &launch, format, stream);
+          if (algorithm == LAR_LOW_PRECISION_HIERARCHICAL)
+            return lar_low_precision_hierarchical_cuda(&workspace_, &message, &launch, format, domains, stream);
           if (inputs) return lar_two_shot_pull_cuda(&workspace_, &message, inputs, &launch, stream);
           return one_shot ? lar_one_shot_cuda(&workspace_, &message, &launch, stream)
                           : lar_two_shot_cuda(&workspace_, &message, &launch, stream);
@@ -151,25 +160,28 @@ class Workspace {
 class Plan {
  public:
   Plan(Workspace& workspace, int algorithm, int64_t count, int dtype, const lar_launch& launch,
-       const std::vector<int64_t>& peer_distances, int wire_format)
+       const std::vector<int64_t>& peer_distances, int wire_format, const std::vector<int32_t>& domains)
       : workspace_(workspace),
         algorithm_(static_cast<lar_algorithm>(algorithm)),
         count_(count),
         dtype_(dtype),
         launch_(launch),
         peer_distances_(peer_distances),
-        wire_format_(wire_format) {
+        wire_format_(wire_format),
+        domains_(domains) {
     if (!peer_distances.empty() && static_cast<int>(peer_distances.size()) != workspace.world_size())
       throw std::invalid_argument("peer_distances: must be empty or have one entry per rank");
+    if (!domains.empty() && static_cast<int>(domains.size()) != workspace.world_size())
+      throw std::invalid_argument("domains: must be empty or have one entry per rank");
   }
 
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
     const void* inputs[LAR_MAX_WORLD_SIZE];
     for (size_t rank = 0; rank < peer_distances_.size(); ++rank) inputs[rank] = pointer(input + peer_distances_[rank]);
     bool captured = false;
-    const int status =
-        workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_, pointer(stream),
-                        &captured, peer_distances_.empty() ? nullptr : inputs, wire_format_);
+    const int status = workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
+                                       pointer(stream), &captured, peer_distances_.empty() ? nullptr : inputs,
+                                       wire_format_, domains_.empty() ? nullptr : domains_.data());
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
@@ -190,7 +202,8 @@ class Plan {
   const int dtype_;
   const lar_launch launch_;
   const std::vector<int64_t> peer_distances_;  // from my input to where I see each rank's; empty: input is sent
-  const int wire_format_;                      // of LOW_PRECISION
+  const int wire_format_;                      // of LOW_PRECISION and its other forms
+  const std::vector<int32_t> domains_;         // of LOW_PRECISION_HIERARCHICAL: a number for each rank
   int64_t calls_ = 0;
   int64_t captured_ = 0;
 };
@@ -254,6 +267,8 @@ NB_MODULE(_C, module) {
   module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
   module.attr("TWO_SHOT_PULL") = static_cast<int>(LAR_TWO_SHOT_PULL);
   module.attr("LOW_PRECISION") = static_cast<int>(LAR_LOW_PRECISION);
+  module.attr("LOW_PRECISION_RING") = static_cast<int>(LAR_LOW_PRECISION_RING);
+  module.attr("LOW_PRECISION_HIERARCHICAL") = static_cast<int>(LAR_LOW_PRECISION_HIERARCHICAL);
   module.attr("CPU") = kCpu;
 
   nb::class_<lar_slots>(module, "Slots",
@@ -312,15 +327,17 @@ NB_MODULE(_C, module) {
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
              int64_t chunk_vectors, bool in_band, int scatter_lanes, int drain_lanes,
-             const std::vector<int64_t>& peer_distances, int wire_format) {
+             const std::vector<int64_t>& peer_distances, int wire_format, const std::vector<int32_t>& domains) {
             const lar_launch launch{lanes, threads, chunk_vectors, in_band, scatter_lanes, drain_lanes};
-            new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances, wire_format);
+            new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances, wire_format, domains);
           },
           "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "in_band"_a,
           "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{}, "wire_format"_a = -1,
-          nb::keep_alive<1, 2>(),
+          "domains"_a = std::vector<int32_t>{}, nb::keep_alive<1, 2>(),
           "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. "
-          "`wire_format`: for LOW_PRECISION, one of WIRE_*.")
+          "`wire_format`: for LOW_PRECISION and its other forms, one of WIRE_*. `domains`: for "
+          "LOW_PRECISION_HIERARCHICAL, "
+          "the number of each rank's domain.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
       .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,

@@ -141,4 +141,4 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 5; }
+extern "C" int lar_abi_version(void) { return 6; }

@@ -21,6 +21,9 @@ enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoSho
 // Planes of lar_layout::extents.
 enum class ExtentPlane : int { kOneShot, kTwoShot, kNumber };
 
+// Ranks of a LOWPRECISION call on GPUs, and of its ring anywhere.
+constexpr int kMostCompressingRanks = 8;
+
 bool supported_world_size(int32_t world_size);
 
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
@@ -33,6 +36,11 @@ int check_codec_call(lar_wire_format, lar_dtype, const void* values, int64_t cou
 LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 LAR_HOST_DEVICE int element_bytes(lar_dtype dtype) { return dtype == LAR_FLOAT32 ? 4 : 2; }
+
+// The values of a packet as they are.
+LAR_HOST_DEVICE int raw_packet_bytes(int packet_values, lar_dtype dtype) {
+  return packet_values * element_bytes(dtype);
+}
 
 // Typed addresses inside a workspace, and inside lar_workspace.local.
 LAR_HOST_DEVICE uint32_t* abort_word(void* local, const lar_layout& layout) {

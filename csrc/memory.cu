@@ -26,7 +26,8 @@ extern "C" int lar_load_kernels_cuda(int32_t world_size) {
   using namespace lar;
   if (!supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
   const OutsideCapture outside;
-  for (const auto load : {load_one_shot_kernels, load_two_shot_kernels, load_low_precision_kernels})
+  for (const auto load : {load_one_shot_kernels, load_two_shot_kernels, load_low_precision_kernels,
+                          load_low_precision_ring_kernels, load_low_precision_hierarchical_kernels})
     if (const int status = load(world_size); status != LAR_OK) return status;
   return LAR_OK;
 }

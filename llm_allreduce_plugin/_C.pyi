@@ -25,6 +25,10 @@ TWO_SHOT_PULL: int = 2
 
 LOW_PRECISION: int = 3
 
+LOW_PRECISION_RING: int = 4
+
+LOW_PRECISION_HIERARCHICAL: int = 5
+
 CPU: int = -1
 
 class Slots:
@@ -138,9 +142,9 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1) -> None:
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1, domains: Sequence[int] = []) -> None:
         """
-        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION, one of WIRE_*.
+        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION and its other forms, one of WIRE_*. `domains`: for LOW_PRECISION_HIERARCHICAL, the number of each rank's domain.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

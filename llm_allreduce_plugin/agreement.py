@@ -15,6 +15,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import RankMismatchError
+from llm_allreduce_plugin.topology import nvlink_joins, numa_node_of
 
 _T = TypeVar("_T")
 
@@ -27,7 +28,8 @@ class RankCard:
     """What one rank tells the others at start.
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
-    ``host`` and ``gpu`` say where the rank runs, ``multiprocessors`` how large its GPU is.
+    ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
+    is.
     """
 
     settings: dict[str, Any]
@@ -38,6 +40,7 @@ class RankCard:
     host: str
     gpu: str | None
     multiprocessors: int = 0
+    numa_node: int | None = None
 
     @classmethod
     def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
@@ -56,6 +59,7 @@ class RankCard:
             host=_host_identity(),
             gpu=gpu,
             multiprocessors=multiprocessors,
+            numa_node=None if gpu is None else numa_node_of(gpu),
         )
 
 
@@ -101,6 +105,24 @@ def on_every_rank(make: Callable[[], _T], group: dist.ProcessGroup, raising: typ
     if (fault := first_fault(fault, group)) is not None:
         raise raising(fault)
     return made[0]
+
+
+def domains(cards: Sequence[RankCard]) -> tuple[int, ...]:
+    """The NUMA node of each rank's GPU; empty when it is not known of all."""
+    nodes = tuple(card.numa_node for card in cards if card.numa_node is not None)
+    return nodes if len(nodes) == len(cards) else ()
+
+
+def nvlink(cards: Sequence[RankCard], group: dist.ProcessGroup) -> bool | None:
+    """Whether NVLink joins every pair of the ranks' GPUs; None when no rank knows. Collective.
+
+    NVML may tell one rank more than another (a container without it), so all take the word of the lowest that knows.
+    """
+    answers: list[bool | None] = [None] * len(cards)
+    gpus = [card.gpu for card in cards if card.gpu is not None]
+    mine = nvlink_joins(gpus) if len(gpus) == len(cards) else None
+    dist.all_gather_object(answers, mine, group=group)
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def check(cards: Sequence[RankCard]) -> None:

@@ -14,7 +14,13 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat
+from llm_allreduce_plugin.config import (
+    AllReduceConfig,
+    AllReduceStrategy,
+    LowPrecisionAlgorithm,
+    TransportChoice,
+    WireFormat,
+)
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.host import HostMemory, host_layout
@@ -24,6 +30,7 @@ from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_ac
 from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
+from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
@@ -36,7 +43,8 @@ DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 # Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
-FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format needs flags
+RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks
+FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format or an algorithm needs flags
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
@@ -154,6 +162,7 @@ class TensorParallelCommunicator:
         control_group = self._control_group = control_group or group
         cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
         agreement.check(cards)
+        config.check_world_size(self.world_size)
         self.facts = self._open_workspace(cards, control_group)
         self._sizes = describe(config, self.facts)
         if self.rank == 0:
@@ -294,6 +303,8 @@ class TensorParallelCommunicator:
             architecture=cards[0].architecture,
             nodes=nodes,
             low_precision=self.config.low_precision,
+            domains=agreement.domains(cards),
+            nvlink=agreement.nvlink(cards, control_group) if self._compresses() else None,
         )
         # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
         obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
@@ -302,7 +313,7 @@ class TensorParallelCommunicator:
         reasons = []
         for transport in self._transports():
             try:
-                layout = self._layout(transport, cards)
+                layout = self._layout(dataclasses.replace(facts, transport=transport), cards)
                 self._connect(transport, layout, cards, control_group)
             except (TransportError, ValueError) as error:
                 reasons.append(str(error))
@@ -333,23 +344,29 @@ class TensorParallelCommunicator:
             TransportChoice.HOST: (Transport.HOST,),
         }[self.config.transport]
 
-    def _layout(self, transport: Transport, cards: list[agreement.RankCard]) -> _C.Layout:
+    def _compresses(self) -> bool:
+        return self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
+
+    def _layout(self, facts: GroupFacts, cards: list[agreement.RankCard]) -> _C.Layout:
+        """What a workspace is to look like for the transport that ``facts`` name."""
         wanted = self.config.workspace_bytes
+        transport, form = facts.transport, form_of(facts).algorithm
         if transport is Transport.SHM:
             size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
             return _C.make_layout(self.world_size, 1, flagged_bytes=size, published=True)
         if transport is Transport.HOST:
             size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // self.world_size)
-            return host_layout(self.world_size, HOST_LANES, size)
+            lanes = RING_HOST_LANES if self._compresses() and form is LowPrecisionAlgorithm.RING else HOST_LANES
+            return host_layout(self.world_size, lanes, size)
         size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
         # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
         lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards))
         flagged = 0
         if not self.config.in_band:
             flagged = size
-        elif self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
-            needs_flags = self.config.low_precision.wire_format is not WireFormat.FP8
-            flagged = size // FLAGGED_SHARE if needs_flags else 0
+        elif self._compresses():
+            goes_in_band = form is LowPrecisionAlgorithm.TWO_SHOT and facts.low_precision.wire_format is WireFormat.FP8
+            flagged = 0 if goes_in_band else size // FLAGGED_SHARE
         return _C.make_layout(self.world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)
 
     def _connect(
@@ -400,6 +417,10 @@ class TensorParallelCommunicator:
             self.config.allreduce_strategy,
             self._sizes,
         )
+        if self._compresses():
+            form = form_of(self.facts)
+            level = logging.WARNING if form.is_fallback else logging.INFO
+            logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
         # Says at once what asking for a strategy without a kernel leads to.
         decision = decide(self.config, self.facts, 1, "bfloat16")
         if decision.is_fallback:
@@ -453,7 +474,7 @@ class TensorParallelCommunicator:
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-            launch.wire_code,
+            launch.wire_code, launch.domains,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index

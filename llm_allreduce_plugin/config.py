@@ -72,7 +72,10 @@ class WireFormat(enum.StrEnum):
 class LowPrecisionAlgorithm(enum.StrEnum):
     """How LOWPRECISION moves packets."""
 
+    AUTO = "auto"  # hierarchical where it is for, otherwise two_shot
     TWO_SHOT = "two_shot"  # compressed both ways; two steps whatever the world size
+    RING = "ring"  # from neighbour to neighbour: compressed while it is summed, then the rounded sums as they are
+    HIERARCHICAL = "hierarchical"  # sums within two NUMA domains first; half as much crosses between them, or less
 
 
 def _lower_case(value: object) -> object:
@@ -99,7 +102,14 @@ class LowPrecisionConfig(BaseModel):
         default=WireFormat.FP8, description="what values are sent as"
     )
     algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(_lower_case)] = Field(
-        default=LowPrecisionAlgorithm.TWO_SHOT, description="how packets move"
+        default=LowPrecisionAlgorithm.AUTO,
+        description="how packets move; auto is hierarchical where GPUs without NVLink form two NUMA domains of equal "
+        "size, otherwise two_shot",
+    )
+    domains: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=2,
+        description="the domain of each rank, as numbers like [0, 0, 1, 1]; default: the NUMA node of its GPU",
     )
     min_bytes: ByteSize | None = Field(
         default=None, ge=0, description="smallest message per rank that is compressed; default: from where it pays"
@@ -156,12 +166,27 @@ class AllReduceConfig(BaseModel):
     )
     low_precision: Annotated[LowPrecisionConfig, BeforeValidator(_parsed)] = Field(
         default=LowPrecisionConfig(),
-        description="LOWPRECISION: wire_format (fp8, tq3, hadamard2), algorithm (two_shot), min_bytes",
+        description="LOWPRECISION: wire_format (fp8, tq3, hadamard2), algorithm (auto, two_shot, ring, hierarchical), "
+        "domains, min_bytes",
     )
     report_dir: Path | None = Field(
         default=None,
         description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
     )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Check what depends on the number of ranks.
+
+        Raises:
+            ConfigError: naming the field, its value and what is allowed.
+        """
+        domains = self.low_precision.domains
+        if domains is not None and len(domains) != world_size:
+            message = (
+                f"low_precision.domains={list(domains)}: has {len(domains)} numbers: must have one for each of the "
+                f"{world_size} ranks"
+            )
+            raise ConfigError(message)
 
 
 class LlmArgs(BaseModel):

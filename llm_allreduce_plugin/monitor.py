@@ -20,8 +20,10 @@ _ALGORITHMS = {
     _C.TWO_SHOT: "TWOSHOT",
     _C.TWO_SHOT_PULL: "TWOSHOT",
     _C.LOW_PRECISION: "LOWPRECISION",
+    _C.LOW_PRECISION_RING: "LOWPRECISION",
+    _C.LOW_PRECISION_HIERARCHICAL: "LOWPRECISION",
 }
-_PHASES = {0: "gather", 1: "scatter"}
+_PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
 def failure_of(workspace: _C.Workspace) -> PeerTimeoutError | None:

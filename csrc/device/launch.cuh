@@ -95,6 +95,8 @@ int load_kernels(int world_size) {
 int load_one_shot_kernels(int world_size);
 int load_two_shot_kernels(int world_size);
 int load_low_precision_kernels(int world_size);
+int load_low_precision_ring_kernels(int world_size);
+int load_low_precision_hierarchical_kernels(int world_size);
 
 // Whether the current device can start a kernel before its predecessor in the stream has ended.
 inline bool has_dependent_launch() {

@@ -38,19 +38,21 @@ typedef enum lar_status {
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
 // LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place. LAR_LOW_PRECISION: TWOSHOT in a wire format, which shares
-// TWOSHOT's slots and counts.
+// TWOSHOT's slots and counts, as do the other forms of LOWPRECISION.
 typedef enum lar_algorithm {
   LAR_ONE_SHOT = 0,
   LAR_TWO_SHOT = 1,
   LAR_TWO_SHOT_PULL = 2,
   LAR_LOW_PRECISION = 3,
+  LAR_LOW_PRECISION_RING = 4,
+  LAR_LOW_PRECISION_HIERARCHICAL = 5,
 } lar_algorithm;
 
 // What values are sent as by LOWPRECISION; csrc/codec/ says what each is.
 typedef enum lar_wire_format { LAR_WIRE_FP8 = 0, LAR_WIRE_TQ3 = 1, LAR_WIRE_HADAMARD2 = 2 } lar_wire_format;
 
 // What a rank was waiting for when it gave up.
-typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1 } lar_phase;
+typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1, LAR_PHASE_EXCHANGE = 2 } lar_phase;
 
 // Where a kind of slots lies; offsets in bytes from the base of a rank's workspace. A slot of 0 bytes: there are none.
 typedef struct lar_slots {
@@ -178,6 +180,18 @@ LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, c
 // 16-bit elements, 2 to 8 ranks. In band: LAR_WIRE_FP8, and scatter_lanes must be at least 1.
 LAR_EXPORT int lar_low_precision_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
                                       void* stream);
+// As a ring (csrc/ring.h): what is summed travels in a wire format, and the sums, rounded once, as they are. Flagged
+// slots; `chunk_vectors` counts values as they are and must be whole packets of them. 2 to 8 ranks.
+LAR_EXPORT int lar_low_precision_ring_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
+LAR_EXPORT int lar_low_precision_ring_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
+                                           void* stream);
+// Over two domains of equal size, 2 to 4 ranks each, between which links are slow (csrc/hierarchy.h): partial sums
+// within each domain, of which each crosses once. `domains`: a number for each rank, the same on every rank. Flagged
+// slots.
+LAR_EXPORT int lar_low_precision_hierarchical_cpu(const lar_workspace*, const lar_message*, const lar_launch*,
+                                                  lar_wire_format, const int32_t* domains);
+LAR_EXPORT int lar_low_precision_hierarchical_cuda(const lar_workspace*, const lar_message*, const lar_launch*,
+                                                   lar_wire_format, const int32_t* domains, void* stream);
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
 // zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.

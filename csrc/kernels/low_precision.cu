@@ -18,7 +18,7 @@
 #include "device/in_band.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
-#include "device/packet.cuh"
+#include "device/packets.cuh"
 #include "device/published.cuh"
 #include "device/two_shot_lane.cuh"
 
@@ -28,90 +28,6 @@ namespace {
 constexpr int kPacketVectors = Fp8Packet::kBytes / LAR_VECTOR_BYTES;
 static_assert(kPacketVectors == kTileVectors, "a packet is a tile");
 static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "codes are never 0x80, and a scale is not negative");
-
-// The message as packets. A thread's values are neighbours: `kThreadVectors` vectors of the tensor. Every function is
-// for the whole warp.
-template <typename T, typename Packet>
-class Packets {
- public:
-  static constexpr int kThreadValues = Packet::kThreadValues;
-  static constexpr int kThreadVectors = kThreadValues / Vector<T>::kElements;
-  using Values = float[kThreadValues];
-  using Encoded = typename Packet::Encoded;
-
-  __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
-      : input_(input, count),
-        output_(output, count),
-        count_(count),
-        total_vectors_(ceil_div(count, Vector<T>::kElements)),
-        number_(ceil_div(count, Packet::kValues)) {}
-
-  __device__ __forceinline__ int64_t number() const { return number_; }
-
-  __device__ __forceinline__ Encoded encoded(int64_t packet) const {
-    Values values;
-    load_values(input_, first_vector(packet), values);
-    return Packet::encode(values);
-  }
-
-  // Decodes and stores to the output. A zero is +0.
-  __device__ __forceinline__ void store(int64_t packet, const Encoded& encoded) const {
-    Values values;
-    Packet::decode(encoded, values);
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) values[i] = codec::add(0.0f, values[i]);
-    if (threadIdx.x % 32 < Packet::kThreads) store_values(output_, first_vector(packet), total_vectors_, values);
-  }
-
-  // The encoded sum in rank order: this rank's own values as they are, the others' decoded.
-  template <int kWorldSize>
-  __device__ __forceinline__ Encoded sum(int64_t packet, int rank, const Encoded (&others)[kWorldSize]) const {
-    Values sum;
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) sum[i] = 0.0f;
-#pragma unroll
-    for (int source = 0; source < kWorldSize; ++source) {
-      Values values;
-      if (source == rank) {
-        load_values(input_, first_vector(packet), values);
-        if (!Packet::Codec::kSendsInfinity) {
-#pragma unroll
-          for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
-        }
-      } else {
-        Packet::decode(others[source], values);
-      }
-#pragma unroll
-      for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::add(sum[i], values[i]);
-    }
-    if (!Packet::Codec::kSendsInfinity) {
-#pragma unroll
-      for (int i = 0; i < kThreadValues; ++i) sum[i] = codec::largest_for_infinity(sum[i]);
-    }
-    clear_behind_end(packet, sum);
-    return Packet::encode(sum);
-  }
-
- private:
-  __device__ __forceinline__ int64_t first_vector(int64_t packet) const {
-    return (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors;
-  }
-
-  // Sums behind the message's end, which must not count.
-  __device__ __forceinline__ void clear_behind_end(int64_t packet, Values& values) const {
-    const int64_t first = first_vector(packet) * Vector<T>::kElements;
-    if (first + kThreadValues <= count_) return;
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i)
-      if (first + i >= count_) values[i] = 0.0f;
-  }
-
-  const Payload<T> input_;
-  const Payload<T> output_;
-  const int64_t count_;
-  const int64_t total_vectors_;
-  const int64_t number_;
-};
 
 // This thread's vectors of the wanted packets, polled and, if `kClears`, cleared. For the whole warp; false for all of
 // it when a wait expired.

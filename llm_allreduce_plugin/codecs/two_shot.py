@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin.codecs import CODECS
+from llm_allreduce_plugin.codecs.sums import limited, own_values, part_of_values
 from llm_allreduce_plugin.config import WireFormat
 
 
@@ -21,25 +22,14 @@ def compressed_sum(inputs: Sequence[torch.Tensor], wire: WireFormat, chunk_packe
     Returns:
         What every rank gets, like an input.
     """
-    codec, world_size = CODECS[wire], len(inputs)
+    codec = CODECS[wire]
     flat = [part.reshape(-1) for part in inputs]
-    count = flat[0].numel()
-    packets = -(-count // codec.packet_values)
-    chunk = chunk_packets or max(1, -(-packets // world_size))
-    owners = (torch.arange(packets, device=flat[0].device) // chunk % world_size).repeat_interleave(
-        codec.packet_values
-    )[:count]
-    sends_infinity = wire is WireFormat.TQ3
-    total = torch.zeros(count, device=flat[0].device)
+    count, device = flat[0].numel(), flat[0].device
+    owners = part_of_values(count, codec.packet_values, len(inputs), chunk_packets, device)
+    total = torch.zeros(count, device=device)
     for rank, part in enumerate(flat):
-        exact = part.float()
-        if not sends_infinity:
-            exact = torch.where(exact.isfinite(), exact, float("nan"))
-        total = total + torch.where(owners == rank, exact, codec.round_trip(part))
-    if not sends_infinity:
-        # Only finite values that were too large to add up are infinite here.
-        total = torch.where(total.isinf(), total.sign() * torch.finfo(torch.float32).max, total)
-    return (codec.round_trip(total) + 0.0).to(inputs[0].dtype).view(inputs[0].shape)
+        total = total + torch.where(owners == rank, own_values(part, wire), codec.round_trip(part))
+    return (codec.round_trip(limited(total, wire)) + 0.0).to(inputs[0].dtype).view(inputs[0].shape)
 
 
 def exact_sum(inputs: Sequence[torch.Tensor]) -> torch.Tensor:

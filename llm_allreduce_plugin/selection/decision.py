@@ -16,6 +16,8 @@ class Algorithm(enum.IntEnum):
     ONE_SHOT = _C.ONE_SHOT
     TWO_SHOT = _C.TWO_SHOT
     LOW_PRECISION = _C.LOW_PRECISION
+    LOW_PRECISION_RING = _C.LOW_PRECISION_RING
+    LOW_PRECISION_HIERARCHICAL = _C.LOW_PRECISION_HIERARCHICAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Launch:
         scatter_lanes: lanes that only send this rank's input; 0 when every lane does everything.
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
         wire_format: what values are sent as; None: as they are.
+        domains: the domain of each rank, for the hierarchical kernel.
     """
 
     algorithm: Algorithm
@@ -43,6 +46,7 @@ class Launch:
     scatter_lanes: int = 0
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
+    domains: tuple[int, ...] = ()
 
     @property
     def owned_vectors(self) -> int:
@@ -63,6 +67,7 @@ class Launch:
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
             f"{'in band' if self.in_band else 'flagged'}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{f', ranks in domains {self.domains}' if self.domains else ''}"
         )
 
 

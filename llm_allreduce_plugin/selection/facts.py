@@ -61,6 +61,8 @@ class GroupFacts:
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
         low_precision: the agreed settings of LOWPRECISION.
+        domains: the NUMA node of each rank's GPU; empty when it is not known of all.
+        nvlink: NVLink joins every pair of GPUs; None: not known.
     """
 
     world_size: int
@@ -73,6 +75,8 @@ class GroupFacts:
     architecture: int | None = None
     nodes: int = 1
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
+    domains: tuple[int, ...] = ()
+    nvlink: bool | None = None
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

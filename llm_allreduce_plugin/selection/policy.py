@@ -77,12 +77,13 @@ def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -
             continue
         fell_back = name is not requested and against
         why = "; ".join(dict.fromkeys(against.values())) if fell_back else merit
+        algorithm, why_so = strategy.describe(facts)
         return Decision(
             requested=requested,
             strategy=name,
-            algorithm=strategy.algorithm,
+            algorithm=algorithm,
             launch=strategy.plan(facts, message),
-            reason=why,
+            reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(facts, message, requested, name, why, against),
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle

@@ -58,6 +58,10 @@ class Strategy(abc.ABC):
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         """Why this strategy cannot run for this message, or None when it can."""
 
+    def describe(self, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
+        """What runs in this group, and why in this form; no reason where a strategy has only one."""
+        return self.algorithm, ""
+
     @abc.abstractmethod
     def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
         """How a call is spread; None when it is not ours to launch. Pure: every rank gets the same."""

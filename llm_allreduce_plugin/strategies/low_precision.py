@@ -1,7 +1,8 @@
-"""LOWPRECISION: two-shot push with all that travels in a wire format. Kernels: csrc/{kernels,cpu}/low_precision.*.
+"""LOWPRECISION: all-reduces of which all or most travels in a wire format. Kernels: csrc/{kernels,cpu}/low_precision*.
 
 Lossy, so it runs only where it was asked for, and the same bits on every rank all the same: all take the owner's sum as
-it was decoded from the wire, the owner too. What the wire formats are: csrc/codec.
+it was decoded from the wire, the owner too (in the ring, as it was rounded). What the wire formats are: csrc/codec.
+Which of its algorithms runs: selection/forms.py.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
+from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.selection.forms import Form, form_of, unit_bytes
 from llm_allreduce_plugin.strategies.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
@@ -33,10 +35,26 @@ FLAGGED_WARPS = MAX_FLAGGED_THREADS // WARP_THREADS
 FEWEST_LANES = 3  # one for each task
 ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 
+_WORDS = {
+    LowPrecisionAlgorithm.TWO_SHOT: "two-shot push, compressed on the wire",
+    LowPrecisionAlgorithm.RING: "ring, compressed on the wire while it is summed; the rounded sums travel as they are",
+    LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, an "
+    "exchange between them",
+}
+_KERNELS = {
+    LowPrecisionAlgorithm.TWO_SHOT: Algorithm.LOW_PRECISION,
+    LowPrecisionAlgorithm.RING: Algorithm.LOW_PRECISION_RING,
+    LowPrecisionAlgorithm.HIERARCHICAL: Algorithm.LOW_PRECISION_HIERARCHICAL,
+}
+
 
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
-    algorithm = "two-shot push, compressed on the wire"
+    algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
+
+    def describe(self, facts: GroupFacts) -> tuple[str, str]:
+        form = form_of(facts)
+        return _WORDS[form.algorithm], form.reason
 
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         if (reason := super().obstacle(facts, message)) is not None:
@@ -46,7 +64,8 @@ class LowPrecision(KernelStrategy):
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
         packet = PACKETS[facts.low_precision.wire_format]
-        if (slot_bytes := self._slots(facts)) < packet.bytes:
+        slot_bytes = self._slots(facts)
+        if form_of(facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT and slot_bytes < packet.bytes:
             return (
                 f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
                 f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
@@ -80,6 +99,9 @@ class LowPrecision(KernelStrategy):
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
+        form = form_of(facts)
+        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+            return self._plan_flagged(facts, message, form)
         wire_format = facts.low_precision.wire_format
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
@@ -89,19 +111,31 @@ class LowPrecision(KernelStrategy):
         if self._publishes(facts, message, packets, packet.bytes):
             launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
-        # With flags a lane has packets for a warp each before there is another lane.
+        return self._plan_flagged(facts, message, form)
+
+    def _plan_flagged(self, facts: GroupFacts, message: Message, form: Form) -> Launch:
+        """A lane has packets for a warp each, of those that fit its slots, before there is another lane."""
+        packet = PACKETS[facts.low_precision.wire_format]
+        unit = unit_bytes(facts, form.algorithm)
+        parts = facts.world_size // 2 if form.domains else facts.world_size
+        packets = max(1, math.ceil(message.count / packet.values / parts))  # of the largest part
         most = tables.flagged_lanes(self.name, facts, message.payload_bytes)
-        lanes = max(1, min(most, math.ceil(packets / FLAGGED_WARPS)))
+        capacity = facts.flagged.two_shot // unit
+        warps = FLAGGED_WARPS
+        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+            warps = min(warps, capacity)
+        lanes = max(1, min(most, math.ceil(packets / warps)))
         chunk = min(capacity, math.ceil(packets / lanes))
         if facts.transport is Transport.HOST:
             chunk = min(chunk, FLAGGED_WARPS)
         return Launch(
-            Algorithm.LOW_PRECISION,
+            _KERNELS[form.algorithm],
             lanes=lanes,
-            threads=FLAGGED_WARPS * WARP_THREADS,
-            chunk_vectors=chunk * packet.bytes // VECTOR_BYTES,
+            threads=warps * WARP_THREADS,
+            chunk_vectors=chunk * unit // VECTOR_BYTES,
             rounds=math.ceil(packets / chunk / lanes),
-            wire_format=wire_format,
+            wire_format=facts.low_precision.wire_format,
+            domains=form.domains,
         )
 
     def _plan_in_band(

@@ -36,6 +36,7 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         if topology.p2p_fault(range(size)) is not None:
             transport = Transport.HOST
     architectures = {gpu.architecture for gpu in members}
+    nodes = tuple(gpu.numa_node for gpu in members if gpu.numa_node is not None)
     return GroupFacts(
         world_size=size,
         device="cuda",
@@ -43,9 +44,11 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         no_transport_reason=reason,
         lanes=_C.MAX_LANES,
         in_band=_SLOTS if transport is Transport.SYMMETRIC else SlotBytes(one_shot=4096),
-        flagged=_SLOTS if transport is Transport.HOST else SlotBytes(),
+        flagged=_SLOTS,
         architecture=architectures.pop() if len(architectures) == 1 else None,
         nodes=max(hosts, 1),
+        domains=nodes if len(nodes) == size else (),
+        nvlink=topology.nvlink_joins(range(size)),
     )
 
 

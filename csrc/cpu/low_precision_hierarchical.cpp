@@ -1,0 +1,156 @@
+// LOWPRECISION over two domains on CPU ranks: the steps of hierarchy.h, one lane.
+#include <algorithm>
+
+#include "cpu/lane.h"
+#include "cpu/packets.h"
+#include "hierarchy.h"
+
+namespace lar::cpu {
+namespace {
+
+class HierarchicalSteps {
+ public:
+  // `chunk`: packets that fit a slot.
+  HierarchicalSteps(const lar_workspace& workspace, const Domains& domains, const Packets& packets, int64_t chunk)
+      : rank_(workspace.rank),
+        layout_(workspace.layout),
+        slots_(layout_.flagged),
+        domains_(domains),
+        lane_(workspace, EpochPlane::kTwoShot, LAR_LOW_PRECISION_HIERARCHICAL),
+        packets_(packets),
+        chunk_(chunk),
+        chunks_(ceil_div(packets.number(), chunk * domains.members)),
+        epoch_(lane_.epoch()) {}
+
+  int run() const {
+    for (int64_t step = 0; step < chunks_ + 3; ++step) {
+      if (step < chunks_) scatter(step);
+      if (step >= 1 && step <= chunks_ && !partial(step - 1)) return LAR_ERROR_TIMEOUT;
+      if (step >= 2 && step <= chunks_ + 1 && !combine(step - 2)) return LAR_ERROR_TIMEOUT;
+      if (step >= 3 && !drain(step - 3)) return LAR_ERROR_TIMEOUT;
+    }
+    lane_.finish(epoch_ + static_cast<uint32_t>(chunks_));
+    return LAR_OK;
+  }
+
+ private:
+  uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
+  uint32_t counterpart() const { return 1u << domains_.counterpart; }
+  uint32_t told(int64_t chunk) const { return chunk == chunks_ - 1 ? Lane::kAllPeers : domains_.bits; }
+
+  char* scatter_slot(int reader, int source, int64_t chunk) const {
+    return lane_.slot(slots_.scatter_offset, slots_.two_shot_bytes, reader, source, round(chunk), false);
+  }
+
+  char* gather_slot(int reader, int owner, int64_t chunk) const {
+    return lane_.slot(slots_.gather_offset, slots_.two_shot_bytes, reader, owner, round(chunk), true);
+  }
+
+  // body(packet, its offset in the slot) for the part of the member with this index.
+  template <typename Body>
+  void for_each(int64_t chunk, int index, Body body) const {
+    const int64_t first = (chunk * domains_.members + index) * chunk_;
+    const int64_t end = std::min(first + chunk_, packets_.number());
+    for (int64_t packet = first; packet < end; ++packet) body(packet, (packet - first) * packets_.bytes());
+  }
+
+  // body(index, rank) for the other members of this rank's domain.
+  template <typename Body>
+  void for_others(Body body) const {
+    for (int step = 1; step < domains_.members; ++step) {
+      const int index = (domains_.index + step) % domains_.members;
+      body(index, domains_.member[index]);
+    }
+  }
+
+  void scatter(int64_t chunk) const {
+    for_others([&](int index, int owner) {
+      char* slot = scatter_slot(owner, rank_, chunk);
+      for_each(chunk, index, [&](int64_t packet, int64_t at) { packets_.encode(packet, slot + at); });
+    });
+    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk), told(chunk));
+  }
+
+  bool partial(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk), domains_.bits)) return false;
+    char* theirs = scatter_slot(domains_.counterpart, rank_, chunk);
+    char* kept = scatter_slot(rank_, rank_, chunk);
+    float sum[kMostPacketValues];
+    for_each(chunk, domains_.index, [&](int64_t packet, int64_t at) {
+      packets_.clear(sum);
+      for (int i = 0; i < domains_.members; ++i) {
+        if (i == domains_.index)
+          packets_.add_own(packet, sum);
+        else
+          packets_.add(scatter_slot(rank_, domains_.member[i], chunk) + at, sum);
+      }
+      packets_.encode_sum(packet, sum, kept + at);
+      std::copy_n(kept + at, packets_.bytes(), theirs + at);
+    });
+    lane_.publish(FlagPlane::kTwoShotGather, round(chunk), counterpart());
+    return true;
+  }
+
+  bool combine(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE, round(chunk), counterpart())) return false;
+    const char* partials[2] = {scatter_slot(rank_, rank_, chunk), scatter_slot(rank_, domains_.counterpart, chunk)};
+    if (!domains_.is_first) std::swap(partials[0], partials[1]);
+    char encoded[kMostPacketBytes];
+    float sum[kMostPacketValues];
+    for_each(chunk, domains_.index, [&](int64_t packet, int64_t at) {
+      packets_.clear(sum);
+      for (const char* part : partials) packets_.add(part + at, sum);
+      packets_.encode_sum(packet, sum, encoded);
+      if (layout_.published)
+        std::copy_n(encoded, packets_.bytes(), gather_slot(rank_, rank_, chunk) + at);
+      else
+        for_others(
+            [&](int, int reader) { std::copy_n(encoded, packets_.bytes(), gather_slot(reader, rank_, chunk) + at); });
+      packets_.store(packet, encoded);
+    });
+    lane_.publish(FlagPlane::kTwoShotGather, round(chunk), told(chunk));
+    return true;
+  }
+
+  bool drain(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk), domains_.bits)) return false;
+    for_others([&](int index, int owner) {
+      const char* slot = gather_slot(rank_, owner, chunk);
+      for_each(chunk, index, [&](int64_t packet, int64_t at) { packets_.store(packet, slot + at); });
+    });
+    return true;
+  }
+
+  const int rank_;
+  const lar_layout& layout_;
+  const lar_slots& slots_;
+  const Domains& domains_;
+  const Lane lane_;
+  const Packets& packets_;
+  const int64_t chunk_;
+  const int64_t chunks_;
+  const uint32_t epoch_;
+};
+
+}  // namespace
+}  // namespace lar::cpu
+
+extern "C" int lar_low_precision_hierarchical_cpu(const lar_workspace* workspace, const lar_message* message,
+                                                  const lar_launch* shape, lar_wire_format format,
+                                                  const int32_t* domains) {
+  using namespace lar;
+  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  const lar_layout& layout = workspace->layout;
+  if (const int status = check_call(workspace, message, shape, layout.flagged.two_shot_bytes); status != LAR_OK)
+    return status;
+  int32_t values = 0;
+  int32_t bytes = 0;
+  if (const int status = lar_packet_size(format, &values, &bytes); status != LAR_OK) return status;
+  const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / bytes;
+  Domains seen;
+  if (chunk < 1 || !make_domains(domains, layout.world_size, workspace->rank, &seen)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  if (message->count == 0) return LAR_OK;
+  const cpu::Packets packets(*message, format, values, bytes);
+  return cpu::HierarchicalSteps(*workspace, seen, packets, chunk).run();
+}

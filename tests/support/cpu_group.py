@@ -1,0 +1,90 @@
+"""CPU ranks as threads of one process: any kernel, chunk and mix of calls on one set of workspaces."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.wire import PACKETS
+from tests.support.reference import poison
+
+
+class CpuGroup:
+    """``world_size`` ranks with a lane each; ``published``: results are stored once, as the plugin's CPU ranks do."""
+
+    def __init__(
+        self, world_size: int, *, workspace_bytes: int = 1 << 20, published: bool = True, timeout_s: float = 20.0
+    ) -> None:
+        self.world_size = world_size
+        self.layout = _C.make_layout(world_size, 1, flagged_bytes=workspace_bytes, published=published)
+        self.buffers = [ctypes.create_string_buffer(self.layout.total_bytes) for _ in range(world_size)]
+        bases = [ctypes.addressof(buffer) for buffer in self.buffers]
+        self.workspaces = [_C.Workspace(rank, bases, self.layout, timeout_s, _C.CPU) for rank in range(world_size)]
+
+    def set_rounds(self, value: int) -> None:
+        """Let every count of rounds, and every flag, be ``value`` (mod 2**32): what earlier calls left behind."""
+        first, end = self.layout.epochs_offset, self.layout.probe_offset
+        words = (value % (1 << 32)).to_bytes(4, "little") * ((end - first) // 4)
+        for buffer in self.buffers:
+            ctypes.memmove(ctypes.addressof(buffer) + first, words, len(words))
+
+    def packets_of_slot(self, wire: WireFormat, algorithm: int, dtype: torch.dtype) -> int:
+        """The largest chunk, in packets."""
+        return self.layout.flagged.two_shot_bytes // self._unit(wire, algorithm, dtype)
+
+    @staticmethod
+    def _unit(wire: WireFormat, algorithm: int, dtype: torch.dtype) -> int:
+        packet = PACKETS[wire]
+        return packet.values * dtype.itemsize if algorithm == _C.LOW_PRECISION_RING else packet.bytes
+
+    def all_reduce(
+        self,
+        algorithm: int,
+        inputs: Sequence[torch.Tensor],
+        *,
+        wire: WireFormat | None = None,
+        chunk: int = 1,
+        domains: Sequence[int] = (),
+        ranks: Sequence[int] | None = None,
+        jitter: random.Random | None = None,
+    ) -> list[torch.Tensor]:
+        """Every rank's output, poisoned first. ``chunk``: packets, or without a wire format vectors.
+
+        ``jitter``: ranks come in any order, some milliseconds apart.
+
+        Raises:
+            RuntimeError: a rank's call failed.
+        """
+        taking_part = range(self.world_size) if ranks is None else ranks
+        dtype, count = inputs[0].dtype, inputs[0].numel()
+        vectors = chunk if wire is None else chunk * self._unit(wire, algorithm, dtype) // _C.VECTOR_BYTES
+        outputs = [poison(torch.empty_like(part)) for part in inputs]
+        statuses = dict.fromkeys(taking_part, -99)
+        code = -1 if wire is None else PACKETS[wire].code
+        delays = {rank: jitter.choice((0.0, 0.0, 0.001, 0.003)) if jitter else 0.0 for rank in taking_part}
+
+        def run(rank: int) -> None:
+            plan = _C.Plan(
+                self.workspaces[rank], algorithm, count, DTYPE_CODES[dtype], 1, 32, vectors, False,
+                wire_format=code, domains=list(domains),
+            )  # fmt: skip
+            time.sleep(delays[rank])
+            statuses[rank] = plan(inputs[rank].data_ptr(), outputs[rank].data_ptr())
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in taking_part]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if any(statuses.values()):
+            message = "; ".join(f"rank {rank}: {_C.error_string(status)}" for rank, status in statuses.items())
+            raise RuntimeError(message)
+        return outputs
