@@ -87,8 +87,8 @@ def form_of(facts: GroupFacts) -> Form:
         return Form(asked, reason, domains=domains if asked is LowPrecisionAlgorithm.HIERARCHICAL else ())
     if facts.transport not in (Transport.SYMMETRIC, Transport.HOST):
         obstacle = "hierarchical is for GPUs"
-    elif facts.nvlink is not False:
-        obstacle = "NVLink joins all GPUs" if facts.nvlink else "nobody knows whether NVLink joins all GPUs"
+    elif facts.nvlink:
+        obstacle = "NVLink joins all GPUs, as far as is known"
     if obstacle is not None:
         return Form(LowPrecisionAlgorithm.TWO_SHOT, f"two_shot rather than hierarchical: {obstacle}")
     reason = f"hierarchical: without NVLink, ranks in two domains of {len(domains) // 2} ({source})"
