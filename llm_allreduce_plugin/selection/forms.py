@@ -45,7 +45,7 @@ def domains_obstacle(domains: Sequence[int]) -> str | None:
     if len(sizes) == 2 and sizes[0] == sizes[1] and 2 <= sizes[0] <= MOST_MEMBERS:  # noqa: PLR2004
         return None
     found = f"{len(sizes)} domain{'s' * (len(sizes) != 1)} of {', '.join(map(str, sizes))} ranks"
-    return f"there are {found}, not two of equal size with 2 to {MOST_MEMBERS} ranks each"
+    return f"ranks form {found}, not two of equal size with 2 to {MOST_MEMBERS} ranks each"
 
 
 def unit_bytes(facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> int:
