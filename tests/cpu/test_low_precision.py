@@ -28,12 +28,12 @@ DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (0, 1, 31, 495, 497, 1023, 1025, 40_000, 300_001)
 FORMATS = pytest.mark.parametrize("wire", list(WireFormat), ids=str)
 RING: dict[str, Any] = {"algorithm": "ring"}
-# By world size: each algorithm that is not the default there.
-OTHERS: list[tuple[int, dict[str, Any]]] = [(size, RING) for size in WORLD_SIZES]
-OTHERS += [
-    (len(domains), {"algorithm": "hierarchical", "domains": domains})
-    for name, domains in DOMAINS.items()
-    if len(domains) in WORLD_SIZES
+# By world size. More of them in test_low_precision_forms.py, without processes.
+OTHERS: list[tuple[int, dict[str, Any]]] = [
+    (3, RING),
+    (4, {"algorithm": "hierarchical", "domains": DOMAINS["2+2 in turns"]}),
+    (8, RING),
+    (8, {"algorithm": "hierarchical", "domains": DOMAINS["4+4"]}),
 ]
 KERNELS = {"ring": Algorithm.LOW_PRECISION_RING, "hierarchical": Algorithm.LOW_PRECISION_HIERARCHICAL}
 
@@ -80,13 +80,45 @@ def test_sizes(cpu_pool: PoolFor, world_size: int, wire: WireFormat) -> None:
 def test_sizes_with_other_algorithms(
     cpu_pool: PoolFor, world_size: int, more: dict[str, Any], wire: WireFormat
 ) -> None:
-    cpu_pool(world_size).run(_check, wire, (1, 497, 1025, 40_000), 4 << 20, more)
+    cpu_pool(world_size).run(_check, wire, (1, 497, 40_000), 4 << 20, more)
     cpu_pool(world_size).run(_check, wire, (100_001,), 2 << 20, more)
 
 
 @FORMATS
 def test_messages_larger_than_the_workspace(cpu_pool: PoolFor, wire: WireFormat) -> None:
     cpu_pool(4).run(_check, wire, (3_000_001,), 2 << 20)
+
+
+def _falls_back(context: RankContext, more: dict[str, Any]) -> str:
+    with checks.communicator(context, "LOWPRECISION", low_precision=more) as group:
+        decision = group.explain((5000,), torch.bfloat16)
+        assert str(decision.strategy) == "LOWPRECISION"
+        assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+        inputs = [rank_input(5, rank, 5000, torch.bfloat16) for rank in range(context.world_size)]
+        assert_same_numbers(group.all_reduce(inputs[context.rank]), expected_sum(decision.launch, inputs), "two-shot")
+        return str(decision.reason)
+
+
+def test_what_cannot_be_hierarchical_is_two_shot(cpu_pool: PoolFor) -> None:
+    uneven = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical", "domains": (0, 0, 0, 1)})
+    assert set(uneven) == {
+        "allreduce_strategy is LOWPRECISION; hierarchical cannot run: ranks form 2 domains of 3, 1 ranks, not two of "
+        "equal size with 2 to 4 ranks each"
+    }
+    unknown = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical"})
+    assert "hierarchical cannot run: the NUMA node of every rank's GPU is not known" in unknown[0]
+
+
+def _too_many_domains(context: RankContext) -> str:
+    with pytest.raises(ConfigError) as caught:
+        context.communicator("LOWPRECISION", low_precision={"domains": (0, 0, 1, 1, 1)})
+    return str(caught.value)
+
+
+def test_domains_of_another_world_size(cpu_pool: PoolFor) -> None:
+    assert set(cpu_pool(4).run(_too_many_domains)) == {
+        "low_precision.domains=[0, 0, 1, 1, 1]: has 5 numbers: must have one for each of the 4 ranks"
+    }
 
 
 def _specials(context: RankContext, wire: WireFormat, more: dict[str, Any]) -> list[str]:
@@ -138,38 +170,6 @@ def _error(context: RankContext, wire: WireFormat) -> float:
         parts = [torch.randn(1 << 18, generator=generator).bfloat16() for _ in range(context.world_size)]
         exact = torch.stack(parts).double().sum(0)
         return float((group.all_reduce(parts[context.rank]).double() - exact).norm() / exact.norm())
-
-
-def _falls_back(context: RankContext, more: dict[str, Any]) -> str:
-    with checks.communicator(context, "LOWPRECISION", low_precision=more) as group:
-        decision = group.explain((5000,), torch.bfloat16)
-        assert str(decision.strategy) == "LOWPRECISION"
-        assert decision.launch.algorithm is Algorithm.LOW_PRECISION
-        inputs = [rank_input(5, rank, 5000, torch.bfloat16) for rank in range(context.world_size)]
-        assert_same_numbers(group.all_reduce(inputs[context.rank]), expected_sum(decision.launch, inputs), "two-shot")
-        return str(decision.reason)
-
-
-def test_what_cannot_be_hierarchical_is_two_shot(cpu_pool: PoolFor) -> None:
-    uneven = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical", "domains": (0, 0, 0, 1)})
-    assert set(uneven) == {
-        "allreduce_strategy is LOWPRECISION; hierarchical cannot run: ranks form 2 domains of 3, 1 ranks, not two of "
-        "equal size with 2 to 4 ranks each"
-    }
-    unknown = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical"})
-    assert "hierarchical cannot run: the NUMA node of every rank's GPU is not known" in unknown[0]
-
-
-def _too_many_domains(context: RankContext) -> str:
-    with pytest.raises(ConfigError) as caught:
-        context.communicator("LOWPRECISION", low_precision={"domains": (0, 0, 1, 1, 1)})
-    return str(caught.value)
-
-
-def test_domains_of_another_world_size(cpu_pool: PoolFor) -> None:
-    assert set(cpu_pool(4).run(_too_many_domains)) == {
-        "low_precision.domains=[0, 0, 1, 1, 1]: has 5 numbers: must have one for each of the 4 ranks"
-    }
 
 
 @pytest.mark.parametrize(("wire", "most"), [("fp8", 0.035), ("tq3", 1.0), ("hadamard2", 0.45)])

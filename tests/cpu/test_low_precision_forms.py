@@ -18,13 +18,18 @@ from tests.support.low_precision import DOMAINS, oracle
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum
 
 RING, HIERARCHICAL = _C.LOW_PRECISION_RING, _C.LOW_PRECISION_HIERARCHICAL
+FORMATS = (
+    *((wire, torch.bfloat16) for wire in WireFormat),
+    (WireFormat.TQ3, torch.float16),
+    (WireFormat.FP8, torch.float32),
+)
 LAYOUTS = pytest.mark.parametrize("published", (True, False), ids=("published", "pushed"))
 
 
 def _check(
     group: CpuGroup, algorithm: int, wire: WireFormat, dtype: torch.dtype, domains: tuple[int, ...] = ()
 ) -> None:
-    for size, chunk in ((1, 1), (497, 2), (3000, 1), (20_001, 2)):
+    for size, chunk in ((1, 1), (3000, 2), (20_001, 2)):
         seed = fresh_seed()
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(group.world_size)]
         expected = oracle(algorithm, inputs, wire, chunk, domains)
@@ -36,18 +41,16 @@ def _check(
 @pytest.mark.parametrize("world_size", range(2, 9))
 def test_ring(world_size: int, published: bool) -> None:
     group = CpuGroup(world_size, published=published)
-    for wire in WireFormat:
-        for dtype in DTYPES:
-            _check(group, RING, wire, dtype)
+    for wire, dtype in FORMATS:
+        _check(group, RING, wire, dtype)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("domains", list(DOMAINS.values()), ids=list(DOMAINS))
 def test_hierarchical(domains: tuple[int, ...], published: bool) -> None:
     group = CpuGroup(len(domains), published=published)
-    for wire in WireFormat:
-        for dtype in DTYPES:
-            _check(group, HIERARCHICAL, wire, dtype, domains)
+    for wire, dtype in FORMATS:
+        _check(group, HIERARCHICAL, wire, dtype, domains)
 
 
 @LAYOUTS
@@ -58,7 +61,7 @@ def test_all_algorithms_share_slots_flags_and_counts(domains: tuple[int, ...], p
     generator = random.Random(seed)
     group = CpuGroup(len(domains), published=published)
     group.set_rounds(-50)
-    for turn in range(40):
+    for turn in range(25):
         algorithm = generator.choice((_C.TWO_SHOT, _C.LOW_PRECISION, RING, HIERARCHICAL))
         wire, dtype = generator.choice(list(WireFormat)), generator.choice(DTYPES)
         size = generator.choice((10, 900, 5000, 20_000))
