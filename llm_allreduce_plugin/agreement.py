@@ -15,7 +15,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import RankMismatchError
-from llm_allreduce_plugin.topology import nvlink_joins, numa_node_of
+from llm_allreduce_plugin.topology import numa_node_of
 
 _T = TypeVar("_T")
 
@@ -111,18 +111,6 @@ def domains(cards: Sequence[RankCard]) -> tuple[int, ...]:
     """The NUMA node of each rank's GPU; empty when it is not known of all."""
     nodes = tuple(card.numa_node for card in cards if card.numa_node is not None)
     return nodes if len(nodes) == len(cards) else ()
-
-
-def nvlink(cards: Sequence[RankCard], group: dist.ProcessGroup) -> bool | None:
-    """Whether NVLink joins every pair of the ranks' GPUs; None when no rank knows. Collective.
-
-    NVML may tell one rank more than another (a container without it), so all take the word of the lowest that knows.
-    """
-    answers: list[bool | None] = [None] * len(cards)
-    gpus = [card.gpu for card in cards if card.gpu is not None]
-    mine = nvlink_joins(gpus) if len(gpus) == len(cards) else None
-    dist.all_gather_object(answers, mine, group=group)
-    return next((answer for answer in answers if answer is not None), None)
 
 
 def check(cards: Sequence[RankCard]) -> None:

@@ -34,7 +34,7 @@ from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
-from llm_allreduce_plugin.topology import p2p_obstacle
+from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -304,12 +304,14 @@ class TensorParallelCommunicator:
             nodes=nodes,
             low_precision=self.config.low_precision,
             domains=agreement.domains(cards),
-            nvlink=agreement.nvlink(cards, control_group) if self._compresses() else None,
         )
         # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
         obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
         if obstacle is not None:
             return dataclasses.replace(facts, no_transport_reason=obstacle)
+        if self.device.type == "cuda":
+            gpus = [card.gpu for card in cards if card.gpu is not None]
+            facts = dataclasses.replace(facts, nvlink=agreement.first_fault(nvlink_gap(gpus), control_group) is None)
         reasons = []
         for transport in self._transports():
             try:

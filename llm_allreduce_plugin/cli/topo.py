@@ -11,6 +11,7 @@ import typer
 
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.topology import NodeTopology, group_facts, strategy_table
 
 _LEGEND = """\
@@ -86,7 +87,10 @@ def render(topology: NodeTopology, world_size: int | None) -> str:
     facts = group_facts(topology, world_size)
     through = {Transport.SYMMETRIC: "each other's memory", Transport.HOST: "pinned host memory"}.get(facts.transport)
     parts += ["", f"Strategies for a group of {facts.world_size}{f' through {through}' if through else ''}:"]
-    rows = [[f"  {name}", "yes" if reason is None else "no", reason or ""] for name, reason in strategy_table(facts)]
+    rows = [
+        [f"  {name}", "yes" if reason is None else "no", reason or STRATEGIES[name].describe(facts)[1]]
+        for name, reason in strategy_table(facts)
+    ]
     parts.append(_grid(rows))
     if topology.gpus:
         parts += ["", _LEGEND]

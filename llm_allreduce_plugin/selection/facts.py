@@ -62,7 +62,7 @@ class GroupFacts:
         nodes: hosts that the ranks run on.
         low_precision: the agreed settings of LOWPRECISION.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
-        nvlink: NVLink joins every pair of GPUs; None: not known.
+        nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something where GPUs share memory.
     """
 
     world_size: int
@@ -76,7 +76,7 @@ class GroupFacts:
     nodes: int = 1
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
     domains: tuple[int, ...] = ()
-    nvlink: bool | None = None
+    nvlink: bool = True
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

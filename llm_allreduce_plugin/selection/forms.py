@@ -45,7 +45,7 @@ def domains_obstacle(domains: Sequence[int]) -> str | None:
     if len(sizes) == 2 and sizes[0] == sizes[1] and 2 <= sizes[0] <= MOST_MEMBERS:  # noqa: PLR2004
         return None
     found = f"{len(sizes)} domain{'s' * (len(sizes) != 1)} of {', '.join(map(str, sizes))} ranks"
-    return f"there are {found}, not two of equal size with 2 to {MOST_MEMBERS} ranks each"
+    return f"ranks form {found}, not two of equal size with 2 to {MOST_MEMBERS} ranks each"
 
 
 def unit_bytes(facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> int:
@@ -87,8 +87,8 @@ def form_of(facts: GroupFacts) -> Form:
         return Form(asked, reason, domains=domains if asked is LowPrecisionAlgorithm.HIERARCHICAL else ())
     if facts.transport not in (Transport.SYMMETRIC, Transport.HOST):
         obstacle = "hierarchical is for GPUs"
-    elif facts.nvlink is not False:
-        obstacle = "NVLink joins all GPUs" if facts.nvlink else "nobody knows whether NVLink joins all GPUs"
+    elif facts.nvlink:
+        obstacle = "NVLink joins all GPUs, as far as is known"
     if obstacle is not None:
         return Form(LowPrecisionAlgorithm.TWO_SHOT, f"two_shot rather than hierarchical: {obstacle}")
     reason = f"hierarchical: without NVLink, ranks in two domains of {len(domains) // 2} ({source})"

@@ -38,8 +38,8 @@ ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 _WORDS = {
     LowPrecisionAlgorithm.TWO_SHOT: "two-shot push, compressed on the wire",
     LowPrecisionAlgorithm.RING: "ring, compressed on the wire while it is summed; the rounded sums travel as they are",
-    LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, an "
-    "exchange between them",
+    LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, "
+    "which exchange them",
 }
 _KERNELS = {
     LowPrecisionAlgorithm.TWO_SHOT: Algorithm.LOW_PRECISION,

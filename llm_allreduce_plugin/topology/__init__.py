@@ -2,7 +2,7 @@
 
 from llm_allreduce_plugin.topology.capabilities import group_facts, strategy_table
 from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology
-from llm_allreduce_plugin.topology.nvml import detect, numa_node_of, nvlink_joins, p2p_obstacle
+from llm_allreduce_plugin.topology.nvml import detect, numa_node_of, nvlink_gap, p2p_obstacle
 
 __all__ = [
     "Fabric",
@@ -11,7 +11,7 @@ __all__ = [
     "detect",
     "group_facts",
     "numa_node_of",
-    "nvlink_joins",
+    "nvlink_gap",
     "p2p_obstacle",
     "strategy_table",
 ]

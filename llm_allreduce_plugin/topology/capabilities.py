@@ -35,6 +35,7 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         reason = hosts_obstacle(hosts) or ""
         if topology.p2p_fault(range(size)) is not None:
             transport = Transport.HOST
+    nvlink = not topology.nvlink_gap(range(size))
     architectures = {gpu.architecture for gpu in members}
     nodes = tuple(gpu.numa_node for gpu in members if gpu.numa_node is not None)
     return GroupFacts(
@@ -44,11 +45,11 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         no_transport_reason=reason,
         lanes=_C.MAX_LANES,
         in_band=_SLOTS if transport is Transport.SYMMETRIC else SlotBytes(one_shot=4096),
-        flagged=_SLOTS,
+        flagged=_SLOTS if transport is Transport.HOST or not nvlink else SlotBytes(),
         architecture=architectures.pop() if len(architectures) == 1 else None,
         nodes=max(hosts, 1),
         domains=nodes if len(nodes) == size else (),
-        nvlink=topology.nvlink_joins(range(size)),
+        nvlink=nvlink,
     )
 
 

@@ -107,15 +107,12 @@ class NodeTopology(_Frozen):
     @property
     def has_nvlink(self) -> bool:
         """True when every pair of GPUs is joined by NVLink."""
-        return self.nvlink_joins(range(len(self.gpus))) is True
+        pairs = [link for i, row in enumerate(self.links) for j, link in enumerate(row) if i != j]
+        return bool(pairs) and all(link.startswith("NV") for link in pairs)
 
-    def nvlink_joins(self, positions: Sequence[int]) -> bool | None:
-        """Whether NVLink joins every pair of these GPUs; None when that is not known, or there is no pair."""
-        links = [self.links[a][b] for a in positions for b in positions if a != b]
-        known = [link for link in links if link != "?"]
-        if any(not link.startswith("NV") for link in known):
-            return False
-        return True if links and known == links else None
+    def nvlink_gap(self, positions: Sequence[int]) -> bool:
+        """True when some pair of these GPUs is joined by PCIe only."""
+        return any(self.links[a][b] in PCIE_LINKS for a in positions for b in positions)
 
     def numa_domains(self) -> dict[int, list[int]]:
         """GPU positions by NUMA node; those whose node is unknown count as node 0."""

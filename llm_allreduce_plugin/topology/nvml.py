@@ -213,48 +213,30 @@ def _link(
 
 
 def _handles(nvml: Any, gpu_uuids: Sequence[str]) -> list[Any] | None:  # noqa: ANN401
-    """NVML's handles of these GPUs; None when it does not know one of them."""
-    handles = []
-    for uuid in gpu_uuids:
-        name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-        handle = _ask(None, nvml.nvmlDeviceGetHandleByUUID, name)
-        if handle is None:
-            return None
-        handles.append(handle)
-    return handles
+    """NVML's handles of GPUs, which this process need not see; None when NVML does not know all."""
+    names = [uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in gpu_uuids]
+    handles = [_ask(None, nvml.nvmlDeviceGetHandleByUUID, name) for name in names]
+    return None if None in handles else handles
+
+
+def nvlink_gap(gpu_uuids: Sequence[str]) -> str | None:
+    """A pair of these GPUs that NVLink does not join, by the driver's word; None when there is none or nobody knows."""
+    with contextlib.suppress(_NoNvmlError), _nvml() as nvml:
+        handles = _handles(nvml, gpu_uuids) or []
+        for a, first in enumerate(handles):
+            for b, second in enumerate(handles[:a]):
+                if _ask(0, nvml.nvmlDeviceGetP2PStatus, first, second, _P2P_NVLINK) != 0:
+                    return f"NVLink does not join the GPUs of ranks {b} and {a}"
+    return None
 
 
 def numa_node_of(gpu_uuid: str) -> int | None:
     """The NUMA node that a GPU is attached to; None when nobody says (a virtual machine, a container without NVML)."""
-    try:
-        with _nvml() as nvml:
-            handles = _handles(nvml, [gpu_uuid])
-            pci = _ask(None, nvml.nvmlDeviceGetPciInfo, handles[0]) if handles else None
-            return None if pci is None else _numa_node(_text(pci.busId))
-    except _NoNvmlError:
-        return None
-
-
-def nvlink_joins(gpu_uuids: Sequence[str]) -> bool | None:
-    """Whether NVLink joins every pair of these GPUs; None when NVML does not know, or there is no pair.
-
-    As :func:`p2p_obstacle`, it sees GPUs that this process cannot.
-    """
-    statuses = []
-    try:
-        with _nvml() as nvml:
-            handles = _handles(nvml, gpu_uuids)
-            for a, first in enumerate(handles or []):
-                active = bool(_active_nvlinks(nvml, first))
-                for b, second in enumerate(handles or []):
-                    if a != b:
-                        status = _ask(None, nvml.nvmlDeviceGetP2PStatus, first, second, _P2P_NVLINK)
-                        statuses.append(None if status is None else active and int(status) == 0)
-    except _NoNvmlError:
-        return None
-    if False in statuses:
-        return False
-    return True if statuses and None not in statuses else None
+    with contextlib.suppress(_NoNvmlError), _nvml() as nvml:
+        handles = _handles(nvml, [gpu_uuid]) or []
+        pci = _ask(None, nvml.nvmlDeviceGetPciInfo, *handles)
+        return None if pci is None else _numa_node(_text(pci.busId))
+    return None
 
 
 def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:

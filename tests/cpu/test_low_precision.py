@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from llm_allreduce_plugin import ConfigError
 from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.selection.decision import Algorithm
 from tests.conftest import PoolFor
 from tests.support import checks
+from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import (
     assert_same_bits,
     digest,
@@ -26,32 +27,42 @@ WORLD_SIZES = (2, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
 SIZES = (0, 1, 31, 495, 497, 1023, 1025, 40_000, 300_001)
 FORMATS = pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+RING: dict[str, Any] = {"algorithm": "ring"}
+# By world size. More of them in test_low_precision_forms.py, without processes.
+OTHERS: list[tuple[int, dict[str, Any]]] = [
+    (3, RING),
+    (4, {"algorithm": "hierarchical", "domains": DOMAINS["2+2 in turns"]}),
+    (8, RING),
+    (8, {"algorithm": "hierarchical", "domains": DOMAINS["4+4"]}),
+]
+KERNELS = {"ring": Algorithm.LOW_PRECISION_RING, "hierarchical": Algorithm.LOW_PRECISION_HIERARCHICAL}
 
 
-def _compare(context: RankContext, group: Any, inputs: list[torch.Tensor], wire: WireFormat, what: str) -> str:
+def _compare(context: RankContext, group: Any, inputs: list[torch.Tensor], what: str) -> str:
     """One call against the oracle; the digest of the output."""
     mine = inputs[context.rank]
     before = mine.clone()
     launch = group.explain(mine.shape, mine.dtype).launch
+    asked = str(group.config.low_precision.algorithm)
+    assert launch.algorithm is KERNELS.get(asked, Algorithm.LOW_PRECISION)
     with checks.poisoned_outputs():
         output = group.all_reduce(mine)
-    chunk = launch.chunk_vectors * 16 // CODECS[wire].packet_bytes
-    expected = compressed_sum(inputs, wire, chunk)
-    assert torch.equal(output.isnan(), expected.isnan()), what
-    assert_same_bits(output[~output.isnan()], expected[~expected.isnan()], what)
+    assert_same_numbers(output, expected_sum(launch, inputs), what)
     assert torch.equal(mine.view(torch.int16), before.view(torch.int16)), f"{what}: the input was written"
     return digest(output)
 
 
-def _check(context: RankContext, wire: WireFormat, sizes: tuple[int, ...], workspace: int) -> None:
-    settings = {"low_precision": {"wire_format": wire}, "workspace_bytes": workspace}
+def _check(
+    context: RankContext, wire: WireFormat, sizes: tuple[int, ...], workspace: int, more: dict[str, Any] | None = None
+) -> None:
+    settings = {"low_precision": {"wire_format": wire, **(more or {})}, "workspace_bytes": workspace}
     with checks.communicator(context, "LOWPRECISION", **settings) as group:
         digests = []
         for size in sizes:
             for dtype in DTYPES:
                 seed = context.shared_seed()
                 inputs = [rank_input(seed, rank, size, dtype) for rank in range(context.world_size)]
-                digests.append(_compare(context, group, inputs, wire, f"{wire} {dtype} x {size}, seed {seed}"))
+                digests.append(_compare(context, group, inputs, f"{wire} {dtype} x {size}, seed {seed}"))
         calls = group.report()["calls"]
         assert calls == {"LOWPRECISION": len(digests)}, calls
         everyone = context.gather(digests)
@@ -65,16 +76,57 @@ def test_sizes(cpu_pool: PoolFor, world_size: int, wire: WireFormat) -> None:
 
 
 @FORMATS
+@pytest.mark.parametrize(("world_size", "more"), OTHERS)
+def test_sizes_with_other_algorithms(
+    cpu_pool: PoolFor, world_size: int, more: dict[str, Any], wire: WireFormat
+) -> None:
+    cpu_pool(world_size).run(_check, wire, (1, 497, 40_000), 4 << 20, more)
+    cpu_pool(world_size).run(_check, wire, (100_001,), 2 << 20, more)
+
+
+@FORMATS
 def test_messages_larger_than_the_workspace(cpu_pool: PoolFor, wire: WireFormat) -> None:
     cpu_pool(4).run(_check, wire, (3_000_001,), 2 << 20)
 
 
-def _specials(context: RankContext, wire: WireFormat) -> list[str]:
+def _falls_back(context: RankContext, more: dict[str, Any]) -> str:
+    with checks.communicator(context, "LOWPRECISION", low_precision=more) as group:
+        decision = group.explain((5000,), torch.bfloat16)
+        assert str(decision.strategy) == "LOWPRECISION"
+        assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+        inputs = [rank_input(5, rank, 5000, torch.bfloat16) for rank in range(context.world_size)]
+        assert_same_numbers(group.all_reduce(inputs[context.rank]), expected_sum(decision.launch, inputs), "two-shot")
+        return str(decision.reason)
+
+
+def test_what_cannot_be_hierarchical_is_two_shot(cpu_pool: PoolFor) -> None:
+    uneven = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical", "domains": (0, 0, 0, 1)})
+    assert set(uneven) == {
+        "allreduce_strategy is LOWPRECISION; hierarchical cannot run: ranks form 2 domains of 3, 1 ranks, not two of "
+        "equal size with 2 to 4 ranks each"
+    }
+    unknown = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical"})
+    assert "hierarchical cannot run: the NUMA node of every rank's GPU is not known" in unknown[0]
+
+
+def _too_many_domains(context: RankContext) -> str:
+    with pytest.raises(ConfigError) as caught:
+        context.communicator("LOWPRECISION", low_precision={"domains": (0, 0, 1, 1, 1)})
+    return str(caught.value)
+
+
+def test_domains_of_another_world_size(cpu_pool: PoolFor) -> None:
+    assert set(cpu_pool(4).run(_too_many_domains)) == {
+        "low_precision.domains=[0, 0, 1, 1, 1]: has 5 numbers: must have one for each of the 4 ranks"
+    }
+
+
+def _specials(context: RankContext, wire: WireFormat, more: dict[str, Any]) -> list[str]:
     digests = []
-    with checks.communicator(context, "LOWPRECISION", low_precision={"wire_format": wire}) as group:
+    with checks.communicator(context, "LOWPRECISION", low_precision={"wire_format": wire, **more}) as group:
         for dtype in DTYPES:
             inputs = special_inputs(context.world_size, dtype)
-            digests.append(_compare(context, group, inputs, wire, f"{wire} {dtype}"))
+            digests.append(_compare(context, group, inputs, f"{wire} {dtype} {more}"))
             finite = [part.nan_to_num(0.0, 1.0, -1.0) for part in inputs]
             output = group.all_reduce(finite[context.rank])
             assert not output.isnan().any(), "NaN out of finite input"
@@ -82,9 +134,12 @@ def _specials(context: RankContext, wire: WireFormat) -> list[str]:
 
 
 @FORMATS
-@pytest.mark.parametrize("world_size", (2, 5))
-def test_special_values(cpu_pool: PoolFor, world_size: int, wire: WireFormat) -> None:
-    everyone = cpu_pool(world_size).run(_specials, wire)
+@pytest.mark.parametrize(
+    ("world_size", "more"),
+    [(2, {}), (5, {}), (5, RING), (4, {"algorithm": "hierarchical", "domains": DOMAINS["2+2"]})],
+)
+def test_special_values(cpu_pool: PoolFor, world_size: int, more: dict[str, Any], wire: WireFormat) -> None:
+    everyone = cpu_pool(world_size).run(_specials, wire, more)
     assert all(digests == everyone[0] for digests in everyone)
 
 
@@ -98,7 +153,7 @@ def _mixed(context: RankContext) -> None:
             if dtype is torch.float32 or size * 2 < 2000:
                 assert_same_bits(group.all_reduce(inputs[context.rank]), rank_ordered_sum(inputs), f"turn {turn}")
             else:
-                _compare(context, group, inputs, WireFormat.FP8, f"turn {turn}")
+                _compare(context, group, inputs, f"turn {turn}")
         assert set(group.report()["calls"]) == {"LOWPRECISION", "MINLATENCY"}
         assert "messages below 2000 bytes stay exact (low_precision.min_bytes)" in json.dumps(
             group.report()["fallbacks"]

@@ -36,9 +36,25 @@ class CpuGroup:
         for buffer in self.buffers:
             ctypes.memmove(ctypes.addressof(buffer) + first, words, len(words))
 
-    def packets_of_slot(self, wire: WireFormat, algorithm: int, dtype: torch.dtype) -> int:
-        """The largest chunk, in packets."""
-        return self.layout.flagged.two_shot_bytes // self._unit(wire, algorithm, dtype)
+    def _words(self, rank: int, first: int, count: int) -> list[int]:
+        buffer = self.buffers[rank]
+        return list((ctypes.c_uint32 * count).from_buffer(buffer, first))
+
+    def rounds(self) -> int:
+        """Rounds that the two-shot's slots and their relatives have seen, on all ranks alike."""
+        counts = {self._words(rank, self.layout.epochs_offset, 2)[1] for rank in range(self.world_size)}
+        assert len(counts) == 1, counts
+        return counts.pop()
+
+    def two_shot_flags(self) -> set[int]:
+        """What every rank has told every other of scatter and gather."""
+        return {
+            self._words(reader, self.layout.flags_offset, 3 * _C.MAX_WORLD_SIZE)[plane * _C.MAX_WORLD_SIZE + writer]
+            for reader in range(self.world_size)
+            for writer in range(self.world_size)
+            for plane in (1, 2)
+            if reader != writer
+        }
 
     @staticmethod
     def _unit(wire: WireFormat, algorithm: int, dtype: torch.dtype) -> int:

@@ -64,13 +64,18 @@ def test_no_kernel_spills() -> None:
     names = {name for name in everything if "low_precision" not in name}
     # Two algorithms in five variants, and pull.
     assert len(names) == 11 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)
+    # Three formats as a ring and over domains, for any number of ranks.
+    any_size = {name for name in everything if re.search("low_precision_(ring|hierarchical)", name)}
+    assert len(any_size) == 2 * 3 * 2
     # In band, published and three formats with flags.
-    assert len(everything - names) == 5 * 2 * len([size for size in SUPPORTED_WORLD_SIZES if size <= 8])
+    assert len(everything - names - any_size) == 5 * 2 * len([size for size in SUPPORTED_WORLD_SIZES if size <= 8])
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(everything) * len(architectures)
     assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
     for kernel in kernels:
-        with_courier = re.search(r"(one_shot|two_shot|low_precision)_(published_)?kernel", kernel.name)
+        with_courier = re.search(
+            r"(one_shot|two_shot|low_precision)_(published_|ring_|hierarchical_)?kernel", kernel.name
+        )
         threads = _C.MAX_FLAGGED_THREADS + 32 if with_courier else _C.MAX_THREADS
         assert kernel.registers * threads <= 65536, f"a block of {kernel.name} must fit"
 
