@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice, TransportChoice, WireFormat
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.host import HostMemory, host_layout
@@ -25,9 +25,9 @@ from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
+from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
-from llm_allreduce_plugin.topology import p2p_obstacle
+from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
 FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format needs flags
+IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are staged
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
@@ -293,16 +294,20 @@ class TensorParallelCommunicator:
             transport=Transport.NONE,
             architecture=cards[0].architecture,
             nodes=nodes,
+            staged=self.config.staged,
             low_precision=self.config.low_precision,
         )
         # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
         obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
         if obstacle is not None:
             return dataclasses.replace(facts, no_transport_reason=obstacle)
+        if self.device.type == "cuda":
+            gpus = [card.gpu for card in cards if card.gpu is not None]
+            facts = dataclasses.replace(facts, nvlink=agreement.first_fault(nvlink_gap(gpus), control_group) is None)
         reasons = []
         for transport in self._transports():
             try:
-                layout = self._layout(transport, cards)
+                layout = self._layout(dataclasses.replace(facts, transport=transport), cards)
                 self._connect(transport, layout, cards, control_group)
             except (TransportError, ValueError) as error:
                 reasons.append(str(error))
@@ -333,7 +338,8 @@ class TensorParallelCommunicator:
             TransportChoice.HOST: (Transport.HOST,),
         }[self.config.transport]
 
-    def _layout(self, transport: Transport, cards: list[agreement.RankCard]) -> _C.Layout:
+    def _layout(self, facts: GroupFacts, cards: list[agreement.RankCard]) -> _C.Layout:
+        transport = facts.transport
         wanted = self.config.workspace_bytes
         if transport is Transport.SHM:
             size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
@@ -347,6 +353,8 @@ class TensorParallelCommunicator:
         flagged = 0
         if not self.config.in_band:
             flagged = size
+        elif staging.obstacle(facts) is None and self.config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+            flagged = size - size // IN_BAND_SHARE
         elif self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
             needs_flags = self.config.low_precision.wire_format is not WireFormat.FP8
             flagged = size // FLAGGED_SHARE if needs_flags else 0
@@ -400,6 +408,12 @@ class TensorParallelCommunicator:
             self.config.allreduce_strategy,
             self._sizes,
         )
+        if (
+            self.config.staged is StagedChoice.ON
+            and self.rank == 0
+            and (why := staging.obstacle(self.facts)) is not None
+        ):
+            logger.warning("staged is on, but nothing is staged: %s", why)
         # Says at once what asking for a strategy without a kernel leads to.
         decision = decide(self.config, self.facts, 1, "bfloat16")
         if decision.is_fallback:
@@ -437,7 +451,8 @@ class TensorParallelCommunicator:
         if key not in self._pulls:
             decision, _ = self._plans.get(key[1:]) or self._plan(*key[1:])
             launch = decision.launch
-            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and input_.numel() > 0
+            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
+            two_shot &= input_.numel() > 0
             distances = self._peer_visible[found].peer_distances
             self._pulls[key] = self._kernel_call(decision, *key[1:], distances) if two_shot else None
         return self._pulls[key]
@@ -453,7 +468,7 @@ class TensorParallelCommunicator:
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-            launch.wire_code,
+            launch.wire_code, launch.staged,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index

@@ -32,6 +32,7 @@ class Launch:
         scatter_lanes: lanes that only send this rank's input; 0 when every lane does everything.
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
         wire_format: what values are sent as; None: as they are.
+        staged: with flags, and at any time a GPU sends to one peer and receives from one.
     """
 
     algorithm: Algorithm
@@ -43,6 +44,7 @@ class Launch:
     scatter_lanes: int = 0
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
+    staged: bool = False
 
     @property
     def owned_vectors(self) -> int:
@@ -60,9 +62,10 @@ class Launch:
             words += f" ({self.scatter_lanes} only send"
             words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
         spread = "per peer" if self.in_band else "per block and peer"
+        readiness = "in band" if self.in_band else "staged" if self.staged else "flagged"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{'in band' if self.in_band else 'flagged'}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{readiness}{f', as {self.wire_format}' if self.wire_format else ''}"
         )
 
 

@@ -2,6 +2,6 @@
 
 from llm_allreduce_plugin.topology.capabilities import group_facts, strategy_table
 from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology
-from llm_allreduce_plugin.topology.nvml import detect, p2p_obstacle
+from llm_allreduce_plugin.topology.nvml import detect, nvlink_gap, p2p_obstacle
 
-__all__ = ["Fabric", "Gpu", "NodeTopology", "detect", "group_facts", "p2p_obstacle", "strategy_table"]
+__all__ = ["Fabric", "Gpu", "NodeTopology", "detect", "group_facts", "nvlink_gap", "p2p_obstacle", "strategy_table"]

@@ -10,7 +10,7 @@ from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology.model import NodeTopology
 
 # The layout of the default workspace does not decide what can run; any slots will do here.
-_SLOTS = SlotBytes(4096, 4096)
+_SLOTS = SlotBytes(4096, 4096, staged=1 << 20)
 
 
 def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:
@@ -35,6 +35,7 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         reason = hosts_obstacle(hosts) or ""
         if topology.p2p_fault(range(size)) is not None:
             transport = Transport.HOST
+    nvlink = not topology.nvlink_gap(range(size))
     architectures = {gpu.architecture for gpu in members}
     return GroupFacts(
         world_size=size,
@@ -43,9 +44,10 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         no_transport_reason=reason,
         lanes=_C.MAX_LANES,
         in_band=_SLOTS if transport is Transport.SYMMETRIC else SlotBytes(one_shot=4096),
-        flagged=_SLOTS if transport is Transport.HOST else SlotBytes(),
+        flagged=_SLOTS if transport is Transport.HOST or not nvlink else SlotBytes(),
         architecture=architectures.pop() if len(architectures) == 1 else None,
         nodes=max(hosts, 1),
+        nvlink=nvlink,
     )
 
 

@@ -110,6 +110,10 @@ class NodeTopology(_Frozen):
         pairs = [link for i, row in enumerate(self.links) for j, link in enumerate(row) if i != j]
         return bool(pairs) and all(link.startswith("NV") for link in pairs)
 
+    def nvlink_gap(self, positions: Sequence[int]) -> bool:
+        """True when some pair of these GPUs is joined by PCIe only."""
+        return any(self.links[a][b] in PCIE_LINKS for a in positions for b in positions)
+
     def numa_domains(self) -> dict[int, list[int]]:
         """GPU positions by NUMA node; those whose node is unknown count as node 0."""
         domains: dict[int, list[int]] = {}

@@ -212,6 +212,24 @@ def _link(
     return "?" if level is None else _COMMON_ANCESTOR.get(int(level), "?")
 
 
+def _handles(nvml: Any, gpu_uuids: Sequence[str]) -> list[Any] | None:  # noqa: ANN401
+    """NVML's handles of GPUs, which this process need not see; None when NVML does not know all."""
+    names = [uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in gpu_uuids]
+    handles = [_ask(None, nvml.nvmlDeviceGetHandleByUUID, name) for name in names]
+    return None if None in handles else handles
+
+
+def nvlink_gap(gpu_uuids: Sequence[str]) -> str | None:
+    """A pair of these GPUs that NVLink does not join, by the driver's word; None when there is none or nobody knows."""
+    with contextlib.suppress(_NoNvmlError), _nvml() as nvml:
+        handles = _handles(nvml, gpu_uuids) or []
+        for a, first in enumerate(handles):
+            for b, second in enumerate(handles[:a]):
+                if _ask(0, nvml.nvmlDeviceGetP2PStatus, first, second, _P2P_NVLINK) != 0:
+                    return f"NVLink does not join the GPUs of ranks {b} and {a}"
+    return None
+
+
 def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
     """Why these GPUs cannot use each other's memory, by the driver's word; None when they can or nobody knows.
 
@@ -219,13 +237,7 @@ def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
     """
     try:
         with _nvml() as nvml:
-            handles = []
-            for uuid in gpu_uuids:
-                name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
-                handle = _ask(None, nvml.nvmlDeviceGetHandleByUUID, name)
-                if handle is None:
-                    return None
-                handles.append(handle)
+            handles = _handles(nvml, gpu_uuids) or []
             for a, first in enumerate(handles):
                 for b, second in enumerate(handles):
                     status = _p2p(nvml, first, second) if a != b else "OK"

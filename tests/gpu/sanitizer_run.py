@@ -14,6 +14,21 @@ from tests.support.local_group import LocalGroup, message_of
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 
+def staged() -> None:
+    for world_size, wire in itertools.product((3, 5), WireFormat):
+        group = LocalGroup(
+            world_size, in_band=False, lanes=2, workspace_mib=2, timeout_s=30.0, wire_format=wire, staged=True
+        )
+        for size in (1, 1025, 40_001):
+            inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
+            for output in group.all_reduce("TWOSHOT", inputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), f"staged x {size}")
+            owned = group.launch_of("LOWPRECISION", message_of(inputs[0])).owned_vectors * 16
+            expected = compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
+            for output in group.all_reduce("LOWPRECISION", inputs):
+                assert_same_bits(output, expected, f"staged {wire} x {size}")
+
+
 def main() -> None:
     kinds: list[dict[str, Any]] = [
         {"in_band": True},
@@ -49,6 +64,7 @@ def main() -> None:
                 expected = compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
                 for output in group.all_reduce("LOWPRECISION", inputs):
                     assert_same_bits(output, expected, f"{wire} x {size}")
+    staged()
     print("every kernel ran")  # noqa: T201
 
 
