@@ -261,6 +261,7 @@ NB_MODULE(_C, module) {
   module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
   module.attr("MAX_FLAGGED_THREADS") = static_cast<int>(LAR_MAX_FLAGGED_THREADS);
+  module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
@@ -277,13 +278,15 @@ NB_MODULE(_C, module) {
       .def_ro("one_shot_bytes", &lar_slots::one_shot_bytes)
       .def_ro("scatter_offset", &lar_slots::scatter_offset)
       .def_ro("gather_offset", &lar_slots::gather_offset)
-      .def_ro("two_shot_bytes", &lar_slots::two_shot_bytes);
+      .def_ro("two_shot_bytes", &lar_slots::two_shot_bytes)
+      .def_ro("staged_bytes", &lar_slots::staged_bytes);
 
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
       .def_ro("world_size", &lar_layout::world_size)
       .def_ro("lanes", &lar_layout::lanes)
       .def_prop_ro("published", [](const lar_layout& layout) { return layout.published != 0; })
       .def_ro("epochs_offset", &lar_layout::epochs_offset)
+      .def_ro("stages_offset", &lar_layout::stages_offset)
       .def_ro("flags_offset", &lar_layout::flags_offset)
       .def_ro("probe_offset", &lar_layout::probe_offset)
       .def_ro("in_band", &lar_layout::in_band)
@@ -327,13 +330,14 @@ NB_MODULE(_C, module) {
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int64_t count, int dtype, int lanes, int threads,
              int64_t chunk_vectors, bool in_band, int scatter_lanes, int drain_lanes,
-             const std::vector<int64_t>& peer_distances, int wire_format, const std::vector<int32_t>& domains) {
-            const lar_launch launch{lanes, threads, chunk_vectors, in_band, scatter_lanes, drain_lanes};
+             const std::vector<int64_t>& peer_distances, int wire_format, const std::vector<int32_t>& domains,
+             bool staged) {
+            const lar_launch launch{lanes, threads, chunk_vectors, in_band, scatter_lanes, drain_lanes, staged};
             new (self) Plan(workspace, algorithm, count, dtype, launch, peer_distances, wire_format, domains);
           },
           "workspace"_a, "algorithm"_a, "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "in_band"_a,
           "scatter_lanes"_a = 0, "drain_lanes"_a = 0, "peer_distances"_a = std::vector<int64_t>{}, "wire_format"_a = -1,
-          "domains"_a = std::vector<int32_t>{}, nb::keep_alive<1, 2>(),
+          "domains"_a = std::vector<int32_t>{}, "staged"_a = false, nb::keep_alive<1, 2>(),
           "`peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. "
           "`wire_format`: for LOW_PRECISION and its other forms, one of WIRE_*. `domains`: for "
           "LOW_PRECISION_HIERARCHICAL, "

@@ -43,6 +43,9 @@ int check_call(const lar_workspace* workspace, const lar_message* message, const
   if (launch->scatter_lanes < 0 || launch->drain_lanes < 0 ||
       launch->scatter_lanes + launch->drain_lanes >= launch->lanes)
     return LAR_ERROR_INVALID_ARGUMENT;
+  // Staging makes no difference between two ranks, and in memory that all share there are no streams between ranks.
+  if (launch->staged && (launch->in_band || layout.published || layout.world_size < 3))
+    return LAR_ERROR_INVALID_ARGUMENT;
   return LAR_OK;
 }
 
@@ -115,8 +118,10 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
     return at;
   };
   out.abort_offset = take(1);
+  out.arrivals_offset = take(1);
   out.epochs_offset = take(static_cast<int64_t>(EpochPlane::kNumber) * wish->lanes);
   out.extents_offset = take(static_cast<int64_t>(ExtentPlane::kNumber) * LAR_PUBLISHED_SLOTS * wish->lanes);
+  out.stages_offset = take(LAR_STAGE_TIMES * static_cast<int64_t>(sizeof(lar_stage_times) / sizeof(uint32_t)));
   out.local_bytes = offset;
   out.flags_offset = take(static_cast<int64_t>(FlagPlane::kNumber) * wish->lanes * LAR_MAX_WORLD_SIZE);
   out.probe_offset = take(LAR_MAX_WORLD_SIZE);
@@ -135,6 +140,7 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
   if (const int64_t bytes = wish->flagged_bytes; bytes > 0) {
     out.flagged = split(bytes, for_one_shot(bytes, 4), flagged_counts(*wish), &offset);
     if (!holds_vectors(out.flagged)) return LAR_ERROR_INVALID_ARGUMENT;
+    if (!wish->published) out.flagged.staged_bytes = LAR_SLOTS * wish->lanes * out.flagged.two_shot_bytes;
   }
   out.total_bytes = offset;
   *layout = out;

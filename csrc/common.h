@@ -13,10 +13,12 @@
 namespace lar {
 
 // Planes of lar_layout::flags, and their number.
-enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, kNumber };
+enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, kStageData, kStageGrant, kNumber };
 
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
-enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kNumber };
+// Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
+// begin.
+enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kStaged, kStageOpen, kNumber };
 
 // Planes of lar_layout::extents.
 enum class ExtentPlane : int { kOneShot, kTwoShot, kNumber };
@@ -45,6 +47,14 @@ LAR_HOST_DEVICE int raw_packet_bytes(int packet_values, lar_dtype dtype) {
 // Typed addresses inside a workspace, and inside lar_workspace.local.
 LAR_HOST_DEVICE uint32_t* abort_word(void* local, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.abort_offset);
+}
+
+LAR_HOST_DEVICE uint32_t* arrivals_word(void* local, const lar_layout& layout) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.arrivals_offset);
+}
+
+LAR_HOST_DEVICE lar_stage_times* stage_times(void* local, const lar_layout& layout, uint32_t stage) {
+  return reinterpret_cast<lar_stage_times*>(static_cast<char*>(local) + layout.stages_offset) + stage % LAR_STAGE_TIMES;
 }
 
 LAR_HOST_DEVICE uint32_t* epoch_word(void* local, const lar_layout& layout, EpochPlane plane, int lane) {

@@ -13,6 +13,8 @@ MAX_THREADS: int = 512
 
 MAX_FLAGGED_THREADS: int = 256
 
+STAGE_TIMES: int = 128
+
 IN_BAND_MARKER: int = 2147483648
 
 STATUS_TIMEOUT: int = -2
@@ -51,6 +53,9 @@ class Slots:
     @property
     def two_shot_bytes(self) -> int: ...
 
+    @property
+    def staged_bytes(self) -> int: ...
+
 class Layout:
     """Where everything lies inside a workspace; offsets and sizes in bytes."""
 
@@ -65,6 +70,9 @@ class Layout:
 
     @property
     def epochs_offset(self) -> int: ...
+
+    @property
+    def stages_offset(self) -> int: ...
 
     @property
     def flags_offset(self) -> int: ...
@@ -142,7 +150,7 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1, domains: Sequence[int] = []) -> None:
+    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1, domains: Sequence[int] = [], staged: bool = False) -> None:
         """
         `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION and its other forms, one of WIRE_*. `domains`: for LOW_PRECISION_HIERARCHICAL, the number of each rank's domain.
         """

@@ -18,6 +18,7 @@ from llm_allreduce_plugin.config import (
     AllReduceConfig,
     AllReduceStrategy,
     LowPrecisionAlgorithm,
+    StagedChoice,
     TransportChoice,
     WireFormat,
 )
@@ -32,7 +33,7 @@ from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
+from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
@@ -45,6 +46,7 @@ DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
 RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks
 FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format or an algorithm needs flags
+IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are staged
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
@@ -302,6 +304,7 @@ class TensorParallelCommunicator:
             transport=Transport.NONE,
             architecture=cards[0].architecture,
             nodes=nodes,
+            staged=self.config.staged,
             low_precision=self.config.low_precision,
             domains=agreement.domains(cards),
         )
@@ -366,6 +369,8 @@ class TensorParallelCommunicator:
         flagged = 0
         if not self.config.in_band:
             flagged = size
+        elif staging.obstacle(facts) is None and self.config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+            flagged = size - size // IN_BAND_SHARE
         elif self._compresses():
             goes_in_band = form is LowPrecisionAlgorithm.TWO_SHOT and facts.low_precision.wire_format is WireFormat.FP8
             flagged = 0 if goes_in_band else size // FLAGGED_SHARE
@@ -423,6 +428,12 @@ class TensorParallelCommunicator:
             form = form_of(self.facts)
             level = logging.WARNING if form.is_fallback else logging.INFO
             logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
+        if (
+            self.config.staged is StagedChoice.ON
+            and self.rank == 0
+            and (why := staging.obstacle(self.facts)) is not None
+        ):
+            logger.warning("staged is on, but nothing is staged: %s", why)
         # Says at once what asking for a strategy without a kernel leads to.
         decision = decide(self.config, self.facts, 1, "bfloat16")
         if decision.is_fallback:
@@ -460,7 +471,8 @@ class TensorParallelCommunicator:
         if key not in self._pulls:
             decision, _ = self._plans.get(key[1:]) or self._plan(*key[1:])
             launch = decision.launch
-            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and input_.numel() > 0
+            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
+            two_shot &= input_.numel() > 0
             distances = self._peer_visible[found].peer_distances
             self._pulls[key] = self._kernel_call(decision, *key[1:], distances) if two_shot else None
         return self._pulls[key]
@@ -476,7 +488,7 @@ class TensorParallelCommunicator:
         plan = _C.Plan(
             workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
             launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-            launch.wire_code, launch.domains,
+            launch.wire_code, launch.domains, launch.staged,
         )  # fmt: skip
         self._kernel_plans.append((name, plan))
         index = self.device.index

@@ -124,6 +124,19 @@ class TransportChoice(enum.StrEnum):
     HOST = "host"
 
 
+class StagedChoice(enum.StrEnum):
+    """Whether two-shot messages through peers' memory move in stages: at any time one stream out of a GPU, one in."""
+
+    AUTO = "auto"  # large ones, where NVLink does not join the GPUs
+    ON = "on"  # all
+    OFF = "off"
+
+
+def _switch(value: object) -> object:
+    """YAML reads on and off as booleans."""
+    return _lower_case({True: "on", False: "off"}[value] if isinstance(value, bool) else value)
+
+
 Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
 
 
@@ -163,6 +176,11 @@ class AllReduceConfig(BaseModel):
         default=True,
         description="GPUs: readiness travels inside the data, and a kernel may start while the one before drains; off: "
         "flags tell when data may be read, which is slower",
+    )
+    staged: Annotated[StagedChoice, BeforeValidator(_switch)] = Field(
+        default=StagedChoice.AUTO,
+        description="3 or more GPUs joined by PCIe peer access: TWOSHOT and LOWPRECISION keep each to one outbound "
+        "and one inbound stream at a time; 'auto' for large messages where NVLink does not join all; 'on', 'off'",
     )
     low_precision: Annotated[LowPrecisionConfig, BeforeValidator(_parsed)] = Field(
         default=LowPrecisionConfig(),

@@ -19,8 +19,8 @@ from tests.support.cuda_tools import kernel_resources, library_path
 
 TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 NAME = re.compile(
-    r"(?P<kernel>(?:(?:one|two)_shot_(?:(?:in_band|short|split|pull|published)_)?"
-    r"|low_precision_(?:(?:fp8|published|ring|hierarchical)_)?)"
+    r"(?P<kernel>(?:(?:one|two)_shot_(?:(?:in_band|short|split|pull|published|staged)_)?"
+    r"|low_precision_(?:(?:fp8|published|staged|ring|hierarchical)_)?)"
     r"kernel)I(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?(?P<packet>\S*)"
 )
 ANY = 1000  # in the place of a number of ranks: one kernel serves them all
@@ -43,8 +43,8 @@ def main() -> None:
     ranks = sorted({rank for row in table.values() for rank in row})
     print("# Registers per thread\n")
     print("Every kernel for every number of ranks; blocks have at most 512 threads, which 128 registers fit; those of")
-    print("the published kernels and of those that wait for flags (without a middle name, ring, hierarchical) at most")
-    print("288, which 224 fit.")
+    print("the published and staged kernels and of those that wait for flags (without a middle name, ring,")
+    print("hierarchical) at most 288, which 224 fit.")
     print("No kernel has a stack frame or spills (`tests/unit/test_native.py` checks that for the architectures of the")
     print("build at hand).")
     print("Made by `scripts/register_report.py` from a build with nvcc 13.0.\n")

@@ -126,6 +126,22 @@ class Patience {
   int64_t waited_ = 0;
 };
 
+// Polls until `word` has reached `round`. `lane`, `peer`, `phase`: what an expired wait names. False when it has
+// expired, or another has.
+__device__ __forceinline__ bool wait_for_round(const WaitLimit& limit, const uint32_t* word, uint32_t round, int lane,
+                                               int peer, lar_phase phase) {
+  uint32_t seen = load_acquire_system(word);
+  Patience patience(limit);
+  for (uint32_t polls = 1; !reached(seen, round); ++polls) {
+    if (polls % kPollsPerCheck == 0 && patience.is_over()) {
+      if (patience.expired()) give_up(limit, lane, peer, phase, round, seen, patience.waited_ns());
+      return false;
+    }
+    seen = load_acquire_system(word);
+  }
+  return true;
+}
+
 // How a block shares out the protocol's work. With a courier, the last warp does nothing but release flags: a release
 // waits until all that the block stored before has arrived, over PCIe for a microsecond or two, in which the others,
 // the workers, go on.
@@ -185,8 +201,8 @@ class Lane {
     return true;
   }
 
-  // For the workers: waits until each of the peers has published `round`. False for all of them when one did not arrive in
-  // time; they must then return at once.
+  // For the workers: waits until each of the peers has published `round`. False for all of them when one did not arrive
+  // in time; they must then return at once.
   template <typename Peers = AllPeers>
   __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round, Peers peers = {}) const {
     bool arrived = true;
@@ -239,17 +255,7 @@ class Lane {
 
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
     const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
-    uint32_t seen = load_acquire_system(flag);
-    const WaitLimit limit = wait_limit(workspace_, algorithm_);
-    Patience patience(limit);
-    for (uint32_t polls = 1; !reached(seen, round); ++polls) {
-      if (polls % kPollsPerCheck == 0 && patience.is_over()) {
-        if (patience.expired()) give_up(limit, index_, peer, phase, round, seen, patience.waited_ns());
-        return false;
-      }
-      seen = load_acquire_system(flag);
-    }
-    return true;
+    return wait_for_round(wait_limit(workspace_, algorithm_), flag, round, index_, peer, phase);
   }
 
   const lar_workspace& workspace_;

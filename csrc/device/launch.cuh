@@ -32,9 +32,10 @@ enum class Variant {
   kInBandSplit,  // whole aligned vectors, many of them: lanes with one task each
   kPull,         // whole aligned vectors that peers read in place (TWOSHOT)
   kPublished,    // any message, in band in memory that all share (ONESHOT)
+  kStaged,       // any message, one stream out and one in (TWOSHOT, 3 ranks or more)
 };
-constexpr Variant kVariants[] = {Variant::kFlagged,     Variant::kInBand, Variant::kInBandShort,
-                                 Variant::kInBandSplit, Variant::kPull,   Variant::kPublished};
+constexpr Variant kVariants[] = {Variant::kFlagged, Variant::kInBand,    Variant::kInBandShort, Variant::kInBandSplit,
+                                 Variant::kPull,    Variant::kPublished, Variant::kStaged};
 
 // World size and element type are template parameters of the kernels, so that the loop over ranks unrolls and
 // the loads of all peers are in flight together. `Instances<T, N>::kernel(variant)` names the kernel.
@@ -206,6 +207,13 @@ inline int launch_flagged(const void* kernel, const lar_workspace& workspace, co
   lar_launch with_courier = shape;
   with_courier.threads += kCourierThreads;
   return launch_kernel(kernel, with_courier, false, &arguments, stream);
+}
+
+// Starts a staged kernel, likewise.
+inline int launch_staged(const void* kernel, const lar_workspace& workspace, const lar_message& message,
+                         const lar_launch& shape, void* stream) {
+  if (!kernel || shape.lanes < 1) return LAR_ERROR_INVALID_ARGUMENT;
+  return launch_flagged(kernel, workspace, message, shape, workspace.layout.flagged.staged_bytes / shape.lanes, stream);
 }
 
 // Starts the in-band kernel once for every round, with programmatic dependent launch: blocks may be scheduled while the

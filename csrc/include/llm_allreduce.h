@@ -27,6 +27,7 @@ enum {
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,
   LAR_PUBLISHED_SLOTS = 4,
+  LAR_STAGE_TIMES = 128,  // the newest stages whose times a rank keeps
 };
 
 typedef enum lar_status {
@@ -61,19 +62,32 @@ typedef struct lar_slots {
   int64_t scatter_offset;
   int64_t gather_offset;
   int64_t two_shot_bytes;  // of one slot
+  // Flagged, not published: what all lanes' slots of all generations hold of one rank, scatter or gather. A staged call
+  // takes them as one.
+  int64_t staged_bytes;
 } lar_slots;
+
+// When a stage of a staged call happened, in nanoseconds of this GPU's clock.
+typedef struct lar_stage_times {
+  int64_t began;     // before the first store to the stage's target
+  int64_t sent;      // once all stores have arrived there
+  int64_t received;  // once all that the stage's source stores here has arrived
+} lar_stage_times;
 
 // Where everything lies inside one rank's workspace. The same on every rank; offsets in bytes from its base.
 //   local       what only this rank touches (lar_workspace.local):
 //     abort     uint32                               set once a wait has expired
+//     arrivals  uint32                               staged: lanes that have ended the stage; 0 between stages
 //     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
 //     extents   uint32 [plane][generation 4][lane]   published in band: vectors that lie in that generation
+//     stages    lar_stage_times [stage % 128]        staged: what nothing depends on, for tests and measurements
 //   flags       uint32 [plane][lane][rank 16]        written by peers: the newest round that rank has published
 //
 // Flagged slots, where flags tell lane by lane when a slot may be read:
 //   one_shot    [generation 4][source rank][lane][one_shot_bytes]
 //   scatter     [generation 4][source rank][lane][two_shot_bytes]   partial sums on their way to their owner
 //   gather      [generation 4][owner rank][lane][two_shot_bytes]    results on their way back
+// Staged calls see scatter and gather as [rank][staged_bytes]; device/staged_lane.cuh says why they may.
 // In-band slots, with readiness in the data, shared by all lanes, LAR_IN_BAND_MARKER everywhere before the first call
 // (GPUs only). Peers are counted from the holder's next rank on:
 //   one_shot    [generation 2][peer][one_shot_bytes], and so on
@@ -88,8 +102,10 @@ typedef struct lar_layout {
   int32_t lanes;
   int32_t published;
   int64_t abort_offset;
+  int64_t arrivals_offset;
   int64_t epochs_offset;
   int64_t extents_offset;
+  int64_t stages_offset;
   int64_t local_bytes;  // of the local part, which comes first
   int64_t flags_offset;
   int64_t probe_offset;
@@ -147,6 +163,9 @@ typedef struct lar_launch {
   // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
   int32_t scatter_lanes;
   int32_t drain_lanes;
+  // With flags, TWOSHOT and LOWPRECISION, 3 ranks or more, not published: at any time a GPU sends to one peer and
+  // receives from one. All lanes must be resident together; chunk_vectors * lanes may fill staged_bytes of a slot.
+  int32_t staged;
 } lar_launch;
 
 // What a workspace is to hold.

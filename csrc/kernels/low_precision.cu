@@ -12,7 +12,7 @@
 // Published in host memory, FP8: every warp does all three for its packets, and sums are stored once
 // (device/published.cuh).
 //
-// Flagged, any format: the lanes of device/two_shot_lane.cuh, a warp to a packet.
+// Flagged, any format: the lanes of device/two_shot_lane.cuh, a warp to a packet. Staged: device/staged_lane.cuh.
 //
 // The owner's own values are added as they are, which costs nothing and leaves one error fewer.
 #include "device/in_band.cuh"
@@ -20,6 +20,7 @@
 #include "device/outbox.cuh"
 #include "device/packets.cuh"
 #include "device/published.cuh"
+#include "device/staged_lane.cuh"
 #include "device/two_shot_lane.cuh"
 
 namespace lar {
@@ -194,6 +195,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 template <typename T, int kWorldSize, typename Packet>
 class PacketCargo {
  public:
+  static constexpr int kUnitBytes = Packet::kBytes;
   // As many as fit the registers of a thread.
   static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : 2;
 
@@ -260,23 +262,40 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
   two_shot_lane<kWorldSize>(arguments.workspace, LAR_LOW_PRECISION, packets, chunk);
 }
 
-enum class Path { kFlagged, kInBand, kPublished };
+template <typename T, int kWorldSize, typename Packet>
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
+    low_precision_staged_kernel(const __grid_constant__ KernelArguments arguments) {
+  const PacketCargo<T, kWorldSize, Packet> packets(arguments.message);
+  const int64_t chunk = arguments.chunk_vectors * LAR_VECTOR_BYTES / Packet::kBytes;
+  staged_lane(arguments.workspace, LAR_LOW_PRECISION, packets, chunk);
+}
+
+enum class Path { kFlagged, kStaged, kInBand, kPublished };
+
+// Those that wait for flags.
+template <typename T, int kWorldSize, typename Packet>
+const void* flagged_kernel(Path path) {
+  if (path == Path::kFlagged) return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Packet>);
+  if constexpr (kWorldSize > 2)
+    return reinterpret_cast<const void*>(low_precision_staged_kernel<T, kWorldSize, Packet>);
+  return nullptr;
+}
 
 template <typename T, int kWorldSize>
 const void* kernel_of(lar_wire_format format, Path path) {
   static_assert(kPeersAtOnce<kWorldSize> == kWorldSize - 1, "all peers at once");
-  if (path != Path::kFlagged) {
+  if (path == Path::kInBand || path == Path::kPublished) {
     if (format != LAR_WIRE_FP8) return nullptr;  // their packets may have words like the marker
     return path == Path::kInBand ? reinterpret_cast<const void*>(low_precision_fp8_kernel<T, kWorldSize>)
                                  : reinterpret_cast<const void*>(low_precision_published_kernel<T, kWorldSize>);
   }
   switch (format) {
     case LAR_WIRE_FP8:
-      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Fp8Packet>);
+      return flagged_kernel<T, kWorldSize, Fp8Packet>(path);
     case LAR_WIRE_TQ3:
-      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Tq3Packet>);
+      return flagged_kernel<T, kWorldSize, Tq3Packet>(path);
     case LAR_WIRE_HADAMARD2:
-      return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Hadamard2Packet>);
+      return flagged_kernel<T, kWorldSize, Hadamard2Packet>(path);
   }
   return nullptr;
 }
@@ -314,7 +333,7 @@ const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, P
 int load_low_precision_kernels(int world_size) {
   for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
     for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
-      for (const Path path : {Path::kFlagged, Path::kInBand, Path::kPublished})
+      for (const Path path : {Path::kFlagged, Path::kStaged, Path::kInBand, Path::kPublished})
         if (const int status = load_kernel(kernel_of(dtype, world_size, format, path)); status != LAR_OK) return status;
   return LAR_OK;
 }
@@ -329,10 +348,12 @@ extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_
   int32_t packet_values = 0;
   int32_t packet_bytes = 0;
   if (const int status = lar_packet_size(format, &packet_values, &packet_bytes); status != LAR_OK) return status;
-  const Path path = !shape->in_band ? Path::kFlagged : layout.published ? Path::kPublished : Path::kInBand;
+  Path path = shape->staged ? Path::kStaged : Path::kFlagged;
+  if (shape->in_band) path = layout.published ? Path::kPublished : Path::kInBand;
   const void* kernel = kernel_of(message->dtype, layout.world_size, format, path);
   // Whole packets to a slot.
   if (!kernel || shape->chunk_vectors * LAR_VECTOR_BYTES % packet_bytes != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (path == Path::kStaged) return launch_staged(kernel, *workspace, *message, *shape, stream);
   if (path == Path::kFlagged)
     return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);
 

@@ -234,6 +234,8 @@ struct OneShot {
         return reinterpret_cast<const void*>(one_shot_published_kernel<T, kWorldSize>);
       case Variant::kPull:
         break;  // a step more than ONESHOT has: its readers must say when they have read
+      case Variant::kStaged:
+        break;  // it sends so much more than TWOSHOT that it is not for messages that large
     }
     return nullptr;
   }
@@ -248,7 +250,7 @@ int load_one_shot_kernels(int world_size) { return load_kernels<OneShot>(world_s
 extern "C" int lar_one_shot_cuda(const lar_workspace* workspace, const lar_message* message, const lar_launch* shape,
                                  void* stream) {
   using namespace lar;
-  if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!workspace || !message || !shape || shape->staged) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;
   if (!shape->in_band) {
     const void* kernel = select_kernel<OneShot>(message->dtype, layout.world_size, Variant::kFlagged);

@@ -21,12 +21,13 @@
 // Published, where all workspaces lie in host memory: the scatter is as above, but results are stored once, and polled
 // by all peers where they are (device/published.cuh).
 //
-// Flagged: device/two_shot_lane.cuh.
+// Flagged: device/two_shot_lane.cuh. Staged: device/staged_lane.cuh.
 #include "device/in_band.cuh"
 #include "device/lane.cuh"
 #include "device/launch.cuh"
 #include "device/outbox.cuh"
 #include "device/published.cuh"
+#include "device/staged_lane.cuh"
 #include "device/two_shot_lane.cuh"
 #include "device/vector.cuh"
 
@@ -37,6 +38,7 @@ namespace {
 template <typename T, int kWorldSize>
 class Vectors {
  public:
+  static constexpr int kUnitBytes = LAR_VECTOR_BYTES;
   // As many as fit the registers of a thread.
   static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : kWorldSize <= 8 ? 4 : 1;
 
@@ -96,6 +98,13 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
     two_shot_kernel(const __grid_constant__ KernelArguments arguments) {
   const Vectors<T, kWorldSize> vectors(arguments.message);
   two_shot_lane<kWorldSize>(arguments.workspace, LAR_TWO_SHOT, vectors, arguments.chunk_vectors);
+}
+
+template <typename T, int kWorldSize>
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
+    two_shot_staged_kernel(const __grid_constant__ KernelArguments arguments) {
+  const Vectors<T, kWorldSize> vectors(arguments.message);
+  staged_lane(arguments.workspace, LAR_TWO_SHOT, vectors, arguments.chunk_vectors);
 }
 
 // Vector `i` of the part of the rank `step` places on, in the tensor; not below total_vectors if there is none.
@@ -419,6 +428,9 @@ struct TwoShot {
         return reinterpret_cast<const void*>(two_shot_pull_kernel<T, kWorldSize>);
       case Variant::kPublished:
         return reinterpret_cast<const void*>(two_shot_published_kernel<T, kWorldSize>);
+      case Variant::kStaged:
+        if constexpr (kWorldSize > 2) return reinterpret_cast<const void*>(two_shot_staged_kernel<T, kWorldSize>);
+        return nullptr;
     }
     return nullptr;
   }
@@ -450,7 +462,9 @@ extern "C" int lar_two_shot_cuda(const lar_workspace* workspace, const lar_messa
                             ExtentPlane::kTwoShot, elements_of_round(*message, *shape, layout.world_size), stream);
   }
   if (shape->in_band) return launch_in_band<TwoShot>(*workspace, *message, *shape, in_band_slots(layout), stream);
-  const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, Variant::kFlagged);
+  const Variant variant = shape->staged ? Variant::kStaged : Variant::kFlagged;
+  const void* kernel = select_kernel<TwoShot>(message->dtype, layout.world_size, variant);
+  if (shape->staged) return launch_staged(kernel, *workspace, *message, *shape, stream);
   return launch_flagged(kernel, *workspace, *message, *shape, layout.flagged.two_shot_bytes, stream);
 }
 

@@ -35,6 +35,7 @@ class Launch:
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
         wire_format: what values are sent as; None: as they are.
         domains: the domain of each rank, for the hierarchical kernel.
+        staged: with flags, and at any time a GPU sends to one peer and receives from one.
     """
 
     algorithm: Algorithm
@@ -47,6 +48,7 @@ class Launch:
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
     domains: tuple[int, ...] = ()
+    staged: bool = False
 
     @property
     def owned_vectors(self) -> int:
@@ -64,9 +66,10 @@ class Launch:
             words += f" ({self.scatter_lanes} only send"
             words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
         spread = "per peer" if self.in_band else "per block and peer"
+        readiness = "in band" if self.in_band else "staged" if self.staged else "flagged"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{'in band' if self.in_band else 'flagged'}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{readiness}{f', as {self.wire_format}' if self.wire_format else ''}"
             f"{f', ranks in domains {self.domains}' if self.domains else ''}"
         )
 

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.config import LowPrecisionConfig
+from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
@@ -40,10 +40,14 @@ def hosts_obstacle(hosts: int) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class SlotBytes:
-    """How much one slot holds: per lane with flags, of all lanes together in band. 0: there are no such slots."""
+    """How much one slot holds: per lane with flags, of all lanes together in band. 0: there are no such slots.
+
+    ``staged``: flagged slots as staged calls see them, of all lanes together.
+    """
 
     one_shot: int = 0
     two_shot: int = 0
+    staged: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +64,10 @@ class GroupFacts:
         flagged: slots with flags that tell when they may be read.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         nodes: hosts that the ranks run on.
+        nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
+        staged: the agreed setting of that name.
         low_precision: the agreed settings of LOWPRECISION.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
-        nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something where GPUs share memory.
     """
 
     world_size: int
@@ -74,9 +79,10 @@ class GroupFacts:
     flagged: SlotBytes = SlotBytes()
     architecture: int | None = None
     nodes: int = 1
+    nvlink: bool = True
+    staged: StagedChoice = StagedChoice.AUTO
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
     domains: tuple[int, ...] = ()
-    nvlink: bool = True
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""
@@ -85,5 +91,7 @@ class GroupFacts:
             transport=transport,
             lanes=layout.lanes,
             in_band=SlotBytes(layout.in_band.one_shot_bytes, layout.in_band.two_shot_bytes),
-            flagged=SlotBytes(layout.flagged.one_shot_bytes, layout.flagged.two_shot_bytes),
+            flagged=SlotBytes(
+                layout.flagged.one_shot_bytes, layout.flagged.two_shot_bytes, layout.flagged.staged_bytes
+            ),
         )

@@ -120,11 +120,14 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
     limits = {min(found.max_bytes, largest) for found in _table(config, facts).ranges if found.max_bytes}
+    limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
         decision = decide(config, facts, size // element, dtype)
         what = str(decision.strategy)
         if decision.strategy is S.MINLATENCY and decision.launch is not None:
             what = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}[decision.launch.algorithm]
+        if decision.launch is not None and decision.launch.staged:
+            what += " in stages"
         if steps and steps[-1][1] == what:
             steps[-1] = (size, what)
         else:

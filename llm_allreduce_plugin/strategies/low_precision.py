@@ -16,6 +16,7 @@ from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.selection.forms import Form, form_of, unit_bytes
+from llm_allreduce_plugin.strategies import staging
 from llm_allreduce_plugin.strategies.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
@@ -105,6 +106,11 @@ class LowPrecision(KernelStrategy):
         wire_format = facts.low_precision.wire_format
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
+        staged = staging.launch(
+            facts, Algorithm.LOW_PRECISION, packets * facts.world_size, unit_bytes=packet.bytes, at_once=FLAGGED_WARPS
+        )
+        if staged is not None:
+            return dataclasses.replace(staged, wire_format=wire_format)
         capacity = self._slots(facts) // packet.bytes
         if self._pushes_in_band(facts):
             return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)

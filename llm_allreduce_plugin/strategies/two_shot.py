@@ -9,7 +9,9 @@ from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.strategies import staging
 from llm_allreduce_plugin.strategies.base import (
+    MAX_FLAGGED_THREADS,
     VECTOR_BYTES,
     KernelStrategy,
     Message,
@@ -30,6 +32,9 @@ class TwoShot(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         parts = facts.world_size
         slot_bytes = facts.in_band.two_shot
+        staged = staging.launch(facts, Algorithm.TWO_SHOT, message.vectors, at_once=MAX_FLAGGED_THREADS)
+        if staged is not None:
+            return staged
         if facts.transport is Transport.HOST:
             vectors = math.ceil(message.vectors / parts)  # of the largest part
             limit = tables.host_in_band_bytes(self.name, facts.world_size)

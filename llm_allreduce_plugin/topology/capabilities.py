@@ -10,7 +10,7 @@ from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology.model import NodeTopology
 
 # The layout of the default workspace does not decide what can run; any slots will do here.
-_SLOTS = SlotBytes(4096, 4096)
+_SLOTS = SlotBytes(4096, 4096, staged=1 << 20)
 
 
 def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:

@@ -72,6 +72,18 @@ def test_mixed_sequence(cpu_pool: PoolFor, world_size: int) -> None:
     cpu_pool(world_size).run(checks.check_sequence, 150, {"workspace_bytes": 2 << 20})
 
 
+def _staged_is_for_gpus(context: RankContext) -> None:
+    with checks.communicator(context, "TWOSHOT", staged="on") as group:
+        launch = group.explain((100_000,), torch.float32).launch
+        assert launch is not None
+        assert not launch.staged
+
+
+def test_staged_makes_no_difference_to_cpu_ranks(cpu_pool: PoolFor) -> None:
+    cpu_pool(3).run(_staged_is_for_gpus)
+    cpu_pool(3).run(checks.check_sizes, "TWOSHOT", torch.bfloat16, (100_001,), {"staged": "on"})
+
+
 @pytest.mark.parametrize("world_size", (2, 3))
 def test_other_inputs(cpu_pool: PoolFor, world_size: int) -> None:
     cpu_pool(world_size).run(checks.check_other_inputs)

@@ -16,10 +16,26 @@ from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.strategies.low_precision import LARGEST_WORLD_SIZE
+from llm_allreduce_plugin.strategies.staging import FEWEST_RANKS
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 WORLD_SIZES = (2, 5, 16)
+
+
+def staged(world_size: int) -> None:
+    for wire in WireFormat:
+        group = LocalGroup(
+            world_size, in_band=False, lanes=2, workspace_mib=2, timeout_s=30.0, wire_format=wire, staged=True
+        )
+        for size in (1, 1025, 40_001):
+            inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
+            for output in group.all_reduce("TWOSHOT", inputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), f"staged x {size}")
+            owned = group.launch_of("LOWPRECISION", message_of(inputs[0])).owned_vectors * 16
+            expected = compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
+            for output in group.all_reduce("LOWPRECISION", inputs):
+                assert_same_bits(output, expected, f"staged {wire} x {size}")
 
 
 def main(world_sizes: tuple[int, ...]) -> None:
@@ -66,6 +82,10 @@ def main(world_sizes: tuple[int, ...]) -> None:
                 for output in group.all_reduce("LOWPRECISION", inputs):
                     assert_same_bits(output, expected, f"{wire} x {size}")
             tell(f"{world_size} ranks, {wire}, {kind}")
+    for world_size in world_sizes:
+        if FEWEST_RANKS <= world_size <= LARGEST_WORLD_SIZE:
+            staged(world_size)
+            tell(f"{world_size} ranks, staged")
     tell("every kernel ran")
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, TensorParallelCommunicator
+from llm_allreduce_plugin import AllReduceConfig, NodeTopology, PeerTimeoutError, TensorParallelCommunicator
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 from tests.support import checks
@@ -115,6 +115,35 @@ def _read_in_place(context: RankContext, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_inputs_read_in_place(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype) -> None:
     gpu_pool(world_size).run(_read_in_place, dtype)
+
+
+# -- staged ------------------------------------------------------------------------------------------------------------
+
+STAGED: Settings = {"staged": "on"}
+
+
+def _is_staged(context: RankContext) -> None:
+    with checks.communicator(context, "MINLATENCY", **STAGED) as group:
+        launch = group.explain((1 << 22,), torch.bfloat16).launch
+        assert launch is not None
+        assert launch.staged
+    with checks.communicator(context, "MINLATENCY") as group:
+        node = NodeTopology.detect()
+        assert group.facts.nvlink == (not node.nvlink_gap(range(context.world_size))), node.links
+
+
+@pytest.mark.parametrize("world_size", (3, 4))
+def test_staged(gpu_pool: PoolFor, world_size: int) -> None:
+    pool = gpu_pool(world_size)
+    pool.run(_is_staged)
+    for dtype in DTYPES:
+        pool.run(checks.check_sizes, "TWOSHOT", dtype, (*SIZES, 12_345_678), STAGED)
+    pool.run(checks.check_sizes, "TWOSHOT", torch.bfloat16, (12_345_678,), STAGED | SMALL_WORKSPACE)
+    pool.run(checks.check_views, "TWOSHOT", torch.bfloat16, STAGED)
+    for settings in (STAGED | SMALL_WORKSPACE, STAGED | SMALL_WORKSPACE | {"in_band": False}):
+        pool.run(checks.check_sequence, 200, settings)
+    pool.run(_replay_many, "TWOSHOT", 2000, STAGED)
+    pool.run(_interleave, STAGED)
 
 
 # -- graphs ------------------------------------------------------------------------------------------------------------
@@ -298,6 +327,15 @@ def _wait_for_absent_rank(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("world_size", (2, 4))
 def test_rank_that_never_arrives(world_size: int, strategy: str, settings: Settings) -> None:
+    _check_absent_rank(world_size, strategy, settings)
+
+
+@pytest.mark.parametrize("world_size", (3, 4))
+def test_rank_that_never_arrives_at_stages(world_size: int) -> None:
+    _check_absent_rank(world_size, "TWOSHOT", STAGED)
+
+
+def _check_absent_rank(world_size: int, strategy: str, settings: Settings) -> None:
     pool = RankPool(world_size, "cuda")
     try:
         answers = pool.run(_wait_for_absent_rank, strategy, 3.0, settings)

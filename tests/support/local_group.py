@@ -11,8 +11,8 @@ import os
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.communicator import DTYPE_CODES
-from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.communicator import DTYPE_CODES, IN_BAND_SHARE
+from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice, WireFormat
 from llm_allreduce_plugin.memory.host import host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
@@ -42,7 +42,8 @@ class LocalGroup:
 
     ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
-    larger than tests have. ``wire_format``: of LOWPRECISION.
+    larger than tests have. ``wire_format``: of LOWPRECISION. ``staged``: TWOSHOT and LOWPRECISION move in stages; may
+    be switched between calls where the workspace was made for it.
     """
 
     def __init__(
@@ -55,19 +56,21 @@ class LocalGroup:
         workspace_mib: int = 64,
         split: tuple[int, int] | None = None,
         wire_format: WireFormat = WireFormat.FP8,
+        staged: bool = False,
         timeout_s: float = 20.0,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
         self.split = split
+        self.staged = staged
         self.low_precision = LowPrecisionConfig(wire_format=wire_format, min_bytes=0)
         self.transport = Transport.HOST if host else Transport.SYMMETRIC
         size = workspace_mib << 20
         if host:
             self.layout = host_layout(world_size, lanes, size)
         else:
-            share = size if in_band else 0
+            share = size // (IN_BAND_SHARE if staged else 1) if in_band else 0
             self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
         # A rank of this process that loads a kernel would wait for those that wait for it.
         _C.load_kernels(world_size)
@@ -98,12 +101,13 @@ class LocalGroup:
             device="cuda",
             transport=Transport.NONE,
             architecture=90,
+            staged=StagedChoice.ON if self.staged else StagedChoice.OFF,
             low_precision=self.low_precision,
         )
         facts = group.with_layout(self.transport, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
         assert launch is not None
-        if self.split is None:
+        if self.split is None or launch.staged:
             return launch
         scatter, drain = self.split
         return dataclasses.replace(launch, lanes=self.lanes, scatter_lanes=scatter, drain_lanes=drain)
@@ -124,7 +128,7 @@ class LocalGroup:
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
             launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, launch.scatter_lanes,
-            launch.drain_lanes, peer_distances, launch.wire_code,
+            launch.drain_lanes, peer_distances, launch.wire_code, launch.domains, launch.staged,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 

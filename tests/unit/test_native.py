@@ -62,19 +62,20 @@ def test_no_kernel_spills() -> None:
     kernels = [k for k in kernel_resources(LIBRARY) if re.search("(one|two)_shot|low_precision", k.name)]
     everything = {kernel.name for kernel in kernels}
     names = {name for name in everything if "low_precision" not in name}
-    # Two algorithms in five variants, and pull.
-    assert len(names) == 11 * 3 * len(SUPPORTED_WORLD_SIZES), sorted(names)
+    # Two algorithms in five variants, and pull; staged, for 3 ranks and more.
+    assert len(names) == 3 * (12 * len(SUPPORTED_WORLD_SIZES) - 1), sorted(names)
     # Three formats as a ring and over domains, for any number of ranks.
     any_size = {name for name in everything if re.search("low_precision_(ring|hierarchical)", name)}
     assert len(any_size) == 2 * 3 * 2
-    # In band, published and three formats with flags.
-    assert len(everything - names - any_size) == 5 * 2 * len([size for size in SUPPORTED_WORLD_SIZES if size <= 8])
+    # In band, published and three formats with flags; these staged.
+    sizes = len([size for size in SUPPORTED_WORLD_SIZES if size <= 8])
+    assert len(everything - names - any_size) == 2 * (5 * sizes + 3 * (sizes - 1))
     architectures = {kernel.architecture for kernel in kernels}
     assert len(kernels) == len(everything) * len(architectures)
     assert [kernel for kernel in kernels if kernel.stack or kernel.local] == []
     for kernel in kernels:
         with_courier = re.search(
-            r"(one_shot|two_shot|low_precision)_(published_|ring_|hierarchical_)?kernel", kernel.name
+            r"(one_shot|two_shot|low_precision)_((published|staged|ring|hierarchical)_)?kernel", kernel.name
         )
         threads = _C.MAX_FLAGGED_THREADS + 32 if with_courier else _C.MAX_THREADS
         assert kernel.registers * threads <= 65536, f"a block of {kernel.name} must fit"
@@ -83,11 +84,11 @@ def test_no_kernel_spills() -> None:
 def test_register_report_has_every_kernel() -> None:
     report = (SOURCE.parent / "docs" / "registers.md").read_text()
     kernels = {
-        re.search(r"(one|two)_shot_((in_band|short|split|pull|published)_)?kernel", kernel.name)
+        re.search(r"(one|two)_shot_((in_band|short|split|pull|published|staged)_)?kernel", kernel.name)
         for kernel in kernel_resources(LIBRARY)
     }
     names = {match[0] for match in kernels if match is not None}
-    assert len(names) == 11
+    assert len(names) == 12
     for name in names:
         for architecture in ("80", "86", "89", "90", "100", "120"):
             for dtype in ("bf16", "fp16", "fp32"):
@@ -115,13 +116,17 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
     assert world_size in SUPPORTED_WORLD_SIZES
     assert 1 <= lanes <= _C.MAX_LANES
     end = layout.probe_offset + 256
-    assert 0 < layout.local_bytes <= layout.flags_offset
+    assert 0 < layout.stages_offset <= layout.local_bytes - _C.STAGE_TIMES * 3 * 8
+    assert layout.local_bytes <= layout.flags_offset
     for is_in_band, slots, size in ((True, layout.in_band, in_band), (False, layout.flagged, flagged)):
         if size == 0:
-            assert (slots.one_shot_bytes, slots.two_shot_bytes) == (0, 0)
+            assert (slots.one_shot_bytes, slots.two_shot_bytes, slots.staged_bytes) == (0, 0, 0)
             continue
         numbers = counts(layout, in_band=is_in_band)
         bytes_each = (slots.one_shot_bytes, slots.two_shot_bytes, slots.two_shot_bytes)
+        # One slot to a rank, of all that is there for scatter, or for gather.
+        staged = 0 if is_in_band or published else numbers[1] * slots.two_shot_bytes // world_size
+        assert slots.staged_bytes == staged
         used = 0
         for offset, number, each in zip(
             (slots.one_shot_offset, slots.scatter_offset, slots.gather_offset), numbers, bytes_each, strict=True
@@ -159,7 +164,7 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
     "change",
     [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 512}]
     + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}]
-    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}],
+    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}, {"staged": True}],
     ids=str,
 )
 @pytest.mark.parametrize("algorithm", (_C.ONE_SHOT, _C.TWO_SHOT), ids=("one_shot", "two_shot"))
