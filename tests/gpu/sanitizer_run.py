@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
+from tests.support.low_precision import DOMAINS, expected_sum
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 
@@ -45,10 +44,23 @@ def main() -> None:
             group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, **kind)
             for size in (1, 1025, 40_000):
                 inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
-                owned = group.launch_of("LOWPRECISION", message_of(inputs[0])).owned_vectors * 16
-                expected = compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
+                expected = expected_sum(group.launch_of("LOWPRECISION", message_of(inputs[0])), inputs)
                 for output in group.all_reduce("LOWPRECISION", inputs):
                     assert_same_bits(output, expected, f"{wire} x {size}")
+    forms: list[tuple[int, str, tuple[int, ...] | None]] = [
+        (3, "ring", None),
+        (4, "hierarchical", DOMAINS["2+2 in turns"]),
+    ]
+    for (world_size, algorithm, domains), wire, host in itertools.product(forms, WireFormat, (False, True)):
+        group = LocalGroup(
+            world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, in_band=False, host=host
+        )
+        group.use(algorithm, domains)
+        for size in (1, 1025, 40_000):
+            inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
+            expected = expected_sum(group.launch_of("LOWPRECISION", message_of(inputs[0])), inputs)
+            for output in group.all_reduce("LOWPRECISION", inputs):
+                assert_same_bits(output, expected, f"{algorithm} {wire} x {size}")
     print("every kernel ran")  # noqa: T201
 
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES
-from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.memory.host import host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
@@ -42,7 +43,7 @@ class LocalGroup:
 
     ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
-    larger than tests have. ``wire_format``: of LOWPRECISION.
+    larger than tests have. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`.
     """
 
     def __init__(
@@ -55,13 +56,16 @@ class LocalGroup:
         workspace_mib: int = 64,
         split: tuple[int, int] | None = None,
         wire_format: WireFormat = WireFormat.FP8,
+        algorithm: str = "two_shot",
+        domains: Sequence[int] | None = None,
         timeout_s: float = 20.0,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
         self.lanes = lanes
         self.split = split
-        self.low_precision = LowPrecisionConfig(wire_format=wire_format, min_bytes=0)
+        self.wire_format = wire_format
+        self.use(algorithm, domains)
         self.transport = Transport.HOST if host else Transport.SYMMETRIC
         size = workspace_mib << 20
         if host:
@@ -91,6 +95,15 @@ class LocalGroup:
             )
             for rank in range(world_size)
         ]
+
+    def use(self, algorithm: str, domains: Sequence[int] | None = None) -> None:
+        """Let LOWPRECISION run as ``two_shot``, ``ring`` or ``hierarchical`` from now on."""
+        self.low_precision = LowPrecisionConfig(
+            wire_format=self.wire_format,
+            algorithm=LowPrecisionAlgorithm(algorithm),
+            domains=None if domains is None else tuple(domains),
+            min_bytes=0,
+        )
 
     def launch_of(self, algorithm: str, message: Message) -> Launch:
         group = GroupFacts(
@@ -124,7 +137,7 @@ class LocalGroup:
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
             launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, launch.scatter_lanes,
-            launch.drain_lanes, peer_distances, launch.wire_code,
+            launch.drain_lanes, peer_distances, launch.wire_code, launch.domains,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 
