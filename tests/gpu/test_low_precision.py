@@ -176,9 +176,9 @@ def test_forms_share_slots_flags_and_counts(domains: tuple[int, ...], kind: dict
     world_size = len(domains)
     group = LocalGroup(world_size, lanes=5, workspace_mib=2, wire_format=WireFormat.TQ3, **kind)
     generator = random.Random(fresh_seed())
-    for turn in range(60):
+    for turn in range(40):
         seed, dtype = fresh_seed(), generator.choice(SIXTEEN_BITS)
-        size = generator.choice((512, 5000, 40_000, 300_001))
+        size = generator.choice((512, 5000, 40_000, 1_000_001))
         inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
         name = generator.choice(("TWOSHOT", "two_shot", "ring", "hierarchical"))
         what = f"turn {turn}, {name} of {size}, seed {seed}"
@@ -235,6 +235,5 @@ for rank in (0, 1, 3):
     )
     assert "cuda: " in result.stdout, (result.stdout, result.stderr[-2000:])
     # Who waits for the missing rank, or for one that does, and is the first to give up, is a matter of microseconds.
-    assert re.search(
-        r"named: rank \d waited 2 s for rank [0-3] in LOWPRECISION/(scatter|exchange|gather)", result.stdout
-    )
+    named = r"named: rank \d waited 2 s for rank [0-3] in LOWPRECISION/(scatter|exchange|gather)"
+    assert re.search(named, result.stdout), result.stdout
