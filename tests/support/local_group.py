@@ -137,7 +137,7 @@ class LocalGroup:
         plan = _C.Plan(
             self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
             launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, launch.scatter_lanes,
-            launch.drain_lanes, peer_distances, launch.wire_code, launch.domains,
+            launch.drain_lanes, peer_distances, launch.wire_code, domains=launch.domains,
         )  # fmt: skip
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 
