@@ -25,11 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, wrong_elements
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.monitor import failure_of
 from tests.support.local_group import LocalGroup, message_of
+from tests.support.low_precision import expected_sum
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GRAPHS_KEPT = 8
@@ -43,9 +42,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "host, rounds": {"host": True, "workspace_mib": 2},
     "tq3": {"in_band": False, "workspace_mib": 4, "wire_format": WireFormat.TQ3},
     "hadamard2, host": {"host": True, "workspace_mib": 4, "wire_format": WireFormat.HADAMARD2},
+    "ring": {"in_band": False, "workspace_mib": 4, "algorithm": "ring"},
+    "tq3 ring, host": {"host": True, "workspace_mib": 4, "wire_format": WireFormat.TQ3, "algorithm": "ring"},
 }
 PULLS = ("in band", "in band, rounds")
-COMPRESSES = ("in band, split", "in band, split, rounds", "flagged", "host", "host, rounds", "tq3", "hadamard2, host")
+COMPRESSES = tuple(name for name in KINDS if name not in PULLS)
 
 
 @dataclasses.dataclass
@@ -81,10 +82,7 @@ class Soak:
         for rank, tensor in enumerate(inputs):
             tensor.copy_(make_input(seed, rank, count, dtype, self.device))
         if algorithm == "LOWPRECISION":
-            group = self.groups[name]
-            wire = group.low_precision.wire_format
-            owned = group.launch_of(algorithm, message_of(inputs[0])).owned_vectors * 16
-            return compressed_sum(inputs, wire, owned // CODECS[wire].packet_bytes)
+            return expected_sum(self.groups[name].launch_of(algorithm, message_of(inputs[0])), inputs)
         return rank_ordered_sum(seed, self.ranks, count, dtype, self.device)
 
     def compare(self, outputs: list[torch.Tensor], expected: torch.Tensor) -> int:

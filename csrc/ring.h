@@ -10,9 +10,9 @@
 //
 // A hop is a round, and its slot the successor's scatter slot of that round for what comes from this rank. It
 // overwrites that of hop g-4, so it waits for the successor's credit for that; the first four hops of a call overwrite
-// slots of the call before, whatever its algorithm was. Having ended that, this rank knows that all it sent was read,
+// slots of calls before, whatever their algorithms were. Having ended those, this rank knows that all it sent was read,
 // but for the last two rounds of an exchange between domains (the hierarchical form), whose slots hops 2 and 3
-// overwrite: they wait for the credit for hop 0, which the successor gives in this call, having ended that one. No
+// overwrite: they wait for the credit for hop 0, which the successor gives in this call, having ended those. No
 // circle: a credit for a hop needs only earlier hops. A call ends with credit for every hop, so what comes after finds
 // no slot unread.
 //

@@ -20,7 +20,6 @@ from llm_allreduce_plugin.config import (
     LowPrecisionAlgorithm,
     StagedChoice,
     TransportChoice,
-    WireFormat,
 )
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -31,7 +30,7 @@ from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_ac
 from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
-from llm_allreduce_plugin.selection.forms import form_of
+from llm_allreduce_plugin.selection.forms import form_of, needs_flags
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
@@ -355,13 +354,14 @@ class TensorParallelCommunicator:
     def _layout(self, facts: GroupFacts, cards: list[agreement.RankCard]) -> _C.Layout:
         """What a workspace is to look like for the transport that ``facts`` name."""
         wanted = self.config.workspace_bytes
-        transport, form = facts.transport, form_of(facts).algorithm
+        transport = facts.transport
         if transport is Transport.SHM:
             size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
             return _C.make_layout(self.world_size, 1, flagged_bytes=size, published=True)
         if transport is Transport.HOST:
             size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // self.world_size)
-            lanes = RING_HOST_LANES if self._compresses() and form is LowPrecisionAlgorithm.RING else HOST_LANES
+            is_ring = self._compresses() and form_of(facts).algorithm is LowPrecisionAlgorithm.RING
+            lanes = RING_HOST_LANES if is_ring else HOST_LANES
             return host_layout(self.world_size, lanes, size)
         size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
         # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
@@ -372,8 +372,7 @@ class TensorParallelCommunicator:
         elif staging.obstacle(facts) is None and self.config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
             flagged = size - size // IN_BAND_SHARE
         elif self._compresses():
-            goes_in_band = form is LowPrecisionAlgorithm.TWO_SHOT and facts.low_precision.wire_format is WireFormat.FP8
-            flagged = 0 if goes_in_band else size // FLAGGED_SHARE
+            flagged = size // FLAGGED_SHARE if needs_flags(facts) else 0
         return _C.make_layout(self.world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)
 
     def _connect(

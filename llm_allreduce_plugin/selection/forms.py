@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from llm_allreduce_plugin.config import LowPrecisionAlgorithm
+from llm_allreduce_plugin.config import LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.wire import PACKETS
 
@@ -52,6 +52,12 @@ def unit_bytes(facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> int:
     """What a packet takes of a slot: the ring's also hold its values as they are."""
     packet = PACKETS[facts.low_precision.wire_format]
     return packet.values * LARGEST_ELEMENT if algorithm is LowPrecisionAlgorithm.RING else packet.bytes
+
+
+def needs_flags(facts: GroupFacts) -> bool:
+    """Whether LOWPRECISION needs flagged slots in GPU memory; only FP8 as a two-shot does without."""
+    two_shot = form_of(facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
+    return not (two_shot and facts.low_precision.wire_format is WireFormat.FP8)
 
 
 def _slots_obstacle(facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> str | None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,10 +14,10 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
+from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
 pytestmark = pytest.mark.gpu(1)
@@ -59,20 +64,15 @@ def test_codec_kernels_are_the_oracle(dtype: torch.dtype, wire: WireFormat) -> N
         assert torch.equal(seen[numbers].view(word), decoded[numbers].view(word))
 
 
-def expected_sum(group: LocalGroup, inputs: list[torch.Tensor]) -> torch.Tensor:
-    wire = group.low_precision.wire_format
-    launch = group.launch_of("LOWPRECISION", message_of(inputs[0]))
-    return compressed_sum(inputs, wire, launch.owned_vectors * 16 // CODECS[wire].packet_bytes)
+def expected(group: LocalGroup, inputs: list[torch.Tensor]) -> torch.Tensor:
+    return expected_sum(group.launch_of("LOWPRECISION", message_of(inputs[0])), inputs)
 
 
 def compare(group: LocalGroup, inputs: list[torch.Tensor], what: str) -> None:
-    expected = expected_sum(group, inputs)
     outputs = [output.cpu() for output in group.all_reduce("LOWPRECISION", inputs)]
     for output in outputs:
         assert torch.equal(output.view(torch.int16), outputs[0].view(torch.int16)), f"{what}: ranks differ"
-    assert torch.equal(outputs[0].isnan(), expected.isnan()), what
-    numbers = ~expected.isnan()
-    assert_same_bits(outputs[0][numbers], expected[numbers], what)
+    assert_same_numbers(outputs[0], expected(group, inputs), what)
 
 
 @KINDS
@@ -110,19 +110,24 @@ def test_between_exact_calls(kind: dict[str, Any]) -> None:
 
 @KINDS
 def test_graph_replays(kind: dict[str, Any]) -> None:
-    group = LocalGroup(4, **kind)
-    size = 20_000
-    inputs = [torch.zeros(size, dtype=torch.bfloat16, device=group.device) for _ in range(4)]
+    _replay(LocalGroup(4, **kind))
+
+
+def _replay(group: LocalGroup, between: Callable[[int], None] = lambda turn: None) -> None:
+    """Captures a call on every rank and replays the graphs with fresh input, with something in between."""
+    size, ranks = 20_000, range(group.world_size)
+    inputs = [torch.zeros(size, dtype=torch.bfloat16, device=group.device) for _ in ranks]
     outputs = [torch.empty_like(part) for part in inputs]
     graphs = []
     torch.cuda.synchronize()
-    for rank in range(4):
+    settings = group.low_precision
+    for rank in ranks:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=group.streams[rank]):
             group.start(rank, "LOWPRECISION", inputs[rank], outputs[rank])
         graphs.append(graph)
     for turn in range(20):
-        fresh = [rank_input(turn, rank, size, torch.bfloat16) for rank in range(4)]
+        fresh = [rank_input(turn, rank, size, torch.bfloat16) for rank in ranks]
         for part, values, output in zip(inputs, fresh, outputs, strict=True):
             part.copy_(values)
             output.fill_(float("nan"))
@@ -131,5 +136,104 @@ def test_graph_replays(kind: dict[str, Any]) -> None:
             with torch.cuda.stream(stream):
                 graph.replay()
         torch.cuda.synchronize()
+        group.low_precision = settings
         for output in outputs:
-            assert_same_bits(output.cpu(), expected_sum(group, fresh), f"turn {turn}")
+            assert_same_bits(output.cpu(), expected(group, fresh), f"turn {turn}")
+        between(turn)
+
+
+# -- as a ring and over domains: with flags, whatever the format -------------------------------------------------------
+
+FORMS = pytest.mark.parametrize(
+    ("world_size", "form"),
+    [(size, ("ring", None)) for size in (2, 3, 4, 8)]
+    + [(len(domains), ("hierarchical", domains)) for domains in DOMAINS.values()],
+    ids=[f"ring of {size}" for size in (2, 3, 4, 8)] + [f"hierarchical {name}" for name in DOMAINS],
+)
+FLAGGED = pytest.mark.parametrize("kind", [{"in_band": False}, {"host": True}], ids=("peer", "host"))
+Form = tuple[str, tuple[int, ...] | None]
+
+
+@FORMS
+@FLAGGED
+@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+def test_forms(world_size: int, form: Form, wire: WireFormat, kind: dict[str, Any]) -> None:
+    for workspace_mib in (64, 2):  # one round, and rounds
+        group = LocalGroup(world_size, lanes=5, workspace_mib=workspace_mib, wire_format=wire, **kind)
+        group.use(*form)
+        for dtype in SIXTEEN_BITS:
+            for size in SIZES:
+                seed = fresh_seed()
+                inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
+                compare(group, inputs, f"{dtype} x {size}, {workspace_mib} MiB, seed {seed}")
+            compare(group, special_inputs(world_size, dtype), f"{dtype}, special values")
+
+
+@FLAGGED
+@pytest.mark.parametrize("domains", list(DOMAINS.values()), ids=list(DOMAINS))
+def test_forms_share_slots_flags_and_counts(domains: tuple[int, ...], kind: dict[str, Any]) -> None:
+    """With each other, with the compressed two-shot and, through its flagged slots, with TWOSHOT."""
+    world_size = len(domains)
+    group = LocalGroup(world_size, lanes=5, workspace_mib=2, wire_format=WireFormat.TQ3, **kind)
+    generator = random.Random(fresh_seed())
+    for turn in range(40):
+        seed, dtype = fresh_seed(), generator.choice(SIXTEEN_BITS)
+        size = generator.choice((512, 5000, 40_000, 1_000_001))
+        inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
+        name = generator.choice(("TWOSHOT", "two_shot", "ring", "hierarchical"))
+        what = f"turn {turn}, {name} of {size}, seed {seed}"
+        if name == "TWOSHOT":
+            for output in group.all_reduce("TWOSHOT", inputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), what)
+            continue
+        group.use(name, domains if name == "hierarchical" else None)
+        compare(group, inputs, what)
+
+
+@FORMS
+@FLAGGED
+def test_graph_replays_of_forms(world_size: int, form: Form, kind: dict[str, Any]) -> None:
+    group = LocalGroup(world_size, wire_format=WireFormat.TQ3, **kind)
+    group.use(*form)
+
+    def other_call(turn: int) -> None:
+        group.use("ring" if turn % 2 else "two_shot")
+        inputs = [rank_input(turn, rank, 3000 * (turn % 3 + 1), torch.float16) for rank in range(world_size)]
+        compare(group, inputs, f"between, turn {turn}")
+
+    _replay(group, other_call)
+
+
+@pytest.mark.parametrize("form", ("ring", "hierarchical"))
+@pytest.mark.parametrize("memory", ("peer", "host"))
+def test_a_missing_rank_stops_forms_with_a_named_error(form: str, memory: str) -> None:
+    """The trap ends the CUDA context, so this needs a process of its own."""
+    script = """
+import sys, torch
+from llm_allreduce_plugin.monitor import failure_of
+from tests.support.local_group import LocalGroup
+domains = (0, 0, 1, 1) if sys.argv[1] == "hierarchical" else None
+group = LocalGroup(
+    4, in_band=False, host=sys.argv[2] == "host", timeout_s=2.0, algorithm=sys.argv[1], domains=domains
+)
+inputs = [torch.ones(5000, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+outputs = [torch.empty_like(part) for part in inputs]
+torch.cuda.synchronize()
+for rank in (0, 1, 3):
+    group.start(rank, "LOWPRECISION", inputs[rank], outputs[rank])
+try:
+    torch.cuda.synchronize()
+except Exception as error:
+    print("cuda:", type(error).__name__)
+for rank in (0, 1, 3):
+    failure = failure_of(group.workspaces[rank])
+    if failure is not None:
+        print("named:", failure)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script, form, memory], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "cuda: " in result.stdout, (result.stdout, result.stderr[-2000:])
+    # Who waits for the missing rank, or for one that does, and is the first to give up, is a matter of microseconds.
+    named = r"named: rank \d waited 2 s for rank [0-3] in LOWPRECISION/(scatter|exchange|gather)"
+    assert re.search(named, result.stdout), result.stdout

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES, IN_BAND_SHARE
-from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice, WireFormat
+from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
 from llm_allreduce_plugin.memory.host import host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
@@ -42,8 +43,8 @@ class LocalGroup:
 
     ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
-    larger than tests have. ``wire_format``: of LOWPRECISION. ``staged``: TWOSHOT and LOWPRECISION move in stages; may
-    be switched between calls where the workspace was made for it.
+    larger than tests have. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
+    TWOSHOT and LOWPRECISION move in stages; may be switched between calls where the workspace was made for it.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class LocalGroup:
         split: tuple[int, int] | None = None,
         wire_format: WireFormat = WireFormat.FP8,
         staged: bool = False,
+        algorithm: str = "two_shot",
+        domains: Sequence[int] | None = None,
         timeout_s: float = 20.0,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -64,7 +67,8 @@ class LocalGroup:
         self.lanes = lanes
         self.split = split
         self.staged = staged
-        self.low_precision = LowPrecisionConfig(wire_format=wire_format, min_bytes=0)
+        self.wire_format = wire_format
+        self.use(algorithm, domains)
         self.transport = Transport.HOST if host else Transport.SYMMETRIC
         size = workspace_mib << 20
         if host:
@@ -94,6 +98,15 @@ class LocalGroup:
             )
             for rank in range(world_size)
         ]
+
+    def use(self, algorithm: str, domains: Sequence[int] | None = None) -> None:
+        """Let LOWPRECISION run as ``two_shot``, ``ring`` or ``hierarchical`` from now on."""
+        self.low_precision = LowPrecisionConfig(
+            wire_format=self.wire_format,
+            algorithm=LowPrecisionAlgorithm(algorithm),
+            domains=None if domains is None else tuple(domains),
+            min_bytes=0,
+        )
 
     def launch_of(self, algorithm: str, message: Message) -> Launch:
         group = GroupFacts(

@@ -20,7 +20,7 @@ DOMAINS = {
     "2+2": (0, 0, 1, 1),
     "2+2 in turns": (1, 0, 1, 0),
     "3+3": (0, 0, 0, 1, 1, 1),
-    "3+3 mixed": (7, 2, 2, 7, 2, 7),
+    "3+3 around": (7, 2, 2, 2, 7, 7),  # rank 0's successor in the ring is its counterpart, unlike its predecessors
     "4+4": (0, 0, 0, 0, 1, 1, 1, 1),
     "4+4 in turns": (0, 1, 0, 1, 0, 1, 0, 1),
 }

@@ -1,0 +1,235 @@
+"""Which of LOWPRECISION's algorithms runs: total, deterministic, with a reason, and launches that fit their slots."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, agreement, load_config
+from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.selection.forms import domains_obstacle, form_of, unit_bytes
+from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
+from llm_allreduce_plugin.topology import group_facts, numa_node_of, nvlink_gap, nvml
+from llm_allreduce_plugin.wire import PACKETS
+from tests.support.low_precision import DOMAINS
+from tests.unit.test_agreement import card
+from tests.unit.test_policy import any_facts, facts
+
+S, A = AllReduceStrategy, LowPrecisionAlgorithm
+FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
+NUMA = DOMAINS["4+4"]
+
+
+def with_settings(group: GroupFacts, **settings: Any) -> GroupFacts:
+    return dataclasses.replace(group, low_precision=LowPrecisionConfig(**settings))
+
+
+def low_precision(group: GroupFacts, count: int = 1 << 24, **settings: Any) -> Decision:
+    group = with_settings(group, **settings)
+    config = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=group.low_precision)
+    return decide(config, group, count, "bfloat16")
+
+
+def pcie(transport: Transport = Transport.SYMMETRIC, **changes: Any) -> GroupFacts:
+    """Eight PCIe GPUs in two NUMA nodes."""
+    group = facts(8, transport, architecture=89)
+    return dataclasses.replace(group, **{"nvlink": False, "domains": NUMA, **changes})
+
+
+@pytest.mark.parametrize("transport", (Transport.SYMMETRIC, Transport.HOST))
+def test_auto_is_hierarchical_over_numa_nodes_without_nvlink(transport: Transport) -> None:
+    decision = low_precision(pcie(transport))
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+    assert decision.launch.domains == NUMA
+    assert decision.algorithm.startswith("hierarchical push")
+    assert decision.reason.endswith("hierarchical: without NVLink, ranks in two domains of 4 (NUMA nodes)")
+    assert "domains (0, 0, 0, 0, 1, 1, 1, 1)" in str(decision)
+
+
+@pytest.mark.parametrize(
+    ("group", "reason"),
+    [
+        (pcie(nvlink=True), "NVLink joins all GPUs, as far as is known"),
+        (pcie(domains=()), "the NUMA node of every rank's GPU is not known (low_precision.domains can tell)"),
+        (pcie(domains=(0,) * 8), "ranks form 1 domain of 8 ranks, not two of equal size with 2 to 4 ranks each"),
+        (pcie(domains=(0, 1, 1, 1, 1, 1, 1, 1)), "ranks form 2 domains of 1, 7 ranks, not two of equal size"),
+        (pcie(domains=(0, 0, 1, 1, 2, 2, 3, 3)), "ranks form 4 domains of 2, 2, 2, 2 ranks, not two"),
+        (facts(8, Transport.SHM), "hierarchical is for GPUs"),
+    ],
+)
+def test_auto_is_two_shot_elsewhere_and_says_why(group: GroupFacts, reason: str) -> None:
+    decision = low_precision(group)
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+    assert f"two_shot rather than hierarchical: {reason}" in decision.reason
+    assert not form_of(group).is_fallback
+
+
+def test_domains_may_be_given_by_hand() -> None:
+    hidden = pcie(domains=())
+    assert form_of(with_settings(hidden, domains=DOMAINS["4+4 in turns"])).domains == DOMAINS["4+4 in turns"]
+    assert "(low_precision.domains)" in low_precision(hidden, domains=NUMA).reason
+    # What is given wins over what is seen.
+    assert form_of(with_settings(pcie(), domains=(0,) * 8)).algorithm is A.TWO_SHOT
+    # By hand and by name also with NVLink, and on CPU ranks.
+    for group in (pcie(nvlink=True), facts(8, Transport.SHM)):
+        by_hand = low_precision(group, algorithm="hierarchical", domains=NUMA)
+        assert by_hand.launch is not None
+        assert by_hand.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+        assert by_hand.reason.endswith("low_precision.algorithm is hierarchical")
+
+
+def test_what_cannot_be_hierarchical_stays_compressed() -> None:
+    decision = low_precision(facts(2), algorithm="hierarchical", domains=(0, 1))
+    assert decision.strategy is S.LOWPRECISION
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+    assert "hierarchical cannot run: ranks form 2 domains of 1, 1 ranks" in decision.reason
+    assert form_of(with_settings(facts(2), algorithm="hierarchical")).is_fallback
+
+
+def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
+    decision = low_precision(facts(3), algorithm="RING")
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.LOW_PRECISION_RING
+    assert decision.algorithm.startswith("ring")
+    small = low_precision(facts(8, Transport.SHM, workspace=96 << 10), algorithm="ring", wire_format="tq3")
+    assert small.launch is not None
+    assert small.launch.algorithm is Algorithm.LOW_PRECISION
+    assert "ring cannot run: a slot of the workspace" in small.reason
+    assert "smaller than 2048 bytes" in small.reason
+    # A GPU's workspace without flagged slots.
+    assert "(0 bytes, with flags)" in low_precision(facts(4, in_band=True), algorithm="ring").reason
+
+
+@given(
+    any_facts,
+    st.sampled_from(list(A)),
+    st.sampled_from(list(WireFormat)),
+    st.sampled_from((None, (0, 1) * 8, (5, 2, 2, 5) * 4, (0,) * 16, (0, 1, 2, 1) * 4)),
+    st.booleans(),
+    st.integers(1, 1 << 26),
+)
+def test_every_form_has_a_reason_and_a_launch_that_fits(
+    group: GroupFacts, algorithm: A, wire: WireFormat, numbers: tuple[int, ...] | None, nvlink: bool, count: int
+) -> None:
+    domains = None if numbers is None else numbers[: group.world_size]
+    group = dataclasses.replace(group, nvlink=nvlink)
+    settings = {"algorithm": algorithm, "wire_format": wire, "domains": domains, "min_bytes": 0}
+    group = with_settings(group, **settings)
+    form = form_of(group)
+    assert form == form_of(dataclasses.replace(group))
+    assert form.algorithm is not A.AUTO
+    assert form.reason
+    assert algorithm in (form.algorithm, A.AUTO) or (form.is_fallback and form.algorithm is A.TWO_SHOT)
+    assert (form.algorithm is A.HIERARCHICAL) == bool(form.domains)
+    if form.domains:
+        assert domains_obstacle(form.domains) is None
+        assert group.world_size in (4, 6, 8)
+    decision = low_precision(group, count, **settings)
+    if decision.strategy is not S.LOWPRECISION or form.algorithm is A.TWO_SHOT:
+        return
+    launch = decision.launch
+    assert launch is not None
+    assert not launch.in_band
+    assert launch.domains == form.domains
+    unit_vectors = unit_bytes(group, form.algorithm) // VECTOR_BYTES
+    assert launch.chunk_vectors % unit_vectors == 0
+    assert 1 <= launch.chunk_vectors * VECTOR_BYTES <= group.flagged.two_shot
+    assert 1 <= launch.lanes <= group.lanes
+    assert launch.threads % 32 == 0
+    assert 32 <= launch.threads <= 256
+    parts = group.world_size // 2 if form.domains else group.world_size
+    per_round = launch.owned_vectors // unit_vectors * PACKETS[wire].values * parts
+    assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
+
+
+def test_recorded_topologies() -> None:
+    """What `llm-allreduce topo` says without GPUs."""
+    for name, algorithm, domains in (
+        ("l40s_x8_two_numa", A.HIERARCHICAL, NUMA),
+        ("rtx4090_x8_no_p2p", A.HIERARCHICAL, NUMA),
+        ("h100_x8_nvswitch", A.TWO_SHOT, NUMA),
+        ("h200_x4_nvswitch", A.TWO_SHOT, ()),
+    ):
+        group = group_facts(NodeTopology.from_json(FOLDER / f"{name}.json"))
+        assert group.domains == domains
+        assert form_of(group).algorithm is algorithm
+        assert low_precision(group).strategy is S.LOWPRECISION
+    half = group_facts(NodeTopology.from_json(FOLDER / "l40s_x8_two_numa.json"), 4)
+    assert form_of(half).algorithm is A.TWO_SHOT
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ({"algorithm": "star"}, ["low_precision.algorithm='star'", "'auto', 'two_shot', 'ring' or 'hierarchical'"]),
+        ({"domains": [0, -1]}, ["low_precision.domains.1=-1", "greater than or equal to 0"]),
+        ({"domains": [0, "left"]}, ["low_precision.domains.1='left'", "valid integer"]),
+        ({"domains": 2}, ["low_precision.domains=2", "tuple", "the domain of each rank"]),
+        ({"domains": [0]}, ["low_precision.domains=[0]", "at least 2 items"]),
+    ],
+)
+def test_bad_settings(setting: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config({"low_precision": setting})
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_settings() -> None:
+    assert LowPrecisionConfig().algorithm is A.AUTO
+    config = load_config({"low_precision": {"algorithm": " Hierarchical", "domains": [0, 0, 1, 1]}})
+    assert config.low_precision.domains == (0, 0, 1, 1)
+    config.check_world_size(4)
+    with pytest.raises(
+        ConfigError, match=r"low_precision\.domains=\[0, 0, 1, 1\]: has 4 numbers: must have one for each"
+    ):
+        config.check_world_size(8)
+    AllReduceConfig().check_world_size(16)
+
+
+def test_numa_nodes_are_agreed_on_only_where_all_are_known() -> None:
+    cards = [dataclasses.replace(card(), numa_node=node) for node in (1, 0, 1, 0)]
+    assert agreement.domains(cards) == (1, 0, 1, 0)
+    assert agreement.domains([*cards, card()]) == ()
+    agreement.check(cards)
+
+
+class FakeNvml:
+    """Four GPUs on two NUMA nodes; NVLink joins the first two."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None: ...
+    def nvmlShutdown(self) -> None: ...
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        if not uuid.startswith("GPU-"):
+            raise self.NVMLError
+        return int(uuid.removeprefix("GPU-"))
+
+    def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
+        assert index == 2
+        return 0 if {a, b} == {0, 1} else 5
+
+    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
+        return type("Pci", (), {"busId": f"00000000:{handle}A:00.0".encode()})()
+
+
+def test_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
+    monkeypatch.setattr(nvml, "_numa_node", {"00000000:0A:00.0": 0, "00000000:3A:00.0": 1}.get)
+    assert [numa_node_of(str(gpu)) for gpu in range(4)] == [0, None, None, 1]
+    assert numa_node_of("MIG-7") is None
+    assert nvlink_gap(["0", "1"]) is None
+    assert nvlink_gap(["0", "1", "2"]) == "NVLink does not join the GPUs of ranks 0 and 2"
