@@ -261,6 +261,7 @@ NB_MODULE(_C, module) {
   module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
   module.attr("MAX_FLAGGED_THREADS") = static_cast<int>(LAR_MAX_FLAGGED_THREADS);
+  module.attr("MAX_STAGED_THREADS") = static_cast<int>(LAR_MAX_STAGED_THREADS);
   module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);

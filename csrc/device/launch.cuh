@@ -212,7 +212,7 @@ inline int launch_flagged(const void* kernel, const lar_workspace& workspace, co
 // Starts a staged kernel, likewise.
 inline int launch_staged(const void* kernel, const lar_workspace& workspace, const lar_message& message,
                          const lar_launch& shape, void* stream) {
-  if (!kernel || shape.lanes < 1) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!kernel || shape.lanes < 1 || shape.threads > LAR_MAX_STAGED_THREADS) return LAR_ERROR_INVALID_ARGUMENT;
   return launch_flagged(kernel, workspace, message, shape, workspace.layout.flagged.staged_bytes / shape.lanes, stream);
 }
 

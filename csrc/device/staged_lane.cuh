@@ -43,7 +43,7 @@ class Stages {
  public:
   __device__ __forceinline__ Stages(const lar_workspace& workspace, lar_algorithm algorithm, int64_t rounds)
       : workspace_(workspace),
-        limit_(wait_limit(workspace, algorithm)),
+        algorithm_(algorithm),
         ranks_(workspace.layout.world_size),
         number_(static_cast<uint32_t>(rounds) * 2 * (ranks_ - 1)),
         epoch_(*epoch_word(workspace.local, workspace.layout, EpochPlane::kStaged, 0)) {}
@@ -98,13 +98,15 @@ class Stages {
     return stage < number_ && stage / (ranks_ - 1) % 2 == 0 ? LAR_PHASE_SCATTER : LAR_PHASE_GATHER;
   }
 
+  __device__ __forceinline__ WaitLimit limit() const { return wait_limit(workspace_, algorithm_); }
+
   // Lane 0's row: one word for each rank that writes there.
   __device__ __forceinline__ uint32_t* word_at(int holder, FlagPlane plane, int writer) const {
     return flag_row(workspace_.base[holder], workspace_.layout, plane, 0) + writer;
   }
 
   __device__ __forceinline__ bool wait(FlagPlane plane, int writer, uint32_t stage) const {
-    return wait_for_round(limit_, word_at(workspace_.rank, plane, writer), round(stage), blockIdx.x, writer,
+    return wait_for_round(limit(), word_at(workspace_.rank, plane, writer), round(stage), blockIdx.x, writer,
                           phase(stage));
   }
 
@@ -150,19 +152,19 @@ class Stages {
   // The lane that opens waits for two peers, one after the other, and is the one to say which did not arrive: the
   // others have the patience to let it.
   __device__ __forceinline__ bool wait_open(uint32_t stage) const {
-    WaitLimit limit = limit_;
-    limit.timeout_ns *= 3;
-    return wait_for_round(limit, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
+    WaitLimit patient = limit();
+    patient.timeout_ns *= 3;
+    return wait_for_round(patient, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
   }
 
   const lar_workspace& workspace_;
-  const WaitLimit limit_;
+  const lar_algorithm algorithm_;
   const int ranks_;
   const uint32_t number_;
   const uint32_t epoch_;
 };
 
-// `Cargo`: see TwoShotLane; also kUnitBytes, what a unit takes in a slot. The courier's warp goes through the stages.
+// `Cargo`: see TwoShotLane; also unit_bytes(), what a unit takes in a slot. The courier's warp goes through the stages.
 template <typename Cargo>
 class StagedLane {
  public:
@@ -178,25 +180,32 @@ class StagedLane {
 
   __device__ __forceinline__ void run() const {
     if (!__syncthreads_and(is_worker() || stages_.begin())) return;
-    uint32_t stage = 0;
+    const int steps = ranks_ - 1;
+#pragma unroll 1
     for (int64_t round = 0; round < rounds_; ++round) {
-      for (int step = 1; step < ranks_; ++step) {
-        if (is_worker()) scatter(round, peer(step));
-        if (!end(stage++, [] {})) return;
+      // One turn to a stage, and one to drain what the last has brought.
+#pragma unroll 1
+      for (int turn = 0; turn <= 2 * steps; ++turn) {
+        const bool is_stage = turn < 2 * steps;
+        if (turn == steps) {
+          if (is_worker()) reduce(round);
+          __syncthreads();  // a thread copies what others have summed
+        }
+        if (is_worker() && turn < steps) scatter(round, peer(turn + 1));
+        if (is_worker() && turn >= steps && is_stage) copy_result(round, peer(turn - steps + 1));
+        __syncthreads();
+        bool goes_on = true;
+        if (is_worker()) {
+          // The stage before is complete, and its slot nobody's but mine: this fills the time that flags fly.
+          if (turn > steps) drain(round, peer(steps - turn));
+        } else {
+          if (is_stage && threadIdx.x % 32 == 0)
+            goes_on = stages_.pass(static_cast<uint32_t>(round) * 2 * steps + turn);
+          __syncwarp();
+        }
+        if (!__syncthreads_and(goes_on)) return;
       }
-      if (is_worker()) reduce(round);
-      __syncthreads();  // a thread copies what others have summed
-      for (int step = 1; step < ranks_; ++step) {
-        if (is_worker()) copy_result(round, peer(step));
-        // The stage before is complete, and its slot nobody's but mine: this fills the time that flags fly.
-        if (!end(stage++, [&] {
-              if (step > 1) drain(round, peer(1 - step));
-            }))
-          return;
-      }
-      if (is_worker()) drain(round, peer(1 - ranks_));
     }
-    __syncthreads();
     if (!is_worker()) stages_.leave();
   }
 
@@ -204,20 +213,6 @@ class StagedLane {
   using Crewed = Lane<Crew::kWorkersAndCourier>;
 
   __device__ __forceinline__ static bool is_worker() { return !Crewed::is_courier(); }
-
-  // For all threads: ends the stage, while the workers do `meanwhile`; until the next may begin.
-  template <typename Meanwhile>
-  __device__ __forceinline__ bool end(uint32_t stage, Meanwhile meanwhile) const {
-    __syncthreads();
-    bool goes_on = true;
-    if (is_worker()) {
-      meanwhile();
-    } else {
-      if (threadIdx.x % 32 == 0) goes_on = stages_.pass(stage);
-      __syncwarp();
-    }
-    return __syncthreads_and(goes_on);
-  }
 
   __device__ __forceinline__ int peer(int step) const {
     const int at = workspace_.rank + step;
@@ -232,7 +227,7 @@ class StagedLane {
   // This lane's piece of the slot, with `holder`, for what comes from `source`.
   __device__ __forceinline__ char* slot(int64_t region, int holder, int source) const {
     return static_cast<char*>(workspace_.base[holder]) + region + source * slots_.staged_bytes +
-           blockIdx.x * chunk_ * Cargo::kUnitBytes;
+           blockIdx.x * chunk_ * Cargo::unit_bytes();
   }
 
   __device__ __forceinline__ char* result_slot(int holder, int owner) const {
@@ -258,7 +253,7 @@ class StagedLane {
     const int rank = workspace_.rank;
     const char* from = result_slot(rank, rank);
     char* const to = result_slot(reader, rank);
-    const int64_t spans[] = {piece(round, rank).span * (Cargo::kUnitBytes / LAR_VECTOR_BYTES)};
+    const int64_t spans[] = {piece(round, rank).span * (Cargo::unit_bytes() / LAR_VECTOR_BYTES)};
     move_vectors(
         spans, Crewed::workers(), [&](int, int64_t i) { return load_slot(from, i); },
         [&](int, int64_t i, const uint4& raw) { store_slot(to, i, raw); });

@@ -23,6 +23,7 @@ enum {
   // The same for kernels that wait for flags or go through host memory, which keep more in registers and have one more
   // warp (device/lane.cuh).
   LAR_MAX_FLAGGED_THREADS = 256,
+  LAR_MAX_STAGED_THREADS = 224,  // the same for staged kernels, which keep more still
   // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,

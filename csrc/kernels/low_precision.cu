@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 template <typename T, int kWorldSize, typename Packet>
 class PacketCargo {
  public:
-  static constexpr int kUnitBytes = Packet::kBytes;
+  __device__ __forceinline__ static constexpr int unit_bytes() { return Packet::kBytes; }
   // As many as fit the registers of a thread.
   static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : 2;
 
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 }
 
 template <typename T, int kWorldSize, typename Packet>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
+__global__ void __launch_bounds__(LAR_MAX_STAGED_THREADS + kCourierThreads, 1)
     low_precision_staged_kernel(const __grid_constant__ KernelArguments arguments) {
   const PacketCargo<T, kWorldSize, Packet> packets(arguments.message);
   const int64_t chunk = arguments.chunk_vectors * LAR_VECTOR_BYTES / Packet::kBytes;

@@ -38,7 +38,7 @@ namespace {
 template <typename T, int kWorldSize>
 class Vectors {
  public:
-  static constexpr int kUnitBytes = LAR_VECTOR_BYTES;
+  __device__ __forceinline__ static constexpr int unit_bytes() { return LAR_VECTOR_BYTES; }
   // As many as fit the registers of a thread.
   static constexpr int kOwnersAtOnce = kWorldSize < 5 ? kWorldSize - 1 : kWorldSize <= 8 ? 4 : 1;
 
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 }
 
 template <typename T, int kWorldSize>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
+__global__ void __launch_bounds__(LAR_MAX_STAGED_THREADS + kCourierThreads, 1)
     two_shot_staged_kernel(const __grid_constant__ KernelArguments arguments) {
   const Vectors<T, kWorldSize> vectors(arguments.message);
   staged_lane(arguments.workspace, LAR_TWO_SHOT, vectors, arguments.chunk_vectors);

@@ -6,7 +6,7 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision, PassedOver
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
-from llm_allreduce_plugin.strategies import STRATEGIES
+from llm_allreduce_plugin.strategies import STRATEGIES, staging
 from llm_allreduce_plugin.strategies.base import Message
 
 S = AllReduceStrategy
@@ -120,7 +120,8 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
     limits = {min(found.max_bytes, largest) for found in _table(config, facts).ranges if found.max_bytes}
-    limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
+    if staging.obstacle(facts) is None:
+        limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
         decision = decide(config, facts, size // element, dtype)
         what = str(decision.strategy)

@@ -212,7 +212,7 @@ def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
 # that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:
 # if stores of all to all at once lose half, stages are faster for more than that to each peer.
 STAGED_ABOVE_STAGE_BYTES = 128 * KIB
-# Blocks: 32 of 256 threads have 512 KiB in flight, several times what PCIe carries in the 2 us of a store.
+# Blocks: 32 of 224 threads have 448 KiB in flight, several times what PCIe carries in the 2 us of a store.
 STAGED_LANES = 32
 
 # The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next

@@ -107,7 +107,11 @@ class LowPrecision(KernelStrategy):
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         staged = staging.launch(
-            facts, Algorithm.LOW_PRECISION, packets * facts.world_size, unit_bytes=packet.bytes, at_once=FLAGGED_WARPS
+            facts,
+            Algorithm.LOW_PRECISION,
+            packets * facts.world_size,
+            unit_bytes=packet.bytes,
+            unit_threads=WARP_THREADS,
         )
         if staged is not None:
             return dataclasses.replace(staged, wire_format=wire_format)

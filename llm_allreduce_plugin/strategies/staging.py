@@ -12,7 +12,7 @@ from llm_allreduce_plugin.config import StagedChoice
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Launch
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
-from llm_allreduce_plugin.strategies.base import LINE_VECTORS, MAX_FLAGGED_THREADS, VECTOR_BYTES
+from llm_allreduce_plugin.strategies.base import LINE_VECTORS, MAX_STAGED_THREADS, VECTOR_BYTES
 
 FEWEST_RANKS = 3
 
@@ -31,7 +31,7 @@ def obstacle(facts: GroupFacts) -> str | None:
 
 
 def launch(
-    facts: GroupFacts, algorithm: Algorithm, units: int, *, unit_bytes: int = VECTOR_BYTES, at_once: int
+    facts: GroupFacts, algorithm: Algorithm, units: int, *, unit_bytes: int = VECTOR_BYTES, unit_threads: int = 1
 ) -> Launch | None:
     """How a staged call is spread; None when this message is not staged. Pure.
 
@@ -40,14 +40,14 @@ def launch(
         algorithm: TWO_SHOT or LOW_PRECISION.
         units: in the message; vectors, or packets of a wire format.
         unit_bytes: of a unit in a slot.
-        at_once: units that the threads of a block take at once.
+        unit_threads: threads that handle a unit together.
     """
     if obstacle(facts) is not None:
         return None
     part = max(1, math.ceil(units / facts.world_size))  # what a rank sends to another in a message of one round
     if facts.staged is StagedChoice.AUTO and part * unit_bytes <= tables.STAGED_ABOVE_STAGE_BYTES:
         return None
-    lanes = min(tables.STAGED_LANES, facts.lanes, math.ceil(part / at_once))
+    lanes = min(tables.STAGED_LANES, facts.lanes, math.ceil(part * unit_threads / MAX_STAGED_THREADS))
     capacity = facts.flagged.staged // max(1, lanes) // unit_bytes
     if capacity < 1:
         return None
@@ -59,7 +59,7 @@ def launch(
     return Launch(
         algorithm,
         lanes=lanes,
-        threads=MAX_FLAGGED_THREADS,
+        threads=MAX_STAGED_THREADS,
         chunk_vectors=chunk * unit_bytes // VECTOR_BYTES,
         rounds=math.ceil(part / (lanes * chunk)),
         staged=True,

@@ -11,7 +11,6 @@ from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.strategies import staging
 from llm_allreduce_plugin.strategies.base import (
-    MAX_FLAGGED_THREADS,
     VECTOR_BYTES,
     KernelStrategy,
     Message,
@@ -32,7 +31,7 @@ class TwoShot(KernelStrategy):
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
         parts = facts.world_size
         slot_bytes = facts.in_band.two_shot
-        staged = staging.launch(facts, Algorithm.TWO_SHOT, message.vectors, at_once=MAX_FLAGGED_THREADS)
+        staged = staging.launch(facts, Algorithm.TWO_SHOT, message.vectors)
         if staged is not None:
             return staged
         if facts.transport is Transport.HOST:

@@ -244,6 +244,7 @@ def test_calls_that_no_kernel_may_be_given() -> None:
     for world_size, algorithm, change in (
         (4, _C.TWO_SHOT, {"in_band": True}),
         (4, _C.TWO_SHOT, {"chunk_vectors": 1 << 30}),
+        (4, _C.TWO_SHOT, {"threads": _C.MAX_FLAGGED_THREADS}),
         (4, _C.ONE_SHOT, {}),
         (2, _C.TWO_SHOT, {}),
         (2, _C.LOW_PRECISION, {"wire_format": 0, "chunk_vectors": 32}),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin import AllReduceConfig, ConfigError, NodeTopology
+from llm_allreduce_plugin import ConfigError, NodeTopology
 from llm_allreduce_plugin.config import (
     AllReduceConfig,
     LowPrecisionAlgorithm,
