@@ -13,7 +13,7 @@ import torch
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
-from llm_allreduce_plugin.memory.host import host_layout
+from llm_allreduce_plugin.memory.layouts import host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport

@@ -15,6 +15,7 @@ from typing import Any
 
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.vllm.settings import STAMP, settings_of, stands_aside
+from llm_allreduce_plugin.metrics import show_reports
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -92,5 +93,7 @@ def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
             "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
             "from allreduce_strategy"
         )
+    if settings.report_dir is not None:
+        show_reports(settings.report_dir)  # counts, where this process serves metrics
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config[STAMP] = __version__
