@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, breakeven, topo
+from llm_allreduce_plugin.cli import accuracy, bench, breakeven, explain, topo
 
 app = typer.Typer(
     name="llm-allreduce",
     help="The all-reduce under tensor-parallel LLM serving: what this node can run, and why.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs of docstrings are joined
     pretty_exceptions_show_locals=False,
 )
 
@@ -33,10 +34,12 @@ def _root(
     """Holds --version."""
 
 
-app.command(name="topo")(topo.topo)
-app.command(name="bench")(bench.bench)
-app.command(name="accuracy")(accuracy.accuracy)
-app.command(name="breakeven")(breakeven.breakeven)
+# In the order in which a newcomer needs them.
+app.command(name="topo", epilog=topo.EPILOG)(topo.topo)
+app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
+app.command(name="bench", epilog=bench.EPILOG)(bench.bench)
+app.command(name="accuracy", epilog=accuracy.EPILOG)(accuracy.accuracy)
+app.command(name="breakeven", epilog=breakeven.EPILOG)(breakeven.breakeven)
 
 
 def main() -> None:

@@ -138,12 +138,14 @@ class FakeNvml:
 
 def test_detection_survives_a_driver_that_answers_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
-    monkeypatch.setattr(nvml, "_multicast_by_bus_id", dict)
+    monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
     topology = NodeTopology.detect()
     assert topology.links == (("X", "NV4"), ("NV4", "X"))
     assert topology.p2p == (("X", "OK"), ("OK", "X"))
     assert topology.gpus[0].name == "unknown"
     assert topology.gpus[0].architecture is None
+    assert topology.gpus[0].multiprocessors is None
+    assert topology.gpus[0].multicast is None
 
 
 def test_detection_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
