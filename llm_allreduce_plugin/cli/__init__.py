@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, breakeven, explain, topo
+from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, topo
 
 app = typer.Typer(
     name="llm-allreduce",
@@ -35,6 +35,7 @@ def _root(
 
 
 # In the order in which a newcomer needs them.
+app.command(name="check", epilog=check.EPILOG)(check.check)
 app.command(name="topo", epilog=topo.EPILOG)(topo.topo)
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="bench", epilog=bench.EPILOG)(bench.bench)

@@ -76,7 +76,9 @@ def _completing(words: Iterable[str]) -> Callable[[str], list[str]]:
     known = list(words)
 
     def complete(incomplete: str) -> list[str]:
-        return [word for word in known if word.lower().startswith(incomplete.lower())]
+        # In the case that is being typed: shells keep only words that begin with just that.
+        words = [word.lower() for word in known] if incomplete.islower() else known
+        return [word for word in words if word.startswith(incomplete)]
 
     return complete
 
