@@ -7,7 +7,15 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, topo
+
+try:
+    from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, topo
+except ImportError as error:
+    # What `check` would say, but for that it needs the library itself.
+    message = (
+        f"FAIL  package  llm_allreduce_plugin {__version__} does not load: {error}\n      -> install it again with pip"
+    )
+    raise SystemExit(message) from None
 
 app = typer.Typer(
     name="llm-allreduce",
