@@ -87,6 +87,13 @@ def _say(**fields: object) -> None:
     sys.stdout.flush()
 
 
+def _cause(tracebacks: str) -> str:
+    """What the first rank to fail raised: tracebacks are indented, what was raised is not."""
+    lines = [line for line in tracebacks.splitlines() if line and not line[0].isspace()]
+    raised = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
+    return " ".join(tracebacks.split()) if not raised else " ".join(lines[raised[0] + 1 : raised[0] + 3])
+
+
 def main() -> None:
     """In the child: JSON lines of where it is, the last one with the answer."""
     fields = json.loads(sys.argv[1])
@@ -104,7 +111,11 @@ def main() -> None:
     pool = RankPool(task.ranks, task.device)
     try:
         _say(step="ranks writing to and reading from each other")
-        answers = pool.run(prove, task, timeout_s=TIMEOUT_S)
+        try:
+            answers = pool.run(prove, task, timeout_s=TIMEOUT_S)
+        except AssertionError as error:  # of all ranks, the tracebacks; the pool says it so
+            _say(answer=_cause(str(error)))
+            return
         _say(answer=next(filter(None, answers), None))
     finally:
         pool.close()
