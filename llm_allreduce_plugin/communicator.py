@@ -224,6 +224,7 @@ class TensorParallelCommunicator:
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
             "sizes": self._sizes,
+            "closed": self._closed,
             "calls": dict(+counts.calls),
             "captured": dict(+counts.captured),
             "fallbacks": {what: "; ".join(known) for what, known in reasons.items()},

@@ -81,6 +81,14 @@ class Counts:
         return f"{line}; {'fallbacks: ' + '; '.join(fell) if fell else 'no fallbacks'}"
 
 
+def summary_of(report: dict[str, Any]) -> str:
+    """The line of a communicator that can no longer write it, from its report."""
+    counts = Counts(Counter(report.get("calls", {})), Counter(report.get("captured", {})))
+    for found in report.get("fallback_calls", []):
+        counts.fallbacks[Fallback(found["requested"], found["strategy"], found["reason"])] = found["calls"]
+    return str(counts)
+
+
 class Tally:
     """Adds up what was counted for each decision. May be read by another thread."""
 

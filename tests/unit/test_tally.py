@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llm_allreduce_plugin import AllReduceConfig
+from llm_allreduce_plugin.engines.vllm.summary import tell
 from llm_allreduce_plugin.metrics import ReportCollector, samples_of
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
@@ -74,6 +75,24 @@ REPORT = {
     "captured": {"ONESHOT": 3},
     "fallback_calls": [{"requested": "ONESHOT", "strategy": "NCCL", "reason": "no kernel", "calls": 2}],
 }
+
+
+def test_the_summary_of_a_killed_worker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "rank-0.json"
+    caplog.set_level("INFO")
+    tell(tmp_path, 0.0)
+    path.write_text("{")
+    tell(tmp_path, 0.0)
+    path.write_text(json.dumps({**REPORT, "closed": True}))  # it has said so itself
+    tell(tmp_path, 0.0)
+    path.write_text(json.dumps({**REPORT, "closed": False}))
+    tell(tmp_path, time.time() + 100)  # an earlier run's
+    assert caplog.messages == []
+    tell(tmp_path, 0.0)
+    assert caplog.messages == [
+        "all-reduce summary: ONESHOT 7 calls and 3 captured into graphs, NCCL 2 calls; "
+        "fallbacks: ONESHOT -> NCCL 2 (no kernel) (rank 0's last report)"
+    ]
 
 
 def test_samples_of_a_report() -> None:
