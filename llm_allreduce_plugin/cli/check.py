@@ -8,6 +8,7 @@ import textwrap
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from llm_allreduce_plugin import diagnosis
 from llm_allreduce_plugin.cli import options
@@ -57,7 +58,8 @@ def check(
     if not as_json:
         _print(findings)
     if proof:
-        proofs = diagnosis.prove(topology)
+        with Console(stderr=True).status("ranks start, and write to and read from each other ..."):
+            proofs = diagnosis.prove(topology)
         findings += proofs
         if not as_json:
             _print(proofs)

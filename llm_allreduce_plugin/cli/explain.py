@@ -16,7 +16,7 @@ from llm_allreduce_plugin.selection import sweep as sweeps
 from llm_allreduce_plugin.selection.decision import Decision, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, multiprocessors
+from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, multiprocessors, visible
 from llm_allreduce_plugin.topology.capabilities import ASSUMED_MULTIPROCESSORS
 
 # No kernel handles these; that is what there is to explain.
@@ -53,7 +53,7 @@ def subject(topology_file: Path | None, world_size: int | None, config: AllReduc
     if cpu:
         ranks = world_size or 2
         return Subject(f"{ranks} CPU ranks", cpu_facts(ranks, config))
-    topology = NodeTopology.detect() if topology_file is None else NodeTopology.from_json(topology_file)
+    topology = visible(NodeTopology.detect()) if topology_file is None else NodeTopology.from_json(topology_file)
     if topology_file is None and not topology.gpus:
         ranks = world_size or 2
         note = f"no GPUs here ({topology.note}); --topology FILE speaks of another node"

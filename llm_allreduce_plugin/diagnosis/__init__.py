@@ -11,14 +11,14 @@ from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
 from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded
 from llm_allreduce_plugin.memory.layouts import DEFAULT_CPU_WORKSPACE_BYTES, DEFAULT_HOST_WORKSPACE_BYTES
 from llm_allreduce_plugin.selection.policy import describe
-from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts
+from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, visible
 
 __all__ = ["Finding", "Verdict", "look", "prove"]
 
 
 def look() -> tuple[list[Finding], NodeTopology]:
     """Everything that can be told without starting processes, and the topology that was found. Takes no GPU memory."""
-    topology = NodeTopology.detect()
+    topology = visible(NodeTopology.detect())
     gpus = len(topology.gpus)
     setting, config = software.settings()
     ranks = proof.largest_group(gpus) if gpus else 2

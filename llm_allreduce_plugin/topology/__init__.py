@@ -3,6 +3,7 @@
 from llm_allreduce_plugin.topology.capabilities import cpu_facts, group_facts, multiprocessors, strategy_table
 from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology
 from llm_allreduce_plugin.topology.nvml import detect, p2p_obstacle
+from llm_allreduce_plugin.topology.visible import visible
 
 __all__ = [
     "Fabric",
@@ -14,4 +15,5 @@ __all__ = [
     "multiprocessors",
     "p2p_obstacle",
     "strategy_table",
+    "visible",
 ]

@@ -134,6 +134,16 @@ class NodeTopology(_Frozen):
                     return fault
         return None
 
+    def subset(self, positions: Sequence[int]) -> NodeTopology:
+        """The same node with only the GPUs at these positions, in this order."""
+        return self.model_copy(
+            update={
+                "gpus": tuple(self.gpus[i] for i in positions),
+                "links": tuple(tuple(self.links[i][j] for j in positions) for i in positions),
+                "p2p": tuple(tuple(self.p2p[i][j] for j in positions) for i in positions),
+            }
+        )
+
     @classmethod
     def from_json(cls, path: Path) -> NodeTopology:
         """Read a recorded topology.
