@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 
@@ -30,7 +31,8 @@ def measure(context: RankContext, strategy: str, size: int) -> dict[str, Any]:
     group = context.communicator(strategy)
     mine = torch.randn(size // 2, device=context.device).bfloat16()
     output = group.all_reduce(mine)
-    plan = group._kernel_plans[0][1]  # noqa: SLF001
+    plan = group._tally._parts[0][1]  # noqa: SLF001
+    assert isinstance(plan, _C.Plan)
     stream = torch.cuda.current_stream().cuda_stream
     for _ in range(5 * CALLS):  # a host core takes a moment to come to speed
         group.all_reduce(mine)

@@ -31,9 +31,10 @@ from llm_allreduce_plugin.bench.harness import (
     wrong_elements,
 )
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.communicator import DEFAULT_HOST_WORKSPACE_BYTES, DTYPE_CODES
+from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.memory.host import HostMemory, host_layout
+from llm_allreduce_plugin.memory.host import HostMemory
+from llm_allreduce_plugin.memory.layouts import DEFAULT_HOST_WORKSPACE_BYTES, host_layout
 from llm_allreduce_plugin.wire import PACKETS
 
 DTYPE = torch.bfloat16

@@ -6,46 +6,32 @@ import dataclasses
 import logging
 import math
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import _C, agreement
-from llm_allreduce_plugin.config import (
-    AllReduceConfig,
-    AllReduceStrategy,
-    LowPrecisionAlgorithm,
-    StagedChoice,
-    TransportChoice,
-)
+from llm_allreduce_plugin import _C, agreement, metrics
+from llm_allreduce_plugin.config import AllReduceConfig, StagedChoice
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory import SharedMemory
-from llm_allreduce_plugin.memory.host import HostMemory, host_layout
+from llm_allreduce_plugin.memory.host import HostMemory
+from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
 from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
-from llm_allreduce_plugin.selection.forms import form_of, needs_flags
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
+from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
 from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
-DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
-# Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
-DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
-HOST_LANES = 64  # blocks: few are enough for PCIe
-RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks
-FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format or an algorithm needs flags
-IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are staged
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
 
@@ -89,18 +75,6 @@ def _torch_all_reduce(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torc
         return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run
-
-
-class _Fallback:
-    """What runs where no kernel here can, counted."""
-
-    def __init__(self, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.calls = 0
-        self._run = run
-
-    def __call__(self, input_: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return self._run(input_)
 
 
 def _raise_failure_of(workspace: _C.Workspace) -> None:
@@ -149,14 +123,13 @@ class TensorParallelCommunicator:
         self._group = group
         # No bound methods of this object here or in the plans: without a cycle, an abandoned communicator ends where it
         # is dropped, and not wherever garbage happens to be collected.
-        self._fallback = _Fallback(fallback or _torch_all_reduce(group))
+        self._fallback = fallback or _torch_all_reduce(group)
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
         self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
-        self._kernel_plans: list[tuple[str, _C.Plan]] = []
+        self._tally = Tally()
         self._peer_visible: list[PeerVisibleBuffer] = []
         self._pulls: dict[tuple[int, int, torch.dtype], Callable[[torch.Tensor], torch.Tensor] | None] = {}
-        self._closed_counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._logged: set[str] = set()
         self._closed = False
 
@@ -169,10 +142,15 @@ class TensorParallelCommunicator:
         if self.rank == 0:
             self._log_start()
         self._monitor: Monitor | None = None
-        if self._workspace is not None or config.report_dir is not None:
+        counters = metrics.RankCounters.if_wanted()
+        if self._workspace is not None or config.report_dir is not None or counters is not None:
             this = weakref.ref(self)  # the thread must not keep an abandoned communicator alive
             self._monitor = Monitor(
-                self._workspace, self.rank, config.report_dir, lambda: owner.report() if (owner := this()) else None
+                self._workspace,
+                self.rank,
+                config.report_dir,
+                lambda: owner.report() if (owner := this()) else None,
+                counters,
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -234,15 +212,13 @@ class TensorParallelCommunicator:
         """What this rank has done so far, ready for JSON.
 
         ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays
-        do not pass through Python and are not counted.
+        do not pass through Python and are not counted. ``fallbacks`` has the reasons, ``fallback_calls`` the calls of
+        both kinds for each of them.
         """
-        calls, captured = self._counts()
+        counts = self._tally.counts()
         reasons: dict[str, list[str]] = {}
-        for decision, _ in list(self._plans.values()):
-            if decision.is_fallback:
-                known = reasons.setdefault(f"{decision.requested} -> {decision.strategy}", [])
-                known += [decision.reason] if decision.reason not in known else []
-        fallbacks = {what: "; ".join(known) for what, known in reasons.items()}
+        for fallback in counts.fallbacks:
+            reasons.setdefault(f"{fallback.requested} -> {fallback.strategy}", []).append(fallback.reason)
         return {
             "rank": self.rank,
             "world_size": self.world_size,
@@ -250,19 +226,12 @@ class TensorParallelCommunicator:
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
             "sizes": self._sizes,
-            "calls": dict(+calls),
-            "captured": dict(+captured),
-            "fallbacks": fallbacks,
+            "closed": self._closed,
+            "calls": dict(+counts.calls),
+            "captured": dict(+counts.captured),
+            "fallbacks": {what: "; ".join(known) for what, known in reasons.items()},
+            "fallback_calls": [{**found._asdict(), "calls": calls} for found, calls in counts.fallbacks.items()],
         }
-
-    def _counts(self) -> tuple[Counter[str], Counter[str]]:
-        """Eager and captured calls by strategy."""
-        calls, captured = (Counter(counts) for counts in self._closed_counts)
-        calls[str(AllReduceStrategy.NCCL)] = self._fallback.calls
-        for name, plan in list(self._kernel_plans):
-            calls[name] += plan.calls
-            captured[name] += plan.captured
-        return calls, captured
 
     def check(self) -> None:
         """Raise the error of an earlier call that the device could not raise itself.
@@ -282,9 +251,10 @@ class TensorParallelCommunicator:
             self._monitor.close()
         if self._workspace is not None and self.device.type == "cuda" and failure_of(self._workspace) is None:
             torch.cuda.synchronize(self.device)
-        self._closed_counts = self._counts()
+        self._tally.end()
+        if self.rank == 0:
+            logger.info("all-reduce summary: %s", self._tally.counts())
         self._plans.clear()
-        self._kernel_plans.clear()
         self._pulls.clear()
         self._peer_visible.clear()
         self._workspace = None
@@ -315,9 +285,10 @@ class TensorParallelCommunicator:
             gpus = [card.gpu for card in cards if card.gpu is not None]
             facts = dataclasses.replace(facts, nvlink=agreement.first_fault(nvlink_gap(gpus), control_group) is None)
         reasons = []
-        for transport in self._transports():
+        multiprocessors = min(card.multiprocessors for card in cards)
+        for transport in transports(self.config, self.device.type):
             try:
-                layout = self._layout(dataclasses.replace(facts, transport=transport), cards)
+                layout = workspace_layout(self.config, dataclasses.replace(facts, transport=transport), multiprocessors)
                 self._connect(transport, layout, cards, control_group)
             except (TransportError, ValueError) as error:
                 reasons.append(str(error))
@@ -329,51 +300,10 @@ class TensorParallelCommunicator:
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all, as far as this rank can see."""
-        if self.config.allreduce_strategy is AllReduceStrategy.NCCL:
-            return "allreduce_strategy is NCCL"
-        if (reason := world_size_obstacle(self.world_size) or hosts_obstacle(nodes)) is not None:
+        if (reason := transport_obstacle(self.config, self.world_size, nodes, self.device.type)) is not None:
             return reason
-        if self.device.type not in ("cpu", "cuda"):
-            return f"no kernels for device type {self.device.type}"
         gpus = [card.gpu for card in cards if card.gpu is not None]
         return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
-
-    def _transports(self) -> tuple[Transport, ...]:
-        """How ranks may share memory, best first."""
-        if self.device.type == "cpu":
-            return (Transport.SHM,)
-        return {
-            TransportChoice.AUTO: (Transport.SYMMETRIC, Transport.HOST),
-            TransportChoice.PEER: (Transport.SYMMETRIC,),
-            TransportChoice.HOST: (Transport.HOST,),
-        }[self.config.transport]
-
-    def _compresses(self) -> bool:
-        return self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
-
-    def _layout(self, facts: GroupFacts, cards: list[agreement.RankCard]) -> _C.Layout:
-        """What a workspace is to look like for the transport that ``facts`` name."""
-        wanted = self.config.workspace_bytes
-        transport = facts.transport
-        if transport is Transport.SHM:
-            size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
-            return _C.make_layout(self.world_size, 1, flagged_bytes=size, published=True)
-        if transport is Transport.HOST:
-            size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // self.world_size)
-            is_ring = self._compresses() and form_of(facts).algorithm is LowPrecisionAlgorithm.RING
-            lanes = RING_HOST_LANES if is_ring else HOST_LANES
-            return host_layout(self.world_size, lanes, size)
-        size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
-        # Two blocks to a multiprocessor, of the smallest GPU if they differ: grids must be alike.
-        lanes = min(_C.MAX_LANES, 2 * min(card.multiprocessors for card in cards))
-        flagged = 0
-        if not self.config.in_band:
-            flagged = size
-        elif staging.obstacle(facts) is None and self.config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
-            flagged = size - size // IN_BAND_SHARE
-        elif self._compresses():
-            flagged = size // FLAGGED_SHARE if needs_flags(facts) else 0
-        return _C.make_layout(self.world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)
 
     def _connect(
         self, transport: Transport, layout: _C.Layout, cards: list[agreement.RankCard], control_group: dist.ProcessGroup
@@ -423,7 +353,7 @@ class TensorParallelCommunicator:
             self.config.allreduce_strategy,
             self._sizes,
         )
-        if self._compresses():
+        if self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
             form = form_of(self.facts)
             level = logging.WARNING if form.is_fallback else logging.INFO
             logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
@@ -445,15 +375,21 @@ class TensorParallelCommunicator:
             message = "this communicator is closed"
             raise RuntimeError(message)
         decision = decide(self.config, self.facts, count, dtype_name(dtype))
-        requested_nccl = self.config.allreduce_strategy is AllReduceStrategy.NCCL
-        if decision.is_fallback or (decision.strategy is AllReduceStrategy.NCCL and not requested_nccl):
+        if fallback_of(decision) is not None:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
-        run = self._kernel_call(decision, count, dtype) if is_ours else self._fallback
+        run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry
+
+    def _engine_call(self, decision: Decision) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that runs what no kernel here can."""
+        capturing = torch.cuda.is_current_stream_capturing if self.device.type == "cuda" else bool
+        call = CountedCall(self._fallback, capturing)
+        self._tally.add(decision, call)
+        return call
 
     def _log_fallback(self, decision: Decision) -> None:
         line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
@@ -489,7 +425,7 @@ class TensorParallelCommunicator:
             launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
             launch.wire_code, launch.domains, launch.staged,
         )  # fmt: skip
-        self._kernel_plans.append((name, plan))
+        self._tally.add(decision, plan)
         index = self.device.index
         must_be_aligned = launch.scatter_lanes > 0
         on_gpu = self.device.type == "cuda"

@@ -12,6 +12,7 @@ from typing import Any
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.errors import PeerTimeoutError
+from llm_allreduce_plugin.metrics import RankCounters
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,13 @@ class Monitor:
         rank: int,
         report_dir: Path | None,
         report: Callable[[], dict[str, Any] | None],
+        counters: RankCounters | None = None,
     ) -> None:
         self._workspace = workspace
         self._rank = rank
         self._report_dir = report_dir
         self._report = report
+        self._counters = counters
         self._last_report: dict[str, Any] | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llm-allreduce-monitor", daemon=True)
@@ -95,10 +98,13 @@ class Monitor:
         report = self._report()
         if report is None:
             return False
-        if self._report_dir is None or report == self._last_report:
+        if report == self._last_report:
             return True
+        if self._counters is not None:
+            self._counters.publish(report)
         try:
-            write_report(self._report_dir, self._rank, report)
+            if self._report_dir is not None:
+                write_report(self._report_dir, self._rank, report)
         except OSError as error:
             logger.warning("report_dir=%s cannot be written: %s; no further reports", self._report_dir, error)
             self._report_dir = None

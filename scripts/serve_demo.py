@@ -193,6 +193,14 @@ def server_setup(strategy: str, work: Path, model: Path, port: int) -> tuple[lis
     return command, environment
 
 
+def read_metrics(url: str) -> dict[str, float]:
+    """This package's counters at the server's metrics endpoint: the sample, and its value."""
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    samples = (line.rpartition(" ") for line in lines if line.startswith("llm_allreduce_"))
+    return {name: float(value) for name, _, value in samples}
+
+
 def read_reports(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
@@ -243,6 +251,7 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
         seconds = time.monotonic() - asked
         time.sleep(1.5)  # the workers write their reports about once a second
         reports = read_reports(work / "report")
+        counters = read_metrics(f"http://127.0.0.1:{port}/metrics")
     choice = answer["choices"][0]
     say(f"prompt: {PROMPT!r}")
     say(f"text:   {choice['text']!r}")
@@ -250,6 +259,12 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
     say(f"{answer['usage']['completion_tokens']} tokens in {seconds:.2f} s")
     check_reports(strategy, reports)
     print_reports(reports)
+    for sample, value in counters.items():
+        if "_total{" in sample:
+            say(f"/metrics: {sample} {value:g}")
+    for line in log.read_text(errors="replace").splitlines():
+        if "all-reduce summary: " in line:
+            say(f"at the end, the log says: {line[line.index('all-reduce summary: ') :]}")
     if choice["token_ids"] != expected:
         message = f"Hugging Face generates other tokens from the same weights: {expected}"
         raise DemoError(message)

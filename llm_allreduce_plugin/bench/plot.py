@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 MISSING = "--plot needs matplotlib: pip install matplotlib"
 
 
-def _short(size: float, _position: int) -> str:
+def short_size(size: float, _position: int) -> str:
     """4096 as 4K."""
     for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if size >= unit:
@@ -55,7 +55,7 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
         )
     for axes, unit in ((latency, "microseconds per call"), (bandwidth, "bus bandwidth, GB/s")):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_short)
+        axes.xaxis.set_major_formatter(short_size)
         axes.set_yscale("log")
         axes.set_xlabel("bytes per rank")
         axes.set_ylabel(unit)

@@ -7,12 +7,21 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, breakeven, plot, topo
+
+try:
+    from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, plot, topo
+except ImportError as error:
+    # What `check` would say, but for that it needs the library itself.
+    message = (
+        f"FAIL  package  llm_allreduce_plugin {__version__} does not load: {error}\n      -> install it again with pip"
+    )
+    raise SystemExit(message) from None
 
 app = typer.Typer(
     name="llm-allreduce",
     help="The all-reduce under tensor-parallel LLM serving: what this node can run, and why.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs of docstrings are joined
     pretty_exceptions_show_locals=False,
 )
 
@@ -33,11 +42,14 @@ def _root(
     """Holds --version."""
 
 
-app.command(name="topo")(topo.topo)
-app.command(name="bench")(bench.bench)
-app.command(name="accuracy")(accuracy.accuracy)
-app.command(name="breakeven")(breakeven.breakeven)
-app.command(name="plot")(plot.plot)
+# In the order in which a newcomer needs them.
+app.command(name="check", epilog=check.EPILOG)(check.check)
+app.command(name="topo", epilog=topo.EPILOG)(topo.topo)
+app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
+app.command(name="bench", epilog=bench.EPILOG)(bench.bench)
+app.command(name="accuracy", epilog=accuracy.EPILOG)(accuracy.accuracy)
+app.command(name="breakeven", epilog=breakeven.EPILOG)(breakeven.breakeven)
+app.command(name="plot", epilog=plot.EPILOG)(plot.plot)
 
 
 def main() -> None:

@@ -8,14 +8,21 @@ from typing import Annotated
 
 import typer
 
+from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.config import WireFormat
+
+EPILOG = options.epilog(
+    "llm-allreduce accuracy",
+    "llm-allreduce accuracy --wire-format fp8 --tp 2,4 --no-model",
+    "llm-allreduce accuracy --json accuracy.json --plot accuracy.png",
+)
 
 
 def _formats(text: str) -> list[WireFormat]:
     try:
         return [WireFormat(name.strip().lower()) for name in text.split(",")]
     except ValueError:
-        message = f"--formats {text}: must be some of {', '.join(WireFormat)}, separated by commas"
+        message = f"--wire-format {text}: must be some of {', '.join(WireFormat)}, separated by commas"
         raise typer.BadParameter(message) from None
 
 
@@ -25,15 +32,17 @@ FEWEST, MOST = 2, 8  # ranks that LOWPRECISION serves
 def _ranks(text: str) -> list[int]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() and FEWEST <= int(part) <= MOST for part in parts):
-        message = f"--ranks {text}: must be numbers from {FEWEST} to {MOST}, separated by commas"
+        message = f"--tp {text}: must be numbers from {FEWEST} to {MOST}, separated by commas"
         raise typer.BadParameter(message)
     return [int(part) for part in parts]
 
 
 def accuracy(
     *,
-    formats: Annotated[str, typer.Option("--formats", help="Wire formats.")] = ",".join(WireFormat),
-    ranks: Annotated[str, typer.Option("--ranks", help="Numbers of ranks.")] = "2,4,8",
+    formats: Annotated[
+        str, typer.Option("--wire-format", "--formats", help="Wire formats, separated by commas.")
+    ] = ",".join(WireFormat),
+    ranks: Annotated[str, typer.Option("--tp", "--ranks", help="Numbers of ranks, separated by commas.")] = "2,4,8",
     model: Annotated[bool, typer.Option("--model/--no-model", help="Also the sentence-embedding model.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,

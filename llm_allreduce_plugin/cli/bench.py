@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli.options import parse_bytes, parse_dtype
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
 
 if TYPE_CHECKING:
@@ -16,29 +17,12 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.bench.ranks import RankPool
     from llm_allreduce_plugin.bench.worker import Measurement, Options
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-# nccl-tests' names beside torch's.
-_DTYPES = {
-    "float": "float32",
-    "float32": "float32",
-    "half": "float16",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-}
-
-
-def parse_bytes(text: str) -> int:
-    """``"4K"`` is 4096, as in nccl-tests.
-
-    Raises:
-        typer.BadParameter: it is not a size.
-    """
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        message = f"{text!r}: must be a positive number of bytes, like 512, 4K, 1M or 1G"
-        raise typer.BadParameter(message)
-    return int(match[1]) * _UNITS[match[2].upper()]
+EPILOG = options.epilog(
+    "llm-allreduce bench -b 4K -e 256M -f 4",
+    "llm-allreduce bench --tp 2 --with ONESHOT,TWOSHOT,NCCL --json times.json --plot times.png",
+    "llm-allreduce bench --transport host --with LOWPRECISION,NCCL",
+    "llm-allreduce bench --cpu -b 1K -e 64K -f 8",
+)
 
 
 def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *, between: bool) -> list[int]:
@@ -67,7 +51,7 @@ def _devices(cpu: bool, ranks: int | None) -> tuple[str, int]:  # noqa: FBT001
     if cpu or available == 0:
         return "cpu", ranks or 2
     if ranks is not None and ranks > available:
-        message = f"--ngpus {ranks}: this node has {available}"
+        message = f"--tp {ranks}: this node has {available} GPUs"
         raise typer.BadParameter(message)
     if available == 1:
         message = "this node has one GPU, which has nobody to reduce with; try --cpu"
@@ -97,20 +81,37 @@ def bench(
     stepfactor: Annotated[int, typer.Option("--stepfactor", "-f", min=2, help="Factor between sizes.")] = 2,
     stepbytes: Annotated[str | None, typer.Option("--stepbytes", "-i", help="Fixed step between sizes.")] = None,
     between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
-    ngpus: Annotated[int | None, typer.Option("--ngpus", "-g", min=2, help="Ranks; default: all GPUs.")] = None,
+    ngpus: Annotated[
+        int | None, typer.Option("--tp", "--ngpus", "-g", min=2, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+    ] = None,
     iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Calls in a graph, or in a row.")] = 20,
     replays: Annotated[int, typer.Option("--replays", "-m", min=1, help="Times that they are measured.")] = 15,
     warmup_iters: Annotated[int, typer.Option("--warmup_iters", "-w", min=1, help="Calls before.")] = 3,
-    datatype: Annotated[str, typer.Option("--datatype", "-d", help="bfloat16, half or float.")] = "bfloat16",
+    datatype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", "--datatype", "-d", help="bfloat16, half or float.", autocompletion=options.complete_dtype
+        ),
+    ] = "bfloat16",
     op: Annotated[str, typer.Option("--op", "-o", help="Only sum.")] = "sum",
     check: Annotated[int, typer.Option("--check", "-c", min=0, max=1, help="Verify every result (1) or not (0).")] = 1,
     with_: Annotated[
         list[str] | None, typer.Option("--with", metavar="NAME", help="Only these; repeat, or separate by commas.")
     ] = None,
     transport: Annotated[
-        str, typer.Option("--transport", help="GPUs: auto, peer or host memory for this package's strategies.")
+        str,
+        typer.Option(
+            "--transport",
+            help="GPUs: auto, peer or host memory for this package's strategies.",
+            autocompletion=options.complete_transport,
+        ),
     ] = "auto",
-    wire_format: Annotated[str, typer.Option("--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.")] = "fp8",
+    wire_format: Annotated[
+        str,
+        typer.Option(
+            "--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.", autocompletion=options.complete_wire_format
+        ),
+    ] = "fp8",
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
@@ -127,11 +128,8 @@ def bench(
     if op != "sum":
         message = f"--op {op}: must be sum"
         raise typer.BadParameter(message)
-    if datatype.lower() not in _DTYPES:
-        message = f"--datatype {datatype}: must be one of {', '.join(_DTYPES)}"
-        raise typer.BadParameter(message)
     settings = _settings(transport, wire_format)
-    dtype = _DTYPES[datatype.lower()]
+    dtype = parse_dtype(datatype)
     step = parse_bytes(stepbytes) if stepbytes else None
     sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
     element = ELEMENT_BYTES[dtype]

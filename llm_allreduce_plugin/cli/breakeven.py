@@ -8,14 +8,20 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli.bench import parse_bytes
+from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli.options import parse_bytes
 from llm_allreduce_plugin.config import WireFormat
+
+EPILOG = options.epilog(
+    "llm-allreduce breakeven --bytes 16M --tp 8",
+    "llm-allreduce breakeven --cpu --json codecs.json --plot codecs.png",
+)
 
 
 def breakeven(
     *,
-    size: Annotated[str, typer.Option("--bytes", help="Message, in bytes per rank.")] = "64M",
-    ranks: Annotated[int, typer.Option("--ranks", min=2, max=8, help="Number of ranks.")] = 4,
+    size: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Message, in bytes per rank.")] = "64M",
+    ranks: Annotated[int, typer.Option("--tp", "--ranks", min=2, max=8, help="Number of ranks.")] = 4,
     cpu: Annotated[bool, typer.Option("--cpu", help="The CPU's codecs, even where there is a GPU.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (png, svg, pdf).")] = None,

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_allreduce_plugin.cli import options
+
 if TYPE_CHECKING:
     from llm_allreduce_plugin.bench.worker import Measurement
+
+EPILOG = options.epilog(
+    "llm-allreduce bench --json bench.json; llm-allreduce plot bench.json --out bench.png",
+    "llm-allreduce plot benchmarks/h200/bench_tp4.json --out bench.svg --with MINLATENCY,NCCL",
+)
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], list[Measurement]]:

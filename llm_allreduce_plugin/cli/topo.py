@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
@@ -24,6 +25,13 @@ Legend:
   NODE = host bridges within a NUMA node
   SYS  = the link between NUMA nodes (UPI, Infinity Fabric)
   NET  = another host"""
+
+EPILOG = options.epilog(
+    "llm-allreduce topo",
+    "llm-allreduce topo --tp 4",
+    "llm-allreduce topo --json > node.json",
+    "llm-allreduce topo --topology node.json",
+)
 
 
 def _grid(rows: list[list[str]]) -> str:
@@ -100,10 +108,17 @@ def render(topology: NodeTopology, world_size: int | None) -> str:
 def topo(
     *,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: the topology, in the form that --from reads.")
+        bool, typer.Option("--json", help="Print JSON: the topology, in the form that --topology reads.")
     ] = False,
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="Read a recorded topology instead of this node.")
+        Path | None,
+        typer.Option(
+            "--topology",
+            "--from",
+            metavar="FILE",
+            help="A node recorded with --json, instead of this one.",
+            autocompletion=options.complete_topology,
+        ),
     ] = None,
     world_size: Annotated[
         int | None, typer.Option("--tp", min=1, help="Group size to judge strategies for; default: all GPUs.")

@@ -21,17 +21,6 @@ from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.facts import Transport
 
 PAGE_BYTES = 4096
-IN_BAND_SHARE = 3  # of a workspace; the rest is for larger messages
-
-
-def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
-    """How ``size`` bytes of a rank's workspace in host memory are laid out.
-
-    Raises:
-        ValueError: they are too few.
-    """
-    in_band = size // IN_BAND_SHARE
-    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True)
 
 
 class HostMemory:

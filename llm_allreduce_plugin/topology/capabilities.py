@@ -2,55 +2,99 @@
 
 from __future__ import annotations
 
-from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.config import AllReduceStrategy
-from llm_allreduce_plugin.selection.facts import GroupFacts, SlotBytes, Transport, hosts_obstacle
+import dataclasses
+
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
-from llm_allreduce_plugin.topology.model import NodeTopology
+from llm_allreduce_plugin.topology.model import NodeTopology, p2p_fault_text
 
-# The layout of the default workspace does not decide what can run; any slots will do here.
-_SLOTS = SlotBytes(4096, 4096, staged=1 << 20)
+# An H100's or H200's, on which the launch shapes were measured: for GPUs of whose size a topology says nothing.
+ASSUMED_MULTIPROCESSORS = 132
 
 
-def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupFacts:
+def multiprocessors(topology: NodeTopology, world_size: int) -> int | None:
+    """Of the smallest of the first ``world_size`` GPUs; None when one is not known."""
+    counts = [gpu.multiprocessors for gpu in topology.gpus[:world_size]]
+    known = [count for count in counts if count is not None]
+    return min(known) if known and len(known) == len(counts) else None
+
+
+def group_facts(
+    topology: NodeTopology, world_size: int | None = None, config: AllReduceConfig | None = None
+) -> GroupFacts:
     """The facts of a group on the first ``world_size`` GPUs (default: all) of ``topology``.
+
+    They are those that a communicator with ``config`` (default: no settings) agrees on there, as long as the topology
+    tells the truth: that bytes do arrive is proved only where there are GPUs.
 
     Raises:
         ValueError: there are fewer GPUs.
     """
+    settings = config or AllReduceConfig()
     size = len(topology.gpus) if world_size is None else world_size
     if size > len(topology.gpus):
         message = f"world size {size}: the topology has {len(topology.gpus)} GPUs"
         raise ValueError(message)
     members = topology.gpus[:size]
-    hosts = len({gpu.host for gpu in members})
-    reason = ""
-    transport = Transport.SYMMETRIC
-    if not members:
-        reason = topology.note or "no GPU"
-    elif size == 1:
-        reason = "one GPU has nobody to reduce with"
-    else:
-        reason = hosts_obstacle(hosts) or ""
-        if topology.p2p_fault(range(size)) is not None:
-            transport = Transport.HOST
-    nvlink = not topology.nvlink_gap(range(size))
+    hosts = max(1, len({gpu.host for gpu in members}))
     architectures = {gpu.architecture for gpu in members}
     nodes = tuple(gpu.numa_node for gpu in members if gpu.numa_node is not None)
-    return GroupFacts(
+    facts = GroupFacts(
         world_size=size,
         device="cuda",
-        transport=Transport.NONE if reason else transport,
-        no_transport_reason=reason,
-        lanes=_C.MAX_LANES,
-        in_band=_SLOTS if transport is Transport.SYMMETRIC else SlotBytes(one_shot=4096),
-        flagged=_SLOTS if transport is Transport.HOST or not nvlink else SlotBytes(),
+        transport=Transport.NONE,
         architecture=architectures.pop() if len(architectures) == 1 else None,
-        nodes=max(hosts, 1),
+        nodes=hosts,
+        nvlink=not topology.nvlink_gap(range(size)),
+        staged=settings.staged,
+        low_precision=settings.low_precision,
         domains=nodes if len(nodes) == size else (),
-        nvlink=nvlink,
     )
+    if not members:
+        return dataclasses.replace(facts, no_transport_reason=topology.note or "no GPU")
+    if (obstacle := transport_obstacle(settings, size, hosts, "cuda")) is not None:
+        return dataclasses.replace(facts, no_transport_reason=obstacle)
+    reasons = []
+    for transport in transports(settings, "cuda"):
+        if transport is Transport.SYMMETRIC and (fault := _p2p_fault(topology, size)) is not None:
+            reasons.append(fault)
+            continue
+        try:
+            smallest = multiprocessors(topology, size) or ASSUMED_MULTIPROCESSORS
+            reached = dataclasses.replace(facts, transport=transport)
+            return facts.with_layout(transport, workspace_layout(settings, reached, smallest))
+        except ValueError as error:
+            reasons.append(str(error))
+    return dataclasses.replace(facts, no_transport_reason="; ".join(reasons))
+
+
+def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFacts:
+    """The facts of a group of CPU ranks."""
+    settings = config or AllReduceConfig()
+    facts = GroupFacts(
+        world_size=world_size,
+        device="cpu",
+        transport=Transport.NONE,
+        staged=settings.staged,
+        low_precision=settings.low_precision,
+    )
+    if (obstacle := transport_obstacle(settings, world_size, 1, "cpu")) is not None:
+        return dataclasses.replace(facts, no_transport_reason=obstacle)
+    try:
+        reached = dataclasses.replace(facts, transport=Transport.SHM)
+        return facts.with_layout(Transport.SHM, workspace_layout(settings, reached, 0))
+    except ValueError as error:
+        return dataclasses.replace(facts, no_transport_reason=str(error))
+
+
+def _p2p_fault(topology: NodeTopology, world_size: int) -> str | None:
+    """The first pair of ranks without peer access, in the words of the communicator."""
+    pairs = ((a, b) for a in range(world_size) for b in range(world_size) if a != b)
+    faults = (p2p_fault_text(f"the GPUs of ranks {a} and {b}", topology.p2p[a][b]) for a, b in pairs)
+    return next(filter(None, faults), None)
 
 
 def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:

@@ -27,6 +27,13 @@ P2P_MEANING = {
 }
 
 
+def p2p_fault_text(pair: str, status: str) -> str | None:
+    """What a peer-to-peer status says against a pair of GPUs, or None."""
+    if status in ("X", "OK", "?"):
+        return None
+    return f"{pair} have no peer access ({status}: {P2P_MEANING[status]})"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +52,7 @@ class Gpu(_Frozen):
     index: int = Field(ge=0)
     name: str
     architecture: int | None = Field(default=None, description="compute capability without the dot: 90 for H100/H200")
+    multiprocessors: int | None = Field(default=None, gt=0, description="streaming multiprocessors; None: not known")
     pci_bus_id: str = ""
     uuid: str = ""
     host: int = Field(default=0, ge=0, description="which node of an NVLink domain; 0 when there is one")
@@ -126,10 +134,19 @@ class NodeTopology(_Frozen):
         members = list(range(len(self.gpus))) if positions is None else list(positions)
         for a in members:
             for b in members:
-                status = self.p2p[a][b]
-                if a != b and status not in ("OK", "?"):
-                    return f"GPU{a} and GPU{b} have no peer access ({status}: {P2P_MEANING[status]})"
+                if a != b and (fault := p2p_fault_text(f"GPU{a} and GPU{b}", self.p2p[a][b])) is not None:
+                    return fault
         return None
+
+    def subset(self, positions: Sequence[int]) -> NodeTopology:
+        """The same node with only the GPUs at these positions, in this order."""
+        return self.model_copy(
+            update={
+                "gpus": tuple(self.gpus[i] for i in positions),
+                "links": tuple(tuple(self.links[i][j] for j in positions) for i in positions),
+                "p2p": tuple(tuple(self.p2p[i][j] for j in positions) for i in positions),
+            }
+        )
 
     @classmethod
     def from_json(cls, path: Path) -> NodeTopology:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_allreduce_plugin.topology.model import P2P_MEANING, Fabric, Gpu, NodeTopology
+from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology, p2p_fault_text
 
 _T = TypeVar("_T")
 
@@ -18,6 +18,7 @@ _COMMON_ANCESTOR = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "
 _P2P_STATUS = {0: "OK", 1: "CNS", 2: "GNS", 3: "TNS", 4: "DR", 5: "NS"}  # nvmlGpuP2PStatus_t
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2  # nvmlGpuP2PCapsIndex_t
 _FABRIC_STATE = {0: "not supported", 1: "not started", 2: "in progress", 3: "completed"}  # nvmlGpuFabricState_t
+_CU_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 _CU_MULTICAST_SUPPORTED = 132  # CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
 
 
@@ -87,9 +88,9 @@ def _fabric(nvml: Any, handle: Any) -> Fabric | None:  # noqa: ANN401
     )
 
 
-def _multicast_by_bus_id() -> dict[str, bool]:
-    """The driver's attribute per GPU. Only asks: no context, no multicast object."""
-    found: dict[str, bool] = {}
+def _attribute_by_bus_id(attribute: int) -> dict[str, int]:
+    """The driver's attribute of each GPU that this process sees. Only asks: no context, no multicast object."""
+    found: dict[str, int] = {}
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -103,9 +104,9 @@ def _multicast_by_bus_id() -> dict[str, bool]:
         if (
             cuda.cuDeviceGet(ctypes.byref(device), ordinal) == 0
             and cuda.cuDeviceGetPCIBusId(bus_id, len(bus_id), device) == 0
-            and cuda.cuDeviceGetAttribute(ctypes.byref(value), _CU_MULTICAST_SUPPORTED, device) == 0
+            and cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) == 0
         ):
-            found[_bus_key(bus_id.value.decode())] = bool(value.value)
+            found[_bus_key(bus_id.value.decode())] = value.value
     return found
 
 
@@ -139,21 +140,24 @@ def detect() -> NodeTopology:
 def _detect(nvml: Any) -> NodeTopology:  # noqa: ANN401
     count = int(_ask(0, nvml.nvmlDeviceGetCount))
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    multicast = _multicast_by_bus_id()
+    multicast = _attribute_by_bus_id(_CU_MULTICAST_SUPPORTED)
+    multiprocessors = _attribute_by_bus_id(_CU_MULTIPROCESSORS)
     gpus = []
     for index, handle in enumerate(handles):
         pci = _ask(None, nvml.nvmlDeviceGetPciInfo, handle)
         bus_id = _text(pci.busId) if pci is not None else ""
+        has_multicast = multicast.get(_bus_key(bus_id))
         capability = _ask(None, nvml.nvmlDeviceGetCudaComputeCapability, handle)
         gpus.append(
             Gpu(
                 index=index,
                 name=_text(_ask("unknown", nvml.nvmlDeviceGetName, handle)),
                 architecture=capability[0] * 10 + capability[1] if capability else None,
+                multiprocessors=multiprocessors.get(_bus_key(bus_id)),
                 pci_bus_id=bus_id,
                 uuid=_text(_ask("", nvml.nvmlDeviceGetUUID, handle)),
                 numa_node=_numa_node(bus_id),
-                multicast=multicast.get(_bus_key(bus_id)),
+                multicast=None if has_multicast is None else bool(has_multicast),
                 fabric=_fabric(nvml, handle),
             )
         )
@@ -250,8 +254,8 @@ def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
             for a, first in enumerate(handles):
                 for b, second in enumerate(handles):
                     status = _p2p(nvml, first, second) if a != b else "OK"
-                    if status not in ("OK", "?"):
-                        return f"the GPUs of ranks {a} and {b} have no peer access ({status}: {P2P_MEANING[status]})"
+                    if (fault := p2p_fault_text(f"the GPUs of ranks {a} and {b}", status)) is not None:
+                        return fault
     except _NoNvmlError:
         return None
     return None

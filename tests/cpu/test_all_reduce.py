@@ -139,6 +139,13 @@ def test_one_line_says_what_runs_and_each_fallback_is_logged_once(cpu_pool: Pool
             "UB falls back to NCCL: the UB kernel does not exist yet; no kernel for dtype int32 "
             "(there are for float32, float16, bfloat16)",
         ),
+        (
+            "INFO",
+            "all-reduce summary: TWOSHOT 1 call, NCCL 2 calls; fallbacks: "
+            "UB -> TWOSHOT 1 (the UB kernel does not exist yet); "
+            "UB -> NCCL 2 (the UB kernel does not exist yet; no kernel for dtype int32 "
+            "(there are for float32, float16, bfloat16))",
+        ),
     ]
 
 

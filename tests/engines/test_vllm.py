@@ -145,9 +145,15 @@ def marked() -> Iterator[tuple[dict[str, str], str]]:
 
 
 def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
-    """The demo itself compares with Hugging Face and checks what the workers ran; it fails otherwise."""
+    """The demo itself compares with Hugging Face and checks what the workers ran; it fails otherwise.
+
+    What ran shows at vLLM's metrics endpoint: read from reports with ONESHOT, counted by the ranks in Prometheus'
+    multi-process mode with TWOSHOT. And at the end in the log.
+    """
     environment, _ = marked
     tokens = {}
+    (tmp_path / "prometheus").mkdir()
+    own = {"TWOSHOT": {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus")}}
     for strategy in ("NCCL", "ONESHOT", "TWOSHOT"):
         file = tmp_path / f"{strategy}.json"
         result = subprocess.run(
@@ -155,12 +161,16 @@ def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, 
             capture_output=True,
             text=True,
             timeout=280,
-            env=environment,
+            env=environment | own.get(strategy, {}),
         )
         assert result.returncode == 0, result.stdout + result.stderr[-3000:]
         assert "Hugging Face generates the same tokens from the same weights" in result.stdout
         if strategy != "NCCL":
             assert f"rank 1 reports: {strategy} 216 calls" in result.stdout
+            for rank in (0, 1):
+                sample = f'llm_allreduce_calls_total{{how="eager",rank="{rank}",strategy="{strategy}"}} 216'
+                assert f"/metrics: {sample}" in result.stdout
+            assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in result.stdout
         else:
             assert "vLLM's own all-reduce is left in place" in result.stdout
         tokens[strategy] = json.loads(file.read_text())

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.communicator import DTYPE_CODES, IN_BAND_SHARE
+from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
-from llm_allreduce_plugin.memory.host import host_layout
+from llm_allreduce_plugin.memory.layouts import STAGED_IN_BAND_SHARE, host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
@@ -74,7 +74,7 @@ class LocalGroup:
         if host:
             self.layout = host_layout(world_size, lanes, size)
         else:
-            share = size // (IN_BAND_SHARE if staged else 1) if in_band else 0
+            share = size // (STAGED_IN_BAND_SHARE if staged else 1) if in_band else 0
             self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
         # A rank of this process that loads a kernel would wait for those that wait for it.
         _C.load_kernels(world_size)

@@ -107,7 +107,7 @@ def test_reference_is_the_sum_of_the_inputs() -> None:
     ("arguments", "complaint"),
     [
         (["--op", "max"], "--op max: must be sum"),
-        (["-d", "int8"], "--datatype int8: must be one of"),
+        (["-d", "int8"], "--dtype int8: must be one of"),
         (
             ["--cpu", "--with", "ONESHOT,magic"],
             "--with magic: must be one of ONESHOT, TWOSHOT, MINLATENCY",

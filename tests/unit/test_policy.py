@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
-from llm_allreduce_plugin.memory.host import host_layout
+from llm_allreduce_plugin.memory.layouts import host_layout
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide, describe

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import NodeTopology, TopologyError
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.topology import group_facts, nvml, p2p_obstacle, strategy_table
+from llm_allreduce_plugin.topology import group_facts, nvml, p2p_obstacle, strategy_table, visible
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -65,6 +65,27 @@ def test_what_can_run_where() -> None:
     assert str(group_facts(load("rtx4090_x8_no_p2p")).transport) == "host"
     with pytest.raises(ValueError, match="world size 5: the topology has 4 GPUs"):
         group_facts(load("h200_x4_nvswitch"), 5)
+
+
+def test_what_a_process_sees_of_a_node() -> None:
+    """CUDA_VISIBLE_DEVICES as the driver reads it."""
+    node = load("h200_x4_nvswitch")
+
+    def indices(text: str) -> list[int]:
+        return [gpu.index for gpu in visible(node, {"CUDA_VISIBLE_DEVICES": text}).gpus]
+
+    assert visible(node, {}) == node
+    assert indices("3,1") == [3, 1]
+    assert indices("0, 2,7,1") == [0, 2], "up to the first that is not there"
+    assert indices("1,1,2") == [1], "nor twice"
+    assert indices("GPU-00000000-0000-0000-0000-000000000002,0") == [2, 0]
+    assert indices("GPU-0") == [], "which of them?"
+    none = visible(node, {"CUDA_VISIBLE_DEVICES": ""})
+    assert none.gpus == ()
+    assert none.note == "CUDA_VISIBLE_DEVICES='' hides every GPU"
+    cards = visible(load("l40s_x8_two_numa"), {"CUDA_VISIBLE_DEVICES": "4,0,1"})
+    assert cards.links == (("X", "SYS", "SYS"), ("SYS", "X", "PIX"), ("SYS", "PIX", "X"))
+    assert NodeTopology.model_validate(cards.model_dump()) == cards
 
 
 def broken(change: Any) -> dict[str, Any]:
@@ -138,12 +159,14 @@ class FakeNvml:
 
 def test_detection_survives_a_driver_that_answers_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
-    monkeypatch.setattr(nvml, "_multicast_by_bus_id", dict)
+    monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
     topology = NodeTopology.detect()
     assert topology.links == (("X", "NV4"), ("NV4", "X"))
     assert topology.p2p == (("X", "OK"), ("OK", "X"))
     assert topology.gpus[0].name == "unknown"
     assert topology.gpus[0].architecture is None
+    assert topology.gpus[0].multiprocessors is None
+    assert topology.gpus[0].multicast is None
 
 
 def test_detection_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

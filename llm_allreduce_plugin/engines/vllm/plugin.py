@@ -14,7 +14,10 @@ import logging
 from typing import Any
 
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
 from llm_allreduce_plugin.engines.vllm.settings import STAMP, settings_of, stands_aside
+from llm_allreduce_plugin.engines.vllm.summary import tell_at_exit
+from llm_allreduce_plugin.metrics import show_reports
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -26,10 +29,10 @@ def register() -> None:
     """Install the patches. Called by vLLM in every process, any number of times; makes no CUDA call."""
     from vllm.platforms import current_platform
 
+    use_vllm_logging()
     platform = type(current_platform)
     if platform.__dict__.get(_PATCHED, False):
         return
-    _use_vllm_logging()
     _patch_communicator(platform)
     _patch_config(platform)
     setattr(platform, _PATCHED, True)
@@ -38,16 +41,6 @@ def register() -> None:
 def stock_communicator_path(platform: type) -> str:
     """The dotted path that vLLM would have used."""
     return str(platform._llm_allreduce_stock_path())  # type: ignore[attr-defined]  # noqa: SLF001
-
-
-def _use_vllm_logging() -> None:
-    """Our lines appear among vLLM's, in its format and at its level."""
-    vllm_logger = logging.getLogger("vllm")
-    if vllm_logger.handlers and not logger.handlers:
-        for handler in vllm_logger.handlers:
-            logger.addHandler(handler)
-        logger.setLevel(vllm_logger.level)
-        logger.propagate = False
 
 
 def _patch_communicator(platform: type) -> None:
@@ -71,6 +64,7 @@ def _patch_config(platform: type) -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
         stock(vllm_config)
+        use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
         apply_settings(vllm_config)
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
@@ -92,5 +86,8 @@ def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
             "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
             "from allreduce_strategy"
         )
+    if settings.report_dir is not None:
+        show_reports(settings.report_dir)  # counts, where this process serves metrics
+        tell_at_exit(settings.report_dir)
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config[STAMP] = __version__

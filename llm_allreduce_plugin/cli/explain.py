@@ -1,0 +1,222 @@
+"""llm-allreduce explain: what runs for a message, why, and why nothing else; without running anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.config import AllReduceConfig
+from llm_allreduce_plugin.errors import TopologyError
+from llm_allreduce_plugin.selection import sweep as sweeps
+from llm_allreduce_plugin.selection.decision import Decision, Launch
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
+from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, multiprocessors, visible
+from llm_allreduce_plugin.topology.capabilities import ASSUMED_MULTIPROCESSORS
+
+# No kernel handles these; that is what there is to explain.
+OTHER_DTYPES = {"float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}
+EPILOG = options.epilog(
+    "llm-allreduce explain --tokens 8 --hidden 8192 --tp 4",
+    "llm-allreduce explain --topology configs/topologies/l40s_x8_two_numa.json --strategy LOWPRECISION --sweep",
+    "llm-allreduce explain --bytes 64K --transport host --json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The group that is spoken of.
+
+    Attributes:
+        where: in words.
+        facts: what its decisions depend on.
+        notes: what a reader should know about them.
+    """
+
+    where: str
+    facts: GroupFacts
+    notes: tuple[str, ...] = ()
+
+
+def subject(topology_file: Path | None, world_size: int | None, config: AllReduceConfig, *, cpu: bool) -> Subject:
+    """The group on a recorded node, on this node, or of CPU ranks where there are no GPUs.
+
+    Raises:
+        TopologyError: the file cannot be read.
+        ValueError: the node has fewer GPUs than ``world_size``.
+    """
+    if cpu:
+        ranks = world_size or 2
+        return Subject(f"{ranks} CPU ranks", cpu_facts(ranks, config))
+    topology = visible(NodeTopology.detect()) if topology_file is None else NodeTopology.from_json(topology_file)
+    if topology_file is None and not topology.gpus:
+        ranks = world_size or 2
+        note = f"no GPUs here ({topology.note}); --topology FILE speaks of another node"
+        return Subject(f"{ranks} CPU ranks", cpu_facts(ranks, config), (note,))
+    facts = group_facts(topology, world_size, config)
+    names = dict.fromkeys(gpu.name for gpu in topology.gpus[: facts.world_size])
+    source = "this node" if topology_file is None else topology_file.name
+    return Subject(
+        f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})", facts, tuple(_notes(topology, facts))
+    )
+
+
+def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
+    notes = []
+    if facts.transport is Transport.SYMMETRIC:
+        if multiprocessors(topology, facts.world_size) is None:
+            notes.append(
+                f"how many multiprocessors the GPUs have is not known: the launch is that of {ASSUMED_MULTIPROCESSORS}"
+            )
+        notes.append("peer access is the driver's word; it is proved when a group starts, and by llm-allreduce check")
+    elif facts.transport is Transport.HOST and (fault := topology.p2p_fault(range(facts.world_size))) is not None:
+        notes.append(f"through host memory: {fault}")
+    if len({gpu.architecture for gpu in topology.gpus[: facts.world_size]}) > 1:
+        notes.append("the GPUs are of several architectures: a communicator refuses such a group")
+    return notes
+
+
+def launch_fields(launch: Launch | None) -> dict[str, Any] | None:
+    """A launch for JSON."""
+    if launch is None:
+        return None
+    return dataclasses.asdict(launch) | {"algorithm": launch.algorithm.name}
+
+
+def decision_fields(decision: Decision) -> dict[str, Any]:
+    """A decision for JSON."""
+    fields = dataclasses.asdict(decision)
+    return fields | {"launch": launch_fields(decision.launch), "is_fallback": decision.is_fallback}
+
+
+def _range_fields(found: sweeps.SizeRange) -> dict[str, Any]:
+    return {
+        "first_bytes": found.first_bytes,
+        "last_bytes": found.last_bytes,
+        "runs": found.name,
+        "reason": found.decision.reason,
+        "is_fallback": found.decision.is_fallback,
+        "launch": found.launch_text,
+        "first_launch": launch_fields(found.launches[0] if found.launches else None),
+        "last_launch": launch_fields(found.launches[-1] if found.launches else None),
+    }
+
+
+def explain(
+    *,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Tokens in the batch (rows of the message).")] = 8,
+    hidden: Annotated[int, typer.Option("--hidden", min=1, help="Hidden size of the model (columns).")] = 8192,
+    size: Annotated[
+        str | None, typer.Option("--bytes", metavar="SIZE", help="Message in bytes per rank, instead of those two.")
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype",
+            "--datatype",
+            "-d",
+            help="Element type: bf16, fp16, fp32, ...",
+            autocompletion=options.complete_dtype,
+        ),
+    ] = "bf16",
+    world_size: Annotated[
+        int | None, typer.Option("--tp", min=1, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+    ] = None,
+    topology: Annotated[
+        Path | None,
+        typer.Option(
+            "--topology",
+            "--from",
+            metavar="FILE",
+            help="A node recorded with `topo --json`, instead of this one.",
+            autocompletion=options.complete_topology,
+        ),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="allreduce_strategy, over file and environment.",
+            autocompletion=options.complete_strategy,
+        ),
+    ] = None,
+    transport: Annotated[
+        str | None,
+        typer.Option("--transport", help="GPUs: auto, peer or host.", autocompletion=options.complete_transport),
+    ] = None,
+    wire_format: Annotated[
+        str | None,
+        typer.Option(
+            "--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.", autocompletion=options.complete_wire_format
+        ),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="What runs from which size to which, 16 bytes to 1 GiB.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw the sweep (png, svg, pdf).")] = None,
+) -> None:
+    """Say what runs for a message, why, and what speaks against each alternative.
+
+    It is the decision that the engine makes, by the same code, from the same settings: `LLM_ALLREDUCE_CONFIG` and other
+    variables count, and options here come over them. Nothing is run, so it needs no GPU: `--topology` takes a node that
+    was recorded elsewhere.
+    """
+    config = options.configured(
+        allreduce_strategy=strategy,
+        transport=transport,
+        low_precision=None if wire_format is None else {"wire_format": wire_format},
+    )
+    element_type = options.parse_dtype(dtype, OTHER_DTYPES)
+    element = (ELEMENT_BYTES | OTHER_DTYPES)[element_type]
+    count = tokens * hidden if size is None else options.parse_bytes(size) // element
+    what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
+    try:
+        group = subject(topology, world_size, config, cpu=cpu)
+        ranges = sweeps.sweep(config, group.facts, element_type) if sweep or plot is not None else []
+    except (TopologyError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    decision = decide(config, group.facts, count, element_type)
+    if as_json:
+        document: dict[str, Any] = {
+            "group": {
+                "where": group.where,
+                "world_size": group.facts.world_size,
+                "transport": str(group.facts.transport),
+                "notes": list(group.notes),
+            },
+            "settings": config.model_dump(mode="json", exclude_unset=True),
+            "message": {"count": count, "dtype": element_type, "bytes": count * element},
+            "decision": decision_fields(decision),
+        }
+        if sweep:
+            document["ranges"] = [_range_fields(found) for found in ranges]
+        typer.echo(json.dumps(document, indent=1))
+    else:
+        via = "" if group.facts.transport is Transport.NONE else f", {group.facts.transport} memory"
+        typer.echo(f"# {group.where}{via}, allreduce_strategy {config.allreduce_strategy}")
+        for note in group.notes:
+            typer.echo(f"# {note}")
+        if sweep:
+            typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}")
+        else:
+            typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank\n{decision}")
+    if plot is not None:
+        _draw(ranges, f"{group.where}, allreduce_strategy {config.allreduce_strategy}", element_type, plot)
+
+
+def _draw(ranges: list[sweeps.SizeRange], title: str, dtype: str, path: Path) -> None:
+    from llm_allreduce_plugin.cli.sweep_plot import draw
+
+    try:
+        draw(ranges, f"{title}, {dtype}", path)
+    except (RuntimeError, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,110 @@
+"""What commands have in common: how sizes, types and settings are written, and what a shell may complete.
+
+The same thing has the same name everywhere: ``--tp`` the number of ranks, ``--dtype`` the element type, ``--topology``
+a recorded node, ``--strategy``, ``--transport`` and ``--wire-format`` settings of the plugin, ``--cpu`` CPU ranks,
+``--plot`` a picture. ``--json`` prints what a command has to say as JSON; with commands that measure it takes a file,
+into which the numbers go with the environment they were measured in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import typer
+
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
+from llm_allreduce_plugin.errors import ConfigError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+# nccl-tests' and the usual short names beside torch's.
+DTYPES = {
+    "float": "float32",
+    "float32": "float32",
+    "fp32": "float32",
+    "half": "float16",
+    "float16": "float16",
+    "fp16": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+
+def parse_bytes(text: str) -> int:
+    """``"4K"`` is 4096, as in nccl-tests.
+
+    Raises:
+        typer.BadParameter: it is not a size.
+    """
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        message = f"{text!r}: must be a positive number of bytes, like 512, 4K, 1M or 1G"
+        raise typer.BadParameter(message)
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_dtype(text: str, others: Iterable[str] = ()) -> str:
+    """The element type as torch spells it; ``others`` are taken as they are.
+
+    Raises:
+        typer.BadParameter: it is none of the known names.
+    """
+    name = text.strip().lower()
+    if name in others:
+        return name
+    if name not in DTYPES:
+        message = f"--dtype {text}: must be one of {', '.join([*DTYPES, *others])}"
+        raise typer.BadParameter(message)
+    return DTYPES[name]
+
+
+def configured(**options: object) -> AllReduceConfig:
+    """The settings of file and environment, with those options over them that were given.
+
+    Raises:
+        typer.BadParameter: a setting is wrong.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return load_config(given, engine_name="command line")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _completing(words: Iterable[str]) -> Callable[[str], list[str]]:
+    known = list(words)
+
+    def complete(incomplete: str) -> list[str]:
+        # In the case that is being typed: shells keep only words that begin with just that.
+        words = [word.lower() for word in known] if incomplete.islower() else known
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+complete_strategy = _completing(AllReduceStrategy)
+complete_transport = _completing(TransportChoice)
+complete_wire_format = _completing(WireFormat)
+complete_dtype = _completing(DTYPES)
+
+
+def complete_topology(incomplete: str) -> list[str]:
+    """JSON files and folders that begin like this."""
+    typed = Path(incomplete)
+    folder = typed if incomplete.endswith("/") or not incomplete else typed.parent
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    words = [f"{entry}/" if entry.is_dir() else str(entry) for entry in entries if _may_be_topology(entry)]
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def _may_be_topology(entry: Path) -> bool:
+    return entry.suffix == ".json" or (entry.is_dir() and not entry.name.startswith("."))
+
+
+def epilog(*lines: str) -> str:
+    """Examples under a command's help, a paragraph each, because typer joins single lines."""
+    return "\n\n".join(["Examples:", *lines])

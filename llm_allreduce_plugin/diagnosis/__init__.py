@@ -1,0 +1,67 @@
+"""Whether this node and this Python environment will work: probes that look, and processes that prove.
+
+Every probe is a function of what it is given, so that it can be tried on machines that nobody has, and returns
+findings; none raises.
+"""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin.config import TransportChoice
+from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
+from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded
+from llm_allreduce_plugin.memory.layouts import DEFAULT_CPU_WORKSPACE_BYTES, DEFAULT_HOST_WORKSPACE_BYTES
+from llm_allreduce_plugin.selection.policy import describe
+from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, visible
+
+__all__ = ["Finding", "Verdict", "look", "prove"]
+
+
+def look() -> tuple[list[Finding], NodeTopology]:
+    """Everything that can be told without starting processes, and the topology that was found. Takes no GPU memory."""
+    topology = visible(NodeTopology.detect())
+    gpus = len(topology.gpus)
+    setting, config = software.settings()
+    ranks = proof.largest_group(gpus) if gpus else 2
+    default = DEFAULT_HOST_WORKSPACE_BYTES if gpus else DEFAULT_CPU_WORKSPACE_BYTES * ranks
+    wanted = default if config.workspace_bytes is None else int(config.workspace_bytes) * max(ranks, 1)
+    needed = not gpus or config.transport is TransportChoice.HOST or topology.p2p_fault(range(ranks)) is not None
+
+    found = guarded("package", software.package)
+    found += guarded("Python", software.python)
+    found += guarded("torch", lambda: software.torch(software.installed("torch"), gpus=gpus))
+    found += guarded(
+        "driver",
+        lambda: software.driver(topology.driver, software.cuda_of_driver(), software.toolkit_of_library(), gpus=gpus),
+    )
+    found += guarded("GPUs", lambda: hardware.gpus(topology))
+    if gpus:
+        found += guarded("GPU sharing", lambda: hardware.sharing(hardware.read_states()))
+    if gpus > 1:
+        found += guarded("links", lambda: hardware.links(topology))
+        found += guarded("fabric", lambda: hardware.multicast(topology))
+        found += guarded("PCIe path", lambda: hardware.peer_path(topology))
+    found += guarded("shared memory", lambda: limits.shared_memory(wanted, needed=needed))
+    found += guarded("locked memory", lambda: limits.pinned_memory(wanted, needed=needed and gpus > 0))
+    found += guarded("memory limit", lambda: limits.memory_limit(wanted))
+    found += guarded("container", limits.container)
+    found += guarded("vLLM", lambda: software.vllm(software.installed("vllm")))
+    found += guarded("SGLang", lambda: software.sglang(software.installed("sglang")))
+    found.append(setting)
+    found += guarded("environment", lambda: software.variables(transport=str(config.transport)))
+    found += guarded("tuning profile", software.tuning_profile)
+
+    def runs() -> Finding:
+        facts = group_facts(topology, ranks, config) if gpus else cpu_facts(ranks, config)
+        return Finding(
+            "what runs", Verdict.OK, f"{config.allreduce_strategy} over {ranks} ranks: {describe(config, facts)}"
+        )
+
+    if ranks > 1 and setting.verdict is Verdict.OK:
+        found += guarded("what runs", runs)
+    return found, topology
+
+
+def prove(topology: NodeTopology, runner: proof.Runner = proof.run) -> list[Finding]:
+    """That ranks reach each other on this node, by doing it. Starts processes; takes seconds, at most minutes."""
+    _, config = software.settings()
+    return guarded("proof", lambda: proof.findings(topology, config, runner))

@@ -1,0 +1,197 @@
+"""This Python environment: the package, torch, the driver, engines and settings. Imports none of them."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.config import CONFIG_FILE_VARIABLE, AllReduceConfig, load_config
+from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
+from llm_allreduce_plugin.errors import ConfigError
+
+Version = tuple[int, ...]
+
+PYTHONS = ((3, 11), (3, 13))  # tested
+OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
+VLLMS = ((0, 26), (0, 32))  # tested
+ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "llm_allreduce"
+_TOOLKIT = re.compile(rb"Cuda compilation tools, release (\d+)\.(\d+)")
+
+
+def dotted(version: Version) -> str:
+    """``(13, 0)`` as ``13.0``."""
+    return ".".join(map(str, version))
+
+
+def parsed(text: str) -> Version:
+    """The leading numbers of a version: ``2.13.0+cpu`` is (2, 13, 0)."""
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def installed(package: str) -> str | None:
+    """A package's version, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def toolkit_of_library() -> Version | None:
+    """The CUDA release that the kernels were compiled with, as the compiler left it in the library."""
+    from llm_allreduce_plugin import _C
+
+    library = Path(str(_C.__file__)).parent / "libllm_allreduce.so"
+    match = _TOOLKIT.search(library.read_bytes())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def cuda_of_driver() -> Version | None:
+    """The newest CUDA release that the driver serves; None without a driver. Makes no context."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number = ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) != 0:
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def package() -> Finding:
+    """That the native library loads, and belongs to these Python files."""
+    try:
+        from llm_allreduce_plugin import _C
+    except ImportError as error:
+        return fail(
+            "package", f"llm_allreduce_plugin {__version__}: its library does not load: {error}", "install it again"
+        )
+    toolkit = toolkit_of_library()
+    made = f", compiled with CUDA {dotted(toolkit)}" if toolkit else ", compiled without CUDA"
+    return ok("package", f"llm_allreduce_plugin {__version__}, ABI {_C.abi_version()}{made}")
+
+
+def python(version: Version = sys.version_info[:3]) -> Finding:
+    """The interpreter."""
+    text = f"Python {dotted(version)}"
+    tested = f"{dotted(PYTHONS[0])} to {dotted(PYTHONS[1])}"
+    if version[:2] < PYTHONS[0]:
+        return fail("Python", text, f"use {tested}")
+    if version[:2] > PYTHONS[1]:
+        return warn("Python", text, f"tested are {tested}")
+    return ok("Python", text)
+
+
+def torch(version: str | None, *, gpus: int) -> Finding:
+    """Torch, without the second it takes to import."""
+    if version is None:
+        return fail("torch", "not installed", "install the torch that your engine asks for (2.9 or newer)")
+    if parsed(version)[:2] < OLDEST_TORCH:
+        return fail("torch", version, f"{dotted(OLDEST_TORCH)} or newer is needed")
+    if gpus and version.endswith("+cpu"):
+        return fail("torch", f"{version} has no CUDA, and there are {gpus} GPUs", "install torch's CUDA build")
+    return ok("torch", version)
+
+
+def driver(name: str, serves: Version | None, toolkit: Version | None, *, gpus: int) -> Finding:
+    """That the driver is new enough for the library: a runtime of a newer CUDA major release refuses to start."""
+    if serves is None:
+        if gpus:
+            return fail(
+                "driver", f"{name or 'unknown'}, but libcuda.so.1 does not load", "mount the driver's libraries"
+            )
+        return ok("driver", "none, and no GPUs")
+    text = f"{name or 'version unknown'}, up to CUDA {dotted(serves)}"
+    if toolkit is not None and serves[0] < toolkit[0]:
+        advice = f"the kernels need a driver for CUDA {toolkit[0]}.0 or newer: update it, or build with an older nvcc"
+        return fail("driver", text, advice)
+    return ok("driver", text)
+
+
+def vllm(
+    version: str | None, entry_points: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> list[Finding]:
+    """Which vLLM there is, and whether it loads the plugin. ``entry_points``: those of vLLM's group; None: look."""
+    if version is None:
+        return [warn("vLLM", "not installed", "install vLLM 0.26 to 0.32 into this environment to serve with it")]
+    known = f"{dotted(VLLMS[0])} to {dotted(VLLMS[1])}"
+    if VLLMS[0] <= parsed(version)[:2] <= VLLMS[1]:
+        findings = [ok("vLLM", version)]
+    else:
+        findings = [warn("vLLM", version, f"tested are {known}; look for our lines in the log when it starts")]
+    names = entry_points
+    if names is None:
+        names = [found.name for found in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
+    chosen = environment.get("VLLM_PLUGINS")
+    if ENTRY_POINT not in names:
+        text = f"this environment has no entry point {ENTRY_POINT} in {ENTRY_POINT_GROUP}"
+        findings.append(fail("vLLM plugin", text, "install the package with pip into vLLM's environment"))
+    elif chosen is not None and ENTRY_POINT not in [name.strip() for name in chosen.split(",")]:
+        text = f"not loaded: VLLM_PLUGINS={chosen!r} does not name it"
+        findings.append(warn("vLLM plugin", text, f"add {ENTRY_POINT} to VLLM_PLUGINS, or unset it"))
+    else:
+        findings.append(ok("vLLM plugin", f"{ENTRY_POINT} is installed and will be loaded"))
+    return findings
+
+
+def sglang(version: str | None) -> Finding:
+    """SGLang is not served."""
+    if version is None:
+        return ok("SGLang", "not installed (this release has no integration for it)")
+    text = f"{version}: this release has no integration for it; its all-reduce stays as it is"
+    return warn("SGLang", text, "use vLLM, or TensorParallelCommunicator from your own code")
+
+
+def settings() -> tuple[Finding, AllReduceConfig]:
+    """The settings of file and environment, and the defaults when they are wrong."""
+    try:
+        config = load_config()
+    except ConfigError as error:
+        return fail("settings", str(error), "correct it: the engine refuses to start with it"), AllReduceConfig()
+    given = config.model_dump(mode="json", exclude_unset=True)
+    text = ", ".join(f"{name} {value}" for name, value in given.items()) or "defaults"
+    source = os.environ.get(CONFIG_FILE_VARIABLE)
+    return ok("settings", f"{text}{f' ({source} and environment)' if source else ''}"), config
+
+
+def tuning_profile() -> Finding:
+    """What AUTO's choice rests on here."""
+    return ok("tuning profile", "none: the seed tables decide")
+
+
+def variables(environment: Mapping[str, str] = os.environ, *, transport: str = "auto") -> list[Finding]:
+    """Variables of others that change what all-reduces do."""
+    found = []
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        if len(set(names)) < len(names):
+            text = f"CUDA_VISIBLE_DEVICES={visible} names a GPU twice"
+            found.append(fail("environment", text, "give every rank a GPU of its own"))
+        elif not names or names == ["-1"]:
+            text = f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU"
+            found.append(warn("environment", text, "unset it to use GPUs"))
+        else:
+            found.append(ok("environment", f"CUDA_VISIBLE_DEVICES={visible}"))
+    if environment.get("NCCL_P2P_DISABLE") == "1" and transport == "auto":
+        text = "NCCL_P2P_DISABLE=1 turns off peer access in NCCL only"
+        advice = (
+            "where peer access is broken set LLM_ALLREDUCE_TRANSPORT=host too (what is broken is found out in any case)"
+        )
+        found.append(warn("environment", text, advice))
+    if "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        text = "PYTORCH_CUDA_ALLOC_CONF has expandable_segments: our workspaces are allocated apart from it"
+        found.append(ok("environment", text))
+    if environment.get("CUDA_LAUNCH_BLOCKING") == "1":
+        text = "CUDA_LAUNCH_BLOCKING=1: the host waits for every kernel"
+        found.append(warn("environment", text, "unset it except to look for a fault"))
+    shown = ("NCCL_DEBUG", "NCCL_ALGO", "NCCL_PROTO", "NCCL_IB_DISABLE", "NCCL_SOCKET_IFNAME", "NCCL_SHM_DISABLE")
+    if others := [f"{name}={environment[name]}" for name in shown if name in environment]:
+        found.append(ok("environment", f"{', '.join(others)}: of NCCL, which runs where no kernel here can"))
+    return found

@@ -1,0 +1,83 @@
+"""How large workspaces are and how they are laid out: the communicator's, and those that `explain` speaks of.
+
+Needs no torch and no GPU, so that a decision can be made anywhere as it is made on the node.
+"""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
+from llm_allreduce_plugin.selection.forms import form_of, needs_flags
+from llm_allreduce_plugin.strategies import staging
+
+DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
+DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
+# Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
+DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
+HOST_LANES = 64  # blocks: few are enough for PCIe
+RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks
+FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format or an algorithm needs flags
+STAGED_IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are staged
+HOST_IN_BAND_SHARE = 3  # of a workspace in host memory; the rest is for larger messages
+
+
+def transport_obstacle(config: AllReduceConfig, world_size: int, hosts: int, device_type: str) -> str | None:
+    """Why not to try to share memory at all, or None. ``device_type``: as torch calls it."""
+    if config.allreduce_strategy is AllReduceStrategy.NCCL:
+        return "allreduce_strategy is NCCL"
+    if (reason := world_size_obstacle(world_size) or hosts_obstacle(hosts)) is not None:
+        return reason
+    if device_type not in ("cpu", "cuda"):
+        return f"no kernels for device type {device_type}"
+    return None
+
+
+def transports(config: AllReduceConfig, device_type: str) -> tuple[Transport, ...]:
+    """How ranks may share memory, best first."""
+    if device_type == "cpu":
+        return (Transport.SHM,)
+    return {
+        TransportChoice.AUTO: (Transport.SYMMETRIC, Transport.HOST),
+        TransportChoice.PEER: (Transport.SYMMETRIC,),
+        TransportChoice.HOST: (Transport.HOST,),
+    }[config.transport]
+
+
+def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
+    """How ``size`` bytes of a rank's workspace in host memory are laid out.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    in_band = size // HOST_IN_BAND_SHARE
+    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True)
+
+
+def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors: int) -> _C.Layout:
+    """The layout of a rank's workspace for the transport that ``facts`` name.
+
+    ``multiprocessors``: of the smallest GPU if they differ, for grids must be alike.
+
+    Raises:
+        ValueError: ``workspace_bytes`` is too little for so many ranks.
+    """
+    wanted, world_size = config.workspace_bytes, facts.world_size
+    compresses = config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
+    if facts.transport is Transport.SHM:
+        size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
+        return _C.make_layout(world_size, 1, flagged_bytes=size, published=True)
+    if facts.transport is Transport.HOST:
+        size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // world_size)
+        is_ring = compresses and form_of(facts).algorithm is LowPrecisionAlgorithm.RING
+        return host_layout(world_size, RING_HOST_LANES if is_ring else HOST_LANES, size)
+    size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
+    lanes = min(_C.MAX_LANES, 2 * multiprocessors)  # two blocks to a multiprocessor
+    flagged = 0
+    if not config.in_band:
+        flagged = size
+    elif staging.obstacle(facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+        flagged = size - size // STAGED_IN_BAND_SHARE
+    elif compresses:
+        flagged = size // FLAGGED_SHARE if needs_flags(facts) else 0
+    return _C.make_layout(world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)

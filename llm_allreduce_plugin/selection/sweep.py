@@ -1,0 +1,166 @@
+"""Decisions over all sizes: from which size to which the same thing runs. Pure, like the policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, WireFormat
+from llm_allreduce_plugin.selection.decision import Algorithm, Decision, Launch
+from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.selection.policy import decide
+
+SMALLEST_BYTES = 16
+LARGEST_BYTES = 1 << 30
+_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot", Algorithm.LOW_PRECISION: "compressed"}
+# What tells one range from the next: everything but the numbers of a launch.
+_Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, WireFormat | None, bool]
+
+
+def size_text(count: int) -> str:
+    """Bytes, in the largest unit that leaves a whole number: 196608 is ``192 KiB``, 196609 itself."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count and count % size == 0:
+            return f"{count // size} {unit}"
+    return str(count)
+
+
+def name_of(decision: Decision) -> str:
+    """The strategy, and its kernel where the name does not say it: ``MINLATENCY (one-shot)``."""
+    if decision.launch is None or decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT):
+        return str(decision.strategy)
+    if decision.launch.wire_format is not None:
+        return f"{decision.strategy} ({decision.launch.wire_format})"
+    return f"{decision.strategy} ({_WORDS.get(decision.launch.algorithm, decision.launch.algorithm.name.lower())})"
+
+
+def _kind(decision: Decision) -> _Kind:
+    launch = decision.launch
+    if launch is None:
+        return decision.strategy, None, False, False, False, None, decision.is_fallback
+    return (
+        decision.strategy,
+        launch.algorithm,
+        launch.in_band,
+        launch.scatter_lanes > 0,
+        launch.rounds > 1,
+        launch.wire_format,
+        decision.is_fallback,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeRange:
+    """Messages that the same thing happens to.
+
+    Attributes:
+        first_bytes: the smallest, in bytes per rank.
+        last_bytes: the largest.
+        decision: that of the smallest.
+        launches: of the sizes looked at, in rising order; empty for NCCL.
+    """
+
+    first_bytes: int
+    last_bytes: int
+    decision: Decision
+    launches: tuple[Launch, ...]
+
+    @property
+    def name(self) -> str:
+        """See :func:`name_of`."""
+        return name_of(self.decision)
+
+    @property
+    def launch_text(self) -> str:
+        """The launches of all sizes in one phrase."""
+        if not self.launches:
+            return "the engine's own"
+        first = self.launches[0]
+        words = [f"{_span(self.launches, 'lanes')} blocks x {_span(self.launches, 'threads')} threads"]
+        if first.scatter_lanes:
+            words.append("a task to each block")
+        words.append("in band" if first.in_band else "flagged")
+        if first.rounds > 1:
+            words.append(f"{_span(self.launches, 'rounds')} rounds")
+        return ", ".join(words)
+
+
+def _span(launches: tuple[Launch, ...], field: str) -> str:
+    values = [getattr(launch, field) for launch in launches]
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def _counts(element_bytes: int) -> list[int]:
+    """Four sizes to each power of two."""
+    sizes = {SMALLEST_BYTES, LARGEST_BYTES}
+    size = SMALLEST_BYTES
+    while size < LARGEST_BYTES:
+        sizes |= {size * quarters // 4 for quarters in (4, 5, 6, 7)}
+        size *= 2
+    return sorted({size // element_bytes for size in sizes})
+
+
+def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRange]:
+    """The ranges from 16 bytes to 1 GiB per rank, with no gap between them; borders are exact to an element.
+
+    Raises:
+        ValueError: no kernel handles ``dtype``, so that there is nothing to tell apart.
+    """
+    element = ELEMENT_BYTES.get(dtype)
+    if element is None:
+        message = f"dtype {dtype}: no kernel handles it (there are for {', '.join(ELEMENT_BYTES)})"
+        raise ValueError(message)
+
+    def decision_of(count: int) -> Decision:
+        return decide(config, facts, count, dtype)
+
+    points: list[tuple[int, Decision]] = []
+    for count in _counts(element):
+        decision = decision_of(count)
+        if points and _kind(points[-1][1]) != _kind(decision):
+            points += _border(decision_of, points[-1][0], count)
+        points.append((count, decision))
+    groups: list[list[tuple[int, Decision]]] = []
+    for point in points:
+        if groups and _kind(groups[-1][-1][1]) == _kind(point[1]):
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [
+        SizeRange(
+            group[0][0] * element,
+            group[-1][0] * element,
+            group[0][1],
+            tuple(decision.launch for _, decision in group if decision.launch is not None),
+        )
+        for group in groups
+    ]
+
+
+def _border(decision_of: Callable[[int], Decision], low: int, high: int) -> list[tuple[int, Decision]]:
+    """The counts on both sides of every border between two counts that lie close together."""
+    found: list[tuple[int, Decision]] = []
+    end = _kind(decision_of(high))
+    while (start := _kind(decision_of(low))) != end:
+        below, above = low, high
+        while above - below > 1:
+            middle = (below + above) // 2
+            if _kind(decision_of(middle)) == start:
+                below = middle
+            else:
+                above = middle
+        found += [(below, decision_of(below)), (above, decision_of(above))]
+        low = above
+    return found
+
+
+def table(ranges: list[SizeRange]) -> str:
+    """The ranges for people."""
+    rows = [("from", "to", "runs", "launch")]
+    rows += [(size_text(row.first_bytes), size_text(row.last_bytes), row.name, row.launch_text) for row in ranges]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        f"{first:>{widths[0]}}  {last:>{widths[1]}}  {name:<{widths[2]}}  {launch}"
+        for first, last, name, launch in rows
+    )
