@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.agreement import on_every_rank
-from llm_allreduce_plugin.bench.harness import MOST_ERROR
+from llm_allreduce_plugin.bench.harness import MORE_ERROR, MOST_ERROR
 from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.config import LowPrecisionAlgorithm, WireFormat
+from llm_allreduce_plugin.selection.forms import form_of
 
 MIB = 1 << 20
 
@@ -96,9 +97,9 @@ def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
     decision = group.explain((1 << 20,), torch.bfloat16)
     if decision.is_fallback:
         raise RuntimeError(decision.reason)
-    return Candidate(
-        bind=lambda x: lambda: group.all_reduce(x), most_error=MOST_ERROR[settings.wire_format], close=group.close
-    )
+    two_shot = form_of(group.facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
+    most_error = MOST_ERROR[settings.wire_format] * (1 if two_shot else MORE_ERROR)
+    return Candidate(bind=lambda x: lambda: group.all_reduce(x), most_error=most_error, close=group.close)
 
 
 def _peer(open_: Callable[[RankContext], Candidate]) -> Opener:

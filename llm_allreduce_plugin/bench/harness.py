@@ -161,6 +161,9 @@ def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool,
 
 # What each wire format may be off by on normal data; docs/accuracy.md has what it is.
 MOST_ERROR = {WireFormat.FP8: 0.05, WireFormat.TQ3: 1.0, WireFormat.HADAMARD2: 0.5}
+# Times that for the ring and over domains, which encode sums more often: with 8 ranks they have 1.2 to 1.5 times the
+# error of the two-shot, by the oracles in codecs/.
+MORE_ERROR = 1.7
 
 
 def relative_error(output: torch.Tensor, expected: torch.Tensor) -> float:
