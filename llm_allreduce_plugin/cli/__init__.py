@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.cli import accuracy, bench, breakeven, topo
+from llm_allreduce_plugin.cli import accuracy, bench, breakeven, topo, tune
 
 app = typer.Typer(
     name="llm-allreduce",
@@ -37,6 +37,7 @@ app.command(name="topo")(topo.topo)
 app.command(name="bench")(bench.bench)
 app.command(name="accuracy")(accuracy.accuracy)
 app.command(name="breakeven")(breakeven.breakeven)
+app.command(name="tune")(tune.tune)
 
 
 def main() -> None:

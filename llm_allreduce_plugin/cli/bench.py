@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # nccl-tests' names beside torch's.
-_DTYPES = {
+DTYPES = {
     "float": "float32",
     "float32": "float32",
     "half": "float16",
@@ -127,11 +127,11 @@ def bench(
     if op != "sum":
         message = f"--op {op}: must be sum"
         raise typer.BadParameter(message)
-    if datatype.lower() not in _DTYPES:
-        message = f"--datatype {datatype}: must be one of {', '.join(_DTYPES)}"
+    if datatype.lower() not in DTYPES:
+        message = f"--datatype {datatype}: must be one of {', '.join(DTYPES)}"
         raise typer.BadParameter(message)
     settings = _settings(transport, wire_format)
-    dtype = _DTYPES[datatype.lower()]
+    dtype = DTYPES[datatype.lower()]
     step = parse_bytes(stepbytes) if stepbytes else None
     sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
     element = ELEMENT_BYTES[dtype]

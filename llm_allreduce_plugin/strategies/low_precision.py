@@ -20,6 +20,7 @@ from llm_allreduce_plugin.strategies.base import (
     VECTOR_BYTES,
     KernelStrategy,
     Message,
+    Numerics,
     spread_published,
 )
 from llm_allreduce_plugin.wire import PACKETS
@@ -36,6 +37,7 @@ ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
+    numerics = Numerics.LOSSY
     algorithm = "two-shot push, compressed on the wire"
 
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:

@@ -7,6 +7,7 @@ from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection.facts import GroupFacts, SlotBytes, Transport, hosts_obstacle
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
+from llm_allreduce_plugin.topology.identity import topology_class
 from llm_allreduce_plugin.topology.model import NodeTopology
 
 # The layout of the default workspace does not decide what can run; any slots will do here.
@@ -46,6 +47,7 @@ def group_facts(topology: NodeTopology, world_size: int | None = None) -> GroupF
         flagged=_SLOTS if transport is Transport.HOST else SlotBytes(),
         architecture=architectures.pop() if len(architectures) == 1 else None,
         nodes=max(hosts, 1),
+        topology_class=topology_class(topology, Transport.NONE if reason else transport, range(size)),
     )
 
 
