@@ -82,9 +82,8 @@ def line_of(row: dict[str, Any]) -> str:
     for kind in KINDS:
         if kind in row:
             part = row[kind]
-            cells.append(
-                f"{kind}: {part['us']['AUTO']:>9.2f} {part['chosen']:>8}, fastest {part['fastest']:>8} {part['ratio']:.3f}"
-            )
+            text = f"{kind}: {part['us']['AUTO']:>9.2f} {part['chosen']:>8}, fastest {part['fastest']:>8}"
+            cells.append(f"{text} {part['ratio']:.3f}")
     return f"{row['bytes']:>10} {'again' if row['again'] else '     '} {'   '.join(cells)} wrong {row['wrong']}"
 
 
