@@ -89,14 +89,14 @@ def from_first_rank(make: Callable[[], _T], group: dist.ProcessGroup, raising: t
     """``make()`` of the group's first rank, on every rank. Collective.
 
     Raises:
-        raising: on every rank alike, with the text of that error, when it raised one.
+        raising: on every rank alike, with the text of what that rank raised.
     """
     answer: list[Any] = [None, None]
     if dist.get_rank(group) == 0:
         try:
             answer[0] = make()
-        except raising as error:
-            answer[1] = str(error)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must hear of it)
+            answer[1] = str(error) or type(error).__name__
     dist.broadcast_object_list(answer, src=dist.get_global_rank(group, 0), group=group)
     if answer[1] is not None:
         raise raising(answer[1])

@@ -28,7 +28,6 @@ from llm_allreduce_plugin.selection.policy import decide, describe, table_of, us
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 from llm_allreduce_plugin.topology import p2p_obstacle
-from llm_allreduce_plugin.topology.model import NodeTopology
 
 logger = logging.getLogger(__name__)
 
@@ -356,28 +355,19 @@ class TensorParallelCommunicator:
         """
         if facts.transport is Transport.NONE:
             return facts
+        from llm_allreduce_plugin.selection.tuning import facts_of_this_node
 
-        def look() -> GroupFacts:
-            from llm_allreduce_plugin.selection import tuning
-            from llm_allreduce_plugin.topology import identity
-
-            if self.device.type == "cpu":
-                topology, node = NodeTopology(), identity.NodeIdentity.of_cpu()
-            else:
-                topology = NodeTopology.detect()
-                node = identity.NodeIdentity.of_gpus(topology, torch.cuda.get_device_name(self.device))
-            members = identity.positions_of(topology, [card.gpu or "" for card in cards])
-            known = dataclasses.replace(
-                facts, topology_class=identity.topology_class(topology, facts.transport, members)
+        visible = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        uuids = [card.gpu or "" for card in cards]
+        try:
+            return agreement.from_first_rank(
+                lambda: facts_of_this_node(self.config, facts, uuids, visible), control_group, ConfigError
             )
-            if not uses_table(self.config):
-                return known
-            found = tuning.find(self.config.tuning_profile, known, node)
-            for line in found.ignored:
-                logger.warning("%s", line)
-            return dataclasses.replace(known, tuned=found.tuned)
-
-        return agreement.from_first_rank(look, control_group, ConfigError)
+        except ConfigError:
+            self._workspace = None
+            if self._memory is not None:
+                self._memory.close()
+            raise
 
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all, as far as this rank can see."""

@@ -191,7 +191,7 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
                 versions,
                 lambda text, share: progress.update(task, description=text, completed=share),
             )
-        except WrongAnswerError as error:
+        except (WrongAnswerError, AssertionError, TimeoutError) as error:  # a rank's traceback is an AssertionError
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
         finally:

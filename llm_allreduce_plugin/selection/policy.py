@@ -36,8 +36,8 @@ def _bytes(count: int) -> str:
 def table_of(
     config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2, *, capturing: bool = True
 ) -> tables.Table:
-    """The table that AUTO goes by, and where it comes from."""
-    if config.one_shot_max_bytes is not None:
+    """The table that AUTO, or what falls back to MINLATENCY, goes by, and where it comes from."""
+    if config.one_shot_max_bytes is not None and config.allreduce_strategy is S.AUTO:
         ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
         return tables.Table(ranges, "one_shot_max_bytes")
     return tables.table_of(facts, element_bytes, capturing=capturing)

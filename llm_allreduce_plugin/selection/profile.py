@@ -208,8 +208,11 @@ def check_replaceable(path: Path, node: NodeIdentity) -> Profile | None:
     Raises:
         ProfileError: the file cannot be read, or belongs to another node, so that it must not be replaced unasked.
     """
-    if not path.exists():
-        return None
+    try:
+        if not path.exists():
+            return None
+    except OSError as error:
+        raise ProfileError(path, f"it cannot be read: {error.strerror or error}") from error
     profile = read(path)
     if (reason := profile.of_another_node(node)) is not None:
         raise ProfileError(path, reason)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.config import NO_PROFILE
+from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, ProfileError
 from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.selection.policy import uses_table
 from llm_allreduce_plugin.selection.profile import Profile, read
 from llm_allreduce_plugin.selection.tables import Tuned
-from llm_allreduce_plugin.topology.identity import NodeIdentity
+from llm_allreduce_plugin.topology.identity import NodeIdentity, positions_of, topology_class
+from llm_allreduce_plugin.topology.model import NodeTopology
+
+logger = logging.getLogger(__name__)
 
 APPLICATION = "llm_allreduce_plugin"
 
@@ -94,7 +99,11 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
 def _candidates(node: NodeIdentity) -> Iterator[tuple[Path, str, bool]]:
     """Files that may have what is wanted, best first, what to call each, and whether it must be of this very node."""
     cached = cache_path(node)
-    if cached.exists():
+    try:
+        there = cached.exists()
+    except OSError:  # a folder that may not be looked into
+        there = False
+    if there:
         yield cached, f"profile {cached}", True
     for path in shipped_paths():
         yield path, f"shipped profile {path.name} for {node.name}", False
@@ -134,3 +143,30 @@ def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity) -> F
         if tuned is not None:
             return Found(tuned, tuple(ignored))
     return Found(None, tuple(ignored))
+
+
+def facts_of_this_node(config: AllReduceConfig, facts: GroupFacts, uuids: Sequence[str], visible: str) -> GroupFacts:
+    """A group's facts with what this node adds to them: its links, and a profile. Profiles it ignores go to the log.
+
+    Args:
+        config: the settings.
+        facts: of the group, with its transport and slots.
+        uuids: of the group's GPUs.
+        visible: what CUDA calls one of them, for nodes without NVML.
+
+    Raises:
+        ConfigError: ``tuning_profile`` names a file that cannot be used.
+    """
+    if facts.device == "cpu":
+        topology, node = NodeTopology(), NodeIdentity.of_cpu()
+    else:
+        topology = NodeTopology.detect()
+        node = NodeIdentity.of_gpus(topology, visible)
+    links = topology_class(topology, facts.transport, positions_of(topology, uuids))
+    facts = dataclasses.replace(facts, topology_class=links)
+    if not uses_table(config):
+        return facts
+    found = find(config.tuning_profile, facts, node)
+    for line in found.ignored:
+        logger.warning("%s", line)
+    return dataclasses.replace(facts, tuned=found.tuned)
