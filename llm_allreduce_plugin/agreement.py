@@ -89,6 +89,25 @@ def first_fault(fault: str | None, group: dist.ProcessGroup) -> str | None:
     return next(filter(None, faults), None)
 
 
+def from_first_rank(make: Callable[[], _T], group: dist.ProcessGroup, raising: type[Exception]) -> _T:
+    """``make()`` of the group's first rank, on every rank. Collective.
+
+    Raises:
+        raising: on every rank alike, with the text of what that rank raised.
+    """
+    answer: list[Any] = [None, None]
+    if dist.get_rank(group) == 0:
+        try:
+            answer[0] = make()
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must hear of it)
+            answer[1] = str(error) or type(error).__name__
+    dist.broadcast_object_list(answer, src=dist.get_global_rank(group, 0), group=group)
+    if answer[1] is not None:
+        raise raising(answer[1])
+    made: _T = answer[0]
+    return made
+
+
 def on_every_rank(make: Callable[[], _T], group: dist.ProcessGroup, raising: type[Exception], failed: str = "") -> _T:
     """``make()``, if it works on every rank. Collective.
 

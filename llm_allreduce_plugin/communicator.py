@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement, metrics
-from llm_allreduce_plugin.config import AllReduceConfig, StagedChoice
-from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
+from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.host import HostMemory
 from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
@@ -25,7 +25,7 @@ from llm_allreduce_plugin.monitor import Monitor, failure_of
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.forms import form_of
-from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.selection.policy import decide, describe, table_of, uses_table
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
@@ -73,6 +73,18 @@ def _torch_all_reduce(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torc
         if dist.get_world_size(group) > 1:
             dist.all_reduce(output, group=group)
         return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)
+
+    return run
+
+
+def _by_capture(
+    captured: Callable[[torch.Tensor], torch.Tensor], eager: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Two calls with the same bits: one for CUDA graphs, one for eager calls. Ranks capture alike."""
+    capturing = torch.cuda.is_current_stream_capturing
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        return captured(input_) if capturing() else eager(input_)
 
     return run
 
@@ -137,8 +149,11 @@ class TensorParallelCommunicator:
         cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
         agreement.check(cards)
         config.check_world_size(self.world_size)
-        self.facts = self._open_workspace(cards, control_group)
-        self._sizes = describe(config, self.facts)
+        self.facts = self._with_table(self._open_workspace(cards, control_group), cards, control_group)
+        self._captures = self.device.type == "cuda"
+        self._sizes = describe(config, self.facts, capturing=self._captures)
+        if (eager := describe(config, self.facts, capturing=False)) != self._sizes:
+            self._sizes += f" (eager calls: {eager})"
         if self.rank == 0:
             self._log_start()
         self._monitor: Monitor | None = None
@@ -204,9 +219,27 @@ class TensorParallelCommunicator:
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
-        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
-        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype))
+    def explain(self, shape: Sequence[int], dtype: torch.dtype, *, capturing: bool | None = None) -> Decision:
+        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
+
+        ``capturing``: while a CUDA graph is captured (the default on GPUs), else in an eager call.
+        """
+        captured = self._captures if capturing is None else capturing
+        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype), capturing=captured)
+
+    def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The call that another strategy would make with messages of this size: what tuning compares.
+
+        Collective, like the calls themselves. Strategies share this communicator's workspace.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, with the reason.
+        """
+        settings = self.config.model_copy(update={"allreduce_strategy": AllReduceStrategy.parse(strategy)})
+        decision = decide(settings, self.facts, count, dtype_name(dtype))
+        if decision.launch is None or decision.is_fallback:
+            raise RuntimeError(decision.reason)
+        return self._kernel_call(decision, count, dtype)
 
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
@@ -298,6 +331,30 @@ class TensorParallelCommunicator:
             return facts.with_layout(transport, layout)
         return dataclasses.replace(facts, no_transport_reason="; ".join(reasons))
 
+    def _with_table(
+        self, facts: GroupFacts, cards: list[agreement.RankCard], control_group: dist.ProcessGroup
+    ) -> GroupFacts:
+        """The facts with the links that the first rank sees and the profile that it finds: ranks' caches may differ.
+
+        Raises:
+            ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
+        """
+        if facts.transport is Transport.NONE:
+            return facts
+        from llm_allreduce_plugin.selection.tuning import facts_of_this_node
+
+        visible = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        uuids = [card.gpu or "" for card in cards]
+        try:
+            return agreement.from_first_rank(
+                lambda: facts_of_this_node(self.config, facts, uuids, visible), control_group, ConfigError
+            )
+        except ConfigError:
+            self._workspace = None
+            if self._memory is not None:
+                self._memory.close()
+            raise
+
     def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
         """Why not to try to share memory at all, as far as this rank can see."""
         if (reason := transport_obstacle(self.config, self.world_size, nodes, self.device.type)) is not None:
@@ -363,6 +420,8 @@ class TensorParallelCommunicator:
             and (why := staging.obstacle(self.facts)) is not None
         ):
             logger.warning("staged is on, but nothing is staged: %s", why)
+        if uses_table(self.config):
+            logger.info("these sizes come from %s", table_of(self.config, self.facts, capturing=self._captures).source)
         # Says at once what asking for a strategy without a kernel leads to.
         decision = decide(self.config, self.facts, 1, "bfloat16")
         if decision.is_fallback:
@@ -374,12 +433,16 @@ class TensorParallelCommunicator:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
-        decision = decide(self.config, self.facts, count, dtype_name(dtype))
+        decision = decide(self.config, self.facts, count, dtype_name(dtype), capturing=self._captures)
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
         run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
+        if is_ours and self._captures:
+            eager = decide(self.config, self.facts, count, dtype_name(dtype), capturing=False)
+            if eager.launch != decision.launch:
+                run = _by_capture(run, self._kernel_call(eager, count, dtype))
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry

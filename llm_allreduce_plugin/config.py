@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model
@@ -22,6 +22,8 @@ from llm_allreduce_plugin.errors import ConfigError
 
 ENV_PREFIX = "LLM_ALLREDUCE_"
 CONFIG_FILE_VARIABLE = "LLM_ALLREDUCE_CONFIG"
+# As a tuning profile: use none.
+NO_PROFILE = "none"
 # With the prefix, but not settings: the file's name, and what only the build reads.
 _NOT_SETTINGS = {CONFIG_FILE_VARIABLE, "LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
 
@@ -91,6 +93,16 @@ def _parsed(value: object) -> object:
     except ValueError:
         message = "must be a mapping of settings, as JSON in the environment"
         raise ValueError(message) from None
+
+
+def _profile(value: object) -> object:
+    """``none`` in any case, or a path."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        message = f"must be a file, or {NO_PROFILE}"
+        raise ValueError(message)
+    return NO_PROFILE if value.strip().lower() == NO_PROFILE else Path(value).expanduser()
 
 
 class LowPrecisionConfig(BaseModel):
@@ -171,6 +183,11 @@ class AllReduceConfig(BaseModel):
         default=None,
         ge=0,
         description="AUTO: largest message per rank that goes to ONESHOT; default from a table per world size",
+    )
+    tuning_profile: Annotated[Path | Literal["none"] | None, BeforeValidator(_profile)] = Field(
+        default=None,
+        description="AUTO and MINLATENCY: file that `llm-allreduce tune` wrote, or 'none' for the package's tables; "
+        "default: this node's in the cache folder, else a shipped one for its GPUs, else the tables",
     )
     in_band: bool = Field(
         default=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class AllReduceError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -13,6 +15,15 @@ class ConfigError(AllReduceError, ValueError):
 
 class TopologyError(AllReduceError, ValueError):
     """A topology file cannot be read or makes no sense. The text names the file and the field."""
+
+
+class ProfileError(AllReduceError, ValueError):
+    """A tuning profile cannot be used. The text names the file and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"tuning profile {path}: {reason}")
 
 
 class RankMismatchError(AllReduceError, RuntimeError):

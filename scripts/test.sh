@@ -27,17 +27,20 @@ echo "== tests"
 if (($# == 0)); then
   echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
   check_wheel() {
-    local folder packages
+    local folder packages profiles
+    mapfile -t profiles < <(cd configs/tuning && ls | grep json)
     folder=$(mktemp -d)
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
       "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl &&
       (cd "$folder" && PYTHONPATH="site:$packages" "$OLDPWD/$python" -S -c '
-import pathlib
+import pathlib, sys
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.selection.tuning import shipped_paths
+assert [path.name for path in shipped_paths()] == sys.argv[1:], shipped_paths()
 assert pathlib.Path(_C.__file__).resolve().is_relative_to(pathlib.Path("site").resolve()), _C.__file__
-print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, in_band_bytes=1 << 26).total_bytes)')
+print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, in_band_bytes=1 << 26).total_bytes)' "${profiles[@]}")
     local status=$?
     rm -rf "$folder"
     return $status

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +18,9 @@ PoolFor = Callable[[int], RankPool]
 class _Pools:
     """One pool at a time: many idle processes would only hold memory."""
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, cache: Path) -> None:
         self._device_type = device_type
+        self._cache = cache  # an empty one: no profile of whoever runs the tests decides anything
         self._pool: RankPool | None = None
 
     def __call__(self, world_size: int) -> RankPool:
@@ -24,7 +28,8 @@ class _Pools:
         if pool is not None and (pool.world_size != world_size or not all(p.is_alive() for p in pool.processes)):
             self.close()
         if self._pool is None:
-            self._pool = RankPool(world_size, self._device_type)
+            with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self._cache)}):
+                self._pool = RankPool(world_size, self._device_type)
         return self._pool
 
     def close(self) -> None:
@@ -34,15 +39,15 @@ class _Pools:
 
 
 @pytest.fixture(scope="session")
-def cpu_pool() -> Iterator[PoolFor]:
-    pools = _Pools("cpu")
+def cpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
+    pools = _Pools("cpu", tmp_path_factory.mktemp("cache"))
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="session")
-def gpu_pool() -> Iterator[PoolFor]:
-    pools = _Pools("cuda")
+def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
+    pools = _Pools("cuda", tmp_path_factory.mktemp("cache"))
     yield pools
     pools.close()
 

@@ -66,10 +66,12 @@ class OurSettings:
     Attributes:
         transport: ``auto``, ``peer`` or ``host``.
         wire_format: of LOWPRECISION.
+        tuning_profile: as the setting of that name.
     """
 
     transport: str = "auto"
     wire_format: WireFormat = WireFormat.FP8
+    tuning_profile: str | None = None
 
 
 Opener = Callable[[RankContext, OurSettings], Candidate]
@@ -77,7 +79,7 @@ Opener = Callable[[RankContext, OurSettings], Candidate]
 
 def _ours(strategy: str) -> Opener:
     def open_(context: RankContext, settings: OurSettings) -> Candidate:
-        group = context.communicator(strategy, transport=settings.transport)
+        group = context.communicator(strategy, transport=settings.transport, tuning_profile=settings.tuning_profile)
         decision = group.explain((4096,), torch.bfloat16)
         if decision.strategy == "NCCL":
             message = decision.reason
@@ -233,7 +235,7 @@ def _sglang(context: RankContext) -> Candidate:
     return Candidate(bind, max_bytes=16 * MIB, multiple_of=16, capturing=custom.capture, close=custom.close)
 
 
-OURS: dict[str, Opener] = {name: _ours(name) for name in ("ONESHOT", "TWOSHOT", "MINLATENCY")} | {
+OURS: dict[str, Opener] = {name: _ours(name) for name in ("ONESHOT", "TWOSHOT", "MINLATENCY", "AUTO")} | {
     "LOWPRECISION": _low_precision
 }
 _CPU: dict[str, Opener] = OURS | {"gloo": _peer(_process_group)}

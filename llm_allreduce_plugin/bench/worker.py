@@ -74,6 +74,11 @@ def open_all(context: RankContext, names: tuple[str, ...], settings: OurSettings
     return refused
 
 
+def adopt(candidates: dict[str, Candidate]) -> None:
+    """Take in candidates that were opened elsewhere."""
+    _open.update(candidates)
+
+
 def close_all(context: RankContext) -> None:
     """Let go of everything."""
     if context.device.type == "cuda":
@@ -83,9 +88,32 @@ def close_all(context: RankContext) -> None:
     _open.clear()
 
 
-def _first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Bound, torch.Tensor]:
+def first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Bound, torch.Tensor]:
+    """The call for one input, and its answer, in memory that was poisoned first.
+
+    The allocator gives the output what was freed last. Where it does not, that memory has no right answer either: the
+    input is from a fresh seed.
+    """
     call = candidate.bind(mine)
+    poison = torch.full_like(mine, float("nan"))
+    del poison
     return call, call()
+
+
+def wrong_elements(context: RankContext, candidate: Candidate, answer: torch.Tensor, expected: torch.Tensor) -> int:
+    """Elements of a candidate's answer that are not what they must be, over all ranks. Collective."""
+    if candidate.most_error is not None:
+        digests = context.gather(harness.digest(answer))
+        alike = all(other == digests[0] for other in digests)
+        bad = 0 if alike and harness.relative_error(answer, expected) <= candidate.most_error else answer.numel()
+    else:
+        bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
+    return int(sum(context.gather(bad)))
+
+
+def opened(name: str) -> Candidate:
+    """A candidate that :func:`open_all` opened."""
+    return _open[name]
 
 
 def measure(context: RankContext, name: str, count: int, options: Options) -> Measurement:
@@ -99,7 +127,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     seed = context.shared_seed()
     mine = harness.make_input(seed, context.rank, count, dtype, context.device)
     try:
-        call, output = on_every_rank(lambda: _first_call(candidate, mine), context.control_group, RuntimeError)
+        call, output = on_every_rank(lambda: first_call(candidate, mine), context.control_group, RuntimeError)
     except RuntimeError as error:
         return dataclasses.replace(row, left_out=str(error))
 
@@ -108,15 +136,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
         expected = harness.rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
 
     def wrong(answer: torch.Tensor | None) -> int | None:
-        if expected is None or answer is None:
-            return None
-        if candidate.most_error is not None:
-            digests = context.gather(harness.digest(answer))
-            alike = all(other == digests[0] for other in digests)
-            bad = 0 if alike and harness.relative_error(answer, expected) <= candidate.most_error else answer.numel()
-        else:
-            bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
-        return int(sum(context.gather(bad)))
+        return None if expected is None or answer is None else wrong_elements(context, candidate, answer, expected)
 
     eager_wrong = wrong(output)
     eager = harness.time_eager(context, call, options.calls, options.replays, options.warmup)

@@ -9,7 +9,7 @@ import typer
 from llm_allreduce_plugin._version import __version__
 
 try:
-    from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, plot, topo
+    from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, plot, topo, tune
 except ImportError as error:
     # What `check` would say, but for that it needs the library itself.
     message = (
@@ -47,6 +47,7 @@ app.command(name="check", epilog=check.EPILOG)(check.check)
 app.command(name="topo", epilog=topo.EPILOG)(topo.topo)
 app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
 app.command(name="bench", epilog=bench.EPILOG)(bench.bench)
+app.command(name="tune", epilog=tune.EPILOG)(tune.tune)
 app.command(name="accuracy", epilog=accuracy.EPILOG)(accuracy.accuracy)
 app.command(name="breakeven", epilog=breakeven.EPILOG)(breakeven.breakeven)
 app.command(name="plot", epilog=plot.EPILOG)(plot.plot)

@@ -10,6 +10,7 @@ from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
+    from llm_allreduce_plugin.selection.tables import Tuned
 
 SUPPORTED_WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
 # The kernels' element types, as torch spells them, and their sizes in bytes.
@@ -23,6 +24,29 @@ class Transport(enum.StrEnum):
     HOST = "host"  # pinned host memory that all GPUs of the node see
     SHM = "shm"  # POSIX shared memory between CPU ranks
     NONE = "none"
+
+
+class TopologyClass(enum.StrEnum):
+    """What a group's bytes travel over: what a seed table is for, and a profile from elsewhere must have in common."""
+
+    NVSWITCH = "nvswitch"
+    NVLINK = "nvlink"
+    PCIE_PEER = "pcie_peer"
+    HOST_MEMORY = "host_memory"
+    CPU = "cpu"
+    UNKNOWN = "unknown"
+
+    @property
+    def in_words(self) -> str:
+        """For a reason: ``over ...``."""
+        return {
+            TopologyClass.NVSWITCH: "NVLink through switches",
+            TopologyClass.NVLINK: "NVLink without switches",
+            TopologyClass.PCIE_PEER: "PCIe peer access",
+            TopologyClass.HOST_MEMORY: "host memory",
+            TopologyClass.CPU: "the memory of CPU ranks",
+            TopologyClass.UNKNOWN: "unknown links",
+        }[self]
 
 
 def world_size_obstacle(world_size: int) -> str | None:
@@ -68,6 +92,8 @@ class GroupFacts:
         staged: the agreed setting of that name.
         low_precision: the agreed settings of LOWPRECISION.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
+        topology_class: what the bytes travel over, as far as the first rank knows.
+        tuned: what was measured about this group on this node or one like it; None: seed tables decide.
     """
 
     world_size: int
@@ -83,6 +109,8 @@ class GroupFacts:
     staged: StagedChoice = StagedChoice.AUTO
     low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
     domains: tuple[int, ...] = ()
+    topology_class: TopologyClass = TopologyClass.UNKNOWN
+    tuned: Tuned | None = None
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision, PassedOver
@@ -31,40 +33,57 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _table(config: AllReduceConfig, facts: GroupFacts) -> tables.Table:
-    if config.one_shot_max_bytes is not None:
+def table_of(
+    config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2, *, capturing: bool = True
+) -> tables.Table:
+    """The table that AUTO, or what falls back to MINLATENCY, goes by, and where it comes from."""
+    if config.one_shot_max_bytes is not None and config.allreduce_strategy is S.AUTO:
         ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
         return tables.Table(ranges, "one_shot_max_bytes")
-    table = tables.fastest_of(facts)
-    return tables.Table(table.ranges, f"the seed table for {facts.world_size} ranks: {table.source}")
+    return tables.table_of(facts, element_bytes, capturing=capturing)
+
+
+def uses_table(config: AllReduceConfig) -> bool:
+    """Whether any message may go where a table says: then it matters which table there is."""
+    return not {S.AUTO, S.MINLATENCY}.isdisjoint(_FALLBACKS[config.allreduce_strategy])
+
+
+def _merit(table: tables.Table, message: Message) -> tuple[AllReduceStrategy, str]:
+    """The fastest strategy of a table for a message, and why."""
+    below, found = table.range_of(message.payload_bytes)
+    size = _bytes(message.payload_bytes)
+    if found.max_bytes is not None:
+        where = f"within {_bytes(found.max_bytes)}" + (f" and more than {_bytes(below)}" if below else "")
+    else:
+        where = f"more than {_bytes(below)}" if below else "like all sizes"
+    first = S(found.strategy)
+    steps = "one step beats two" if first is S.ONESHOT else "two steps beat one"
+    return first, f"{size} are {where}, where {steps} ({table.source})"
 
 
 def _auto_order(config: AllReduceConfig, facts: GroupFacts, message: Message) -> list[tuple[AllReduceStrategy, str]]:
-    """AUTO's candidates, best first, each with what speaks for it."""
-    table = _table(config, facts)
-    below, found = table.range_of(message.payload_bytes)
-    first = S(found.strategy)
+    """AUTO's candidates, best first, each with what speaks for it. All of one numeric class."""
+    table = table_of(config, facts, message.element_bytes, capturing=message.capturing)
+    first, merit = _merit(table, message)
     second = S.TWOSHOT if first is S.ONESHOT else S.ONESHOT
-    size = _bytes(message.payload_bytes)
-    if found.max_bytes is None:
-        where = f"more than {_bytes(below)}"
-    else:
-        where = f"within {_bytes(found.max_bytes)}" + (f" and more than {_bytes(below)}" if below else "")
-    steps = "one step beats two" if first is S.ONESHOT else "two steps beat one"
-    return [(first, f"{size} are {where}, where {steps} ({table.source})"), (second, f"{first} is first for {size}")]
+    return [(first, merit), (second, f"{first} is first for {_bytes(message.payload_bytes)}")]
 
 
-def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -> Decision:
+def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str, *, capturing: bool = True) -> Decision:
     """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
 
-    Total: NCCL can always run, so there is a decision for every input.
+    Total: NCCL can always run, so there is a decision for every input. ``capturing``: the call goes into a CUDA graph.
+    Eager calls may be fastest with another strategy, which then has the same bits.
     """
-    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0))
+    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0), capturing=capturing)
     requested = config.allreduce_strategy
     candidates: list[tuple[AllReduceStrategy, str]] = []
     for name in _FALLBACKS[requested]:
         if name is S.AUTO:
             candidates += _auto_order(config, facts, message)
+        elif name is requested is S.MINLATENCY:
+            _, merit = _merit(tables.table_of(facts, message.element_bytes, capturing=capturing), message)
+            candidates.append((name, f"allreduce_strategy is {name}; {merit}"))
         else:
             candidates.append((name, f"allreduce_strategy is {name}"))
 
@@ -114,16 +133,24 @@ def _passed_over(
     return tuple(PassedOver(name, reason) for name, reason in reasons.items())
 
 
-def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16") -> str:
+def describe_ranges(ranges: Sequence[tables.Range]) -> str:
+    """``ONESHOT to 256 KiB, then TWOSHOT``."""
+    parts = [f"{found.strategy} to {_bytes(found.max_bytes)}" for found in ranges if found.max_bytes is not None]
+    last = ranges[-1].strategy
+    return ", ".join([*parts, f"then {last}"]) if parts else f"{last} at every size"
+
+
+def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16", *, capturing: bool = True) -> str:
     """What runs at which sizes, for a line in the log: ``ONESHOT to 256 KiB, then TWOSHOT``."""
     element = ELEMENT_BYTES[dtype]
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
-    limits = {min(found.max_bytes, largest) for found in _table(config, facts).ranges if found.max_bytes}
+    ranges = table_of(config, facts, element, capturing=capturing).ranges
+    limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.obstacle(facts) is None:
         limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
-        decision = decide(config, facts, size // element, dtype)
+        decision = decide(config, facts, size // element, dtype, capturing=capturing)
         what = str(decision.strategy)
         if decision.strategy is S.MINLATENCY and decision.launch is not None:
             what = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}[decision.launch.algorithm]

@@ -1,4 +1,4 @@
-"""Seed tables: which exact kernel is the fastest for a size, before anything was measured on the node.
+"""Which exact kernel is the fastest for a size: what a profile measured, and seed tables where there is none.
 
 One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1 us on
 NVLink). With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
@@ -7,10 +7,11 @@ NVLink). With two ranks both send S, so one-shot wins again where the second ste
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.facts import GroupFacts
@@ -46,8 +47,52 @@ class Table:
         raise AssertionError(self)  # the last range has no limit
 
 
+@dataclasses.dataclass(frozen=True)
+class TunedRanges:
+    """What was measured for elements of one size, in CUDA graphs and eager."""
+
+    element_bytes: int
+    graph: tuple[Range, ...]
+    eager: tuple[Range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a profile says about one group.
+
+    Attributes:
+        source: which profile, and when it was measured.
+        ranges: by size of an element; at least one.
+    """
+
+    source: str
+    ranges: tuple[TunedRanges, ...]
+
+    def table(self, element_bytes: int, *, capturing: bool) -> Table:
+        """For elements of this size, or of the one that was measured: what counts is bytes, additions hardly do."""
+        found = next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
+        return Table(found.graph if capturing else found.eager, self.source)
+
+
 def _changeover(max_bytes: int, source: str) -> Table:
     return Table((Range(max_bytes, "ONESHOT"), Range(None, "TWOSHOT")), source)
+
+
+def between(anchors: Mapping[int, int], world_size: int) -> int:
+    """Bytes for a world size from those of others, in rising order: on a line between the logarithms of two.
+
+    Beyond the last one inverse to the square of the world size: what one-shot sends and what it reads both grow with
+    it. Below the first one, the first's.
+    """
+    sizes = list(anchors)
+    if world_size <= sizes[0]:
+        return anchors[sizes[0]]
+    if world_size >= sizes[-1]:
+        return anchors[sizes[-1]] * sizes[-1] * sizes[-1] // (world_size * world_size)
+    above = next(i for i, size in enumerate(sizes) if size >= world_size)
+    low, high = sizes[above - 1], sizes[above]
+    share = math.log(world_size / low) / math.log(high / low)
+    return round(math.pow(anchors[low], 1 - share) * math.pow(anchors[high], share))
 
 
 _MEASURED = "measured on H200"
@@ -73,14 +118,15 @@ H200 = {
 }
 
 # How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
+PCIE_SCALE = 0.1
 LINK_SCALE = {
     80: 0.65,  # A100: NVLink 3, 300 GB/s per direction
-    86: 0.1,  # PCIe cards from here ...
-    89: 0.1,
+    86: PCIE_SCALE,  # PCIe cards from here ...
+    89: PCIE_SCALE,
     90: 1.0,  # H100, H200: NVLink 4, 450 GB/s
     100: 2.0,  # B200: NVLink 5, 900 GB/s
     103: 2.0,
-    120: 0.1,  # ... and here
+    120: PCIE_SCALE,  # ... and here
 }
 
 # Kernels that wait for flags: CPU ranks, and GPUs with in_band off. 2 and 4 ranks measured on H200
@@ -96,6 +142,23 @@ FLAGGED = {
     16: _changeover(32 * KIB, _BEYOND),
 }
 
+# Kernels that wait for flags on B200 and B300: FlashInfer's limits (its pull request 1972, measured on B200): one-shot
+# while tokens * hidden * 2 * tp * itemsize, which is 2 * tp messages, is at most so many MiB. Its one-shot polls the
+# data as ours in band does; its two-shot waits at two barriers as our kernels with flags do, which is what these limits
+# weigh. In band two-shot has no barrier and pays from far smaller messages (on H200 with 4 ranks from 192 KiB on, where
+# FlashInfer's limit says 8 MiB and its own two-shot is nearly twice as fast at 2 MiB), so that H200's table, scaled to
+# the links, is nearer. The limits are upper bounds: our one-shot with flags is slower than the one that was measured.
+FLASHINFER_B200_MIB = {2: 512, 4: 64, 8: 42}
+_FLASHINFER_BYTES = {size: limit * MIB // (2 * size) for size, limit in FLASHINFER_B200_MIB.items()}
+_FLASHINFER = "FlashInfer's limits for B200, where two-shot waits at barriers"
+FLAGGED_B200 = {
+    size: _changeover(
+        between(_FLASHINFER_BYTES, size),
+        _FLASHINFER if size in _FLASHINFER_BYTES else f"an estimate from {_FLASHINFER}",
+    )
+    for size in FLAGGED
+}
+_B200 = (100, 103)
 
 # Through pinned host memory.
 HOST = {
@@ -154,24 +217,46 @@ def vectors_per_thread(transport: Transport) -> int | None:
     return 1 if transport is Transport.HOST else None
 
 
-def fastest_of(facts: GroupFacts) -> Table:
-    """The table for a group."""
+def table_of(facts: GroupFacts, element_bytes: int, *, capturing: bool) -> Table:
+    """The table for a group, measured or seed; its source says which."""
+    if facts.tuned is not None:
+        return facts.tuned.table(element_bytes, capturing=capturing)
     if facts.transport is Transport.HOST:
-        return _of(HOST, facts.world_size)
-    return fastest(facts.world_size, facts.architecture, in_band=facts.in_band.two_shot > 0)
+        table = _of(HOST, facts.world_size)
+    else:
+        in_band = facts.in_band.two_shot > 0
+        table = fastest(facts.world_size, facts.architecture, in_band=in_band, topology_class=facts.topology_class)
+    known = facts.topology_class is not TopologyClass.UNKNOWN
+    over = f" over {facts.topology_class.in_words}" if known else ""
+    return Table(table.ranges, f"the seed table for {facts.world_size} ranks{over}: {table.source}")
 
 
-def fastest(world_size: int, architecture: int | None, *, in_band: bool) -> Table:
-    """The table for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
-    tables = H200 if in_band else FLAGGED
-    table = _of(tables, world_size)
-    scale = LINK_SCALE.get(architecture or 90, 1.0) if in_band else 1.0
+def link_scale(architecture: int | None, topology_class: TopologyClass) -> float:
+    """What the links carry, of an H200's NVLinks. Unknown GPUs count as an H200; without NVLink, all are alike."""
+    if topology_class is TopologyClass.PCIE_PEER:
+        return PCIE_SCALE
+    return LINK_SCALE.get(architecture or 90, 1.0)
+
+
+def fastest(
+    world_size: int,
+    architecture: int | None,
+    *,
+    in_band: bool,
+    topology_class: TopologyClass = TopologyClass.UNKNOWN,
+) -> Table:
+    """The seed for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
+    if not in_band:
+        return _of(FLAGGED_B200 if architecture in _B200 else FLAGGED, world_size)
+    table = _of(H200, world_size)
+    scale = link_scale(architecture, topology_class)
     if scale == 1.0:
         return table
     ranges = tuple(
         dataclasses.replace(found, max_bytes=found.max_bytes and int(found.max_bytes * scale)) for found in table.ranges
     )
-    return Table(ranges, f"scaled by {scale} from H200 for sm_{architecture}: an estimate")
+    on = f"sm_{architecture}" if scale != PCIE_SCALE else "PCIe"
+    return Table(ranges, f"scaled by {scale} from H200 for {on}: an estimate")
 
 
 # Two blocks to a multiprocessor of an H200: what the numbers of a Split are parts of.
@@ -236,7 +321,8 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, s
     tabulated = _tabulated(sizes, facts.world_size)
     if facts.world_size != tabulated:
         source += f" with {tabulated} ranks"
-    scale = LINK_SCALE.get(facts.architecture or 90, 1.0) if facts.transport is Transport.SYMMETRIC else 1.0
+    symmetric = facts.transport is Transport.SYMMETRIC
+    scale = link_scale(facts.architecture, facts.topology_class) if symmetric else 1.0
     if scale != 1.0:
         source += f", scaled by {scale} for sm_{facts.architecture}"
     return int(sizes[tabulated] * scale), source

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 import math
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,6 +26,14 @@ TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 is fastest with
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 
 
+class Numerics(enum.StrEnum):
+    """What the bits of an answer depend on. AUTO chooses within EXACT, so its answers never depend on its choices."""
+
+    EXACT = "fp32, ranks in order, rounded once: the same bits from every strategy and for every size"
+    LOSSY = "compressed on the wire"
+    ENGINE = "whatever order and precision the engine's own all-reduce has"
+
+
 @dataclasses.dataclass(frozen=True)
 class Message:
     """One all-reduce as the policy sees it.
@@ -33,11 +42,13 @@ class Message:
         count: elements per rank.
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
+        capturing: the call goes into a CUDA graph; eager calls may be fastest with another strategy.
     """
 
     count: int
     dtype: str
     element_bytes: int
+    capturing: bool = True
 
     @property
     def payload_bytes(self) -> int:
@@ -54,6 +65,7 @@ class Strategy(abc.ABC):
 
     name: ClassVar[AllReduceStrategy]
     algorithm: ClassVar[str]
+    numerics: ClassVar[Numerics]
 
     @abc.abstractmethod
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:

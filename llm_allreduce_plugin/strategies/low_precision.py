@@ -23,6 +23,7 @@ from llm_allreduce_plugin.strategies.base import (
     VECTOR_BYTES,
     KernelStrategy,
     Message,
+    Numerics,
     spread_published,
 )
 from llm_allreduce_plugin.wire import PACKETS
@@ -51,6 +52,7 @@ _KERNELS = {
 
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
+    numerics = Numerics.LOSSY
     algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
 
     def describe(self, facts: GroupFacts) -> tuple[str, str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import GroupFacts
-from llm_allreduce_plugin.strategies.base import Message, Strategy
+from llm_allreduce_plugin.strategies.base import Message, Numerics, Strategy
 
 
 class Nccl(Strategy):
     name = AllReduceStrategy.NCCL
+    numerics = Numerics.ENGINE
     algorithm = "the engine's own all-reduce"
 
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002

@@ -8,7 +8,14 @@ from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
 from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.facts import Transport
-from llm_allreduce_plugin.strategies.base import KernelStrategy, Message, spread, spread_in_band, spread_published
+from llm_allreduce_plugin.strategies.base import (
+    KernelStrategy,
+    Message,
+    Numerics,
+    spread,
+    spread_in_band,
+    spread_published,
+)
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.selection.decision import Launch
@@ -20,6 +27,7 @@ MAX_FLAGGED_LANES = 128
 
 class OneShot(KernelStrategy):
     name = AllReduceStrategy.ONESHOT
+    numerics = Numerics.EXACT
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:

@@ -14,6 +14,7 @@ from llm_allreduce_plugin.strategies.base import (
     VECTOR_BYTES,
     KernelStrategy,
     Message,
+    Numerics,
     spread,
     spread_in_band,
     spread_published,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 class TwoShot(KernelStrategy):
     name = AllReduceStrategy.TWOSHOT
+    numerics = Numerics.EXACT
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:

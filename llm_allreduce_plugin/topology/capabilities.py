@@ -6,9 +6,10 @@ import dataclasses
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.selection.facts import GroupFacts, TopologyClass, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
+from llm_allreduce_plugin.topology.identity import topology_class
 from llm_allreduce_plugin.topology.model import NodeTopology, p2p_fault_text
 
 # An H100's or H200's, on which the launch shapes were measured: for GPUs of whose size a topology says nothing.
@@ -64,8 +65,9 @@ def group_facts(
             continue
         try:
             smallest = multiprocessors(topology, size) or ASSUMED_MULTIPROCESSORS
-            reached = dataclasses.replace(facts, transport=transport)
-            return facts.with_layout(transport, workspace_layout(settings, reached, smallest))
+            links = topology_class(topology, transport, range(size))
+            reached = dataclasses.replace(facts, transport=transport, topology_class=links)
+            return reached.with_layout(transport, workspace_layout(settings, reached, smallest))
         except ValueError as error:
             reasons.append(str(error))
     return dataclasses.replace(facts, no_transport_reason="; ".join(reasons))
@@ -84,8 +86,8 @@ def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFa
     if (obstacle := transport_obstacle(settings, world_size, 1, "cpu")) is not None:
         return dataclasses.replace(facts, no_transport_reason=obstacle)
     try:
-        reached = dataclasses.replace(facts, transport=Transport.SHM)
-        return facts.with_layout(Transport.SHM, workspace_layout(settings, reached, 0))
+        reached = dataclasses.replace(facts, transport=Transport.SHM, topology_class=TopologyClass.CPU)
+        return reached.with_layout(Transport.SHM, workspace_layout(settings, reached, 0))
     except ValueError as error:
         return dataclasses.replace(facts, no_transport_reason=str(error))
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from llm_allreduce_plugin.selection.profile import store
+from llm_allreduce_plugin.topology import NodeIdentity
+from tests.support.profiles import entry
+
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
@@ -70,19 +74,26 @@ print(current_platform.get_device_communicator_cls())
     assert out.strip().endswith("cpu_communicator.CpuCommunicator")
 
 
-def test_only_tensor_parallel_groups_get_our_class() -> None:
-    """Two ranks as threads of thought would not do: real processes, real vLLM groups, TP 2 beside others."""
+def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
+    """Two ranks as threads of thought would not do: real processes, real vLLM groups, TP 2 beside others.
+
+    And AUTO goes by the profile that vLLM's configuration names, and says so.
+    """
+    profile = tmp_path / "profile.json"
+    cpu_ranks = {"world_size": 2, "transport": "shm", "topology_class": "cpu", "in_band": False}
+    store(profile, NodeIdentity.of_cpu(), [entry(eager=[(None, "TWOSHOT")], **cpu_ranks)])
     script = """
-import os, sys, torch
+import logging, os, sys, torch
 import torch.multiprocessing as mp
 
-def rank_main(rank, store, strategy):
+def rank_main(rank, store, strategy, runs, profile):
+    logging.basicConfig(level=logging.INFO)
     from vllm.plugins import load_general_plugins
     load_general_plugins()
     from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state as ps
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-    config = VllmConfig(additional_config={"allreduce_strategy": strategy})
+    config = VllmConfig(additional_config={"allreduce": {"allreduce_strategy": strategy, "tuning_profile": profile}})
     with set_current_vllm_config(config):
         ps.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
         ps.initialize_model_parallel(2, 1)
@@ -95,15 +106,15 @@ def rank_main(rank, store, strategy):
         assert torch.equal(y, torch.full((3, 4), 3.0))
         if strategy != "NCCL":
             assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
-            assert tp.llm_allreduce.report()["calls"] == {strategy: 1}
+            assert tp.llm_allreduce.report()["calls"] == {runs: 1}
         if rank == 0:
             print(type(tp).__qualname__, type(world).__qualname__)
         ps.destroy_model_parallel()
         ps.destroy_distributed_environment()
 
 if __name__ == "__main__":
-    for strategy in ("ONESHOT", "TWOSHOT", "NCCL"):
-        mp.start_processes(rank_main, (sys.argv[1] + strategy, strategy), 2, start_method="spawn")
+    for strategy, runs in {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT"}.items():
+        mp.start_processes(rank_main, (sys.argv[1] + strategy, strategy, runs, sys.argv[2]), 2, start_method="spawn")
 """
     path = ROOT / ".demo"
     path.mkdir(exist_ok=True)
@@ -111,12 +122,19 @@ if __name__ == "__main__":
     file.write_text(script)
     stores = path / f"store-{os.getpid()}-"
     result = subprocess.run(
-        [sys.executable, str(file), str(stores)], capture_output=True, text=True, timeout=400, env={**os.environ, **CPU}
+        [sys.executable, str(file), str(stores), str(profile)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, **CPU},
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = [line for line in result.stdout.splitlines() if "CpuCommunicator" in line and "INFO" not in line]
     ours = "AllReduceCommunicator[CpuCommunicator] CpuCommunicator"
-    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator"], result.stdout
+    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours], result.stdout
+    said = [line for line in (result.stdout + result.stderr).splitlines() if "these sizes come from" in line]
+    assert len(said) == 1
+    assert f"these sizes come from profile {profile}, measured 2025-01-02" in said[0]
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------

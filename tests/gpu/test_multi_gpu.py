@@ -352,7 +352,7 @@ def _check_absent_rank(world_size: int, strategy: str, settings: Settings) -> No
 
 
 def _facts(context: RankContext) -> tuple[str, list[str]]:
-    with checks.communicator(context, "AUTO") as group:
+    with checks.communicator(context, "AUTO", tuning_profile="none") as group:
         sizes = [str(group.explain((count,), torch.bfloat16).strategy) for count in (1024, 1 << 21)]
         integers = torch.arange(10, device=context.device)
         total = group.all_reduce(integers)

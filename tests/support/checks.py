@@ -187,3 +187,26 @@ def check_other_inputs(context: RankContext) -> None:
     group.close()  # idempotent
     with pytest.raises(RuntimeError, match="closed"):
         group.all_reduce(torch.ones(1, device=context.device))
+
+
+BATCHES = (1, 2, 3, 4, 7, 8, 16, 31, 32, 64, 100, 128, 256, 257, 512, 777, 1024, 2048, 2049, 4095, 4096)
+
+
+def check_batches(context: RankContext, width: int, settings: dict[str, Any]) -> list[str]:
+    """A row's sum has the same bits whatever batch it comes in, and wherever in it; AUTO's choices in order of size."""
+    seed = context.shared_seed()
+    inputs = [
+        rank_input(seed, rank, BATCHES[-1] * width, torch.bfloat16).reshape(-1, width)
+        for rank in range(context.world_size)
+    ]
+    expected = rank_ordered_sum(inputs)
+    mine = inputs[context.rank].to(context.device)
+    chosen: list[str] = []
+    with communicator(context, "AUTO", **settings) as group, poisoned_outputs():
+        for rows in BATCHES:
+            strategy = str(group.explain((rows, width), torch.bfloat16).strategy)
+            chosen += [strategy] if chosen[-1:] != [strategy] else []
+            for first in {0, BATCHES[-1] - rows}:
+                output = group.all_reduce(mine[first : first + rows])
+                assert_same_bits(output, expected[first : first + rows], f"{rows} rows from {first}: {strategy}")
+    return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -14,11 +15,17 @@ from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.memory.layouts import host_layout
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts, Transport
+from llm_allreduce_plugin.selection.facts import (
+    ELEMENT_BYTES,
+    SUPPORTED_WORLD_SIZES,
+    GroupFacts,
+    TopologyClass,
+    Transport,
+)
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.selection.tables import LINK_SCALE, fastest
+from llm_allreduce_plugin.selection.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, spread
+from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, Numerics, spread
 
 S = AllReduceStrategy
 
@@ -50,13 +57,33 @@ def config(strategy: str, **settings: object) -> AllReduceConfig:
     return AllReduceConfig(allreduce_strategy=strategy, **settings)  # type: ignore[arg-type]
 
 
+any_ranges = st.lists(
+    st.tuples(st.integers(0, 1 << 34), st.sampled_from(("ONESHOT", "TWOSHOT"))), max_size=8, unique_by=lambda x: x[0]
+).flatmap(
+    lambda steps: st.sampled_from(("ONESHOT", "TWOSHOT")).map(
+        lambda last: (*(Range(*step) for step in sorted(steps)), Range(None, last))
+    )
+)
+any_tuned = st.none() | st.builds(
+    lambda ranges: Tuned("a profile", tuple(ranges)),
+    st.lists(
+        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges, any_ranges),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda found: found.element_bytes,
+    ),
+)
 any_facts = st.builds(
-    facts,
+    lambda topology_class, tuned, **fields: dataclasses.replace(
+        facts(**fields), topology_class=topology_class, tuned=tuned
+    ),
+    topology_class=st.sampled_from(list(TopologyClass)),
+    tuned=any_tuned,
     world_size=st.sampled_from(SUPPORTED_WORLD_SIZES),
     transport=st.sampled_from(list(Transport)),
     workspace=st.integers(2 << 20, 1 << 28),
     in_band=st.booleans(),
-    architecture=st.sampled_from((None, 75, *LINK_SCALE)),
+    architecture=st.sampled_from((None, 75, 103, *LINK_SCALE)),
 )
 
 
@@ -65,10 +92,15 @@ any_facts = st.builds(
     any_facts,
     st.integers(0, 1 << 34),
     st.sampled_from([*ELEMENT_BYTES, "int32", "float8_e4m3fn"]),
+    st.booleans(),
 )
-def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count: int, dtype: str) -> None:
-    decision = decide(config(strategy), group, count, dtype)
-    assert decision == decide(config(strategy), dataclasses.replace(group), count, dtype)
+def test_total_deterministic_and_reasoned(
+    strategy: S, group: GroupFacts, count: int, dtype: str, capturing: bool
+) -> None:
+    decision = decide(config(strategy), group, count, dtype, capturing=capturing)
+    # What another rank decides, from facts that came to it over a wire.
+    received = pickle.loads(pickle.dumps(group))
+    assert decision == decide(config(strategy), received, count, dtype, capturing=capturing)
     assert decision.requested is strategy
     assert decision.reason
     named = {other.strategy for other in decision.passed_over}
@@ -83,7 +115,46 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
     # AUTO and its relatives never choose a lossy format.
     if strategy is not S.LOWPRECISION:
         assert decision.strategy is not S.LOWPRECISION
+    if strategy is S.AUTO:
+        runs = group.transport is not Transport.NONE and dtype in ELEMENT_BYTES
+        assert STRATEGIES[decision.strategy].numerics is (Numerics.EXACT if runs else Numerics.ENGINE)
     assert str(decision)
+
+
+def test_every_strategy_has_a_numeric_class() -> None:
+    classes = {name: strategy.numerics for name, strategy in STRATEGIES.items()}
+    assert set(classes) == set(S) - {S.AUTO}
+    assert {name for name, numerics in classes.items() if numerics is not Numerics.EXACT} == {S.NCCL, S.LOWPRECISION}
+
+
+def test_flashinfers_limits_are_per_rank_where_kernels_wait_for_flags() -> None:
+    """tokens * hidden * 2 * tp * itemsize <= 512 / 64 / 42 MiB: 128, 8 and 2.625 MiB of payload."""
+    for world_size, payload in ((2, 128 << 20), (4, 8 << 20), (8, 2688 << 10)):
+        for architecture in (100, 103):
+            group = facts(world_size, architecture=architecture)
+            largest = decide(config("AUTO"), group, payload // 2, "bfloat16")
+            assert largest.strategy is S.ONESHOT
+            assert "FlashInfer's limits for B200" in largest.reason
+            assert "estimate" not in largest.reason
+            assert decide(config("AUTO"), group, payload // 2 + 1, "bfloat16").strategy is S.TWOSHOT
+        # In band two-shot has no barriers: their limit would be far too high.
+        if world_size > 2:
+            in_band = facts(world_size, in_band=True, architecture=100)
+            assert decide(config("AUTO"), in_band, payload // 2, "bfloat16").strategy is S.TWOSHOT
+    limits = [fastest(size, 100, in_band=False).ranges[0].max_bytes for size in range(2, 33)]
+    assert limits == sorted(limits, reverse=True)  # type: ignore[type-var]
+    assert "an estimate from FlashInfer" in fastest(6, 100, in_band=False).source
+
+
+def test_without_nvlink_links_are_those_of_pcie() -> None:
+    """An H100 on PCIe is no H100 with NVLink."""
+    nvlink = dataclasses.replace(facts(4, in_band=True), topology_class=TopologyClass.NVSWITCH)
+    pcie = dataclasses.replace(nvlink, topology_class=TopologyClass.PCIE_PEER)
+    size = 100 << 10
+    assert decide(config("AUTO"), nvlink, size // 2, "bfloat16").strategy is S.ONESHOT
+    other = decide(config("AUTO"), pcie, size // 2, "bfloat16")
+    assert other.strategy is S.TWOSHOT
+    assert "the seed table for 4 ranks over PCIe peer access: scaled by 0.1 from H200 for PCIe" in other.reason
 
 
 @given(st.integers(0, 1 << 31), st.integers(1, 1 << 20), st.integers(1, 128), st.sampled_from((1, 2, 3, 8, 16)))

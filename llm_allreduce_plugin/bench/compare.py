@@ -1,0 +1,170 @@
+"""What runs on the ranks when candidates are compared closely: in turns, so that whatever drifts drifts for all."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin.agreement import on_every_rank
+from llm_allreduce_plugin.bench import harness, worker
+from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
+from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+from llm_allreduce_plugin.selection.facts import GroupFacts
+
+_groups: dict[int, RankContext] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Attributes:
+        calls: in a graph, or in a row.
+        replays: of the graph, or times that calls are made in a row, per round.
+        rounds: turns of every candidate.
+        warmup: calls before.
+    """
+
+    calls: int = harness.CALLS
+    replays: int = 5
+    rounds: int = 5
+    warmup: int = harness.WARMUP
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Candidates at one size.
+
+    Attributes:
+        bytes: payload per rank.
+        graph_us: microseconds per call by candidate: median over replays, maximum over ranks, median over rounds.
+        eager_us: the same for calls from the host.
+        graph_noise: how much a round of a candidate differs from its median, relative to that: the median over rounds,
+            the largest of all candidates.
+        eager_noise: the same for calls from the host.
+        wrong: elements of answers that are wrong, by candidate, over all ranks.
+    """
+
+    bytes: int
+    graph_us: dict[str, float]
+    eager_us: dict[str, float]
+    graph_noise: float
+    eager_noise: float
+    wrong: dict[str, int]
+
+
+def form_groups(context: RankContext, world_sizes: tuple[int, ...]) -> None:
+    """Groups of the first ranks, which other functions here are then told by size. Collective over all ranks."""
+    for size in world_sizes:
+        if size == context.world_size:
+            _groups[size] = context
+            continue
+        members = list(range(size))
+        group = dist.new_group(members)
+        control = dist.new_group(members, backend="gloo") if context.device.type == "cuda" else group
+        if context.rank < size:
+            _groups[size] = RankContext(context.rank, size, context.device, group, control)
+
+
+def open_kernels(
+    _context: RankContext, world_size: int, names: tuple[str, ...], settings: OurSettings
+) -> tuple[GroupFacts, str]:
+    """Candidates for strategies of this package, all in one workspace. Collective over the group of this size.
+
+    Returns:
+        The group's facts; and why they cannot run, or nothing.
+    """
+    group = _groups[world_size].communicator(
+        "AUTO", transport=settings.transport, tuning_profile=settings.tuning_profile
+    )
+
+    def bind_as(name: str) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
+        def bind(input_: torch.Tensor) -> Callable[[], torch.Tensor]:
+            call = group.call_of(name, input_.numel(), input_.dtype)
+            return lambda: call(input_)
+
+        return bind
+
+    worker.adopt({name: Candidate(bind_as(name), exact=True, close=group.close) for name in names})
+    return group.facts, _obstacle(group)
+
+
+def _obstacle(group: TensorParallelCommunicator) -> str:
+    decision = group.explain((1,), torch.bfloat16)
+    return decision.reason if decision.launch is None else ""
+
+
+def _bind(
+    context: RankContext, candidate: Candidate, mine: torch.Tensor
+) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    return on_every_rank(lambda: worker.first_call(candidate, mine), context.control_group, RuntimeError)
+
+
+def compare(
+    context: RankContext, world_size: int, names: tuple[str, ...], count: int, dtype_name: str, effort: Effort
+) -> Comparison:
+    """Verify every candidate, and time them in turns if all are right. Collective over the group of this size.
+
+    Every answer must be right before anything is timed, in memory that was poisoned; and again after the replays.
+    """
+    context = _groups[world_size]
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    mine, expected = harness.make_case(context, count, dtype)
+    candidates = {name: worker.opened(name) for name in names}
+    candidates = {
+        name: candidate for name, candidate in candidates.items() if not candidate.refusal(count * dtype.itemsize)
+    }
+    calls: dict[str, Callable[[], torch.Tensor]] = {}
+    wrong: dict[str, int] = {}
+    for name, candidate in candidates.items():
+        calls[name], answer = _bind(context, candidate, mine)
+        wrong[name] = worker.wrong_elements(context, candidate, answer, expected)
+    size = count * dtype.itemsize
+    if any(wrong.values()):
+        return Comparison(size, {}, {}, 0.0, 0.0, wrong)
+
+    def eager_samples(name: str) -> list[float]:
+        return harness.eager_samples(context, calls[name], effort.calls, effort.replays)[0]
+
+    for call in calls.values():
+        for _ in range(effort.warmup):
+            call()
+    eager, eager_noise = _in_turns(context, tuple(calls), eager_samples, effort.rounds)
+    if context.device.type != "cuda":
+        return Comparison(size, {}, eager, 0.0, eager_noise, wrong)
+    captured = {
+        name: harness.CapturedCalls(context, call, effort.calls, effort.warmup, candidates[name].capturing)
+        for name, call in calls.items()
+    }
+    graph, graph_noise = _in_turns(
+        context, tuple(calls), lambda name: captured[name].samples(effort.replays), effort.rounds
+    )
+    for name, made in captured.items():
+        answer_of_graph = made.output()
+        # In place, the answer of one call is the input of the next: what was checked is the first.
+        if answer_of_graph is not None and not candidates[name].in_place:
+            wrong[name] += worker.wrong_elements(context, candidates[name], answer_of_graph, expected)
+    return Comparison(size, graph, eager, graph_noise, eager_noise, wrong)
+
+
+def _in_turns(
+    context: RankContext, names: tuple[str, ...], samples: Callable[[str], list[float]], rounds: int
+) -> tuple[dict[str, float], float]:
+    """Every candidate's time and the noise. Every other round goes backwards, so that no candidate is always first."""
+    mine: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names[:: -1 if turn % 2 else 1]:
+            mine[name].append(statistics.median(samples(name)))
+    everyone = context.gather(mine)
+    slowest = {name: [max(times) for times in zip(*(rank[name] for rank in everyone), strict=True)] for name in mine}
+    medians = {name: statistics.median(times) for name, times in slowest.items()}
+    noise = max(
+        (statistics.median(abs(time / medians[name] - 1) for time in times) for name, times in slowest.items()),
+        default=0.0,
+    )
+    return {name: round(time, 3) for name, time in medians.items()}, round(noise, 4)

@@ -1,0 +1,234 @@
+"""llm-allreduce tune: measure this node, so that AUTO knows it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli.bench import message_sizes
+from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
+from llm_allreduce_plugin.errors import ProfileError
+from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.bench.tuning import Group, Plan
+    from llm_allreduce_plugin.selection.profile import Entry, Profile
+    from llm_allreduce_plugin.topology import NodeIdentity
+
+EPILOG = options.epilog(
+    "llm-allreduce tune",
+    "llm-allreduce tune --quick --tp 2,4",
+    "llm-allreduce tune --transport host --output profile.json",
+)
+
+SECONDS = 55.0  # of a minute; the rest is for what is under way when it ends
+QUICK_SECONDS = 12.0
+LARGEST_CPU_GROUP = 2  # by default: CPU ranks are for trying out
+
+
+def _world_sizes(text: str | None, available: int, device: str) -> tuple[int, ...]:
+    """``"2,4"``; by default every supported world size that ``available`` devices can form.
+
+    Raises:
+        typer.BadParameter: one is not a world size, or there are too few devices.
+    """
+    if text is None:
+        return tuple(size for size in SUPPORTED_WORLD_SIZES if size <= available)
+    sizes = []
+    for part in text.split(","):
+        word = part.strip()
+        if not word.isdecimal() or int(word) not in SUPPORTED_WORLD_SIZES:
+            allowed = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
+            message = f"--tp {text}: {word!r} must be one of {allowed}"
+            raise typer.BadParameter(message)
+        if device == "cuda" and int(word) > available:
+            message = f"--tp {text}: this node has {available} GPUs"
+            raise typer.BadParameter(message)
+        sizes.append(int(word))
+    return tuple(sorted(set(sizes)))
+
+
+def _dtypes(text: str) -> tuple[str, ...]:
+    """One dtype of each element size."""
+    names = [part.strip().lower() for part in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            message = f"--dtype {text}: {name!r} must be one of {', '.join(DTYPES)}"
+            raise typer.BadParameter(message)
+    wanted = tuple(dict.fromkeys(DTYPES[name] for name in names))
+    if {"float16", "bfloat16"} <= set(wanted):
+        message = f"--dtype {text}: a profile has one entry for 16-bit elements; give bfloat16 or float16"
+        raise typer.BadParameter(message)
+    return wanted
+
+
+def _transport(text: str, device: str) -> str:
+    from llm_allreduce_plugin.config import TransportChoice
+
+    if text.lower() not in set(TransportChoice):
+        message = f"--transport {text}: must be one of {', '.join(TransportChoice)}"
+        raise typer.BadParameter(message)
+    if device == "cpu" and text.lower() != TransportChoice.AUTO:
+        message = f"--transport {text}: CPU ranks have one transport; leave it out"
+        raise typer.BadParameter(message)
+    return text.lower()
+
+
+def _node(device: str) -> NodeIdentity:
+    from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology
+
+    if device == "cpu":
+        return NodeIdentity.of_cpu()
+    import torch
+
+    return NodeIdentity.of_gpus(NodeTopology.detect(), torch.cuda.get_device_name(0))
+
+
+def _fail(text: str) -> typer.Exit:
+    typer.echo(f"error: {text}", err=True)
+    return typer.Exit(2)
+
+
+def tune(
+    *,
+    tp: Annotated[
+        str | None,
+        typer.Option("--tp", metavar="SIZES", help="World sizes, like 2,4; default: all that can be formed."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", "-d", metavar="DTYPES", help="Of 16 and 32 bits, like bfloat16,float32.")
+    ] = "bfloat16",
+    transport: Annotated[
+        str, typer.Option("--transport", help="GPUs: auto, peer or host memory; each has entries of its own.")
+    ] = "auto",
+    minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
+    maxbytes: Annotated[str | None, typer.Option("--maxbytes", "-e", help="Largest message.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, less often: under 15 seconds.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="FILE", help="Write here; default: the cache folder, where AUTO looks."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a file that cannot be read or is of another node.")
+    ] = False,
+) -> None:
+    """Measure which strategy is fastest for which size on this node, and keep it where AUTO finds it.
+
+    Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
+    and eager. Takes about a minute. Engines use the result from their next start on.
+    """
+    started = time.monotonic()
+    import torch
+
+    from llm_allreduce_plugin.bench.tuning import Group, plan_of
+    from llm_allreduce_plugin.selection import profile as profiles
+    from llm_allreduce_plugin.selection.tuning import cache_path
+
+    available = 0 if cpu else torch.cuda.device_count()
+    if not cpu and available < 2:  # noqa: PLR2004
+        message = f"this node has {available} GPU{'s' * (available != 1)}: nothing to tune; --cpu tries CPU ranks"
+        raise _fail(message)
+    device = "cpu" if cpu else "cuda"
+    world_sizes = _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
+    groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
+    chosen = _transport(transport, device)
+    largest = maxbytes or ("4M" if cpu else "64M" if quick else "256M")
+    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(largest), 4 if quick else 2, None, between=False)
+    if sizes[0] % 16:
+        message = f"--minbytes {minbytes}: must be a multiple of 16"
+        raise typer.BadParameter(message)
+    node = _node(device)
+    path = output or cache_path(node)
+    try:
+        profiles.check_replaceable(path, node)
+    except ProfileError as error:
+        if not force:
+            message = f"{error}; it is not replaced without --force"
+            raise _fail(message) from None
+        typer.echo(f"# {error}; it will be replaced")
+    typer.echo(f"# llm-allreduce tune: {node.description}; {'; '.join(map(str, groups))}")
+    seconds = (QUICK_SECONDS if quick else SECONDS) - (time.monotonic() - started)
+    entries = _measure(device, groups, chosen, plan_of(sizes, seconds, quick=quick))
+    if not entries:
+        raise typer.Exit(1)
+    for entry in entries:
+        typer.echo(_report(entry))
+    try:
+        profile = profiles.store(path, node, entries, force=force)
+    except ProfileError as error:
+        raise _fail(str(error)) from None
+    typer.echo(_last_line(path, profile, time.monotonic() - started))
+
+
+def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> list[Entry]:
+    """All entries; a bar on stderr tells how far it is when a person watches.
+
+    Raises:
+        typer.Exit: a strategy's answer was wrong.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from llm_allreduce_plugin.bench.environment import environment
+    from llm_allreduce_plugin.bench.ranks import RankPool
+    from llm_allreduce_plugin.bench.tuning import WrongAnswerError, tune
+
+    versions = {
+        name: str(value)
+        for name, value in environment().items()
+        if name in ("driver", "cuda", "torch", "nccl", "python", "llm_allreduce_plugin", "command") and value
+    }
+    started = time.monotonic()
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("starting ranks", total=1.0)
+        pool = RankPool(max(group.world_size for group in groups), device)
+        try:
+            left = plan.within(plan.seconds - (time.monotonic() - started))
+            entries, refused = tune(
+                pool,
+                groups,
+                transport,
+                left,
+                versions,
+                lambda text, share: progress.update(task, description=text, completed=share),
+            )
+        except (WrongAnswerError, AssertionError, TimeoutError) as error:  # a rank's traceback is an AssertionError
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        finally:
+            pool.close()
+    for group, reason in refused.items():
+        typer.echo(f"# {group}: left out: {reason}")
+    return entries
+
+
+def _report(entry: Entry) -> str:
+    """The times and what follows from them."""
+    from llm_allreduce_plugin.selection.policy import describe_ranges
+
+    tables = entry.ranges()
+    lines = [f"#\n# {entry}, over {entry.topology_class.in_words}: us per call, the fastest marked"]
+    lines.append(f"#{'bytes':>12}  {'ONESHOT':>10} {'TWOSHOT':>10} in graph   {'ONESHOT':>10} {'TWOSHOT':>10} eager")
+    for row in entry.measured:
+        cells = []
+        for times in (row.graph_us, row.eager_us):
+            best = min(times.values(), default=None)
+            for name in ("ONESHOT", "TWOSHOT"):
+                value = dict(times).get(name)
+                cells.append("-" if value is None else f"{value:.2f}{'*' if value == best else ' '}")
+        lines.append(f"{row.bytes:>13}  {cells[0]:>10} {cells[1]:>10}            {cells[2]:>10} {cells[3]:>10}")
+    if any(row.graph_us for row in entry.measured):
+        lines.append(f"# in graphs: {describe_ranges(tables.graph)}")
+    lines.append(f"# eager: {describe_ranges(tables.eager)}")
+    return "\n".join(lines)
+
+
+def _last_line(path: Path, profile: Profile, seconds: float) -> str:
+    return f"# {path} has {len(profile.entries)} entries now; took {seconds:.0f} s"

@@ -1,0 +1,167 @@
+"""llm-allreduce tune as a user runs it, on CPU ranks; and groups that go by what it wrote."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llm_allreduce_plugin import ConfigError
+from llm_allreduce_plugin.bench import compare, worker
+from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
+from llm_allreduce_plugin.bench.compare import Comparison, Effort
+from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.bench.tuning import KERNELS
+from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.selection import profile as profiles
+from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
+from llm_allreduce_plugin.topology import NodeIdentity
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.profiles import CHANGING, entry
+
+RUNNER = CliRunner()
+
+
+def _start(context: RankContext, settings: dict[str, Any]) -> tuple[list[str], str]:
+    """What the first rank logs at start, and why a message of 4 KiB runs as it does."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Handler()
+    logger = logging.getLogger("llm_allreduce_plugin")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with checks.communicator(context, "AUTO", **settings) as group:
+            return lines, group.explain((2048,), torch.bfloat16).reason
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    flags = ["--cpu", "--quick", "--tp", "2", "-b", "1K", "-e", "64K", "--output", str(path)]
+    result = RUNNER.invoke(app, ["tune", *flags])
+    assert result.exit_code == 0, result.output
+    assert "2 ranks, shm memory, 16-bit elements" in result.output
+    assert f"{path} has 1 entries now" in result.output
+    (made,) = profiles.read(path).entries
+    assert {1024, 4096, 16384, 65536} <= {row.bytes for row in made.measured}
+    assert all(time > 0 for row in made.measured for time in row.eager_us.values())
+    assert made.environment["torch"] == torch.__version__
+    (lines, reason), (others, same) = cpu_pool(2).run(_start, {"tuning_profile": str(path)})
+    assert f"these sizes come from profile {path}, measured {made.date[:10]}" in lines
+    assert f"(profile {path}, measured" in reason
+    assert (others, same) == ([], reason), "ranks decide alike, and one of them says so"
+
+
+def test_the_cached_profile_is_used_and_a_broken_one_ignored(cpu_pool: PoolFor, tmp_path: Path) -> None:
+    (lines, reason), _ = cpu_pool(2).run(_start, {})
+    assert "these sizes come from the seed table for 2 ranks over the memory of CPU ranks" in " ".join(lines)
+    made = entry(world_size=2, transport=Transport.SHM, topology_class=TopologyClass.CPU, in_band=False, graph=CHANGING)
+    path = Path(cpu_pool(2).run(_cache_path)[0])
+    try:
+        profiles.store(path, NodeIdentity.of_cpu(), [made])
+        (lines, reason), _ = cpu_pool(2).run(_start, {})
+        assert f"these sizes come from profile {path}, measured 2025-01-02" in lines
+        assert "4 KiB are like all sizes, where two steps beat one" in reason, "CPU ranks' calls are eager ones"
+        path.write_text("{}")
+        (lines, reason), _ = cpu_pool(2).run(_start, {})
+        assert f"tuning profile {path}: it is no tuning profile: ignored" in lines
+        assert "the seed table for 2 ranks" in reason
+        assert path.read_text() == "{}"
+    finally:
+        path.unlink()
+
+
+def _cache_path(_context: RankContext) -> str:
+    from llm_allreduce_plugin.selection.tuning import cache_path
+
+    return str(cache_path(NodeIdentity.of_cpu()))
+
+
+def _refused(context: RankContext, path: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        context.communicator("AUTO", tuning_profile=path)
+    return str(caught.value)
+
+
+def test_a_configured_profile_that_cannot_be_used_stops_every_rank(cpu_pool: PoolFor, tmp_path: Path) -> None:
+    answers = cpu_pool(2).run(_refused, str(tmp_path / "none.json"))
+    assert answers == [answers[0]] * 2
+    assert "none.json: it cannot be read: No such file or directory" in answers[0]
+
+
+def _compare_with_a_fault(context: RankContext) -> Comparison:
+    """One element of one rank's two-shot answer off by a bit."""
+    compare.form_groups(context, (context.world_size,))
+    compare.open_kernels(context, context.world_size, KERNELS, OurSettings())
+    candidate = worker.opened("TWOSHOT")
+    bind = candidate.bind
+
+    def bad_bind(x: torch.Tensor) -> Bound:
+        call = bind(x)
+
+        def bad_call() -> torch.Tensor:
+            output = call()
+            if context.rank == 1:
+                output.view(-1)[17] += 1
+            return output
+
+        return bad_call
+
+    candidate.bind = bad_bind
+    try:
+        return compare.compare(context, context.world_size, KERNELS, 512, "bfloat16", Effort(2, 2, 2, 1))
+    finally:
+        worker.close_all(context)
+
+
+def test_nothing_is_timed_when_an_answer_is_wrong(cpu_pool: PoolFor) -> None:
+    for found in cpu_pool(2).run(_compare_with_a_fault):
+        assert found.wrong == {"ONESHOT": 0, "TWOSHOT": 1}
+        assert found.eager_us == {}
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_a_row_is_the_same_in_every_batch(cpu_pool: PoolFor, tmp_path: Path, world_size: int) -> None:
+    """Batches from 1 to 4096 rows under AUTO, with a profile that changes its mind five times on the way."""
+    path = tmp_path / "profile.json"
+    made = entry(
+        world_size=world_size,
+        transport=Transport.SHM,
+        topology_class=TopologyClass.CPU,
+        in_band=False,
+        graph=CHANGING,
+        eager=CHANGING,
+    )
+    profiles.store(path, NodeIdentity.of_cpu(), [made])
+    for strategies in cpu_pool(world_size).run(checks.check_batches, 24, {"tuning_profile": str(path)}):
+        assert strategies == ["ONESHOT", "TWOSHOT"] * 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--cpu", "--tp", "2,x"], "--tp 2,x: 'x' must be one of 2, 3, 4, 5, 6, 7, 8, 16"),
+        (["--cpu", "--tp", "9"], "'9' must be one of"),
+        (["--cpu", "--dtype", "int8"], "--dtype int8: 'int8' must be one of float, float32"),
+        (["--cpu", "--dtype", "bf16,half"], "one entry for 16-bit elements"),
+        (["--cpu", "--transport", "host"], "CPU ranks have one transport"),
+        (["--cpu", "--transport", "ether"], "must be one of auto, peer, host"),
+        (["--cpu", "-b", "1000"], "must be a multiple of 16"),
+    ],
+)
+def test_wrong_flags_are_named(flags: list[str], complaint: str, tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["tune", *flags, "--output", str(tmp_path / "x.json")], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
