@@ -28,7 +28,7 @@ if (($# == 0)); then
   echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
   check_wheel() {
     local folder packages profiles
-    mapfile -t profiles < <(cd configs/tuning && ls | grep json)
+    mapfile -t profiles < <(cd configs/tuning && LC_ALL=C ls | grep json)
     folder=$(mktemp -d)
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
