@@ -11,12 +11,13 @@ import typer
 
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.errors import TopologyError
+from llm_allreduce_plugin.errors import ConfigError, TopologyError
 from llm_allreduce_plugin.selection import sweep as sweeps
 from llm_allreduce_plugin.selection.decision import Decision, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, multiprocessors, visible
+from llm_allreduce_plugin.selection.tuning import with_profile
+from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, multiprocessors, visible
 from llm_allreduce_plugin.topology.capabilities import ASSUMED_MULTIPROCESSORS
 
 # No kernel handles these; that is what there is to explain.
@@ -48,22 +49,28 @@ def subject(topology_file: Path | None, world_size: int | None, config: AllReduc
 
     Raises:
         TopologyError: the file cannot be read.
+        ConfigError: ``tuning_profile`` names a file that cannot be used.
         ValueError: the node has fewer GPUs than ``world_size``.
     """
+    note: tuple[str, ...] = ()
+    topology = NodeTopology()
+    if topology_file is not None:
+        topology = NodeTopology.from_json(topology_file)
+    elif not cpu:
+        topology = NodeTopology.detect()
+        if not topology.gpus:
+            cpu = True
+            note = (f"no GPUs here ({topology.note}); --topology FILE speaks of another node",)
     if cpu:
         ranks = world_size or 2
-        return Subject(f"{ranks} CPU ranks", cpu_facts(ranks, config))
-    topology = visible(NodeTopology.detect()) if topology_file is None else NodeTopology.from_json(topology_file)
-    if topology_file is None and not topology.gpus:
-        ranks = world_size or 2
-        note = f"no GPUs here ({topology.note}); --topology FILE speaks of another node"
-        return Subject(f"{ranks} CPU ranks", cpu_facts(ranks, config), (note,))
-    facts = group_facts(topology, world_size, config)
-    names = dict.fromkeys(gpu.name for gpu in topology.gpus[: facts.world_size])
+        facts, ignored = with_profile(config, cpu_facts(ranks, config), NodeIdentity.of_cpu())
+        return Subject(f"{ranks} CPU ranks", facts, note + ignored)
+    seen = topology if topology_file is not None else visible(topology)
+    facts, ignored = with_profile(config, group_facts(seen, world_size, config), NodeIdentity.of_gpus(topology))
+    names = dict.fromkeys(gpu.name for gpu in seen.gpus[: facts.world_size])
     source = "this node" if topology_file is None else topology_file.name
-    return Subject(
-        f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})", facts, tuple(_notes(topology, facts))
-    )
+    where = f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})"
+    return Subject(where, facts, (*_notes(seen, facts), *ignored))
 
 
 def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
@@ -156,6 +163,7 @@ def explain(
         ),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    eager: Annotated[bool, typer.Option("--eager", help="Of an eager call; else of one in a CUDA graph.")] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="What runs from which size to which, 16 bytes to 1 GiB.")
     ] = False,
@@ -179,11 +187,13 @@ def explain(
     what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
     try:
         group = subject(topology, world_size, config, cpu=cpu)
-        ranges = sweeps.sweep(config, group.facts, element_type) if sweep or plot is not None else []
-    except (TopologyError, ValueError) as error:
+        capturing = group.facts.device == "cuda" and not eager
+        wanted = sweep or plot is not None
+        ranges = sweeps.sweep(config, group.facts, element_type, capturing=capturing) if wanted else []
+    except (ConfigError, TopologyError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    decision = decide(config, group.facts, count, element_type)
+    decision = decide(config, group.facts, count, element_type, capturing=capturing)
     if as_json:
         document: dict[str, Any] = {
             "group": {

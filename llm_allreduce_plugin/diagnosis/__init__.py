@@ -10,15 +10,18 @@ from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
 from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded
 from llm_allreduce_plugin.memory.layouts import DEFAULT_CPU_WORKSPACE_BYTES, DEFAULT_HOST_WORKSPACE_BYTES
+from llm_allreduce_plugin.selection.facts import GroupFacts
 from llm_allreduce_plugin.selection.policy import describe
-from llm_allreduce_plugin.topology import NodeTopology, cpu_facts, group_facts, visible
+from llm_allreduce_plugin.selection.tuning import with_profile
+from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, visible
 
 __all__ = ["Finding", "Verdict", "look", "prove"]
 
 
 def look() -> tuple[list[Finding], NodeTopology]:
     """Everything that can be told without starting processes, and the topology that was found. Takes no GPU memory."""
-    topology = visible(NodeTopology.detect())
+    node = NodeTopology.detect()
+    topology = visible(node)
     gpus = len(topology.gpus)
     setting, config = software.settings()
     ranks = proof.largest_group(gpus) if gpus else 2
@@ -48,16 +51,21 @@ def look() -> tuple[list[Finding], NodeTopology]:
     found += guarded("SGLang", lambda: software.sglang(software.installed("sglang")))
     found.append(setting)
     found += guarded("environment", lambda: software.variables(transport=str(config.transport)))
-    found += guarded("tuning profile", software.tuning_profile)
+    if ranks < 2 or setting.verdict is not Verdict.OK:  # noqa: PLR2004
+        return found, topology
+
+    def group() -> tuple[GroupFacts, NodeIdentity]:
+        if gpus:
+            return group_facts(topology, ranks, config), NodeIdentity.of_gpus(node)
+        return cpu_facts(ranks, config), NodeIdentity.of_cpu()
 
     def runs() -> Finding:
-        facts = group_facts(topology, ranks, config) if gpus else cpu_facts(ranks, config)
-        return Finding(
-            "what runs", Verdict.OK, f"{config.allreduce_strategy} over {ranks} ranks: {describe(config, facts)}"
-        )
+        facts, _ = with_profile(config, *group())
+        sizes = describe(config, facts, capturing=gpus > 0)
+        return Finding("what runs", Verdict.OK, f"{config.allreduce_strategy} over {ranks} ranks: {sizes}")
 
-    if ranks > 1 and setting.verdict is Verdict.OK:
-        found += guarded("what runs", runs)
+    found += guarded("tuning profile", lambda: software.tuning_profile(config, *group()))
+    found += guarded("what runs", runs)
     return found, topology
 
 

@@ -14,6 +14,10 @@ from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import CONFIG_FILE_VARIABLE, AllReduceConfig, load_config
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.errors import ConfigError
+from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.selection.policy import table_of, uses_table
+from llm_allreduce_plugin.selection.tuning import with_profile
+from llm_allreduce_plugin.topology import NodeIdentity
 
 Version = tuple[int, ...]
 
@@ -160,9 +164,18 @@ def settings() -> tuple[Finding, AllReduceConfig]:
     return ok("settings", f"{text}{f' ({source} and environment)' if source else ''}"), config
 
 
-def tuning_profile() -> Finding:
-    """What AUTO's choice rests on here."""
-    return ok("tuning profile", "none: the seed tables decide")
+def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity) -> Finding:
+    """What AUTO's choice rests on for a group of this node."""
+    try:
+        tuned, ignored = with_profile(config, facts, node)
+    except ConfigError as error:
+        return fail("tuning profile", str(error), "correct it: the engine refuses to start with it")
+    source = table_of(config, tuned, capturing=facts.device == "cuda").source if uses_table(config) else "not used"
+    if ignored:
+        return warn("tuning profile", f"{source}; {'; '.join(ignored)}", "measure again: llm-allreduce tune --force")
+    if tuned.tuned is None and uses_table(config):
+        return ok("tuning profile", f"none: {source} (llm-allreduce tune measures this node)")
+    return ok("tuning profile", source)
 
 
 def variables(environment: Mapping[str, str] = os.environ, *, transport: str = "auto") -> list[Finding]:

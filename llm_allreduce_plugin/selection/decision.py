@@ -56,6 +56,11 @@ class Launch:
         return self.chunk_vectors if self.in_band else self.chunk_vectors * self.lanes
 
     @property
+    def readiness(self) -> str:
+        """How a rank knows that what it reads is there, in a word."""
+        return "in band" if self.in_band else "staged" if self.staged else "flagged"
+
+    @property
     def wire_code(self) -> int:
         """``wire_format`` in the C ABI; -1 for none."""
         return -1 if self.wire_format is None else PACKETS[self.wire_format].code
@@ -66,10 +71,9 @@ class Launch:
             words += f" ({self.scatter_lanes} only send"
             words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
         spread = "per peer" if self.in_band else "per block and peer"
-        readiness = "in band" if self.in_band else "staged" if self.staged else "flagged"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{readiness}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{self.readiness}{f', as {self.wire_format}' if self.wire_format else ''}"
             f"{f', ranks in domains {self.domains}' if self.domains else ''}"
         )
 

@@ -12,9 +12,10 @@ from llm_allreduce_plugin.selection.policy import decide
 
 SMALLEST_BYTES = 16
 LARGEST_BYTES = 1 << 30
-_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot", Algorithm.LOW_PRECISION: "compressed"}
+_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}
+_FORMS = {Algorithm.LOW_PRECISION_RING: "ring", Algorithm.LOW_PRECISION_HIERARCHICAL: "hierarchical"}
 # What tells one range from the next: everything but the numbers of a launch.
-_Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, WireFormat | None, bool]
+_Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, bool, WireFormat | None, bool]
 
 
 def size_text(count: int) -> str:
@@ -26,22 +27,30 @@ def size_text(count: int) -> str:
 
 
 def name_of(decision: Decision) -> str:
-    """The strategy, and its kernel where the name does not say it: ``MINLATENCY (one-shot)``."""
-    if decision.launch is None or decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT):
+    """The strategy, and what its name does not say of its kernel: ``MINLATENCY (one-shot)``, ``TWOSHOT (staged)``."""
+    launch = decision.launch
+    if launch is None:
         return str(decision.strategy)
-    if decision.launch.wire_format is not None:
-        return f"{decision.strategy} ({decision.launch.wire_format})"
-    return f"{decision.strategy} ({_WORDS.get(decision.launch.algorithm, decision.launch.algorithm.name.lower())})"
+    named = decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT)
+    words = [
+        None if named else _WORDS.get(launch.algorithm),
+        launch.wire_format,
+        _FORMS.get(launch.algorithm),
+        "staged" if launch.staged else None,
+    ]
+    said = ", ".join(word for word in words if word)
+    return f"{decision.strategy} ({said})" if said else str(decision.strategy)
 
 
 def _kind(decision: Decision) -> _Kind:
     launch = decision.launch
     if launch is None:
-        return decision.strategy, None, False, False, False, None, decision.is_fallback
+        return decision.strategy, None, False, False, False, False, None, decision.is_fallback
     return (
         decision.strategy,
         launch.algorithm,
         launch.in_band,
+        launch.staged,
         launch.scatter_lanes > 0,
         launch.rounds > 1,
         launch.wire_format,
@@ -79,7 +88,7 @@ class SizeRange:
         words = [f"{_span(self.launches, 'lanes')} blocks x {_span(self.launches, 'threads')} threads"]
         if first.scatter_lanes:
             words.append("a task to each block")
-        words.append("in band" if first.in_band else "flagged")
+        words.append(first.readiness)
         if first.rounds > 1:
             words.append(f"{_span(self.launches, 'rounds')} rounds")
         return ", ".join(words)
@@ -101,8 +110,10 @@ def _counts(element_bytes: int) -> list[int]:
     return sorted({size // element_bytes for size in sizes})
 
 
-def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRange]:
+def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str, *, capturing: bool = True) -> list[SizeRange]:
     """The ranges from 16 bytes to 1 GiB per rank, with no gap between them; borders are exact to an element.
+
+    ``capturing``: of calls in CUDA graphs, or of eager ones.
 
     Raises:
         ValueError: no kernel handles ``dtype``, so that there is nothing to tell apart.
@@ -113,7 +124,7 @@ def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRa
         raise ValueError(message)
 
     def decision_of(count: int) -> Decision:
-        return decide(config, facts, count, dtype)
+        return decide(config, facts, count, dtype, capturing=capturing)
 
     points: list[tuple[int, Decision]] = []
     for count in _counts(element):

@@ -12,7 +12,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, ProfileError
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import uses_table
 from llm_allreduce_plugin.selection.profile import Profile, read
 from llm_allreduce_plugin.selection.tables import Tuned
@@ -145,6 +145,18 @@ def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity) -> F
     return Found(None, tuple(ignored))
 
 
+def with_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity) -> tuple[GroupFacts, tuple[str, ...]]:
+    """A group's facts with the profile that its table comes from, if any, and a line for each file that is ignored.
+
+    Raises:
+        ConfigError: ``tuning_profile`` names a file that cannot be used.
+    """
+    if facts.transport is Transport.NONE or not uses_table(config):
+        return facts, ()
+    found = find(config.tuning_profile, facts, node)
+    return dataclasses.replace(facts, tuned=found.tuned), found.ignored
+
+
 def facts_of_this_node(config: AllReduceConfig, facts: GroupFacts, uuids: Sequence[str], visible: str) -> GroupFacts:
     """A group's facts with what this node adds to them: its links, and a profile. Profiles it ignores go to the log.
 
@@ -164,9 +176,7 @@ def facts_of_this_node(config: AllReduceConfig, facts: GroupFacts, uuids: Sequen
         node = NodeIdentity.of_gpus(topology, visible)
     links = topology_class(topology, facts.transport, positions_of(topology, uuids))
     facts = dataclasses.replace(facts, topology_class=links)
-    if not uses_table(config):
-        return facts
-    found = find(config.tuning_profile, facts, node)
-    for line in found.ignored:
+    facts, ignored = with_profile(config, facts, node)
+    for line in ignored:
         logger.warning("%s", line)
-    return dataclasses.replace(facts, tuned=found.tuned)
+    return facts

@@ -35,12 +35,13 @@ def _explained(context: RankContext, strategy: str, settings: dict[str, Any]) ->
 @pytest.mark.parametrize("strategy", ("AUTO", "LOWPRECISION"))
 def test_explain_makes_the_communicators_decisions(gpu_pool: PoolFor, transport: str, strategy: str) -> None:
     """From NVML and the driver alone, launches included: every multiprocessor was counted."""
-    config = AllReduceConfig(allreduce_strategy=strategy, transport=transport)
+    settings = {"transport": transport, "tuning_profile": "none"}
+    config = AllReduceConfig(allreduce_strategy=strategy, **settings)
     topology = NodeTopology.detect()
     assert topology.gpus[0].multiprocessors == torch.cuda.get_device_properties(0).multi_processor_count
     facts = group_facts(topology, 2, config)
     expected = [decide(config, facts, size // 2, "bfloat16") for size in SIZES]
-    for theirs, decisions in gpu_pool(2).run(_explained, strategy, {"transport": transport}):
+    for theirs, decisions in gpu_pool(2).run(_explained, strategy, settings):
         assert theirs == facts
         assert decisions == expected
 
