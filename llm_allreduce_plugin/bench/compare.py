@@ -43,8 +43,8 @@ class Comparison:
     Attributes:
         bytes: payload per rank.
         graph_us: microseconds per call by candidate: median over replays, maximum over ranks, median over rounds.
-        eager_us: the same for calls from the host.
-        graph_noise: how much a round of a candidate differs from its median, relative to that: the median over rounds,
+        eager_us: the same for calls from the host, but the least over rounds.
+        graph_noise: how much a round of a candidate differs from its time, relative to that: the median over rounds,
             the largest of all candidates.
         eager_noise: the same for calls from the host.
         wrong: elements of answers that are wrong, by candidate, over all ranks.
@@ -134,7 +134,8 @@ def compare(
     for call in calls.values():
         for _ in range(effort.warmup):
             call()
-    eager, eager_noise = _in_turns(context, tuple(calls), eager_samples, effort.rounds)
+    # What interrupts a host only ever adds time, and often more than what there is to tell apart.
+    eager, eager_noise = _in_turns(context, tuple(calls), eager_samples, effort.rounds, min)
     if context.device.type != "cuda":
         return Comparison(size, {}, eager, 0.0, eager_noise, wrong)
     captured = {
@@ -162,9 +163,9 @@ def _in_turns(
             mine[name].append(statistics.median(samples(name)))
     everyone = context.gather(mine)
     slowest = {name: [max(times) for times in zip(*(rank[name] for rank in everyone), strict=True)] for name in mine}
-    medians = {name: statistics.median(times) for name, times in slowest.items()}
+    typical = {name: over_rounds(times) for name, times in slowest.items()}
     noise = max(
-        (statistics.median(abs(time / medians[name] - 1) for time in times) for name, times in slowest.items()),
+        (statistics.median(abs(time / typical[name] - 1) for time in times) for name, times in slowest.items()),
         default=0.0,
     )
-    return {name: round(time, 3) for name, time in medians.items()}, round(noise, 4)
+    return {name: round(time, 3) for name, time in typical.items()}, round(noise, 4)

@@ -10,7 +10,8 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import WireFormat
-from tests.gpu.test_low_precision import compare, expected_sum
+from tests.gpu.test_low_precision import compare
+from tests.gpu.test_low_precision import expected as oracle_of
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
@@ -135,7 +136,7 @@ def test_graph_replays_between_eager_calls(world_size: int, algorithm: str) -> N
                 graph.replay()
         torch.cuda.synchronize()
         for group.staged, results in ((True, outputs), (False, flagged)):
-            expected = rank_ordered_sum(fresh) if algorithm == "TWOSHOT" else expected_sum(group, fresh)
+            expected = rank_ordered_sum(fresh) if algorithm == "TWOSHOT" else oracle_of(group, fresh)
             for output in results:
                 assert_same_bits(output, expected, f"turn {turn}, staged {group.staged}, seed {seed}")
         group.staged = turn % 2 == 0

@@ -56,8 +56,8 @@ def test_facts_have_the_layout_of_a_communicator() -> None:
         group = facts(name, 4)
         assert group.lanes == lanes
         assert group.in_band.two_shot * 2 * 4 <= DEFAULT_GPU_WORKSPACE_BYTES
-        assert group.in_band.two_shot > DEFAULT_GPU_WORKSPACE_BYTES // 64
-        assert group.flagged.two_shot == 0
+        assert group.in_band.two_shot > DEFAULT_GPU_WORKSPACE_BYTES // 256
+        assert (group.flagged.two_shot > 0) is (name == "l40s_x8_two_numa"), "for stages"
     host = facts("rtx4090_x8_no_p2p")
     assert (host.transport, host.lanes) == (Transport.HOST, 64)
     assert host.in_band.one_shot > 0

@@ -44,9 +44,8 @@ def pcie(transport: Transport = Transport.SYMMETRIC, **changes: Any) -> GroupFac
     return dataclasses.replace(group, **{"nvlink": False, "domains": NUMA, **changes})
 
 
-@pytest.mark.parametrize("transport", (Transport.SYMMETRIC, Transport.HOST))
-def test_auto_is_hierarchical_over_numa_nodes_without_nvlink(transport: Transport) -> None:
-    decision = low_precision(pcie(transport))
+def test_auto_is_hierarchical_over_numa_nodes_without_nvlink() -> None:
+    decision = low_precision(pcie())
     assert decision.launch is not None
     assert decision.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
     assert decision.launch.domains == NUMA
@@ -153,11 +152,29 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
     assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
 
 
+@pytest.mark.parametrize(
+    ("transport", "settings", "reason"),
+    [
+        (Transport.HOST, {}, "through host memory only two_shot was compared with the exact kernels"),
+        (Transport.SYMMETRIC, {"wire_format": "tq3"}, "tq3 loses too much where partial sums are encoded once more"),
+        (Transport.SYMMETRIC, {"wire_format": "hadamard2"}, "hadamard2 loses too much"),
+    ],
+)
+def test_auto_stays_two_shot_but_hierarchical_can_be_asked_for(
+    transport: Transport, settings: dict[str, Any], reason: str
+) -> None:
+    group = pcie(transport)
+    assert f"two_shot rather than hierarchical: {reason}" in low_precision(group, **settings).reason
+    asked = low_precision(group, algorithm="hierarchical", **settings)
+    assert asked.launch is not None
+    assert asked.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+
+
 def test_recorded_topologies() -> None:
     """What `llm-allreduce topo` says without GPUs."""
     for name, algorithm, domains in (
         ("l40s_x8_two_numa", A.HIERARCHICAL, NUMA),
-        ("rtx4090_x8_no_p2p", A.HIERARCHICAL, NUMA),
+        ("rtx4090_x8_no_p2p", A.TWO_SHOT, NUMA),
         ("h100_x8_nvswitch", A.TWO_SHOT, NUMA),
         ("h200_x4_nvswitch", A.TWO_SHOT, ()),
     ):
