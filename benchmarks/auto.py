@@ -4,10 +4,11 @@
     python benchmarks/auto.py --gpus 4 --transport host --out benchmarks/h200/auto_host_tp4.json
 
 Every answer is verified before it is timed. Candidates are timed in turns, forwards and backwards: microseconds per
-call, median of a round, maximum over ranks, median over rounds (eager: the least). ``ratio`` is AUTO's time over the fastest one's. AUTO
-runs the very call of one of the others, so that a ratio above 1 is either a wrong choice or noise: ``chosen_ratio`` is
-the time of the strategy that AUTO chose, measured under its own name, over the fastest. Sizes above ``--limit`` are
-measured again with three times the rounds; both measurements are in the record (``again``), and the second one counts.
+call, median of a round, maximum over ranks, median over rounds (of eager calls the least). ``ratio`` is AUTO's time
+over the fastest one's. AUTO runs the very call of one of the others, so that a ratio above 1 is either a wrong choice
+or noise: ``chosen_ratio`` is the time of the strategy that AUTO chose, measured under its own name, over the fastest.
+Sizes above ``--limit`` are measured again with three times the rounds; both measurements are in the record
+(``again``), and the second one counts.
 
 NCCL through host memory needs ``NCCL_P2P_DISABLE=1``; without, it is left out there.
 """

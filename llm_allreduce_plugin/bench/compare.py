@@ -154,7 +154,11 @@ def compare(
 
 
 def _in_turns(
-    context: RankContext, names: tuple[str, ...], samples: Callable[[str], list[float]], rounds: int
+    context: RankContext,
+    names: tuple[str, ...],
+    samples: Callable[[str], list[float]],
+    rounds: int,
+    over_rounds: Callable[[list[float]], float] = statistics.median,
 ) -> tuple[dict[str, float], float]:
     """Every candidate's time and the noise. Every other round goes backwards, so that no candidate is always first."""
     mine: dict[str, list[float]] = {name: [] for name in names}
