@@ -3,9 +3,9 @@
     python benchmarks/soak_one_gpu.py --ranks 4 --seconds 600 --out benchmarks/h200/soak_one_gpu.json
 
 Every rank has a workspace and a stream of its own. Every step draws an algorithm, a kind of launch (as usual, in many
-rounds, with lanes that have one task each, waiting for flags, through host memory, inputs read in place), a dtype and a
-size, and either calls it eagerly, captures a new graph on every rank, or replays one of those kept. The expected bits
-are those of the rank-ordered fp32 sum, of LOWPRECISION those of its oracle in torch.
+rounds, with lanes that have one task each, waiting for flags, in stages, as a ring, over domains, through host memory,
+inputs read in place), a dtype and a size, and either calls it eagerly, captures a new graph on every rank, or replays
+one of those kept. The expected bits are those of the rank-ordered fp32 sum, of LOWPRECISION those of its oracle.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, wrong_elements
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.monitor import failure_of
+from llm_allreduce_plugin.strategies.staging import FEWEST_RANKS
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import expected_sum
 
@@ -43,8 +44,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "tq3": {"in_band": False, "workspace_mib": 4, "wire_format": WireFormat.TQ3},
     "hadamard2, host": {"host": True, "workspace_mib": 4, "wire_format": WireFormat.HADAMARD2},
     "ring": {"in_band": False, "workspace_mib": 4, "algorithm": "ring"},
+    "staged": {"in_band": False, "workspace_mib": 4, "staged": True, "lanes": 2},
+    "tq3, staged": {"in_band": False, "workspace_mib": 4, "staged": True, "lanes": 2, "wire_format": WireFormat.TQ3},
+    "hierarchical": {"in_band": False, "workspace_mib": 4, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)},
+    "hierarchical, host": {"host": True, "workspace_mib": 4, "algorithm": "hierarchical", "domains": (1, 0, 1, 0)},
     "tq3 ring, host": {"host": True, "workspace_mib": 4, "wire_format": WireFormat.TQ3, "algorithm": "ring"},
 }
+
+
+def _serves(kind: dict[str, Any], ranks: int) -> bool:
+    """Domains are those of 4 ranks, and stages are for 3 and more."""
+    return ranks == len(kind.get("domains", range(ranks))) and (ranks >= FEWEST_RANKS or "staged" not in kind)
+
+
 PULLS = ("in band", "in band, rounds")
 COMPRESSES = tuple(name for name in KINDS if name not in PULLS)
 
@@ -68,7 +80,9 @@ class Soak:
         self.largest = largest
         self.counts: Counter[str] = Counter()
         self.kept: list[Kept] = []
-        self.groups = {name: LocalGroup(ranks, lanes=6, **kind) for name, kind in KINDS.items()}
+        self.groups = {
+            name: LocalGroup(ranks, **{"lanes": 6, **kind}) for name, kind in KINDS.items() if _serves(kind, ranks)
+        }
         self.device = torch.device("cuda", torch.cuda.current_device())
 
     def failures(self) -> list[str]:

@@ -24,6 +24,8 @@ def _output(*command: str) -> str:
 def _command() -> str:
     """As it would be typed anywhere: without the place of an installed script."""
     program = Path(sys.argv[0])
+    if program.name == "__main__.py":  # python -m
+        return shlex.join(["llm-allreduce", *sys.argv[1:]])
     if program.suffix != ".py":
         return shlex.join([program.name, *sys.argv[1:]])
     return shlex.join(["python", *sys.argv])

@@ -72,6 +72,7 @@ def _serve(rank: int, world_size: int, device_type: str, store: str, pipe: Conne
         except EOFError:
             return
         if job is None:
+            dist.destroy_process_group()
             return
         function, arguments = job
         try:

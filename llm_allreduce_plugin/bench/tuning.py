@@ -27,6 +27,15 @@ CLOSE_ENOUGH = 1.2
 ALIGNMENT = 64  # bytes: sizes that are tried between powers of two are multiples
 
 
+# How much longer than in a graph an eager call takes where its time is the host's and says nothing of the kernels.
+HOST_BOUND = 1.5
+
+
+def _is_host_bound(row: Comparison) -> bool:
+    """Then what is fastest on the GPU is fastest, as far as anybody can tell."""
+    return bool(row.graph_us) and min(row.eager_us.values()) > HOST_BOUND * min(row.graph_us.values())
+
+
 class WrongAnswerError(AllReduceError, RuntimeError):
     """A strategy gave a wrong answer on this node: nothing may be decided by time then."""
 
@@ -131,7 +140,7 @@ class GroupTuner:
         rows = [self._found[size] for size in sorted(self._found)]
         points = [
             Point(row.bytes, row.graph_us, row.graph_noise)
-            if kind == "graph"
+            if kind == "graph" or _is_host_bound(row)
             else Point(row.bytes, row.eager_us, row.eager_noise)
             for row in rows
         ]
