@@ -98,6 +98,8 @@ def test_a_killed_rank_leaves_no_shared_memory_and_no_process() -> None:
         pool.kill()
     assert answer[0] != "ok"
     assert "rank 0 waited 3 s for rank 1 in ONESHOT/gather" in str(answer[1]), answer
+    for process in pool.processes:
+        process.join(20)
     assert not any(process.is_alive() for process in pool.processes)
     left = {name for name in set(os.listdir("/dev/shm")) - before if not name.startswith("cuda.shm")}
     assert left == set(), left
