@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from llm_allreduce_plugin.breakeven.model import CodecSpeed
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.cli.options import parse_bytes
 from llm_allreduce_plugin.config import WireFormat
@@ -15,7 +17,37 @@ from llm_allreduce_plugin.config import WireFormat
 EPILOG = options.epilog(
     "llm-allreduce breakeven --bytes 16M --tp 8",
     "llm-allreduce breakeven --cpu --json codecs.json --plot codecs.png",
+    "llm-allreduce breakeven --from benchmarks/h200/breakeven.json --tp 8",
 )
+
+
+def _measured(payload: int, *, cpu: bool) -> tuple[dict[WireFormat, CodecSpeed], str]:
+    """The speed of every codec here, and where that is."""
+    import torch
+
+    from llm_allreduce_plugin.breakeven.measure import codec_speed
+
+    on_gpu = torch.cuda.is_available() and not cpu
+    device = torch.device("cuda" if on_gpu else "cpu")
+    where = torch.cuda.get_device_name(0) if on_gpu else "the CPU, which says nothing about a GPU"
+    return {wire: codec_speed(wire, payload, device) for wire in WireFormat}, where
+
+
+def _recorded(path: Path) -> tuple[dict[WireFormat, CodecSpeed], str]:
+    """What ``--json`` wrote.
+
+    Raises:
+        typer.BadParameter: it cannot be read, or is something else.
+    """
+    try:
+        record = json.loads(path.read_text())
+        rows = {WireFormat(row["wire_format"]): CodecSpeed(row["encode"], row["decode"]) for row in record["rows"]}
+        return rows, str(record["where"])
+    except OSError as error:
+        message = f"--from {path}: cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError):
+        message = f"--from {path}: is no record of `llm-allreduce breakeven --json`"
+    raise typer.BadParameter(message)
 
 
 def breakeven(
@@ -23,6 +55,10 @@ def breakeven(
     size: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Message, in bytes per rank.")] = "64M",
     ranks: Annotated[int, typer.Option("--tp", "--ranks", min=2, max=8, help="Number of ranks.")] = 4,
     cpu: Annotated[bool, typer.Option("--cpu", help="The CPU's codecs, even where there is a GPU.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Codec speeds that --json wrote, instead of measuring."),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw it (png, svg, pdf).")] = None,
 ) -> None:
@@ -31,17 +67,11 @@ def breakeven(
     Times this device's encoding and decoding, and works out the rest: what is sent, divided by the bandwidth, and
     nothing overlapped. Of small messages, whose time is latency, it says nothing; `bench` measures those.
     """
-    import torch
-
     from llm_allreduce_plugin.breakeven import model
-    from llm_allreduce_plugin.breakeven.measure import codec_speed
     from llm_allreduce_plugin.breakeven.plot import draw
 
     payload = parse_bytes(size)
-    on_gpu = torch.cuda.is_available() and not cpu
-    device = torch.device("cuda" if on_gpu else "cpu")
-    where = torch.cuda.get_device_name(0) if on_gpu else "the CPU, which says nothing about a GPU"
-    speeds = {wire: codec_speed(wire, payload, device) for wire in WireFormat}
+    speeds, where = _measured(payload, cpu=cpu) if source is None else _recorded(source)
     typer.echo(f"# codecs measured on {where}; {ranks} ranks")
     for wire, speed in speeds.items():
         typer.echo(f"# {wire}: encodes {speed.encode:.4g} GB/s of bf16, decodes {speed.decode:.4g} GB/s")

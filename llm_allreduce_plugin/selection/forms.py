@@ -98,7 +98,8 @@ def form_of(facts: GroupFacts) -> Form:
     elif facts.nvlink:
         obstacle = "NVLink joins all GPUs, as far as is known"
     elif facts.low_precision.wire_format is not WireFormat.FP8:
-        # 8 ranks, normal data, relative error: TQ3 0.94 as a two-shot, 1.2 hierarchical; HADAMARD2 0.44 and 0.51.
+        # 8 ranks, normal data, relative error (benchmarks/form_errors.json): TQ3 0.94 as a two-shot, 1.20 hierarchical;
+        # HADAMARD2 0.43 and 0.51.
         obstacle = f"{facts.low_precision.wire_format} loses too much where partial sums are encoded once more"
     if obstacle is not None:
         return Form(LowPrecisionAlgorithm.TWO_SHOT, f"two_shot rather than hierarchical: {obstacle}")

@@ -48,3 +48,18 @@ def test_the_command(tmp_path: Path) -> None:
     assert all(row["encode"] > 0 and row["decode"] > 0 and row["pays_below"] > 0 for row in rows)
     assert picture.stat().st_size > 0
     assert RUNNER.invoke(app, ["breakeven", "--bytes", "many"]).exit_code == 2
+
+
+def test_recorded_speeds(tmp_path: Path) -> None:
+    """With them no device is needed, and the answer is the recorded device's."""
+    rows = [{"wire_format": str(wire), "encode": 1000.0, "decode": 1000.0, "pays_below": 0.0} for wire in WireFormat]
+    record = tmp_path / "b.json"
+    record.write_text(json.dumps({"where": "a test", "rows": rows}))
+    result = RUNNER.invoke(app, ["breakeven", "--from", str(record), "--tp", "4"])
+    assert result.exit_code == 0, result.output
+    assert "# codecs measured on a test; 4 ranks" in result.output
+    expected = break_even(4, WireFormat.TQ3, CodecSpeed(1000.0, 1000.0))
+    assert result.output.splitlines()[-1].split()[-2] == f"{expected:.0f}"
+    record.write_text("{}")
+    assert RUNNER.invoke(app, ["breakeven", "--from", str(record)]).exit_code == 2
+    assert RUNNER.invoke(app, ["breakeven", "--from", str(tmp_path / "none")]).exit_code == 2
