@@ -31,7 +31,7 @@ from llm_allreduce_plugin.bench.harness import (
     wrong_elements,
 )
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.memory.host import HostMemory
 from llm_allreduce_plugin.memory.layouts import DEFAULT_HOST_WORKSPACE_BYTES, host_layout

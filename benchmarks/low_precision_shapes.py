@@ -22,7 +22,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import MOST_ERROR, call_of, make_case, relative_error, time_graph
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.memory.layouts import DEFAULT_GPU_WORKSPACE_BYTES
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory

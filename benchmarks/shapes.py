@@ -21,7 +21,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import call_of, make_case, time_graph, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16

@@ -6,13 +6,14 @@ import dataclasses
 import logging
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement, metrics
+from llm_allreduce_plugin.calls import Call, by_capture, kernel_call, plan_of, raise_failure_of, torch_all_reduce
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -27,71 +28,15 @@ from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe, table_of, uses_table
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
-from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
 from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
-
-
-# torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
-# compiler; the public way where it is gone.
-_current_raw_stream: Callable[[int], int] = getattr(
-    torch._C,  # noqa: SLF001
-    "_cuda_getCurrentRawStream",
-    lambda index: torch.cuda.current_stream(index).cuda_stream,
-)
-
-
-def _no_stream(_index: int | None) -> int:
-    return 0
-
-
-def _empty_strided_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
-
-
-# What torch's compiler allocates with, past the dispatcher: allocating is most of an eager call's own time. On the
-# current device. The public way where it is gone.
-_empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] = getattr(
-    getattr(torch._C._dynamo, "guards", None),  # noqa: SLF001
-    "_empty_strided_cuda",
-    _empty_strided_like,
-)
-
 
 def dtype_name(dtype: torch.dtype) -> str:
     """As the policy spells it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _torch_all_reduce(group: dist.ProcessGroup) -> Callable[[torch.Tensor], torch.Tensor]:
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        output = input_.clone(memory_format=torch.contiguous_format)
-        if dist.get_world_size(group) > 1:
-            dist.all_reduce(output, group=group)
-        return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)
-
-    return run
-
-
-def _by_capture(
-    captured: Callable[[torch.Tensor], torch.Tensor], eager: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Two calls with the same bits: one for CUDA graphs, one for eager calls. Ranks capture alike."""
-    capturing = torch.cuda.is_current_stream_capturing
-
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        return captured(input_) if capturing() else eager(input_)
-
-    return run
-
-
-def _raise_failure_of(workspace: _C.Workspace) -> None:
-    if (failure := failure_of(workspace)) is not None:
-        raise failure
 
 
 class TensorParallelCommunicator:
@@ -120,7 +65,7 @@ class TensorParallelCommunicator:
         config: AllReduceConfig | None = None,
         *,
         control_group: dist.ProcessGroup | None = None,
-        fallback: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        fallback: Call | None = None,
     ) -> None:
         if config is None:
             from llm_allreduce_plugin.config import load_config
@@ -135,13 +80,13 @@ class TensorParallelCommunicator:
         self._group = group
         # No bound methods of this object here or in the plans: without a cycle, an abandoned communicator ends where it
         # is dropped, and not wherever garbage happens to be collected.
-        self._fallback = fallback or _torch_all_reduce(group)
+        self._fallback = fallback or torch_all_reduce(group)
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
-        self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]] = {}
+        self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Call]] = {}
         self._tally = Tally()
         self._peer_visible: list[PeerVisibleBuffer] = []
-        self._pulls: dict[tuple[int, int, torch.dtype], Callable[[torch.Tensor], torch.Tensor] | None] = {}
+        self._pulls: dict[tuple[int, int, torch.dtype], Call | None] = {}
         self._logged: set[str] = set()
         self._closed = False
 
@@ -227,7 +172,7 @@ class TensorParallelCommunicator:
         captured = self._captures if capturing is None else capturing
         return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype), capturing=captured)
 
-    def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make with messages of this size: what tuning compares.
 
         Collective, like the calls themselves. Strategies share this communicator's workspace.
@@ -273,7 +218,7 @@ class TensorParallelCommunicator:
             PeerTimeoutError: a wait has expired.
         """
         if self._workspace is not None:
-            _raise_failure_of(self._workspace)
+            raise_failure_of(self._workspace)
 
     def close(self) -> None:
         """Let go of the workspace. Idempotent. Calls in flight are waited for."""
@@ -429,7 +374,7 @@ class TensorParallelCommunicator:
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, count: int, dtype: torch.dtype) -> tuple[Decision, Callable[[torch.Tensor], torch.Tensor]]:
+    def _plan(self, count: int, dtype: torch.dtype) -> tuple[Decision, Call]:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
@@ -442,12 +387,12 @@ class TensorParallelCommunicator:
         if is_ours and self._captures:
             eager = decide(self.config, self.facts, count, dtype_name(dtype), capturing=False)
             if eager.launch != decision.launch:
-                run = _by_capture(run, self._kernel_call(eager, count, dtype))
+                run = by_capture(run, self._kernel_call(eager, count, dtype))
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry
 
-    def _engine_call(self, decision: Decision) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _engine_call(self, decision: Decision) -> Call:
         """A function that runs what no kernel here can."""
         capturing = torch.cuda.is_current_stream_capturing if self.device.type == "cuda" else bool
         call = CountedCall(self._fallback, capturing)
@@ -460,7 +405,7 @@ class TensorParallelCommunicator:
             self._logged.add(line)
             logger.warning("%s", line)
 
-    def _pull(self, input_: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    def _pull(self, input_: torch.Tensor) -> Call | None:
         """The call that reads this input in place; None when it must be sent, or is small enough to be sent faster."""
         found = next((i for i, buffer in enumerate(self._peer_visible) if buffer.holds(input_)), None)
         if found is None:
@@ -477,39 +422,11 @@ class TensorParallelCommunicator:
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
+    ) -> Call:
         """A function that launches this decision, with all that does not change bound."""
         launch, workspace = decision.launch, self._workspace
         assert workspace is not None
         assert launch is not None
-        name = str(decision.strategy)
-        plan = _C.Plan(
-            workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
-            launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-            launch.wire_code, launch.domains, launch.staged,
-        )  # fmt: skip
+        plan = plan_of(workspace, launch, count, dtype, peer_distances)
         self._tally.add(decision, plan)
-        index = self.device.index
-        must_be_aligned = launch.scatter_lanes > 0
-        on_gpu = self.device.type == "cuda"
-        current_stream = _current_raw_stream if on_gpu else _no_stream
-
-        def run(input_: torch.Tensor) -> torch.Tensor:
-            # Kernels see the elements in logical order, so that ranks agree whatever their strides.
-            source = input_.contiguous()
-            if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
-                source = source.clone()
-            if on_gpu:
-                output = _empty_strided(tuple(source.shape), source.stride(), source.dtype)
-                if output.get_device() != index:  # the caller's current device is another
-                    output = torch.empty_like(source)
-            else:
-                output = torch.empty_like(source)
-            status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
-            if status != 0:
-                _raise_failure_of(workspace)
-                message = f"{name}: {_C.error_string(status)}"
-                raise RuntimeError(message)
-            return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
-
-        return run
+        return kernel_call(plan, launch, workspace, self.device, str(decision.strategy))

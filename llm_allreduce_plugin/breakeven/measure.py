@@ -10,8 +10,8 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.breakeven.model import GIGA, CodecSpeed
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 
 REPEATS = 9

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum

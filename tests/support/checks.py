@@ -10,8 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import TensorParallelCommunicator
-from llm_allreduce_plugin import communicator as communicator_module
+from llm_allreduce_plugin import TensorParallelCommunicator, calls
 from llm_allreduce_plugin.bench.ranks import RankContext
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 
@@ -29,7 +28,7 @@ def communicator(context: RankContext, strategy: str, **settings: Any) -> Iterat
 def poisoned_outputs() -> Iterator[None]:
     """Every output is filled with garbage first, so unwritten elements cannot pass by luck."""
     empty_like = torch.empty_like
-    empty_strided = communicator_module._empty_strided
+    empty_strided = calls._empty_strided
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         return (
@@ -38,7 +37,7 @@ def poisoned_outputs() -> Iterator[None]:
 
     with (
         mock.patch.object(torch, "empty_like", poisoned),
-        mock.patch.object(communicator_module, "_empty_strided", lambda *args: poison(empty_strided(*args))),
+        mock.patch.object(calls, "_empty_strided", lambda *args: poison(empty_strided(*args))),
     ):
         yield
 

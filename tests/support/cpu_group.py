@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.reference import poison

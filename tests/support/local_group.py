@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.communicator import DTYPE_CODES
+from llm_allreduce_plugin.calls import plan_of
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
 from llm_allreduce_plugin.memory.layouts import STAGED_IN_BAND_SHARE, host_layout
 from llm_allreduce_plugin.memory.symmetric import initialize
@@ -138,11 +138,7 @@ class LocalGroup:
         self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor, peer_distances: list[int]
     ) -> None:
         launch = self.launch_of(algorithm, message_of(input_))
-        plan = _C.Plan(
-            self.workspaces[rank], int(launch.algorithm), input_.numel(), DTYPE_CODES[input_.dtype],
-            launch.lanes, launch.threads, launch.chunk_vectors, launch.in_band, launch.scatter_lanes,
-            launch.drain_lanes, peer_distances, launch.wire_code, launch.domains, launch.staged,
-        )  # fmt: skip
+        plan = plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
         assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:

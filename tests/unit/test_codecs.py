@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.codecs import CODECS, Codec
-from llm_allreduce_plugin.communicator import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
 
 DTYPES = tuple(DTYPE_CODES)
