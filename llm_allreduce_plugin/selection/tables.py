@@ -96,6 +96,7 @@ def between(anchors: Mapping[int, int], world_size: int) -> int:
 
 
 _MEASURED = "measured on H200"
+_MEASURED_FLAGGED = "measured on H200 with kernels that wait for flags"
 _BETWEEN = "an estimate between 2 and 4 ranks"
 _BEYOND = "an estimate beyond 4 ranks"
 _ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot sends more at 350 GB/s"
@@ -132,9 +133,9 @@ LINK_SCALE = {
 # Kernels that wait for flags: CPU ranks, and GPUs with in_band off. 2 and 4 ranks measured on H200
 # (benchmarks/h200/latency_tp{2,4}.json), the others estimated.
 FLAGGED = {
-    2: _changeover(2 * MIB, _MEASURED),
+    2: _changeover(2 * MIB, _MEASURED_FLAGGED),
     3: _changeover(1 * MIB, _BETWEEN),
-    4: _changeover(512 * KIB, _MEASURED),
+    4: _changeover(512 * KIB, _MEASURED_FLAGGED),
     5: _changeover(320 * KIB, _BEYOND),
     6: _changeover(224 * KIB, _BEYOND),
     7: _changeover(160 * KIB, _BEYOND),
