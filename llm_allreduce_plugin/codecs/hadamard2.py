@@ -52,7 +52,8 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     blocks = blocks_of(values)
     bad = ~blocks.isfinite().all(1, keepdim=True)
     rotated = _rotate(torch.where(bad, 0.0, blocks).clamp(-LARGEST_INPUT, LARGEST_INPUT))
-    scale = (_sum(rotated * rotated) * (1.0 / BLOCK_VALUES)).sqrt()
+    # Torch's root of fp32 may be one unit off the kernels', which is rounded to nearest; that of fp64 is near enough.
+    scale = (_sum(rotated * rotated) * (1.0 / BLOCK_VALUES)).double().sqrt().float()
     large = torch.zeros_like(rotated, dtype=torch.bool)
     for _ in range(2):
         large = rotated.abs() > scale * APART

@@ -183,3 +183,20 @@ def test_bad_calls(change: dict[str, int]) -> None:
         _C.encode(**call)
     with pytest.raises(RuntimeError, match="invalid argument"):
         _C.decode(**call)
+
+
+# A sum whose root mean square lies so near the middle of two floats that torch's root of fp32 takes the other one, and
+# so near the border of two levels that this changes the block.
+BETWEEN_TWO_LEVELS = """
+    -0x1.2ec0f8p+6 -0x1.5c5a58p+2 -0x1.dfb098p+0 -0x1.b5b3dcp+4 0x1.428fc6p+4 0x1.0f8cbcp+4
+    0x1.4f858ap+6 -0x1.c8b7aap+5 -0x1.642200p+4 0x1.d96cbcp+3 0x1.2139f6p+3 0x1.31af58p+6
+    -0x1.4410e0p+5 -0x1.1fe570p+4 -0x1.1f3e2cp+5 0x1.ad2276p+1 -0x1.64af60p-1 0x1.8dc6bep+2
+    -0x1.1fe746p+3 0x1.4380dcp+5 -0x1.3215acp+4 0x1.a5a53ep+5 -0x1.b7619ep+4 -0x1.1f4f42p+4
+    0x1.91ff74p+5 -0x1.e5bee4p+4 -0x1.7719a0p+4 -0x1.0f662cp+3 -0x1.1757f4p+5 0x1.10e07cp+2
+    -0x1.6a2122p+6 0x1.599ff6p+4
+"""
+
+
+def test_the_root_is_rounded_to_nearest() -> None:
+    values = torch.tensor([float.fromhex(word) for word in BETWEEN_TWO_LEVELS.split()])
+    assert_same(CODECS[WireFormat.HADAMARD2], values)
