@@ -13,6 +13,20 @@ class ConfigError(AllReduceError, ValueError):
     """A setting is wrong. The text names the source, the field, the value and what is allowed."""
 
 
+class UnreadableFileError(AllReduceError, ValueError):
+    """A file cannot be read as what it should be. The text names the file and the reason.
+
+    Attributes:
+        path: of the file.
+        reason: what is wrong with it, to follow its name: ``"is not a regular file"``.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.path = path
+        self.reason = reason
+        super().__init__(f"{path} {reason}")
+
+
 class TopologyError(AllReduceError, ValueError):
     """A topology file cannot be read or makes no sense. The text names the file and the field."""
 
