@@ -71,6 +71,6 @@ def test_a_link_in_the_place_of_the_file_is_replaced_not_followed(tmp_path: Path
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.json").mkdir()  # which no file can replace
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError):
         replace_text(tmp_path / "a.json", "x")
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
