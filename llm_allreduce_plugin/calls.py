@@ -54,16 +54,6 @@ def torch_all_reduce(group: dist.ProcessGroup) -> Call:
     return run
 
 
-def by_capture(captured: Call, eager: Call) -> Call:
-    """Two calls with the same bits: one for CUDA graphs, one for eager calls. Ranks capture alike."""
-    capturing = torch.cuda.is_current_stream_capturing
-
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        return captured(input_) if capturing() else eager(input_)
-
-    return run
-
-
 def raise_failure_of(workspace: _C.Workspace) -> None:
     """Raise what an expired wait left on record.
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C, agreement, metrics
-from llm_allreduce_plugin.calls import Call, by_capture, kernel_call, plan_of, raise_failure_of, torch_all_reduce
+from llm_allreduce_plugin.calls import Call, kernel_call, plan_of, raise_failure_of, torch_all_reduce
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -95,10 +95,7 @@ class TensorParallelCommunicator:
         agreement.check(cards)
         config.check_world_size(self.world_size)
         self.facts = self._with_table(self._open_workspace(cards, control_group), cards, control_group)
-        self._captures = self.device.type == "cuda"
-        self._sizes = describe(config, self.facts, capturing=self._captures)
-        if (eager := describe(config, self.facts, capturing=False)) != self._sizes:
-            self._sizes += f" (eager calls: {eager})"
+        self._sizes = describe(config, self.facts)
         if self.rank == 0:
             self._log_start()
         self._monitor: Monitor | None = None
@@ -164,13 +161,9 @@ class TensorParallelCommunicator:
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype, *, capturing: bool | None = None) -> Decision:
-        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
-
-        ``capturing``: while a CUDA graph is captured (the default on GPUs), else in an eager call.
-        """
-        captured = self._captures if capturing is None else capturing
-        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype), capturing=captured)
+    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
+        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
+        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype))
 
     def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make with messages of this size: what tuning compares.
@@ -366,7 +359,7 @@ class TensorParallelCommunicator:
         ):
             logger.warning("staged is on, but nothing is staged: %s", why)
         if uses_table(self.config):
-            logger.info("these sizes come from %s", table_of(self.config, self.facts, capturing=self._captures).source)
+            logger.info("these sizes come from %s", table_of(self.config, self.facts).source)
         # Says at once what asking for a strategy without a kernel leads to.
         decision = decide(self.config, self.facts, 1, "bfloat16")
         if decision.is_fallback:
@@ -378,16 +371,12 @@ class TensorParallelCommunicator:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
-        decision = decide(self.config, self.facts, count, dtype_name(dtype), capturing=self._captures)
+        decision = decide(self.config, self.facts, count, dtype_name(dtype))
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
         run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
-        if is_ours and self._captures:
-            eager = decide(self.config, self.facts, count, dtype_name(dtype), capturing=False)
-            if eager.launch != decision.launch:
-                run = by_capture(run, self._kernel_call(eager, count, dtype))
         entry = (decision, run)
         self._plans[(count, dtype)] = entry
         return entry

@@ -42,13 +42,11 @@ class Message:
         count: elements per rank.
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
-        capturing: the call goes into a CUDA graph; eager calls may be fastest with another strategy.
     """
 
     count: int
     dtype: str
     element_bytes: int
-    capturing: bool = True
 
     @property
     def payload_bytes(self) -> int:
