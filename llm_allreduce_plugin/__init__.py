@@ -12,6 +12,8 @@ from llm_allreduce_plugin.errors import (
     PeerTimeoutError,
     ProfileError,
     RankMismatchError,
+    StartError,
+    StartTimeoutError,
     TopologyError,
     TransportError,
 )
@@ -32,6 +34,8 @@ __all__ = [
     "PeerTimeoutError",
     "ProfileError",
     "RankMismatchError",
+    "StartError",
+    "StartTimeoutError",
     "TensorParallelCommunicator",
     "TopologyError",
     "TransportError",
