@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.failures import breakage_of, error_of_status
 from llm_allreduce_plugin.monitor import failure_of
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
@@ -65,11 +66,15 @@ def by_capture(captured: Call, eager: Call) -> Call:
 
 
 def raise_failure_of(workspace: _C.Workspace) -> None:
-    """Raise what an expired wait left on record.
+    """Raise what has broken the group, if anything has.
 
     Raises:
         PeerTimeoutError: a wait has expired.
+        RankMismatchError: a peer makes other calls.
+        GroupBrokenError: for another reason.
     """
+    if (breakage := breakage_of(workspace)) is not None:
+        raise breakage
     if (failure := failure_of(workspace)) is not None:
         raise failure
 
@@ -108,9 +113,9 @@ def kernel_call(plan: _C.Plan, launch: Launch, workspace: _C.Workspace, device: 
             output = torch.empty_like(source)
         status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
         if status != 0:
-            raise_failure_of(workspace)
-            message = f"{name}: {_C.error_string(status)}"
-            raise RuntimeError(message)
+            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
+                raise_failure_of(workspace)
+            raise error_of_status(status, name)
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run

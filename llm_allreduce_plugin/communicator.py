@@ -250,6 +250,7 @@ class TensorParallelCommunicator:
             device=self.device.type,
             transport=Transport.NONE,
             architecture=cards[0].architecture,
+            multiprocessors=min(card.multiprocessors for card in cards) or None,
             nodes=nodes,
             staged=self.config.staged,
             low_precision=self.config.low_precision,

@@ -12,19 +12,10 @@ from typing import Any
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.errors import PeerTimeoutError
+from llm_allreduce_plugin.failures import ALGORITHMS, PHASES
 from llm_allreduce_plugin.metrics import RankCounters
 
 logger = logging.getLogger(__name__)
-
-_ALGORITHMS = {
-    _C.ONE_SHOT: "ONESHOT",
-    _C.TWO_SHOT: "TWOSHOT",
-    _C.TWO_SHOT_PULL: "TWOSHOT",
-    _C.LOW_PRECISION: "LOWPRECISION",
-    _C.LOW_PRECISION_RING: "LOWPRECISION",
-    _C.LOW_PRECISION_HIERARCHICAL: "LOWPRECISION",
-}
-_PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
 def failure_of(workspace: _C.Workspace) -> PeerTimeoutError | None:
@@ -33,7 +24,7 @@ def failure_of(workspace: _C.Workspace) -> PeerTimeoutError | None:
     if record is None:
         return None
     rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
-    return PeerTimeoutError(rank, peer, _ALGORITHMS[algorithm], _PHASES[phase], waited_s)
+    return PeerTimeoutError(rank, peer, ALGORITHMS[algorithm], PHASES[phase], waited_s)
 
 
 def write_report(folder: Path, rank: int, report: dict[str, Any]) -> None:
