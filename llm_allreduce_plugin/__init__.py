@@ -9,6 +9,7 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LlmA
 from llm_allreduce_plugin.errors import (
     AllReduceError,
     ConfigError,
+    GroupBrokenError,
     PeerTimeoutError,
     ProfileError,
     RankMismatchError,
@@ -29,6 +30,7 @@ __all__ = [
     "AllReduceStrategy",
     "ConfigError",
     "Decision",
+    "GroupBrokenError",
     "LlmArgs",
     "NodeTopology",
     "PeerTimeoutError",

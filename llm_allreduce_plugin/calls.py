@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.failures import error_of_status
 from llm_allreduce_plugin.health import Health
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
@@ -88,9 +89,9 @@ def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.dev
             output = torch.empty_like(source)
         status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
         if status != 0:
-            health.raise_error()
-            message = f"{name}: {_C.error_string(status)}"
-            raise RuntimeError(message)
+            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
+                health.raise_error()
+            raise error_of_status(status, name)
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run

@@ -45,6 +45,10 @@ class RankMismatchError(AllReduceError, RuntimeError):
     """Ranks started with different settings or capabilities. The text names the field and each rank's value."""
 
 
+class GroupBrokenError(AllReduceError, RuntimeError):
+    """A group cannot be used again although no wait has expired. The text says why."""
+
+
 class TransportError(AllReduceError, RuntimeError):
     """Ranks cannot reach each other's memory; the text says why. The communicator then falls back to NCCL."""
 

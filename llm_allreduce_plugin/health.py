@@ -7,6 +7,7 @@ import time
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.board import Board, Row, State
 from llm_allreduce_plugin.errors import AllReduceError
+from llm_allreduce_plugin.failures import breakage_of
 from llm_allreduce_plugin.monitor import failure_of
 
 
@@ -30,13 +31,15 @@ class Health:
 
     def error(self) -> AllReduceError | None:
         """What has broken the group, or None. Cheap, and safe after the CUDA context has broken."""
-        return failure_of(self._workspace, self._board)
+        return breakage_of(self._workspace) or failure_of(self._workspace, self._board)
 
     def raise_error(self) -> None:
         """Raise what has broken the group, if anything has.
 
         Raises:
             PeerTimeoutError: a wait has expired.
+            RankMismatchError: a peer makes other calls.
+            GroupBrokenError: for another reason.
         """
         if (error := self.error()) is not None:
             self.told = True

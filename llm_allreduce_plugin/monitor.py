@@ -14,19 +14,10 @@ from typing import Any
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.board import Board, Row, State
 from llm_allreduce_plugin.errors import PeerTimeoutError
+from llm_allreduce_plugin.failures import ALGORITHMS, PHASES, breakage_of
 from llm_allreduce_plugin.metrics import RankCounters
 
 logger = logging.getLogger(__name__)
-
-_ALGORITHMS = {
-    _C.ONE_SHOT: "ONESHOT",
-    _C.TWO_SHOT: "TWOSHOT",
-    _C.TWO_SHOT_PULL: "TWOSHOT",
-    _C.LOW_PRECISION: "LOWPRECISION",
-    _C.LOW_PRECISION_RING: "LOWPRECISION",
-    _C.LOW_PRECISION_HIERARCHICAL: "LOWPRECISION",
-}
-_PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
 def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
@@ -38,15 +29,13 @@ def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeo
     if record is None:
         return None
     rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
-    where = _ALGORITHMS[algorithm], _PHASES[phase]
+    where = ALGORITHMS[algorithm], PHASES[phase]
     row = None if board is None else board.row(peer)
     if board is None or row is None:
         return PeerTimeoutError(rank, peer, *where, waited_s)
     if row.state is State.GAVE_UP:
         ago = max(0.0, time.time() - row.wall_s)
-        before = (
-            f"{row.waited_s:.3g} s for rank {row.peer} in {_ALGORITHMS.get(row.algorithm)}/{_PHASES.get(row.phase)}"
-        )
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {ALGORITHMS.get(row.algorithm)}/{PHASES.get(row.phase)}"
         if row.peer == rank and _is_later(board, rank, row):
             text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
             return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
@@ -126,7 +115,11 @@ class Monitor:
         told = False
         beat = 0
         while not self._stop.wait(self.PERIOD_S):
-            if self._workspace is not None and not told and (failure := failure_of(self._workspace, self._board)):
+            if (
+                self._workspace is not None
+                and not told
+                and (failure := breakage_of(self._workspace) or failure_of(self._workspace, self._board))
+            ):
                 logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
                 told = True
             self._call_watchers()

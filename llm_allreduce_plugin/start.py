@@ -112,6 +112,7 @@ class _Start:
             device=device_type,
             transport=Transport.NONE,
             architecture=self._cards[0].architecture,
+            multiprocessors=min(card.multiprocessors for card in self._cards) or None,
             nodes=nodes,
             staged=config.staged,
             low_precision=config.low_precision,
