@@ -199,7 +199,7 @@ class TensorParallelCommunicator:
         """
         settings = self.config.model_copy(update={"allreduce_strategy": AllReduceStrategy.parse(strategy)})
         decision = decide(settings, self.facts, count, dtype_name(dtype))
-        if decision.launch is None or decision.is_fallback:
+        if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
         return self._kernel_call(decision, count, dtype)
 

@@ -87,11 +87,15 @@ def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -
             candidates.append((name, f"allreduce_strategy is {name}"))
 
     against: dict[AllReduceStrategy, str] = {}
+    can_run = True  # all that was tried before
     for name, merit in candidates:
         strategy = STRATEGIES[name]
-        obstacle = strategy.obstacle(facts, message)
-        if obstacle is not None:
+        if (obstacle := strategy.obstacle(facts, message)) is not None:
             against.setdefault(name, obstacle)
+            can_run = False
+            continue
+        if (reason := strategy.stands_back(facts, message)) is not None:
+            against.setdefault(name, reason)
             continue
         fell_back = name is not requested and against
         why = "; ".join(dict.fromkeys(against.values())) if fell_back else merit
@@ -103,6 +107,7 @@ def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -
             launch=strategy.plan(facts, message),
             reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(facts, message, requested, name, why, against),
+            by_design=bool(against) and can_run,
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
 
@@ -120,7 +125,7 @@ def _passed_over(
     for name, strategy in STRATEGIES.items():
         if name is chosen or name in reasons:
             continue
-        obstacle = strategy.obstacle(facts, message)
+        obstacle = strategy.obstacle(facts, message) or strategy.stands_back(facts, message)
         if obstacle is not None:
             reasons[name] = obstacle
         elif name is S.NCCL:

@@ -69,6 +69,13 @@ class Strategy(abc.ABC):
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         """Why this strategy cannot run for this message, or None when it can."""
 
+    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        """Why this strategy, which can run, is meant to leave the message to the next one, or None.
+
+        Only asked where there is no obstacle. What stands back does as it was asked to: that is no fallback.
+        """
+        return None
+
     def describe(self, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
         """What runs in this group, and why in this form; no reason where a strategy has only one."""
         return self.algorithm, ""
