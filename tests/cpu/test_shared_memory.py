@@ -287,7 +287,10 @@ def _can_unshare() -> bool:
 def test_containers_of_one_machine(
     tmp_path: Path, namespaces: list[str], prepare: str, transport: str, reason: str
 ) -> None:
-    ranks = [_in_container(number, tmp_path, namespaces, f"mount --make-rprivate /; {prepare}") for number in (0, 1)]
+    ranks = [
+        _in_container(number, tmp_path, namespaces, f"mount --make-rprivate /; mount -t proc none /proc; {prepare}")
+        for number in (0, 1)
+    ]
     try:
         for rank in ranks:
             output, errors = rank.communicate(timeout=120)
