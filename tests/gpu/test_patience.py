@@ -87,7 +87,8 @@ finish(group, "first")
         kind,
     )
     assert "for rank 1 in ONESHOT/gather" in lines[0]
-    assert 2.0 < float(lines[0].split("after ")[1].split()[0]) < 5.0
+    waited = float(lines[0].split("rank 0 waited ")[1].split()[0])  # CUDA takes seconds more to end a context
+    assert 2.4 < waited < 4.0
 
 
 @KINDS
