@@ -13,6 +13,8 @@ from llm_allreduce_plugin.errors import (
     PeerTimeoutError,
     ProfileError,
     RankMismatchError,
+    StartError,
+    StartTimeoutError,
     TopologyError,
     TransportError,
 )
@@ -34,6 +36,8 @@ __all__ = [
     "PeerTimeoutError",
     "ProfileError",
     "RankMismatchError",
+    "StartError",
+    "StartTimeoutError",
     "TensorParallelCommunicator",
     "TopologyError",
     "TransportError",

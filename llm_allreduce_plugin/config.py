@@ -167,6 +167,21 @@ class AllReduceConfig(BaseModel):
         allow_inf_nan=False,
         description="seconds of GPU time (CPU ranks: of wall time) that a rank waits for a peer before it gives up",
     )
+    first_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="the same for the first calls, and for first calls of a new CUDA graph, before which ranks may "
+        "compile for unequal times; never less than timeout_s",
+    )
+    start_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds that a rank waits for the others in a step of the start",
+    )
     transport: Annotated[TransportChoice, BeforeValidator(_lower_case)] = Field(
         default=TransportChoice.AUTO,
         description="GPUs: 'peer' for each other's memory (NVLink, PCIe peer access), 'host' for pinned host memory, "
@@ -207,6 +222,12 @@ class AllReduceConfig(BaseModel):
     report_dir: Path | None = Field(
         default=None,
         description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
+    )
+
+    check_calls: bool = Field(
+        default=False,
+        description="before every call (captured ones when they are captured) ranks compare its size, type and launch, "
+        "and name the first difference; for finding a fault, some milliseconds a call",
     )
 
     def check_world_size(self, world_size: int) -> None:
