@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import _C, agreement, metrics
+from llm_allreduce_plugin import _C, agreement, metrics, reports
 from llm_allreduce_plugin.calls import Call, kernel_call, plan_of, raise_failure_of, torch_all_reduce
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
 from llm_allreduce_plugin.errors import ConfigError, TransportError
@@ -23,15 +23,18 @@ from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
 from llm_allreduce_plugin.monitor import Monitor, failure_of
+from llm_allreduce_plugin.plans import Planned, Plans
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.forms import form_of
 from llm_allreduce_plugin.selection.policy import decide, describe, table_of, uses_table
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
-from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
+from llm_allreduce_plugin.tally import MOST_FALLBACKS, CountedCall, Tally, fallback_of
 from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
+
+_NOT_PLANNED: Any = object()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -52,6 +55,7 @@ class TensorParallelCommunicator:
         control_group: a group of the same ranks that carries Python objects at start (gloo); defaults to ``group``.
         fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
             Defaults to ``torch.distributed.all_reduce`` on a copy.
+        name: what the engine calls the group, for reports: ``"dp1"``.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -66,6 +70,7 @@ class TensorParallelCommunicator:
         *,
         control_group: dist.ProcessGroup | None = None,
         fallback: Call | None = None,
+        name: str = "",
     ) -> None:
         if config is None:
             from llm_allreduce_plugin.config import load_config
@@ -83,16 +88,18 @@ class TensorParallelCommunicator:
         self._fallback = fallback or torch_all_reduce(group)
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
-        self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Call]] = {}
+        self._plans: Plans[tuple[int, torch.dtype]] = Plans()
         self._tally = Tally()
         self._peer_visible: list[PeerVisibleBuffer] = []
-        self._pulls: dict[tuple[int, int, torch.dtype], Call | None] = {}
+        self._pulls: Plans[tuple[int, int, torch.dtype]] = Plans()
         self._logged: set[str] = set()
         self._closed = False
 
         control_group = self._control_group = control_group or group
         cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
         agreement.check(cards)
+        ranks = dist.get_process_group_ranks(group)
+        self._identity = reports.Identity(self.rank, ranks, name, cards[0].member)
         config.check_world_size(self.world_size)
         self.facts = self._with_table(self._open_workspace(cards, control_group), cards, control_group)
         self._sizes = describe(config, self.facts)
@@ -101,13 +108,13 @@ class TensorParallelCommunicator:
         self._monitor: Monitor | None = None
         counters = metrics.RankCounters.if_wanted()
         if self._workspace is not None or config.report_dir is not None or counters is not None:
-            this = weakref.ref(self)  # the thread must not keep an abandoned communicator alive
+            this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
             self._monitor = Monitor(
                 self._workspace,
-                self.rank,
                 config.report_dir,
                 lambda: owner.report() if (owner := this()) else None,
                 counters,
+                alive=lambda: this() is not None,
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ class TensorParallelCommunicator:
         decision = decide(settings, self.facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
-        return self._kernel_call(decision, count, dtype)
+        return self._kernel_call(decision, count, dtype).call
 
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
@@ -191,8 +198,7 @@ class TensorParallelCommunicator:
         for fallback in counts.fallbacks:
             reasons.setdefault(f"{fallback.requested} -> {fallback.strategy}", []).append(fallback.reason)
         return {
-            "rank": self.rank,
-            "world_size": self.world_size,
+            **self._identity.fields(),
             "device": str(self.device),
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
@@ -367,7 +373,7 @@ class TensorParallelCommunicator:
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, count: int, dtype: torch.dtype) -> tuple[Decision, Call]:
+    def _plan(self, count: int, dtype: torch.dtype) -> Planned:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
@@ -376,21 +382,20 @@ class TensorParallelCommunicator:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
-        run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
-        entry = (decision, run)
-        self._plans[(count, dtype)] = entry
-        return entry
+        planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
+        self._plans.keep((count, dtype), planned)
+        return planned
 
-    def _engine_call(self, decision: Decision) -> Call:
+    def _engine_call(self, decision: Decision) -> Planned:
         """A function that runs what no kernel here can."""
         capturing = torch.cuda.is_current_stream_capturing if self.device.type == "cuda" else bool
         call = CountedCall(self._fallback, capturing)
-        self._tally.add(decision, call)
-        return call
+        self._tally.add(decision, call.made, call)
+        return Planned(decision, call, call.made)
 
     def _log_fallback(self, decision: Decision) -> None:
         line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
-        if self.rank == 0 and line not in self._logged:
+        if self.rank == 0 and line not in self._logged and len(self._logged) < MOST_FALLBACKS:
             self._logged.add(line)
             logger.warning("%s", line)
 
@@ -400,22 +405,24 @@ class TensorParallelCommunicator:
         if found is None:
             return None
         key = (found, input_.numel(), input_.dtype)
-        if key not in self._pulls:
-            decision, _ = self._plans.get(key[1:]) or self._plan(*key[1:])
+        if (planned := self._pulls.get(key, _NOT_PLANNED)) is _NOT_PLANNED:
+            decision = (self._plans.get(key[1:]) or self._plan(*key[1:])).decision
             launch = decision.launch
             two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
             two_shot &= input_.numel() > 0
             distances = self._peer_visible[found].peer_distances
-            self._pulls[key] = self._kernel_call(decision, *key[1:], distances) if two_shot else None
-        return self._pulls[key]
+            planned = self._kernel_call(decision, *key[1:], distances) if two_shot else None
+            self._pulls.keep(key, planned)
+        return None if planned is None else planned.call
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
-    ) -> Call:
+    ) -> Planned:
         """A function that launches this decision, with all that does not change bound."""
         launch, workspace = decision.launch, self._workspace
         assert workspace is not None
         assert launch is not None
         plan = plan_of(workspace, launch, count, dtype, peer_distances)
-        self._tally.add(decision, plan)
-        return kernel_call(plan, launch, workspace, self.device, str(decision.strategy))
+        call = kernel_call(plan, launch, workspace, self.device, str(decision.strategy))
+        self._tally.add(decision, plan, call)
+        return Planned(decision, call, plan)
