@@ -139,7 +139,7 @@ def test_nobody_waits_long_for_one_that_has_left(state: State, known: str) -> No
     if state is State.OPEN:
         child.kill()
     child.communicate()
-    monitor = Monitor(group.workspaces[0], 0, None, dict, board=group.boards[0], watchers=[group.health[0].look])
+    monitor = Monitor(group.workspaces[0], None, dict, board=group.boards[0], watchers=[group.health[0].look])
     try:
         began = time.monotonic()
         assert group.call(0) == _C.STATUS_TIMEOUT
@@ -163,7 +163,7 @@ def test_a_watch_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> No
         message = "broken board"
         raise ValueError(message)
 
-    monitor = Monitor(None, 0, None, dict, watchers=[fails, lambda: seen.set() if len(times) > 2 else None])
+    monitor = Monitor(None, None, dict, watchers=[fails, lambda: seen.set() if len(times) > 2 else None])
     assert seen.wait(10)
     monitor.close()
-    assert sum("watching over the group failed" in line for line in caplog.messages) == 1
+    assert sum("the group cannot be watched: ValueError: broken board" in line for line in caplog.messages) == 1
