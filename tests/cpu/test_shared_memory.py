@@ -315,7 +315,7 @@ def _share_and_die(context: RankContext, way: str) -> None:
 @pytest.mark.parametrize("way", ("proc", "socket"))
 def test_kills_while_memory_is_shared_leave_nothing(way: str) -> None:
     """Of all ranks at once, and so of each at any moment."""
-    attacks = int(os.environ.get("LLM_ALLREDUCE_ATTACKS", "10"))
+    attacks = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "10"))
     for number in range(attacks):
         with forked.forked(2, _share_and_die, way) as ranks:
             time.sleep(0.05 + 0.0037 * (number % 20))
