@@ -52,6 +52,7 @@ __all__ = [
     "TransportChoice",
     "WireFormat",
     "environment_table",
+    "in_environment",
     "load_config",
 ]
 
@@ -219,13 +220,13 @@ def environment_table() -> list[tuple[str, str]]:
     return rows
 
 
-def in_environment() -> Found:
-    """What the environment says, as text.
+def in_environment(variables: Mapping[str, str] | None = None) -> Found:
+    """What environment variables say, as text. ``variables``: instead of this process's.
 
     Raises:
         ConfigError: a variable is a misspelled setting.
     """
-    return environment.read(list(AllReduceConfig.model_fields), _NESTED, os.environ)
+    return environment.read(list(AllReduceConfig.model_fields), _NESTED, os.environ if variables is None else variables)
 
 
 def settings_file(named: str) -> Path:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 MOST_BYTES_OF_A_MESSAGE = 1 << 40
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MOST_BITS_SHOWN = 128
 _MOST_DIGITS = 20  # more than any bound has; int() of thousands of digits is an error of its own
 
 
@@ -29,10 +30,11 @@ class _Short(reprlib.Repr):
 
     def repr_int(self, value: int, level: int) -> str:
         # repr() of thousands of digits is an error.
-        return f"a number of {value.bit_length()} bits" if value.bit_length() > 128 else super().repr_int(value, level)  # noqa: PLR2004
+        bits = value.bit_length()
+        return f"<number of {bits} bits>" if bits > _MOST_BITS_SHOWN else super().repr_int(value, level)
 
     def repr_instance(self, value: object, level: int) -> str:
-        return repr(str(value)) if isinstance(value, Path) else super().repr_instance(value, level)
+        return self.repr_str(str(value), level) if isinstance(value, Path) else super().repr_instance(value, level)
 
 
 shown = _Short().repr
