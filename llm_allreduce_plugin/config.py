@@ -114,7 +114,7 @@ class AllReduceConfig(Settings):
     transport: Annotated[TransportChoice, BeforeValidator(lower_case)] = Field(
         default=TransportChoice.AUTO,
         description="GPUs: 'peer' for each other's memory (NVLink, PCIe peer access), 'host' for pinned host memory, "
-        "'auto' for the first where it works and otherwise the second",
+        "'auto' for the first where it works and NCCL_P2P_DISABLE does not forbid it, otherwise the second",
     )
     workspace_bytes: WorkspaceBytes | None = Field(
         default=None,
