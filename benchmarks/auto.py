@@ -38,13 +38,7 @@ KINDS = ("graph", "eager")
 def choices(context: RankContext, settings: OurSettings, counts: list[int], dtype: str) -> tuple[str, list[Any]]:
     """Where AUTO's table comes from, and its choice at each size, in graphs and eager."""
     group = context.communicator("AUTO", transport=settings.transport, tuning_profile=settings.tuning_profile)
-    chosen = [
-        {
-            kind: str(decide(group.config, group.facts, count, dtype, capturing=kind == "graph").strategy)
-            for kind in KINDS
-        }
-        for count in counts
-    ]
+    chosen = [dict.fromkeys(KINDS, str(decide(group.config, group.facts, count, dtype).strategy)) for count in counts]
     source = table_of(group.config, group.facts).source
     group.close()
     return source, chosen

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import (
     MOST_ERROR,
@@ -104,7 +105,7 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
 def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[str, Any]]:
     """Collective: one workspace, all shapes."""
     layout = host_layout(context.world_size, lanes, DEFAULT_HOST_WORKSPACE_BYTES // context.world_size)
-    memory = HostMemory.open(context.control_group, context.device, layout)
+    memory = HostMemory.open(Agreement(context.control_group, 300.0), context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index, memory.local)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

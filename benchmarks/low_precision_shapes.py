@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import MOST_ERROR, call_of, make_case, relative_error, time_graph
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
@@ -40,7 +41,7 @@ def measure(context: RankContext, shapes: list[Shape]) -> list[dict[str, Any]]:
     """Collective: one workspace, all shapes."""
     lanes_of_workspace = max(lanes for _, lanes, _, _ in shapes)
     layout = _C.make_layout(context.world_size, lanes_of_workspace, in_band_bytes=DEFAULT_GPU_WORKSPACE_BYTES)
-    memory = SymmetricMemory.open(context.group, context.control_group, context.device, layout)
+    memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     for size, group in itertools.groupby(shapes, key=lambda shape: shape[0]):

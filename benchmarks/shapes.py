@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.bench.environment import write_record
 from llm_allreduce_plugin.bench.harness import call_of, make_case, time_graph, wrong_elements
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
@@ -61,7 +62,7 @@ def shapes_of(
 def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: int, in_band: bool) -> list[Any]:  # noqa: FBT001
     flagged = 0 if in_band else workspace_bytes
     layout = _C.make_layout(context.world_size, lanes, in_band_bytes=workspace_bytes - flagged, flagged_bytes=flagged)
-    memory = SymmetricMemory.open(context.group, context.control_group, context.device, layout)
+    memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}

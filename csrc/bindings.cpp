@@ -5,11 +5,16 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "llm_allreduce.h"
@@ -28,13 +33,15 @@ void throw_on_error(int status, const char* what) {
 void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
 
 // A rank's workspace with what a call needs beside it. Owns the failure record and the stream order, not the
-// payload memory: that belongs to llm_allreduce_plugin.memory.
+// payload memory: that belongs to llm_allreduce_plugin.memory, whose object is kept here as long as anything can be
+// called.
 class Workspace {
  public:
-  // `local`: the address of memory for lar_workspace.local; 0: within the workspace itself.
+  // `local`: the address of memory for lar_workspace.local; 0: within the workspace itself. `first_timeout_s`: 0 for
+  // the same as `timeout_s`. `owner`: whatever keeps the memory alive.
   Workspace(int rank, const std::vector<uint64_t>& bases, const lar_layout& layout, double timeout_s, int device,
-            uint64_t local)
-      : device_(device) {
+            uint64_t local, double first_timeout_s, nb::object owner)
+      : device_(device), owner_(std::move(owner)) {
     if (static_cast<int>(bases.size()) != layout.world_size)
       throw std::invalid_argument("bases: got " + std::to_string(bases.size()) + " addresses for world size " +
                                   std::to_string(layout.world_size));
@@ -42,11 +49,15 @@ class Workspace {
       throw std::invalid_argument("rank: " + std::to_string(rank) + " is not in a group of " +
                                   std::to_string(layout.world_size));
     if (!(timeout_s > 0)) throw std::invalid_argument("timeout_s: must be positive");
+    if (!(first_timeout_s >= 0)) throw std::invalid_argument("first_timeout_s: must not be negative");
     workspace_.rank = rank;
     for (size_t peer = 0; peer < bases.size(); ++peer) workspace_.base[peer] = pointer(bases[peer]);
     workspace_.local = local ? pointer(local) : workspace_.base[rank];
     workspace_.layout = layout;
     workspace_.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+    workspace_.first_timeout_ns = static_cast<int64_t>(std::max(timeout_s, first_timeout_s) * 1e9);
+    workspace_.should_leave = &should_leave;
+    workspace_.should_leave_context = this;
     if (device == kCpu) {
       throw_on_error(lar_failure_create(&failure_, nullptr), "failure record");
       workspace_.failure = failure_;
@@ -66,51 +77,34 @@ class Workspace {
     lar_failure_destroy(failure_, device_ != kCpu);
   }
 
-  // One all-reduce; `capturing` (may be null) is set to whether it went into a graph. Returns at once with the status
-  // of a broken group when an earlier wait has expired. `inputs`: see lar_two_shot_pull_cuda; null otherwise.
-  // `domains`: of LOW_PRECISION_HIERARCHICAL.
-  int call(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype, const lar_launch& launch,
-           void* stream, bool* capturing = nullptr, const void* const* inputs = nullptr, int wire_format = -1,
-           const int32_t* domains = nullptr) {
+  // What a call is, beside its message.
+  struct Call {
+    lar_algorithm algorithm;
+    lar_launch launch;
+    const void* const* inputs = nullptr;  // see lar_two_shot_pull_cuda; null otherwise
+    int wire_format = -1;                 // of LOWPRECISION
+    const int32_t* domains = nullptr;     // of LOW_PRECISION_HIERARCHICAL
+    bool is_first = false;                // eager, of its kind: peers may still compile
+  };
+
+  // One all-reduce; `captured` is set to whether it went into a graph. Returns at once with the status
+  // of a broken group when an earlier wait has expired.
+  int call(const Call& call, const lar_message& message, void* stream, bool* captured) {
+    if (closed_.load(std::memory_order_relaxed)) return LAR_ERROR_CLOSED;
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
-    const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
-    const bool one_shot = algorithm == LAR_ONE_SHOT;
-    const auto format = static_cast<lar_wire_format>(wire_format);
-    if (device_ == kCpu) {
-      if (inputs) return LAR_ERROR_INVALID_ARGUMENT;
-      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
-      if (algorithm == LAR_LOW_PRECISION) return lar_low_precision_cpu(&workspace_, &message, &launch, format);
-      if (algorithm == LAR_LOW_PRECISION_RING)
-        return lar_low_precision_ring_cpu(&workspace_, &message, &launch, format);
-      if (algorithm == LAR_LOW_PRECISION_HIERARCHICAL)
-        return lar_low_precision_hierarchical_cpu(&workspace_, &message, &launch, format, domains);
-      return one_shot ? lar_one_shot_cpu(&workspace_, &message, &launch)
-                      : lar_two_shot_cpu(&workspace_, &message, &launch);
-    }
-    return with_order(
-        stream,
-        [&] {
-          if (algorithm == LAR_LOW_PRECISION)
-            return lar_low_precision_cuda(&workspace_, &message, &launch, format, stream);
-          if (algorithm == LAR_LOW_PRECISION_RING)
-            return lar_low_precision_ring_cuda(&workspace_, &message, &launch, format, stream);
-          if (algorithm == LAR_LOW_PRECISION_HIERARCHICAL)
-            return lar_low_precision_hierarchical_cuda(&workspace_, &message, &launch, format, domains, stream);
-          if (inputs) return lar_two_shot_pull_cuda(&workspace_, &message, inputs, &launch, stream);
-          return one_shot ? lar_one_shot_cuda(&workspace_, &message, &launch, stream)
-                          : lar_two_shot_cuda(&workspace_, &message, &launch, stream);
-        },
-        capturing);
+    *captured = false;
+    if (device_ == kCpu) return call_on_cpu(call, message);
+    return with_order(stream, call.is_first, captured, [&] { return launch(call, message, stream); });
   }
 
   int world_size() const { return workspace_.layout.world_size; }
 
-  double time_launches(lar_algorithm algorithm, void* input, void* output, int64_t count, int dtype,
-                       const lar_launch& launch, void* stream, int launches) {
-    const lar_message message{input, output, count, static_cast<lar_dtype>(dtype)};
+  double time_launches(lar_algorithm algorithm, const lar_message& message, const lar_launch& launch, void* stream,
+                       int launches) {
     const auto call = algorithm == LAR_ONE_SHOT ? lar_one_shot_cuda : lar_two_shot_cuda;
     double nanoseconds = 0;
-    with_order(stream, [&] {
+    bool captured = false;
+    with_order(stream, false, &captured, [&] {
       const auto start = std::chrono::steady_clock::now();
       int status = LAR_OK;
       for (int i = 0; i < launches && status == LAR_OK; ++i) status = call(&workspace_, &message, &launch, stream);
@@ -121,12 +115,16 @@ class Workspace {
   }
 
   void probe_write(uint32_t nonce, uint64_t stream) {
-    with_order(pointer(stream), [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+    bool captured = false;
+    with_order(pointer(stream), false, &captured,
+               [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
   }
 
   void probe_check(uint32_t nonce, uint64_t verdict, uint64_t stream) {
     auto* words = static_cast<int32_t*>(pointer(verdict));
-    with_order(pointer(stream), [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+    bool captured = false;
+    with_order(pointer(stream), false, &captured,
+               [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
   }
 
   using Failure = std::tuple<int, int, int, int, int, uint32_t, uint32_t, double>;
@@ -136,24 +134,144 @@ class Workspace {
                    failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
   }
 
+  // lar_reason, of a failure.
+  int reason() const { return failure_->reason; }
+
+  // Of a mismatch, this rank's call and the peer's: algorithm, dtype, wire format, count.
+  using Made = std::tuple<int, int, int, int64_t>;
+  std::tuple<Made, Made> mismatch() const {
+    const auto made = [](const lar_call_record& call) {
+      return Made{call.algorithm, call.dtype, call.wire_format, call.count};
+    };
+    return {made(failure_->mine), made(failure_->theirs)};
+  }
+
+  void mark_gone(int peer) {
+    if (peer < 0 || peer >= world_size()) throw std::invalid_argument("peer: is not in the group");
+    __atomic_fetch_or(&failure_->gone, uint64_t{1} << peer, __ATOMIC_RELEASE);
+  }
+
+  // Lets no call begin, and waits at most `wait_s` seconds for those on a CPU rank to leave their waits. True when no
+  // call is under way any more.
+  bool close(double wait_s) {
+    closed_.store(true);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(wait_s);
+    nb::gil_scoped_release release;
+    while (inside_.load()) {
+      if (std::chrono::steady_clock::now() >= deadline) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
+  }
+
  private:
-  template <typename Call>
-  int with_order(void* stream, Call launch, bool* capturing = nullptr) {
-    if (device_ == kCpu) throw std::invalid_argument("this workspace belongs to a CPU rank");
-    throw_on_error(lar_stream_order_begin(order_, stream), "before a launch");
-    const int status = launch();
-    int is_capturing = 0;
-    const int end = lar_stream_order_end(order_, stream, &is_capturing);
-    if (capturing) *capturing = is_capturing != 0;
-    throw_on_error(status, "launch");
-    throw_on_error(end, "after a launch");
+  int call_on_cpu(const Call& call, const lar_message& message) {
+    if (call.inputs) return LAR_ERROR_INVALID_ARGUMENT;
+    // A second thread's call could meet another call of the peers than the one it is for.
+    if (inside_.exchange(true)) return LAR_ERROR_BUSY;
+    workspace_.begun = call.is_first ? 0 : -1;
+    int status = LAR_OK;
+    {
+      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
+      status = compute(call, message);
+    }
+    inside_.store(false);
+    if (status == LAR_ERROR_INTERRUPTED && closed_.load() && !PyErr_Occurred()) return LAR_ERROR_CLOSED;
+    if (PyErr_Occurred()) throw nb::python_error();  // what a signal's handler raised
     return status;
   }
 
+  int compute(const Call& call, const lar_message& message) {
+    const auto format = static_cast<lar_wire_format>(call.wire_format);
+    switch (call.algorithm) {
+      case LAR_LOW_PRECISION:
+        return lar_low_precision_cpu(&workspace_, &message, &call.launch, format);
+      case LAR_LOW_PRECISION_RING:
+        return lar_low_precision_ring_cpu(&workspace_, &message, &call.launch, format);
+      case LAR_LOW_PRECISION_HIERARCHICAL:
+        return lar_low_precision_hierarchical_cpu(&workspace_, &message, &call.launch, format, call.domains);
+      case LAR_ONE_SHOT:
+        return lar_one_shot_cpu(&workspace_, &message, &call.launch);
+      default:
+        return lar_two_shot_cpu(&workspace_, &message, &call.launch);
+    }
+  }
+
+  int launch(const Call& call, const lar_message& message, void* stream) {
+    const auto format = static_cast<lar_wire_format>(call.wire_format);
+    switch (call.algorithm) {
+      case LAR_LOW_PRECISION:
+        return lar_low_precision_cuda(&workspace_, &message, &call.launch, format, stream);
+      case LAR_LOW_PRECISION_RING:
+        return lar_low_precision_ring_cuda(&workspace_, &message, &call.launch, format, stream);
+      case LAR_LOW_PRECISION_HIERARCHICAL:
+        return lar_low_precision_hierarchical_cuda(&workspace_, &message, &call.launch, format, call.domains, stream);
+      case LAR_ONE_SHOT:
+        return lar_one_shot_cuda(&workspace_, &message, &call.launch, stream);
+      default:
+        return call.inputs ? lar_two_shot_pull_cuda(&workspace_, &message, call.inputs, &call.launch, stream)
+                           : lar_two_shot_cuda(&workspace_, &message, &call.launch, stream);
+    }
+  }
+
+  // A launch waits where the stream's queue is full, as it is behind a kernel that waits for a peer: without the
+  // interpreter's lock, so that others can say what is wrong meanwhile.
+  template <typename Launch>
+  int with_order(void* stream, bool is_first, bool* captured, Launch launch) {
+    if (device_ == kCpu) throw std::invalid_argument("this workspace belongs to a CPU rank");
+    const char* what = "before a launch";
+    int status = LAR_OK;
+    {
+      nb::gil_scoped_release release;
+      const std::lock_guard<std::mutex> lock(order_mutex_);
+      lar_call_order order{};
+      status = lar_stream_order_begin(order_, stream, &order);
+      if (status == LAR_OK) {
+        *captured = order.capture != 0;
+        workspace_.starts_late = order.starts_late;
+        workspace_.begun = begun_word(order.capture, is_first);
+        what = "launch";
+        status = launch();
+        const int end = lar_stream_order_end(order_, stream);
+        if (status == LAR_OK && end != LAR_OK) {
+          what = "after a launch";
+          status = end;
+        }
+      }
+    }
+    throw_on_error(status, what);
+    return status;
+  }
+
+  // The word that counts the beginnings of a graph, or of eager calls of a size when this is their first; else -1.
+  // After some thousands, words are used again; whoever gets one then counts as begun before.
+  int32_t begun_word(uint64_t capture, bool is_first) {
+    if (capture == 0) return is_first ? static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS) : -1;
+    if (capture != capture_) captures_word_ = static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS);
+    capture_ = capture;
+    return captures_word_;
+  }
+
+  // What a waiting CPU rank asks now and then. Runs the handlers of signals that have come, as Python does between two
+  // instructions; one that raises ends the wait.
+  static int should_leave(void* context) {
+    const auto* self = static_cast<const Workspace*>(context);
+    if (self->closed_.load()) return 1;
+    const nb::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals();
+  }
+
   const int device_;
+  const nb::object owner_;
   lar_workspace workspace_{};
   lar_failure* failure_ = nullptr;
   lar_stream_order* order_ = nullptr;
+  std::mutex order_mutex_;
+  std::atomic<bool> closed_{false};
+  std::atomic<bool> inside_{false};  // a CPU rank's call
+  uint32_t begun_ = 0;
+  uint64_t capture_ = 0;
+  int32_t captures_word_ = -1;
 };
 
 // All that does not change between all-reduces of one size and type, so that a call is two addresses and a stream.
@@ -178,24 +296,30 @@ class Plan {
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
     const void* inputs[LAR_MAX_WORLD_SIZE];
     for (size_t rank = 0; rank < peer_distances_.size(); ++rank) inputs[rank] = pointer(input + peer_distances_[rank]);
+    Workspace::Call call{algorithm_, launch_};
+    call.inputs = peer_distances_.empty() ? nullptr : inputs;
+    call.wire_format = wire_format_;
+    call.domains = domains_.empty() ? nullptr : domains_.data();
+    call.is_first = calls_ == 0;
     bool captured = false;
-    const int status = workspace_.call(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
-                                       pointer(stream), &captured, peer_distances_.empty() ? nullptr : inputs,
-                                       wire_format_, domains_.empty() ? nullptr : domains_.data());
+    const int status = workspace_.call(call, message(input, output), pointer(stream), &captured);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
 
   // Nanoseconds of host time per launch when nothing but launches is done: what a call's own cost is measured against.
   double time_launches(uint64_t input, uint64_t output, uint64_t stream, int launches) {
-    return workspace_.time_launches(algorithm_, pointer(input), pointer(output), count_, dtype_, launch_,
-                                    pointer(stream), launches);
+    return workspace_.time_launches(algorithm_, message(input, output), launch_, pointer(stream), launches);
   }
 
   int64_t calls() const { return calls_; }
   int64_t captured() const { return captured_; }
 
  private:
+  lar_message message(uint64_t input, uint64_t output) const {
+    return {pointer(input), pointer(output), count_, static_cast<lar_dtype>(dtype_)};
+  }
+
   Workspace& workspace_;
   const lar_algorithm algorithm_;
   const int64_t count_;
@@ -265,6 +389,12 @@ NB_MODULE(_C, module) {
   module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
+  module.attr("STATUS_CLOSED") = static_cast<int>(LAR_ERROR_CLOSED);
+  module.attr("STATUS_BUSY") = static_cast<int>(LAR_ERROR_BUSY);
+  module.attr("REASON_EXPIRED") = static_cast<int>(LAR_REASON_EXPIRED);
+  module.attr("REASON_MISMATCH") = static_cast<int>(LAR_REASON_MISMATCH);
+  module.attr("REASON_OVERWRITTEN") = static_cast<int>(LAR_REASON_OVERWRITTEN);
+  module.attr("REASON_INTERRUPTED") = static_cast<int>(LAR_REASON_INTERRUPTED);
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
   module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
   module.attr("TWO_SHOT_PULL") = static_cast<int>(LAR_TWO_SHOT_PULL);
@@ -318,13 +448,24 @@ NB_MODULE(_C, module) {
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
 
   nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
-      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int, uint64_t>(), "rank"_a, "bases"_a,
-           "layout"_a, "timeout_s"_a, "device"_a, "local"_a = 0,
-           "`local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace.")
+      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int, uint64_t, double, nb::object>(),
+           "rank"_a, "bases"_a, "layout"_a, "timeout_s"_a, "device"_a, "local"_a = 0, "first_timeout_s"_a = 0.0,
+           "owner"_a = nb::none(),
+           "`local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: "
+           "how "
+           "long the first call of a size, and of a graph, may wait; never less than `timeout_s`. `owner`: kept alive "
+           "as "
+           "long as anything can be called.")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,
-           "None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).");
+           "None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).")
+      .def("reason", &Workspace::reason, "Of a failure, one of REASON_*.")
+      .def("mismatch", &Workspace::mismatch,
+           "Of a mismatch, this rank's call and its peer's, each (algorithm, dtype, wire_format, count).")
+      .def("mark_gone", &Workspace::mark_gone, "peer"_a, "A peer will never come: nothing waits for it for long.")
+      .def("close", &Workspace::close, "wait_s"_a,
+           "Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.");
 
   nb::class_<Plan>(module, "Plan", "All-reduces of one size and type: called with input, output and stream.")
       .def(
@@ -344,7 +485,8 @@ NB_MODULE(_C, module) {
           "LOW_PRECISION_HIERARCHICAL, "
           "the number of each rank's domain.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
-           "Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.")
+           "Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; "
+           "STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).")
       .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,
            "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
       .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")

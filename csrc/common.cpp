@@ -119,12 +119,15 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
   };
   out.abort_offset = take(1);
   out.arrivals_offset = take(1);
+  out.begun_offset = take(LAR_BEGUN_WORDS);
+  out.calls_offset = take(1);
   out.epochs_offset = take(static_cast<int64_t>(EpochPlane::kNumber) * wish->lanes);
   out.extents_offset = take(static_cast<int64_t>(ExtentPlane::kNumber) * LAR_PUBLISHED_SLOTS * wish->lanes);
   out.stages_offset = take(LAR_STAGE_TIMES * static_cast<int64_t>(sizeof(lar_stage_times) / sizeof(uint32_t)));
   out.local_bytes = offset;
   out.flags_offset = take(static_cast<int64_t>(FlagPlane::kNumber) * wish->lanes * LAR_MAX_WORLD_SIZE);
   out.probe_offset = take(LAR_MAX_WORLD_SIZE);
+  out.records_offset = take(LAR_CALL_RECORDS * static_cast<int64_t>(sizeof(lar_call_record) / sizeof(uint32_t)));
 
   // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones (but
   // with flags, every lane has slots of its own, which must not become too small).
@@ -147,4 +150,4 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish) 
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 6; }
+extern "C" int lar_abi_version(void) { return 7; }

@@ -53,6 +53,23 @@ LAR_HOST_DEVICE uint32_t* arrivals_word(void* local, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.arrivals_offset);
 }
 
+// The word that counts how often what a call belongs to has begun; null where nobody counts.
+LAR_HOST_DEVICE uint32_t* begun_word(const lar_workspace& workspace) {
+  if (workspace.begun < 0) return nullptr;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace.local) + workspace.layout.begun_offset) +
+         workspace.begun;
+}
+
+inline uint32_t* calls_word(const lar_workspace& workspace) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace.local) + workspace.layout.calls_offset);
+}
+
+inline lar_call_record* call_record(const lar_workspace& workspace, int rank, uint32_t call) {
+  return reinterpret_cast<lar_call_record*>(static_cast<char*>(workspace.base[rank]) +
+                                            workspace.layout.records_offset) +
+         call % LAR_CALL_RECORDS;
+}
+
 LAR_HOST_DEVICE lar_stage_times* stage_times(void* local, const lar_layout& layout, uint32_t stage) {
   return reinterpret_cast<lar_stage_times*>(static_cast<char*>(local) + layout.stages_offset) + stage % LAR_STAGE_TIMES;
 }
@@ -99,8 +116,15 @@ LAR_HOST_DEVICE char* flagged_slot(const lar_workspace& workspace, int64_t regio
 LAR_HOST_DEVICE int shared_copies(const lar_layout& layout) { return layout.published ? 1 : layout.world_size - 1; }
 
 // True once a peer has published `round`. Rounds are 32-bit and wrap after about half a day of serving, so
-// they are compared by distance, never by size.
-LAR_HOST_DEVICE bool reached(uint32_t seen, uint32_t round) { return static_cast<int32_t>(seen - round) >= 0; }
+// they are compared by distance, never by size. A peer is ahead by no more than the slots of a ring have generations,
+// or the stages of a staged call peers; a flag that is further ahead was not written by a peer, and opens nothing.
+constexpr uint32_t kMostRoundsAhead = 64;
+static_assert(kMostRoundsAhead > LAR_SLOTS && kMostRoundsAhead > 2 * LAR_MAX_WORLD_SIZE,
+              "no peer may look overwritten");
+LAR_HOST_DEVICE bool reached(uint32_t seen, uint32_t round) { return seen - round < kMostRoundsAhead; }
+LAR_HOST_DEVICE bool overwritten(uint32_t seen, uint32_t round) {
+  return !reached(seen, round) && static_cast<int32_t>(seen - round) > 0;
+}
 
 // What a probe word must be: differs per writer, per reader and per run.
 LAR_HOST_DEVICE uint32_t probe_pattern(uint32_t nonce, int writer, int reader) {

@@ -40,6 +40,16 @@ extern "C" const char* lar_error_string(int code) {
       return "invalid argument";
     case LAR_ERROR_TIMEOUT:
       return "a peer did not arrive in time";
+    case LAR_ERROR_MISMATCH:
+      return "a peer makes another call";
+    case LAR_ERROR_INTERRUPTED:
+      return "a wait was interrupted";
+    case LAR_ERROR_CLOSED:
+      return "the workspace is closed";
+    case LAR_ERROR_BUSY:
+      return "another thread is in a call of this workspace";
+    case LAR_ERROR_NOT_RESIDENT:
+      return "the GPU cannot run all blocks of the call at the same time";
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(code));
   }

@@ -21,6 +21,18 @@ IN_BAND_MARKER: int = 2147483648
 
 STATUS_TIMEOUT: int = -2
 
+STATUS_CLOSED: int = -5
+
+STATUS_BUSY: int = -6
+
+REASON_EXPIRED: int = 0
+
+REASON_MISMATCH: int = 1
+
+REASON_OVERWRITTEN: int = 2
+
+REASON_INTERRUPTED: int = 3
+
 ONE_SHOT: int = 0
 
 TWO_SHOT: int = 1
@@ -133,9 +145,9 @@ def error_string(code: int) -> str: ...
 class Workspace:
     """One rank's view of the group's workspaces."""
 
-    def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int, local: int = 0) -> None:
+    def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int, local: int = 0, first_timeout_s: float = 0.0, owner: object | None = None) -> None:
         """
-        `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace.
+        `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: how long the first call of a size, and of a graph, may wait; never less than `timeout_s`. `owner`: kept alive as long as anything can be called.
         """
 
     def probe_write(self, nonce: int, stream: int) -> None: ...
@@ -145,6 +157,22 @@ class Workspace:
     def failure(self) -> tuple[int, int, int, int, int, int, int, float] | None:
         """
         None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).
+        """
+
+    def reason(self) -> int:
+        """Of a failure, one of REASON_*."""
+
+    def mismatch(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """
+        Of a mismatch, this rank's call and its peer's, each (algorithm, dtype, wire_format, count).
+        """
+
+    def mark_gone(self, peer: int) -> None:
+        """A peer will never come: nothing waits for it for long."""
+
+    def close(self, wait_s: float) -> bool:
+        """
+        Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.
         """
 
 class Plan:
@@ -159,7 +187,7 @@ class Plan:
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:
         """
-        Returns 0, or STATUS_TIMEOUT when a wait has expired, now (CPU ranks) or earlier.
+        Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).
         """
 
     def time_launches(self, input: int, output: int, stream: int, launches: int) -> float:

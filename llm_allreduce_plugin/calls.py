@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.monitor import failure_of
+from llm_allreduce_plugin.failures import error_of_status
+from llm_allreduce_plugin.health import Health
 from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
 
@@ -54,26 +55,6 @@ def torch_all_reduce(group: dist.ProcessGroup) -> Call:
     return run
 
 
-def by_capture(captured: Call, eager: Call) -> Call:
-    """Two calls with the same bits: one for CUDA graphs, one for eager calls. Ranks capture alike."""
-    capturing = torch.cuda.is_current_stream_capturing
-
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        return captured(input_) if capturing() else eager(input_)
-
-    return run
-
-
-def raise_failure_of(workspace: _C.Workspace) -> None:
-    """Raise what an expired wait left on record.
-
-    Raises:
-        PeerTimeoutError: a wait has expired.
-    """
-    if (failure := failure_of(workspace)) is not None:
-        raise failure
-
-
 def plan_of(
     workspace: _C.Workspace, launch: Launch, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
 ) -> _C.Plan:
@@ -88,7 +69,7 @@ def plan_of(
     )  # fmt: skip
 
 
-def kernel_call(plan: _C.Plan, launch: Launch, workspace: _C.Workspace, device: torch.device, name: str) -> Call:
+def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.device, name: str) -> Call:
     """A function that runs ``plan``, with all that does not change bound. ``name``: of the strategy, for errors."""
     index = device.index
     must_be_aligned = launch.scatter_lanes > 0
@@ -108,9 +89,9 @@ def kernel_call(plan: _C.Plan, launch: Launch, workspace: _C.Workspace, device: 
             output = torch.empty_like(source)
         status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
         if status != 0:
-            raise_failure_of(workspace)
-            message = f"{name}: {_C.error_string(status)}"
-            raise RuntimeError(message)
+            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
+                health.raise_error()
+            raise error_of_status(status, name)
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import weakref
@@ -12,26 +11,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import _C, agreement, metrics
-from llm_allreduce_plugin.calls import Call, by_capture, kernel_call, plan_of, raise_failure_of, torch_all_reduce
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
-from llm_allreduce_plugin.errors import ConfigError, TransportError
+from llm_allreduce_plugin import _C, metrics
+from llm_allreduce_plugin.agreement import Agreement
+from llm_allreduce_plugin.calls import Call, kernel_call, plan_of, torch_all_reduce
+from llm_allreduce_plugin.checked_calls import CallChecker, Description
+from llm_allreduce_plugin.checked_calls import describe as describe_one
+from llm_allreduce_plugin.cleanup import Ending, keep_for_ever
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.health import Health
 from llm_allreduce_plugin.memory import SharedMemory
-from llm_allreduce_plugin.memory.host import HostMemory
-from llm_allreduce_plugin.memory.layouts import refusal_note, transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
-from llm_allreduce_plugin.memory.shm import ShmMemory
-from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
-from llm_allreduce_plugin.monitor import Monitor, failure_of
+from llm_allreduce_plugin.monitor import Monitor
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
-from llm_allreduce_plugin.selection.forms import form_of
-from llm_allreduce_plugin.selection.policy import decide, describe, table_of, uses_table
-from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy, staging
+from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.start import log_start, open_group
+from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
-from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
 
 logger = logging.getLogger(__name__)
+
+_LEAVE_WAIT_S = 1.0  # for a call to leave its wait
+_MONITOR_WAIT_S = 5.0  # for the last report, on whatever file system
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -49,13 +50,15 @@ class TensorParallelCommunicator:
         group: the tensor-parallel process group. On GPUs its NCCL group; symmetric memory is set up on it.
         device: this rank's device.
         config: the settings; defaults to :func:`llm_allreduce_plugin.load_config`.
-        control_group: a group of the same ranks that carries Python objects at start (gloo); defaults to ``group``.
+        control_group: a group of the same ranks, through whose store they agree; defaults to ``group``.
         fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
             Defaults to ``torch.distributed.all_reduce`` on a copy.
 
     Raises:
         ConfigError: a setting is wrong.
         RankMismatchError: ranks disagree about a setting or a capability.
+        StartTimeoutError: a rank did not come to a step of the start within ``start_timeout_s``.
+        StartError: a rank has failed at the start, or the store of the control group is gone.
     """
 
     def __init__(
@@ -90,17 +93,29 @@ class TensorParallelCommunicator:
         self._logged: set[str] = set()
         self._closed = False
 
-        control_group = self._control_group = control_group or group
-        cards = agreement.exchange(agreement.RankCard.of_this_rank(config, self.device), control_group)
-        agreement.check(cards)
-        config.check_world_size(self.world_size)
-        self.facts = self._with_table(self._open_workspace(cards, control_group), cards, control_group)
-        self._captures = self.device.type == "cuda"
-        self._sizes = describe(config, self.facts, capturing=self._captures)
-        if (eager := describe(config, self.facts, capturing=False)) != self._sizes:
-            self._sizes += f" (eager calls: {eager})"
+        self._control_group = control_group or group
+        agreement = Agreement(self._control_group, config.start_timeout_s)
+        try:
+            opened = open_group(agreement, group, self.device, config)
+        except BaseException as error:
+            agreement.give_up(error)
+            raise
+        finally:
+            agreement.close()
+        self.facts = opened.facts
+        self._memory, self._workspace = opened.memory, opened.workspace
+        self._board, self._board_memory = opened.board, opened.board_memory
+        self._health = None if opened.workspace is None else Health(opened.workspace, opened.board)
+        self._checker = (
+            CallChecker(self._control_group, config.timeout_s, config.first_timeout_s) if config.check_calls else None
+        )
+        self._sizes = describe(config, self.facts)
         if self.rank == 0:
-            self._log_start()
+            log_start(config, self.facts, self._sizes)
+            # Says at once what asking for a strategy without a kernel leads to.
+            decision = decide(config, self.facts, 1, "bfloat16")
+            if self.facts.transport is not Transport.NONE and decision.is_fallback:
+                self._log_fallback(decision)
         self._monitor: Monitor | None = None
         counters = metrics.RankCounters.if_wanted()
         if self._workspace is not None or config.report_dir is not None or counters is not None:
@@ -111,6 +126,8 @@ class TensorParallelCommunicator:
                 config.report_dir,
                 lambda: owner.report() if (owner := this()) else None,
                 counters,
+                board=self._board,
+                watchers=() if self._health is None else (self._health.look,),
             )
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -160,17 +177,17 @@ class TensorParallelCommunicator:
         size = max(1, math.prod(shape)) * dtype.itemsize
         if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band.two_shot:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
-        buffer = PeerVisibleBuffer.open(self._group, self._control_group, self.device, size)
+        agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for memory that peers see")
+        try:
+            buffer = PeerVisibleBuffer.open(agreement, self._group, self.device, size)
+        finally:
+            agreement.close()
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype, *, capturing: bool | None = None) -> Decision:
-        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
-
-        ``capturing``: while a CUDA graph is captured (the default on GPUs), else in an eager call.
-        """
-        captured = self._captures if capturing is None else capturing
-        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype), capturing=captured)
+    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
+        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
+        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype))
 
     def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make with messages of this size: what tuning compares.
@@ -182,7 +199,7 @@ class TensorParallelCommunicator:
         """
         settings = self.config.model_copy(update={"allreduce_strategy": AllReduceStrategy.parse(strategy)})
         decision = decide(settings, self.facts, count, dtype_name(dtype))
-        if decision.launch is None or decision.is_fallback:
+        if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
         return self._kernel_call(decision, count, dtype)
 
@@ -217,163 +234,85 @@ class TensorParallelCommunicator:
         Raises:
             PeerTimeoutError: a wait has expired.
         """
-        if self._workspace is not None:
-            raise_failure_of(self._workspace)
+        if self._health is not None:
+            self._health.raise_error()
 
     def close(self) -> None:
-        """Let go of the workspace. Idempotent. Calls in flight are waited for."""
+        """Let go of everything, in an order that suits a group in which something is wrong, and in bounded time.
+
+        No call begins any more; CPU ranks that wait in one leave it. What runs on the GPU is waited for, for
+        ``timeout_s``. Then come the summary, the last report, and the end of the memory, unless something still runs
+        on it. Idempotent.
+
+        Raises:
+            PeerTimeoutError: a wait had expired of which the caller has not heard yet. All else has been done.
+            RuntimeError: the same of what CUDA said, or of another step.
+        """
         if self._closed:
             return
         self._closed = True
-        if self._monitor is not None:
-            self._monitor.close()
-        if self._workspace is not None and self.device.type == "cuda" and failure_of(self._workspace) is None:
-            torch.cuda.synchronize(self.device)
-        self._tally.end()
+        ending, health = Ending(), self._health
+        is_quiet = self._end_calls(ending)
+        broken = health.error() if health is not None and not self._was_left() else None
+        if broken is not None and health is not None:
+            for error in ending.errors:  # what follows from the expired wait
+                logger.debug("after the failure: %s", error)
+            # Who has heard of it in a call need not hear of it again.
+            ending.errors = [] if health.told else [broken]
+            ending.step(health.look, "tell peers")
+            health.told = True
+        ending.step(self._tally.end, "count calls")
         if self.rank == 0:
             logger.info("all-reduce summary: %s", self._tally.counts())
+        if self._monitor is not None:
+            ending.step(self._monitor.close, "end the monitor", _MONITOR_WAIT_S)
+        self._free(ending, is_quiet=is_quiet, is_broken=broken is not None or bool(ending.errors))
+        ending.raise_first()
+
+    def _was_left(self) -> bool:
+        """Whether all that is wrong is that closing has ended a call of another thread."""
+        workspace = self._workspace
+        return workspace is not None and workspace.failure() is not None and workspace.reason() == _C.REASON_INTERRUPTED
+
+    def _end_calls(self, ending: Ending) -> bool:
+        """No call begins from now on; whether none is under way any more."""
+        workspace, device = self._workspace, self.device
+        if self._checker is not None:
+            ending.step(self._checker.close, "end the comparison of calls")
+        if workspace is None:
+            return True
+        left: list[bool] = []
+        ending.step(lambda: left.append(workspace.close(_LEAVE_WAIT_S)), "stop taking calls")
+        is_quiet = left == [True]
+        if device.type == "cuda":
+            # A context that an expired wait has ended, or that hangs, must not hold what follows.
+            wait_s = self.config.timeout_s + _LEAVE_WAIT_S
+            is_quiet &= ending.step(lambda: torch.cuda.synchronize(device), f"wait for {device}", wait_s)
+        return is_quiet
+
+    def _free(self, ending: Ending, *, is_quiet: bool, is_broken: bool) -> None:
+        """The end of all memory."""
         self._plans.clear()
         self._pulls.clear()
+        held = [self._memory, self._workspace, *self._peer_visible]
+        if not is_quiet:
+            logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
+            keep_for_ever(*held)
+        elif is_broken and self.facts.transport is Transport.SYMMETRIC:
+            # torch frees it with calls that end the process where the context has ended before.
+            logger.info("the GPU memory of this group is let go when this process ends: its CUDA context has failed")
+            keep_for_ever(*held)
+        elif self._memory is not None:
+            memory = self._memory
+            self._peer_visible.clear()
+            ending.step(memory.close, "let go of the workspace's memory")
+        del held
+        if self._board is not None:
+            ending.step(self._board.close, "leave the board")
+        if self._board_memory is not None:
+            ending.step(self._board_memory.close, "let go of the board's memory")
         self._peer_visible.clear()
-        self._workspace = None
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
-
-    # -- start ---------------------------------------------------------------------------------------------------------
-
-    def _open_workspace(self, cards: list[agreement.RankCard], control_group: dist.ProcessGroup) -> GroupFacts:
-        """Set up shared memory if the strategy can use it; the facts say what came of it."""
-        nodes = len({card.host for card in cards})
-        facts = GroupFacts(
-            world_size=self.world_size,
-            device=self.device.type,
-            transport=Transport.NONE,
-            architecture=cards[0].architecture,
-            nodes=nodes,
-            staged=self.config.staged,
-            low_precision=self.config.low_precision,
-            domains=agreement.domains(cards),
-        )
-        # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
-        obstacle = agreement.first_fault(self._transport_obstacle(cards, nodes), control_group)
-        if obstacle is not None:
-            return dataclasses.replace(facts, no_transport_reason=obstacle)
-        if self.device.type == "cuda":
-            gpus = [card.gpu for card in cards if card.gpu is not None]
-            facts = dataclasses.replace(facts, nvlink=agreement.first_fault(nvlink_gap(gpus), control_group) is None)
-        refusal = agreement.peer_refusal_of(cards)
-        if self.rank == 0 and (note := refusal_note(self.config.transport, refusal)) is not None:
-            logger.info("%s", note)
-        reasons = []
-        multiprocessors = min(card.multiprocessors for card in cards)
-        for transport in transports(self.config, self.device.type, refusal):
-            try:
-                layout = workspace_layout(self.config, dataclasses.replace(facts, transport=transport), multiprocessors)
-                self._connect(transport, layout, cards, control_group)
-            except (TransportError, ValueError) as error:
-                reasons.append(str(error))
-                continue
-            if reasons and self.rank == 0:
-                logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reasons))
-            return facts.with_layout(transport, layout)
-        return dataclasses.replace(facts, no_transport_reason="; ".join(reasons))
-
-    def _with_table(
-        self, facts: GroupFacts, cards: list[agreement.RankCard], control_group: dist.ProcessGroup
-    ) -> GroupFacts:
-        """The facts with the links that the first rank sees and the profile that it finds: ranks' caches may differ.
-
-        Raises:
-            ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
-        """
-        if facts.transport is Transport.NONE:
-            return facts
-        from llm_allreduce_plugin.selection.tuning import facts_of_this_node
-
-        visible = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        uuids = [card.gpu or "" for card in cards]
-        try:
-            return agreement.from_first_rank(
-                lambda: facts_of_this_node(self.config, facts, uuids, visible), control_group, ConfigError
-            )
-        except ConfigError:
-            self._workspace = None
-            if self._memory is not None:
-                self._memory.close()
-            raise
-
-    def _transport_obstacle(self, cards: list[agreement.RankCard], nodes: int) -> str | None:
-        """Why not to try to share memory at all, as far as this rank can see."""
-        if (reason := transport_obstacle(self.config, self.world_size, nodes, self.device.type)) is not None:
-            return reason
-        gpus = [card.gpu for card in cards if card.gpu is not None]
-        return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
-
-    def _connect(
-        self, transport: Transport, layout: _C.Layout, cards: list[agreement.RankCard], control_group: dist.ProcessGroup
-    ) -> None:
-        """Share memory of this layout and prove that it is shared. Collective.
-
-        Raises:
-            TransportError: on every rank alike, with the reason.
-        """
-        memory: SharedMemory
-        device_index = _C.CPU if transport is Transport.SHM else self.device.index
-        if transport is Transport.SHM:
-            memory = ShmMemory.open(control_group, layout.total_bytes)
-        elif transport is Transport.HOST:
-            memory = HostMemory.open(control_group, self.device, layout)
-        else:
-            gpus = [card.gpu for card in cards if card.gpu is not None]
-            if (obstacle := agreement.first_fault(p2p_obstacle(gpus), control_group)) is not None:
-                raise TransportError(obstacle)
-            memory = SymmetricMemory.open(self._group, control_group, self.device, layout)
-
-        def make() -> _C.Workspace:
-            if transport is not Transport.SHM:
-                with torch.cuda.device(self.device):
-                    _C.load_kernels(self.world_size)
-            return _C.Workspace(self.rank, memory.bases, layout, self.config.timeout_s, device_index, memory.local)
-
-        try:
-            workspace = agreement.on_every_rank(make, control_group, TransportError, "cannot set up its workspace")
-            if transport is not Transport.SHM:
-                prove_peer_access(workspace, control_group, self.device)
-        except TransportError:
-            memory.close()
-            raise
-        self._memory, self._workspace = memory, workspace
-
-    def _log_start(self) -> None:
-        if self.facts.transport is Transport.NONE:
-            logger.info(
-                "all-reduce over %d ranks: %s: %s", self.world_size, self._sizes, self.facts.no_transport_reason
-            )
-            return
-        logger.info(
-            "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
-            self.world_size,
-            self.facts.transport,
-            self.config.allreduce_strategy,
-            self._sizes,
-        )
-        if self.config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
-            form = form_of(self.facts)
-            level = logging.WARNING if form.is_fallback else logging.INFO
-            logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
-        if (
-            self.config.staged is StagedChoice.ON
-            and self.rank == 0
-            and (why := staging.obstacle(self.facts)) is not None
-        ):
-            logger.warning("staged is on, but nothing is staged: %s", why)
-        if uses_table(self.config):
-            logger.info("these sizes come from %s", table_of(self.config, self.facts, capturing=self._captures).source)
-        # Says at once what asking for a strategy without a kernel leads to.
-        decision = decide(self.config, self.facts, 1, "bfloat16")
-        if decision.is_fallback:
-            self._log_fallback(decision)
+        self._memory = self._workspace = self._board = self._board_memory = self._health = None
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
@@ -381,17 +320,13 @@ class TensorParallelCommunicator:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
-        decision = decide(self.config, self.facts, count, dtype_name(dtype), capturing=self._captures)
+        decision = decide(self.config, self.facts, count, dtype_name(dtype))
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
         run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
-        if is_ours and self._captures:
-            eager = decide(self.config, self.facts, count, dtype_name(dtype), capturing=False)
-            if eager.launch != decision.launch:
-                run = by_capture(run, self._kernel_call(eager, count, dtype))
-        entry = (decision, run)
+        entry = (decision, self._checked(run, decision, count, dtype))
         self._plans[(count, dtype)] = entry
         return entry
 
@@ -420,16 +355,31 @@ class TensorParallelCommunicator:
             two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
             two_shot &= input_.numel() > 0
             distances = self._peer_visible[found].peer_distances
-            self._pulls[key] = self._kernel_call(decision, *key[1:], distances) if two_shot else None
+            if two_shot:
+                run = self._kernel_call(decision, *key[1:], distances)
+                self._pulls[key] = self._checked(run, decision, *key[1:], f" in memory {found} that peers see")
+            else:
+                self._pulls[key] = None
         return self._pulls[key]
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
     ) -> Call:
         """A function that launches this decision, with all that does not change bound."""
-        launch, workspace = decision.launch, self._workspace
+        launch, workspace, health = decision.launch, self._workspace, self._health
         assert workspace is not None
+        assert health is not None
         assert launch is not None
         plan = plan_of(workspace, launch, count, dtype, peer_distances)
         self._tally.add(decision, plan)
-        return kernel_call(plan, launch, workspace, self.device, str(decision.strategy))
+        return kernel_call(plan, launch, health, self.device, str(decision.strategy))
+
+    def _checked(self, run: Call, decision: Decision, count: int, dtype: torch.dtype, place: str = "") -> Call:
+        """``run``, compared between ranks first where that is asked for."""
+        if self._checker is None:
+            return run
+
+        def describe_call(captured: bool) -> Description:  # noqa: FBT001
+            return describe_one(decision, count, dtype_name(dtype), place, captured=captured)
+
+        return self._checker.around(run, describe_call, on_gpu=self.device.type == "cuda")

@@ -25,7 +25,13 @@ from llm_allreduce_plugin.settings.choices import (
     WireFormat,
 )
 from llm_allreduce_plugin.settings.documents import read_settings
-from llm_allreduce_plugin.settings.environment import CONFIG_FILE_VARIABLE, ENV_PREFIX, Found, variable_of
+from llm_allreduce_plugin.settings.environment import (
+    CONFIG_FILE_VARIABLE,
+    ENV_PREFIX,
+    Found,
+    settings_file,
+    variable_of,
+)
 from llm_allreduce_plugin.settings.faults import described, validated
 from llm_allreduce_plugin.settings.values import (
     MOST_BYTES_OF_A_MESSAGE,
@@ -111,6 +117,21 @@ class AllReduceConfig(Settings):
         allow_inf_nan=False,
         description="seconds of GPU time (CPU ranks: of wall time) that a rank waits for a peer before it gives up",
     )
+    first_timeout_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="the same for the first calls, and for first calls of a new CUDA graph, before which ranks may "
+        "compile for unequal times; never less than timeout_s",
+    )
+    start_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="seconds that a rank waits for the others in a step of the start",
+    )
     transport: Annotated[TransportChoice, BeforeValidator(lower_case)] = Field(
         default=TransportChoice.AUTO,
         description="GPUs: 'peer' for each other's memory (NVLink, PCIe peer access), 'host' for pinned host memory, "
@@ -148,6 +169,12 @@ class AllReduceConfig(Settings):
     report_dir: Folder | None = Field(
         default=None,
         description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
+    )
+
+    check_calls: bool = Field(
+        default=False,
+        description="before every call (captured ones when they are captured) ranks compare its size, type and launch, "
+        "and name the first difference; for finding a fault, some milliseconds a call",
     )
 
     def check_world_size(self, world_size: int) -> None:
@@ -227,19 +254,6 @@ def in_environment(variables: Mapping[str, str] | None = None) -> Found:
         ConfigError: a variable is a misspelled setting.
     """
     return environment.read(list(AllReduceConfig.model_fields), _NESTED, os.environ if variables is None else variables)
-
-
-def settings_file(named: str) -> Path:
-    """The file that ``LLM_ALLREDUCE_CONFIG`` names.
-
-    Raises:
-        ConfigError: it is no path.
-    """
-    try:
-        return Path(str(path(named)))
-    except ValueError as error:
-        message = f"environment: {CONFIG_FILE_VARIABLE}={shown(named)}: {error}"
-        raise ConfigError(message) from None
 
 
 @functools.cache

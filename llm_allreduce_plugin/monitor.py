@@ -6,34 +6,54 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.board import Board, Row, State
 from llm_allreduce_plugin.errors import PeerTimeoutError
+from llm_allreduce_plugin.failures import ALGORITHMS, PHASES, breakage_of
 from llm_allreduce_plugin.metrics import RankCounters
 
 logger = logging.getLogger(__name__)
 
-_ALGORITHMS = {
-    _C.ONE_SHOT: "ONESHOT",
-    _C.TWO_SHOT: "TWOSHOT",
-    _C.TWO_SHOT_PULL: "TWOSHOT",
-    _C.LOW_PRECISION: "LOWPRECISION",
-    _C.LOW_PRECISION_RING: "LOWPRECISION",
-    _C.LOW_PRECISION_HIERARCHICAL: "LOWPRECISION",
-}
-_PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
+def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
+    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken.
 
-def failure_of(workspace: _C.Workspace) -> PeerTimeoutError | None:
-    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken."""
+    ``board``: where ranks say what has become of them, for a text that says why the peer did not come.
+    """
     record = workspace.failure()
     if record is None:
         return None
     rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
-    return PeerTimeoutError(rank, peer, _ALGORITHMS[algorithm], _PHASES[phase], waited_s)
+    where = ALGORITHMS[algorithm], PHASES[phase]
+    row = None if board is None else board.row(peer)
+    if board is None or row is None:
+        return PeerTimeoutError(rank, peer, *where, waited_s)
+    if row.state is State.GAVE_UP:
+        ago = max(0.0, time.time() - row.wall_s)
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {ALGORITHMS.get(row.algorithm)}/{PHASES.get(row.phase)}"
+        if row.peer == rank and _is_later(board, rank, row):
+            text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
+            return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
+        return PeerTimeoutError(
+            rank, peer, *where, waited_s, known=f", which gave up {ago:.3g} s ago, after it had waited {before}"
+        )
+    if row.state is State.BROKEN:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which could not go on: see its log")
+    if row.state is State.CLOSED:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which has closed its communicator")
+    known = ", whose process has ended" if board.has_ended(peer) else ""
+    return PeerTimeoutError(rank, peer, *where, waited_s, known=known)
+
+
+def _is_later(board: Board, rank: int, theirs: Row) -> bool:
+    """Whether this rank has given up after another had, if at all."""
+    own = board.row(rank)
+    return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
 
 
 def write_report(folder: Path, rank: int, report: dict[str, Any]) -> None:
@@ -51,7 +71,8 @@ class Monitor:
     A GPU wait may expire inside a replayed graph, far from any Python call: the device then stops with a CUDA error
     that names nothing. This thread reads the record that the kernel left and puts the named error into the log.
 
-    ``report`` returns None once its communicator is gone; the thread then ends.
+    ``report`` returns None once its communicator is gone; the thread then ends. ``board``: see :func:`failure_of`.
+    ``watchers`` are called in every period; what one raises goes to the log once, and it is called again.
     """
 
     PERIOD_S = 0.25
@@ -64,8 +85,14 @@ class Monitor:
         report_dir: Path | None,
         report: Callable[[], dict[str, Any] | None],
         counters: RankCounters | None = None,
+        *,
+        board: Board | None = None,
+        watchers: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._workspace = workspace
+        self._board = board
+        self._watchers = tuple(watchers)
+        self._failed_watchers: list[Callable[[], None]] = []
         self._rank = rank
         self._report_dir = report_dir
         self._report = report
@@ -80,18 +107,34 @@ class Monitor:
         self._stop.set()
         self._thread.join()
         self._workspace = None
+        self._board = None
+        self._watchers = ()
         self._write_report()
 
     def _run(self) -> None:
         told = False
         beat = 0
         while not self._stop.wait(self.PERIOD_S):
-            if self._workspace is not None and not told and (failure := failure_of(self._workspace)):
+            if (
+                self._workspace is not None
+                and not told
+                and (failure := breakage_of(self._workspace) or failure_of(self._workspace, self._board))
+            ):
                 logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
                 told = True
+            self._call_watchers()
             beat += 1
             if beat % self.REPORT_EVERY == 0 and not self._write_report():
                 return
+
+    def _call_watchers(self) -> None:
+        for watcher in self._watchers:
+            try:
+                watcher()
+            except Exception:
+                if watcher not in self._failed_watchers:
+                    self._failed_watchers.append(watcher)
+                    logger.exception("watching over the group failed; calls go on")
 
     def _write_report(self) -> bool:
         """Write what has changed; False when there is nobody left to report on."""

@@ -24,6 +24,7 @@ int64_t now_ns() {
 // then sleeps in the kernel until its peer's flag changes. The flags lie in shared memory: the futexes are not private.
 constexpr int kPollsBeforeSleep = 64;
 constexpr int64_t kLongestSleepNs = 100'000'000;
+constexpr int64_t kGoneNs = 1'000'000'000;
 
 void sleep_while_equal(const uint32_t* word, uint32_t value, int64_t at_most_ns) {
   const int64_t sleep = std::min(at_most_ns, kLongestSleepNs);
@@ -64,31 +65,37 @@ void Lane::publish(FlagPlane plane, uint32_t round, uint32_t peers) const {
     }
 }
 
-bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round, uint32_t peers) const {
-  const uint32_t* row = flag_row(own_base(), workspace_.layout, plane, 0);
-  const int64_t start = now_ns();
-  for (int peer = 0; peer < workspace_.layout.world_size; ++peer) {
-    if (!is_meant(peer, peers)) continue;
-    for (int64_t polls = 0;; ++polls) {
-      const uint32_t seen = __atomic_load_n(row + peer, __ATOMIC_ACQUIRE);
-      if (reached(seen, round)) break;
-      const int64_t waited = now_ns() - start;
-      if (waited > workspace_.timeout_ns) {
-        lar_failure& failure = *workspace_.failure;
-        failure.rank = workspace_.rank;
-        failure.peer = peer;
-        failure.algorithm = algorithm_;
-        failure.phase = phase;
-        failure.lane = 0;
-        failure.expected_round = round;
-        failure.seen_round = seen;
-        failure.waited_ns = waited;
-        __atomic_store_n(&failure.state, 1, __ATOMIC_RELEASE);
-        return false;
-      }
-      if (polls >= kPollsBeforeSleep) sleep_while_equal(row + peer, seen, workspace_.timeout_ns - waited);
-    }
+// Whether `peer` has had its time. One that is gone has none left but for what it stored last, on its way to here.
+bool Lane::is_late(int peer, int64_t waited_ns) const {
+  const bool is_gone = workspace_.failure->gone >> peer & 1u;
+  if (is_gone && waited_ns > kGoneNs) return true;
+  const bool is_first = workspace_.begun >= 0 && !is_gone;
+  return waited_ns > (is_first ? workspace_.first_timeout_ns : workspace_.timeout_ns);
+}
+
+bool Lane::wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round, int64_t start_ns) const {
+  const uint32_t* flag = flag_row(own_base(), workspace_.layout, plane, 0) + peer;
+  const auto fail = [&](lar_reason reason, uint32_t seen) {
+    return call_.fail(reason, phase, peer, round, seen, now_ns() - start_ns);
+  };
+  for (int64_t polls = 0;; ++polls) {
+    const uint32_t seen = __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+    const bool arrived = reached(seen, round);
+    if ((arrived || polls >= kPollsBeforeSleep) && !call_.agrees_with(peer)) return fail(LAR_REASON_MISMATCH, seen);
+    if (arrived) return true;
+    if (overwritten(seen, round)) return fail(LAR_REASON_OVERWRITTEN, seen);
+    if (polls < kPollsBeforeSleep) continue;
+    if (is_late(peer, now_ns() - start_ns)) return fail(LAR_REASON_EXPIRED, seen);
+    if (workspace_.should_leave && workspace_.should_leave(workspace_.should_leave_context) != 0)
+      return fail(LAR_REASON_INTERRUPTED, seen);
+    sleep_while_equal(flag, seen, workspace_.timeout_ns);
   }
+}
+
+bool Lane::wait(FlagPlane plane, lar_phase phase, uint32_t round, uint32_t peers) const {
+  const int64_t start = now_ns();
+  for (int peer = 0; peer < workspace_.layout.world_size; ++peer)
+    if (is_meant(peer, peers) && !wait_for(peer, plane, phase, round, start)) return false;
   return true;
 }
 

@@ -2,15 +2,13 @@
 #ifndef LLM_ALLREDUCE_CPU_LANE_H_
 #define LLM_ALLREDUCE_CPU_LANE_H_
 
-#include "common.h"
+#include "cpu/call.h"
 
 namespace lar::cpu {
 
 class Lane {
  public:
-  // `algorithm`: what an expired wait names.
-  Lane(const lar_workspace& workspace, EpochPlane epochs, lar_algorithm algorithm)
-      : workspace_(workspace), epochs_(epochs), algorithm_(algorithm) {}
+  Lane(const Call& call, EpochPlane epochs) : call_(call), workspace_(call.workspace()), epochs_(epochs) {}
 
   uint32_t epoch() const { return *epoch_word(workspace_.local, workspace_.layout, epochs_, 0); }
   void finish(uint32_t epoch) const { *epoch_word(workspace_.local, workspace_.layout, epochs_, 0) = epoch; }
@@ -20,8 +18,12 @@ class Lane {
   // Tells the peers (bit r: rank r) that all that was stored so far belongs to `round` and may be read.
   void publish(FlagPlane plane, uint32_t round, uint32_t peers = kAllPeers) const;
 
-  // Waits until each of the peers has published `round`; false, with the failure on record, when one did not in time.
+  // Waits until each of the peers has published `round`. False, with the failure on record, when one did not in time,
+  // makes another call, or the wait was interrupted.
   bool wait(FlagPlane plane, lar_phase phase, uint32_t round, uint32_t peers = kAllPeers) const;
+
+  // The status of a call in which a wait has failed.
+  int broken() const { return call_.broken(); }
 
   // The slot for what `source` has for `reader`; `shared`: for all readers alike.
   char* slot(int64_t region_offset, int64_t slot_bytes, int reader, int source, uint32_t round, bool shared) const {
@@ -31,10 +33,12 @@ class Lane {
  private:
   bool is_meant(int peer, uint32_t peers) const { return peer != workspace_.rank && (peers >> peer & 1u) != 0; }
   void* own_base() const { return workspace_.base[workspace_.rank]; }
+  bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round, int64_t start_ns) const;
+  bool is_late(int peer, int64_t waited_ns) const;
 
+  const Call& call_;
   const lar_workspace& workspace_;
   const EpochPlane epochs_;
-  const lar_algorithm algorithm_;
 };
 
 // output[i] = sources[0][i] + sources[1][i] + ..., in fp32 from +0, in that order, rounded once: the arithmetic of

@@ -60,9 +60,10 @@ extern "C" int lar_low_precision_cpu(const lar_workspace* workspace, const lar_m
   if (const int status = lar_packet_size(format, &values, &bytes); status != LAR_OK) return status;
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / bytes;
   if (chunk < 1) return LAR_ERROR_INVALID_ARGUMENT;
-  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  cpu::Call call(*workspace, LAR_LOW_PRECISION, *message, format);
+  if (const int status = call.begin(); status != LAR_OK) return status;
   if (message->count == 0) return LAR_OK;
   const cpu::Packets packets(*message, format, values, bytes);
   const cpu::PacketCargo cargo(packets, workspace->layout.world_size);
-  return cpu::TwoShotSteps(*workspace, LAR_LOW_PRECISION, cargo, chunk).run();
+  return cpu::TwoShotSteps(call, cargo, chunk).run();
 }

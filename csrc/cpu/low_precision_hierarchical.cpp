@@ -11,12 +11,12 @@ namespace {
 class HierarchicalSteps {
  public:
   // `chunk`: packets that fit a slot.
-  HierarchicalSteps(const lar_workspace& workspace, const Domains& domains, const Packets& packets, int64_t chunk)
-      : rank_(workspace.rank),
-        layout_(workspace.layout),
+  HierarchicalSteps(const Call& call, const Domains& domains, const Packets& packets, int64_t chunk)
+      : rank_(call.workspace().rank),
+        layout_(call.workspace().layout),
         slots_(layout_.flagged),
         domains_(domains),
-        lane_(workspace, EpochPlane::kTwoShot, LAR_LOW_PRECISION_HIERARCHICAL),
+        lane_(call, EpochPlane::kTwoShot),
         packets_(packets),
         chunk_(chunk),
         chunks_(ceil_div(packets.number(), chunk * domains.members)),
@@ -25,9 +25,9 @@ class HierarchicalSteps {
   int run() const {
     for (int64_t step = 0; step < chunks_ + 3; ++step) {
       if (step < chunks_) scatter(step);
-      if (step >= 1 && step <= chunks_ && !partial(step - 1)) return LAR_ERROR_TIMEOUT;
-      if (step >= 2 && step <= chunks_ + 1 && !combine(step - 2)) return LAR_ERROR_TIMEOUT;
-      if (step >= 3 && !drain(step - 3)) return LAR_ERROR_TIMEOUT;
+      if (step >= 1 && step <= chunks_ && !partial(step - 1)) return lane_.broken();
+      if (step >= 2 && step <= chunks_ + 1 && !combine(step - 2)) return lane_.broken();
+      if (step >= 3 && !drain(step - 3)) return lane_.broken();
     }
     lane_.finish(epoch_ + static_cast<uint32_t>(chunks_));
     return LAR_OK;
@@ -149,8 +149,9 @@ extern "C" int lar_low_precision_hierarchical_cpu(const lar_workspace* workspace
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / bytes;
   Domains seen;
   if (chunk < 1 || !make_domains(domains, layout.world_size, workspace->rank, &seen)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  cpu::Call call(*workspace, LAR_LOW_PRECISION_HIERARCHICAL, *message, format);
+  if (const int status = call.begin(); status != LAR_OK) return status;
   if (message->count == 0) return LAR_OK;
   const cpu::Packets packets(*message, format, values, bytes);
-  return cpu::HierarchicalSteps(*workspace, seen, packets, chunk).run();
+  return cpu::HierarchicalSteps(call, seen, packets, chunk).run();
 }

@@ -11,10 +11,10 @@ namespace {
 class RingSteps {
  public:
   // `chunk`: packets whose values fit a slot.
-  RingSteps(const lar_workspace& workspace, const Packets& packets, int64_t chunk)
-      : slots_(workspace.layout.flagged),
-        ring_{workspace.rank, workspace.layout.world_size},
-        lane_(workspace, EpochPlane::kTwoShot, LAR_LOW_PRECISION_RING),
+  RingSteps(const Call& call, const Packets& packets, int64_t chunk)
+      : slots_(call.workspace().layout.flagged),
+        ring_{call.workspace().rank, call.workspace().layout.world_size},
+        lane_(call, EpochPlane::kTwoShot),
         packets_(packets),
         chunk_(chunk),
         hops_(ceil_div(packets.number(), chunk * ring_.world_size) * ring_.hops_of_chunk()),
@@ -22,8 +22,8 @@ class RingSteps {
 
   int run() const {
     for (int64_t step = 0; step <= hops_; ++step) {
-      if (step > 0 && !has_arrived(step - 1)) return LAR_ERROR_TIMEOUT;
-      if (step < hops_ && Ring::credit_for(step) >= 0 && !has_credit(Ring::credit_for(step))) return LAR_ERROR_TIMEOUT;
+      if (step > 0 && !has_arrived(step - 1)) return lane_.broken();
+      if (step < hops_ && Ring::credit_for(step) >= 0 && !has_credit(Ring::credit_for(step))) return lane_.broken();
       if (step > 0) receive(step - 1);
       if (step < hops_ && step % ring_.hops_of_chunk() == 0) begin(step);
       const bool is_last_hop = step == hops_ - 1;
@@ -34,7 +34,7 @@ class RingSteps {
         lane_.publish(FlagPlane::kTwoShotGather, round(step - 1),
                       step == hops_ ? Ring::everyone() : Ring::only(ring_.predecessor()));
     }
-    if (!has_credit(hops_ - 1)) return LAR_ERROR_TIMEOUT;
+    if (!has_credit(hops_ - 1)) return lane_.broken();
     lane_.finish(epoch_ + static_cast<uint32_t>(hops_));
     return LAR_OK;
   }
@@ -117,8 +117,9 @@ extern "C" int lar_low_precision_ring_cpu(const lar_workspace* workspace, const 
   if (const int status = lar_packet_size(format, &values, &bytes); status != LAR_OK) return status;
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / raw_packet_bytes(values, message->dtype);
   if (chunk < 1 || workspace->layout.world_size > kMostCompressingRanks) return LAR_ERROR_INVALID_ARGUMENT;
-  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  cpu::Call call(*workspace, LAR_LOW_PRECISION_RING, *message, format);
+  if (const int status = call.begin(); status != LAR_OK) return status;
   if (message->count == 0) return LAR_OK;
   const cpu::Packets packets(*message, format, values, bytes);
-  return cpu::RingSteps(*workspace, packets, chunk).run();
+  return cpu::RingSteps(call, packets, chunk).run();
 }

@@ -10,11 +10,12 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
   const lar_layout& layout = workspace->layout;
   if (const int status = check_call(workspace, message, shape, layout.flagged.one_shot_bytes); status != LAR_OK)
     return status;
-  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  cpu::Call call(*workspace, LAR_ONE_SHOT, *message, -1);
+  if (const int status = call.begin(); status != LAR_OK) return status;
 
   const int element = element_bytes(message->dtype);
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / element;
-  const cpu::Lane lane(*workspace, EpochPlane::kOneShot, LAR_ONE_SHOT);
+  const cpu::Lane lane(call, EpochPlane::kOneShot);
   const int rank = workspace->rank;
   const char* input = static_cast<const char*>(message->input);
   char* output = static_cast<char*>(message->output);
@@ -30,7 +31,7 @@ extern "C" int lar_one_shot_cpu(const lar_workspace* workspace, const lar_messag
       std::memcpy(slot((rank + step) % layout.world_size, rank), input + start * element, count * element);
 
     lane.publish(FlagPlane::kOneShot, round);
-    if (!lane.wait(FlagPlane::kOneShot, LAR_PHASE_GATHER, round)) return LAR_ERROR_TIMEOUT;
+    if (!lane.wait(FlagPlane::kOneShot, LAR_PHASE_GATHER, round)) return lane.broken();
 
     const void* sources[LAR_MAX_WORLD_SIZE];
     for (int source = 0; source < layout.world_size; ++source)

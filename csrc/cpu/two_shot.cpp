@@ -48,9 +48,10 @@ extern "C" int lar_two_shot_cpu(const lar_workspace* workspace, const lar_messag
   if (const int status = check_call(workspace, message, shape, workspace->layout.flagged.two_shot_bytes);
       status != LAR_OK)
     return status;
-  if (workspace->failure->state != 0) return LAR_ERROR_TIMEOUT;  // the group is broken for good
+  cpu::Call call(*workspace, LAR_TWO_SHOT, *message, -1);
+  if (const int status = call.begin(); status != LAR_OK) return status;
   if (message->count == 0) return LAR_OK;
   const cpu::Elements elements(*message, workspace->layout.world_size);
   const int64_t chunk = shape->chunk_vectors * LAR_VECTOR_BYTES / element_bytes(message->dtype);
-  return cpu::TwoShotSteps(*workspace, LAR_TWO_SHOT, elements, chunk).run();
+  return cpu::TwoShotSteps(call, elements, chunk).run();
 }

@@ -26,11 +26,11 @@ template <typename Cargo>
 class TwoShotSteps {
  public:
   // `chunk`: units that fit a slot.
-  TwoShotSteps(const lar_workspace& workspace, lar_algorithm reported, const Cargo& cargo, int64_t chunk)
-      : workspace_(workspace),
-        layout_(workspace.layout),
+  TwoShotSteps(const Call& call, const Cargo& cargo, int64_t chunk)
+      : workspace_(call.workspace()),
+        layout_(workspace_.layout),
         slots_(layout_.flagged),
-        lane_(workspace, EpochPlane::kTwoShot, reported),
+        lane_(call, EpochPlane::kTwoShot),
         cargo_(cargo),
         chunk_(chunk),
         epoch_(lane_.epoch()) {}
@@ -39,8 +39,8 @@ class TwoShotSteps {
     const int64_t chunks = ceil_div(cargo_.units(), chunk_ * layout_.world_size);
     for (int64_t step = 0; step < chunks + 2; ++step) {
       if (step < chunks) scatter(step);
-      if (step >= 1 && step <= chunks && !reduce(step - 1)) return LAR_ERROR_TIMEOUT;
-      if (step >= 2 && !drain(step - 2)) return LAR_ERROR_TIMEOUT;
+      if (step >= 1 && step <= chunks && !reduce(step - 1)) return lane_.broken();
+      if (step >= 2 && !drain(step - 2)) return lane_.broken();
     }
     lane_.finish(epoch_ + static_cast<uint32_t>(chunks));
     return LAR_OK;

@@ -112,9 +112,11 @@ __device__ __forceinline__ uint32_t epoch_of(const InBandArguments& arguments) {
 __device__ __forceinline__ void advance_epoch(const InBandArguments& arguments, uint32_t epoch) {
   __syncthreads();
   if (threadIdx.x == 0) arguments.epochs[blockIdx.x] = epoch + 1;
-  if (blockIdx.x == 0)
+  if (blockIdx.x == 0) {
+    if (threadIdx.x == 0) count_beginning(arguments.limit.begun);
     for (uint32_t lane = gridDim.x + threadIdx.x; lane < arguments.lanes; lane += blockDim.x)
       arguments.epochs[lane] = epoch + 1;
+  }
 }
 
 // Where the slots of this call's generation begin, from `own` or from one of `to`.

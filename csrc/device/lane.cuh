@@ -69,13 +69,25 @@ struct WaitLimit {
   uint32_t* abort;  // set once any wait of this rank has expired
   lar_failure* failure;
   int64_t timeout_ns;
+  int64_t first_timeout_ns;
+  uint32_t* begun;  // see lar_workspace; null: not a first call
   int32_t rank;
   lar_algorithm algorithm;
 };
 
 __host__ __device__ inline WaitLimit wait_limit(const lar_workspace& workspace, lar_algorithm algorithm) {
-  return {abort_word(workspace.local, workspace.layout), workspace.failure, workspace.timeout_ns, workspace.rank,
+  return {abort_word(workspace.local, workspace.layout),
+          workspace.failure,
+          workspace.timeout_ns,
+          workspace.first_timeout_ns,
+          begun_word(workspace),
+          workspace.rank,
           algorithm};
+}
+
+// Counts a beginning of what the call belongs to. For one thread of the grid, before it waits. Nothing waits for it.
+__device__ __forceinline__ void count_beginning(uint32_t* begun) {
+  if (begun) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(begun) : "memory");
 }
 
 // Ends a wait for `peer` that has expired. The first lane to give up leaves the record and traps: what depends on this
@@ -85,6 +97,7 @@ __device__ __forceinline__ void give_up(const WaitLimit& limit, int lane, int pe
                                         uint32_t seen, int64_t waited_ns) {
   if (atomicCAS(limit.abort, 0u, 1u) != 0u) return;
   lar_failure* failure = limit.failure;
+  failure->reason = LAR_REASON_EXPIRED;
   failure->rank = limit.rank;
   failure->peer = peer;
   failure->algorithm = limit.algorithm;
@@ -112,15 +125,21 @@ class Patience {
     const int64_t now = global_timer_ns();
     if (start_ == 0) start_ = now;
     waited_ = now - start_;
-    if (waited_ > limit_.timeout_ns) return true;
-    return *static_cast<volatile uint32_t*>(limit_.abort) != 0;
+    return expired() || *static_cast<volatile uint32_t*>(limit_.abort) != 0;
   }
 
   // After is_over(): true when this thread's own time is up, false when another has given up already.
-  __device__ __forceinline__ bool expired() const { return waited_ > limit_.timeout_ns; }
+  __device__ __forceinline__ bool expired() const {
+    return waited_ > limit_.timeout_ns && (waited_ > limit_.first_timeout_ns || !is_first_call());
+  }
   __device__ __forceinline__ int64_t waited_ns() const { return waited_; }
 
  private:
+  // Whether peers may still be getting ready for it. Asked only after the usual time: the host's word lies far away.
+  __device__ __forceinline__ bool is_first_call() const {
+    return limit_.begun && *static_cast<volatile uint32_t*>(limit_.begun) <= 1 && limit_.failure->gone == 0;
+  }
+
   const WaitLimit& limit_;
   int64_t start_ = 0;
   int64_t waited_ = 0;
@@ -216,6 +235,7 @@ class Lane {
 
   // For all threads, before anything else.
   __device__ __forceinline__ void start() const {
+    if (index_ == 0 && threadIdx.x == 0) count_beginning(begun_word(workspace_));
     if (!kHasCourier) return;
     if (threadIdx.x == 0) *given_up() = false;
     __syncthreads();

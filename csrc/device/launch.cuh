@@ -109,6 +109,20 @@ inline bool has_dependent_launch() {
   return major[device] >= 9;
 }
 
+inline bool may_start_early(const lar_workspace& workspace) { return !workspace.starts_late && has_dependent_launch(); }
+
+// Whether all blocks of a launch run at the same time on the current device, as those must that wait for each other.
+inline int check_residency(const void* kernel, const lar_launch& shape) {
+  int device = 0;
+  int multiprocessors = 0;
+  int blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, shape.threads, 0);
+  if (error != cudaSuccess) return error;
+  return int64_t{multiprocessors} * blocks >= shape.lanes ? LAR_OK : LAR_ERROR_NOT_RESIDENT;
+}
+
 // The in-band slots that an algorithm's kernels use.
 struct InBandSlots {
   lar_algorithm algorithm;  // what an expired wait names
@@ -209,10 +223,13 @@ inline int launch_flagged(const void* kernel, const lar_workspace& workspace, co
   return launch_kernel(kernel, with_courier, false, &arguments, stream);
 }
 
-// Starts a staged kernel, likewise.
+// Starts a staged kernel, likewise. Its blocks meet at barriers of the whole grid.
 inline int launch_staged(const void* kernel, const lar_workspace& workspace, const lar_message& message,
                          const lar_launch& shape, void* stream) {
   if (!kernel || shape.lanes < 1 || shape.threads > LAR_MAX_STAGED_THREADS) return LAR_ERROR_INVALID_ARGUMENT;
+  lar_launch with_courier = shape;
+  with_courier.threads += kCourierThreads;
+  if (const int status = check_residency(kernel, with_courier); status != LAR_OK) return status;
   return launch_flagged(kernel, workspace, message, shape, workspace.layout.flagged.staged_bytes / shape.lanes, stream);
 }
 
@@ -230,7 +247,7 @@ int launch_in_band(const lar_workspace& workspace, const lar_message& message, c
     InBandArguments arguments = in_band_arguments(workspace, round, shape, slots);
     const void* kernel =
         select_kernel<Instances>(message.dtype, workspace.layout.world_size, choose_in_band(round, shape, aligned));
-    return launch_kernel(kernel, shape, has_dependent_launch(), &arguments, stream);
+    return launch_kernel(kernel, shape, may_start_early(workspace), &arguments, stream);
   });
 }
 

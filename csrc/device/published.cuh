@@ -122,7 +122,7 @@ inline int launch_published(const void* kernel, const lar_workspace& workspace, 
     arguments.extents = extent_words(workspace.local, workspace.layout, extents);
     lar_launch with_courier = shape;
     with_courier.threads += kCourierThreads;
-    return launch_kernel(kernel, with_courier, has_dependent_launch(), &arguments, stream);
+    return launch_kernel(kernel, with_courier, may_start_early(workspace), &arguments, stream);
   });
 }
 

@@ -51,6 +51,7 @@ class Stages {
   // For the warp: waits until the first stage may begin. False, here and below, when a wait has expired.
   __device__ __forceinline__ bool begin() const {
     bool begun = true;
+    if (blockIdx.x == 0 && threadIdx.x % 32 == 0) count_beginning(begun_word(workspace_));
     if (blockIdx.x == 0) begun = exchange_with_all(0);
     if (threadIdx.x % 32 == 0 && begun) {
       if (blockIdx.x == 0) {
@@ -154,6 +155,7 @@ class Stages {
   __device__ __forceinline__ bool wait_open(uint32_t stage) const {
     WaitLimit patient = limit();
     patient.timeout_ns *= 3;
+    patient.first_timeout_ns *= 3;
     return wait_for_round(patient, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
   }
 

@@ -28,13 +28,20 @@ enum {
   LAR_SLOTS = 4,
   LAR_IN_BAND_SLOTS = 2,
   LAR_PUBLISHED_SLOTS = 4,
-  LAR_STAGE_TIMES = 128,  // the newest stages whose times a rank keeps
+  LAR_STAGE_TIMES = 128,      // the newest stages whose times a rank keeps
+  LAR_BEGUN_WORDS = 1 << 14,  // first calls, eager or of a graph, that are told apart; see lar_workspace.begun
+  LAR_CALL_RECORDS = 8,       // the newest calls that a CPU rank tells its peers of
 };
 
 typedef enum lar_status {
   LAR_OK = 0,
   LAR_ERROR_INVALID_ARGUMENT = -1,
-  LAR_ERROR_TIMEOUT = -2,  // a peer did not arrive in time; lar_failure says which
+  LAR_ERROR_TIMEOUT = -2,       // a peer did not arrive in time; lar_failure says which
+  LAR_ERROR_MISMATCH = -3,      // CPU ranks: a peer makes another call; lar_failure says which
+  LAR_ERROR_INTERRUPTED = -4,   // CPU ranks: lar_workspace.should_leave ended a wait
+  LAR_ERROR_CLOSED = -5,        // the workspace is closed
+  LAR_ERROR_BUSY = -6,          // CPU ranks: another thread is in a call of this workspace
+  LAR_ERROR_NOT_RESIDENT = -7,  // blocks that wait for each other would not all run at the same time on this GPU
 } lar_status;
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
@@ -79,10 +86,13 @@ typedef struct lar_stage_times {
 //   local       what only this rank touches (lar_workspace.local):
 //     abort     uint32                               set once a wait has expired
 //     arrivals  uint32                               staged: lanes that have ended the stage; 0 between stages
+//     begun     uint32 [16384]                       how often what has this word, a graph, has begun a call
+//     calls     uint32                               CPU ranks: calls that this rank has begun
 //     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
 //     extents   uint32 [plane][generation 4][lane]   published in band: vectors that lie in that generation
 //     stages    lar_stage_times [stage % 128]        staged: what nothing depends on, for tests and measurements
 //   flags       uint32 [plane][lane][rank 16]        written by peers: the newest round that rank has published
+//   records     lar_call_record [call % 8]           CPU ranks: what this rank's newest calls are, read by peers
 //
 // Flagged slots, where flags tell lane by lane when a slot may be read:
 //   one_shot    [generation 4][source rank][lane][one_shot_bytes]
@@ -104,12 +114,15 @@ typedef struct lar_layout {
   int32_t published;
   int64_t abort_offset;
   int64_t arrivals_offset;
+  int64_t begun_offset;
+  int64_t calls_offset;
   int64_t epochs_offset;
   int64_t extents_offset;
   int64_t stages_offset;
   int64_t local_bytes;  // of the local part, which comes first
   int64_t flags_offset;
   int64_t probe_offset;
+  int64_t records_offset;
   lar_slots in_band;
   lar_slots flagged;
   int64_t total_bytes;
@@ -119,9 +132,31 @@ typedef struct lar_layout {
 // happens to be it into zeros, which no fp32 sum starting from +0 can tell apart; results never contain a -0.
 #define LAR_IN_BAND_MARKER 0x80000000u
 
-// Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time.
+// What a CPU rank tells its peers of a call: ranks that make different calls must hear of it, not get a wrong sum.
+typedef struct lar_call_record {
+  uint32_t call;  // by number, from 1 on; written last
+  int32_t algorithm;
+  int32_t dtype;
+  int32_t wire_format;
+  int64_t count;
+} lar_call_record;
+
+// Why a group is broken.
+typedef enum lar_reason {
+  LAR_REASON_EXPIRED = 0,      // a wait has expired
+  LAR_REASON_MISMATCH = 1,     // `peer` makes another call
+  LAR_REASON_OVERWRITTEN = 2,  // a flag is far ahead of its round, where no peer can be: somebody else wrote there
+  LAR_REASON_INTERRUPTED = 3,  // a wait was left before its end
+} lar_reason;
+
+// Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time. `gone` is written
+// by the host.
 typedef struct lar_failure {
   volatile int32_t state;  // 0: none, 1: the other fields are valid
+  int32_t reason;          // lar_reason
+  lar_call_record mine;    // of a mismatch
+  lar_call_record theirs;
+  volatile uint64_t gone;  // bit r: rank r will never come (again)
   int32_t rank;
   int32_t peer;
   int32_t algorithm;  // lar_algorithm
@@ -141,6 +176,17 @@ typedef struct lar_workspace {
   lar_layout layout;
   lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
   int64_t timeout_ns;    // no wait lasts longer
+  // But for the first call of its kind, before which ranks may compile for minutes: until a peer is gone, no longer
+  // than this. `begun`: which of the words of that name counts the beginnings of what the call belongs to, a graph or
+  // an eager call of one size; it is the first while that is at most 1. -1: not a first call.
+  int64_t first_timeout_ns;
+  int32_t begun;
+  // The call must wait for the end of all that it depends on: its kernels may not start earlier.
+  int32_t starts_late;
+  // CPU ranks: asked about ten times a second while a call waits, and when a signal interrupts it; non-zero ends the
+  // wait. May be null.
+  int (*should_leave)(void* context);
+  void* should_leave_context;
 } lar_workspace;
 
 // One all-reduce. Input and output are `count` contiguous elements and must not overlap; any alignment that
@@ -230,13 +276,17 @@ LAR_EXPORT int lar_probe_write_cuda(const lar_workspace*, uint32_t nonce, void* 
 LAR_EXPORT int lar_probe_check_cuda(const lar_workspace*, uint32_t nonce, int32_t* verdict, void* stream);
 
 // Keeps the calls of one workspace from overlapping when they come on different streams, and makes `device`
-// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call). `capturing` is set to 1
-// when the call went into a graph; it may be null.
+// current around a call. Wrap every CUDA call: begin, the call, end (also after a failed call). Calls that go into one
+// graph are ordered by edges of that graph, in the order in which they come, on whatever branches.
 typedef struct lar_stream_order lar_stream_order;
 LAR_EXPORT int lar_stream_order_create(lar_stream_order** order, int device);
 LAR_EXPORT void lar_stream_order_destroy(lar_stream_order* order);
-LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream);
-LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream, int* capturing);
+typedef struct lar_call_order {
+  uint64_t capture;     // a number for the capture that the call goes into; 0: none
+  int32_t starts_late;  // for lar_workspace.starts_late
+} lar_call_order;
+LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream, lar_call_order* call);
+LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream);
 
 // Pins `bytes` of host memory at `address`, whole pages, and tells where the current device sees them.
 LAR_EXPORT int lar_host_register(void* address, int64_t bytes, void** device_address);

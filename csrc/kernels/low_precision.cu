@@ -373,6 +373,6 @@ extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_
   if (shape->scatter_lanes < 1) return LAR_ERROR_INVALID_ARGUMENT;
   return in_rounds_of(round_elements, *message, [&](const lar_message& round, int64_t) {
     InBandArguments arguments = in_band_arguments(*workspace, round, *shape, slots);
-    return launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
+    return launch_kernel(kernel, *shape, may_start_early(*workspace), &arguments, stream);
   });
 }

@@ -333,9 +333,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
   const Lane<Crew::kWorkers> lane(pull.workspace, EpochPlane::kPull, LAR_TWO_SHOT_PULL);
   const uint32_t round = lane.epoch() + 1;
   lane.publish(FlagPlane::kPull, round);
+  advance_epoch(arguments, epoch);
   if (!lane.wait(FlagPlane::kPull, LAR_PHASE_SCATTER, round)) return;
   lane.finish(round);
-  advance_epoch(arguments, epoch);
 
   for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
     const uint32_t index = index_of<kWorldSize>(arguments, 0, i);
@@ -484,6 +484,6 @@ extern "C" int lar_two_shot_pull_cuda(const lar_workspace* workspace, const lar_
     PullArguments arguments{in_band_arguments(*workspace, round, *shape, slots), *workspace, {}};
     for (int rank = 0; rank < layout.world_size; ++rank)
       arguments.inputs[rank] = static_cast<const char*>(inputs[rank]) + offset;
-    return launch_kernel(kernel, *shape, has_dependent_launch(), &arguments, stream);
+    return launch_kernel(kernel, *shape, may_start_early(*workspace), &arguments, stream);
   });
 }

@@ -84,7 +84,7 @@ def _ours(strategy: str) -> Opener:
         if decision.strategy == "NCCL":
             message = decision.reason
             raise RuntimeError(message)
-        return Candidate(bind=lambda x: lambda: group.all_reduce(x), exact=not decision.is_fallback, close=group.close)
+        return Candidate(bind=lambda x: lambda: group.all_reduce(x), exact=not decision.runs_another, close=group.close)
 
     return open_
 
@@ -97,7 +97,7 @@ def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
         low_precision={"wire_format": settings.wire_format, "min_bytes": 0},
     )
     decision = group.explain((1 << 20,), torch.bfloat16)
-    if decision.is_fallback:
+    if decision.runs_another:
         raise RuntimeError(decision.reason)
     two_shot = form_of(group.facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
     most_error = MOST_ERROR[settings.wire_format] * (1 if two_shot else MORE_ERROR)

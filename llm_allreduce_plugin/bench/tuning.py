@@ -102,11 +102,11 @@ class GroupTuner:
     def refine(self, until: float) -> None:
         """Halve the intervals in which the strategy changes, the widest first, until they are small or time is up."""
         while time.monotonic() < until:
-            graph, eager = self.ranges()
+            # Where graphs were measured they decide, for eager calls too.
+            points = self._points("graph") or self._points("eager")
             wide = [
                 (low, high)
-                for kind, ranges in (("graph", graph), ("eager", eager))
-                for low, high in crossover.changes(self._points(kind), ranges)
+                for low, high in crossover.changes(points, crossover.ranges_of(points))
                 if high > CLOSE_ENOUGH * low and self._between(low, high) not in (low, high)
             ]
             if not wide:

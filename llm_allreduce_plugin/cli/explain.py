@@ -167,7 +167,6 @@ def explain(
         ),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
-    eager: Annotated[bool, typer.Option("--eager", help="Of an eager call; else of one in a CUDA graph.")] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="What runs from which size to which, 16 bytes to 1 GiB.")
     ] = False,
@@ -191,13 +190,12 @@ def explain(
     what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
     try:
         group = subject(topology, world_size, config, cpu=cpu)
-        capturing = group.facts.device == "cuda" and not eager
         wanted = sweep or plot is not None
-        ranges = sweeps.sweep(config, group.facts, element_type, capturing=capturing) if wanted else []
+        ranges = sweeps.sweep(config, group.facts, element_type) if wanted else []
     except (ConfigError, TopologyError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    decision = decide(config, group.facts, count, element_type, capturing=capturing)
+    decision = decide(config, group.facts, count, element_type)
     if as_json:
         document: dict[str, Any] = {
             "group": {

@@ -213,7 +213,6 @@ def _report(entry: Entry) -> str:
     """The times and what follows from them."""
     from llm_allreduce_plugin.selection.policy import describe_ranges
 
-    tables = entry.ranges()
     lines = [f"#\n# {entry}, over {entry.topology_class.in_words}: us per call, the fastest marked"]
     lines.append(f"#{'bytes':>12}  {'ONESHOT':>10} {'TWOSHOT':>10} in graph   {'ONESHOT':>10} {'TWOSHOT':>10} eager")
     for row in entry.measured:
@@ -224,9 +223,12 @@ def _report(entry: Entry) -> str:
                 value = dict(times).get(name)
                 cells.append("-" if value is None else f"{value:.2f}{'*' if value == best else ' '}")
         lines.append(f"{row.bytes:>13}  {cells[0]:>10} {cells[1]:>10}            {cells[2]:>10} {cells[3]:>10}")
-    if any(row.graph_us for row in entry.measured):
-        lines.append(f"# in graphs: {describe_ranges(tables.graph)}")
-    lines.append(f"# eager: {describe_ranges(tables.eager)}")
+    if entry.decides_in_graphs:
+        lines.append(f"# in graphs: {describe_ranges(entry.graph)}")
+    lines.append(f"# eager: {describe_ranges(entry.eager)}")
+    if entry.decides_in_graphs:
+        lines.append("# those in graphs decide, for eager calls too: a rank that captures and one that does not must")
+        lines.append("# run the same kernel, and the times of eager calls are mostly the host's")
     return "\n".join(lines)
 
 

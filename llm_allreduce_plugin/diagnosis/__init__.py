@@ -66,7 +66,7 @@ def look() -> tuple[list[Finding], NodeTopology]:
 
     def runs() -> Finding:
         facts, _ = with_profile(config, *group())
-        sizes = describe(config, facts, capturing=gpus > 0)
+        sizes = describe(config, facts)
         return Finding("what runs", Verdict.OK, f"{config.allreduce_strategy} over {ranks} ranks: {sizes}")
 
     found += guarded("tuning profile", lambda: software.tuning_profile(config, *group()))

@@ -172,7 +172,7 @@ def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentit
         tuned, ignored = with_profile(config, facts, node)
     except ConfigError as error:
         return fail("tuning profile", str(error), "correct it: the engine refuses to start with it")
-    source = table_of(config, tuned, capturing=facts.device == "cuda").source if uses_table(config) else "not used"
+    source = table_of(config, tuned).source if uses_table(config) else "not used"
     if ignored:
         return warn("tuning profile", f"{source}; {'; '.join(ignored)}", "measure again: llm-allreduce tune --force")
     if tuned.tuned is None and uses_table(config):

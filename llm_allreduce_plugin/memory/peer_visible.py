@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.memory.symmetric import share
 
 
@@ -26,15 +27,13 @@ class PeerVisibleBuffer:
     handle: object
 
     @classmethod
-    def open(
-        cls, group: dist.ProcessGroup, control_group: dist.ProcessGroup, device: torch.device, size: int
-    ) -> PeerVisibleBuffer:
+    def open(cls, agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int) -> PeerVisibleBuffer:
         """``size`` bytes on every rank. Collective.
 
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-        storage, handle, bases = share(group, control_group, device, size)
+        storage, handle, bases = share(agreement, group, device, size)
         own = storage.data_ptr()
         return cls(storage, tuple(base - own for base in bases), handle)
 

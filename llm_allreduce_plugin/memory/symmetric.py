@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.agreement import first_fault, on_every_rank
+from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.selection.facts import Transport
 
@@ -43,14 +43,39 @@ def initialize(buffer: torch.Tensor, layout: _C.Layout) -> None:
     buffer[layout.in_band.one_shot_offset or end : end].view(torch.int32).fill_(marker)
 
 
+def _allocate(size: int, device: torch.device) -> torch.Tensor:
+    with torch.cuda.device(device):
+        return symm_mem.empty(size, dtype=torch.uint8, device=device)
+
+
+def _rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[object, list[int]]:
+    with without_multicast(), torch.cuda.device(buffer.device):
+        handle = symm_mem.rendezvous(buffer, group)
+        return handle, [int(base) for base in handle.buffer_ptrs]
+
+
 def share(
+    agreement: Agreement,
     group: dist.ProcessGroup,
-    control_group: dist.ProcessGroup,
     device: torch.device,
     size: int,
     prepare: Callable[[torch.Tensor], None] = lambda _: None,
+    *,
+    allocate: Callable[[int, torch.device], torch.Tensor] = _allocate,
+    rendezvous: Callable[[torch.Tensor, dist.ProcessGroup], tuple[object, list[int]]] = _rendezvous,
 ) -> tuple[torch.Tensor, object, list[int]]:
     """``size`` bytes on every rank, mapped into every rank; prepared before any peer can see them. Collective.
+
+    A rendezvous waits for every rank, so none enters it before all have their memory.
+
+    Args:
+        agreement: of the ranks of ``group``.
+        group: on which torch maps memory.
+        device: this rank's.
+        size: bytes of each rank.
+        prepare: writes what must be there before the first peer looks.
+        allocate: makes memory that can be mapped.
+        rendezvous: maps it; what keeps the mapping alive, and the address of each rank's memory.
 
     Returns:
         This rank's bytes, what keeps the mapping alive, and the address at which this rank sees each rank's.
@@ -59,15 +84,23 @@ def share(
         TransportError: on every rank alike, when a rank cannot allocate or map.
     """
 
-    def make() -> tuple[torch.Tensor, object, list[int]]:
-        with without_multicast(), torch.cuda.device(device):
-            buffer = symm_mem.empty(size, dtype=torch.uint8, device=device)
-            prepare(buffer)
+    def make() -> torch.Tensor:
+        buffer = allocate(size, device)
+        prepare(buffer)
+        if device.type == "cuda":
             torch.cuda.synchronize(device)
-            handle = symm_mem.rendezvous(buffer, group)
-            return buffer, handle, [int(base) for base in handle.buffer_ptrs]
+        return buffer
 
-    return on_every_rank(make, control_group, TransportError, "cannot map its peers' memory")
+    cannot = f"cannot allocate {size} bytes for peers to see"
+    buffer = agreement.on_every_rank(make, "to allocate memory", TransportError, cannot)
+    handle, bases = agreement.on_every_rank(
+        lambda: rendezvous(buffer, group),
+        "to map each other's memory",
+        TransportError,
+        "cannot map its peers' memory",
+        may_block=True,
+    )
+    return buffer, handle, bases
 
 
 class SymmetricMemory:
@@ -87,14 +120,14 @@ class SymmetricMemory:
 
     @classmethod
     def open(
-        cls, group: dist.ProcessGroup, control_group: dist.ProcessGroup, device: torch.device, layout: _C.Layout
+        cls, agreement: Agreement, group: dist.ProcessGroup, device: torch.device, layout: _C.Layout
     ) -> SymmetricMemory:
-        """Collective over ``group``; ``control_group`` has the same ranks and carries Python objects.
+        """Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory.
 
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-        return cls(*share(group, control_group, device, layout.total_bytes, lambda buffer: initialize(buffer, layout)))
+        return cls(*share(agreement, group, device, layout.total_bytes, lambda buffer: initialize(buffer, layout)))
 
     def close(self) -> None:
         """Let go of this rank's memory; peers' mappings keep it alive until they close too."""
@@ -102,29 +135,40 @@ class SymmetricMemory:
         self._buffer = None
 
 
-def prove_peer_access(workspace: _C.Workspace, control_group: dist.ProcessGroup, device: torch.device) -> None:
+def prove_peer_access(workspace: _C.Workspace, agreement: Agreement, device: torch.device) -> None:
     """Write real bytes to every peer and read them back from there. Collective.
 
     Raises:
         TransportError: on every rank alike, naming the pair whose bytes were lost.
     """
-    rank, world_size = dist.get_rank(control_group), dist.get_world_size(control_group)
-    nonces = [int.from_bytes(os.urandom(4), "little")]
-    dist.broadcast_object_list(nonces, src=dist.get_global_rank(control_group, 0), group=control_group)
-    with torch.cuda.device(device):
-        stream = torch.cuda.current_stream(device)
-        verdict = torch.zeros(world_size, dtype=torch.int32, device=device)
-        workspace.probe_write(nonces[0], stream.cuda_stream)
-        stream.synchronize()
-        dist.barrier(group=control_group)
-        workspace.probe_check(nonces[0], verdict.data_ptr(), stream.cuda_stream)
-        seen = verdict.tolist()
+    rank, world_size = agreement.rank, agreement.world_size
+    nonce = agreement.from_first_rank(
+        lambda: int.from_bytes(os.urandom(4), "little"), "to draw a number", TransportError
+    )
+
+    def write() -> torch.Tensor:
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream(device)
+            verdict = torch.zeros(world_size, dtype=torch.int32, device=device)
+            workspace.probe_write(nonce, stream.cuda_stream)
+            stream.synchronize()
+            return verdict
+
+    def check() -> list[int]:
+        with torch.cuda.device(device):
+            workspace.probe_check(nonce, verdict.data_ptr(), torch.cuda.current_stream(device).cuda_stream)
+            return [int(bits) for bits in verdict.tolist()]
+
+    # A broken link may hold a GPU for ever.
+    step, failed = "to prove that memory is shared", "cannot reach shared memory"
+    verdict = agreement.on_every_rank(write, step, TransportError, failed, may_block=True)
+    seen = agreement.on_every_rank(check, step, TransportError, failed, may_block=True)
     faults = []
     for peer, bits in enumerate(seen):
         if not bits & 1:
             faults.append(f"what rank {peer} wrote to rank {rank}'s memory did not arrive")
         elif not bits & 2:
             faults.append(f"rank {rank} reads something else from rank {peer}'s memory than it wrote there")
-    if (lost := first_fault(faults[0] if faults else None, control_group)) is not None:
+    if (lost := agreement.first_fault(faults[0] if faults else None, step)) is not None:
         message = f"shared memory is broken: {lost} (peer access that ACS or an IOMMU between the GPUs drops?)"
         raise TransportError(message)

@@ -97,6 +97,8 @@ class Decision:
         launch: how the kernel is launched; None for NCCL.
         reason: why this one.
         passed_over: every other strategy with the reason against it, those asked for first.
+        by_design: the strategy asked for can run and leaves this message to another one, as documented: LOWPRECISION
+            leaves small messages to MINLATENCY.
     """
 
     requested: AllReduceStrategy
@@ -105,11 +107,17 @@ class Decision:
     launch: Launch | None
     reason: str
     passed_over: tuple[PassedOver, ...]
+    by_design: bool = False
+
+    @property
+    def runs_another(self) -> bool:
+        """True when a strategy was asked for by name and another one runs, for whatever reason."""
+        return self.requested not in (AllReduceStrategy.AUTO, self.strategy)
 
     @property
     def is_fallback(self) -> bool:
-        """True when a strategy was asked for by name and another one runs."""
-        return self.requested not in (AllReduceStrategy.AUTO, self.strategy)
+        """True when a strategy was asked for by name and another one runs because that one cannot."""
+        return self.runs_another and not self.by_design
 
     def __str__(self) -> str:
         lines = [f"{self.strategy}: {self.algorithm}", f"  because {self.reason}"]

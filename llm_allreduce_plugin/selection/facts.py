@@ -87,6 +87,7 @@ class GroupFacts:
         in_band: slots in which readiness travels inside the data.
         flagged: slots with flags that tell when they may be read.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
+        multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         nodes: hosts that the ranks run on.
         nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
         staged: the agreed setting of that name.
@@ -104,6 +105,7 @@ class GroupFacts:
     in_band: SlotBytes = SlotBytes()
     flagged: SlotBytes = SlotBytes()
     architecture: int | None = None
+    multiprocessors: int | None = None
     nodes: int = 1
     nvlink: bool = True
     staged: StagedChoice = StagedChoice.AUTO

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.selection import tables
@@ -33,14 +34,12 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def table_of(
-    config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2, *, capturing: bool = True
-) -> tables.Table:
+def table_of(config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2) -> tables.Table:
     """The table that AUTO, or what falls back to MINLATENCY, goes by, and where it comes from."""
     if config.one_shot_max_bytes is not None and config.allreduce_strategy is S.AUTO:
         ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
         return tables.Table(ranges, "one_shot_max_bytes")
-    return tables.table_of(facts, element_bytes, capturing=capturing)
+    return tables.table_of(facts, element_bytes)
 
 
 def uses_table(config: AllReduceConfig) -> bool:
@@ -63,36 +62,40 @@ def _merit(table: tables.Table, message: Message) -> tuple[AllReduceStrategy, st
 
 def _auto_order(config: AllReduceConfig, facts: GroupFacts, message: Message) -> list[tuple[AllReduceStrategy, str]]:
     """AUTO's candidates, best first, each with what speaks for it. All of one numeric class."""
-    table = table_of(config, facts, message.element_bytes, capturing=message.capturing)
+    table = table_of(config, facts, message.element_bytes)
     first, merit = _merit(table, message)
     second = S.TWOSHOT if first is S.ONESHOT else S.ONESHOT
     return [(first, merit), (second, f"{first} is first for {_bytes(message.payload_bytes)}")]
 
 
-def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str, *, capturing: bool = True) -> Decision:
+def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -> Decision:
     """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
 
-    Total: NCCL can always run, so there is a decision for every input. ``capturing``: the call goes into a CUDA graph.
-    Eager calls may be fastest with another strategy, which then has the same bits.
+    Total: NCCL can always run, so there is a decision for every input. It is the same whether the call goes into a CUDA
+    graph or is made at once: ranks need not do so alike.
     """
-    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0), capturing=capturing)
+    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0))
     requested = config.allreduce_strategy
     candidates: list[tuple[AllReduceStrategy, str]] = []
     for name in _FALLBACKS[requested]:
         if name is S.AUTO:
             candidates += _auto_order(config, facts, message)
         elif name is requested is S.MINLATENCY:
-            _, merit = _merit(tables.table_of(facts, message.element_bytes, capturing=capturing), message)
+            _, merit = _merit(tables.table_of(facts, message.element_bytes), message)
             candidates.append((name, f"allreduce_strategy is {name}; {merit}"))
         else:
             candidates.append((name, f"allreduce_strategy is {name}"))
 
     against: dict[AllReduceStrategy, str] = {}
+    can_run = True  # all that was tried before
     for name, merit in candidates:
         strategy = STRATEGIES[name]
-        obstacle = strategy.obstacle(facts, message)
-        if obstacle is not None:
+        if (obstacle := strategy.obstacle(facts, message)) is not None:
             against.setdefault(name, obstacle)
+            can_run = False
+            continue
+        if (reason := strategy.stands_back(facts, message)) is not None:
+            against.setdefault(name, reason)
             continue
         fell_back = name is not requested and against
         why = "; ".join(dict.fromkeys(against.values())) if fell_back else merit
@@ -104,6 +107,7 @@ def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str, *
             launch=strategy.plan(facts, message),
             reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(facts, message, requested, name, why, against),
+            by_design=bool(against) and can_run,
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
 
@@ -121,7 +125,7 @@ def _passed_over(
     for name, strategy in STRATEGIES.items():
         if name is chosen or name in reasons:
             continue
-        obstacle = strategy.obstacle(facts, message)
+        obstacle = strategy.obstacle(facts, message) or strategy.stands_back(facts, message)
         if obstacle is not None:
             reasons[name] = obstacle
         elif name is S.NCCL:
@@ -133,24 +137,34 @@ def _passed_over(
     return tuple(PassedOver(name, reason) for name, reason in reasons.items())
 
 
-def describe_ranges(ranges: Sequence[tables.Range]) -> str:
+class _SizeRange(Protocol):
+    """Messages up to ``max_bytes`` (None: all larger ones) run on ``strategy``."""
+
+    @property
+    def max_bytes(self) -> int | None: ...
+
+    @property
+    def strategy(self) -> str: ...
+
+
+def describe_ranges(ranges: Sequence[_SizeRange]) -> str:
     """``ONESHOT to 256 KiB, then TWOSHOT``."""
     parts = [f"{found.strategy} to {_bytes(found.max_bytes)}" for found in ranges if found.max_bytes is not None]
     last = ranges[-1].strategy
     return ", ".join([*parts, f"then {last}"]) if parts else f"{last} at every size"
 
 
-def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16", *, capturing: bool = True) -> str:
+def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16") -> str:
     """What runs at which sizes, for a line in the log: ``ONESHOT to 256 KiB, then TWOSHOT``."""
     element = ELEMENT_BYTES[dtype]
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
-    ranges = table_of(config, facts, element, capturing=capturing).ranges
+    ranges = table_of(config, facts, element).ranges
     limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.obstacle(facts) is None:
         limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
-        decision = decide(config, facts, size // element, dtype, capturing=capturing)
+        decision = decide(config, facts, size // element, dtype)
         what = str(decision.strategy)
         if decision.strategy is S.MINLATENCY and decision.launch is not None:
             what = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}[decision.launch.algorithm]

@@ -57,8 +57,8 @@ class Entry(_Frozen):
         date: when, in UTC.
         method: how.
         environment: versions and driver.
-        graph: ranges for calls in CUDA graphs.
-        eager: ranges for eager calls.
+        graph: ranges by the times in CUDA graphs.
+        eager: ranges by the times of eager calls.
         measured: the times behind them.
     """
 
@@ -98,12 +98,25 @@ class Entry(_Frozen):
         in_band = facts.in_band.two_shot > 0
         return (self.world_size, self.transport, self.in_band) == (facts.world_size, facts.transport, in_band)
 
+    @property
+    def decides_in_graphs(self) -> bool:
+        """Whether ``graph`` decides, for every call, or ``eager`` does. The only place that says which.
+
+        One of them for all calls of a group: a rank that captures a graph while another makes the call at once must
+        launch the same kernel. On GPUs it is ``graph``: times in graphs are the GPU's, those of eager calls mostly the
+        host's, which do not depend on the strategy. CPU ranks have no graphs.
+        """
+        return self.transport is not Transport.SHM
+
+    @property
+    def in_words(self) -> str:
+        """Which times decide: ``measured <date> ...``."""
+        return "in CUDA graphs" if self.decides_in_graphs else "in eager calls"
+
     def ranges(self) -> TunedRanges:
-        """As the policy takes them."""
-        graph, eager = (
-            tuple(Range(found.max_bytes, found.strategy) for found in ranges) for ranges in (self.graph, self.eager)
-        )
-        return TunedRanges(self.element_bytes, graph, eager)
+        """Those that decide, as the policy takes them."""
+        ranges = self.graph if self.decides_in_graphs else self.eager
+        return TunedRanges(self.element_bytes, tuple(Range(found.max_bytes, found.strategy) for found in ranges))
 
     def __str__(self) -> str:
         return f"{self.world_size} ranks, {self.transport} memory, {8 * self.element_bytes}-bit elements"

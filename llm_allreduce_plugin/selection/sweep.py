@@ -110,10 +110,8 @@ def _counts(element_bytes: int) -> list[int]:
     return sorted({size // element_bytes for size in sizes})
 
 
-def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str, *, capturing: bool = True) -> list[SizeRange]:
+def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRange]:
     """The ranges from 16 bytes to 1 GiB per rank, with no gap between them; borders are exact to an element.
-
-    ``capturing``: of calls in CUDA graphs, or of eager ones.
 
     Raises:
         ValueError: no kernel handles ``dtype``, so that there is nothing to tell apart.
@@ -124,7 +122,7 @@ def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str, *, capturing: 
         raise ValueError(message)
 
     def decision_of(count: int) -> Decision:
-        return decide(config, facts, count, dtype, capturing=capturing)
+        return decide(config, facts, count, dtype)
 
     points: list[tuple[int, Decision]] = []
     for count in _counts(element):

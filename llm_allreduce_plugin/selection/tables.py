@@ -49,11 +49,10 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class TunedRanges:
-    """What was measured for elements of one size, in CUDA graphs and eager."""
+    """What was measured for elements of one size."""
 
     element_bytes: int
-    graph: tuple[Range, ...]
-    eager: tuple[Range, ...]
+    ranges: tuple[Range, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +67,10 @@ class Tuned:
     source: str
     ranges: tuple[TunedRanges, ...]
 
-    def table(self, element_bytes: int, *, capturing: bool) -> Table:
+    def table(self, element_bytes: int) -> Table:
         """For elements of this size, or of the one that was measured: what counts is bytes, additions hardly do."""
         found = next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
-        return Table(found.graph if capturing else found.eager, self.source)
+        return Table(found.ranges, self.source)
 
 
 def _changeover(max_bytes: int, source: str) -> Table:
@@ -218,10 +217,10 @@ def vectors_per_thread(transport: Transport) -> int | None:
     return 1 if transport is Transport.HOST else None
 
 
-def table_of(facts: GroupFacts, element_bytes: int, *, capturing: bool) -> Table:
+def table_of(facts: GroupFacts, element_bytes: int) -> Table:
     """The table for a group, measured or seed; its source says which."""
     if facts.tuned is not None:
-        return facts.tuned.table(element_bytes, capturing=capturing)
+        return facts.tuned.table(element_bytes)
     if facts.transport is Transport.HOST:
         table = _of(HOST, facts.world_size)
     else:

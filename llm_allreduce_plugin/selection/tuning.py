@@ -66,7 +66,8 @@ def _tuned(profile: Profile, facts: GroupFacts, name: str, *, anywhere: bool) ->
     versions = {entry.environment.get(APPLICATION, __version__) for entry in entries} - {__version__}
     by = f" with version {', '.join(sorted(versions))}" if versions else ""
     dates = sorted({entry.date[:10] for entry in entries})
-    return Tuned(f"{name}, measured {', '.join(dates)}{by}", tuple(entry.ranges() for entry in entries))
+    how = entries[0].in_words  # of one transport, all of them
+    return Tuned(f"{name}, measured {', '.join(dates)} {how}{by}", tuple(entry.ranges() for entry in entries))
 
 
 def _has(profile: Profile) -> str:

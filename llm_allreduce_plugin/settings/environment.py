@@ -12,10 +12,11 @@ import difflib
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings.faults import unknown_key
-from llm_allreduce_plugin.settings.values import shown
+from llm_allreduce_plugin.settings.values import path, shown
 
 ENV_PREFIX = "LLM_ALLREDUCE_"
 CONFIG_FILE_VARIABLE = "LLM_ALLREDUCE_CONFIG"
@@ -68,6 +69,19 @@ def is_service_link(variable: str, value: str) -> bool:
 def variable_of(field: str) -> str:
     """The environment variable of a field; the strategy's is ``LLM_ALLREDUCE_STRATEGY``."""
     return ENV_PREFIX + field.removeprefix("allreduce_").upper()
+
+
+def settings_file(named: str) -> Path:
+    """The file that ``LLM_ALLREDUCE_CONFIG`` names.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    try:
+        return Path(str(path(named)))
+    except ValueError as error:
+        message = f"environment: {CONFIG_FILE_VARIABLE}={shown(named)}: {error}"
+        raise ConfigError(message) from None
 
 
 def _squeezed(name: str) -> str:

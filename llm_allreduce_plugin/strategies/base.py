@@ -42,13 +42,11 @@ class Message:
         count: elements per rank.
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
-        capturing: the call goes into a CUDA graph; eager calls may be fastest with another strategy.
     """
 
     count: int
     dtype: str
     element_bytes: int
-    capturing: bool = True
 
     @property
     def payload_bytes(self) -> int:
@@ -70,6 +68,13 @@ class Strategy(abc.ABC):
     @abc.abstractmethod
     def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
         """Why this strategy cannot run for this message, or None when it can."""
+
+    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        """Why this strategy, which can run, is meant to leave the message to the next one, or None.
+
+        Only asked where there is no obstacle. What stands back does as it was asked to: that is no fallback.
+        """
+        return None
 
     def describe(self, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
         """What runs in this group, and why in this form; no reason where a strategy has only one."""

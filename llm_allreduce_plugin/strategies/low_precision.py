@@ -73,6 +73,10 @@ class LowPrecision(KernelStrategy):
                 f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
                 f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
             )
+        return None
+
+    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:
+        """Small messages are faster with the exact kernels, or the settings say so."""
         settings = facts.low_precision
         if settings.min_bytes is not None:
             if message.payload_bytes < settings.min_bytes:

@@ -27,6 +27,6 @@ class MinLatency(KernelStrategy):
     algorithm = "the fastest exact kernel for each size on this node"
 
     def plan(self, facts: GroupFacts, message: Message) -> Launch:
-        table = tables.table_of(facts, message.element_bytes, capturing=message.capturing)
+        table = tables.table_of(facts, message.element_bytes)
         _, found = table.range_of(message.payload_bytes)
         return _KERNELS[found.strategy].plan(facts, message)

@@ -47,7 +47,9 @@ def launch(
     part = max(1, math.ceil(units / facts.world_size))  # what a rank sends to another in a message of one round
     if facts.staged is StagedChoice.AUTO and part * unit_bytes <= tables.STAGED_ABOVE_STAGE_BYTES:
         return None
-    lanes = min(tables.STAGED_LANES, facts.lanes, math.ceil(part * unit_threads / MAX_STAGED_THREADS))
+    # All blocks meet at barriers of the grid, so all must run at once, as one to a multiprocessor does on any GPU.
+    resident = min(facts.lanes, facts.multiprocessors or facts.lanes)
+    lanes = min(tables.STAGED_LANES, resident, math.ceil(part * unit_threads / MAX_STAGED_THREADS))
     capacity = facts.flagged.staged // max(1, lanes) // unit_bytes
     if capacity < 1:
         return None

@@ -52,6 +52,7 @@ def group_facts(
         device="cuda",
         transport=Transport.NONE,
         architecture=architectures.pop() if len(architectures) == 1 else None,
+        multiprocessors=multiprocessors(topology, size),
         nodes=hosts,
         nvlink=not topology.nvlink_gap(range(size)),
         staged=settings.staged,

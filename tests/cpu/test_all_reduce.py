@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import logging
@@ -16,8 +17,15 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
+from llm_allreduce_plugin import (
+    AllReduceConfig,
+    PeerTimeoutError,
+    RankMismatchError,
+    TensorParallelCommunicator,
+    start,
+)
 from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.memory import nameless
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.reference import DTYPES, SIZES
@@ -174,13 +182,11 @@ def test_shared_memory_has_no_name_while_it_is_used(cpu_pool: PoolFor) -> None:
 
 
 def _no_shared_memory(context: RankContext) -> tuple[str, str]:
-    from llm_allreduce_plugin.memory import shm
-
-    shm.SHM_FOLDER = Path("/nowhere")
-    try:
+    with (
+        mock.patch.object(os, "memfd_create", side_effect=OSError(errno.ENOSYS, "no such call")),
+        mock.patch.object(nameless, "SHM_FOLDER", Path("/nowhere")),
+    ):
         return _without_kernels(context)
-    finally:
-        shm.SHM_FOLDER = Path("/dev/shm")
 
 
 def test_no_shared_memory_falls_back_with_the_reason(cpu_pool: PoolFor) -> None:
@@ -191,10 +197,10 @@ def test_no_shared_memory_falls_back_with_the_reason(cpu_pool: PoolFor) -> None:
 
 
 def _obstacle_on_one_rank(context: RankContext) -> tuple[str, str]:
-    def obstacle(group: TensorParallelCommunicator, *_: object) -> str | None:
-        return "rank 1 sees no peer access" if group.rank == 1 else None
+    def obstacle(*_: object) -> str | None:
+        return "rank 1 sees no peer access" if context.rank == 1 else None
 
-    with mock.patch.object(TensorParallelCommunicator, "_transport_obstacle", obstacle):
+    with mock.patch.object(start, "transport_obstacle", obstacle):
         return _without_kernels(context)
 
 

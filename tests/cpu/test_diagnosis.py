@@ -47,7 +47,7 @@ def test_explain_makes_the_communicators_decisions(
     config = AllReduceConfig(allreduce_strategy=strategy, **settings)
     facts = cpu_facts(world_size, config)
     expected = [
-        decide(config, facts, torch.Size(shape).numel(), dtype, capturing=False)  # as cli.explain does
+        decide(config, facts, torch.Size(shape).numel(), dtype)  # as cli.explain does
         for shape, dtype in MESSAGES
     ]
     for theirs, decisions in cpu_pool(world_size).run(_explained, strategy, settings):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from typing import Any
 
 import pytest
@@ -155,13 +155,41 @@ def _mixed(context: RankContext) -> None:
             else:
                 _compare(context, group, inputs, f"turn {turn}")
         assert set(group.report()["calls"]) == {"LOWPRECISION", "MINLATENCY"}
-        assert "messages below 2000 bytes stay exact (low_precision.min_bytes)" in json.dumps(
-            group.report()["fallbacks"]
-        )
+        # What stays exact because it is small is as asked for; what is no 16-bit type is not.
+        reason = "compression is for bfloat16 and float16, not float32"
+        fallback = {"requested": "LOWPRECISION", "strategy": "MINLATENCY", "reason": reason}
+        assert group.report()["fallback_calls"] == [{**fallback, "calls": 20}]
 
 
 def test_small_messages_and_fp32_stay_exact(cpu_pool: PoolFor) -> None:
     cpu_pool(3).run(_mixed)
+
+
+def _warnings(context: RankContext) -> list[str]:
+    """What the first rank warns of, from start to end, when small and large messages go as they are meant to."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    logger = logging.getLogger("llm_allreduce_plugin")
+    logger.addHandler(handler)
+    try:
+        with checks.communicator(context, "LOWPRECISION", low_precision={"min_bytes": 2000}) as group:
+            for size in (1, 100, 5000):
+                group.all_reduce(torch.ones(size, dtype=torch.bfloat16))
+            assert group.report()["calls"] == {"MINLATENCY": 2, "LOWPRECISION": 1}
+            assert (group.report()["fallbacks"], group.report()["fallback_calls"]) == ({}, [])
+            assert "messages below 2000 bytes stay exact" in group.explain((1,), torch.bfloat16).reason
+    finally:
+        logger.removeHandler(handler)
+    return lines
+
+
+def test_what_works_as_asked_for_warns_of_nothing(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_warnings) == [[], []]
 
 
 def _error(context: RankContext, wire: WireFormat) -> float:

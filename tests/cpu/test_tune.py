@@ -58,7 +58,7 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert all(time > 0 for row in made.measured for time in row.eager_us.values())
     assert made.environment["torch"] == torch.__version__
     (lines, reason), (others, same) = cpu_pool(2).run(_start, {"tuning_profile": str(path)})
-    assert f"these sizes come from profile {path}, measured {made.date[:10]}" in lines
+    assert f"these sizes come from profile {path}, measured {made.date[:10]} in eager calls" in lines
     assert f"(profile {path}, measured" in reason
     assert (others, same) == ([], reason), "ranks decide alike, and one of them says so"
 
@@ -71,7 +71,7 @@ def test_the_cached_profile_is_used_and_a_broken_one_ignored(cpu_pool: PoolFor, 
     try:
         profiles.store(path, NodeIdentity.of_cpu(), [made])
         (lines, reason), _ = cpu_pool(2).run(_start, {})
-        assert f"these sizes come from profile {path}, measured 2025-01-02" in lines
+        assert f"these sizes come from profile {path}, measured 2025-01-02 in eager calls" in lines
         assert "4 KiB are like all sizes, where two steps beat one" in reason, "CPU ranks' calls are eager ones"
         path.write_text("{}")
         (lines, reason), _ = cpu_pool(2).run(_start, {})

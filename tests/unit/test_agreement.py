@@ -7,22 +7,22 @@ import dataclasses
 import pytest
 import torch
 
-from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, agreement
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, cards
 
 
-def card(**settings: object) -> agreement.RankCard:
-    return agreement.RankCard.of_this_rank(AllReduceConfig(**settings), torch.device("cpu"))  # type: ignore[arg-type]
+def card(**settings: object) -> cards.RankCard:
+    return cards.RankCard.of_this_rank(AllReduceConfig(**settings), torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def test_equal_cards_pass() -> None:
-    agreement.check([card(), card(), card()])
+    cards.check([card(), card(), card()])
 
 
 def test_settings_must_be_equal() -> None:
     with pytest.raises(RankMismatchError, match=r"timeout_s: 60\.0 on ranks 0, 2; 5\.0 on rank 1"):
-        agreement.check([card(), card(timeout_s=5), card()])
+        cards.check([card(), card(timeout_s=5), card()])
     with pytest.raises(RankMismatchError, match=r"allreduce_strategy: 'AUTO' on rank 0; 'NCCL' on rank 1"):
-        agreement.check([card(), card(allreduce_strategy="NCCL")])
+        cards.check([card(), card(allreduce_strategy="NCCL")])
 
 
 @pytest.mark.parametrize(
@@ -31,11 +31,11 @@ def test_settings_must_be_equal() -> None:
 def test_capabilities_must_be_equal(field: str, value: object) -> None:
     other = dataclasses.replace(card(), **{field: value})  # type: ignore[arg-type]
     with pytest.raises(RankMismatchError, match=f"ranks disagree about {field}"):
-        agreement.check([card(), other])
+        cards.check([card(), other])
 
 
 def test_where_a_rank_writes_may_differ() -> None:
-    agreement.check([card(report_dir="/a"), card(report_dir="/b")])
+    cards.check([card(report_dir="/a"), card(report_dir="/b")])
 
 
 def test_timeout_error_reads_like_the_promise() -> None:

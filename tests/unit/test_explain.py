@@ -175,6 +175,14 @@ def test_json_is_the_decision_and_the_ranges() -> None:
     assert document["ranges"][-1]["last_bytes"] == 1 << 30
 
 
+def test_json_tells_a_fallback_from_what_is_meant_to_be() -> None:
+    document = explained("--topology", H200, "--strategy", "LOWPRECISION", "--bytes", "64K", "--sweep")
+    assert document["decision"]["strategy"] == "MINLATENCY"
+    assert (document["decision"]["is_fallback"], document["decision"]["by_design"]) == (False, True)
+    assert "the exact kernels are faster" in document["decision"]["reason"]
+    assert not any(found["is_fallback"] for found in document["ranges"])
+
+
 def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLM_ALLREDUCE_TRANSPORT", "host")
     monkeypatch.setenv("LLM_ALLREDUCE_LOW_PRECISION", '{"min_bytes": 0}')

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, agreement, load_config
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, cards, load_config
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
@@ -216,10 +216,10 @@ def test_settings() -> None:
 
 
 def test_numa_nodes_are_agreed_on_only_where_all_are_known() -> None:
-    cards = [dataclasses.replace(card(), numa_node=node) for node in (1, 0, 1, 0)]
-    assert agreement.domains(cards) == (1, 0, 1, 0)
-    assert agreement.domains([*cards, card()]) == ()
-    agreement.check(cards)
+    found = [dataclasses.replace(card(), numa_node=node) for node in (1, 0, 1, 0)]
+    assert cards.domains(found) == (1, 0, 1, 0)
+    assert cards.domains([*found, card()]) == ()
+    cards.check(found)
 
 
 class FakeNvml:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin import AllReduceConfig, NodeTopology, agreement
+from llm_allreduce_plugin import AllReduceConfig, NodeTopology, cards
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis import proof
@@ -75,12 +75,12 @@ def test_facts_are_those_of_host_memory() -> None:
 
 @pytest.mark.parametrize("with_it", ((0, 1, 2), (2,), (0,), ()))
 def test_one_rank_with_it_is_enough_for_all(with_it: tuple[int, ...]) -> None:
-    mine = agreement.RankCard.of_this_rank(AllReduceConfig(), torch.device("cpu"))
-    cards = [
+    mine = cards.RankCard.of_this_rank(AllReduceConfig(), torch.device("cpu"))
+    group = [
         dataclasses.replace(mine, peer_refusal="NCCL_P2P_DISABLE=1" if rank in with_it else None) for rank in range(3)
     ]
-    agreement.check(cards)  # it is no setting: ranks go on
-    refusal = agreement.peer_refusal_of(cards)
+    cards.check(group)  # it is no setting: ranks go on
+    refusal = cards.peer_refusal_of(group)
     assert (refusal is None) is (not with_it)
     if refusal is not None:
         assert transports(config(), "cuda", refusal) == (Transport.HOST,)
@@ -89,7 +89,7 @@ def test_one_rank_with_it_is_enough_for_all(with_it: tuple[int, ...]) -> None:
 
 def test_cpu_ranks_have_no_peers_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    assert agreement.RankCard.of_this_rank(AllReduceConfig(), torch.device("cpu")).peer_refusal is None
+    assert cards.RankCard.of_this_rank(AllReduceConfig(), torch.device("cpu")).peer_refusal is None
 
 
 def explained(*arguments: str) -> Any:

@@ -26,6 +26,7 @@ from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.selection.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, Numerics, spread
+from llm_allreduce_plugin.tally import fallback_of
 
 S = AllReduceStrategy
 
@@ -67,7 +68,7 @@ any_ranges = st.lists(
 any_tuned = st.none() | st.builds(
     lambda ranges: Tuned("a profile", tuple(ranges)),
     st.lists(
-        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges, any_ranges),
+        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges),
         min_size=1,
         max_size=2,
         unique_by=lambda found: found.element_bytes,
@@ -92,15 +93,12 @@ any_facts = st.builds(
     any_facts,
     st.integers(0, 1 << 34),
     st.sampled_from([*ELEMENT_BYTES, "int32", "float8_e4m3fn"]),
-    st.booleans(),
 )
-def test_total_deterministic_and_reasoned(
-    strategy: S, group: GroupFacts, count: int, dtype: str, capturing: bool
-) -> None:
-    decision = decide(config(strategy), group, count, dtype, capturing=capturing)
+def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count: int, dtype: str) -> None:
+    decision = decide(config(strategy), group, count, dtype)
     # What another rank decides, from facts that came to it over a wire.
     received = pickle.loads(pickle.dumps(group))
-    assert decision == decide(config(strategy), received, count, dtype, capturing=capturing)
+    assert decision == decide(config(strategy), received, count, dtype)
     assert decision.requested is strategy
     assert decision.reason
     named = {other.strategy for other in decision.passed_over}
@@ -329,6 +327,30 @@ def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
     ):
         assert decision.strategy is S.MINLATENCY
         assert reason in decision.reason
+
+
+def test_what_works_as_documented_is_no_fallback() -> None:
+    """Small messages stay exact under LOWPRECISION: as asked for. What cannot run is a fallback, as ever."""
+    cpu = facts(transport=Transport.SHM, workspace=4 << 20)
+    switched = facts(4, in_band=True)
+    for decision in (
+        low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
+        low_precision(4096, "bfloat16", switched),  # below the documented crossover
+        low_precision(1, "float16", switched),
+    ):
+        assert (decision.strategy, decision.by_design, decision.is_fallback) == (S.MINLATENCY, True, False)
+        assert decision.runs_another
+        assert fallback_of(decision) is None
+    large = low_precision(1 << 26, "bfloat16", switched)
+    assert (large.strategy, large.by_design, large.runs_another) == (S.LOWPRECISION, False, False)
+    for decision in (
+        low_precision(4096, "float32", cpu),
+        low_precision(4096, "float32", cpu, min_bytes="1MiB"),
+        low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16), min_bytes="1MiB"),
+        low_precision(4096, "bfloat16", facts(transport=Transport.NONE), min_bytes="1MiB"),
+    ):
+        assert (decision.by_design, decision.is_fallback) == (False, True)
+        assert fallback_of(decision) is not None
 
 
 @given(st.integers(0, 1 << 26), st.sampled_from(list(WireFormat)), st.integers(2, 8), st.integers(1 << 19, 1 << 24))

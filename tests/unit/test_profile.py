@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import multiprocessing
 import random
@@ -21,9 +22,12 @@ from llm_allreduce_plugin import AllReduceConfig, ConfigError, NodeTopology, Pro
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import load_config
 from llm_allreduce_plugin.selection import tuning
+from llm_allreduce_plugin.selection.decision import Algorithm
 from llm_allreduce_plugin.selection.facts import GroupFacts, SlotBytes, TopologyClass, Transport
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, describe, table_of
 from llm_allreduce_plugin.selection.profile import SCHEMA_VERSION, Entry, Profile, read, store
+from llm_allreduce_plugin.selection.sweep import sweep
+from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology import NodeIdentity, fingerprint
 from tests.support.profiles import entry, node
 
@@ -249,9 +253,9 @@ def test_configured_then_cached_then_shipped_then_seeds(places: dict[str, Path])
         assert found.tuned is not None
         expected.append(found.tuned.source)
     assert expected == [
-        "shipped profile h200.json for NVIDIA H200, measured 2025-01-02",
-        f"profile {places['cached']}, measured 2025-02-02",
-        f"profile {places['configured']}, measured 2025-03-02",
+        "shipped profile h200.json for NVIDIA H200, measured 2025-01-02 in CUDA graphs",
+        f"profile {places['cached']}, measured 2025-02-02 in CUDA graphs",
+        f"profile {places['configured']}, measured 2025-03-02 in CUDA graphs",
     ]
     assert tuning.find("none", FACTS, H200) == tuning.Found(None)
 
@@ -318,7 +322,7 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         load_config({"tuning_profile": ""})
 
 
-def test_the_reason_names_the_profile_and_eager_calls_may_differ() -> None:
+def test_the_reason_names_the_profile_and_what_was_measured() -> None:
     profile = Profile.of(
         H200, [entry(graph=[(4096, "ONESHOT"), (None, "TWOSHOT")], eager=[(None, "ONESHOT")], element_bytes=2)]
     )
@@ -326,14 +330,47 @@ def test_the_reason_names_the_profile_and_eager_calls_may_differ() -> None:
     facts = dataclasses.replace(FACTS, tuned=tuned)
     for strategy in ("AUTO", "MINLATENCY"):
         config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
-        graph = decide(config, facts, 4096, "bfloat16")
-        eager = decide(config, facts, 4096, "bfloat16", capturing=False)
-        assert "8 KiB are more than 4 KiB, where two steps beat one (profile x, measured" in graph.reason
-        assert "8 KiB are like all sizes, where one step beats two" in eager.reason
-        assert graph.launch != eager.launch
+        decision = decide(config, facts, 4096, "bfloat16")
+        said = "8 KiB are more than 4 KiB, where two steps beat one (profile x, measured 2025-01-02 in CUDA graphs)"
+        assert said in decision.reason
         # What was not measured for 32-bit elements goes by those of 16 bits.
-        assert decide(config, facts, 2048, "float32").launch == graph.launch or strategy == "AUTO"
+        assert decide(config, facts, 2048, "float32").launch == decision.launch or strategy == "AUTO"
     assert decide(AllReduceConfig(), facts, 2048, "float32").strategy == "TWOSHOT"
+
+
+@pytest.mark.parametrize(
+    ("transport", "runs", "measured"),
+    [
+        (Transport.SYMMETRIC, "TWOSHOT", "in CUDA graphs"),
+        (Transport.HOST, "TWOSHOT", "in CUDA graphs"),
+        (Transport.SHM, "ONESHOT", "in eager calls"),
+    ],
+)
+@pytest.mark.parametrize("strategy", ("AUTO", "MINLATENCY"))
+def test_one_choice_whether_or_not_a_rank_captures(
+    transport: Transport, runs: str, measured: str, strategy: str
+) -> None:
+    """A rank that captures while another does not must launch the same kernel, or both wait for ever.
+
+    So nothing that a decision is made of can tell the two apart: on GPUs the times in graphs decide for eager calls
+    too, and CPU ranks, which have no graphs, go by those of eager calls.
+    """
+    profile = Profile.of(
+        H200, [entry(graph=[(None, "TWOSHOT")], eager=[(None, "ONESHOT")], transport=transport, in_band=True)]
+    )
+    device = "cpu" if transport is Transport.SHM else "cuda"
+    facts = dataclasses.replace(FACTS, transport=transport, device=device, flagged=SlotBytes(1 << 20, 1 << 20))
+    facts = dataclasses.replace(facts, tuned=tuning._tuned(profile, facts, "profile x", anywhere=True))
+    config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
+    kernel = {"TWOSHOT": Algorithm.TWO_SHOT, "ONESHOT": Algorithm.ONE_SHOT}[runs]
+    for count in (8, 4096, 1 << 20):
+        decision = decide(config, facts, count, "bfloat16")
+        assert decision.launch is not None
+        assert decision.launch.algorithm is kernel
+        assert f"(profile x, measured 2025-01-02 {measured})" in decision.reason
+    for function in (decide, describe, table_of, sweep):
+        assert "capturing" not in inspect.signature(function).parameters
+    assert {field.name for field in dataclasses.fields(Message)} == {"count", "dtype", "element_bytes"}
 
 
 # -- the node ----------------------------------------------------------------------------------------------------------

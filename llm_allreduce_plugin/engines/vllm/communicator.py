@@ -93,8 +93,13 @@ def _communicator_class(stock: type) -> type:
             return output
 
         def destroy(self) -> None:
-            self.llm_allreduce.close()
-            super().destroy()
+            try:
+                self.llm_allreduce.close()
+            except Exception:
+                # The engine's own clean-up must run whatever was wrong with ours.
+                logger.exception("all-reduce: something was wrong at the end")
+            finally:
+                super().destroy()
 
     AllReduceCommunicator.__qualname__ = f"AllReduceCommunicator[{stock.__name__}]"
     return AllReduceCommunicator

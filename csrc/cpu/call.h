@@ -1,0 +1,41 @@
+// A call of a CPU rank as its peers see it: what it is, and whether theirs is the same.
+//
+// Each rank numbers its calls and writes what the newest are into its own workspace, before anything else of a call. A
+// peer reads the record of its own call's number there. A record is written again eight calls later. Peers are ahead of
+// each other by less, but for calls without elements, in which nobody waits; then there is nothing to compare.
+#ifndef LLM_ALLREDUCE_CPU_CALL_H_
+#define LLM_ALLREDUCE_CPU_CALL_H_
+
+#include "common.h"
+
+namespace lar::cpu {
+
+class Call {
+ public:
+  // `wire_format`: of LOWPRECISION; otherwise -1.
+  Call(const lar_workspace& workspace, lar_algorithm algorithm, const lar_message& message, int wire_format)
+      : workspace_(workspace), mine_{0, algorithm, message.dtype, wire_format, message.count} {}
+
+  // Tells the peers. LAR_OK, or why the group is broken.
+  int begin();
+
+  const lar_workspace& workspace() const { return workspace_; }
+  lar_algorithm algorithm() const { return static_cast<lar_algorithm>(mine_.algorithm); }
+
+  // False, with both calls on record, when `peer` makes another call of this number.
+  bool agrees_with(int peer) const;
+
+  // Puts on record why the group is broken, once; always false.
+  bool fail(lar_reason reason, lar_phase phase, int peer, uint32_t round, uint32_t seen, int64_t waited_ns) const;
+
+  // The status of a call in a broken group.
+  int broken() const;
+
+ private:
+  const lar_workspace& workspace_;
+  lar_call_record mine_;
+};
+
+}  // namespace lar::cpu
+
+#endif  // LLM_ALLREDUCE_CPU_CALL_H_

@@ -1,0 +1,72 @@
+"""Steps that must all be tried, whatever becomes of one of them."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Callable
+
+from llm_allreduce_plugin.attempt import Attempt
+
+logger = logging.getLogger(__name__)
+
+
+def quietly(step: Callable[[], object], what: str) -> bool:
+    """Run a step of a clean-up. It must not replace the error that is on its way: what it raises goes to the log.
+
+    Args:
+        step: what to do.
+        what: the same in words, to follow "cannot": ``"unmap shared memory"``.
+
+    Returns:
+        Whether it worked.
+    """
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001  (any, see above)
+        logger.warning("cannot %s: %s: %s", what, type(error).__name__, error)
+        return False
+    return True
+
+
+class Ending:
+    """Steps of an end: each is tried, whatever became of those before, and what they raised is told at the end.
+
+    Attributes:
+        errors: what steps have raised, in order.
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[Exception] = []
+
+    def step(self, step: Callable[[], object], what: str, wait_s: float | None = None) -> bool:
+        """Run one. ``wait_s``: it may block; it then runs in a daemon thread, and is left there after so many seconds.
+
+        Returns:
+            Whether it has ended, even if by raising.
+        """
+        try:
+            if wait_s is None:
+                step()
+                return True
+            attempt = Attempt(step, "ending")
+            if not attempt.wait(wait_s):
+                logger.warning("cannot %s: not done after %.3g s", what, wait_s)
+                return False
+            attempt.result()
+        except Exception as error:  # noqa: BLE001  (any: the steps that follow must run)
+            self.errors.append(error)
+        return True
+
+    def raise_first(self) -> None:
+        """Raise the first error; further ones go to the log."""
+        for error in self.errors[1:]:
+            logger.warning("at the end also: %s: %s", type(error).__name__, error)
+        if self.errors:
+            raise self.errors[0]
+
+
+def keep_for_ever(*held: object) -> None:
+    """Let nothing of it be freed as long as the process lives: something outside Python may still use it."""
+    for one in held:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))

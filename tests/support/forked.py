@@ -1,0 +1,160 @@
+"""Ranks that start fast, to be killed or stopped: forked from a server that has loaded everything before.
+
+A group of its own for every use, so that nothing of an attack reaches the next test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin.bench.ranks import RankContext
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["llm_allreduce_plugin.communicator", "llm_allreduce_plugin.selection.tuning", __name__])
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a rank's function ended.
+
+    ``kind``: "ok", or the name of what it raised; ``value``: its result, or the text.
+    """
+
+    kind: str
+    value: Any
+
+
+def _run(rank: int, world_size: int, method: str, pipe: Connection, function: Callable[..., Any], rest: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=method, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    assert dist.group.WORLD is not None
+    context = RankContext(rank, world_size, torch.device("cpu"), dist.group.WORLD, dist.group.WORLD)
+    pipe.send("ready")
+    pipe.recv()
+    try:
+        ended = Ended("ok", function(context, *rest))
+    except BaseException as error:
+        ended = Ended(type(error).__name__, str(error))
+    pipe.send(ended)
+    with contextlib.suppress(EOFError):
+        pipe.recv()  # a store that it serves must not end before the others have
+    os._exit(0)  # torch's own end waits for peers that are no more
+
+
+class ForkedRanks:
+    """``world_size`` ranks of one group, each to run one function. ``store``: "file", or "tcp", which rank 0 serves."""
+
+    def __init__(self, world_size: int, function: Callable[..., Any], *rest: Any, store: str = "file") -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        method = f"file://{Path(self._folder.name) / 'store'}"
+        if store == "tcp":
+            with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
+                method = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(world_size):
+            ours, theirs = _server.Pipe()
+            process = _server.Process(target=_run, args=(rank, world_size, method, theirs, function, rest), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+        for pipe in self.pipes:
+            assert pipe.poll(120), "a rank did not start"
+            assert pipe.recv() == "ready"
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Of the processes."""
+        return [process.pid for process in self.processes]
+
+    def go(self) -> None:
+        """Let all ranks begin."""
+        for pipe in self.pipes:
+            pipe.send(None)
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to a rank."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def ended(self, rank: int, timeout_s: float) -> Ended:
+        """How a rank's function ended."""
+        assert self.pipes[rank].poll(timeout_s), f"rank {rank} is still at it after {timeout_s} s"
+        answer: Ended = self.pipes[rank].recv()
+        return answer
+
+    def close(self) -> None:
+        """End all at once. Nothing of them is left."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(20)
+            assert not process.is_alive()
+        for pipe in self.pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+
+@contextlib.contextmanager
+def forked(world_size: int, function: Callable[..., Any], *rest: Any, store: str = "file") -> Iterator[ForkedRanks]:
+    """Ranks that have begun, and that end with the block."""
+    ranks = ForkedRanks(world_size, function, *rest, store=store)
+    try:
+        ranks.go()
+        yield ranks
+    finally:
+        ranks.close()
+
+
+def left_in_shm(pids: Sequence[int | None] = ()) -> list[str]:
+    """What is left of ours in the folder of shared memory, and of sockets.
+
+    Names have this user's number in them; or that of one of ``pids``: others may run tests on this machine too.
+    """
+    numbers = "|".join(str(number) for number in (os.getuid(), os.getpid(), *pids) if number is not None)
+    names = [name for name in os.listdir("/dev/shm") if re.match(rf"llm-allreduce-({numbers})-", name)]
+    return names + [line for line in Path("/proc/net/unix").read_text().splitlines() if "@llm-allreduce" in line]
+
+
+def open_files() -> set[str]:
+    """What this process has open: number and target."""
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            found.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return found
+
+
+def own_mappings() -> list[str]:
+    """Shared memory of ours that this process has mapped."""
+    gc.collect()
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if "llm-allreduce" in line]
+
+
+def wait_until(true: Callable[[], bool], timeout_s: float = 5.0) -> bool:
+    """Whether something becomes true in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (now := true()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return now
