@@ -33,7 +33,7 @@ from llm_allreduce_plugin.tally import MOST_FALLBACKS, CountedCall, Tally, fallb
 logger = logging.getLogger(__name__)
 
 _LEAVE_WAIT_S = 1.0  # for a call to leave its wait
-_MONITOR_WAIT_S = 5.0  # for the last report, on whatever file system
+_MONITOR_WAIT_S = 8.0  # for the last report, on whatever file system
 _NOT_PLANNED: Any = object()
 
 

@@ -21,7 +21,7 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, Stag
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.host import HostMemory
-from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.memory.layouts import refusal_note, transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
@@ -128,9 +128,12 @@ class _Start:
         if device_type == "cuda":
             gap = agreement.first_fault(nvlink_gap(self._gpus), "to agree on their links")
             facts = dataclasses.replace(facts, nvlink=gap is None)
+        refusal = cards.peer_refusal_of(self._cards)
+        if agreement.rank == 0 and (note := refusal_note(config.transport, refusal)) is not None:
+            logger.info("%s", note)
         reasons = []
         multiprocessors = min(card.multiprocessors for card in self._cards)
-        for transport in transports(config, device_type):
+        for transport in transports(config, device_type, refusal):
             try:
                 layout = workspace_layout(config, dataclasses.replace(facts, transport=transport), multiprocessors)
             except ValueError as error:  # of the same settings on every rank
