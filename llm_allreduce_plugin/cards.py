@@ -28,8 +28,8 @@ class RankCard:
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
-    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``member`` names this rank's part in
-    the group, unlike any other's: the first rank's names the group in reports.
+    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``member`` names this rank's part
+    in the group, unlike any other's: the first rank's names the group in reports.
     """
 
     settings: dict[str, Any]
