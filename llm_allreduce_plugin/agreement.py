@@ -49,6 +49,9 @@ class Agreement:
         wait_s: how long a rank waits for the others in one step, in seconds.
         setting: where that number comes from, for errors.
         when: what is going on, for errors: ``"at the start"``.
+
+    Attributes:
+        abandoned: something that a step waited for was left to itself, and may still use whatever it was given.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Agreement:
         self._store: Store | None = None
         self._keys: list[str] = []  # of this rank, set and not yet deleted
         self._over = False
+        self.abandoned = False
 
     # -- steps ---------------------------------------------------------------------------------------------------------
 
@@ -151,7 +155,10 @@ class Agreement:
                 return dump(None) if any(seen.values()) else None
 
             # Where peers' own work ends at the deadline, their word of it comes a moment later.
-            faults = self._exchange(own, range(self.world_size), step, _GRACE_S)
+            try:
+                faults = self._exchange(own, range(self.world_size), step, _GRACE_S)
+            finally:
+                self.abandoned |= not attempt.ended
             fault = next(filter(None, faults), None)
         if fault is not None:
             raise raising(fault)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
+from typing import Protocol
 
 from llm_allreduce_plugin.attempt import Attempt
 
 logger = logging.getLogger(__name__)
+
+
+class Closable(Protocol):
+    """What can be closed."""
+
+    def close(self) -> None:
+        """Let go of it."""
 
 
 def quietly(step: Callable[[], object], what: str) -> bool:
@@ -64,6 +72,19 @@ class Ending:
             logger.warning("at the end also: %s: %s", type(error).__name__, error)
         if self.errors:
             raise self.errors[0]
+
+
+def let_go(memory: Closable, *others: object, in_use: bool) -> None:
+    """Close memory after something else went wrong, and never raise.
+
+    ``in_use``: something that does not answer may still use it and ``others``, which then must stay: freeing memory
+    waits for a GPU that hangs, and holds the interpreter meanwhile.
+    """
+    if in_use:
+        logger.warning("memory is kept until this process ends: a GPU that does not answer may still use it")
+        keep_for_ever(memory, *others)
+    else:
+        quietly(memory.close, "let go of shared memory")
 
 
 def keep_for_ever(*held: object) -> None:

@@ -257,8 +257,10 @@ class TensorParallelCommunicator:
         self._closed = True
         ending, health = Ending(), self._health
         is_quiet = self._end_calls(ending)
+        is_broken = bool(ending.errors)
         broken = health.error() if health is not None and not self._was_left() else None
         if broken is not None and health is not None:
+            is_broken = True
             for error in ending.errors:  # what follows from the expired wait
                 logger.debug("after the failure: %s", error)
             # Who has heard of it in a call need not hear of it again.
@@ -267,10 +269,10 @@ class TensorParallelCommunicator:
             health.told = True
         ending.step(self._tally.end, "count calls")
         if self.rank == 0:
-            logger.info("all-reduce summary: %s", self._tally.counts())
+            ending.step(lambda: logger.info("all-reduce summary: %s", self._tally.counts()), "log the summary")
         if self._monitor is not None:
             ending.step(self._monitor.close, "end the monitor", _MONITOR_WAIT_S)
-        self._free(ending, is_quiet=is_quiet, is_broken=broken is not None or bool(ending.errors))
+        self._free(ending, is_quiet=is_quiet, is_broken=is_broken)
         ending.raise_first()
 
     def _was_left(self) -> bool:

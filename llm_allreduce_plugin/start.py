@@ -16,7 +16,7 @@ from llm_allreduce_plugin import _C, cards
 from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.board import ROW_BYTES, Board
 from llm_allreduce_plugin.cards import RankCard
-from llm_allreduce_plugin.cleanup import quietly
+from llm_allreduce_plugin.cleanup import let_go, quietly
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
@@ -174,11 +174,13 @@ class _Start:
                 raise TransportError(obstacle)
             memory = SymmetricMemory.open(agreement, self._group, device, layout)
 
+        made: list[_C.Workspace] = []
+
         def make() -> _C.Workspace:
             if transport is not Transport.SHM:
                 with torch.cuda.device(device):
                     _C.load_kernels(agreement.world_size)
-            return _C.Workspace(
+            workspace = _C.Workspace(
                 agreement.rank,
                 memory.bases,
                 layout,
@@ -188,15 +190,17 @@ class _Start:
                 max(config.timeout_s, config.first_timeout_s),
                 memory,
             )
+            made.append(workspace)
+            return workspace
 
         try:
             workspace = agreement.on_every_rank(
-                make, "to set up their workspaces", TransportError, "cannot set up its workspace"
+                make, "to set up their workspaces", TransportError, "cannot set up its workspace", may_block=True
             )
             if transport is not Transport.SHM:
                 prove_peer_access(workspace, agreement, device)
         except BaseException:
-            quietly(memory.close, "let go of the workspace's memory")
+            let_go(memory, *made, in_use=agreement.abandoned)
             raise
         return memory, workspace
 

@@ -14,7 +14,7 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.agreement import Agreement
-from llm_allreduce_plugin.cleanup import quietly
+from llm_allreduce_plugin.cleanup import let_go
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.memory.shm import PAGE_BYTES, ShmMemory
 from llm_allreduce_plugin.memory.symmetric import initialize
@@ -49,9 +49,10 @@ class HostMemory:
                 "to pin shared memory",
                 TransportError,
                 "cannot pin shared host memory",
+                may_block=True,
             )
         except BaseException:
-            quietly(memory.close, "unpin shared memory")
+            let_go(memory, in_use=agreement.abandoned)
             raise
         return memory
 

@@ -92,7 +92,7 @@ def share(
         return buffer
 
     cannot = f"cannot allocate {size} bytes for peers to see"
-    buffer = agreement.on_every_rank(make, "to allocate memory", TransportError, cannot)
+    buffer = agreement.on_every_rank(make, "to allocate memory", TransportError, cannot, may_block=True)
     handle, bases = agreement.on_every_rank(
         lambda: rendezvous(buffer, group),
         "to map each other's memory",

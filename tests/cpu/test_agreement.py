@@ -195,6 +195,7 @@ def _blocks(context: RankContext, blocking: list[int], failing: list[int]) -> tu
     began = time.monotonic()
     with pytest.raises(TransportError) as caught:
         agreement.on_every_rank(make, "to map memory", TransportError, "cannot map memory", may_block=True)
+    assert agreement.abandoned == (context.rank in blocking), "and nothing that it may still use is freed"
     assert agreement.gather(context.rank, "to go on") == [0, 1, 2], "ranks still agree"
     return time.monotonic() - began, str(caught.value)
 
