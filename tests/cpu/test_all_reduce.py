@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import os
+import re
 import sys
 import time
 import weakref
@@ -302,7 +303,7 @@ def test_rank_that_never_arrives(strategy: str) -> None:
     for rank in (0, 2):
         seconds, text = answers[rank]
         assert 2.0 <= seconds < 2.0 + 5.0
-        assert text == f"rank {rank} waited 2 s for rank 1 in {strategy}/{phase}"
+        assert re.fullmatch(rf"rank {rank} waited 2(\.[01]\d?)? s for rank 1 in {strategy}/{phase}", text)
 
 
 def _reduce_for_ever(context: RankContext) -> str:
@@ -327,7 +328,8 @@ def test_killed_rank_leaves_no_shared_memory_and_stops_the_others() -> None:
     finally:
         pool.kill()
     assert kind == "ok"
-    assert text.startswith("rank 0 waited 2 s for rank 1 in ONESHOT/gather")
+    # Not for timeout_s: who has ended will not come.
+    assert re.fullmatch(r"rank 0 waited [\d.]+ s for rank 1 in ONESHOT/gather, whose process has ended", text)
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
 
 
