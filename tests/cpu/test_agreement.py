@@ -220,6 +220,29 @@ def test_what_blocks_on_one_rank_holds_nobody(
             assert least_s <= seconds < least_s + SLACK_S
 
 
+def _dies_while_others_block(context: RankContext) -> tuple[float, list[int], str]:
+    agreement = Agreement(context.group, WAIT_S)
+    agreement.gather(None, "to begin")
+    if context.rank == 1:
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(StartTimeoutError) as caught:
+        agreement.on_every_rank(lambda: time.sleep(60), "to map memory", TransportError, "cannot map", may_block=True)
+    return time.monotonic() - began, caught.value.missing, str(caught.value)
+
+
+def test_who_dies_while_others_wait_for_it_in_a_driver_is_named() -> None:
+    with forked(3, _dies_while_others_block) as ranks:
+        for rank in (0, 2):
+            ended = ranks.ended(rank, 30)
+            assert ended.kind == "ok", ended
+            seconds, missing, text = ended.value
+            assert WAIT_S <= seconds < WAIT_S + SLACK_S
+            assert missing == [1]
+            assert "at the start for rank 1 to map memory; see its log (start_timeout_s)" in text
+
+
 class _Evil:
     def __reduce__(self) -> Any:
         return os.getenv, ("HOME",)
