@@ -47,8 +47,16 @@ class Ending:
     def __init__(self) -> None:
         self.errors: list[Exception] = []
 
-    def step(self, step: Callable[[], object], what: str, wait_s: float | None = None) -> bool:
+    def step(
+        self,
+        step: Callable[[], object],
+        what: str,
+        wait_s: float | None = None,
+        more_s: Callable[[], float] = lambda: 0.0,
+    ) -> bool:
         """Run one. ``wait_s``: it may block; it then runs in a daemon thread, and is left there after so many seconds.
+
+        ``more_s``: asked then, for seconds that it is waited for once more.
 
         Returns:
             Whether it has ended, even if by raising.
@@ -58,8 +66,8 @@ class Ending:
                 step()
                 return True
             attempt = Attempt(step, "ending")
-            if not attempt.wait(wait_s):
-                logger.warning("cannot %s: not done after %.3g s", what, wait_s)
+            if not attempt.wait(wait_s) and not attempt.wait(longer_s := more_s()):
+                logger.warning("cannot %s: not done after %.3g s", what, wait_s + longer_s)
                 return False
             attempt.result()
         except Exception as error:  # noqa: BLE001  (any: the steps that follow must run)

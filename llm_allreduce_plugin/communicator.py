@@ -33,6 +33,7 @@ from llm_allreduce_plugin.tally import MOST_FALLBACKS, CountedCall, Tally, fallb
 logger = logging.getLogger(__name__)
 
 _LEAVE_WAIT_S = 1.0  # for a call to leave its wait
+_CONTEXT_ENDS_S = 10.0  # for the driver to end a context after a wait has expired; 5 s were seen
 _MONITOR_WAIT_S = 8.0  # for the last report, on whatever file system
 _NOT_PLANNED: Any = object()
 
@@ -292,8 +293,12 @@ class TensorParallelCommunicator:
         is_quiet = left == [True]
         if device.type == "cuda":
             # A context that an expired wait has ended, or that hangs, must not hold what follows.
-            wait_s = self.config.timeout_s + _LEAVE_WAIT_S
-            is_quiet &= ending.step(lambda: torch.cuda.synchronize(device), f"wait for {device}", wait_s)
+            is_quiet &= ending.step(
+                lambda: torch.cuda.synchronize(device),
+                f"wait for {device}",
+                self.config.timeout_s + _LEAVE_WAIT_S,
+                lambda: 0.0 if workspace.failure() is None else _CONTEXT_ENDS_S,
+            )
         return is_quiet
 
     def _free(self, ending: Ending, *, is_quiet: bool, is_broken: bool) -> None:

@@ -110,7 +110,7 @@ def test_the_end_after_an_expired_wait(transport: str) -> None:
     said, seconds, lines, monitor_lives, mapped = waited
     assert said.startswith("rank 0 waited 3"), said
     assert "for rank 1 in ONESHOT/gather" in said
-    assert seconds < 3 + 5
+    assert seconds < 3 + 12, "the driver takes seconds to end a context"
     assert sum(line.startswith("all-reduce summary: ONESHOT 2 calls") for line in lines) == 1
     assert any(line.startswith("all-reduce failed: rank 0 waited 3") for line in lines), "the monitor lived long enough"
     assert not monitor_lives

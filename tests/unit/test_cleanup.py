@@ -56,7 +56,9 @@ def test_an_end_makes_every_step(caplog: pytest.LogCaptureFixture) -> None:
     ending, made = Ending(), Memory()
     began = time.monotonic()
     assert not ending.step(lambda: time.sleep(30), "wait for the device", 0.1)
-    assert time.monotonic() - began < 2
+    assert not ending.step(lambda: time.sleep(30), "wait for the device", 0.1, lambda: 0.4)
+    assert ending.step(lambda: time.sleep(0.5), "wait for the device", 0.1, lambda: 20.0)
+    assert 0.9 < time.monotonic() - began < 3
     assert ending.step(Stubborn().close, "free", 5.0)
     assert ending.step(Stubborn().close, "free")
     assert ending.step(made.close, "free")
@@ -65,6 +67,7 @@ def test_an_end_makes_every_step(caplog: pytest.LogCaptureFixture) -> None:
         ending.raise_first()
     assert caplog.messages == [
         "cannot wait for the device: not done after 0.1 s",
+        "cannot wait for the device: not done after 0.5 s",
         "at the end also: RuntimeError: device is busy",
     ]
     Ending().raise_first()
