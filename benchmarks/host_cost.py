@@ -31,7 +31,9 @@ def measure(context: RankContext, strategy: str, size: int) -> dict[str, Any]:
     group = context.communicator(strategy)
     mine = torch.randn(size // 2, device=context.device).bfloat16()
     output = group.all_reduce(mine)
-    plan = group._tally._parts[0][1]  # noqa: SLF001
+    planned = next(iter(group._plans.values()))  # noqa: SLF001
+    assert planned is not None
+    plan = planned.counted
     assert isinstance(plan, _C.Plan)
     stream = torch.cuda.current_stream().cuda_stream
     for _ in range(5 * CALLS):  # a host core takes a moment to come to speed

@@ -15,6 +15,7 @@ from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import RankMismatchError
 from llm_allreduce_plugin.memory.layouts import peer_refusal
+from llm_allreduce_plugin.reports import new_member
 from llm_allreduce_plugin.topology import numa_node_of
 
 # Settings that only say where a rank writes.
@@ -27,7 +28,8 @@ class RankCard:
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
-    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory.
+    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``member`` names this rank's part
+    in the group, unlike any other's: the first rank's names the group in reports.
     """
 
     settings: dict[str, Any]
@@ -40,6 +42,7 @@ class RankCard:
     multiprocessors: int = 0
     numa_node: int | None = None
     peer_refusal: str | None = None
+    member: str = dataclasses.field(default_factory=new_member)
 
     @classmethod
     def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:

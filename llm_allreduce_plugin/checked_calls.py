@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.calls import Call
-from llm_allreduce_plugin.errors import PeerTimeoutError, RankMismatchError, StartTimeoutError
+from llm_allreduce_plugin.errors import PeerTimeoutError, RankMismatchError, StartTimeoutError, ranks_text
 from llm_allreduce_plugin.selection.decision import Decision
 
 
@@ -36,11 +36,11 @@ def describe(decision: Decision, count: int, dtype: str, place: str, *, captured
 
 
 def difference(number: int, found: list[Description]) -> str | None:
-    """How ranks' descriptions of a call differ: "call 37: rank 0 passes 100 bfloat16; rank 1 200 bfloat16"."""
+    """How ranks' descriptions of a call differ: "call 37: rank 0 passes 100 bfloat16, rank 1 200 bfloat16"."""
     for verb, values in (
-        ("passes", [call.message for call in found]),
-        ("makes", ["a call that is captured" if call.captured else "an eager call" for call in found]),
-        ("runs", [call.runs for call in found]),
+        ("pass", [call.message for call in found]),
+        ("make", ["a call that is captured" if call.captured else "an eager call" for call in found]),
+        ("run", [call.runs for call in found]),
     ):
         if len(set(values)) > 1:
             return f"call {number}: {_by_value(verb, values)}"
@@ -51,11 +51,9 @@ def _by_value(verb: str, values: list[str]) -> str:
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         holders.setdefault(value, []).append(rank)
-    parts = [
-        f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} {verb if place == 0 else ''} {value}"
-        for place, (value, ranks) in enumerate(holders.items())
-    ]
-    return ", ".join(" ".join(part.split()) for part in parts)
+    (first, ranks), *others = holders.items()
+    does = verb if len(ranks) > 1 else f"{verb}{'es' if verb == 'pass' else 's'}"
+    return ", ".join([f"{ranks_text(ranks)} {does} {first}", *(f"{ranks_text(who)} {what}" for what, who in others)])
 
 
 class CallChecker:

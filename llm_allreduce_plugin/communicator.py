@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin import _C, metrics
+from llm_allreduce_plugin import _C, metrics, reports
 from llm_allreduce_plugin.agreement import Agreement
 from llm_allreduce_plugin.calls import Call, kernel_call, plan_of, torch_all_reduce
 from llm_allreduce_plugin.checked_calls import CallChecker, Description
@@ -22,17 +22,19 @@ from llm_allreduce_plugin.health import Health
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.monitor import Monitor
+from llm_allreduce_plugin.plans import Planned, Plans
 from llm_allreduce_plugin.selection.decision import Algorithm, Decision
 from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.start import log_start, open_group
 from llm_allreduce_plugin.strategies import STRATEGIES, KernelStrategy
-from llm_allreduce_plugin.tally import CountedCall, Tally, fallback_of
+from llm_allreduce_plugin.tally import MOST_FALLBACKS, CountedCall, Tally, fallback_of
 
 logger = logging.getLogger(__name__)
 
 _LEAVE_WAIT_S = 1.0  # for a call to leave its wait
 _MONITOR_WAIT_S = 5.0  # for the last report, on whatever file system
+_NOT_PLANNED: Any = object()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -53,6 +55,7 @@ class TensorParallelCommunicator:
         control_group: a group of the same ranks, through whose store they agree; defaults to ``group``.
         fallback: runs what no kernel here can: takes a tensor, returns its all-reduced sum without touching the input.
             Defaults to ``torch.distributed.all_reduce`` on a copy.
+        name: what the engine calls the group, for reports: ``"dp1"``.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -69,6 +72,7 @@ class TensorParallelCommunicator:
         *,
         control_group: dist.ProcessGroup | None = None,
         fallback: Call | None = None,
+        name: str = "",
     ) -> None:
         if config is None:
             from llm_allreduce_plugin.config import load_config
@@ -86,10 +90,10 @@ class TensorParallelCommunicator:
         self._fallback = fallback or torch_all_reduce(group)
         self._memory: SharedMemory | None = None
         self._workspace: _C.Workspace | None = None
-        self._plans: dict[tuple[int, torch.dtype], tuple[Decision, Call]] = {}
+        self._plans: Plans[tuple[int, torch.dtype]] = Plans()
         self._tally = Tally()
         self._peer_visible: list[PeerVisibleBuffer] = []
-        self._pulls: dict[tuple[int, int, torch.dtype], Call | None] = {}
+        self._pulls: Plans[tuple[int, int, torch.dtype]] = Plans()
         self._logged: set[str] = set()
         self._closed = False
 
@@ -103,6 +107,7 @@ class TensorParallelCommunicator:
         finally:
             agreement.close()
         self.facts = opened.facts
+        self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
         self._memory, self._workspace = opened.memory, opened.workspace
         self._board, self._board_memory = opened.board, opened.board_memory
         self._health = None if opened.workspace is None else Health(opened.workspace, opened.board)
@@ -119,13 +124,13 @@ class TensorParallelCommunicator:
         self._monitor: Monitor | None = None
         counters = metrics.RankCounters.if_wanted()
         if self._workspace is not None or config.report_dir is not None or counters is not None:
-            this = weakref.ref(self)  # the thread must not keep an abandoned communicator alive
+            this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
             self._monitor = Monitor(
                 self._workspace,
-                self.rank,
                 config.report_dir,
                 lambda: owner.report() if (owner := this()) else None,
                 counters,
+                alive=lambda: this() is not None,
                 board=self._board,
                 watchers=() if self._health is None else (self._health.look,),
             )
@@ -201,7 +206,7 @@ class TensorParallelCommunicator:
         decision = decide(settings, self.facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
-        return self._kernel_call(decision, count, dtype)
+        return self._kernel_call(decision, count, dtype).call
 
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
@@ -215,8 +220,7 @@ class TensorParallelCommunicator:
         for fallback in counts.fallbacks:
             reasons.setdefault(f"{fallback.requested} -> {fallback.strategy}", []).append(fallback.reason)
         return {
-            "rank": self.rank,
-            "world_size": self.world_size,
+            **self._identity.fields(),
             "device": str(self.device),
             "transport": str(self.facts.transport),
             "allreduce_strategy": str(self.config.allreduce_strategy),
@@ -316,7 +320,7 @@ class TensorParallelCommunicator:
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, count: int, dtype: torch.dtype) -> tuple[Decision, Call]:
+    def _plan(self, count: int, dtype: torch.dtype) -> Planned:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
@@ -325,21 +329,21 @@ class TensorParallelCommunicator:
             self._log_fallback(decision)
         strategy = STRATEGIES[decision.strategy]
         is_ours = isinstance(strategy, KernelStrategy)
-        run = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
-        entry = (decision, self._checked(run, decision, count, dtype))
-        self._plans[(count, dtype)] = entry
-        return entry
+        planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
+        planned = self._checked(planned, count, dtype)
+        self._plans.keep((count, dtype), planned)
+        return planned
 
-    def _engine_call(self, decision: Decision) -> Call:
+    def _engine_call(self, decision: Decision) -> Planned:
         """A function that runs what no kernel here can."""
         capturing = torch.cuda.is_current_stream_capturing if self.device.type == "cuda" else bool
         call = CountedCall(self._fallback, capturing)
-        self._tally.add(decision, call)
-        return call
+        self._tally.add(decision, call.made, call)
+        return Planned(decision, call, call.made)
 
     def _log_fallback(self, decision: Decision) -> None:
         line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
-        if self.rank == 0 and line not in self._logged:
+        if self.rank == 0 and line not in self._logged and len(self._logged) < MOST_FALLBACKS:
             self._logged.add(line)
             logger.warning("%s", line)
 
@@ -349,37 +353,39 @@ class TensorParallelCommunicator:
         if found is None:
             return None
         key = (found, input_.numel(), input_.dtype)
-        if key not in self._pulls:
-            decision, _ = self._plans.get(key[1:]) or self._plan(*key[1:])
+        if (planned := self._pulls.get(key, _NOT_PLANNED)) is _NOT_PLANNED:
+            decision = (self._plans.get(key[1:]) or self._plan(*key[1:])).decision
             launch = decision.launch
             two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
             two_shot &= input_.numel() > 0
             distances = self._peer_visible[found].peer_distances
-            if two_shot:
-                run = self._kernel_call(decision, *key[1:], distances)
-                self._pulls[key] = self._checked(run, decision, *key[1:], f" in memory {found} that peers see")
-            else:
-                self._pulls[key] = None
-        return self._pulls[key]
+            planned = self._kernel_call(decision, *key[1:], distances) if two_shot else None
+            if planned is not None:
+                planned = self._checked(planned, *key[1:], f" in memory {found} that peers see")
+            self._pulls.keep(key, planned)
+        return None if planned is None else planned.call
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
-    ) -> Call:
+    ) -> Planned:
         """A function that launches this decision, with all that does not change bound."""
         launch, workspace, health = decision.launch, self._workspace, self._health
         assert workspace is not None
         assert health is not None
         assert launch is not None
         plan = plan_of(workspace, launch, count, dtype, peer_distances)
-        self._tally.add(decision, plan)
-        return kernel_call(plan, launch, health, self.device, str(decision.strategy))
+        call = kernel_call(plan, launch, health, self.device, str(decision.strategy))
+        self._tally.add(decision, plan, call)
+        return Planned(decision, call, plan)
 
-    def _checked(self, run: Call, decision: Decision, count: int, dtype: torch.dtype, place: str = "") -> Call:
-        """``run``, compared between ranks first where that is asked for."""
+    def _checked(self, planned: Planned, count: int, dtype: torch.dtype, place: str = "") -> Planned:
+        """The same, compared between ranks first where that is asked for."""
         if self._checker is None:
-            return run
+            return planned
+        decision = planned.decision
 
         def describe_call(captured: bool) -> Description:  # noqa: FBT001
             return describe_one(decision, count, dtype_name(dtype), place, captured=captured)
 
-        return self._checker.around(run, describe_call, on_gpu=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        return planned._replace(call=self._checker.around(planned.call, describe_call, on_gpu=on_gpu))

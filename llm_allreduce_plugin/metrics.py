@@ -8,33 +8,36 @@ endpoint's process reads the files of ``report_dir``.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llm_allreduce_plugin.reports import Report, of_this_server
+
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CALLS = "llm_allreduce_calls"
 CALLS_HELP = "All-reduces by strategy; a call in a CUDA graph counts once, when it is captured"
-CALLS_LABELS = ("rank", "strategy", "how")
+CALLS_LABELS = ("group", "rank", "strategy", "how")
 FALLBACKS = "llm_allreduce_fallbacks"
 FALLBACKS_HELP = "All-reduces that ran another strategy than the configured one, with the reason"
-FALLBACKS_LABELS = ("rank", "requested", "strategy", "reason")
+FALLBACKS_LABELS = ("group", "rank", "requested", "strategy", "reason")
 
 Sample = tuple[str, tuple[str, ...], float]
 
 
-def samples_of(report: dict[str, Any]) -> Iterator[Sample]:
-    """The counters in a communicator's report: name, label values, number."""
-    rank = str(report["rank"])
-    for how, counts in (("eager", report.get("calls", {})), ("captured", report.get("captured", {}))):
+def samples_of(report: Report) -> Iterator[Sample]:
+    """The counters in a communicator's report: name, label values, number.
+
+    Group and rank name one part of one process: no two reports have a sample in common.
+    """
+    of = (report.group, str(report.rank))
+    for how, counts in (("eager", report.calls), ("captured", report.captured)):
         for strategy, calls in counts.items():
-            yield CALLS, (rank, strategy, how), calls
-    for fallback in report.get("fallback_calls", []):
-        labels = (rank, fallback["requested"], fallback["strategy"], fallback["reason"])
-        yield FALLBACKS, labels, fallback["calls"]
+            yield CALLS, (*of, strategy, how), calls
+    for found in report.fallback_calls:
+        yield FALLBACKS, (*of, found.requested, found.strategy, found.reason), found.calls
 
 
 @functools.cache
@@ -65,8 +68,12 @@ class RankCounters:
         return cls()
 
     def publish(self, report: dict[str, Any]) -> None:
-        """Bring the counters up to a report."""
-        for name, labels, value in samples_of(report):
+        """Bring the counters up to a communicator's report.
+
+        Raises:
+            ValueError: it is none.
+        """
+        for name, labels, value in samples_of(Report.model_validate(report)):
             more = value - self._seen.get((name, labels), 0.0)
             if more > 0:
                 _counters()[name].labels(*labels).inc(more)
@@ -81,21 +88,15 @@ class ReportCollector:
         self._since = time.time()
 
     def collect(self) -> Iterator[Any]:
-        """What prometheus_client asks for at every scrape. Files of earlier runs are left out."""
+        """What prometheus_client asks for at every scrape. Files of earlier runs and other servers are left out."""
         from prometheus_client.core import CounterMetricFamily
 
         families = {
             CALLS: CounterMetricFamily(CALLS, CALLS_HELP, labels=CALLS_LABELS),
             FALLBACKS: CounterMetricFamily(FALLBACKS, FALLBACKS_HELP, labels=FALLBACKS_LABELS),
         }
-        for path in sorted(self.folder.glob("rank-*.json")):
-            try:
-                if path.stat().st_mtime < self._since:
-                    continue
-                samples = list(samples_of(json.loads(path.read_text())))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue  # gone, or not a report
-            for name, labels, value in samples:
+        for report in sorted(of_this_server(self.folder, self._since), key=lambda report: (report.group, report.rank)):
+            for name, labels, value in samples_of(report):
                 families[name].add_metric(labels, value)
         yield from families.values()
 

@@ -1,10 +1,8 @@
-"""Keeps watch beside the calls: says when a wait has expired, and writes the rank's report."""
+"""Keeps watch beside the calls: says when a wait has expired, and has the rank's reports written."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +13,9 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.board import Board, Row, State
 from llm_allreduce_plugin.errors import PeerTimeoutError
 from llm_allreduce_plugin.failures import ALGORITHMS, PHASES, breakage_of
+from llm_allreduce_plugin.guarded import Guarded
 from llm_allreduce_plugin.metrics import RankCounters
+from llm_allreduce_plugin.reporter import Reporter
 
 logger = logging.getLogger(__name__)
 
@@ -56,35 +56,32 @@ def _is_later(board: Board, rank: int, theirs: Row) -> bool:
     return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
 
 
-def write_report(folder: Path, rank: int, report: dict[str, Any]) -> None:
-    """Replace ``rank-<rank>.json`` atomically: a reader sees the old or the new file, never half of one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"rank-{rank}.json"
-    partial = folder / f".rank-{rank}.json.{os.getpid()}"
-    partial.write_text(json.dumps(report, indent=1) + "\n")
-    partial.replace(target)
-
-
 class Monitor:
-    """A daemon thread per communicator.
+    """A daemon thread per communicator, and a second one where reports are wanted.
 
     A GPU wait may expire inside a replayed graph, far from any Python call: the device then stops with a CUDA error
     that names nothing. This thread reads the record that the kernel left and puts the named error into the log.
+    Whatever else is done beside the service cannot end it.
 
-    ``report`` returns None once its communicator is gone; the thread then ends. ``board``: see :func:`failure_of`.
-    ``watchers`` are called in every period; what one raises goes to the log once, and it is called again.
+    Args:
+        workspace: that is watched; None: nothing is.
+        report_dir: where reports go; None: nowhere.
+        report: what the rank has done so far; None once its communicator is gone.
+        counters: for Prometheus; None: nobody adds them up.
+        alive: False once the communicator is gone; the thread then ends.
+        board: see :func:`failure_of`.
+        watchers: are called in every period.
     """
 
     PERIOD_S = 0.25
-    REPORT_EVERY = 4  # periods
 
     def __init__(
         self,
         workspace: _C.Workspace | None,
-        rank: int,
         report_dir: Path | None,
         report: Callable[[], dict[str, Any] | None],
         counters: RankCounters | None = None,
+        alive: Callable[[], bool] = lambda: True,
         *,
         board: Board | None = None,
         watchers: Sequence[Callable[[], None]] = (),
@@ -92,64 +89,39 @@ class Monitor:
         self._workspace = workspace
         self._board = board
         self._watchers = tuple(watchers)
-        self._failed_watchers: list[Callable[[], None]] = []
-        self._rank = rank
-        self._report_dir = report_dir
-        self._report = report
-        self._counters = counters
-        self._last_report: dict[str, Any] | None = None
+        self._alive = alive
+        # Reports cost time, so they are made only where they go somewhere.
+        wanted = report_dir is not None or counters is not None
+        self._reporter = Reporter(report_dir, counters, report) if wanted else None
+        self._told = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="llm-allreduce-monitor", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread, let go of the workspace and write the last report."""
+        """End the threads, let go of the workspace and write the last report."""
         self._stop.set()
         self._thread.join()
         self._workspace = None
         self._board = None
         self._watchers = ()
-        self._write_report()
+        if self._reporter is not None:
+            self._reporter.close()
 
     def _run(self) -> None:
-        told = False
-        beat = 0
-        while not self._stop.wait(self.PERIOD_S):
-            if (
-                self._workspace is not None
-                and not told
-                and (failure := breakage_of(self._workspace) or failure_of(self._workspace, self._board))
-            ):
-                logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
-                told = True
-            self._call_watchers()
-            beat += 1
-            if beat % self.REPORT_EVERY == 0 and not self._write_report():
-                return
+        duties = [Guarded("waits cannot be watched", "waits are watched again", self._name_expired_wait)]
+        duties += [
+            Guarded("the group cannot be watched", "the group is watched again", watcher) for watcher in self._watchers
+        ]
+        while not self._stop.wait(self.PERIOD_S) and self._alive():
+            for duty in duties:
+                duty()
 
-    def _call_watchers(self) -> None:
-        for watcher in self._watchers:
-            try:
-                watcher()
-            except Exception:
-                if watcher not in self._failed_watchers:
-                    self._failed_watchers.append(watcher)
-                    logger.exception("watching over the group failed; calls go on")
-
-    def _write_report(self) -> bool:
-        """Write what has changed; False when there is nobody left to report on."""
-        report = self._report()
-        if report is None:
-            return False
-        if report == self._last_report:
-            return True
-        if self._counters is not None:
-            self._counters.publish(report)
-        try:
-            if self._report_dir is not None:
-                write_report(self._report_dir, self._rank, report)
-        except OSError as error:
-            logger.warning("report_dir=%s cannot be written: %s; no further reports", self._report_dir, error)
-            self._report_dir = None
-        self._last_report = report
-        return True
+    def _name_expired_wait(self) -> None:
+        """Say once which wait has expired."""
+        if self._told or self._workspace is None:
+            return
+        failure = breakage_of(self._workspace) or failure_of(self._workspace, self._board)
+        if failure is not None:
+            logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
+            self._told = True

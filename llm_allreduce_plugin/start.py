@@ -43,6 +43,7 @@ class Opened:
         workspace: this rank's view of them.
         board: what ranks say of themselves; None: they share none.
         board_memory: where that lies.
+        first_member: names the group, see :class:`RankCard`.
     """
 
     facts: GroupFacts
@@ -50,6 +51,7 @@ class Opened:
     workspace: _C.Workspace | None = None
     board: Board | None = None
     board_memory: ShmMemory | None = None
+    first_member: str = ""
 
     def close(self) -> None:
         """Let go of it, before any call was made."""
@@ -94,6 +96,7 @@ class _Start:
 
     def open(self) -> Opened:
         opened = self._open_workspace()
+        opened.first_member = self._cards[0].member
         try:
             opened.facts = self._with_table(opened.facts)
             if opened.workspace is not None:

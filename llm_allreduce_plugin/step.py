@@ -118,14 +118,18 @@ class Step:
                 if store.check([self.key(peer)]):
                     seen[peer] = load(store.get(self.key(peer)))
                     self.missing.discard(peer)
-            if published and not self.missing:
-                return [seen[giver] for giver in self._givers]
             absent = sorted(self.missing)
-            if store.check([agreement.word_key]):
-                raise self._stopped(store.get(agreement.word_key).decode(), absent, waited)
+            word = store.get(agreement.word_key).decode() if store.check([agreement.word_key]) else None
+            if published and not absent:
+                # What peers had set before they gave up, waiting for this rank, leads nowhere.
+                if word is not None and rank in GivenUp(**json.loads(word)).missing:
+                    raise self._stopped(word, absent, waited)
+                return [seen[giver] for giver in self._givers]
+            if word is not None:
+                raise self._stopped(word, absent, waited)
             if waited >= self._patience_s:
-                word = GivenUp(rank, self._step, waited, absent, time.time(), "")
-                store.set(agreement.word_key, json.dumps(dataclasses.asdict(word)))
+                own_word = GivenUp(rank, self._step, waited, absent, time.time(), "")
+                store.set(agreement.word_key, json.dumps(dataclasses.asdict(own_word)))
                 raise self._expired(absent, waited)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)

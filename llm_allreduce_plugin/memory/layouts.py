@@ -16,7 +16,7 @@ from llm_allreduce_plugin.strategies import staging
 
 DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
-# Of all ranks together: Docker gives a container 64 MiB of shared memory, of which NCCL wants some.
+# Of all ranks together. Pinned, and in /dev/shm only for containers that share nothing else; Docker gives that 64 MiB.
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
 HOST_LANES = 64  # blocks: few are enough for PCIe
 RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks

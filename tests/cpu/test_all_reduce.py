@@ -261,8 +261,10 @@ def test_communicators_end_without_garbage_collection(cpu_pool: PoolFor) -> None
 
 def test_report_files(cpu_pool: PoolFor, tmp_path: Path) -> None:
     cpu_pool(2).run(_report, str(tmp_path / "reports"))
-    reports = [json.loads((tmp_path / "reports" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    paths = [path for rank in range(2) for path in (tmp_path / "reports").glob(f"rank-{rank}.ranks0-1.*.json")]
+    reports = [json.loads(path.read_text()) for path in paths]
     assert [report["rank"] for report in reports] == [0, 1]
+    assert len({report["group"] for report in reports}) == 1
     for report in reports:
         assert report["calls"] == {"TWOSHOT": 3}
         assert report["transport"] == "shm"

@@ -1,6 +1,6 @@
 """Ranks are killed and stopped at random moments: the others end in time, with an error that has a name.
 
-``LLM_ALLREDUCE_ATTACKS=40`` makes so many attacks of each kind; few are made otherwise. Failures name their seed.
+``ALLREDUCE_TEST_ATTACKS=40`` makes so many attacks of each kind; few are made otherwise. Failures name their seed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.conftest import PoolFor
 from tests.support import forked
 from tests.support.forked import ForkedRanks
 
-ATTACKS = int(os.environ.get("LLM_ALLREDUCE_ATTACKS", "10"))
-CYCLES = int(os.environ.get("LLM_ALLREDUCE_CYCLES", "200"))
+ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "10"))
+CYCLES = int(os.environ.get("ALLREDUCE_TEST_CYCLES", "200"))
 WORLD_SIZES = (2, 3, 4, 8)
 TIMEOUT_S = 1.0
 SLACK_S = 1.2  # beyond timeout_s

@@ -61,6 +61,7 @@ class LocalGroup:
         algorithm: str = "two_shot",
         domains: Sequence[int] | None = None,
         timeout_s: float = 20.0,
+        first_timeout_s: float = 0.0,
     ) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.world_size = world_size
@@ -94,7 +95,13 @@ class LocalGroup:
         torch.cuda.synchronize()
         self.workspaces = [
             _C.Workspace(
-                rank, bases, self.layout, timeout_s, self.device.index, self.locals[rank].data_ptr() if host else 0
+                rank,
+                bases,
+                self.layout,
+                timeout_s,
+                self.device.index,
+                self.locals[rank].data_ptr() if host else 0,
+                first_timeout_s=first_timeout_s,
             )
             for rank in range(world_size)
         ]
@@ -125,9 +132,16 @@ class LocalGroup:
         scatter, drain = self.split
         return dataclasses.replace(launch, lanes=self.lanes, scatter_lanes=scatter, drain_lanes=drain)
 
-    def start(self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor) -> None:
-        """Launch one rank's kernel on its stream."""
-        self._start(rank, algorithm, input_, output, [])
+    def start(
+        self,
+        rank: int,
+        algorithm: str,
+        input_: torch.Tensor,
+        output: torch.Tensor,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        """Launch one rank's kernel, on its stream if no other is given."""
+        self._start(rank, algorithm, input_, output, [], stream)
 
     def start_pull(self, rank: int, inputs: list[torch.Tensor], output: torch.Tensor) -> None:
         """The same for TWOSHOT reading every rank's input in place."""
@@ -135,11 +149,21 @@ class LocalGroup:
         self._start(rank, "TWOSHOT", mine, output, [other.data_ptr() - mine.data_ptr() for other in inputs])
 
     def _start(
-        self, rank: int, algorithm: str, input_: torch.Tensor, output: torch.Tensor, peer_distances: list[int]
+        self,
+        rank: int,
+        algorithm: str,
+        input_: torch.Tensor,
+        output: torch.Tensor,
+        peer_distances: list[int],
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
+        plan = self.plan(rank, algorithm, input_, peer_distances)
+        assert plan(input_.data_ptr(), output.data_ptr(), (stream or self.streams[rank]).cuda_stream) == 0
+
+    def plan(self, rank: int, algorithm: str, input_: torch.Tensor, peer_distances: Sequence[int] = ()) -> _C.Plan:
+        """A rank's call for inputs like this one."""
         launch = self.launch_of(algorithm, message_of(input_))
-        plan = plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
-        assert plan(input_.data_ptr(), output.data_ptr(), self.streams[rank].cuda_stream) == 0
+        return plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Every rank's output; each is poisoned first and lies between guards that must survive.

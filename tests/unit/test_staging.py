@@ -185,6 +185,16 @@ def test_launches_fit_their_slots(count: int, world_size: int, workspace: int, w
     assert launch.rounds == max(1, math.ceil(count / per_round))
 
 
+@pytest.mark.parametrize("multiprocessors", (1, 8, 14, 31, 32, 132))
+def test_all_blocks_run_at_once_on_the_smallest_gpu(multiprocessors: int) -> None:
+    """They meet at barriers of the whole grid, and one to a multiprocessor always runs."""
+    group = dataclasses.replace(pcie(), multiprocessors=multiprocessors)
+    launch = decision(group, 256 * MIB).launch
+    assert launch is not None
+    assert launch.staged
+    assert launch.lanes == min(multiprocessors, tables.STAGED_LANES)
+
+
 def test_without_slots_nothing_is_staged() -> None:
     assert not is_staged(dataclasses.replace(pcie(), flagged=SlotBytes()), 64 * MIB)
 

@@ -15,9 +15,10 @@ import pytest
 from llm_allreduce_plugin import AllReduceConfig
 from llm_allreduce_plugin.engines.vllm.summary import tell
 from llm_allreduce_plugin.metrics import ReportCollector, samples_of
+from llm_allreduce_plugin.reports import Report
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.tally import CountedCall, Fallback, Tally, fallback_of
+from llm_allreduce_plugin.tally import MOST_FALLBACKS, OTHER_REASONS, CountedCall, Fallback, Tally, fallback_of
 
 NOBODY = GroupFacts(2, "cuda", Transport.NONE, no_transport_reason="a test says so")
 
@@ -66,7 +67,37 @@ def test_the_engines_own_calls_are_told_apart_too() -> None:
     in_graph = True
     assert call(2) == 3
     assert call(3) == 4
-    assert (call.calls, call.captured) == (1, 2)
+    assert (call.made.calls, call.made.captured) == (1, 2)
+
+
+def test_what_can_be_called_no_more_is_folded_into_totals() -> None:
+    """Exactly, and whoever lets it go; what can still be called is looked at."""
+    tally = Tally()
+    kept = CountedCall(lambda value: value, bool)
+    tally.add(decision("ONESHOT"), kept.made, kept)
+    for number in range(5000):
+        call = CountedCall(lambda value: value, bool)
+        tally.add(decision("ONESHOT"), call.made, call)
+        call(number)
+        kept(number)
+        assert len(tally._parts) <= 3
+    call(0)
+    assert tally.counts().calls == {"NCCL": 10_001}
+    del call
+    kept(0)
+    assert tally.counts().calls == {"NCCL": 10_002}
+    assert tally.counts().fallbacks == {Fallback("ONESHOT", "NCCL", "a test says so"): 10_002}
+
+
+def test_only_so_many_reasons_are_told_apart() -> None:
+    tally = Tally()
+    for number in range(1000):
+        facts = dataclasses.replace(NOBODY, no_transport_reason=f"{number} bytes are too many")
+        tally.add(decision("ONESHOT", facts), Plan(calls=1))
+    fallbacks = tally.counts().fallbacks
+    assert len(fallbacks) == MOST_FALLBACKS + 1
+    assert fallbacks[Fallback("ONESHOT", "NCCL", OTHER_REASONS)] == 1000 - MOST_FALLBACKS
+    assert fallbacks.total() == 1000
 
 
 REPORT = {
@@ -83,9 +114,9 @@ def test_the_summary_of_a_killed_worker(tmp_path: Path, caplog: pytest.LogCaptur
     tell(tmp_path, 0.0)
     path.write_text("{")
     tell(tmp_path, 0.0)
-    path.write_text(json.dumps({**REPORT, "closed": True}))  # it has said so itself
+    path.write_text(json.dumps({**REPORT, "rank": 0, "closed": True}))  # it has said so itself
     tell(tmp_path, 0.0)
-    path.write_text(json.dumps({**REPORT, "closed": False}))
+    path.write_text(json.dumps({**REPORT, "rank": 0, "closed": False}))
     tell(tmp_path, time.time() + 100)  # an earlier run's
     assert caplog.messages == []
     tell(tmp_path, 0.0)
@@ -96,11 +127,11 @@ def test_the_summary_of_a_killed_worker(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_samples_of_a_report() -> None:
-    assert list(samples_of(REPORT)) == [
-        ("llm_allreduce_calls", ("1", "ONESHOT", "eager"), 7),
-        ("llm_allreduce_calls", ("1", "NCCL", "eager"), 2),
-        ("llm_allreduce_calls", ("1", "ONESHOT", "captured"), 3),
-        ("llm_allreduce_fallbacks", ("1", "ONESHOT", "NCCL", "no kernel"), 2),
+    assert list(samples_of(Report.model_validate(REPORT | {"group": "g"}))) == [
+        ("llm_allreduce_calls", ("g", "1", "ONESHOT", "eager"), 7),
+        ("llm_allreduce_calls", ("g", "1", "NCCL", "eager"), 2),
+        ("llm_allreduce_calls", ("g", "1", "ONESHOT", "captured"), 3),
+        ("llm_allreduce_fallbacks", ("g", "1", "ONESHOT", "NCCL", "no kernel"), 2),
     ]
 
 
@@ -116,8 +147,8 @@ def test_a_registry_shows_the_reports_of_this_run(tmp_path: Path) -> None:
     for path in tmp_path.glob("rank-[123].json"):
         os.utime(path, (time.time() + 1,) * 2)
     text = prometheus.generate_latest(registry).decode()
-    assert 'llm_allreduce_calls_total{how="eager",rank="1",strategy="ONESHOT"} 7.0' in text
-    reason = 'rank="1",reason="no kernel",requested="ONESHOT",strategy="NCCL"'
+    assert 'llm_allreduce_calls_total{group="",how="eager",rank="1",strategy="ONESHOT"} 7.0' in text
+    reason = 'group="",rank="1",reason="no kernel",requested="ONESHOT",strategy="NCCL"'
     assert f"llm_allreduce_fallbacks_total{{{reason}}} 2.0" in text
     assert 'rank="0"' not in text
     assert 'rank="2"' not in text
@@ -129,15 +160,15 @@ from llm_allreduce_plugin.metrics import RankCounters
 rank = int(sys.argv[1])
 counters = RankCounters.if_wanted()
 for calls in (3, 10):
-    counters.publish({"rank": rank, "calls": {"ONESHOT": calls}, "captured": {}})
+    counters.publish({"rank": rank, "group": sys.argv[2], "calls": {"ONESHOT": calls}, "captured": {}})
 """
 
 
 def test_ranks_are_added_up_in_multi_process_mode(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-    for rank in (0, 0, 1):  # two processes are rank 0, of two groups
-        subprocess.run([sys.executable, "-c", PUBLISHER, str(rank)], env=environment, check=True, timeout=60)
+    for rank, group in ((0, "a"), (0, "b"), (1, "a")):  # two processes are rank 0, of two groups
+        subprocess.run([sys.executable, "-c", PUBLISHER, str(rank), group], env=environment, check=True, timeout=60)
     script = """
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 registry = CollectorRegistry()
@@ -146,5 +177,6 @@ print(generate_latest(registry).decode())
 """
     run = [sys.executable, "-c", script]
     text = subprocess.run(run, env=environment, check=True, capture_output=True, text=True, timeout=60).stdout
-    assert 'llm_allreduce_calls_total{how="eager",rank="0",strategy="ONESHOT"} 20.0' in text
-    assert 'llm_allreduce_calls_total{how="eager",rank="1",strategy="ONESHOT"} 10.0' in text
+    for group, rank in (("a", 0), ("b", 0), ("a", 1)):
+        labels = f'group="{group}",how="eager",rank="{rank}",strategy="ONESHOT"'
+        assert f"llm_allreduce_calls_total{{{labels}}} 10.0" in text

@@ -36,30 +36,39 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     custom = has_custom_all_reduce(current_platform)
     if (reason := stands_aside(config, settings, custom_all_reduce=custom)) is not None:
         communicator = stock(*args, **kwargs)
-        _report_stock(communicator, settings, reason)
+        _report_stock(communicator, settings, reason, _name_of(config))
         return communicator
-    return _communicator_class(stock)(*args, llm_allreduce_settings=settings, **kwargs)
+    return _communicator_class(stock)(
+        *args, llm_allreduce_settings=settings, llm_allreduce_name=_name_of(config), **kwargs
+    )
 
 
-def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str) -> None:  # noqa: ANN401
+def _name_of(config: Any) -> str:  # noqa: ANN401
+    """What tells this engine's group from those of others that serve the same model: its data-parallel rank."""
+    index = getattr(getattr(config, "parallel_config", None), "data_parallel_index", 0)
+    return f"dp{index}"
+
+
+def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, name: str) -> None:  # noqa: ANN401
     """The stock class runs, so there is nothing of ours to count; the log and the report say so."""
     if communicator.rank_in_group == 0:
         logger.info("vLLM's own all-reduce is left in place: %s", reason)
-    if settings.report_dir is not None:
-        from llm_allreduce_plugin.monitor import write_report
+    if settings.report_dir is None:
+        return
+    from llm_allreduce_plugin import reports
+    from llm_allreduce_plugin.reporter import Reporter
 
-        write_report(
-            settings.report_dir,
-            communicator.rank_in_group,
-            {
-                "rank": communicator.rank_in_group,
-                "world_size": communicator.world_size,
-                "allreduce_strategy": str(settings.allreduce_strategy),
-                "sizes": "vLLM's own all-reduce at every size",
-                "calls": {},
-                "note": f"vLLM's own all-reduce is left in place and not counted: {reason}",
-            },
-        )
+    # Ranks have agreed on nothing here, so each names a group of its own.
+    identity = reports.Identity(communicator.rank_in_group, communicator.ranks, name, reports.new_member())
+    report = {
+        **identity.fields(),
+        "allreduce_strategy": str(settings.allreduce_strategy),
+        "sizes": "vLLM's own all-reduce at every size",
+        "closed": True,
+        "calls": {},
+        "note": f"vLLM's own all-reduce is left in place and not counted: {reason}",
+    }
+    Reporter.write_once(settings.report_dir, report)
 
 
 @functools.cache
@@ -72,7 +81,13 @@ def _communicator_class(stock: type) -> type:
     class AllReduceCommunicator(stock):  # type: ignore[misc]
         """``stock`` whose ``all_reduce`` runs on the configured strategy."""
 
-        def __init__(self, *args: Any, llm_allreduce_settings: AllReduceConfig, **kwargs: Any) -> None:  # noqa: ANN401
+        def __init__(
+            self,
+            *args: Any,  # noqa: ANN401
+            llm_allreduce_settings: AllReduceConfig,
+            llm_allreduce_name: str,
+            **kwargs: Any,  # noqa: ANN401
+        ) -> None:
             super().__init__(*args, **kwargs)
             from llm_allreduce_plugin.communicator import TensorParallelCommunicator
 
@@ -82,6 +97,7 @@ def _communicator_class(stock: type) -> type:
                 llm_allreduce_settings,
                 control_group=self.cpu_group,
                 fallback=self._stock_all_reduce,
+                name=llm_allreduce_name,
             )
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:

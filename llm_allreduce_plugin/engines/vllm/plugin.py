@@ -18,6 +18,7 @@ from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
 from llm_allreduce_plugin.engines.vllm.settings import STAMP, flag_overridden, settings_of, stands_aside
 from llm_allreduce_plugin.engines.vllm.summary import tell_at_exit
 from llm_allreduce_plugin.metrics import show_reports
+from llm_allreduce_plugin.reports import mark_server
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -97,6 +98,7 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
             "from allreduce_strategy"
         )
     if settings.report_dir is not None:
+        mark_server()  # before it starts the processes whose reports these are
         show_reports(settings.report_dir)  # counts, where this process serves metrics
         tell_at_exit(settings.report_dir)
     if isinstance(vllm_config.additional_config, dict):

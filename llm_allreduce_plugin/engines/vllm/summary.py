@@ -1,20 +1,21 @@
 """The summary of a server whose workers were killed.
 
 A worker that is let go closes its communicator, which logs the summary. But `vllm serve` kills its workers at once
-unless it was given a --shutdown-timeout; then the process that started them tells what their last report says.
+unless it was given a --shutdown-timeout; then the process that started them tells what their last reports say.
 """
 
 from __future__ import annotations
 
 import atexit
 import functools
-import json
 import logging
 import multiprocessing
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
+from llm_allreduce_plugin.reports import Report, of_this_server
 from llm_allreduce_plugin.tally import summary_of
 
 logger = logging.getLogger("llm_allreduce_plugin")
@@ -28,16 +29,25 @@ def tell_at_exit(report_dir: Path) -> None:
 
 
 def tell(report_dir: Path, since: float) -> None:
-    """Log what rank 0 last reported, if it did after ``since`` and could not say so itself."""
-    path = report_dir / "rank-0.json"
-    try:
-        if path.stat().st_mtime < since:
-            return
-        report = json.loads(path.read_text())
-        if report.get("closed", True):  # or vLLM's own all-reduce ran, which nobody counts
-            return
-        summary = summary_of(report)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return
-    use_vllm_logging()
-    logger.info("all-reduce summary: %s (rank 0's last report)", summary)
+    """Log what each group of this server last reported, if it did after ``since`` and could not say so itself."""
+    groups: dict[str, list[Report]] = {}
+    for report in of_this_server(report_dir, since):
+        groups.setdefault(report.group, []).append(report)
+    lines = [line for group in sorted(groups) if (line := _line(groups[group], several=len(groups) > 1)) is not None]
+    if lines:
+        use_vllm_logging()
+    for line in lines:
+        logger.info("%s", line)
+
+
+def _line(reports: Iterable[Report], *, several: bool) -> str | None:
+    """The summary of one group; None when it has said so itself, or vLLM's own all-reduce ran, which nobody counts."""
+    by_rank = sorted(reports, key=lambda report: report.rank)
+    if by_rank[0].closed:
+        return None
+    # All ranks make the same calls, and are not killed at the same moment: the one that tells most is the newest.
+    newest = max(by_rank, key=lambda report: report.total)
+    of = f" of {newest.group}" if several else ""
+    if not newest.total:
+        return f"all-reduce summary{of}: no calls up to the last report of its ranks"
+    return f"all-reduce summary{of}: {summary_of(newest)} (rank {newest.rank}'s last report)"

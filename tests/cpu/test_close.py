@@ -1,0 +1,376 @@
+"""The end of a communicator: every step is made, in bounded time, whatever is wrong; then it says what was."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, StartError
+from llm_allreduce_plugin import TensorParallelCommunicator as Communicator
+from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.calls import plan_of
+from llm_allreduce_plugin.cards import RankCard
+from llm_allreduce_plugin.engines.vllm.communicator import _communicator_class
+from tests.support.forked import Ended, forked, open_files, own_mappings
+
+TIMEOUT_S = 1.0
+
+
+class Lines(logging.Handler):
+    """What is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logger = logging.getLogger("llm_allreduce_plugin")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def summaries(self) -> int:
+        return sum(line.startswith("all-reduce summary: ") for line in self.lines)
+
+
+def _make(context: RankContext, **settings: Any) -> Communicator:
+    values = {"allreduce_strategy": "ONESHOT", "timeout_s": TIMEOUT_S, "first_timeout_s": TIMEOUT_S, **settings}
+    return Communicator(context.group, context.device, AllReduceConfig(tuning_profile="none", **values))
+
+
+def _call_unheard(group: Communicator) -> int:
+    """A call whose error nobody hears, as one of a replayed graph: its status."""
+    decision = group.explain((100,), torch.float32)
+    assert group._workspace is not None and decision.launch is not None
+    plan = plan_of(group._workspace, decision.launch, 100, torch.float32)
+    data = torch.ones(200)
+    return plan(data.data_ptr(), data[100:].data_ptr())
+
+
+def _close_after(context: RankContext, heard: bool, peer: str) -> tuple[str, float, int, bool, bool]:
+    lines = Lines()
+    before = open_files()
+    group = _make(context)
+    group.all_reduce(torch.ones(100))
+    if context.rank == 1:
+        if peer == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if peer == "stopped":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        group.close()
+        return "", 0.0, 0, False, False
+    monitor = group._monitor
+    assert monitor is not None
+    if heard:
+        with pytest.raises(PeerTimeoutError):
+            group.all_reduce(torch.ones(100))
+    else:
+        assert _call_unheard(group) != 0
+    began = time.monotonic()
+    said = ""
+    try:
+        group.close()
+    except PeerTimeoutError as error:
+        said = str(error)
+    seconds = time.monotonic() - began
+    group.close()  # says it once
+    left = bool(own_mappings()) or bool(open_files() - before)
+    return said, seconds, lines.summaries(), monitor._thread.is_alive(), left
+
+
+@pytest.mark.parametrize("heard", (True, False), ids=("heard", "unheard"))
+@pytest.mark.parametrize(
+    ("peer", "known"),
+    [("killed", ", whose process has ended"), ("stopped", ""), ("closed", ", which has closed its communicator")],
+)
+def test_close_with_a_peer_that_is_no_more(peer: str, known: str, heard: bool) -> None:
+    with forked(2, _close_after, heard, peer) as ranks:
+        ended = ranks.ended(0, 30)
+        assert ended.kind == "ok", ended
+        said, seconds, summaries, monitor_lives, left = ended.value
+        assert said == "" if heard else said.startswith("rank 0 waited 1") and said.endswith(f"ONESHOT/gather{known}")
+        assert seconds < 1
+        assert summaries == 1
+        assert not monitor_lives
+        assert not left
+
+
+def _close_beside_a_call(context: RankContext) -> tuple[list[str], float]:
+    group = _make(context, timeout_s=30.0, first_timeout_s=30.0)
+    if context.rank == 1:
+        time.sleep(3)
+        group.close()
+        return [], 0.0
+    errors: list[str] = []
+
+    def call() -> None:
+        try:
+            group.all_reduce(torch.ones(100))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    group.close()
+    seconds = time.monotonic() - began
+    thread.join(5)
+    return errors, seconds
+
+
+def test_close_beside_a_call_ends_both() -> None:
+    with forked(2, _close_beside_a_call) as ranks:
+        ended = ranks.ended(0, 30)
+        assert ended.kind == "ok", ended
+        errors, seconds = ended.value
+        assert errors == ["this communicator is closed"]
+        assert seconds < 1
+
+
+def _call_after_the_end(context: RankContext) -> list[str]:
+    said = []
+    for closed in (True, False):
+        group = _make(context)
+        call = group.call_of("ONESHOT", 100, torch.float32)
+        call(torch.ones(100))
+        if closed:
+            group.close()
+        del group
+        gc.collect()
+        context.gather(None)
+        try:
+            call(torch.ones(100))
+            said.append("went well")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_can_still_be_called_has_its_memory() -> None:
+    with forked(2, _call_after_the_end) as ranks:
+        for rank in (0, 1):
+            assert ranks.ended(rank, 30) == Ended("ok", ["this communicator is closed", "went well"])
+
+
+def _every_step_fails(context: RankContext) -> tuple[str, list[str], int]:
+    lines = Lines()
+    group = _make(context)
+    group.all_reduce(torch.ones(100))
+    monitor, memory, board = group._monitor, group._memory, group._board_memory
+    assert monitor is not None and memory is not None and board is not None
+
+    def failing(what: str) -> Any:
+        def fail() -> None:
+            message = f"{what} failed"
+            raise OSError(message)
+
+        return fail
+
+    with (
+        mock.patch.object(monitor, "close", failing("monitor")),
+        mock.patch.object(memory, "close", failing("memory")),
+        mock.patch.object(board, "close", failing("board")),
+        pytest.raises(OSError, match="failed") as caught,
+    ):
+        group.close()
+    assert group._memory is None and group._workspace is None
+    group.close()
+    monitor.close()
+    return str(caught.value), [line for line in lines.lines if "failed" in line], lines.summaries()
+
+
+def test_every_step_is_made_whatever_became_of_the_others() -> None:
+    with forked(2, _every_step_fails) as ranks:
+        ended = ranks.ended(0, 30)
+        assert ended.kind == "ok", ended
+        first, others, summaries = ended.value
+        assert first == "monitor failed"
+        assert others == ["at the end also: OSError: memory failed", "at the end also: OSError: board failed"]
+        assert summaries == 1
+
+
+def _as_on_a_gpu(context: RankContext, hangs: bool) -> tuple[str, float, list[str], bool]:
+    """The end with a device that hangs, or whose context has failed: of a CPU rank, but for the wait for a device."""
+    lines = Lines()
+    group = _make(context)
+    group.all_reduce(torch.ones(100))
+    group.device = torch.device("cuda", 0)
+
+    def synchronize(_device: object) -> None:
+        if hangs:
+            time.sleep(60)
+        message = "CUDA error: unspecified launch failure"
+        raise RuntimeError(message)
+
+    began, said = time.monotonic(), ""
+    with mock.patch.object(torch.cuda, "synchronize", synchronize):
+        try:
+            group.close()
+        except RuntimeError as error:
+            said = str(error)
+    seconds = time.monotonic() - began
+    gc.collect()
+    return said, seconds, lines.lines, bool(own_mappings())
+
+
+@pytest.mark.parametrize("hangs", (True, False), ids=("hangs", "failed"))
+def test_a_device_that_does_not_answer_holds_nothing(hangs: bool) -> None:
+    with forked(2, _as_on_a_gpu, hangs) as ranks:
+        ended = ranks.ended(0, 30)
+        assert ended.kind == "ok", ended
+        said, seconds, lines, mapped = ended.value
+        assert seconds < TIMEOUT_S + 2.5
+        assert sum(line.startswith("all-reduce summary: ONESHOT 1 call") for line in lines) == 1
+        assert mapped == hangs, "memory is kept only where something may still run on it"
+        if hangs:
+            assert said == ""
+            assert "cannot wait for cuda:0: not done after 2 s" in lines
+            assert any("may still be under way: its memory is kept" in line for line in lines)
+        else:
+            assert said == "CUDA error: unspecified launch failure"
+
+
+class Stock:
+    """An engine's communicator, as far as its end matters."""
+
+    ended = 0
+
+    def destroy(self) -> None:
+        self.ended += 1
+
+
+@pytest.mark.parametrize("error", (None, PeerTimeoutError(0, 1, "ONESHOT", "gather", 60.0), OSError(5, "I/O error")))
+def test_the_engines_own_end_comes_in_any_case(error: Exception | None, caplog: pytest.LogCaptureFixture) -> None:
+    made = object.__new__(_communicator_class(Stock))
+    made.llm_allreduce = mock.Mock(close=mock.Mock(side_effect=error))
+    made.destroy()
+    assert made.ended == 1
+    assert made.llm_allreduce.close.call_count == 1
+    assert ("something was wrong at the end" in caplog.text) == (error is not None)
+
+
+# -- what a rank hears of its peers ------------------------------------------------------------------------------------
+
+
+def _call_for_ever(group: Communicator) -> None:
+    while True:
+        group.all_reduce(torch.ones(100))
+
+
+def _comes_late(context: RankContext) -> str:
+    group = _make(context)
+    group.all_reduce(torch.ones(100))
+    if context.rank == 1:
+        time.sleep(TIMEOUT_S + 1.5)  # in compilation, say
+    with pytest.raises(PeerTimeoutError) as caught:
+        _call_for_ever(group)
+    if context.rank == 0:
+        time.sleep(3)
+    group.close()
+    return str(caught.value)
+
+
+def test_a_late_rank_hears_that_it_is_late() -> None:
+    with forked(2, _comes_late) as ranks:
+        on_time, late = (ranks.ended(rank, 30) for rank in (0, 1))
+    assert on_time.value.startswith("rank 0 waited 1")
+    assert on_time.value.endswith(" s for rank 1 in ONESHOT/gather")
+    assert re.fullmatch(
+        r"rank 1 came too late: rank 0 gave up [12]\.?\d* s ago, after it had waited 1\.?\d* s for rank 1 in "
+        r"ONESHOT/gather",
+        late.value,
+    )
+
+
+def _fails_at_start(context: RankContext) -> tuple[str, str, float]:
+    began = time.monotonic()
+    patch: Any = contextlib.nullcontext()
+    if context.rank == 1:
+        patch = mock.patch.object(RankCard, "of_this_rank", side_effect=OSError(24, "Too many open files"))
+    with patch, pytest.raises((StartError, OSError)) as caught:
+        _make(context, start_timeout_s=30.0)
+    return type(caught.value).__name__, str(caught.value), time.monotonic() - began
+
+
+def test_a_rank_that_fails_at_the_start_ends_it_for_all() -> None:
+    with forked(3, _fails_at_start) as ranks:
+        for rank in range(3):
+            kind, text, seconds = ranks.ended(rank, 30).value
+            assert seconds < 5
+            if rank == 1:
+                assert (kind, text) == ("OSError", "[Errno 24] Too many open files")
+            else:
+                assert (kind, text) == (
+                    "StartError",
+                    "rank 1 failed at the start: OSError: [Errno 24] Too many open files",
+                )
+
+
+# -- check_calls -------------------------------------------------------------------------------------------------------
+
+
+def _differ(context: RankContext, sizes: list[int], dtypes: list[str]) -> tuple[str, str]:
+    group = _make(context, check_calls=True)
+    try:
+        for call in range(36):
+            ones = torch.ones(50 + call)
+            assert torch.equal(group.all_reduce(ones), ones * context.world_size)
+        mine = torch.ones(sizes[context.rank], dtype=getattr(torch, dtypes[context.rank]))
+        with pytest.raises(RankMismatchError) as caught:
+            group.all_reduce(mine)
+        # A call that was not made has broken nothing.
+        assert torch.equal(group.all_reduce(torch.ones(7)), torch.full((7,), float(context.world_size)))
+        return type(caught.value).__name__, str(caught.value)
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "text"),
+    [
+        ([100, 200, 100], ["bfloat16"] * 3, "ranks 0, 2 pass 100 bfloat16, rank 1 200 bfloat16"),
+        ([100] * 3, ["bfloat16", "bfloat16", "float16"], "ranks 0, 1 pass 100 bfloat16, rank 2 100 float16"),
+        ([1, 2, 3], ["float32"] * 3, "rank 0 passes 1 float32, rank 1 2 float32, rank 2 3 float32"),
+    ],
+)
+def test_the_first_difference_has_a_name_on_every_rank(sizes: list[int], dtypes: list[str], text: str) -> None:
+    with forked(3, _differ, sizes, dtypes) as ranks:
+        for rank in range(3):
+            ended = ranks.ended(rank, 60)
+            assert ended.kind == "ok", ended
+            kind, said = ended.value
+            assert kind == "RankMismatchError"
+            assert said == f"call 37: {text}. Every rank must make the same calls in the same order (check_calls)"
+
+
+def _one_makes_no_call(context: RankContext) -> tuple[float, str]:
+    group = _make(context, check_calls=True)
+    group.all_reduce(torch.ones(10))
+    if context.rank == 1:
+        time.sleep(5)
+        return 0.0, ""
+    began = time.monotonic()
+    with pytest.raises(PeerTimeoutError) as caught:
+        group.all_reduce(torch.ones(10))
+    assert caught.value.peer == 1
+    return time.monotonic() - began, str(caught.value)
+
+
+def test_a_rank_that_makes_no_call_is_named() -> None:
+    with forked(2, _one_makes_no_call) as ranks:
+        seconds, text = ranks.ended(0, 30).value
+        assert TIMEOUT_S <= seconds < TIMEOUT_S + 1.2
+        assert text.startswith("rank 0 waited 1")
+        assert "s before a call for rank 1 to compare call 2; see its log (check_calls)" in text

@@ -1,0 +1,102 @@
+"""What a communicator keeps of the calls that it has made: bounded, however many sizes there were."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.plans import MOST_PLANS
+from tests.conftest import PoolFor
+from tests.support import checks
+
+MANY = 16_384
+HOT = 100  # a size that comes again and again
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def _many_sizes(context: RankContext) -> tuple[int, int, float]:
+    """Plans kept, bytes that memory grew by once their number was at its bound, and seconds for a report."""
+    with checks.communicator(context, "ONESHOT") as group:
+        made = 0
+        for size in range(1, MANY + 1):
+            group.all_reduce(torch.ones(size))
+            made += 1
+            if size % 50 == 0:
+                group.all_reduce(torch.ones(HOT))
+                made += 1
+            if size == 2 * MOST_PLANS:
+                hot = group._plans[HOT, torch.float32]
+                gc.collect()
+                before = _resident_bytes()
+        assert group._plans[HOT, torch.float32][1] is hot[1], "a plan that is in use stays"
+        integers = [group.all_reduce(torch.ones(size, dtype=torch.int32)) for size in (1, 2, 3)]  # no kernel
+        assert torch.equal(integers[2], torch.full((3,), context.world_size, dtype=torch.int32))
+        gc.collect()
+        grown = _resident_bytes() - before
+        seconds = []
+        for _ in range(9):
+            started = time.perf_counter()
+            report = group.report()
+            seconds.append(time.perf_counter() - started)
+        assert report["calls"] == {"ONESHOT": made, "NCCL": 3}
+        assert [(found["strategy"], found["calls"]) for found in report["fallback_calls"]] == [("NCCL", 3)]
+        return len(group._plans), grown, min(seconds)
+
+
+def test_plans_memory_and_reports_do_not_grow_with_the_number_of_sizes(cpu_pool: PoolFor) -> None:
+    for plans, grown, seconds in cpu_pool(2).run(_many_sizes):
+        assert plans <= MOST_PLANS
+        assert grown < 8 << 20
+        assert seconds < 2e-3
+
+
+def _counts_while_reading(context: RankContext) -> None:
+    """Plans come and go while another thread reads: no call is lost, none counted twice, and no total ever falls."""
+    with checks.communicator(context, "TWOSHOT") as group:
+        seen: list[int] = []
+        over = threading.Event()
+
+        def read() -> None:
+            while not over.is_set():
+                seen.append(sum(group.report()["calls"].values()))
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for turn in range(3):
+            for size in range(1, 2 * MOST_PLANS):
+                group.all_reduce(torch.ones(size + turn))
+        over.set()
+        reader.join()
+        assert seen == sorted(seen)
+        assert group.report()["calls"] == {"TWOSHOT": 3 * (2 * MOST_PLANS - 1)}
+
+
+def test_totals_are_exact_while_plans_come_and_go(cpu_pool: PoolFor) -> None:
+    cpu_pool(2).run(_counts_while_reading)
+
+
+def _no_reports(context: RankContext) -> int:
+    """How often the totals were added up in a second in which nobody wants a report."""
+    with checks.communicator(context, "TWOSHOT") as group:
+        group.all_reduce(torch.ones(8))
+        counts, asked = group._tally.counts, []
+
+        def counted() -> object:
+            asked.append(1)
+            return counts()
+
+        group._tally.counts = counted  # type: ignore[method-assign]
+        time.sleep(1.6)
+        return len(asked)
+
+
+def test_nothing_is_added_up_where_nobody_wants_a_report(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_no_reports) == [0, 0]
