@@ -45,7 +45,7 @@ def command(*words: str, **variables: str) -> tuple[int, str]:
     return result.returncode, said
 
 
-START = """
+START = r"""
 import logging, sys, tempfile
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 import torch
