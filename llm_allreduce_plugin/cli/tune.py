@@ -11,7 +11,7 @@ import typer
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
-from llm_allreduce_plugin.errors import ProfileError
+from llm_allreduce_plugin.errors import CacheError, ProfileError
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
 
 if TYPE_CHECKING:
@@ -143,7 +143,11 @@ def tune(
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)
     node = _node(device)
-    path = output or cache_path(node)
+    try:
+        path = output or cache_path(node)
+    except CacheError as error:
+        message = f"{error}; or give --output FILE"
+        raise _fail(message) from None
     try:
         profiles.check_replaceable(path, node)
     except ProfileError as error:

@@ -174,7 +174,9 @@ def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentit
         return fail("tuning profile", str(error), "correct it: the engine refuses to start with it")
     source = table_of(config, tuned).source if uses_table(config) else "not used"
     if ignored:
-        return warn("tuning profile", f"{source}; {'; '.join(ignored)}", "measure again: llm-allreduce tune --force")
+        broken = any(": ignored" in line for line in ignored)
+        advice = "measure again: llm-allreduce tune --force" if broken else "nothing, if that is as it should be"
+        return warn("tuning profile", f"{source}; {'; '.join(ignored)}", advice)
     if tuned.tuned is None and uses_table(config):
         return ok("tuning profile", f"none: {source} (llm-allreduce tune measures this node)")
     return ok("tuning profile", source)
