@@ -1,4 +1,4 @@
-"""scripts/: the README's commands, with pip and Python's tools counted instead of run. How often are kernels compiled?"""
+"""scripts/: how often the README's commands compile the kernels. Calls of pip are counted instead of made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PARTS = ("pyproject.toml", "csrc", "scripts", ".gitignore", ".ci", "configs")
+LEFTOVERS = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
 # Stands for .venv/bin/python: writes down what it is asked, and leaves behind what pip leaves. Short programs do run.
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
@@ -39,9 +40,7 @@ class Checkout:
         for name in PARTS:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(
-                    source, folder / name, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
-                )
+                shutil.copytree(source, folder / name, ignore=LEFTOVERS)
             elif source.exists():
                 shutil.copy2(source, folder / name)
         self.program(folder / ".venv" / "bin" / "python", STAND_IN.replace("{python}", sys.executable))
