@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from pathlib import Path
+from typing import Annotated, Final, TypeVar
 
-from pydantic import AfterValidator, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, StringConstraints, ValidationError
+
+from llm_allreduce_plugin.errors import UnreadableFileError
+from llm_allreduce_plugin.files import parse_json, read_text
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 MOST_CHARACTERS: Final = 1000
 MOST_FAULTS: Final = 5  # that an error names
@@ -42,3 +48,22 @@ def faults(error: ValidationError, most: int = MOST_FAULTS) -> list[str]:
         text = printable(f"{field}: {reason}" if field else reason)
         texts.append(text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ...")
     return [*texts, f"and {len(found) - most} more"] if len(found) > most else texts
+
+
+def read_document(path: Path, model: type[_Model], what: str) -> _Model:
+    """A JSON file of a known form, read as strictly as JSON allows: ``"1"``, ``1.0`` and ``true`` are not 1.
+
+    Args:
+        path: of the file.
+        model: its form.
+        what: that files of this form are: ``"record of ..."``.
+
+    Raises:
+        UnreadableFileError: it cannot be read or has another form. The text names the file and the fields.
+    """
+    text = read_text(path)
+    parse_json(path, text)
+    try:
+        return model.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UnreadableFileError(path, f"is no {what}: {'; '.join(faults(error))}") from None

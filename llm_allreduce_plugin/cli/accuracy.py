@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import WireFormat
 
 EPILOG = options.epilog(
@@ -52,9 +52,12 @@ def accuracy(
     Computed with the torch oracle, whose bits are those of the kernels, so no GPU is needed. The model is
     all-MiniLM-L6-v2, split over as many ranks as divide its 12 heads.
     """
+    outputs.check_file("--json", json_file)
+    outputs.check_picture("--plot", plot)
+    wires, sizes = _formats(formats), _ranks(ranks)
+
     from llm_allreduce_plugin.accuracy import minilm, report, synthetic
 
-    wires, sizes = _formats(formats), _ranks(ranks)
     errors = []
     typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
     for data in synthetic.DATA:
@@ -78,10 +81,8 @@ def accuracy(
         from llm_allreduce_plugin.bench.environment import write_record
 
         rows = [dataclasses.asdict(error) for error in errors] + [dataclasses.asdict(effect) for effect in effects]
-        write_record(json_file, rows, tokens=synthetic.TOKENS, hidden=synthetic.HIDDEN)
+        with outputs.writing("--json", json_file):
+            write_record(json_file, rows, tokens=synthetic.TOKENS, hidden=synthetic.HIDDEN)
     if plot is not None:
-        try:
+        with outputs.writing("--plot", plot):
             report.draw(errors, effects, plot)
-        except RuntimeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
 from llm_allreduce_plugin.errors import ProfileError
@@ -123,6 +123,8 @@ def tune(
     and eager. Takes about a minute. Engines use the result from their next start on.
     """
     started = time.monotonic()
+    outputs.check_file("--output", output, devices=False)
+
     import torch
 
     from llm_allreduce_plugin.bench.tuning import Group, plan_of
@@ -144,6 +146,8 @@ def tune(
         raise typer.BadParameter(message)
     node = _node(device)
     path = output or cache_path(node)
+    if output is None:
+        outputs.check_file("without --output, the cache:", path, devices=False)
     try:
         profiles.check_replaceable(path, node)
     except ProfileError as error:
@@ -175,7 +179,7 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from llm_allreduce_plugin.bench.environment import environment
-    from llm_allreduce_plugin.bench.ranks import RankPool
+    from llm_allreduce_plugin.bench.ranks import FAILURES, RankPool, in_a_line
     from llm_allreduce_plugin.bench.tuning import WrongAnswerError, tune
 
     versions = {
@@ -188,22 +192,20 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting ranks", total=1.0)
-        pool = RankPool(max(group.world_size for group in groups), device)
         try:
-            left = plan.within(plan.seconds - (time.monotonic() - started))
-            entries, refused = tune(
-                pool,
-                groups,
-                transport,
-                left,
-                versions,
-                lambda text, share: progress.update(task, description=text, completed=share),
-            )
-        except (WrongAnswerError, AssertionError, TimeoutError) as error:  # a rank's traceback is an AssertionError
-            typer.echo(f"error: {error}", err=True)
+            with RankPool(max(group.world_size for group in groups), device) as pool:
+                left = plan.within(plan.seconds - (time.monotonic() - started))
+                entries, refused = tune(
+                    pool,
+                    groups,
+                    transport,
+                    left,
+                    versions,
+                    lambda text, share: progress.update(task, description=text, completed=share),
+                )
+        except (WrongAnswerError, *FAILURES) as error:
+            typer.echo(f"error: {in_a_line(error)}", err=True)
             raise typer.Exit(1) from None
-        finally:
-            pool.close()
     for group, reason in refused.items():
         typer.echo(f"# {group}: left out: {reason}")
     return entries
