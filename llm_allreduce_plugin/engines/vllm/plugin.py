@@ -79,6 +79,7 @@ def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
     settings = settings_of(vllm_config.additional_config)
     if vllm_config.parallel_config.tensor_parallel_size == 1 or stands_aside(vllm_config, settings) is not None:
         return
+    settings.check_world_size(vllm_config.parallel_config.tensor_parallel_size)
     pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
     if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
         pass_config.fuse_allreduce_rms = False
