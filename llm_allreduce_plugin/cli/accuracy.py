@@ -30,11 +30,12 @@ FEWEST, MOST = 2, 8  # ranks that LOWPRECISION serves
 
 
 def _ranks(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and FEWEST <= int(part) <= MOST for part in parts):
+    found = [options.parse_ranks(part) for part in text.split(",")]
+    ranks = [size for size in found if size is not None and FEWEST <= size <= MOST]
+    if len(ranks) < len(found):
         message = f"--tp {text}: must be numbers from {FEWEST} to {MOST}, separated by commas"
         raise typer.BadParameter(message)
-    return [int(part) for part in parts]
+    return ranks
 
 
 def accuracy(

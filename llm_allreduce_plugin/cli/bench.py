@@ -79,15 +79,26 @@ def bench(
     *,
     minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
     maxbytes: Annotated[str, typer.Option("--maxbytes", "-e", help="Largest message.")] = "64M",
-    stepfactor: Annotated[int, typer.Option("--stepfactor", "-f", min=2, help="Factor between sizes.")] = 2,
+    stepfactor: Annotated[
+        int, typer.Option("--stepfactor", "-f", min=2, max=options.MOST_IN_A_ROW, help="Factor between sizes.")
+    ] = 2,
     stepbytes: Annotated[str | None, typer.Option("--stepbytes", "-i", help="Fixed step between sizes.")] = None,
     between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
     ngpus: Annotated[
-        int | None, typer.Option("--tp", "--ngpus", "-g", min=2, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+        int | None,
+        typer.Option(
+            "--tp", "--ngpus", "-g", min=2, max=options.MOST_RANKS, help="Ranks; default: all GPUs, or 2 CPU ranks."
+        ),
     ] = None,
-    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Calls in a graph, or in a row.")] = 20,
-    replays: Annotated[int, typer.Option("--replays", "-m", min=1, help="Times that they are measured.")] = 15,
-    warmup_iters: Annotated[int, typer.Option("--warmup_iters", "-w", min=1, help="Calls before.")] = 3,
+    iters: Annotated[
+        int, typer.Option("--iters", "-n", min=1, max=options.MOST_TIMES, help="Calls in a graph, or in a row.")
+    ] = 20,
+    replays: Annotated[
+        int, typer.Option("--replays", "-m", min=1, max=options.MOST_TIMES, help="Times that they are measured.")
+    ] = 15,
+    warmup_iters: Annotated[
+        int, typer.Option("--warmup_iters", "-w", min=1, max=options.MOST_TIMES, help="Calls before.")
+    ] = 3,
     datatype: Annotated[
         str,
         typer.Option(

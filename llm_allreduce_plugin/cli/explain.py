@@ -141,8 +141,13 @@ def _range_fields(found: sweeps.SizeRange) -> dict[str, Any]:
 
 def explain(
     *,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Tokens in the batch (rows of the message).")] = 8,
-    hidden: Annotated[int, typer.Option("--hidden", min=1, help="Hidden size of the model (columns).")] = 8192,
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", min=0, max=options.MOST_IN_A_ROW, help="Tokens in the batch (rows of the message)."),
+    ] = 8,
+    hidden: Annotated[
+        int, typer.Option("--hidden", min=1, max=options.MOST_IN_A_ROW, help="Hidden size of the model (columns).")
+    ] = 8192,
     size: Annotated[
         str | None, typer.Option("--bytes", metavar="SIZE", help="Message in bytes per rank, instead of those two.")
     ] = None,
@@ -157,7 +162,8 @@ def explain(
         ),
     ] = "bf16",
     world_size: Annotated[
-        int | None, typer.Option("--tp", min=1, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+        int | None,
+        typer.Option("--tp", min=1, max=options.MOST_RANKS, help="Ranks; default: all GPUs, or 2 CPU ranks."),
     ] = None,
     topology: Annotated[
         Path | None,

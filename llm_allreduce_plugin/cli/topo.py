@@ -135,7 +135,10 @@ def topo(
         ),
     ] = None,
     world_size: Annotated[
-        int | None, typer.Option("--tp", min=1, help="Group size to judge strategies for; default: all GPUs.")
+        int | None,
+        typer.Option(
+            "--tp", min=1, max=options.MOST_RANKS, help="Group size to judge strategies for; default: all GPUs."
+        ),
     ] = None,
 ) -> None:
     """Print how GPUs are linked, as `nvidia-smi topo -m` does, and which strategies can run and why not."""

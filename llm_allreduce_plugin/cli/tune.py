@@ -40,15 +40,15 @@ def _world_sizes(text: str | None, available: int, device: str) -> tuple[int, ..
         return tuple(size for size in SUPPORTED_WORLD_SIZES if size <= available)
     sizes = []
     for part in text.split(","):
-        word = part.strip()
-        if not word.isdecimal() or int(word) not in SUPPORTED_WORLD_SIZES:
+        size = options.parse_ranks(part)
+        if size not in SUPPORTED_WORLD_SIZES:
             allowed = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
-            message = f"--tp {text}: {word!r} must be one of {allowed}"
+            message = f"--tp {text}: {part.strip()!r} must be one of {allowed}"
             raise typer.BadParameter(message)
-        if device == "cuda" and int(word) > available:
+        if device == "cuda" and size > available:
             message = f"--tp {text}: this node has {available} GPUs"
             raise typer.BadParameter(message)
-        sizes.append(int(word))
+        sizes.append(size)
     return tuple(sorted(set(sizes)))
 
 

@@ -172,3 +172,14 @@ def test_a_rank_that_is_killed_is_named_at_once(name: str, start: Callable[[list
         (line,) = errors.splitlines()
         assert line.startswith(("error: rank 0 was killed by SIGKILL", "error: rank 1 was killed by SIGKILL")), errors
         command.check_nothing_is_left(errors)
+
+
+def test_a_rank_that_is_killed_is_what_check_finds(start: Callable[[list[str]], Started]) -> None:
+    command = start(["check", "--json"])
+    os.kill(_with_ranks(command, 2)[1], signal.SIGKILL)
+    output, _ = command.process.communicate(timeout=30)
+    (found,) = [row for row in json.loads(output)["findings"] if row["name"] == "CPU ranks"]
+    assert found["verdict"] == "FAIL"
+    assert found["text"].endswith("was killed by SIGKILL")
+    assert command.process.returncode == 1
+    command.check_nothing_is_left(output)

@@ -305,3 +305,25 @@ def test_a_record_without_times_is_no_picture(tmp_path: Path) -> None:
 
 def test_rows_are_what_bench_writes() -> None:
     assert set(bench_record.Row.model_fields) == set(worker.Measurement.__dataclass_fields__)
+
+
+# -- numbers on the command line ---------------------------------------------------------------------------------------
+
+NUMBERS = {
+    "bench": ["--tp", "-n", "-m", "-w", "-f"],
+    "tune": ["--tp"],
+    "accuracy": ["--tp"],
+    "breakeven": ["--tp"],
+    "explain": ["--tp", "--tokens", "--hidden"],
+    "topo": ["--tp"],
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("command", "option"), [(name, option) for name in NUMBERS for option in NUMBERS[name]])
+def test_numbers_without_bound_are_refused(command: str, option: str) -> None:
+    for digits in (5000, 400):
+        cpu = ["--cpu"] if command in ("bench", "tune", "breakeven") else []
+        code, printed, said = run(command, *cpu, option, "9" * digits)
+        assert (code, printed) == (2, ""), said[:300]
+        assert option.lstrip("-") in said
