@@ -7,6 +7,7 @@ import dataclasses
 import datetime as dt
 import multiprocessing
 import os
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -117,6 +118,18 @@ def in_a_line(error: BaseException) -> str:
     return error.summary if isinstance(error, RankFailedError) else " ".join(str(error).split())
 
 
+def _meeting_place() -> Any:  # noqa: ANN401  (torch's stubs have no TCPStore)
+    """A store for ranks of this machine: in this process's memory, so that nothing of it is left however this ends.
+
+    By itself it would listen to every network that the machine is in.
+    """
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+
+
 class RankPool:
     """``world_size`` processes in one group. ``run`` calls a module-level function on all of them.
 
@@ -132,8 +145,7 @@ class RankPool:
     def __init__(self, world_size: int, device_type: str) -> None:
         self.world_size = world_size
         context = multiprocessing.get_context("spawn")
-        # In this process's memory, so that nothing of it is left however this process ends.
-        self._store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        self._store: Any = _meeting_place()
         self._pipes: list[Connection] = []
         self.processes: list[SpawnProcess] = []
         self._forget = processes.at_last(self.kill)
@@ -237,6 +249,7 @@ class RankPool:
         """End every rank at once."""
         for process in self.processes:
             process.kill()
+        self._forget()
 
     def _end(self) -> None:
         """End every rank at once, and wait until they have."""
@@ -244,7 +257,7 @@ class RankPool:
         deadline = time.monotonic() + END_LIMIT_S
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        self._forget()
+        self._store = None  # stops listening
 
     def close(self) -> None:
         """Let the ranks end, and wait for them."""

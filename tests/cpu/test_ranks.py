@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +99,23 @@ def test_a_start_that_fails_leaves_no_rank(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RankEndedError, match="rank 1 was killed by SIGKILL"):
         RankPool(2, "cpu")
     assert _all_ended(pools[0])
+
+
+def _listening() -> dict[str, str]:
+    """Sockets that this process listens on, and the address of each as the kernel writes it."""
+    mine = {os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()}
+    found = {}
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in mine:  # TCP_LISTEN
+                found[fields[9]] = fields[1].partition(":")[0]
+    return found
+
+
+def test_nobody_outside_this_machine_reaches_what_ranks_meet_at() -> None:
+    before = _listening()
+    with RankPool(2, "cpu"):
+        during = _listening()
+    assert [address for number, address in during.items() if number not in before] == ["0100007F"], "127.0.0.1"
+    assert _listening().keys() <= before.keys()
