@@ -165,8 +165,8 @@ def bench(
     try:
         names = _measure(ranks, device_type, wanted, counts, options, settings, rows)
     finally:
-        forget()
         save()
+        forget()
     _summary(rows, names, where, ranks, plot)
 
 

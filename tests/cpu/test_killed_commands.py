@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_allreduce_plugin.bench import record as bench_record
+
 ATTACKS = int(os.environ.get("LLM_ALLREDUCE_ATTACKS", "1"))  # of each command with each signal
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "l40s_x8_two_numa.json"
 MARKER = "LLM_ALLREDUCE_TEST_MARKER"
@@ -183,3 +185,18 @@ def test_a_rank_that_is_killed_is_what_check_finds(start: Callable[[list[str]], 
     assert found["text"].endswith("was killed by SIGKILL")
     assert command.process.returncode == 1
     command.check_nothing_is_left(output)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=lambda number: number.name)
+def test_what_was_measured_is_kept(number: signal.Signals, start: Callable[[list[str]], Started]) -> None:
+    command = start(["bench", "--cpu", "-b", "1K", "-e", "64M", "--json", "{folder}/bench.json"])
+    assert command.process.stdout is not None
+    rows = (line for line in command.process.stdout if line.strip() and not line.startswith("#"))
+    for _ in range(2):
+        assert next(rows)
+    command.process.send_signal(number)
+    _, errors = command.process.communicate(timeout=ENDED_WITHIN_S)
+    assert command.process.returncode == 128 + number
+    assert errors == f"llm-allreduce bench: ended by {number.name}\n"
+    assert len(bench_record.read(command.folder / "bench.json").rows) >= 2
+    command.check_nothing_is_left(errors)
