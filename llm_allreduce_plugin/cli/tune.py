@@ -147,7 +147,7 @@ def tune(
     node = _node(device)
     path = output or cache_path(node)
     if output is None:
-        outputs.check_file("without --output, the cache:", path, devices=False)
+        outputs.check_file("--output (by default)", path, devices=False)
     try:
         profiles.check_replaceable(path, node)
     except ProfileError as error:
