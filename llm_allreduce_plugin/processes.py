@@ -36,10 +36,12 @@ def end_with_parent(parent: int) -> None:
 def run_child(parent: int, module: str, function: str, *arguments: Any) -> None:  # noqa: ANN401
     """In a child: ``module.function(*arguments)``, bound to the parent before anything that takes long is imported.
 
-    Ctrl-C, which a terminal sends to children too, is the parent's to answer.
+    Ctrl-C, which a terminal sends to all of a process group, is the parent's to answer: a child has a group of its own.
     """
     end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came before
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     getattr(importlib.import_module(module), function)(*arguments)
 

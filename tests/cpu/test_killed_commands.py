@@ -26,13 +26,13 @@ GONE_WITHIN_S = 2.0  # of all that it started, after it
 
 # Arguments, and the seconds in which the signal comes: about as long as the command takes, or its ranks need to start.
 COMMANDS: dict[str, tuple[list[str], float]] = {
-    "check": (["check"], 9.0),
+    "check": (["check"], 7.0),
     "topo": (["topo", "--topology", str(TOPOLOGY)], 0.8),
     "explain": (["explain", "--topology", str(TOPOLOGY), "--sweep", "--plot", "{folder}/sweep.png"], 2.5),
-    "bench": (["bench", "--cpu", "-b", "1K", "-e", "1M", "--json", "{folder}/bench.json"], 9.0),
-    "tune": (["tune", "--cpu", "--quick", "--output", "{folder}/profile.json"], 9.0),
-    "accuracy": (["accuracy", "--no-model", "--json", "{folder}/accuracy.json"], 5.0),
-    "breakeven": (["breakeven", "--cpu", "--bytes", "4M", "--plot", "{folder}/pays.png"], 5.0),
+    "bench": (["bench", "--cpu", "-b", "1K", "-e", "1M", "--json", "{folder}/bench.json"], 7.0),
+    "tune": (["tune", "--cpu", "--quick", "--output", "{folder}/profile.json"], 7.0),
+    "accuracy": (["accuracy", "--no-model", "--json", "{folder}/accuracy.json"], 4.0),
+    "breakeven": (["breakeven", "--cpu", "--bytes", "4M", "--plot", "{folder}/pays.png"], 4.0),
     "plot": (["plot", "{folder}/record.json", "--out", "{folder}/plot.png"], 3.0),
 }
 
@@ -142,6 +142,18 @@ def test_ended_at_a_random_moment(name: str, number: signal.Signals, start: Call
 def _with_ranks(command: Started, count: int) -> list[int]:
     assert _until(lambda: len(command.ranks()) == count, 30.0), command.process.communicate(timeout=1)
     return command.ranks()
+
+
+def test_ctrl_c_of_a_terminal(start: Callable[[list[str]], Started]) -> None:
+    """It goes to the whole process group, at any moment of the start of ranks."""
+    for _ in range(ATTACKS):
+        command = start(COMMANDS["bench"][0])
+        assert _until(lambda: bool(command.ranks()), 30.0)  # noqa: B023
+        time.sleep(random.uniform(0, 4))
+        os.killpg(command.process.pid, signal.SIGINT)
+        _, errors = command.process.communicate(timeout=ENDED_WITHIN_S)
+        assert (command.process.returncode, errors) == (130, "llm-allreduce bench: ended by SIGINT\n")
+        command.check_nothing_is_left("Ctrl-C")
 
 
 @pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL), ids=lambda number: number.name)

@@ -28,14 +28,18 @@ def _behave(context: RankContext, behaviours: dict[int, str]) -> int:
     return context.rank
 
 
-def _interrupted(_context: RankContext) -> list[str]:
-    """Ctrl-C goes to all processes of a terminal; ranks leave it to their command, unless a function asks for it."""
-    os.kill(os.getpid(), signal.SIGINT)
-    got: list[str] = []
-    signal.signal(signal.SIGINT, lambda *_: got.append("asked for"))
-    os.kill(os.getpid(), signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return got
+def _interrupted(_context: RankContext) -> str:
+    """What a rank that is sent SIGINT itself does, as any Python does."""
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "nothing"
+
+
+def _process_group(_context: RankContext) -> int:
+    return os.getpgid(0)
 
 
 def _all_ended(pool: RankPool) -> bool:
@@ -63,7 +67,9 @@ def test_who_is_named(behaviours: dict[int, str], kind: type[Exception], text: s
 def _use_three(behaviours: dict[int, str]) -> None:
     with RankPool(3, "cpu") as pool:
         assert pool.run(_behave, {}) == [0, 1, 2]
-        assert pool.run(_interrupted) == [["asked for"]] * 3
+        assert pool.run(_interrupted) == ["interrupted"] * 3
+        groups = pool.run(_process_group)
+        assert os.getpgid(0) not in groups, "a terminal's Ctrl-C does not reach ranks"
         started = time.monotonic()
         try:
             pool.run(_behave, behaviours, timeout_s=2.0)
