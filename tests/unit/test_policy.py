@@ -117,7 +117,7 @@ def test_total_deterministic_and_reasoned(
         assert decision.launch is None
     else:
         assert dtype in ELEMENT_BYTES
-        message = Message(count, dtype, ELEMENT_BYTES[dtype], capturing)
+        message = Message(count, dtype, ELEMENT_BYTES[dtype])
         assert STRATEGIES[decision.strategy].obstacle(group, message) is None
         assert decision.launch is not None
     # AUTO and its relatives never choose a lossy format.
