@@ -15,6 +15,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import RankMismatchError
+from llm_allreduce_plugin.memory.layouts import peer_refusal
 from llm_allreduce_plugin.topology import numa_node_of
 
 _T = TypeVar("_T")
@@ -29,7 +30,7 @@ class RankCard:
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
-    is.
+    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory.
     """
 
     settings: dict[str, Any]
@@ -41,15 +42,17 @@ class RankCard:
     gpu: str | None
     multiprocessors: int = 0
     numa_node: int | None = None
+    peer_refusal: str | None = None
 
     @classmethod
     def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
         """The card of the calling process."""
-        architecture, gpu, multiprocessors = None, None, 0
+        architecture, gpu, multiprocessors, refusal = None, None, 0, None
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             architecture, gpu = properties.major * 10 + properties.minor, str(properties.uuid)
             multiprocessors = properties.multi_processor_count
+            refusal = peer_refusal()
         return cls(
             settings=config.model_dump(mode="json", exclude=_LOCAL_SETTINGS),
             plugin_version=__version__,
@@ -60,6 +63,7 @@ class RankCard:
             gpu=gpu,
             multiprocessors=multiprocessors,
             numa_node=None if gpu is None else numa_node_of(gpu),
+            peer_refusal=refusal,
         )
 
 
@@ -130,6 +134,18 @@ def domains(cards: Sequence[RankCard]) -> tuple[int, ...]:
     """The NUMA node of each rank's GPU; empty when it is not known of all."""
     nodes = tuple(card.numa_node for card in cards if card.numa_node is not None)
     return nodes if len(nodes) == len(cards) else ()
+
+
+def peer_refusal_of(cards: Sequence[RankCard]) -> str | None:
+    """What keeps this group's GPUs from each other's memory: the variable, where one rank has it and others do not.
+
+    One rank is enough, and all must decide alike: a rank that tries alone waits for the others.
+    """
+    found = [card.peer_refusal for card in cards]
+    refusal = next(filter(None, found), None)
+    if refusal is None or all(found):
+        return refusal
+    return f"{refusal} on rank {found.index(refusal)}"
 
 
 def check(cards: Sequence[RankCard]) -> None:

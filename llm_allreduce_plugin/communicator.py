@@ -18,7 +18,7 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, Stag
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.memory import SharedMemory
 from llm_allreduce_plugin.memory.host import HostMemory
-from llm_allreduce_plugin.memory.layouts import transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.memory.layouts import refusal_note, transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.memory.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.memory.shm import ShmMemory
 from llm_allreduce_plugin.memory.symmetric import SymmetricMemory, prove_peer_access
@@ -262,9 +262,12 @@ class TensorParallelCommunicator:
         if self.device.type == "cuda":
             gpus = [card.gpu for card in cards if card.gpu is not None]
             facts = dataclasses.replace(facts, nvlink=agreement.first_fault(nvlink_gap(gpus), control_group) is None)
+        refusal = agreement.peer_refusal_of(cards)
+        if self.rank == 0 and (note := refusal_note(self.config.transport, refusal)) is not None:
+            logger.info("%s", note)
         reasons = []
         multiprocessors = min(card.multiprocessors for card in cards)
-        for transport in transports(self.config, self.device.type):
+        for transport in transports(self.config, self.device.type, refusal):
             try:
                 layout = workspace_layout(self.config, dataclasses.replace(facts, transport=transport), multiprocessors)
                 self._connect(transport, layout, cards, control_group)

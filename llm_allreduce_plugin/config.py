@@ -6,156 +6,100 @@ Four sources, later wins: defaults; a YAML or JSON file named by ``LLM_ALLREDUCE
 
 from __future__ import annotations
 
-import difflib
-import enum
-import json
+import functools
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, create_model
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationError
 
 from llm_allreduce_plugin.errors import ConfigError
+from llm_allreduce_plugin.settings import environment
+from llm_allreduce_plugin.settings.choices import (
+    AllReduceStrategy,
+    LowPrecisionAlgorithm,
+    StagedChoice,
+    TransportChoice,
+    WireFormat,
+)
+from llm_allreduce_plugin.settings.documents import read_settings
+from llm_allreduce_plugin.settings.environment import CONFIG_FILE_VARIABLE, ENV_PREFIX, Found, variable_of
+from llm_allreduce_plugin.settings.faults import described, validated
+from llm_allreduce_plugin.settings.values import (
+    MOST_BYTES_OF_A_MESSAGE,
+    Settings,
+    lower_case,
+    mapping,
+    no_boolean,
+    path,
+    shown,
+    size,
+    switch,
+)
 
-ENV_PREFIX = "LLM_ALLREDUCE_"
-CONFIG_FILE_VARIABLE = "LLM_ALLREDUCE_CONFIG"
+__all__ = [
+    "CONFIG_FILE_VARIABLE",
+    "ENV_PREFIX",
+    "NO_PROFILE",
+    "AllReduceConfig",
+    "AllReduceStrategy",
+    "LlmArgs",
+    "LowPrecisionAlgorithm",
+    "LowPrecisionConfig",
+    "StagedChoice",
+    "TransportChoice",
+    "WireFormat",
+    "environment_table",
+    "in_environment",
+    "load_config",
+]
+
+logger = logging.getLogger(__name__)
+
 # As a tuning profile: use none.
 NO_PROFILE = "none"
-# With the prefix, but not settings: the file's name, and what only the build reads.
-_NOT_SETTINGS = {CONFIG_FILE_VARIABLE, "LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
-
-
-class AllReduceStrategy(enum.StrEnum):
-    """How the all-reduces of a tensor-parallel group are carried out. Names as in TensorRT-LLM."""
-
-    AUTO = "AUTO"
-    NCCL = "NCCL"
-    UB = "UB"
-    MINLATENCY = "MINLATENCY"
-    ONESHOT = "ONESHOT"
-    TWOSHOT = "TWOSHOT"
-    LOWPRECISION = "LOWPRECISION"
-    MNNVL = "MNNVL"
-
-    @classmethod
-    def parse(cls, value: object) -> AllReduceStrategy:
-        """The strategy that ``value`` names, in any case; ``MIN_LATENCY`` is accepted too.
-
-        Raises:
-            ValueError: naming every strategy, when it names none. An unknown name is never taken for AUTO.
-        """
-        if isinstance(value, cls):
-            return value
-        allowed = ", ".join(cls)
-        if not isinstance(value, str):
-            message = f"must be a strategy name, one of {allowed}"
-            raise ValueError(message)  # noqa: TRY004  (pydantic turns ValueError into a validation error)
-        name = value.strip().upper()
-        if name == "MIN_LATENCY":
-            return cls.MINLATENCY
-        try:
-            return cls(name)
-        except ValueError:
-            message = f"must be one of {allowed}"
-            raise ValueError(message) from None
-
-
-class WireFormat(enum.StrEnum):
-    """What LOWPRECISION sends values as; ``csrc/codec`` says what each is."""
-
-    FP8 = "fp8"  # e4m3 and a scale for 496 values: 8.26 bits a value
-    TQ3 = "tq3"  # three levels and a scale for 32 values: 2.5 bits a value
-    HADAMARD2 = "hadamard2"  # rotated, four levels and a scale for 32 values: 2.5 bits a value, with less error
-
-
-class LowPrecisionAlgorithm(enum.StrEnum):
-    """How LOWPRECISION moves packets."""
-
-    AUTO = "auto"  # hierarchical where it is for, otherwise two_shot
-    TWO_SHOT = "two_shot"  # compressed both ways; two steps whatever the world size
-    RING = "ring"  # from neighbour to neighbour: compressed while it is summed, then the rounded sums as they are
-    HIERARCHICAL = "hierarchical"  # sums within two NUMA domains first; half as much crosses between them, or less
-
-
-def _lower_case(value: object) -> object:
-    return value.strip().lower() if isinstance(value, str) else value
-
-
-def _parsed(value: object) -> object:
-    """A mapping from text, as environment variables have it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        message = "must be a mapping of settings, as JSON in the environment"
-        raise ValueError(message) from None
+MOST_DOMAINS = 1024  # NUMA nodes that Linux can number
 
 
 def _profile(value: object) -> object:
     """``none`` in any case, or a path."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
+    if isinstance(value, str) and not value.strip():
         message = f"must be a file, or {NO_PROFILE}"
         raise ValueError(message)
-    return NO_PROFILE if value.strip().lower() == NO_PROFILE else Path(value).expanduser()
+    return NO_PROFILE if lower_case(value) == NO_PROFILE else path(value)
 
 
-class LowPrecisionConfig(BaseModel):
+Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
+MessageBytes = Annotated[int, Field(ge=0, le=MOST_BYTES_OF_A_MESSAGE), BeforeValidator(size)]
+WorkspaceBytes = Annotated[int, Field(ge=2 << 20, le=1 << 33), BeforeValidator(size)]
+Domain = Annotated[int, Field(ge=0, lt=MOST_DOMAINS), BeforeValidator(no_boolean)]
+Folder = Annotated[Path, BeforeValidator(path)]
+
+
+class LowPrecisionConfig(Settings):
     """What LOWPRECISION does. Frozen; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    wire_format: Annotated[WireFormat, BeforeValidator(_lower_case)] = Field(
+    wire_format: Annotated[WireFormat, BeforeValidator(lower_case)] = Field(
         default=WireFormat.FP8, description="what values are sent as"
     )
-    algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(_lower_case)] = Field(
+    algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(lower_case)] = Field(
         default=LowPrecisionAlgorithm.AUTO,
         description="how packets move; auto is hierarchical where GPUs without NVLink form two NUMA domains of equal "
         "size, otherwise two_shot",
     )
-    domains: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+    domains: Annotated[tuple[Domain, ...], Field(min_length=2, max_length=MOST_DOMAINS)] | None = Field(
         default=None,
-        min_length=2,
         description="the domain of each rank, as numbers like [0, 0, 1, 1]; default: the NUMA node of its GPU",
     )
-    min_bytes: ByteSize | None = Field(
-        default=None, ge=0, description="smallest message per rank that is compressed; default: from where it pays"
+    min_bytes: MessageBytes | None = Field(
+        default=None, description="smallest message per rank that is compressed; default: from where it pays"
     )
 
 
-class TransportChoice(enum.StrEnum):
-    """Which memory GPU ranks share."""
-
-    AUTO = "auto"  # peers' GPU memory where all can reach it, else host memory
-    PEER = "peer"
-    HOST = "host"
-
-
-class StagedChoice(enum.StrEnum):
-    """Whether two-shot messages through peers' memory move in stages: at any time one stream out of a GPU, one in."""
-
-    AUTO = "auto"  # large ones, where NVLink does not join the GPUs
-    ON = "on"  # all
-    OFF = "off"
-
-
-def _switch(value: object) -> object:
-    """YAML reads on and off as booleans."""
-    return _lower_case({True: "on", False: "off"}[value] if isinstance(value, bool) else value)
-
-
-Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
-
-
-class AllReduceConfig(BaseModel):
+class AllReduceConfig(Settings):
     """Every setting of the plugin. Frozen; unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     allreduce_strategy: Strategy = Field(
         default=AllReduceStrategy.AUTO, description="how all-reduces run; AUTO chooses among the exact strategies"
@@ -167,21 +111,18 @@ class AllReduceConfig(BaseModel):
         allow_inf_nan=False,
         description="seconds of GPU time (CPU ranks: of wall time) that a rank waits for a peer before it gives up",
     )
-    transport: Annotated[TransportChoice, BeforeValidator(_lower_case)] = Field(
+    transport: Annotated[TransportChoice, BeforeValidator(lower_case)] = Field(
         default=TransportChoice.AUTO,
         description="GPUs: 'peer' for each other's memory (NVLink, PCIe peer access), 'host' for pinned host memory, "
-        "'auto' for the first where it works and otherwise the second",
+        "'auto' for the first where it works and NCCL_P2P_DISABLE does not forbid it, otherwise the second",
     )
-    workspace_bytes: ByteSize | None = Field(
+    workspace_bytes: WorkspaceBytes | None = Field(
         default=None,
-        ge=2 << 20,
-        le=1 << 33,
         description="memory per rank through which messages of any size are passed in chunks, as a number or like "
         "'64MiB'; default 384 MiB of a GPU; 48 MiB of host memory for all GPUs together; 4 MiB on a CPU rank",
     )
-    one_shot_max_bytes: ByteSize | None = Field(
+    one_shot_max_bytes: MessageBytes | None = Field(
         default=None,
-        ge=0,
         description="AUTO: largest message per rank that goes to ONESHOT; default from a table per world size",
     )
     tuning_profile: Annotated[Path | Literal["none"] | None, BeforeValidator(_profile)] = Field(
@@ -194,17 +135,17 @@ class AllReduceConfig(BaseModel):
         description="GPUs: readiness travels inside the data, and a kernel may start while the one before drains; off: "
         "flags tell when data may be read, which is slower",
     )
-    staged: Annotated[StagedChoice, BeforeValidator(_switch)] = Field(
+    staged: Annotated[StagedChoice, BeforeValidator(switch)] = Field(
         default=StagedChoice.AUTO,
         description="3 or more GPUs joined by PCIe peer access: TWOSHOT and LOWPRECISION keep each to one outbound "
         "and one inbound stream at a time; 'auto' for large messages where NVLink does not join all; 'on', 'off'",
     )
-    low_precision: Annotated[LowPrecisionConfig, BeforeValidator(_parsed)] = Field(
+    low_precision: Annotated[LowPrecisionConfig, BeforeValidator(mapping)] = Field(
         default=LowPrecisionConfig(),
         description="LOWPRECISION: wire_format (fp8, tq3, hadamard2), algorithm (auto, two_shot, ring, hierarchical), "
         "domains, min_bytes",
     )
-    report_dir: Path | None = Field(
+    report_dir: Folder | None = Field(
         default=None,
         description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
     )
@@ -218,42 +159,49 @@ class AllReduceConfig(BaseModel):
         domains = self.low_precision.domains
         if domains is not None and len(domains) != world_size:
             message = (
-                f"low_precision.domains={list(domains)}: has {len(domains)} numbers: must have one for each of the "
-                f"{world_size} ranks"
+                f"low_precision.domains={shown(list(domains))}: has {len(domains)} numbers: must have one for each of "
+                f"the {world_size} ranks"
             )
             raise ConfigError(message)
 
 
-class LlmArgs(BaseModel):
+class LlmArgs(Settings):
     """The plugin's settings the way engine arguments are written.
 
     ``LLM(model, **LlmArgs(allreduce_strategy="ONESHOT").vllm_kwargs())``
-    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    What is not given is left to the other sources: without arguments, nothing is overridden.
+
+    Raises:
+        ConfigError: naming the field, its value and what is allowed.
+    """
 
     allreduce_strategy: Strategy = AllReduceStrategy.AUTO
     allreduce: AllReduceConfig | None = Field(default=None, description="further settings; must not contradict")
 
+    def __init__(self, **values: Any) -> None:  # noqa: ANN401
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise described("LlmArgs", LlmArgs, error) from None
+
     def allreduce_config(self) -> AllReduceConfig:
-        """The settings as one object.
+        """The settings as one object, in which only what was given is set.
 
         Raises:
             ConfigError: ``allreduce`` names another strategy than ``allreduce_strategy``.
         """
-        if self.allreduce is None:
-            return AllReduceConfig(allreduce_strategy=self.allreduce_strategy)
-        named_here = "allreduce_strategy" in self.model_fields_set
-        named_there = "allreduce_strategy" in self.allreduce.model_fields_set
-        if named_here and named_there and self.allreduce.allreduce_strategy != self.allreduce_strategy:
+        further = self.allreduce or AllReduceConfig()
+        if "allreduce_strategy" not in self.model_fields_set:
+            return further
+        there = further.allreduce_strategy
+        if "allreduce_strategy" in further.model_fields_set and there != self.allreduce_strategy:
             message = (
-                f"LlmArgs: allreduce_strategy={self.allreduce_strategy} but allreduce.allreduce_strategy="
-                f"{self.allreduce.allreduce_strategy}: give one of them"
+                f"LlmArgs: allreduce_strategy={self.allreduce_strategy} but allreduce.allreduce_strategy={there}: "
+                "give one of them"
             )
             raise ConfigError(message)
-        if named_here:
-            return self.allreduce.model_copy(update={"allreduce_strategy": self.allreduce_strategy})
-        return self.allreduce
+        return further.model_copy(update={"allreduce_strategy": self.allreduce_strategy})
 
     def vllm_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for ``vllm.LLM``."""
@@ -261,101 +209,43 @@ class LlmArgs(BaseModel):
         return {"additional_config": {"allreduce": settings}}
 
 
-def _variable(field: str) -> str:
-    """The environment variable of a field; the strategy's is ``LLM_ALLREDUCE_STRATEGY``."""
-    return ENV_PREFIX + field.removeprefix("allreduce_").upper()
-
-
-class _PrefixedSettings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, env_ignore_empty=True)
-
-
-# The variables as text: what they may hold is judged together with the other sources, so that errors read alike.
-_variables: dict[str, Any] = {
-    _variable(name).removeprefix(ENV_PREFIX).lower(): (str | None, None) for name in AllReduceConfig.model_fields
-}
-_Environment = create_model("_Environment", __base__=_PrefixedSettings, **_variables)
+# Settings that are mappings, with the names in them.
+_NESTED = {"low_precision": tuple(LowPrecisionConfig.model_fields)}
 
 
 def environment_table() -> list[tuple[str, str]]:
     """Every environment variable that is read at run time, with what it means."""
     rows = [(CONFIG_FILE_VARIABLE, "YAML or JSON file with the settings below")]
-    rows += [(_variable(name), field.description or "") for name, field in AllReduceConfig.model_fields.items()]
+    rows += [(variable_of(name), field.description or "") for name, field in AllReduceConfig.model_fields.items()]
     return rows
 
 
-def _unknown_key(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    return f"unknown key; allowed are {', '.join(known)}{hint}"
-
-
-def _validated(source: str, values: Mapping[str, Any], label: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """``values`` if every one of them is acceptable by itself.
+def in_environment(variables: Mapping[str, str] | None = None) -> Found:
+    """What environment variables say, as text. ``variables``: instead of this process's.
 
     Raises:
-        ConfigError: a line per fault with source, field, value and what is allowed.
+        ConfigError: a variable is a misspelled setting.
+    """
+    return environment.read(list(AllReduceConfig.model_fields), _NESTED, os.environ if variables is None else variables)
+
+
+def settings_file(named: str) -> Path:
+    """The file that ``LLM_ALLREDUCE_CONFIG`` names.
+
+    Raises:
+        ConfigError: it is no path.
     """
     try:
-        AllReduceConfig(**values)
-    except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            path = [str(part) for part in fault["loc"]] or ["?"]
-            nested = path[0] == "low_precision" and len(path) > 1
-            fields = LowPrecisionConfig.model_fields if nested else AllReduceConfig.model_fields
-            field = path[1] if nested else path[0]
-            name = ".".join([(label or {}).get(path[0], path[0]), *path[1:]])
-            if fault["type"] == "extra_forbidden":
-                lines.append(f"{source}: {name}={fault['input']!r}: {_unknown_key(field, list(fields))}")
-                continue
-            allowed = fault["msg"].removeprefix("Value error, ")
-            allowed = allowed[:1].lower() + allowed[1:]
-            meaning = fields[field].description
-            lines.append(f"{source}: {name}={fault['input']!r}: {allowed} ({meaning})")
-        raise ConfigError("\n".join(lines)) from None
-    return dict(values)
+        return Path(str(path(named)))
+    except ValueError as error:
+        message = f"environment: {CONFIG_FILE_VARIABLE}={shown(named)}: {error}"
+        raise ConfigError(message) from None
 
 
-def _from_file(path: Path) -> dict[str, Any]:
-    source = f"file {path}"
-    parsers: dict[str, Any] = {".json": json.loads, ".yaml": yaml.safe_load, ".yml": yaml.safe_load}
-    parse = parsers.get(path.suffix.lower())
-    if parse is None:
-        message = f"{source}: suffix {path.suffix!r}: must be one of {', '.join(parsers)} ({CONFIG_FILE_VARIABLE})"
-        raise ConfigError(message)
-    try:
-        values = parse(path.read_text())
-    except OSError as error:
-        message = f"{source}: cannot be read: {error.strerror or error} ({CONFIG_FILE_VARIABLE})"
-        raise ConfigError(message) from error
-    except (ValueError, yaml.YAMLError) as error:
-        message = f"{source}: not valid {path.suffix.lstrip('.').upper()}: {error}"
-        raise ConfigError(message) from error
-    if not isinstance(values, Mapping):
-        message = f"{source}: holds {values!r}: must be a mapping of settings"
-        raise ConfigError(message)
-    return _validated(source, values)
-
-
-def _from_environment() -> dict[str, Any]:
-    variables = {_variable(name): name for name in AllReduceConfig.model_fields}
-    for variable, value in os.environ.items():
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in {*variables, *_NOT_SETTINGS}:
-            message = f"environment: {variable}={value!r}: {_unknown_key(variable, sorted(variables))}"
-            raise ConfigError(message)
-    found = _Environment().model_dump(exclude_none=True)
-    fields = {variable.removeprefix(ENV_PREFIX).lower(): name for variable, name in variables.items()}
-    values = {fields[suffix]: text for suffix, text in found.items()}
-    return _validated("environment", values, {name: variable for variable, name in variables.items()})
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:  # noqa: ANN401
-    """A nested setting that was found valid, as a mapping of what it sets."""
-    parsed = _parsed(value)
-    if isinstance(parsed, LowPrecisionConfig):
-        return parsed.model_dump(exclude_unset=True)
-    return parsed if isinstance(parsed, Mapping) else {}
+@functools.cache
+def _warn_of(unknown: tuple[str, ...]) -> None:
+    """Once in a process, however often settings are read."""
+    logger.warning("environment: %s: no setting has this name, and none like it: not looked at", ", ".join(unknown))
 
 
 def load_config(
@@ -374,18 +264,23 @@ def load_config(
     """
     merged: dict[str, Any] = {}
 
-    def add(values: dict[str, Any]) -> None:
-        nested = dict(_mapping(merged.get("low_precision"))) | dict(_mapping(values.get("low_precision")))
-        merged.update(values)
-        if nested:
-            merged["low_precision"] = nested
+    def add(source: str, values: Mapping[Any, Any], label: Mapping[str, str] | None = None) -> None:
+        # Every source by itself, so that an error names the one that is wrong.
+        found = validated(source, AllReduceConfig, values, label).model_dump(exclude_unset=True)
+        for name in _NESTED.keys() & found.keys():
+            found[name] = merged.get(name, {}) | found[name]
+        merged.update(found)
 
-    if path := os.environ.get(CONFIG_FILE_VARIABLE):
-        add(_from_file(Path(path)))
-    add(_from_environment())
+    variables = in_environment()
+    if variables.file is not None:
+        file = settings_file(variables.file)
+        add(f"file {file}", read_settings(file, CONFIG_FILE_VARIABLE))
+    add("environment", variables.values, {name: variable_of(name) for name in AllReduceConfig.model_fields})
+    if variables.unknown:
+        _warn_of(variables.unknown)
     if engine is not None:
         if not isinstance(engine, Mapping):
-            message = f"{engine_name}: {engine!r}: must be a mapping of settings"
+            message = f"{engine_name}: {shown(engine)}: must be a mapping of settings"
             raise ConfigError(message)
-        add(_validated(engine_name, engine))
-    return AllReduceConfig(**merged)
+        add(engine_name, engine)
+    return validated("settings", AllReduceConfig, merged)

@@ -13,6 +13,7 @@ import typer
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
+from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note
 from llm_allreduce_plugin.selection import sweep as sweeps
 from llm_allreduce_plugin.selection.decision import Decision, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
@@ -80,13 +81,16 @@ def subject(topology_file: Path | None, world_size: int | None, config: AllReduc
         facts, ignored = with_profile(config, cpu_facts(ranks, config), NodeIdentity.of_cpu())
         return Subject(f"{ranks} CPU ranks", facts, note + ignored)
     seen = topology if view is None else view.topology
-    bare = group_facts(seen, world_size, config)
-    config.check_world_size(bare.world_size)
-    facts, ignored = with_profile(config, bare, NodeIdentity.of_gpus(topology))
+    refusal = peer_refusal()
+    group = group_facts(seen, world_size, config, refusal)
+    config.check_world_size(group.world_size)
+    facts, ignored = with_profile(config, group, NodeIdentity.of_gpus(topology))
     names = dict.fromkeys(gpu.name for gpu in seen.gpus[: facts.world_size])
     source = "this node" if topology_file is None else topology_file.name
     where = f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})"
-    return Subject(where, facts, (*_notes(seen, facts), *(_counting(view, facts) if view else ()), *ignored))
+    note = tuple(filter(None, [refusal_note(config.transport, refusal)]))
+    counting = _counting(view, facts) if view else ()
+    return Subject(where, facts, (*note, *_notes(seen, facts), *counting, *ignored))
 
 
 def _counting(view: View, facts: GroupFacts) -> Iterator[str]:

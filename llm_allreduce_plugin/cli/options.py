@@ -8,7 +8,6 @@ into which the numbers go with the environment they were measured in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,8 +15,8 @@ import typer
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
+from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 # nccl-tests' and the usual short names beside torch's.
 DTYPES = {
     "float": "float32",
@@ -32,16 +31,21 @@ DTYPES = {
 
 
 def parse_bytes(text: str) -> int:
-    """``"4K"`` is 4096, as in nccl-tests.
+    """``"4K"`` is 4096, as in nccl-tests and as in settings.
 
     Raises:
-        typer.BadParameter: it is not a size.
+        typer.BadParameter: it is not a size, or larger than any message.
     """
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if match is None or int(match[1]) == 0:
-        message = f"{text!r}: must be a positive number of bytes, like 512, 4K, 1M or 1G"
-        raise typer.BadParameter(message)
-    return int(match[1]) * _UNITS[match[2].upper()]
+    try:
+        number = parse_size(text)
+    except ValueError as error:
+        reason = f": {error}"
+    else:
+        if 0 < number <= MOST_BYTES_OF_A_MESSAGE:
+            return number
+        reason = ""
+    message = f"{text!r}: must be a positive number of bytes up to 1T, like 512, 4K, 1M or 1G{reason}"
+    raise typer.BadParameter(message)
 
 
 def parse_dtype(text: str, others: Iterable[str] = ()) -> str:

@@ -6,11 +6,16 @@ findings; none raises.
 
 from __future__ import annotations
 
-from llm_allreduce_plugin.config import AllReduceConfig, TransportChoice
+from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
 from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded, warn
-from llm_allreduce_plugin.memory.layouts import DEFAULT_CPU_WORKSPACE_BYTES, DEFAULT_HOST_WORKSPACE_BYTES
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.memory.layouts import (
+    DEFAULT_CPU_WORKSPACE_BYTES,
+    DEFAULT_HOST_WORKSPACE_BYTES,
+    peer_refusal,
+    transports,
+)
+from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import describe
 from llm_allreduce_plugin.selection.tuning import with_profile
 from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, view_of
@@ -34,7 +39,8 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
     setting = software.settings_for(setting, config, ranks)
     default = DEFAULT_HOST_WORKSPACE_BYTES if gpus else DEFAULT_CPU_WORKSPACE_BYTES * ranks
     wanted = default if config.workspace_bytes is None else int(config.workspace_bytes) * max(ranks, 1)
-    needed = not gpus or config.transport is TransportChoice.HOST or topology.p2p_fault(range(ranks)) is not None
+    through_peers = Transport.SYMMETRIC in transports(config, "cuda", peer_refusal())
+    needed = not gpus or not through_peers or topology.p2p_fault(range(ranks)) is not None
 
     found = guarded("package", software.package)
     found += guarded("Python", software.python)
@@ -66,7 +72,7 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
 
     def group() -> tuple[GroupFacts, NodeIdentity]:
         if gpus:
-            return group_facts(topology, ranks, config), NodeIdentity.of_gpus(node)
+            return group_facts(topology, ranks, config, peer_refusal()), NodeIdentity.of_gpus(node)
         return cpu_facts(ranks, config), NodeIdentity.of_cpu()
 
     def runs() -> Finding:

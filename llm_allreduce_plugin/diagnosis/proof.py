@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from llm_allreduce_plugin import processes
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
+from llm_allreduce_plugin.memory.layouts import peer_refusal, transports
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES, Transport
 from llm_allreduce_plugin.topology import NodeTopology
 
@@ -198,7 +199,8 @@ def findings(topology: NodeTopology, config: AllReduceConfig, runner: Runner = r
         return [ok("proof", "one GPU has nobody to reach")]
     found = []
     peer: Proof | None = None
-    if config.transport is not TransportChoice.HOST and topology.p2p_fault(range(ranks)) is None:
+    through_peers = Transport.SYMMETRIC in transports(config, "cuda", peer_refusal())
+    if through_peers and topology.p2p_fault(range(ranks)) is None:
         peer = runner(Task("cuda", ranks, TransportChoice.PEER, size))
     host = runner(Task("cuda", ranks, TransportChoice.HOST, size))
     if peer is not None:

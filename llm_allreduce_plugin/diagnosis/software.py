@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -11,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.config import CONFIG_FILE_VARIABLE, AllReduceConfig, load_config
+from llm_allreduce_plugin.config import AllReduceConfig, TransportChoice, in_environment, load_config
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.errors import ConfigError
+from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note
 from llm_allreduce_plugin.selection.facts import GroupFacts
 from llm_allreduce_plugin.selection.policy import table_of, uses_table
 from llm_allreduce_plugin.selection.tuning import with_profile
@@ -160,7 +162,7 @@ def settings() -> tuple[Finding, AllReduceConfig]:
         return fail("settings", str(error), "correct it: the engine refuses to start with it"), AllReduceConfig()
     given = config.model_dump(mode="json", exclude_unset=True)
     text = ", ".join(f"{name} {value}" for name, value in given.items()) or "defaults"
-    source = os.environ.get(CONFIG_FILE_VARIABLE)
+    source = in_environment().file
     return ok("settings", f"{text}{f' ({source} and environment)' if source else ''}"), config
 
 
@@ -202,12 +204,13 @@ def variables(environment: Mapping[str, str] = os.environ, *, transport: str = "
             found.append(warn("environment", text, "unset it to use GPUs"))
         else:
             found.append(ok("environment", f"CUDA_VISIBLE_DEVICES={visible}"))
-    if environment.get("NCCL_P2P_DISABLE") == "1" and transport == "auto":
-        text = "NCCL_P2P_DISABLE=1 turns off peer access in NCCL only"
-        advice = (
-            "where peer access is broken set LLM_ALLREDUCE_TRANSPORT=host too (what is broken is found out in any case)"
-        )
-        found.append(warn("environment", text, advice))
+    if (note := refusal_note(TransportChoice(transport), peer_refusal(environment))) is not None:
+        advice = "nothing where peer access is broken; elsewhere unset it, because host memory is slower"
+        found.append(warn("environment", note, advice))
+    with contextlib.suppress(ConfigError):  # which the settings' line tells
+        if unknown := in_environment(environment).unknown:
+            text = f"{', '.join(unknown)}: no setting has this name, and none like it: not looked at"
+            found.append(warn("environment", text, "correct the name, or nothing if something else reads it"))
     if "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         text = "PYTORCH_CUDA_ALLOC_CONF has expandable_segments: our workspaces are allocated apart from it"
         found.append(ok("environment", text))

@@ -5,6 +5,9 @@ Needs no torch and no GPU, so that a decision can be made anywhere as it is made
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport, hosts_obstacle, world_size_obstacle
@@ -33,10 +36,38 @@ def transport_obstacle(config: AllReduceConfig, world_size: int, hosts: int, dev
     return None
 
 
-def transports(config: AllReduceConfig, device_type: str) -> tuple[Transport, ...]:
-    """How ranks may share memory, best first."""
+def peer_refusal(environment: Mapping[str, str] | None = None) -> str | None:
+    """The variable by which a user keeps GPUs from each other's memory, as it is set, or None.
+
+    NCCL's, because whoever found peer access broken has set it for NCCL: ``NCCL_P2P_DISABLE``, or ``NCCL_P2P_LEVEL`` at
+    its lowest level. ``environment``: instead of this process's.
+    """
+    variables = os.environ if environment is None else environment
+    if variables.get("NCCL_P2P_DISABLE", "").strip() == "1":
+        return "NCCL_P2P_DISABLE=1"
+    if (level := variables.get("NCCL_P2P_LEVEL", "").strip()) in ("LOC", "0"):
+        return f"NCCL_P2P_LEVEL={level}"
+    return None
+
+
+def refusal_note(transport: TransportChoice, refusal: str | None) -> str | None:
+    """What follows from ``refusal``, in words, or None.
+
+    Only ``transport: auto`` heeds it: ``peer`` asks for peers' memory by name, and so comes over it.
+    """
+    if refusal is None or transport is TransportChoice.HOST:
+        return None
+    if transport is TransportChoice.PEER:
+        return f"{refusal} does not count for transport peer, which was asked for by name"
+    return f"all-reduce keeps to host memory, and GPUs from each other's: {refusal} (transport peer would come over it)"
+
+
+def transports(config: AllReduceConfig, device_type: str, refusal: str | None = None) -> tuple[Transport, ...]:
+    """How ranks may share memory, best first. ``refusal``: of :func:`peer_refusal`, the same on every rank."""
     if device_type == "cpu":
         return (Transport.SHM,)
+    if refusal is not None and config.transport is TransportChoice.AUTO:
+        return (Transport.HOST,)
     return {
         TransportChoice.AUTO: (Transport.SYMMETRIC, Transport.HOST),
         TransportChoice.PEER: (Transport.SYMMETRIC,),

@@ -24,12 +24,16 @@ def multiprocessors(topology: NodeTopology, world_size: int) -> int | None:
 
 
 def group_facts(
-    topology: NodeTopology, world_size: int | None = None, config: AllReduceConfig | None = None
+    topology: NodeTopology,
+    world_size: int | None = None,
+    config: AllReduceConfig | None = None,
+    refusal: str | None = None,
 ) -> GroupFacts:
     """The facts of a group on the first ``world_size`` GPUs (default: all) of ``topology``.
 
     They are those that a communicator with ``config`` (default: no settings) agrees on there, as long as the topology
-    tells the truth: that bytes do arrive is proved only where there are GPUs.
+    tells the truth: that bytes do arrive is proved only where there are GPUs. ``refusal``: what
+    :func:`~llm_allreduce_plugin.memory.layouts.peer_refusal` says where they are to run.
 
     Raises:
         ValueError: there are fewer GPUs.
@@ -59,7 +63,7 @@ def group_facts(
     if (obstacle := transport_obstacle(settings, size, hosts, "cuda")) is not None:
         return dataclasses.replace(facts, no_transport_reason=obstacle)
     reasons = []
-    for transport in transports(settings, "cuda"):
+    for transport in transports(settings, "cuda", refusal):
         if transport is Transport.SYMMETRIC and (fault := _p2p_fault(topology, size)) is not None:
             reasons.append(fault)
             continue

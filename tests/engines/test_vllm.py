@@ -74,6 +74,34 @@ print(current_platform.get_device_communicator_cls())
     assert out.strip().endswith("cpu_communicator.CpuCommunicator")
 
 
+def test_the_flag_against_custom_all_reduce_in_a_real_vllm_config() -> None:
+    """On a platform that has such kernels, as GPUs do; on CPU ranks vLLM sets the flag itself, and it means nothing."""
+    out = run_python("""
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.platforms import current_platform
+from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+
+def reason(disabled, **additional):
+    parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled)
+    config = VllmConfig(parallel_config=parallel, additional_config=additional)
+    custom = has_custom_all_reduce(current_platform)
+    return stands_aside(config, settings_of(config.additional_config), custom_all_reduce=custom)
+
+assert not has_custom_all_reduce(current_platform)
+assert ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce, "set by vLLM"
+assert reason(False) is None and reason(True) is None
+type(current_platform).use_custom_allreduce = classmethod(lambda cls: True)
+assert not ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce
+assert reason(False) is None
+assert reason(True, allreduce_strategy="ONESHOT") is None
+print(reason(True))
+""")
+    assert "--disable-custom-all-reduce was given" in out.strip().splitlines()[-1]
+
+
 def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
     """Two ranks as threads of thought would not do: real processes, real vLLM groups, TP 2 beside others.
 

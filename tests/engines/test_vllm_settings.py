@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin import AllReduceStrategy, ConfigError
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.vllm.plugin import apply_settings
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
 
 
-def vllm_config(additional: Any, *, tp: int = 2, elastic: bool = False, fuse: bool = True) -> Any:
+def vllm_config(
+    additional: Any, *, tp: int = 2, elastic: bool = False, fuse: bool = True, disabled: bool = False
+) -> Any:
     """The parts of VllmConfig that the plugin looks at."""
     return SimpleNamespace(
         additional_config=additional,
-        parallel_config=SimpleNamespace(tensor_parallel_size=tp, enable_elastic_ep=elastic),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=tp, enable_elastic_ep=elastic, disable_custom_all_reduce=disabled
+        ),
         compilation_config=SimpleNamespace(pass_config=SimpleNamespace(fuse_allreduce_rms=fuse)),
     )
 
@@ -31,6 +35,9 @@ def vllm_config(additional: Any, *, tp: int = 2, elastic: bool = False, fuse: bo
         ({"allreduce": {"allreduce_strategy": "TWOSHOT", "timeout_s": 5}}, "TWOSHOT", 5),
         ({"allreduce": {"timeout_s": 5}, "allreduce_strategy": "NCCL"}, "NCCL", 5),
         ({"another_plugin": {"x": 1}}, "AUTO", 60),
+        ({"llm_allreduce_plugin": "0.1.0"}, "AUTO", 60),
+        ({"allreduce": {"allreduce_strategy": "ONESHOT"}, "allreduce_strategy": "oneshot"}, "ONESHOT", 60),
+        ({"allreduce": {"allreduce_strategy": "min_latency"}, "allreduce_strategy": "MINLATENCY"}, "MINLATENCY", 60),
     ],
 )
 def test_accepted(additional: Any, strategy: str, timeout: float) -> None:
@@ -47,6 +54,10 @@ def test_accepted(additional: Any, strategy: str, timeout: float) -> None:
         ({"allreduce_stratgy": "NCCL"}, "vLLM additional_config: allreduce_stratgy='NCCL': unknown key"),
         ({"allreduce": {"timeout": 3}}, "vLLM additional_config: timeout=3: unknown key"),
         ({"allreduce": {"allreduce_strategy": "UB"}, "allreduce_strategy": "NCCL"}, "contradicts"),
+        ({"allreduce": {"allreduce_strategy": "UB"}, "allreduce_strategy": "quick"}, "'quick' contradicts"),
+        ({"allreduce": None}, "vLLM additional_config: allreduce=None: must be a mapping"),
+        ({"allreduce": {1: 2}}, "vLLM additional_config: key 1: must be text"),
+        ({"allreduce": {"timeout_s": True}}, "vLLM additional_config: timeout_s=True: must not be a boolean"),
     ],
 )
 def test_refused(additional: Any, text: str) -> None:
@@ -55,6 +66,121 @@ def test_refused(additional: Any, text: str) -> None:
     assert text in str(caught.value)
     with pytest.raises(ConfigError):
         apply_settings(vllm_config(additional))
+
+
+SECTION_MEANT = ("llm_allreduce", "llm-allreduce", "LLMAllreduce", "all_reduce", "all-reduce", "allReduce", "alreduce")
+SECTION_MEANT += (
+    "allreduce_config",
+    "all_reduce_config",
+    "allreduce_plugin",
+    "vllm_allreduce",
+    "allreduc",
+    "Allreduce",
+)
+STRATEGY_MEANT = (
+    "all_reduce_strategy",
+    "allreduce-strategy",
+    "allReduceStrategy",
+    "allreduce_stratgy",
+    "ALLREDUCE_STRATEGY",
+)
+STRATEGY_MEANT += ("llm_allreduce_strategy", "allreduce_strategie", "all-reduce-strategy")
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [(key, "allreduce") for key in SECTION_MEANT] + [(key, "allreduce_strategy") for key in STRATEGY_MEANT],
+)
+@pytest.mark.parametrize("value", ({"allreduce_strategy": "NCCL"}, "NCCL", 5, None), ids=repr)
+def test_what_plainly_means_us_is_not_dropped(key: str, meant: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of({"another_plugin": 1, key: value})
+    assert f"vLLM additional_config: {key}={value!r}: unknown key" in str(caught.value)
+    assert str(caught.value).endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize("value", ({"allreduce_strategy": "NCCL"}, {}, None, 5), ids=repr)
+def test_our_name_is_a_stamp_only_as_text(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"llm_allreduce_plugin=.*: unknown key.*did you mean allreduce\?"):
+        settings_of({"llm_allreduce_plugin": value})
+
+
+@pytest.mark.parametrize("field", [name for name in AllReduceConfig.model_fields if name != "allreduce_strategy"])
+def test_a_bare_setting_is_not_dropped(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{field}=5: belongs into allreduce: give {{'allreduce': {{'{field}': "):
+        settings_of({field: 5})
+
+
+OTHERS = ("ascend_scheduler_config", "torchair_graph_config", "gdn_prefill_backend", "kda_decode_backend", "refresh")
+OTHERS += (
+    "reduce",
+    "reduce_scatter",
+    "allgather_ep",
+    "enable_matmul_allreduce",
+    "all_to_all",
+    "xlite_graph_config",
+    "",
+)
+OTHERS += ("strategy", "algorithm", "domains", "llm", "plugin", "version", "overlap_all_reduce_chunks")
+
+
+def test_other_plugins_keys_are_left_alone() -> None:
+    others: dict[Any, Any] = {key: {"allreduce_strategy": "QUICK"} for key in OTHERS}
+    others |= {1: 2, None: 3, ("a",): 4}
+    assert settings_of(others) == AllReduceConfig()
+    assert settings_of({**others, "allreduce_strategy": "UB"}).allreduce_strategy == "UB"
+
+
+# -- --disable-custom-all-reduce ---------------------------------------------------------------------------------------
+
+
+def test_the_flag_leaves_vllm_alone() -> None:
+    config = vllm_config({"allreduce": {"timeout_s": 5}}, disabled=True)
+    reason = stands_aside(config, settings_of(config.additional_config), custom_all_reduce=True)
+    assert reason is not None
+    assert "--disable-custom-all-reduce" in reason
+    before = dict(config.additional_config)
+    apply_settings(config, custom_all_reduce=True)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is True
+    assert config.additional_config == before
+
+
+@pytest.mark.parametrize("strategy", ("ONESHOT", "AUTO"))
+@pytest.mark.parametrize("source", ("engine", "environment"))
+def test_a_strategy_by_name_comes_over_the_flag(
+    strategy: str, source: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = vllm_config({"allreduce_strategy": strategy} if source == "engine" else {}, disabled=True)
+    if source == "environment":
+        monkeypatch.setenv("LLM_ALLREDUCE_STRATEGY", strategy)
+    assert stands_aside(config, settings_of(config.additional_config), custom_all_reduce=True) is None
+    with caplog.at_level("WARNING", logger="llm_allreduce_plugin"):
+        apply_settings(config, custom_all_reduce=True)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"--disable-custom-all-reduce does not count for allreduce_strategy {strategy}, which was asked for by name"
+    ]
+
+
+def test_nccl_and_the_flag_agree(caplog: pytest.LogCaptureFixture) -> None:
+    config = vllm_config({"allreduce_strategy": "NCCL"}, disabled=True)
+    assert stands_aside(config, settings_of(config.additional_config), custom_all_reduce=True) == (
+        "allreduce_strategy is NCCL"
+    )
+    apply_settings(config, custom_all_reduce=True)
+    assert not caplog.records
+
+
+def test_a_flag_that_vllm_set_itself_is_nobodys_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM sets it on platforms without such kernels, CPU ranks among them, and for batch invariance."""
+    config = vllm_config({}, disabled=True)
+    assert stands_aside(config, settings_of({}), custom_all_reduce=False) is None
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert stands_aside(config, settings_of({}), custom_all_reduce=True) is None
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert stands_aside(config, settings_of({}), custom_all_reduce=True) is not None
+    assert stands_aside(vllm_config({}), settings_of({}), custom_all_reduce=True) is None
 
 
 def test_environment_reaches_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

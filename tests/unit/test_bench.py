@@ -19,13 +19,13 @@ RUNNER = CliRunner()
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1", 1), ("512", 512), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("2GiB", 2 << 30), ("8KB", 8192)],
+    [("1", 1), ("512", 512), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("2GiB", 2 << 30), ("8KiB", 8192)],
 )
 def test_sizes_as_nccl_tests_write_them(text: str, size: int) -> None:
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ("", "0", "-4", "4X", "K", "1.5M"))
+@pytest.mark.parametrize("text", ("", "0", "-4", "4X", "K", "1.5M", "8KB", "1025G", "9" * 5000))
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="must be a positive number of bytes"):
         parse_bytes(text)

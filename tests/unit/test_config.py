@@ -175,7 +175,7 @@ def test_llm_args() -> None:
     }
     both = LlmArgs(allreduce_strategy="TWOSHOT", allreduce=AllReduceConfig(timeout_s=3))  # type: ignore[arg-type]
     assert both.allreduce_config() == AllReduceConfig(allreduce_strategy="TWOSHOT", timeout_s=3)  # type: ignore[arg-type]
-    with pytest.raises(ValidationError, match="must be one of AUTO"):
+    with pytest.raises(ConfigError, match="must be one of AUTO"):
         LlmArgs(allreduce_strategy="quick")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="TWOSHOT.*ONESHOT"):
         LlmArgs(

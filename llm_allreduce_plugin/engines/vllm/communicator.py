@@ -6,7 +6,7 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from llm_allreduce_plugin.engines.vllm.plugin import stock_communicator_path
+from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_communicator_path
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """What vLLM calls for every group instead of its communicator class, with that class's arguments.
 
     Tensor-parallel groups get a subclass of the stock class that runs our all-reduce; every other group, and any
-    group under ``allreduce_strategy: NCCL``, gets the stock class itself.
+    group where :func:`stands_aside` has a reason, gets the stock class itself.
     """
     from vllm.config import get_current_vllm_config_or_none
     from vllm.platforms import current_platform
@@ -33,7 +33,8 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return stock(*args, **kwargs)
     config = get_current_vllm_config_or_none()
     settings = settings_of(config.additional_config if config is not None else None)
-    if (reason := stands_aside(config, settings)) is not None:
+    custom = has_custom_all_reduce(current_platform)
+    if (reason := stands_aside(config, settings, custom_all_reduce=custom)) is not None:
         communicator = stock(*args, **kwargs)
         _report_stock(communicator, settings, reason)
         return communicator

@@ -15,7 +15,7 @@ from typing import Any
 
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
-from llm_allreduce_plugin.engines.vllm.settings import STAMP, settings_of, stands_aside
+from llm_allreduce_plugin.engines.vllm.settings import STAMP, flag_overridden, settings_of, stands_aside
 from llm_allreduce_plugin.engines.vllm.summary import tell_at_exit
 from llm_allreduce_plugin.metrics import show_reports
 
@@ -62,23 +62,33 @@ def _patch_communicator(platform: type) -> None:
 def _patch_config(platform: type) -> None:
     stock = platform.check_and_update_config  # type: ignore[attr-defined]
 
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401
         stock(vllm_config)
         use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
-        apply_settings(vllm_config)
+        apply_settings(vllm_config, custom_all_reduce=has_custom_all_reduce(cls))
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
 
 
-def apply_settings(vllm_config: Any) -> None:  # noqa: ANN401
-    """Make ``vllm_config`` fit the plugin's settings.
+def has_custom_all_reduce(platform: Any) -> bool:  # noqa: ANN401
+    """Whether vLLM has all-reduce kernels here, which ``--disable-custom-all-reduce`` is about."""
+    ask = getattr(platform, "use_custom_allreduce", None)
+    return bool(ask()) if ask is not None else False
+
+
+def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None:  # noqa: ANN401
+    """Make ``vllm_config`` fit the plugin's settings. ``custom_all_reduce``: of :func:`has_custom_all_reduce`.
 
     Raises:
         ConfigError: a setting is wrong; vLLM then does not start.
     """
     settings = settings_of(vllm_config.additional_config)
-    if vllm_config.parallel_config.tensor_parallel_size == 1 or stands_aside(vllm_config, settings) is not None:
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
         return
+    if stands_aside(vllm_config, settings, custom_all_reduce=custom_all_reduce) is not None:
+        return
+    if (line := flag_overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce)) is not None:
+        logger.warning("%s", line)
     settings.check_world_size(vllm_config.parallel_config.tensor_parallel_size)
     pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
     if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
