@@ -20,7 +20,7 @@ from llm_allreduce_plugin.bench import record as bench_record
 
 ATTACKS = int(os.environ.get("LLM_ALLREDUCE_ATTACKS", "1"))  # of each command with each signal
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "l40s_x8_two_numa.json"
-MARKER = "LLM_ALLREDUCE_TEST_MARKER"
+MARKER = "MARKER_OF_A_TEST"
 ENDED_WITHIN_S = 5.0  # of a command that is told to
 GONE_WITHIN_S = 2.0  # of all that it started, after it
 
@@ -78,9 +78,10 @@ class Started:
             made.mkdir(parents=True)
         row = {"candidate": "ONESHOT", "bytes": 4096, "count": 2048, "eager_us": 3.5}
         (folder / "record.json").write_text(json.dumps({"world_size": 2, "where": "a test", "rows": [row]}))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LLM_ALLREDUCE_")}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llm_allreduce_plugin", *(text.format(folder=folder) for text in arguments)],
-            env=os.environ | {"TMPDIR": str(self.temporary), "HOME": str(folder / "home"), MARKER: self.marker},
+            env=environment | {"TMPDIR": str(self.temporary), "HOME": str(folder / "home"), MARKER: self.marker},
             cwd=folder / "cwd",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
