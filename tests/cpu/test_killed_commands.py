@@ -18,7 +18,7 @@ import pytest
 
 from llm_allreduce_plugin.bench import record as bench_record
 
-ATTACKS = int(os.environ.get("LLM_ALLREDUCE_ATTACKS", "1"))  # of each command with each signal
+ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "1"))  # of each command with each signal
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "l40s_x8_two_numa.json"
 MARKER = "MARKER_OF_A_TEST"
 ENDED_WITHIN_S = 5.0  # of a command that is told to

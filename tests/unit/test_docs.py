@@ -17,7 +17,7 @@ from llm_allreduce_plugin.config import environment_table
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Of the build and of the scripts, not settings.
-OTHER_VARIABLES = {"LLM_ALLREDUCE_ATTACKS", "LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
+OTHER_VARIABLES = {"LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
 
 
 def test_the_table_of_decisions_is_the_policys() -> None:
