@@ -166,6 +166,16 @@ def settings() -> tuple[Finding, AllReduceConfig]:
     return ok("settings", f"{text}{f' ({source} and environment)' if source else ''}"), config
 
 
+def settings_for(found: Finding, config: AllReduceConfig, ranks: int) -> Finding:
+    """What :func:`settings` found, unless a setting does not fit a group of so many ranks (0: there is none)."""
+    try:
+        if ranks:
+            config.check_world_size(ranks)
+    except ConfigError as error:
+        return fail("settings", str(error), "correct it: every rank refuses to start with it")
+    return found
+
+
 def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity) -> Finding:
     """What AUTO's choice rests on for a group of this node."""
     try:
