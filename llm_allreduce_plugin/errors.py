@@ -41,6 +41,10 @@ class ProfileError(AllReduceError, ValueError):
         super().__init__(f"tuning profile {path}: {reason}")
 
 
+class CacheError(AllReduceError, OSError):
+    """There is no cache folder. The text says why, and what to set. What wants a cache goes on without."""
+
+
 class RankMismatchError(AllReduceError, RuntimeError):
     """Ranks started with different settings or capabilities. The text names the field and each rank's value."""
 

@@ -53,13 +53,31 @@ install_engine() {
 install_package() {
   # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
   "$1/bin/python" -m pip install --quiet --disable-pip-version-check --editable .
-  has_nvidia_gpus || "$1/bin/python" -m pip install --quiet --disable-pip-version-check ./scripts/vllm_cpu_ops
 }
 
-source_digest() {
-  find pyproject.toml csrc scripts/build_backend.py scripts/vllm_cpu_ops -type f -not -path '*/__pycache__/*' -print0 |
-    sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
+install_cpu_ops() {
+  "$1/bin/python" -m pip install --quiet --disable-pip-version-check ./scripts/vllm_cpu_ops
 }
+
+# install_extras FOLDER EXTRA...: what extras of this package ask for, without the package, whose build is a compile.
+install_extras() {
+  local python=$1/bin/python wanted
+  shift
+  wanted=$("$python" -c '
+import sys, tomllib
+extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
+print(*dict.fromkeys(need for extra in sys.argv[1:] for need in extras[extra]), sep="\n")' "$@")
+  xargs -d '\n' "$python" -m pip install --quiet --disable-pip-version-check <<<"$wanted"
+}
+
+# digest_of PATH...: of all files there but those that builds and Python leave.
+digest_of() {
+  find "$@" \( -name build -o -name dist -o -name __pycache__ -o -name '*.egg-info' \) -prune -o -type f -print0 |
+    LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1
+}
+
+# What a compile depends on.
+source_digest() { digest_of pyproject.toml csrc scripts/build_backend.py; }
 
 make_environment() {
   local folder=$1 python
@@ -73,4 +91,8 @@ make_environment() {
   run_step "$folder/.engine" "$TORCH_VERSION $VLLM_VERSION $(sha256sum <scripts/vllm_cpu_ops/requirements.txt)" install_engine "$folder"
   echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS"
   run_step "$folder/.package" "$LLM_ALLREDUCE_CUDA_ARCHS $(source_digest)" install_package "$folder"
+  has_nvidia_gpus || run_step "$folder/.cpu_ops" "$(digest_of scripts/vllm_cpu_ops)" install_cpu_ops "$folder"
 }
+
+# install_tools FOLDER: what tests and lint need, into an environment that was made.
+install_tools() { run_step "$1/.tools" "$(sha256sum <pyproject.toml)" install_extras "$1" test lint; }

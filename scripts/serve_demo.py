@@ -249,7 +249,7 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
             message = f"the server answered {error.code}: {said}\nthe end of its log:\n{end_of(log)}"
             raise DemoError(message) from None
         seconds = time.monotonic() - asked
-        time.sleep(1.5)  # the workers write their reports about once a second
+        time.sleep(1.5)  # the workers write their reports some times a second
         reports = read_reports(work / "report")
         counters = read_metrics(f"http://127.0.0.1:{port}/metrics")
     choice = answer["choices"][0]

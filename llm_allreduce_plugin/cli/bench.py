@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin import processes
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.options import parse_bytes, parse_dtype
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
 
@@ -78,15 +79,26 @@ def bench(
     *,
     minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
     maxbytes: Annotated[str, typer.Option("--maxbytes", "-e", help="Largest message.")] = "64M",
-    stepfactor: Annotated[int, typer.Option("--stepfactor", "-f", min=2, help="Factor between sizes.")] = 2,
+    stepfactor: Annotated[
+        int, typer.Option("--stepfactor", "-f", min=2, max=options.MOST_IN_A_ROW, help="Factor between sizes.")
+    ] = 2,
     stepbytes: Annotated[str | None, typer.Option("--stepbytes", "-i", help="Fixed step between sizes.")] = None,
     between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
     ngpus: Annotated[
-        int | None, typer.Option("--tp", "--ngpus", "-g", min=2, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+        int | None,
+        typer.Option(
+            "--tp", "--ngpus", "-g", min=2, max=options.MOST_RANKS, help="Ranks; default: all GPUs, or 2 CPU ranks."
+        ),
     ] = None,
-    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Calls in a graph, or in a row.")] = 20,
-    replays: Annotated[int, typer.Option("--replays", "-m", min=1, help="Times that they are measured.")] = 15,
-    warmup_iters: Annotated[int, typer.Option("--warmup_iters", "-w", min=1, help="Calls before.")] = 3,
+    iters: Annotated[
+        int, typer.Option("--iters", "-n", min=1, max=options.MOST_TIMES, help="Calls in a graph, or in a row.")
+    ] = 20,
+    replays: Annotated[
+        int, typer.Option("--replays", "-m", min=1, max=options.MOST_TIMES, help="Times that they are measured.")
+    ] = 15,
+    warmup_iters: Annotated[
+        int, typer.Option("--warmup_iters", "-w", min=1, max=options.MOST_TIMES, help="Calls before.")
+    ] = 3,
     datatype: Annotated[
         str,
         typer.Option(
@@ -122,9 +134,8 @@ def bench(
     the same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum;
     others may be off by what rounding can cost.
     """
-    from llm_allreduce_plugin.bench import worker
-    from llm_allreduce_plugin.bench.ranks import RankPool
-
+    outputs.check_file("--json", json_file)
+    outputs.check_picture("--plot", plot)
     if op != "sum":
         message = f"--op {op}: must be sum"
         raise typer.BadParameter(message)
@@ -136,23 +147,58 @@ def bench(
     counts = [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)
     wanted = _chosen(with_, device_type)
+
+    from llm_allreduce_plugin.bench import worker
+
     options = worker.Options(dtype, iters, replays, warmup_iters, bool(check))
     where = _device_line(device_type, ranks)
     typer.echo(f"# llm-allreduce bench: {where}; {iters} calls x {replays} replays, median, slowest rank")
-    pool = RankPool(ranks, device_type)
     rows: list[worker.Measurement] = []
+
+    def save() -> None:
+        """What there is, also when a rank fails or a signal ends this."""
+        if json_file is not None and rows:
+            with outputs.writing("--json", json_file):
+                _write(json_file, rows, where, ranks, options, settings)
+
+    forget = processes.at_last(save)
     try:
-        refused: dict[str, str] = pool.run(worker.open_all, wanted, settings)[0]
-        for name, reason in refused.items():
-            typer.echo(f"# {name} is left out: {reason}")
-        names = [name for name in wanted if name not in refused]
-        _run(pool, names, counts, options, ranks, rows)
-        pool.run(worker.close_all)
+        names = _measure(ranks, device_type, wanted, counts, options, settings, rows)
     finally:
-        pool.close()
-        if json_file is not None:
-            _write(json_file, rows, where, ranks, options, settings)
+        save()
+        forget()
     _summary(rows, names, where, ranks, plot)
+
+
+def _measure(
+    ranks: int,
+    device_type: str,
+    wanted: tuple[str, ...],
+    counts: list[int],
+    options: Options,
+    settings: OurSettings,
+    rows: list[Measurement],
+) -> list[str]:
+    """Fill ``rows``; the candidates that could be opened.
+
+    Raises:
+        typer.Exit: a rank failed.
+    """
+    from llm_allreduce_plugin.bench import worker
+    from llm_allreduce_plugin.bench.ranks import FAILURES, RankPool, in_a_line
+
+    try:
+        with RankPool(ranks, device_type) as pool:
+            refused: dict[str, str] = pool.run(worker.open_all, wanted, settings)[0]
+            for name, reason in refused.items():
+                typer.echo(f"# {name} is left out: {reason}")
+            names = [name for name in wanted if name not in refused]
+            _run(pool, names, counts, options, ranks, rows)
+            pool.run(worker.close_all)
+    except FAILURES as error:
+        typer.echo(f"error: {in_a_line(error)}", err=True)
+        raise typer.Exit(1) from None
+    return names
 
 
 def _device_line(device_type: str, ranks: int) -> str:
@@ -226,10 +272,7 @@ def _summary(rows: list[Measurement], names: list[str], where: str, ranks: int, 
     if unchecked:
         typer.echo(f"# {unchecked} results were not checked")
     if plot is not None:
-        try:
+        with outputs.writing("--plot", plot):
             draw(rows, ranks, where, plot)
-        except RuntimeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
     if wrong:
         raise typer.Exit(1)

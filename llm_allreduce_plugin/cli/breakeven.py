@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from llm_allreduce_plugin.breakeven.model import CodecSpeed
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.breakeven.record import read
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.options import parse_bytes
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.errors import UnreadableFileError
+from llm_allreduce_plugin.validation import printable
 
 EPILOG = options.epilog(
     "llm-allreduce breakeven --bytes 16M --tp 8",
@@ -40,14 +42,10 @@ def _recorded(path: Path) -> tuple[dict[WireFormat, CodecSpeed], str]:
         typer.BadParameter: it cannot be read, or is something else.
     """
     try:
-        record = json.loads(path.read_text())
-        rows = {WireFormat(row["wire_format"]): CodecSpeed(row["encode"], row["decode"]) for row in record["rows"]}
-        return rows, str(record["where"])
-    except OSError as error:
-        message = f"--from {path}: cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError):
-        message = f"--from {path}: is no record of `llm-allreduce breakeven --json`"
-    raise typer.BadParameter(message)
+        record = read(path)
+    except UnreadableFileError as error:
+        raise typer.BadParameter(printable(f"--from {error}")) from None
+    return record.speeds(), record.where
 
 
 def breakeven(
@@ -68,8 +66,9 @@ def breakeven(
     nothing overlapped. Of small messages, whose time is latency, it says nothing; `bench` measures those.
     """
     from llm_allreduce_plugin.breakeven import model
-    from llm_allreduce_plugin.breakeven.plot import draw
 
+    outputs.check_file("--json", json_file)
+    outputs.check_picture("--plot", plot)
     payload = parse_bytes(size)
     speeds, where = _measured(payload, cpu=cpu) if source is None else _recorded(source)
     typer.echo(f"# codecs measured on {where}; {ranks} ranks")
@@ -83,10 +82,10 @@ def breakeven(
             {"wire_format": str(wire), **dataclasses.asdict(speed), "pays_below": model.break_even(ranks, wire, speed)}
             for wire, speed in speeds.items()
         ]
-        write_record(json_file, rows, bytes=payload, ranks=ranks, where=where, unit="GB/s")
+        with outputs.writing("--json", json_file):
+            write_record(json_file, rows, bytes=payload, ranks=ranks, where=where, unit="GB/s")
     if plot is not None:
-        try:
+        from llm_allreduce_plugin.breakeven.plot import draw
+
+        with outputs.writing("--plot", plot):
             draw(payload, ranks, speeds, f"codecs of {where}", plot)
-        except RuntimeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None

@@ -13,6 +13,7 @@ from rich.console import Console
 from llm_allreduce_plugin import diagnosis
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.diagnosis import Finding, Verdict
+from llm_allreduce_plugin.validation import printable
 
 EPILOG = options.epilog(
     "llm-allreduce check",
@@ -26,11 +27,11 @@ _WIDTH = 110
 def _print(findings: list[Finding]) -> None:
     for found in findings:
         label = typer.style(f"{found.verdict:<4}", fg=_COLORS[found.verdict])
-        first, *rest = textwrap.wrap(found.text, _WIDTH) or [""]
+        first, *rest = textwrap.wrap(printable(found.text), _WIDTH) or [""]
         typer.echo(f"{label}  {found.name:<14}  {first}")
         for line in rest:
             typer.echo(f"{'':22}{line}")
-        for number, line in enumerate(textwrap.wrap(found.advice, _WIDTH - 3)):
+        for number, line in enumerate(textwrap.wrap(printable(found.advice), _WIDTH - 3)):
             typer.echo(f"{'':22}{'   ' if number else '-> '}{line}")
 
 
@@ -57,7 +58,8 @@ def check(
     findings, topology = diagnosis.look()
     if not as_json:
         _print(findings)
-    if proof:
+    proved = proof and topology is not None
+    if proof and topology is not None:
         with Console(stderr=True).status("ranks start, and write to and read from each other ..."):
             proofs = diagnosis.prove(topology)
         findings += proofs
@@ -66,8 +68,8 @@ def check(
     failed = any(found.verdict is Verdict.FAIL for found in findings)
     if as_json:
         rows = [dataclasses.asdict(found) for found in findings]
-        typer.echo(json.dumps({"works": not failed, "proved": proof, "findings": rows}, indent=1))
+        typer.echo(json.dumps({"works": not failed, "proved": proved, "findings": rows}, indent=1))
     else:
-        typer.echo(f"\n{_summary(findings)}{'' if proof else ' (nothing was proved)'}")
+        typer.echo(f"\n{_summary(findings)}{'' if proved else ' (nothing was proved)'}")
     if failed:
         raise typer.Exit(1)

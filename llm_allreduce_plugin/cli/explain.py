@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
 from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note
@@ -18,7 +19,15 @@ from llm_allreduce_plugin.selection.decision import Decision, Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.tuning import with_profile
-from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, multiprocessors, visible
+from llm_allreduce_plugin.topology import (
+    NodeIdentity,
+    NodeTopology,
+    View,
+    cpu_facts,
+    group_facts,
+    multiprocessors,
+    view_of,
+)
 from llm_allreduce_plugin.topology.capabilities import ASSUMED_MULTIPROCESSORS
 
 # No kernel handles these; that is what there is to explain.
@@ -50,11 +59,12 @@ def subject(topology_file: Path | None, world_size: int | None, config: AllReduc
 
     Raises:
         TopologyError: the file cannot be read.
-        ConfigError: ``tuning_profile`` names a file that cannot be used.
-        ValueError: the node has fewer GPUs than ``world_size``.
+        ConfigError: ``tuning_profile`` names a file that cannot be used, or a setting does not fit the ranks.
+        ValueError: the node has fewer GPUs than ``world_size``, or this process sees none of them.
     """
     note: tuple[str, ...] = ()
     topology = NodeTopology()
+    view: View | None = None
     if topology_file is not None:
         topology = NodeTopology.from_json(topology_file)
     elif not cpu:
@@ -62,19 +72,34 @@ def subject(topology_file: Path | None, world_size: int | None, config: AllReduc
         if not topology.gpus:
             cpu = True
             note = (f"no GPUs here ({topology.note}); --topology FILE speaks of another node",)
+        elif (view := view_of(topology)).hides_all:
+            message = f"no GPU is visible: {view.hidden_text}: unset it, or give --cpu or --topology FILE"
+            raise ValueError(message)
     if cpu:
         ranks = world_size or 2
+        config.check_world_size(ranks)
         facts, ignored = with_profile(config, cpu_facts(ranks, config), NodeIdentity.of_cpu())
         return Subject(f"{ranks} CPU ranks", facts, note + ignored)
-    seen = topology if topology_file is not None else visible(topology)
+    seen = topology if view is None else view.topology
     refusal = peer_refusal()
     group = group_facts(seen, world_size, config, refusal)
+    config.check_world_size(group.world_size)
     facts, ignored = with_profile(config, group, NodeIdentity.of_gpus(topology))
     names = dict.fromkeys(gpu.name for gpu in seen.gpus[: facts.world_size])
     source = "this node" if topology_file is None else topology_file.name
     where = f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})"
     note = tuple(filter(None, [refusal_note(config.transport, refusal)]))
-    return Subject(where, facts, (*note, *_notes(seen, facts), *ignored))
+    counting = _counting(view, facts) if view else ()
+    return Subject(where, facts, (*note, *_notes(seen, facts), *counting, *ignored))
+
+
+def _counting(view: View, facts: GroupFacts) -> Iterator[str]:
+    """Which GPUs the ranks are on, where that is not what one would think."""
+    yield from view.notes
+    members = view.positions[: facts.world_size]
+    if members != tuple(range(len(members))):
+        names = ", ".join(map(view.node.name_of, members))
+        yield f"ranks 0 to {len(members) - 1} are on {names}"
 
 
 def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
@@ -120,8 +145,13 @@ def _range_fields(found: sweeps.SizeRange) -> dict[str, Any]:
 
 def explain(
     *,
-    tokens: Annotated[int, typer.Option("--tokens", min=0, help="Tokens in the batch (rows of the message).")] = 8,
-    hidden: Annotated[int, typer.Option("--hidden", min=1, help="Hidden size of the model (columns).")] = 8192,
+    tokens: Annotated[
+        int,
+        typer.Option("--tokens", min=0, max=options.MOST_IN_A_ROW, help="Tokens in the batch (rows of the message)."),
+    ] = 8,
+    hidden: Annotated[
+        int, typer.Option("--hidden", min=1, max=options.MOST_IN_A_ROW, help="Hidden size of the model (columns).")
+    ] = 8192,
     size: Annotated[
         str | None, typer.Option("--bytes", metavar="SIZE", help="Message in bytes per rank, instead of those two.")
     ] = None,
@@ -136,7 +166,8 @@ def explain(
         ),
     ] = "bf16",
     world_size: Annotated[
-        int | None, typer.Option("--tp", min=1, help="Ranks; default: all GPUs, or 2 CPU ranks.")
+        int | None,
+        typer.Option("--tp", min=1, max=options.MOST_RANKS, help="Ranks; default: all GPUs, or 2 CPU ranks."),
     ] = None,
     topology: Annotated[
         Path | None,
@@ -179,6 +210,7 @@ def explain(
     variables count, and options here come over them. Nothing is run, so it needs no GPU: `--topology` takes a node that
     was recorded elsewhere.
     """
+    outputs.check_picture("--plot", plot)
     config = options.configured(
         allreduce_strategy=strategy,
         transport=transport,
@@ -227,8 +259,5 @@ def explain(
 def _draw(ranges: list[sweeps.SizeRange], title: str, dtype: str, path: Path) -> None:
     from llm_allreduce_plugin.cli.sweep_plot import draw
 
-    try:
+    with outputs.writing("--plot", path):
         draw(ranges, f"{title}, {dtype}", path)
-    except (RuntimeError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None

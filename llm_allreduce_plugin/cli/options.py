@@ -63,6 +63,18 @@ def parse_dtype(text: str, others: Iterable[str] = ()) -> str:
     return DTYPES[name]
 
 
+# Bounds of numbers on the command line, far beyond what anybody has.
+MOST_RANKS = 1024
+MOST_TIMES = 1_000_000  # that something is measured
+MOST_IN_A_ROW = 1 << 31  # elements, or rows
+
+
+def parse_ranks(text: str) -> int | None:
+    """A number of ranks; None when it is no such number."""
+    word = text.strip()
+    return int(word) if word.isascii() and word.isdecimal() and len(word) <= len(str(MOST_RANKS)) else None
+
+
 def configured(**options: object) -> AllReduceConfig:
     """The settings of file and environment, with those options over them that were given.
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
-
-if TYPE_CHECKING:
-    from llm_allreduce_plugin.bench.worker import Measurement
+from llm_allreduce_plugin.bench.record import Row, read
+from llm_allreduce_plugin.cli import options, outputs
+from llm_allreduce_plugin.errors import UnreadableFileError
+from llm_allreduce_plugin.validation import printable
 
 EPILOG = options.epilog(
     "llm-allreduce bench --json bench.json; llm-allreduce plot bench.json --out bench.png",
     "llm-allreduce plot benchmarks/h200/bench_tp4.json --out bench.svg --with MINLATENCY,NCCL",
 )
-
-
-def read_record(path: Path) -> tuple[dict[str, Any], list[Measurement]]:
-    """What ``bench --json`` wrote: the record and its rows.
-
-    Raises:
-        typer.BadParameter: it cannot be read, or is something else.
-    """
-    from llm_allreduce_plugin.bench.worker import Measurement
-
-    try:
-        record = json.loads(path.read_text())
-        return record, [Measurement(**row) for row in record["rows"] if record["world_size"]]
-    except OSError as error:
-        message = f"{path}: cannot be read: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError):
-        message = f"{path}: is no record of `llm-allreduce bench --json`"
-    raise typer.BadParameter(message)
 
 
 def plot(
@@ -52,22 +32,8 @@ def plot(
 
     Where several files have the same candidate, the later one's is named after its wire format.
     """
-    from llm_allreduce_plugin.bench.plot import draw
-
-    rows: list[Measurement] = []
-    ranks, where = 0, ""
-    for path in files:
-        record, measured = read_record(path)
-        if ranks and record["world_size"] != ranks:
-            message = f"{path}: is of {record['world_size']} ranks, the files before of {ranks}"
-            raise typer.BadParameter(message)
-        ranks, where = record["world_size"], record.get("where", "")
-        wire = record.get("options", {}).get("wire_format", "")
-        known = {row.candidate for row in rows}
-        rows += [
-            dataclasses.replace(row, candidate=f"{row.candidate} {wire}") if row.candidate in known else row
-            for row in measured
-        ]
+    outputs.check_picture("--out", out)
+    rows, ranks, where = _rows_of(files)
     names = list(dict.fromkeys(row.candidate for row in rows))
     if only is not None:
         wanted = [name.strip().lower() for name in only.split(",")]
@@ -75,8 +41,38 @@ def plot(
             message = f"--with {unknown[0]}: must be one of {', '.join(names)}"
             raise typer.BadParameter(message)
         rows = [row for row in rows if row.candidate.lower() in wanted]
-    try:
-        draw(rows, ranks, where, out)
-    except (RuntimeError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    if all(row.eager_us is None and row.graph_us is None for row in rows):
+        message = (
+            f"{', '.join(map(str, files))}: nothing was measured of {', '.join(only.split(',') if only else names)}"
+        )
+        raise typer.BadParameter(printable(message))
+
+    from llm_allreduce_plugin.bench.plot import draw
+    from llm_allreduce_plugin.bench.worker import Measurement
+
+    with outputs.writing("--out", out):
+        draw([Measurement(**row.model_dump()) for row in rows], ranks, where, out)
+
+
+def _rows_of(files: list[Path]) -> tuple[list[Row], int, str]:
+    """All rows, of how many ranks they are, and where the last ones were measured.
+
+    Raises:
+        typer.BadParameter: a file cannot be read, is something else, or is of another number of ranks.
+    """
+    rows: list[Row] = []
+    ranks, where = 0, ""
+    for path in files:
+        try:
+            record = read(path)
+        except UnreadableFileError as error:
+            raise typer.BadParameter(printable(str(error))) from None
+        if ranks and record.world_size != ranks:
+            message = f"{path}: is of {record.world_size} ranks, the files before of {ranks}"
+            raise typer.BadParameter(printable(message))
+        ranks, where = record.world_size, record.where
+        known = {row.candidate for row in rows}
+        for row in record.rows:
+            name = f"{row.candidate} {record.options.wire_format}" if row.candidate in known else row.candidate
+            rows.append(row.model_copy(update={"candidate": name}))
+    return rows, ranks, where

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm_allreduce_plugin.bench.plot import new_figure, short_size
+from llm_allreduce_plugin.bench.plot import new_figure, save, short_size
 from llm_allreduce_plugin.selection.sweep import SizeRange
 
 
@@ -34,4 +34,4 @@ def draw(ranges: list[SizeRange], title: str, path: Path) -> None:
     for axes in (bands, blocks):
         axes.grid(visible=True, axis="x", alpha=0.25)
     figure.suptitle(title)
-    figure.savefig(path)
+    save(figure, path)

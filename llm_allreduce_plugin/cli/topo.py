@@ -13,7 +13,7 @@ from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.selection.facts import Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.topology import NodeTopology, group_facts, strategy_table
+from llm_allreduce_plugin.topology import NodeTopology, View, group_facts, strategy_table, view_of
 
 _LEGEND = """\
 Legend:
@@ -41,12 +41,16 @@ def _grid(rows: list[list[str]]) -> str:
     )
 
 
-def _matrix(topology: NodeTopology) -> str:
+def _matrix(view: View) -> str:
+    """Links; and where CUDA counts otherwise than ``nvidia-smi``, or not all, what it calls each GPU."""
+    topology = view.node
     names = [f"GPU{gpu.index}" for gpu in topology.gpus]
-    rows = [["", *names, "NUMA"]]
+    ordinals = {position: f"cuda:{ordinal}" for ordinal, position in enumerate(view.positions)}
+    rows = [["", *names, "NUMA", *([] if view.is_plain else ["CUDA"])]]
     for position, gpu in enumerate(topology.gpus):
         numa = "?" if gpu.numa_node is None else str(gpu.numa_node)
-        rows.append([names[position], *topology.links[position], numa])
+        called = [] if view.is_plain else [ordinals.get(position, "hidden")]
+        rows.append([names[position], *topology.links[position], numa, *called])
     return _grid(rows)
 
 
@@ -77,12 +81,17 @@ def _p2p_line(topology: NodeTopology) -> str:
     return topology.p2p_fault() or "not known for all pairs"
 
 
-def render(topology: NodeTopology, world_size: int | None) -> str:
-    """The report for people."""
+def render(view: View, world_size: int | None) -> str:
+    """The report for people: the links of the whole node, and strategies for GPUs that are visible.
+
+    Raises:
+        ValueError: fewer than ``world_size`` GPUs are visible.
+    """
+    topology = view.node
     if not topology.gpus:
         parts = [f"No GPUs: {topology.note or 'none listed'}"]
     else:
-        parts = [_matrix(topology), "", *_gpu_lines(topology)]
+        parts = [_matrix(view), "", *_gpu_lines(topology)]
         parts.append(f"NVSwitch: {'yes' if topology.nvswitch else 'no'}    driver: {topology.driver or 'unknown'}")
         parts.append(f"Peer access: {_p2p_line(topology)}")
         switches = [
@@ -92,7 +101,12 @@ def render(topology: NodeTopology, world_size: int | None) -> str:
         ]
         if switches:
             parts.append(f"Multicast is switched off here by {' and '.join(switches)}")
-    facts = group_facts(topology, world_size)
+        parts += [*filter(None, [view.hidden_text]), *view.notes]
+    if view.hidden and world_size is not None and world_size > len(view.positions):
+        seen = f"this process sees {len(view.positions)} of the node's {len(topology.gpus)} GPUs ({view.cause})"
+        message = f"world size {world_size}: {seen}"
+        raise ValueError(message)
+    facts = group_facts(view.topology, world_size)
     through = {Transport.SYMMETRIC: "each other's memory", Transport.HOST: "pinned host memory"}.get(facts.transport)
     parts += ["", f"Strategies for a group of {facts.world_size}{f' through {through}' if through else ''}:"]
     rows = [
@@ -121,7 +135,10 @@ def topo(
         ),
     ] = None,
     world_size: Annotated[
-        int | None, typer.Option("--tp", min=1, help="Group size to judge strategies for; default: all GPUs.")
+        int | None,
+        typer.Option(
+            "--tp", min=1, max=options.MOST_RANKS, help="Group size to judge strategies for; default: all GPUs."
+        ),
     ] = None,
 ) -> None:
     """Print how GPUs are linked, as `nvidia-smi topo -m` does, and which strategies can run and why not."""
@@ -130,7 +147,8 @@ def topo(
         if as_json:
             typer.echo(json.dumps(topology.model_dump(mode="json"), indent=1))
             return
-        typer.echo(render(topology, world_size))
+        view = view_of(topology) if source is None else View(topology, tuple(range(len(topology.gpus))))
+        typer.echo(render(view, world_size))
     except (TopologyError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
-from llm_allreduce_plugin.errors import ProfileError
+from llm_allreduce_plugin.errors import CacheError, ProfileError
 from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
 
 if TYPE_CHECKING:
@@ -40,15 +40,15 @@ def _world_sizes(text: str | None, available: int, device: str) -> tuple[int, ..
         return tuple(size for size in SUPPORTED_WORLD_SIZES if size <= available)
     sizes = []
     for part in text.split(","):
-        word = part.strip()
-        if not word.isdecimal() or int(word) not in SUPPORTED_WORLD_SIZES:
+        size = options.parse_ranks(part)
+        if size not in SUPPORTED_WORLD_SIZES:
             allowed = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
-            message = f"--tp {text}: {word!r} must be one of {allowed}"
+            message = f"--tp {text}: {part.strip()!r} must be one of {allowed}"
             raise typer.BadParameter(message)
-        if device == "cuda" and int(word) > available:
+        if device == "cuda" and size > available:
             message = f"--tp {text}: this node has {available} GPUs"
             raise typer.BadParameter(message)
-        sizes.append(int(word))
+        sizes.append(size)
     return tuple(sorted(set(sizes)))
 
 
@@ -123,6 +123,8 @@ def tune(
     and eager. Takes about a minute. Engines use the result from their next start on.
     """
     started = time.monotonic()
+    outputs.check_file("--output", output, devices=False)
+
     import torch
 
     from llm_allreduce_plugin.bench.tuning import Group, plan_of
@@ -143,7 +145,13 @@ def tune(
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)
     node = _node(device)
-    path = output or cache_path(node)
+    try:
+        path = output or cache_path(node)
+    except CacheError as error:
+        message = f"{error}; or give --output FILE"
+        raise _fail(message) from None
+    if output is None:
+        outputs.check_file("--output (by default)", path, devices=False)
     try:
         profiles.check_replaceable(path, node)
     except ProfileError as error:
@@ -175,7 +183,7 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from llm_allreduce_plugin.bench.environment import environment
-    from llm_allreduce_plugin.bench.ranks import RankPool
+    from llm_allreduce_plugin.bench.ranks import FAILURES, RankPool, in_a_line
     from llm_allreduce_plugin.bench.tuning import WrongAnswerError, tune
 
     versions = {
@@ -188,22 +196,20 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting ranks", total=1.0)
-        pool = RankPool(max(group.world_size for group in groups), device)
         try:
-            left = plan.within(plan.seconds - (time.monotonic() - started))
-            entries, refused = tune(
-                pool,
-                groups,
-                transport,
-                left,
-                versions,
-                lambda text, share: progress.update(task, description=text, completed=share),
-            )
-        except (WrongAnswerError, AssertionError, TimeoutError) as error:  # a rank's traceback is an AssertionError
-            typer.echo(f"error: {error}", err=True)
+            with RankPool(max(group.world_size for group in groups), device) as pool:
+                left = plan.within(plan.seconds - (time.monotonic() - started))
+                entries, refused = tune(
+                    pool,
+                    groups,
+                    transport,
+                    left,
+                    versions,
+                    lambda text, share: progress.update(task, description=text, completed=share),
+                )
+        except (WrongAnswerError, *FAILURES) as error:
+            typer.echo(f"error: {in_a_line(error)}", err=True)
             raise typer.Exit(1) from None
-        finally:
-            pool.close()
     for group, reason in refused.items():
         typer.echo(f"# {group}: left out: {reason}")
     return entries

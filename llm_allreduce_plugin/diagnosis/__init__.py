@@ -6,8 +6,9 @@ findings; none raises.
 
 from __future__ import annotations
 
+from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
-from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded
+from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded, warn
 from llm_allreduce_plugin.memory.layouts import (
     DEFAULT_CPU_WORKSPACE_BYTES,
     DEFAULT_HOST_WORKSPACE_BYTES,
@@ -17,18 +18,25 @@ from llm_allreduce_plugin.memory.layouts import (
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import describe
 from llm_allreduce_plugin.selection.tuning import with_profile
-from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, visible
+from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, view_of
+from llm_allreduce_plugin.topology.visible import BUS_ORDER, ORDER_VARIABLE
 
 __all__ = ["Finding", "Verdict", "look", "prove"]
 
 
-def look() -> tuple[list[Finding], NodeTopology]:
-    """Everything that can be told without starting processes, and the topology that was found. Takes no GPU memory."""
+def look() -> tuple[list[Finding], NodeTopology | None]:
+    """Everything that can be told without starting processes. Takes no GPU memory.
+
+    Returns:
+        What was found; and what ranks would run on, None when that is nothing because all GPUs are hidden.
+    """
     node = NodeTopology.detect()
-    topology = visible(node)
+    view = view_of(node)
+    topology = view.topology
     gpus = len(topology.gpus)
     setting, config = software.settings()
-    ranks = proof.largest_group(gpus) if gpus else 2
+    ranks = 0 if view.hides_all else _ranks(gpus, config)
+    setting = software.settings_for(setting, config, ranks)
     default = DEFAULT_HOST_WORKSPACE_BYTES if gpus else DEFAULT_CPU_WORKSPACE_BYTES * ranks
     wanted = default if config.workspace_bytes is None else int(config.workspace_bytes) * max(ranks, 1)
     through_peers = Transport.SYMMETRIC in transports(config, "cuda", peer_refusal())
@@ -36,14 +44,17 @@ def look() -> tuple[list[Finding], NodeTopology]:
 
     found = guarded("package", software.package)
     found += guarded("Python", software.python)
-    found += guarded("torch", lambda: software.torch(software.installed("torch"), gpus=gpus))
+    found += guarded("torch", lambda: software.torch(software.installed("torch"), gpus=len(node.gpus)))
     found += guarded(
         "driver",
         lambda: software.driver(topology.driver, software.cuda_of_driver(), software.toolkit_of_library(), gpus=gpus),
     )
-    found += guarded("GPUs", lambda: hardware.gpus(topology))
+    found += guarded("GPUs", lambda: hardware.gpus(topology, hidden=len(node.gpus) if view.hides_all else 0))
+    found += [warn("GPU order", note, f"set {ORDER_VARIABLE}={BUS_ORDER}") for note in view.notes]
     if gpus:
-        found += guarded("GPU sharing", lambda: hardware.sharing(hardware.read_states()))
+        shown = {gpu.index for gpu in topology.gpus}
+        states = [state for state in hardware.read_states() if state.index in shown]
+        found += guarded("GPU sharing", lambda: hardware.sharing(states))
     if gpus > 1:
         found += guarded("links", lambda: hardware.links(topology))
         found += guarded("fabric", lambda: hardware.multicast(topology))
@@ -57,7 +68,7 @@ def look() -> tuple[list[Finding], NodeTopology]:
     found.append(setting)
     found += guarded("environment", lambda: software.variables(transport=str(config.transport)))
     if ranks < 2 or setting.verdict is not Verdict.OK:  # noqa: PLR2004
-        return found, topology
+        return found, None if view.hides_all else topology
 
     def group() -> tuple[GroupFacts, NodeIdentity]:
         if gpus:
@@ -72,6 +83,14 @@ def look() -> tuple[list[Finding], NodeTopology]:
     found += guarded("tuning profile", lambda: software.tuning_profile(config, *group()))
     found += guarded("what runs", runs)
     return found, topology
+
+
+def _ranks(gpus: int, config: AllReduceConfig) -> int:
+    """Of the group that is spoken of: as many as ``low_precision.domains`` names, else all that can be."""
+    domains = config.low_precision.domains
+    if domains is not None and (not gpus or len(domains) <= gpus):
+        return len(domains)
+    return proof.largest_group(gpus) if gpus else 2
 
 
 def prove(topology: NodeTopology, runner: proof.Runner = proof.run) -> list[Finding]:

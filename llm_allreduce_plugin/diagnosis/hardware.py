@@ -63,8 +63,10 @@ def read_states() -> list[GpuState]:
     return states
 
 
-def gpus(topology: NodeTopology) -> Finding:
-    """Which there are."""
+def gpus(topology: NodeTopology, *, hidden: int = 0) -> Finding:
+    """Which are visible. ``hidden``: how many there are when none is."""
+    if hidden:
+        return fail("GPUs", f"none is visible of {hidden}: {topology.note}", "unset it to use GPUs")
     if not topology.gpus:
         return warn(
             "GPUs", f"none ({topology.note})", "on a GPU node: is the driver there, and passed to the container?"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from llm_allreduce_plugin import processes
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.memory.layouts import peer_refusal, transports
@@ -29,7 +30,13 @@ TIMEOUT_S = 120.0  # eight ranks import torch, make contexts and NCCL's group
 WAIT_S = 10.0  # a rank for a peer
 COUNTS = (1000, 300_007)  # elements: in one step and in two
 DTYPE = "bfloat16"
-_CHILD = "from llm_allreduce_plugin.diagnosis.proof import main; main()"
+_CHILD = """
+import sys
+from llm_allreduce_plugin.processes import end_with_parent
+end_with_parent(int(sys.argv[2]))
+from llm_allreduce_plugin.diagnosis.proof import main
+main()
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +107,7 @@ def main() -> None:
     fields = json.loads(sys.argv[1])
     task = Task(fields["device"], fields["ranks"], TransportChoice(fields["transport"]), fields["workspace_bytes"])
     _say(step="loading torch")
-    from llm_allreduce_plugin.bench.ranks import RankPool
+    from llm_allreduce_plugin.bench.ranks import RankEndedError, RankPool
 
     if task.device == "cuda":
         import torch
@@ -109,17 +116,15 @@ def main() -> None:
             _say(answer=f"torch sees {torch.cuda.device_count()} of {task.ranks} GPUs")
             return
     _say(step=f"starting {task.ranks} ranks{' and NCCL' if task.device == 'cuda' else ''}")
-    pool = RankPool(task.ranks, task.device)
     try:
-        _say(step="ranks writing to and reading from each other")
-        try:
-            answers = pool.run(prove, task, timeout_s=TIMEOUT_S)
-        except AssertionError as error:  # of all ranks, the tracebacks; the pool says it so
-            _say(answer=_cause(str(error)))
-            return
-        _say(answer=next(filter(None, answers), None))
-    finally:
-        pool.close()
+        with RankPool(task.ranks, task.device) as pool:
+            _say(step="ranks writing to and reading from each other")
+            answer = next(filter(None, pool.run(prove, task, timeout_s=TIMEOUT_S)), None)
+    except AssertionError as error:  # of all ranks, the tracebacks; the pool says it so
+        answer = _cause(str(error))
+    except RankEndedError as error:
+        answer = str(error)
+    _say(answer=answer)
 
 
 # -- around them -------------------------------------------------------------------------------------------------------
@@ -150,13 +155,14 @@ def run(task: Task, *, timeout_s: float = TIMEOUT_S, command: Sequence[str] = (s
         environment["NCCL_P2P_DISABLE"] = "1"  # the links may be broken, and are not what is proved
     started = time.monotonic()
     process = subprocess.Popen(  # noqa: S603
-        [*command, json.dumps(dataclasses.asdict(task))],
+        [*command, json.dumps(dataclasses.asdict(task)), str(os.getpid())],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    forget = processes.at_last(lambda: _end(process))
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as expired:
@@ -164,6 +170,7 @@ def run(task: Task, *, timeout_s: float = TIMEOUT_S, command: Sequence[str] = (s
         return Proof("hung", f"no answer within {timeout_s:g} s; the last step was: {steps[-1] if steps else 'none'}")
     finally:
         _end(process)
+        forget()
     seconds = time.monotonic() - started
     answers = [line["answer"] for line in _lines(output) if "answer" in line]
     if not answers:

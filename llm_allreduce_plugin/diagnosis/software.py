@@ -166,6 +166,16 @@ def settings() -> tuple[Finding, AllReduceConfig]:
     return ok("settings", f"{text}{f' ({source} and environment)' if source else ''}"), config
 
 
+def settings_for(found: Finding, config: AllReduceConfig, ranks: int) -> Finding:
+    """What :func:`settings` found, unless a setting does not fit a group of so many ranks (0: there is none)."""
+    try:
+        if ranks:
+            config.check_world_size(ranks)
+    except ConfigError as error:
+        return fail("settings", str(error), "correct it: every rank refuses to start with it")
+    return found
+
+
 def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity) -> Finding:
     """What AUTO's choice rests on for a group of this node."""
     try:
@@ -174,7 +184,9 @@ def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentit
         return fail("tuning profile", str(error), "correct it: the engine refuses to start with it")
     source = table_of(config, tuned).source if uses_table(config) else "not used"
     if ignored:
-        return warn("tuning profile", f"{source}; {'; '.join(ignored)}", "measure again: llm-allreduce tune --force")
+        broken = any(": ignored" in line for line in ignored)
+        advice = "measure again: llm-allreduce tune --force" if broken else "nothing, if that is as it should be"
+        return warn("tuning profile", f"{source}; {'; '.join(ignored)}", advice)
     if tuned.tuned is None and uses_table(config):
         return ok("tuning profile", f"none: {source} (llm-allreduce tune measures this node)")
     return ok("tuning profile", source)

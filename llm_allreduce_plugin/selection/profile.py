@@ -12,7 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llm_allreduce_plugin.errors import ProfileError
+from llm_allreduce_plugin.errors import ProfileError, UnreadableFileError
+from llm_allreduce_plugin.files import read_json
 from llm_allreduce_plugin.selection.facts import GroupFacts, TopologyClass, Transport
 from llm_allreduce_plugin.selection.tables import Range, TunedRanges
 from llm_allreduce_plugin.topology.identity import NodeIdentity
@@ -197,11 +198,9 @@ def read(path: Path) -> Profile:
         ProfileError: naming the file and what is wrong with it.
     """
     try:
-        document = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ProfileError(path, f"it cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ProfileError(path, f"it is not valid JSON ({error})") from None
+        document = read_json(path)
+    except UnreadableFileError as error:
+        raise ProfileError(path, f"it {error.reason}") from None
     if (fault := _version_fault(document)) is not None:
         raise ProfileError(path, fault)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
-from llm_allreduce_plugin.errors import ConfigError, ProfileError
+from llm_allreduce_plugin.errors import CacheError, ConfigError, ProfileError
 from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import uses_table
 from llm_allreduce_plugin.selection.profile import Profile, read
@@ -38,11 +38,23 @@ class Found:
 
 
 def cache_path(node: NodeIdentity) -> Path:
-    """Where ``llm-allreduce tune`` keeps the profile of a node: in the platform's cache folder, a file to a kind."""
+    """Where ``llm-allreduce tune`` keeps the profile of a node: in the platform's cache folder, a file to a kind.
+
+    Raises:
+        CacheError: there is no such folder: this user has no home directory.
+    """
     from platformdirs import user_cache_path
 
+    try:
+        folder = user_cache_path(APPLICATION)
+        reason = "" if folder.is_absolute() else f"{folder} depends on the current folder"
+    except (RuntimeError, KeyError, OSError) as error:  # of a user that nobody knows, without HOME
+        reason = str(error)
+    if reason:
+        message = f"no cache of tuning profiles: {reason}; set XDG_CACHE_HOME to a folder, or tuning_profile to a file"
+        raise CacheError(message)
     name = re.sub(r"[^a-z0-9]+", "-", node.name.lower()).strip("-")
-    return user_cache_path(APPLICATION) / "tuning" / f"{name}-{node.fingerprint}.json"
+    return folder / "tuning" / f"{name}-{node.fingerprint}.json"
 
 
 def shipped_paths() -> list[Path]:
@@ -97,14 +109,24 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
     return Found(None, (f"tuning profile {path}: it says nothing about {wanted} (but about {_has(profile)})",))
 
 
-def _candidates(node: NodeIdentity) -> Iterator[tuple[Path, str, bool]]:
-    """Files that may have what is wanted, best first, what to call each, and whether it must be of this very node."""
-    cached = cache_path(node)
+def _cached(node: NodeIdentity) -> tuple[Path | None, str | None]:
+    """The cached profile of a node, if there is one; and a line for the log where nobody can tell."""
     try:
-        there = cached.exists()
-    except OSError:  # a folder that may not be looked into
-        there = False
-    if there:
+        path = cache_path(node)
+    except CacheError as error:
+        return None, str(error)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None, None
+    except OSError as error:  # a folder that may not be looked into
+        return None, f"{ProfileError(path, f'it cannot be read: {error.strerror}')}: ignored"
+    return path, None
+
+
+def _candidates(node: NodeIdentity, cached: Path | None) -> Iterator[tuple[Path, str, bool]]:
+    """Files that may have what is wanted, best first, what to call each, and whether it must be of this very node."""
+    if cached is not None:
         yield cached, f"profile {cached}", True
     for path in shipped_paths():
         yield path, f"shipped profile {path.name} for {node.name}", False
@@ -129,7 +151,10 @@ def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity) -> F
         if found.tuned is not None:
             return found
         ignored += found.ignored
-    for path, name, this_node in _candidates(node):
+    cached, obstacle = _cached(node)
+    if obstacle is not None:
+        ignored.append(obstacle)
+    for path, name, this_node in _candidates(node, cached):
         try:
             profile = read(path)
         except ProfileError as error:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llm_allreduce_plugin.errors import TopologyError
+from llm_allreduce_plugin.validation import PlainText
 
 # Links as `nvidia-smi topo -m` calls them, nearest first after NVLink (NV<number of links>).
 PCIE_LINKS = ("PIX", "PXB", "PHB", "NODE", "SYS")
-_LINK = re.compile(r"X|NV\d+|" + "|".join(PCIE_LINKS) + r"|NET|\?")
+_LINK = re.compile(r"X|NV[1-9]\d?|" + "|".join(PCIE_LINKS) + r"|NET|\?")
+MOST_GPUS = 1024  # of one topology
 # Peer-to-peer status as `nvidia-smi topo -p2p r` calls it.
 P2P_MEANING = {
     "X": "self",
@@ -41,22 +42,26 @@ class _Frozen(BaseModel):
 class Fabric(_Frozen):
     """The NVLink domain that a GPU is registered in (NVML's GPU fabric info)."""
 
-    state: str = Field(description="completed, in progress, not started, not supported")
-    cluster_uuid: str = ""
-    clique_id: int = 0
+    state: PlainText = Field(description="completed, in progress, not started, not supported")
+    cluster_uuid: PlainText = ""
+    clique_id: int = Field(default=0, ge=0, lt=1 << 32)
 
 
 class Gpu(_Frozen):
     """One GPU."""
 
-    index: int = Field(ge=0)
-    name: str
-    architecture: int | None = Field(default=None, description="compute capability without the dot: 90 for H100/H200")
-    multiprocessors: int | None = Field(default=None, gt=0, description="streaming multiprocessors; None: not known")
-    pci_bus_id: str = ""
-    uuid: str = ""
-    host: int = Field(default=0, ge=0, description="which node of an NVLink domain; 0 when there is one")
-    numa_node: int | None = None
+    index: int = Field(ge=0, lt=MOST_GPUS, description="on its host, as nvidia-smi counts")
+    name: PlainText
+    architecture: int | None = Field(
+        default=None, ge=10, lt=1000, description="compute capability without the dot: 90 for H100/H200"
+    )
+    multiprocessors: int | None = Field(
+        default=None, gt=0, lt=1 << 16, description="streaming multiprocessors; None: not known"
+    )
+    pci_bus_id: PlainText = ""
+    uuid: PlainText = ""
+    host: int = Field(default=0, ge=0, lt=MOST_GPUS, description="which node of an NVLink domain; 0 when there is one")
+    numa_node: int | None = Field(default=None, ge=0, lt=1 << 16, description="None: not known")
     multicast: bool | None = Field(default=None, description="NVLink multicast supported; None: not known")
     fabric: Fabric | None = None
 
@@ -76,13 +81,13 @@ class NodeTopology(_Frozen):
         note: why there is nothing to see, when there is nothing.
     """
 
-    source: str = ""
-    gpus: tuple[Gpu, ...] = ()
+    source: PlainText = ""
+    gpus: tuple[Gpu, ...] = Field(default=(), max_length=MOST_GPUS)
     links: tuple[tuple[str, ...], ...] = ()
     p2p: tuple[tuple[str, ...], ...] = ()
     nvswitch: bool = False
-    driver: str = ""
-    note: str = ""
+    driver: PlainText = ""
+    note: PlainText = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -112,6 +117,11 @@ class NodeTopology(_Frozen):
         """Hosts that the GPUs are spread over."""
         return len({gpu.host for gpu in self.gpus})
 
+    def name_of(self, position: int) -> str:
+        """What the GPU at this position is called, as ``nvidia-smi`` and ``llm-allreduce topo`` count: ``GPU3``."""
+        gpu = self.gpus[position]
+        return f"GPU{gpu.index}" if self.hosts == 1 else f"GPU{gpu.index} of host {gpu.host}"
+
     @property
     def has_nvlink(self) -> bool:
         """True when every pair of GPUs is joined by NVLink."""
@@ -134,9 +144,12 @@ class NodeTopology(_Frozen):
         members = list(range(len(self.gpus))) if positions is None else list(positions)
         for a in members:
             for b in members:
-                if a != b and (fault := p2p_fault_text(f"GPU{a} and GPU{b}", self.p2p[a][b])) is not None:
+                if a != b and (fault := self._pair_fault(a, b)) is not None:
                     return fault
         return None
+
+    def _pair_fault(self, a: int, b: int) -> str | None:
+        return p2p_fault_text(f"{self.name_of(a)} and {self.name_of(b)}", self.p2p[a][b])
 
     def subset(self, positions: Sequence[int]) -> NodeTopology:
         """The same node with only the GPUs at these positions, in this order."""
@@ -149,25 +162,26 @@ class NodeTopology(_Frozen):
         )
 
     @classmethod
+    def parse(cls, path: Path, text: str) -> NodeTopology:
+        """A topology from the text of a recorded one. ``path``: where it is from, for errors.
+
+        Raises:
+            TopologyError: naming the file and the field.
+        """
+        from llm_allreduce_plugin.topology.files import parse
+
+        return parse(path, text)
+
+    @classmethod
     def from_json(cls, path: Path) -> NodeTopology:
         """Read a recorded topology.
 
         Raises:
             TopologyError: naming the file and the field.
         """
-        try:
-            text = path.read_text()
-        except OSError as error:
-            message = f"topology file {path}: cannot be read: {error.strerror or error}"
-            raise TopologyError(message) from error
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            faults = []
-            for fault in error.errors():
-                field = ".".join(map(str, fault["loc"])) or "document"
-                faults.append(f"topology file {path}: {field}: {fault['msg'].removeprefix('Value error, ')}")
-            raise TopologyError("\n".join(faults)) from None
+        from llm_allreduce_plugin.topology.files import read
+
+        return read(path)
 
     @classmethod
     def detect(cls) -> NodeTopology:

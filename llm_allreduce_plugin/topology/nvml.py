@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology, p2p_fault_text
+from llm_allreduce_plugin.validation import printable
 
 _T = TypeVar("_T")
 
+_MOST_TEXT = 200  # characters of anything that a driver says
 _MAX_NVLINKS = 18  # NVML_NVLINK_MAX_LINKS
 _REMOTE_IS_SWITCH = 2  # NVML_NVLINK_DEVICE_TYPE_SWITCH
 _COMMON_ANCESTOR = {0: "PIX", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}  # nvmlGpuTopologyLevel_t
@@ -53,17 +55,20 @@ def _ask(default: _T, question: Callable[..., Any], *arguments: object) -> Any |
 
 
 def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    text = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+    return printable(text.rstrip("\0"))[:_MOST_TEXT]
 
 
-def _numa_node(pci_bus_id: str) -> int | None:
-    """From the kernel: NVML counts 8-digit PCI domains, sysfs 4-digit ones."""
-    domain, _, rest = pci_bus_id.lower().partition(":")
+def _numa_node(pci_bus_id: str, devices: Path = Path("/sys/bus/pci/devices")) -> int | None:
+    """The NUMA node of a PCI device by the kernel's word; None: the kernel does not know it, which it calls -1.
+
+    ``pci_bus_id``: as NVML has it, with a domain of 8 digits; sysfs has 4.
+    """
     try:
-        node = int(Path(f"/sys/bus/pci/devices/{domain[-4:]}:{rest}/numa_node").read_text())
+        text = (devices / _bus_key(pci_bus_id) / "numa_node").read_text().strip()
     except (OSError, ValueError):
         return None
-    return node if node >= 0 else None
+    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 class _FabricInfo(ctypes.Structure):
@@ -134,7 +139,7 @@ def detect() -> NodeTopology:
         with _nvml() as nvml:
             return _detect(nvml)
     except _NoNvmlError as error:
-        return NodeTopology(source="nvml", note=f"no NVML: {error}")
+        return NodeTopology(source="nvml", note=_text(f"no NVML: {error}"))
 
 
 def _detect(nvml: Any) -> NodeTopology:  # noqa: ANN401

@@ -22,6 +22,8 @@ from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
 
 GUARD_BYTES = 256
+# What the driver may take to end a context after a wait has expired, in seconds: up to 5.4 have been seen.
+CONTEXT_END_S = 8.0
 
 
 def message_of(tensor: torch.Tensor) -> Message:

@@ -25,7 +25,14 @@ from llm_allreduce_plugin.selection.facts import (
 from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.selection.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
 from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.strategies.base import MAX_FLAGGED_THREADS, MAX_THREADS, VECTOR_BYTES, Numerics, spread
+from llm_allreduce_plugin.strategies.base import (
+    MAX_FLAGGED_THREADS,
+    MAX_THREADS,
+    VECTOR_BYTES,
+    Message,
+    Numerics,
+    spread,
+)
 from llm_allreduce_plugin.tally import fallback_of
 
 S = AllReduceStrategy
@@ -107,8 +114,9 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
     if decision.strategy is S.NCCL:
         assert decision.launch is None
     else:
-        assert STRATEGIES[decision.strategy].obstacle is not None
         assert dtype in ELEMENT_BYTES
+        message = Message(count, dtype, ELEMENT_BYTES[dtype])
+        assert STRATEGIES[decision.strategy].obstacle(group, message) is None
         assert decision.launch is not None
     # AUTO and its relatives never choose a lossy format.
     if strategy is not S.LOWPRECISION:

@@ -280,7 +280,7 @@ def test_shipped_only_for_the_same_kind_of_group(places: dict[str, Path], other:
 def test_a_cached_profile_that_does_not_fit_is_ignored_with_a_line(places: dict[str, Path]) -> None:
     store(places["shipped"], H200, [entry()])
     for spoil, reason in (
-        (lambda: places["cached"].write_text("[" * 100_000), "it is not valid JSON"),
+        (lambda: places["cached"].write_text("[" * 100_000), "it is nested too deeply"),
         (lambda: changed(places["cached"], schema_version=7), "its schema version is 7"),
         (lambda: changed(places["cached"], fingerprint="copied"), "it was measured on another node"),
         (

@@ -90,6 +90,7 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
         return
     if (line := flag_overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce)) is not None:
         logger.warning("%s", line)
+    settings.check_world_size(vllm_config.parallel_config.tensor_parallel_size)
     pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
     if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
         pass_config.fuse_allreduce_rms = False

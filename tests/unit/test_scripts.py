@@ -1,0 +1,131 @@
+"""scripts/: how often the README's commands compile the kernels. Calls of pip are counted instead of made."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PARTS = ("pyproject.toml", "csrc", "scripts", ".gitignore", ".ci", "configs")
+LEFTOVERS = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+# Stands for .venv/bin/python: writes down what it is asked, and leaves behind what pip leaves. Short programs do run.
+STAND_IN = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$CALLS"
+for word in "$@"; do
+  if [[ $word == ./scripts/vllm_cpu_ops ]]; then
+    mkdir -p scripts/vllm_cpu_ops/build/lib scripts/vllm_cpu_ops/vllm_cpu_ops.egg-info
+    cp scripts/vllm_cpu_ops/vllm_cpu_ops.py scripts/vllm_cpu_ops/build/lib
+    date +%N >scripts/vllm_cpu_ops/vllm_cpu_ops.egg-info/SOURCES.txt
+    mkdir -p scripts/__pycache__ && date +%N >scripts/__pycache__/build_backend.cpython-311.pyc
+  fi
+done
+if [[ $1 == -c ]]; then exec {python} "$@"; fi
+"""
+
+
+class Checkout:
+    """What the scripts need of this repository, and an environment that was made, on a machine without GPUs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.calls_file = folder / "calls"
+        folder.mkdir()
+        self.calls_file.touch()
+        for name in PARTS:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, ignore=LEFTOVERS)
+            elif source.exists():
+                shutil.copy2(source, folder / name)
+        self.program(folder / ".venv" / "bin" / "python", STAND_IN.replace("{python}", sys.executable))
+        self.program(folder / ".venv" / "bin" / "clang-format", "#!/bin/sh\n")
+        self.program(folder / "bin" / "nvidia-smi", "#!/bin/sh\nexit 1\n")
+        subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+
+    @staticmethod
+    def program(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def run(self, *command: str) -> list[str]:
+        """The calls of Python that a command makes."""
+        before = len(self.calls_file.read_text().splitlines())
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(("LLM_ALLREDUCE_", "DEMO_"))
+        }
+        environment |= {"CALLS": str(self.calls_file), "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}"}
+        subprocess.run(command, cwd=self.folder, env=environment, check=True, capture_output=True)
+        return self.calls_file.read_text().splitlines()[before:]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path / "checkout")
+
+
+def compiles(calls: list[str]) -> list[str]:
+    """Calls that build this package, whose build is the compile; but for the wheel that is made to be checked."""
+    installs = [call for call in calls if " pip install" in call and "--wheel-dir" not in call]
+    return [
+        call
+        for call in installs
+        if any(word == "." or word.startswith(".[") for word in call.split()) or "-e" in call.split()
+    ]
+
+
+def test_the_test_script_compiles_once_and_the_demo_not_again(checkout: Checkout) -> None:
+    first = checkout.run("scripts/test.sh")
+    assert len(compiles(first)) == 1, compiles(first)
+    assert any(call.startswith("-m pytest") for call in first), "it went on to the tests"
+    for tool in ("ruff", "mypy", "pytest", "hypothesis", "matplotlib", "clang-format"):
+        assert any(" pip install" in call and tool in call for call in first), f"{tool} is installed"
+    assert (checkout.folder / "scripts" / "vllm_cpu_ops" / "build").exists(), "leftovers that a build leaves"
+    assert [call for call in checkout.run("scripts/serve_demo.sh") if " pip " in call] == []
+    assert [call for call in checkout.run("scripts/test.sh", "tests/unit") if " pip " in call] == []
+
+
+def test_the_demo_compiles_once_and_the_tests_not_again(checkout: Checkout) -> None:
+    assert len(compiles(checkout.run("scripts/serve_demo.sh"))) == 1
+    assert compiles(checkout.run("scripts/serve_demo.sh")) == []
+    assert compiles(checkout.run("scripts/test.sh", "tests/unit")) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "compiled"),
+    [
+        ("csrc/common.h", True),
+        ("csrc/kernels/new.cu", True),
+        ("scripts/build_backend.py", True),
+        ("pyproject.toml", True),
+        ("scripts/vllm_cpu_ops/vllm_cpu_ops.py", False),
+        ("scripts/vllm_cpu_ops/build/lib/vllm_cpu_ops.py", False),
+        ("csrc/__pycache__/x.pyc", False),
+    ],
+)
+def test_what_is_compiled_anew(checkout: Checkout, changed: str, compiled: bool) -> None:
+    checkout.run("scripts/serve_demo.sh")
+    path = checkout.folder / changed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write("\n")
+    calls = checkout.run("scripts/serve_demo.sh")
+    assert bool(compiles(calls)) is compiled, calls
+    if changed == "scripts/vllm_cpu_ops/vllm_cpu_ops.py":
+        assert any("./scripts/vllm_cpu_ops" in call for call in calls)
+
+
+def test_a_failed_step_is_done_again(checkout: Checkout) -> None:
+    python = checkout.folder / ".venv" / "bin" / "python"
+    text = python.read_text()
+    Checkout.program(python, text.replace("for word", '[[ "$*" == *--editable* ]] && exit 1\nfor word', 1))
+    with pytest.raises(subprocess.CalledProcessError):
+        checkout.run("scripts/serve_demo.sh")
+    Checkout.program(python, text)
+    assert len(compiles(checkout.run("scripts/serve_demo.sh"))) == 1
