@@ -190,7 +190,7 @@ class Agreement:
         run = Step(self, own, givers, step, f"{_PREFIX}/{self._number}/{self._steps}", grace_s)
         attempt = Attempt(run.values, "agreement")
         # The store's server may be stopped, or a file's lock be held by a process that is: the deadline still holds.
-        if not attempt.wait(self.wait_s + 2 * _GRACE_S):
+        if not attempt.wait(self.wait_s + grace_s + _GRACE_S):
             self._keys.clear()
             unheard = sorted(run.missing)
             raise StartTimeoutError(

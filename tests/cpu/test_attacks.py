@@ -95,6 +95,9 @@ def _attack(kind: signal.Signals, seed: int) -> str:
             assert error in {"PeerTimeoutError", "StartTimeoutError", "StartError"}, f"{what}: {ended}"
             assert seconds < TIMEOUT_S + SLACK_S, f"{what}: {ended}"
             assert "rank" in text, f"{what}: {ended}"
+            if "the store of the process group does not answer" in text:
+                # A thread waits for the lock of its file, which a stopped rank holds.
+                left = [line for line in left if not line.endswith("/store")]
             assert left == [], f"{what}: {ended}"
             places.append(where)
         assert forked.left_in_shm(ranks.pids) == [], what
