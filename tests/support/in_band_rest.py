@@ -28,11 +28,13 @@ def pushed_slots(buffer: torch.Tensor, layout: _C.Layout) -> torch.Tensor | None
     return buffer[layout.in_band.one_shot_offset : end].view(torch.int32)
 
 
-def assert_at_rest(buffers: Sequence[torch.Tensor], locals_: Sequence[torch.Tensor], layout: _C.Layout) -> None:
+def assert_at_rest(
+    buffers: Sequence[torch.Tensor], locals_: Sequence[torch.Tensor], layout: _C.Layout, *, first_rank: int = 0
+) -> None:
     """Pushed slots hold the marker, and all lanes of all ranks have counted the same in-band calls.
 
     The host waits for the device once. ``buffers``: the workspace of each rank; ``locals_``: what only that rank
-    touches, which may be the beginning of its workspace.
+    touches, which may be the beginning of its workspace; both of the ranks from ``first_rank`` on.
 
     Raises:
         AssertionError: it is not so; says where.
@@ -45,7 +47,7 @@ def assert_at_rest(buffers: Sequence[torch.Tensor], locals_: Sequence[torch.Tens
         return
     for name, plane in zip(EPOCH_PLANES, epochs.unbind(1), strict=True):
         assert bool((plane == plane[0, 0]).all()), f"in-band epochs of {name} differ, [rank][lane]: {plane.tolist()}"
-    for rank, words in enumerate(slots):
+    for rank, words in enumerate(slots, first_rank):
         left = (words != MARKER).nonzero().flatten()
         if len(left) > 0:
             at = layout.in_band.one_shot_offset + 4 * int(left[0])
