@@ -115,7 +115,11 @@ BROKEN: list[tuple[type[Exchange], dict[str, Any], dict[Algorithm, tuple[Fault, 
     (Published, {"generations": 2}, {"one_shot": ("wrong",), "two_shot": ("wrong", "stuck")}),
     (Published, {"generations": 3}, {"one_shot": ("wrong",), "two_shot": ("wrong", "stuck")}),
     # A clear that is left out, and those of another call.
-    (Pushed, {"skipped_clear": (0, 0)}, {"one_shot": ("wrong", "uncleared"), "two_shot": ("wrong",)}),
+    (
+        Pushed,
+        {"skipped_clear": (0, 0)},
+        {"one_shot": ("wrong", "uncleared"), "two_shot": ("wrong",), "pull": ("wrong",)},
+    ),
     (Published, {"skipped_clear": (2, 0)}, {"one_shot": ("wrong", "uncleared"), "two_shot": ("wrong",)}),
     (Pushed, {"clears_after": 1}, {"one_shot": ("stuck",), "two_shot": ("stuck",)}),
     (Published, {"clears_after": 1}, {"one_shot": ("stuck",), "two_shot": ("stuck",)}),
@@ -123,7 +127,7 @@ BROKEN: list[tuple[type[Exchange], dict[str, Any], dict[Algorithm, tuple[Fault, 
     # What gives order.
     (Pushed, {"waits_before_sending": False}, {"one_shot": ("wrong",), "two_shot": ("stuck",)}),
     (Published, {"waits_before_sending": False}, {"one_shot": ("wrong",), "two_shot": ("stuck",)}),
-    (Pushed, {"kernel_ends_after_clears": False}, {"one_shot": ("stuck",), "two_shot": ("wrong",)}),
+    (Pushed, {"kernel_ends_after_clears": False}, {"one_shot": ("stuck",), "two_shot": ("wrong",), "pull": ("stuck",)}),
     (Published, {"courier_waits": False}, {"one_shot": ("wrong",), "two_shot": ("wrong", "stuck")}),
     # Epochs and extents.
     (Pushed, {"counts_absent_lanes": False}, {"one_shot": ("wrong", "stuck", "uncounted"), "two_shot": ("stuck",)}),
