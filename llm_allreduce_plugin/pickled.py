@@ -5,6 +5,7 @@ They lie in the store of a process group, which may be a file: who can write to 
 
 from __future__ import annotations
 
+import enum
 import io
 import pathlib
 import pickle
@@ -32,9 +33,17 @@ class _Reader(pickle.Unpickler):
         raise pickle.UnpicklingError(message)
 
 
+class _Writer(pickle.Pickler):
+    def reducer_override(self, value: object) -> Any:  # noqa: ANN401
+        # Python 3.11.0 to 3.11.3 have a member looked up by getattr, which no reader may call.
+        return (type(value), (value.value,)) if isinstance(value, enum.Enum) else NotImplemented
+
+
 def dump(value: Any) -> bytes:  # noqa: ANN401
     """As bytes: numbers, texts, containers, and instances of this package's classes."""
-    return pickle.dumps(value, protocol=4)
+    data = io.BytesIO()
+    _Writer(data, protocol=4).dump(value)
+    return data.getvalue()
 
 
 def load(data: bytes) -> Any:  # noqa: ANN401

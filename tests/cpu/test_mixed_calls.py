@@ -1,6 +1,6 @@
 """Many calls of several communicators of one group, mixed at random: not a bit may differ.
 
-``LLM_ALLREDUCE_MIXED_CALLS=2600000`` makes so many; few are made otherwise.
+``ALLREDUCE_TEST_MIXED_CALLS=2600000`` makes so many; few are made otherwise.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llm_allreduce_plugin.bench.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support.reference import DTYPES, bits, rank_input, rank_ordered_sum
 
-CALLS = int(os.environ.get("LLM_ALLREDUCE_MIXED_CALLS", "20000"))
+CALLS = int(os.environ.get("ALLREDUCE_TEST_MIXED_CALLS", "20000"))
 SIZES = (0, 1, 7, 8, 100, 1000, 4099, 70_001)
 # Strategies, and a workspace so small that most messages take several rounds.
 KINDS: dict[str, dict[str, int]] = {

@@ -160,6 +160,22 @@ def test_epoch_wraps_around() -> None:
     assert 0 <= wrapped < 1000, "the epochs should have passed zero"
 
 
+@pytest.mark.parametrize("kind", ({}, {"split": (1, 1)}, {"host": True}), ids=("pushed", "split", "host"))
+def test_in_band_epochs_wrap_around(kind: Kind) -> None:
+    group = LocalGroup(4, **kind)
+    for epochs in group.in_band_epochs():
+        epochs.fill_(-5)
+    torch.cuda.synchronize()
+    for call in range(12):
+        for algorithm in ALGORITHMS:
+            seed, size = fresh_seed(), (3000, 8, 4096, 777)[call % 4]
+            inputs = [rank_input(seed, rank, size, torch.float16) for rank in range(4)]
+            for output in group.all_reduce(algorithm, inputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm}, call {call}")
+    for epochs in group.in_band_epochs():
+        assert bool((epochs == -5 + 12).all()), "each call is one round"
+
+
 def test_missing_rank_stops_the_others_with_a_named_error() -> None:
     """The trap ends the CUDA context, so this needs a process of its own."""
     script = """

@@ -12,6 +12,9 @@ import torch
 
 from llm_allreduce_plugin import TensorParallelCommunicator, calls
 from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.memory.layouts import workspace_layout
+from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
+from tests.support.in_band_rest import assert_at_rest, in_band_epochs
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 
 
@@ -56,6 +59,22 @@ def reduce_and_compare(
     return output
 
 
+def check_at_rest(context: RankContext, group: TensorParallelCommunicator) -> None:
+    """Where GPUs reach each other's memory: what the next in-band call relies on. Collective, between calls."""
+    memory = group._memory
+    if not isinstance(memory, SymmetricMemory):
+        return
+    layout = workspace_layout(group.config, group.facts, group.facts.multiprocessors or 0)
+    buffer = memory._buffer
+    assert buffer is not None
+    assert buffer.numel() == layout.total_bytes
+    torch.cuda.synchronize(context.device)
+    context.gather(None)  # from now on no peer is in a call
+    assert_at_rest([buffer], [buffer], layout, first_rank=context.rank)
+    epochs = context.gather(in_band_epochs(buffer, layout).tolist())
+    assert all(other == epochs[0] for other in epochs), f"in-band epochs differ, [rank][plane][lane]: {epochs}"
+
+
 def check_sizes(
     context: RankContext, strategy: str, dtype: torch.dtype, sizes: Sequence[int], settings: dict[str, Any]
 ) -> str:
@@ -69,6 +88,7 @@ def check_sizes(
             output = reduce_and_compare(context, group, inputs, what)
             digests.append(digest(output))
         assert set(group.report()["calls"]) <= {strategy}, group.report()
+        check_at_rest(context, group)
         everyone = context.gather(digests)
     assert all(other == everyone[0] for other in everyone), f"ranks differ: {everyone}"
     return strategy
@@ -153,6 +173,8 @@ def check_sequence(context: RankContext, calls: int, settings: dict[str, Any]) -
             group = (one, two)[int(torch.randint(0, 2, (), generator=generator))]
             inputs = [rank_input(seed + call, rank, size, dtype) for rank in range(context.world_size)]
             reduce_and_compare(context, group, inputs, f"call {call}: {size} x {dtype}, seed {seed}")
+        for group in (one, two):
+            check_at_rest(context, group)
 
 
 def check_every_value(context: RankContext, strategy: str, dtype: torch.dtype) -> None:

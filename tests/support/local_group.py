@@ -20,6 +20,7 @@ from llm_allreduce_plugin.selection.decision import Launch
 from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.strategies import STRATEGIES
 from llm_allreduce_plugin.strategies.base import Message
+from tests.support.in_band_rest import assert_at_rest, in_band_epochs
 
 GUARD_BYTES = 256
 # What the driver may take to end a context after a wait has expired, in seconds: up to 5.4 have been seen.
@@ -167,8 +168,17 @@ class LocalGroup:
         launch = self.launch_of(algorithm, message_of(input_))
         return plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
+    def in_band_epochs(self) -> list[torch.Tensor]:
+        """Of each rank, int32[plane, lane], in place."""
+        return [in_band_epochs(local, self.layout) for local in self._locals()]
+
+    def _locals(self) -> list[torch.Tensor]:
+        return self.locals if self.transport is Transport.HOST else self.buffers
+
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Every rank's output; each is poisoned first and lies between guards that must survive.
+
+        What the next in-band call relies on is checked afterwards: cleared slots, and epochs that agree.
 
         ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, or PULL for TWOSHOT that reads inputs in place.
         """
@@ -190,4 +200,5 @@ class LocalGroup:
         for rank, buffer in enumerate(guarded):
             edges = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + size :]])
             assert bool((edges == 0xA5).all()), f"rank {rank} wrote outside its output"
+        assert_at_rest(self.buffers, self._locals(), self.layout)
         return outputs

@@ -1,0 +1,274 @@
+"""The in-band kernels of csrc/kernels/, as far as slots and epochs go, thread by thread.
+
+Pushed, of one_shot.cu: the in-band kernel (the short one is the same with at most a vector to a thread) and the split
+one; of two_shot.cu: the same, and the one that reads inputs in place. Published: those of both files. LOWPRECISION's
+(low_precision.cu) store, poll and clear as TWOSHOT's split and published kernels do, a warp to a packet.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Generator, Iterator
+from typing import Any
+
+from tests.support.in_band_model import EPOCHS, Exchange, Place, Thread, Value, ViolationError
+from tests.support.weak_memory import Keys, Steps
+
+LEAD = 2  # kLead of one_shot.cu
+MOST_ROUNDS_AHEAD = 64  # of common.h
+
+
+class Pushed(Exchange):
+    """A rank stores into the workspaces of its peers; the reader clears behind itself."""
+
+    GENERATIONS = 2
+    CLEARS_AFTER = 0
+    COURIERS = 0
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._inputs: dict[int, int] = {}  # of each rank: the call that it is for, since that has begun
+        self._rounds = dict.fromkeys(self._words(), self.first_epoch)  # of inputs read in place, which lanes count
+
+    def filled(self, number: int, rank: int) -> Iterator[Place]:
+        call, generation = self.calls[number], self._generation_of_call(number)
+        for peer in self.others(rank):
+            if call.algorithm == "one_shot":
+                yield from (("one_shot", rank, generation, peer, i) for i in range(call.vectors))
+                continue
+            if call.algorithm == "two_shot":
+                yield from (("scatter", rank, generation, peer, i) for i in range(call.owned(self.ranks, rank)))
+            yield from (("gather", rank, generation, peer, i) for i in range(call.owned(self.ranks, peer)))
+
+    def _take(self, at: Thread, wanted: dict[Place, Value]) -> Steps:
+        yield from self.poll(at, wanted)
+        if self.clears_after == 0:
+            for place in wanted:
+                yield from self._clear(at, place)
+
+    def _clear(self, at: Thread, place: Place) -> Steps:
+        return self.clear(at, place, ("kernel", at.rank, at.number) if self.rules.kernel_ends_after_clears else None)
+
+    def _end(self, at: Thread) -> Steps:
+        """Clears what should have been cleared earlier, where that rule is broken."""
+        index = at.index - self.clears_after
+        if self.clears_after == 0 or index < 0:
+            return
+        number = next(n for n, call in enumerate(self.calls) if (call.plane, self.indices[n]) == (at.call.plane, index))
+        places = list(self.filled(number, at.rank))
+        for i in at.share(0, at.call.lanes, len(places)):
+            yield from self._clear(at, places[i])
+
+    def one_shot(self, at: Thread) -> Steps:
+        call, others = at.call, self.others(at.rank)
+        yield from self.begin(at)
+        epoch = self.epoch_of(at)
+        generation = self.generation(epoch)
+        pushers = call.scatter_lanes
+        pushes = iter(at.share(0, pushers or call.lanes, call.vectors))
+
+        def push(number: int) -> Steps:
+            for i in itertools.islice(pushes, number):
+                for peer in others:
+                    yield from self.store(at, ("one_shot", peer, generation, at.rank, i), (at.number, "", at.rank, i))
+
+        if pushers == 0:
+            yield from push(LEAD)
+        yield from self.count(at, epoch)
+        if at.block < pushers:
+            yield from push(call.vectors)
+        for i in at.share(pushers, call.lanes - pushers, call.vectors):
+            yield from push(1)
+            places = {("one_shot", at.rank, generation, peer, i): (at.number, "", peer, i) for peer in others}
+            yield from self._take(at, places)
+            self.outputs[at.rank, at.number].add(i)
+        yield from self._end(at)
+
+    def two_shot(self, at: Thread) -> Steps:
+        call, part = at.call, at.call.part(self.ranks)
+        own = call.owned(self.ranks, at.rank)
+        yield from self.begin(at)
+        epoch = self.epoch_of(at)
+        generation = self.generation(epoch)
+        scatterers, drainers = call.scatter_lanes, call.drain_lanes
+        if scatterers == 0:
+            stride = call.lanes * call.threads
+            yield from self._scatter(at, generation, at.share(0, call.lanes, part))
+            yield from self.count(at, epoch)
+            for i in at.share(0, call.lanes, part + stride):  # results are taken one vector behind
+                if i < own:
+                    yield from self._reduce(at, generation, i)
+                if i >= stride:
+                    yield from self._drain(at, generation, i - stride)
+        else:
+            reducers = call.lanes - scatterers - drainers
+            yield from self.count(at, epoch)
+            yield from self._scatter(at, generation, at.share(0, scatterers, part))
+            for i in at.share(scatterers, reducers, own):
+                yield from self._reduce(at, generation, i)
+            first, lanes = (scatterers + reducers, drainers) if drainers else (scatterers, reducers)
+            for i in at.share(first, lanes, part):
+                yield from self._drain(at, generation, i)
+        yield from self._end(at)
+
+    def _scatter(self, at: Thread, generation: int, vectors: range) -> Steps:
+        for i in vectors:
+            for owner in self.others(at.rank):
+                if i < at.call.owned(self.ranks, owner):
+                    value = (at.number, "partial", at.rank, i)
+                    yield from self.store(at, ("scatter", owner, generation, at.rank, i), value)
+
+    def _reduce(self, at: Thread, generation: int, i: int) -> Steps:
+        others = self.others(at.rank)
+        places = {("scatter", at.rank, generation, peer, i): (at.number, "partial", peer, i) for peer in others}
+        yield from self._take(at, places)
+        yield from self._give_back(at, generation, i)
+
+    def _give_back(self, at: Thread, generation: int, i: int) -> Steps:
+        for peer in self.others(at.rank):
+            yield from self.store(at, ("gather", peer, generation, at.rank, i), (at.number, "result", at.rank, i))
+        self.outputs[at.rank, at.number].add(at.rank * at.call.part(self.ranks) + i)
+
+    def _drain(self, at: Thread, generation: int, i: int) -> Steps:
+        owners = [owner for owner in self.others(at.rank) if i < at.call.owned(self.ranks, owner)]
+        places = {("gather", at.rank, generation, owner, i): (at.number, "result", owner, i) for owner in owners}
+        yield from self._take(at, places)
+        self.outputs[at.rank, at.number].update(owner * at.call.part(self.ranks) + i for owner in owners)
+
+    def pull(self, at: Thread) -> Steps:
+        """TWOSHOT that reads inputs in place. A rank's input is there when its call begins and may go when it ends."""
+        call, part = at.call, at.call.part(self.ranks)
+        yield from self.begin(at)
+        self._inputs[at.rank] = at.number
+        epoch = self.epoch_of(at)
+        generation = self.generation(epoch)
+        round_ = (self._rounds[at.rank, at.block] + 1) % EPOCHS
+        yield from self.machine.barrier(("publish", at.rank, at.number, at.block), call.threads)
+        for peer in self.others(at.rank)[at.thread :: call.threads]:
+            self.machine.store(at.rank, ("flag", peer, at.block, at.rank), round_)
+            yield ()
+        yield from self.count(at, epoch)
+        for peer in self.others(at.rank):
+            flag = ("flag", at.rank, at.block, peer)
+            while not self._reached(self.machine.load(at.rank, flag), round_):
+                yield (flag,)
+            yield ()
+        self._rounds[at.rank, at.block] = round_
+        stride = call.lanes * call.threads
+        for i in at.share(0, call.lanes, part + stride):
+            if i < call.owned(self.ranks, at.rank):
+                if any(self._inputs[peer] != at.number for peer in self.others(at.rank)):
+                    details = f"call {at.number} reads inputs of the calls {self._inputs}"
+                    raise ViolationError("wrong", details)
+                yield from self._give_back(at, generation, i)
+            if i >= stride:
+                yield from self._drain(at, generation, i - stride)
+        yield from self._end(at)
+
+    def _reached(self, seen: object, round_: int) -> bool:
+        return isinstance(seen, int) and (seen - round_) % EPOCHS < MOST_ROUNDS_AHEAD
+
+
+class Published(Exchange):
+    """A rank stores into its own workspace, and clears there two calls later; peers read there."""
+
+    GENERATIONS = 4
+    CLEARS_AFTER = 2
+    COURIERS = 1
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._extents: dict[tuple[str, int, int, int], int] = {}  # plane, rank, generation, lane
+
+    def filled(self, number: int, rank: int) -> Iterator[Place]:
+        call, generation = self.calls[number], self._generation_of_call(number)
+        if call.algorithm == "one_shot":
+            yield from (("one_shot", rank, generation, rank, i) for i in range(call.vectors))
+            return
+        for i in range(call.owned(self.ranks, rank)):
+            yield ("gather", rank, generation, rank, i)
+            yield from (("scatter", rank, generation, peer, i) for peer in self.others(rank))
+
+    def _is_courier(self, at: Thread) -> bool:
+        return at.thread >= at.call.threads
+
+    def _share(self, at: Thread, end: int) -> range:
+        return range(0) if self._is_courier(at) else at.share(0, at.call.lanes, end)
+
+    def _publish(self, at: Thread, place: Place, value: Value) -> Steps:
+        return self.store(at, place, value, ("block", at.rank, at.number, at.block, "stores"))
+
+    def _count_call(self, at: Thread, epoch: int, vectors: int) -> Generator[Keys, None, int]:
+        """Returns how many vectors of the old generation there are to clear."""
+        plane, old = at.call.plane, self.generation(epoch - self.clears_after)
+        old_vectors = self._extents.get((plane, at.rank, old, at.block), 0)
+        lanes = [at.block] if at.thread == 0 else []
+        if at.block == 0 and self.rules.keeps_extents_of_absent_lanes:
+            lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.COURIERS)
+        for lane in lanes:
+            self._extents[plane, at.rank, self.generation(epoch), lane] = vectors
+        yield from self.count(at, epoch)
+        return old_vectors
+
+    def _clear_old_generation(self, at: Thread, epoch: int, vectors: int, *, scatters: bool) -> Steps:
+        generation = self.generation(epoch - self.clears_after)
+        region = "gather" if scatters else "one_shot"
+        waited_for = ("block", at.rank, at.number, at.block, "stores")
+        for i in self._share(at, vectors):
+            yield from self.clear(at, (region, at.rank, generation, at.rank, i), waited_for)
+            for peer in self.others(at.rank) if scatters else []:
+                yield from self.clear(at, ("scatter", at.rank, generation, peer, i), waited_for)
+        yield from self._courier_barrier(at, waits=False)
+
+    def _settle_clears(self, at: Thread) -> Steps:
+        yield from self._courier_barrier(at, waits=True)
+        if self.rules.courier_waits:
+            yield from self.machine.arrived(("block", at.rank, at.number, at.block, "stores"))
+
+    def _courier_barrier(self, at: Thread, *, waits: bool) -> Steps:
+        name = ("block", at.rank, at.number, at.block, "courier")
+        return self.machine.barrier(name, at.call.threads + self.COURIERS, waits=waits)
+
+    def one_shot(self, at: Thread) -> Steps:
+        vectors, rank = at.call.vectors, at.rank
+        yield from self.begin(at)
+        epoch = self.epoch_of(at)
+        generation = self.generation(epoch)
+        for i in self._share(at, vectors):
+            yield from self._publish(at, ("one_shot", rank, generation, rank, i), (at.number, "", rank, i))
+        old_vectors = yield from self._count_call(at, epoch, vectors)
+        if self._is_courier(at):
+            yield from self._settle_clears(at)
+            return
+        yield from self._clear_old_generation(at, epoch, old_vectors, scatters=False)
+        for i in self._share(at, vectors):
+            places = {("one_shot", peer, generation, peer, i): (at.number, "", peer, i) for peer in self.others(rank)}
+            yield from self.poll(at, places)
+            self.outputs[rank, at.number].add(i)
+
+    def two_shot(self, at: Thread) -> Steps:
+        call, rank, others = at.call, at.rank, self.others(at.rank)
+        part = call.part(self.ranks)
+        yield from self.begin(at)
+        epoch = self.epoch_of(at)
+        generation = self.generation(epoch)
+        for i in self._share(at, part):
+            for owner in others:
+                if i < call.owned(self.ranks, owner):
+                    place = ("scatter", owner, generation, rank, i)
+                    yield from self._publish(at, place, (at.number, "partial", rank, i))
+        old_vectors = yield from self._count_call(at, epoch, part)
+        if self._is_courier(at):
+            yield from self._settle_clears(at)
+            return
+        for i in self._share(at, call.owned(self.ranks, rank)):
+            partials = {("scatter", rank, generation, peer, i): (at.number, "partial", peer, i) for peer in others}
+            yield from self.poll(at, partials)
+            yield from self._publish(at, ("gather", rank, generation, rank, i), (at.number, "result", rank, i))
+            self.outputs[rank, at.number].add(rank * part + i)
+        yield from self._clear_old_generation(at, epoch, old_vectors, scatters=True)
+        for i in self._share(at, part):
+            owners = [owner for owner in others if i < call.owned(self.ranks, owner)]
+            results = {("gather", owner, generation, owner, i): (at.number, "result", owner, i) for owner in owners}
+            yield from self.poll(at, results)
+            self.outputs[rank, at.number].update(owner * part + i for owner in owners)
