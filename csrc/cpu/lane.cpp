@@ -65,12 +65,11 @@ void Lane::publish(FlagPlane plane, uint32_t round, uint32_t peers) const {
     }
 }
 
-// Whether `peer` has had its time. One that is gone has none left but for what it stored last, on its way to here.
-bool Lane::is_late(int peer, int64_t waited_ns) const {
-  const bool is_gone = workspace_.failure->gone >> peer & 1u;
-  if (is_gone && waited_ns > kGoneNs) return true;
-  const bool is_first = workspace_.begun >= 0 && !is_gone;
-  return waited_ns > (is_first ? workspace_.first_timeout_ns : workspace_.timeout_ns);
+// How long a wait for `peer` may last. One that is gone has no time left but for what it stored last, on its way to
+// here.
+int64_t Lane::patience_ns(int peer) const {
+  if (workspace_.failure->gone >> peer & 1u) return std::min(kGoneNs, workspace_.timeout_ns);
+  return workspace_.begun >= 0 ? workspace_.first_timeout_ns : workspace_.timeout_ns;
 }
 
 bool Lane::wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round, int64_t start_ns) const {
@@ -85,10 +84,11 @@ bool Lane::wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round, 
     if (arrived) return true;
     if (overwritten(seen, round)) return fail(LAR_REASON_OVERWRITTEN, seen);
     if (polls < kPollsBeforeSleep) continue;
-    if (is_late(peer, now_ns() - start_ns)) return fail(LAR_REASON_EXPIRED, seen);
+    const int64_t left = patience_ns(peer) - (now_ns() - start_ns);
+    if (left < 0) return fail(LAR_REASON_EXPIRED, seen);
     if (workspace_.should_leave && workspace_.should_leave(workspace_.should_leave_context) != 0)
       return fail(LAR_REASON_INTERRUPTED, seen);
-    sleep_while_equal(flag, seen, workspace_.timeout_ns);
+    sleep_while_equal(flag, seen, left);
   }
 }
 

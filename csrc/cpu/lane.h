@@ -34,7 +34,7 @@ class Lane {
   bool is_meant(int peer, uint32_t peers) const { return peer != workspace_.rank && (peers >> peer & 1u) != 0; }
   void* own_base() const { return workspace_.base[workspace_.rank]; }
   bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round, int64_t start_ns) const;
-  bool is_late(int peer, int64_t waited_ns) const;
+  int64_t patience_ns(int peer) const;
 
   const Call& call_;
   const lar_workspace& workspace_;

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llm_allreduce_plugin.diagnosis.finding import Finding, ok, warn
+from llm_allreduce_plugin.memory import nameless
 
 MIB = 1 << 20
 DOCKER_SHM_BYTES = 64 * MIB  # a container's default
@@ -24,22 +25,32 @@ def shared_memory(
     wanted: int,
     *,
     needed: bool,
-    folder: str = "/dev/shm",  # noqa: S108  (POSIX shared memory is what is measured)
+    available: Callable[[], int | None] = nameless.available_bytes,
+    folder: str = str(nameless.SHM_FOLDER),
     statvfs: Callable[[str], os.statvfs_result] = os.statvfs,
 ) -> Finding:
-    """Room for ``wanted`` bytes of shared memory. ``needed``: ranks have no other way to reach each other."""
+    """Room for ``wanted`` bytes that ranks share, and for what others keep in ``/dev/shm``.
+
+    ``needed``: ranks have no other way to reach each other. What they share counts against the memory of machine and
+    container (:mod:`llm_allreduce_plugin.memory.nameless`), not against the size of ``/dev/shm``.
+    """
+    memory = available()
+    text = f"{'memory of unknown size' if memory is None else size(memory)} available; "
+    text += f"all ranks together want {size(wanted)}"
+    if memory is not None and memory < wanted:
+        fallback = "the engine's NCCL would run instead" if needed else "wanted only where GPUs have no peer access"
+        return warn(
+            "shared memory", f"{text}; {fallback}", "more memory, or set LLM_ALLREDUCE_WORKSPACE_BYTES (per rank) lower"
+        )
     more = "start the container with --ipc=host or --shm-size=1g (Kubernetes: an emptyDir of medium Memory on /dev/shm)"
-    fallback = "the engine's NCCL would run instead" if needed else "wanted only where GPUs have no peer access"
     try:
         state = statvfs(folder)
     except OSError as error:
-        return warn("shared memory", f"{folder}: {error.strerror}; {fallback}", f"mount a tmpfs there: {more}")
+        return warn("shared memory", f"{text}; {folder}, for the engine and NCCL: {error.strerror}", more)
     free, total = state.f_bavail * state.f_frsize, state.f_blocks * state.f_frsize
-    text = f"{folder} has {size(free)} free of {size(total)}; all ranks together want {size(wanted)}"
-    if free < wanted:
-        return warn("shared memory", f"{text}; {fallback}", f"{more}, or set LLM_ALLREDUCE_WORKSPACE_BYTES lower")
-    if free < wanted + ENGINE_SHM_BYTES:
-        return warn("shared memory", f"{text}, and the engine and NCCL want some too", more)
+    text += f"; {folder}, for the engine and NCCL, has {size(free)} free of {size(total)}"
+    if free < ENGINE_SHM_BYTES or total <= DOCKER_SHM_BYTES:
+        return warn("shared memory", text, more)
     return ok("shared memory", text)
 
 

@@ -303,7 +303,7 @@ def test_rank_that_never_arrives(strategy: str) -> None:
     for rank in (0, 2):
         seconds, text = answers[rank]
         assert 2.0 <= seconds < 2.0 + 5.0
-        assert re.fullmatch(rf"rank {rank} waited 2(\.[01]\d?)? s for rank 1 in {strategy}/{phase}", text)
+        assert text == f"rank {rank} waited 2 s for rank 1 in {strategy}/{phase}"
 
 
 def _reduce_for_ever(context: RankContext) -> str:

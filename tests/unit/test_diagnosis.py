@@ -146,29 +146,36 @@ def test_variables() -> None:
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 
-def shm(free: int, total: int, *, needed: bool) -> Finding:
+def shm(available: int | None, free: int, total: int, *, needed: bool = True) -> Finding:
     state = SimpleNamespace(f_bavail=free // 4096, f_blocks=total // 4096, f_frsize=4096)
-    return limits.shared_memory(48 * MIB, needed=needed, statvfs=lambda _: state)  # type: ignore[arg-type, return-value]
+    return limits.shared_memory(
+        48 * MIB,
+        needed=needed,
+        available=lambda: available,
+        statvfs=lambda _: state,  # type: ignore[arg-type, return-value]
+    )
 
 
 def test_shared_memory() -> None:
-    assert said(shm(2 << 30, 4 << 30, needed=True)) == (
+    """Ranks take it from the machine's memory; /dev/shm is the engine's and NCCL's."""
+    assert said(shm(6 << 30, 2 << 30, 4 << 30)) == (
         OK,
-        "/dev/shm has 2 GiB free of 4 GiB; all ranks together want 48 MiB",
+        "6 GiB available; all ranks together want 48 MiB; /dev/shm, for the engine and NCCL, has 2 GiB free of 4 GiB",
         "",
     )
-    docker = shm(64 * MIB, 64 * MIB, needed=False)
-    assert docker.verdict is WARN
-    assert docker.text.endswith("want 48 MiB, and the engine and NCCL want some too")
-    assert docker.advice.startswith("start the container with --ipc=host or --shm-size=1g")
-    tiny = shm(16 * MIB, 64 * MIB, needed=True)
+    assert shm(None, 2 << 30, 4 << 30).text.startswith("memory of unknown size available; all")
+    for free, total in ((64 * MIB, 64 * MIB), (16 * MIB, 4 << 30)):
+        docker = shm(6 << 30, free, total)
+        assert docker.verdict is WARN
+        assert docker.advice.startswith("start the container with --ipc=host or --shm-size=1g")
+    tiny = shm(16 * MIB, 2 << 30, 4 << 30)
     assert tiny.verdict is WARN
-    assert tiny.text.endswith("want 48 MiB; the engine's NCCL would run instead")
-    assert tiny.advice.endswith("or set LLM_ALLREDUCE_WORKSPACE_BYTES lower")
-    assert shm(16 * MIB, 64 * MIB, needed=False).text.endswith("wanted only where GPUs have no peer access")
-    missing = limits.shared_memory(48 * MIB, needed=True, folder="/nowhere")
+    assert tiny.text == "16 MiB available; all ranks together want 48 MiB; the engine's NCCL would run instead"
+    assert tiny.advice.endswith("or set LLM_ALLREDUCE_WORKSPACE_BYTES (per rank) lower")
+    assert shm(16 * MIB, 1, 1, needed=False).text.endswith("wanted only where GPUs have no peer access")
+    missing = limits.shared_memory(48 * MIB, needed=True, available=lambda: 6 << 30, folder="/nowhere")
     assert missing.verdict is WARN
-    assert missing.text.startswith("/nowhere: No such file or directory")
+    assert missing.text.endswith("/nowhere, for the engine and NCCL: No such file or directory")
 
 
 def test_locked_memory() -> None:
