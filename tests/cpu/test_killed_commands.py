@@ -162,9 +162,14 @@ def test_ctrl_c_of_a_terminal(start: Callable[[list[str]], Started]) -> None:
 def test_ranks_that_are_stuck_end_with_their_command(
     name: str, number: signal.Signals, start: Callable[[list[str]], Started]
 ) -> None:
-    """Stopped ranks do nothing by themselves any more: neither answer nor look who has gone."""
+    """Stopped ranks do nothing by themselves any more: neither answer nor look who has gone.
+
+    They are bound to their command as soon as the interpreter runs, which is when they get a process group of their own.
+    """
     command = start(COMMANDS[name][0])
-    for rank in _with_ranks(command, 2):
+    ranks = _with_ranks(command, 2)
+    assert _until(lambda: all(os.getpgid(rank) == rank for rank in ranks), 30.0)
+    for rank in ranks:
         time.sleep(random.uniform(0, 2))
         os.kill(rank, signal.SIGSTOP)
     time.sleep(1)
