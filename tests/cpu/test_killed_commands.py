@@ -164,7 +164,7 @@ def test_ranks_that_are_stuck_end_with_their_command(
 ) -> None:
     """Stopped ranks do nothing by themselves any more: neither answer nor look who has gone.
 
-    They are bound to their command as soon as the interpreter runs, which is when they get a process group of their own.
+    They are bound to their command once their interpreter runs, and then get a process group of their own.
     """
     command = start(COMMANDS[name][0])
     ranks = _with_ranks(command, 2)
