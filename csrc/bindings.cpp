@@ -84,7 +84,6 @@ class Workspace {
     const void* const* inputs = nullptr;  // see lar_two_shot_pull_cuda; null otherwise
     int wire_format = -1;                 // of LOWPRECISION
     const int32_t* domains = nullptr;     // of LOW_PRECISION_HIERARCHICAL
-    bool is_first = false;                // eager, of its kind: peers may still compile
   };
 
   // One all-reduce; `captured` is set to whether it went into a graph. Returns at once with the status
@@ -93,8 +92,12 @@ class Workspace {
     if (closed_.load(std::memory_order_relaxed)) return LAR_ERROR_CLOSED;
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
     *captured = false;
-    if (device_ == kCpu) return call_on_cpu(call, message);
-    return with_order(stream, call.is_first, captured, [&] { return launch(call, message, stream); });
+    const bool is_first = !called_.load(std::memory_order_relaxed);
+    const int status = device_ == kCpu
+                           ? call_on_cpu(call, message, is_first)
+                           : with_order(stream, is_first, captured, [&] { return launch(call, message, stream); });
+    if (status == LAR_OK && !*captured) called_.store(true, std::memory_order_relaxed);
+    return status;
   }
 
   int world_size() const { return workspace_.layout.world_size; }
@@ -165,11 +168,11 @@ class Workspace {
   }
 
  private:
-  int call_on_cpu(const Call& call, const lar_message& message) {
+  int call_on_cpu(const Call& call, const lar_message& message, bool is_first) {
     if (call.inputs) return LAR_ERROR_INVALID_ARGUMENT;
     // A second thread's call could meet another call of the peers than the one it is for.
     if (inside_.exchange(true)) return LAR_ERROR_BUSY;
-    workspace_.begun = call.is_first ? 0 : -1;
+    workspace_.begun = is_first ? 0 : -1;
     int status = LAR_OK;
     {
       nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
@@ -243,8 +246,8 @@ class Workspace {
     return status;
   }
 
-  // The word that counts the beginnings of a graph, or of eager calls of a size when this is their first; else -1.
-  // After some thousands, words are used again; whoever gets one then counts as begun before.
+  // The word that counts the beginnings of a graph, or of the first eager call of all; else -1. After some thousands,
+  // words are used again; whoever gets one then counts as begun before.
   int32_t begun_word(uint64_t capture, bool is_first) {
     if (capture == 0) return is_first ? static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS) : -1;
     if (capture != capture_) captures_word_ = static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS);
@@ -269,6 +272,7 @@ class Workspace {
   std::mutex order_mutex_;
   std::atomic<bool> closed_{false};
   std::atomic<bool> inside_{false};  // a CPU rank's call
+  std::atomic<bool> called_{false};  // an eager call was made
   uint32_t begun_ = 0;
   uint64_t capture_ = 0;
   int32_t captures_word_ = -1;
@@ -300,7 +304,6 @@ class Plan {
     call.inputs = peer_distances_.empty() ? nullptr : inputs;
     call.wire_format = wire_format_;
     call.domains = domains_.empty() ? nullptr : domains_.data();
-    call.is_first = calls_ == 0;
     bool captured = false;
     const int status = workspace_.call(call, message(input, output), pointer(stream), &captured);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
@@ -453,7 +456,8 @@ NB_MODULE(_C, module) {
            "owner"_a = nb::none(),
            "`local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: "
            "how "
-           "long the first call of a size, and of a graph, may wait; never less than `timeout_s`. `owner`: kept alive "
+           "long the first eager call, and the first of a graph, may wait; never less than `timeout_s`. `owner`: kept "
+           "alive "
            "as "
            "long as anything can be called.")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)

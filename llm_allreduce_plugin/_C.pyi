@@ -147,7 +147,7 @@ class Workspace:
 
     def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int, local: int = 0, first_timeout_s: float = 0.0, owner: object | None = None) -> None:
         """
-        `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: how long the first call of a size, and of a graph, may wait; never less than `timeout_s`. `owner`: kept alive as long as anything can be called.
+        `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: how long the first eager call, and the first of a graph, may wait; never less than `timeout_s`. `owner`: kept alive as long as anything can be called.
         """
 
     def probe_write(self, nonce: int, stream: int) -> None: ...

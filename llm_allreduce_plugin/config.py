@@ -122,8 +122,8 @@ class AllReduceConfig(Settings):
         gt=0,
         le=86400,
         allow_inf_nan=False,
-        description="the same for the first calls, and for first calls of a new CUDA graph, before which ranks may "
-        "compile for unequal times; never less than timeout_s",
+        description="the same for the first call, and for the first of each CUDA graph, before which ranks may compile "
+        "for unequal times; never less than timeout_s",
     )
     start_timeout_s: float = Field(
         default=300.0,

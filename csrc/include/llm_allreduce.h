@@ -29,7 +29,7 @@ enum {
   LAR_IN_BAND_SLOTS = 2,
   LAR_PUBLISHED_SLOTS = 4,
   LAR_STAGE_TIMES = 128,      // the newest stages whose times a rank keeps
-  LAR_BEGUN_WORDS = 1 << 14,  // first calls, eager or of a graph, that are told apart; see lar_workspace.begun
+  LAR_BEGUN_WORDS = 1 << 14,  // first calls of graphs that are told apart; see lar_workspace.begun
   LAR_CALL_RECORDS = 8,       // the newest calls that a CPU rank tells its peers of
 };
 
@@ -176,9 +176,9 @@ typedef struct lar_workspace {
   lar_layout layout;
   lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
   int64_t timeout_ns;    // no wait lasts longer
-  // But for the first call of its kind, before which ranks may compile for minutes: until a peer is gone, no longer
-  // than this. `begun`: which of the words of that name counts the beginnings of what the call belongs to, a graph or
-  // an eager call of one size; it is the first while that is at most 1. -1: not a first call.
+  // But for the first eager call and the first of a graph, before which ranks may compile for minutes: until a peer is
+  // gone, no longer than this. `begun`: which of the words of that name counts the beginnings of what the call belongs
+  // to, a graph or that eager call; it is the first while that is at most 1. -1: not a first call.
   int64_t first_timeout_ns;
   int32_t begun;
   // The call must wait for the end of all that it depends on: its kernels may not start earlier.

@@ -67,7 +67,7 @@ call(0); call(1); finish(group, "between")
 
 @KINDS
 @pytest.mark.parametrize("again", ("call(0)", "replay(0)"), ids=("eager", "graph"))
-def test_first_calls_of_a_size_and_of_a_graph_wait_longer_and_later_ones_do_not(kind: str, again: str) -> None:
+def test_the_first_call_and_that_of_a_graph_wait_longer_and_later_ones_do_not(kind: str, again: str) -> None:
     eager, graph, between, last = run(FIRST_CALLS % again, kind)
     assert eager.startswith("eager: well")
     assert graph.startswith("graph: well")
