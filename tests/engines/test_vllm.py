@@ -288,7 +288,7 @@ if __name__ == "__main__":
     llm = LLM(
         sys.argv[1], tensor_parallel_size=2, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2,
         kv_cache_memory_bytes=1 << 26, compilation_config={{"custom_ops": ["none"]}}, disable_log_stats=True,
-        additional_config={{"allreduce": {{"allreduce_strategy": "ONESHOT", "timeout_s": 3}}}},
+        additional_config={{"allreduce": {{"allreduce_strategy": "ONESHOT", "timeout_s": 3, "first_timeout_s": 3}}}},
     )
     workers = llm.collective_rpc(pid_of)
     os.kill(workers[1], signal.SIGSTOP)
