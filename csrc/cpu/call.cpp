@@ -1,5 +1,7 @@
 #include "cpu/call.h"
 
+#include "host/registry.h"
+
 namespace lar::cpu {
 
 int Call::begin() {
@@ -10,9 +12,8 @@ int Call::begin() {
   // A peer that reads meanwhile must not take the old number with the new values.
   __atomic_store_n(&record->call, mine_.call - 1, __ATOMIC_RELEASE);
   __atomic_thread_fence(__ATOMIC_SEQ_CST);
-  record->algorithm = mine_.algorithm;
+  record->kind = mine_.kind;
   record->dtype = mine_.dtype;
-  record->wire_format = mine_.wire_format;
   record->count = mine_.count;
   __atomic_store_n(&record->call, mine_.call, __ATOMIC_RELEASE);
   return LAR_OK;
@@ -24,9 +25,7 @@ bool Call::agrees_with(int peer) const {
   const lar_call_record theirs = *record;
   __atomic_thread_fence(__ATOMIC_ACQUIRE);
   if (__atomic_load_n(&record->call, __ATOMIC_RELAXED) != mine_.call) return true;  // it has gone on meanwhile
-  if (theirs.algorithm == mine_.algorithm && theirs.dtype == mine_.dtype && theirs.wire_format == mine_.wire_format &&
-      theirs.count == mine_.count)
-    return true;
+  if (theirs.kind == mine_.kind && theirs.dtype == mine_.dtype && theirs.count == mine_.count) return true;
   lar_failure& failure = *workspace_.failure;
   failure.mine = mine_;
   failure.theirs = theirs;
@@ -38,7 +37,7 @@ bool Call::fail(lar_reason reason, lar_phase phase, int peer, uint32_t round, ui
   failure.reason = reason;
   failure.rank = workspace_.rank;
   failure.peer = peer;
-  failure.algorithm = mine_.algorithm;
+  failure.kind = mine_.kind;
   failure.phase = phase;
   failure.lane = 0;
   failure.expected_round = round;

@@ -6,21 +6,19 @@
 #ifndef LLM_ALLREDUCE_CPU_CALL_H_
 #define LLM_ALLREDUCE_CPU_CALL_H_
 
-#include "common.h"
+#include "host/layout.h"
 
 namespace lar::cpu {
 
 class Call {
  public:
-  // `wire_format`: of LOWPRECISION; otherwise -1.
-  Call(const lar_workspace& workspace, lar_algorithm algorithm, const lar_message& message, int wire_format)
-      : workspace_(workspace), mine_{0, algorithm, message.dtype, wire_format, message.count} {}
+  Call(const lar_workspace& workspace, const lar_call& call)
+      : workspace_(workspace), mine_{0, call.kind, call.message.dtype, call.message.count} {}
 
   // Tells the peers. LAR_OK, or why the group is broken.
   int begin();
 
   const lar_workspace& workspace() const { return workspace_; }
-  lar_algorithm algorithm() const { return static_cast<lar_algorithm>(mine_.algorithm); }
 
   // False, with both calls on record, when `peer` makes another call of this number.
   bool agrees_with(int peer) const;

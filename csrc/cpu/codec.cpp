@@ -1,5 +1,7 @@
 #include "cpu/codec.h"
 
+#include "host/check.h"
+
 #include <algorithm>
 #include <cstring>
 
@@ -71,8 +73,10 @@ void round_typed(const float* values, int64_t count, void* elements) {
 
 }  // namespace
 
-void encode_packet(lar_wire_format format, const float* values, char* packet) {
+void encode_packet(lar_wire format, const float* values, char* packet) {
   switch (format) {
+    case LAR_WIRE_RAW:
+      return;
     case LAR_WIRE_FP8:
       return encode_fp8(values, packet);
     case LAR_WIRE_TQ3:
@@ -82,8 +86,10 @@ void encode_packet(lar_wire_format format, const float* values, char* packet) {
   }
 }
 
-void decode_packet(lar_wire_format format, const char* packet, float* values) {
+void decode_packet(lar_wire format, const char* packet, float* values) {
   switch (format) {
+    case LAR_WIRE_RAW:
+      return;
     case LAR_WIRE_FP8:
       return decode_fp8(packet, values);
     case LAR_WIRE_TQ3:
@@ -93,8 +99,10 @@ void decode_packet(lar_wire_format format, const char* packet, float* values) {
   }
 }
 
-bool sends_infinity(lar_wire_format format) {
+bool sends_infinity(lar_wire format) {
   switch (format) {
+    case LAR_WIRE_RAW:
+      return true;
     case LAR_WIRE_FP8:
       return Fp8::kSendsInfinity;
     case LAR_WIRE_TQ3:
@@ -129,8 +137,10 @@ void round(lar_dtype dtype, const float* values, int64_t count, void* elements) 
 
 }  // namespace lar::cpu
 
-extern "C" int lar_packet_size(lar_wire_format format, int32_t* values, int32_t* bytes) {
+extern "C" int lar_packet_size(lar_wire format, int32_t* values, int32_t* bytes) {
   switch (format) {
+    case LAR_WIRE_RAW:
+      break;
     case LAR_WIRE_FP8:
       *values = lar::codec::Fp8::kValues;
       *bytes = lar::codec::Fp8::kBytes;
@@ -144,7 +154,7 @@ extern "C" int lar_packet_size(lar_wire_format format, int32_t* values, int32_t*
   return LAR_ERROR_INVALID_ARGUMENT;
 }
 
-extern "C" int lar_encode_cpu(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count,
+extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* values, int64_t count,
                               void* packets) {
   int32_t size = 0;
   int32_t bytes = 0;
@@ -160,7 +170,7 @@ extern "C" int lar_encode_cpu(lar_wire_format format, lar_dtype dtype, const voi
   return LAR_OK;
 }
 
-extern "C" int lar_decode_cpu(lar_wire_format format, lar_dtype dtype, const void* packets, int64_t count,
+extern "C" int lar_decode_cpu(lar_wire format, lar_dtype dtype, const void* packets, int64_t count,
                               void* values) {
   int32_t size = 0;
   int32_t bytes = 0;

@@ -2,7 +2,7 @@
 #ifndef LLM_ALLREDUCE_CPU_CODEC_H_
 #define LLM_ALLREDUCE_CPU_CODEC_H_
 
-#include "common.h"
+#include "host/layout.h"
 
 namespace lar::cpu {
 
@@ -10,10 +10,10 @@ constexpr int kMostPacketValues = 1024;  // of any format
 constexpr int kMostPacketBytes = 512;
 
 // One packet from all its values, and back.
-void encode_packet(lar_wire_format format, const float* values, char* packet);
-void decode_packet(lar_wire_format format, const char* packet, float* values);
+void encode_packet(lar_wire format, const float* values, char* packet);
+void decode_packet(lar_wire format, const char* packet, float* values);
 
-bool sends_infinity(lar_wire_format format);
+bool sends_infinity(lar_wire format);
 
 // fp32 from `count` elements of any alignment, and back with one rounding.
 void widen(lar_dtype dtype, const void* elements, int64_t count, float* values);

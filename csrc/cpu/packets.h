@@ -8,9 +8,11 @@ namespace lar::cpu {
 
 class Packets {
  public:
-  // `values` and `bytes` of a packet: lar_packet_size().
-  Packets(const lar_message& message, lar_wire_format format, int values, int bytes)
-      : message_(message), format_(format), values_(values), bytes_(bytes), number_(ceil_div(message.count, values)) {}
+  // `wire`: not raw.
+  Packets(const lar_message& message, lar_wire wire) : message_(message), format_(wire) {
+    lar_packet_size(wire, &values_, &bytes_);
+    number_ = ceil_div(message.count, values_);
+  }
 
   int64_t number() const { return number_; }
   int bytes() const { return bytes_; }
@@ -41,10 +43,10 @@ class Packets {
   void limit(float* sum) const;
 
   const lar_message& message_;
-  const lar_wire_format format_;
-  const int values_;
-  const int bytes_;
-  const int64_t number_;
+  const lar_wire format_;
+  int32_t values_ = 0;
+  int32_t bytes_ = 0;
+  int64_t number_ = 0;
 };
 
 }  // namespace lar::cpu

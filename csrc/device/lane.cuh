@@ -8,7 +8,7 @@
 #ifndef LLM_ALLREDUCE_DEVICE_LANE_CUH_
 #define LLM_ALLREDUCE_DEVICE_LANE_CUH_
 
-#include "common.h"
+#include "host/layout.h"
 
 namespace lar {
 

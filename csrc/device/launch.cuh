@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common.h"
+#include "host/layout.h"
 #include "device/in_band.cuh"
 
 namespace lar {

@@ -16,7 +16,8 @@ extern "C" {
 #endif
 
 enum {
-  LAR_MAX_WORLD_SIZE = 16,  // entries in the peer pointer table
+  LAR_CPU = -1,             // lar_workspace.device of a CPU rank
+  LAR_MAX_WORLD_SIZE = 72,  // an NVLink domain
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 1024,     // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
@@ -24,10 +25,10 @@ enum {
   // warp (device/lane.cuh).
   LAR_MAX_FLAGGED_THREADS = 256,
   LAR_MAX_STAGED_THREADS = 224,  // the same for staged kernels, which keep more still
-  // Generations of slots, used by turns; csrc/kernels/ and csrc/device/in_band.cuh say why they are enough.
+  // Generations of slots, used by turns; csrc/protocol/ and csrc/device/in_band.cuh say why they are enough.
   LAR_SLOTS = 4,
-  LAR_IN_BAND_SLOTS = 2,
-  LAR_PUBLISHED_SLOTS = 4,
+  LAR_PUSH_SLOTS = 2,
+  LAR_SHARED_SLOTS = 4,
   LAR_STAGE_TIMES = 128,      // the newest stages whose times a rank keeps
   LAR_BEGUN_WORDS = 1 << 14,  // first calls of graphs that are told apart; see lar_workspace.begun
   LAR_CALL_RECORDS = 8,       // the newest calls that a CPU rank tells its peers of
@@ -46,19 +47,34 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-// LAR_TWO_SHOT_PULL: TWOSHOT that reads inputs in place. LAR_LOW_PRECISION: TWOSHOT in a wire format, which shares
-// TWOSHOT's slots and counts, as do the other forms of LOWPRECISION.
+// What tells one all-reduce from another, from the policy to the kernel: an algorithm, how readiness travels, what values
+// travel as, and what becomes of a reduced vector. docs/contributing.md says which combinations have kernels.
 typedef enum lar_algorithm {
-  LAR_ONE_SHOT = 0,
-  LAR_TWO_SHOT = 1,
-  LAR_TWO_SHOT_PULL = 2,
-  LAR_LOW_PRECISION = 3,
-  LAR_LOW_PRECISION_RING = 4,
-  LAR_LOW_PRECISION_HIERARCHICAL = 5,
+  LAR_ONE_SHOT = 0,      // everyone sends everything to everyone, and sums
+  LAR_TWO_SHOT = 1,      // reduce-scatter, then all-gather
+  LAR_RING = 2,          // parts go round, summed on the way (csrc/protocol/ring.h)
+  LAR_HIERARCHICAL = 3,  // sums within each of two domains, which exchange them (csrc/protocol/hierarchy.h)
 } lar_algorithm;
 
-// What values are sent as by LOWPRECISION; csrc/codec/ says what each is.
-typedef enum lar_wire_format { LAR_WIRE_FP8 = 0, LAR_WIRE_TQ3 = 1, LAR_WIRE_HADAMARD2 = 2 } lar_wire_format;
+typedef enum lar_exchange {
+  LAR_PUSH = 0,    // in band: into a slot of each peer, which polls the data itself (csrc/device/in_band.cuh)
+  LAR_SHARED = 1,  // in band: stored once, in memory that is as near to every rank (csrc/device/shared.cuh)
+  LAR_FLAGS = 2,   // flags say lane by lane when a slot may be read (csrc/device/lane.cuh)
+  LAR_STAGED = 3,  // flags; at any time a GPU sends to one peer and receives from one (csrc/device/staged_lane.cuh)
+  LAR_PULL = 4,    // peers read the input in place; results are pushed (csrc/kernels/two_shot_pull.cu)
+} lar_exchange;
+
+// csrc/codec/ says what each is. Raw: the elements as they are.
+typedef enum lar_wire { LAR_WIRE_RAW = 0, LAR_WIRE_FP8 = 1, LAR_WIRE_TQ3 = 2, LAR_WIRE_HADAMARD2 = 3 } lar_wire;
+
+typedef enum lar_epilogue { LAR_STORE = 0 } lar_epilogue;
+
+typedef struct lar_kind {
+  uint8_t algorithm;  // lar_algorithm
+  uint8_t exchange;   // lar_exchange
+  uint8_t wire;       // lar_wire
+  uint8_t epilogue;   // lar_epilogue
+} lar_kind;
 
 // What a rank was waiting for when it gave up.
 typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1, LAR_PHASE_EXCHANGE = 2 } lar_phase;
@@ -70,7 +86,7 @@ typedef struct lar_slots {
   int64_t scatter_offset;
   int64_t gather_offset;
   int64_t two_shot_bytes;  // of one slot
-  // Flagged, not published: what all lanes' slots of all generations hold of one rank, scatter or gather. A staged call
+  // Flagged, not shared: what all lanes' slots of all generations hold of one rank, scatter or gather. A staged call
   // takes them as one.
   int64_t staged_bytes;
 } lar_slots;
@@ -89,9 +105,9 @@ typedef struct lar_stage_times {
 //     begun     uint32 [16384]                       how often what has this word, a graph, has begun a call
 //     calls     uint32                               CPU ranks: calls that this rank has begun
 //     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
-//     extents   uint32 [plane][generation 4][lane]   published in band: vectors that lie in that generation
+//     lengths   uint32 [plane][generation 4][lane]   shared in band: vectors that lie in that generation
 //     stages    lar_stage_times [stage % 128]        staged: what nothing depends on, for tests and measurements
-//   flags       uint32 [plane][lane][rank 16]        written by peers: the newest round that rank has published
+//   flags       uint32 [plane][lane][flag_words]     written by peers, by rank: the newest round that it has published
 //   records     lar_call_record [call % 8]           CPU ranks: what this rank's newest calls are, read by peers
 //
 // Flagged slots, where flags tell lane by lane when a slot may be read:
@@ -103,7 +119,7 @@ typedef struct lar_stage_times {
 // (GPUs only). Peers are counted from the holder's next rank on:
 //   one_shot    [generation 2][peer][one_shot_bytes], and so on
 //
-// Published (1): all workspaces lie in one memory that is as near to every rank, host memory. What several ranks are to
+// Shared (1): all workspaces lie in one memory that is as near to every rank, host memory. What several ranks are to
 // read is stored once, in the workspace of the rank that it comes from, and read there by all; only `scatter`, where
 // every reader gets something else, lies with the readers. Then these regions have no dimension of peers:
 //   flagged     one_shot, gather  [generation 4][lane][..bytes]
@@ -111,13 +127,14 @@ typedef struct lar_stage_times {
 typedef struct lar_layout {
   int32_t world_size;
   int32_t lanes;
-  int32_t published;
+  int32_t shared;
+  int32_t flag_words;  // of a lane: at least one for each rank, in whole sectors of 64 bytes
   int64_t abort_offset;
   int64_t arrivals_offset;
   int64_t begun_offset;
   int64_t calls_offset;
   int64_t epochs_offset;
-  int64_t extents_offset;
+  int64_t lengths_offset;
   int64_t stages_offset;
   int64_t local_bytes;  // of the local part, which comes first
   int64_t flags_offset;
@@ -135,9 +152,8 @@ typedef struct lar_layout {
 // What a CPU rank tells its peers of a call: ranks that make different calls must hear of it, not get a wrong sum.
 typedef struct lar_call_record {
   uint32_t call;  // by number, from 1 on; written last
-  int32_t algorithm;
+  lar_kind kind;
   int32_t dtype;
-  int32_t wire_format;
   int64_t count;
 } lar_call_record;
 
@@ -149,18 +165,19 @@ typedef enum lar_reason {
   LAR_REASON_INTERRUPTED = 3,  // a wait was left before its end
 } lar_reason;
 
-// Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time. `gone` is written
-// by the host.
+// Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time. `any_gone` and
+// `gone` are written by the host.
 typedef struct lar_failure {
   volatile int32_t state;  // 0: none, 1: the other fields are valid
   int32_t reason;          // lar_reason
   lar_call_record mine;    // of a mismatch
   lar_call_record theirs;
-  volatile uint64_t gone;  // bit r: rank r will never come (again)
+  volatile int32_t any_gone;                  // whether any of these is set
+  volatile uint8_t gone[LAR_MAX_WORLD_SIZE];  // by rank: it will never come (again)
   int32_t rank;
   int32_t peer;
-  int32_t algorithm;  // lar_algorithm
-  int32_t phase;      // lar_phase
+  lar_kind kind;
+  int32_t phase;  // lar_phase
   int32_t lane;
   uint32_t expected_round;
   uint32_t seen_round;
@@ -170,6 +187,7 @@ typedef struct lar_failure {
 // One rank's view of the group: its own workspace and, at base[peer], every peer's.
 typedef struct lar_workspace {
   int32_t rank;
+  int32_t device;  // its number, or LAR_CPU
   void* base[LAR_MAX_WORLD_SIZE];
   void*
       local;  // base[rank], or memory of this rank's own where workspaces are far away: lar_layout.local_bytes, zeroed
@@ -200,73 +218,68 @@ typedef struct lar_message {
 
 // How a call is spread. Must be the same on every rank.
 typedef struct lar_launch {
-  int32_t lanes;  // blocks
-  int32_t threads;
-  // 16-byte vectors that one lane (with flags) or all lanes together (in band) move per round to one peer. Further
-  // rounds take place in the same kernel with flags, in further launches in band.
+  int32_t lanes;    // blocks; CPU ranks have one
+  int32_t threads;  // that handle data: what a kernel has beside them is its own
+  // 16-byte vectors that one lane (LAR_FLAGS, LAR_STAGED) or all lanes together (in band) move per round to one peer,
+  // whole packets of the wire format. Of the ring, vectors of values as they are. Further rounds take place in the same
+  // kernel with flags, in further launches in band.
   int64_t chunk_vectors;
-  int32_t in_band;  // through which slots
-  // In band, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (TWOSHOT)
+  // LAR_PUSH, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (two-shot)
   // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
   int32_t scatter_lanes;
   int32_t drain_lanes;
-  // With flags, TWOSHOT and LOWPRECISION, 3 ranks or more, not published: at any time a GPU sends to one peer and
-  // receives from one. All lanes must be resident together; chunk_vectors * lanes may fill staged_bytes of a slot.
-  int32_t staged;
 } lar_launch;
 
+// One all-reduce, the same on every rank but for addresses.
+typedef struct lar_call {
+  lar_kind kind;
+  lar_message message;
+  lar_launch launch;
+  // LAR_HIERARCHICAL: a number for each rank, the same for ranks of one domain. Two domains of equal size, 2 to 4 ranks
+  // each. Otherwise null.
+  const int32_t* domains;
+  // LAR_PULL: where this rank sees each rank's input, its own included; whole vectors that start on 16 bytes. The input
+  // may be overwritten as soon as the call has ended. Otherwise null.
+  const void* const* inputs;
+  // Where this rank sees each rank's output, for an exchange that stores there. Null: no exchange does yet.
+  void* const* outputs;
+} lar_call;
+
 // What a workspace is to hold.
-typedef struct lar_layout_wish {
+typedef struct lar_layout_sizes {
   int32_t world_size;
   int32_t lanes;
-  int32_t published;      // see lar_layout
+  int32_t shared;         // see lar_layout
   int64_t in_band_bytes;  // for in-band slots; 0: none. What does not fit a layout is rounded down.
   int64_t flagged_bytes;  // for flagged slots; 0: none
-} lar_layout_wish;
+} lar_layout_sizes;
 
 // LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector.
-LAR_EXPORT int lar_layout_init(lar_layout* layout, const lar_layout_wish* wish);
+LAR_EXPORT int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes);
 
 // Loads all kernels for `world_size` onto the current device. Otherwise each is loaded when it is first launched, which
 // may wait for kernels that run: for ever, if they wait for a rank of the same process.
 LAR_EXPORT int lar_load_kernels_cuda(int32_t world_size);
 
-LAR_EXPORT int lar_one_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
-LAR_EXPORT int lar_two_shot_cuda(const lar_workspace*, const lar_message*, const lar_launch*, void* stream);
-// TWOSHOT without the scatter, for an input that peers can see: owners read their parts in place. `inputs[rank]`: where
-// this rank sees each rank's input, its own included. In-band workspaces, whole vectors that start on 16 bytes on every
-// rank. The input may be overwritten as soon as the call has ended.
-LAR_EXPORT int lar_two_shot_pull_cuda(const lar_workspace*, const lar_message*, const void* const* inputs,
-                                      const lar_launch*, void* stream);
-LAR_EXPORT int lar_one_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
-LAR_EXPORT int lar_two_shot_cpu(const lar_workspace*, const lar_message*, const lar_launch*);
-// TWOSHOT with everything that travels in a wire format: what ranks send their owners, and the sums on their way back.
-// Every rank takes the decoded sums, the owner too, so all have the same bits. A slot must hold at least one packet.
-LAR_EXPORT int lar_low_precision_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
-// 16-bit elements, 2 to 8 ranks. In band: LAR_WIRE_FP8, and scatter_lanes must be at least 1.
-LAR_EXPORT int lar_low_precision_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
-                                      void* stream);
-// As a ring (csrc/ring.h): what is summed travels in a wire format, and the sums, rounded once, as they are. Flagged
-// slots; `chunk_vectors` counts values as they are and must be whole packets of them. 2 to 8 ranks.
-LAR_EXPORT int lar_low_precision_ring_cpu(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format);
-LAR_EXPORT int lar_low_precision_ring_cuda(const lar_workspace*, const lar_message*, const lar_launch*, lar_wire_format,
-                                           void* stream);
-// Over two domains of equal size, 2 to 4 ranks each, between which links are slow (csrc/hierarchy.h): partial sums
-// within each domain, of which each crosses once. `domains`: a number for each rank, the same on every rank. Flagged
-// slots.
-LAR_EXPORT int lar_low_precision_hierarchical_cpu(const lar_workspace*, const lar_message*, const lar_launch*,
-                                                  lar_wire_format, const int32_t* domains);
-LAR_EXPORT int lar_low_precision_hierarchical_cuda(const lar_workspace*, const lar_message*, const lar_launch*,
-                                                   lar_wire_format, const int32_t* domains, void* stream);
+// Sums the messages of all ranks in rank order, in fp32, rounded once; a call of any kind that is registered
+// (csrc/host/registry.h). On a CPU rank `stream` is ignored, and the call has ended when this returns.
+//
+// With a wire format, everything that is summed travels in it: what ranks send their owners, and the sums on their way
+// back. Every rank takes the decoded sums, the owner too, so all have the same bits. 16-bit elements on GPUs, 2 to 8
+// ranks.
+//
+// LAR_ERROR_INVALID_ARGUMENT when no kernel has this kind, or the call does not fit the workspace;
+// LAR_ERROR_NOT_RESIDENT; on CPU ranks, why the group is broken.
+LAR_EXPORT int lar_all_reduce(const lar_workspace* workspace, const lar_call* call, void* stream);
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
 // zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.
-LAR_EXPORT int lar_packet_size(lar_wire_format, int32_t* values, int32_t* bytes);
-LAR_EXPORT int lar_encode_cpu(lar_wire_format, lar_dtype, const void* values, int64_t count, void* packets);
-LAR_EXPORT int lar_decode_cpu(lar_wire_format, lar_dtype, const void* packets, int64_t count, void* values);
-LAR_EXPORT int lar_encode_cuda(lar_wire_format, lar_dtype, const void* values, int64_t count, void* packets,
+LAR_EXPORT int lar_packet_size(lar_wire, int32_t* values, int32_t* bytes);
+LAR_EXPORT int lar_encode_cpu(lar_wire, lar_dtype, const void* values, int64_t count, void* packets);
+LAR_EXPORT int lar_decode_cpu(lar_wire, lar_dtype, const void* packets, int64_t count, void* values);
+LAR_EXPORT int lar_encode_cuda(lar_wire, lar_dtype, const void* values, int64_t count, void* packets,
                                void* stream);
-LAR_EXPORT int lar_decode_cuda(lar_wire_format, lar_dtype, const void* packets, int64_t count, void* values,
+LAR_EXPORT int lar_decode_cuda(lar_wire, lar_dtype, const void* packets, int64_t count, void* values,
                                void* stream);
 
 // Proof that peers see each other's bytes. Each rank writes a word made from `nonce` into every peer's probe

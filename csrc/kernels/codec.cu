@@ -77,7 +77,7 @@ cudaError_t run(const Call& call) {
   return cudaErrorInvalidValue;
 }
 
-int code(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count, void* packets, bool encodes,
+int code(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets, bool encodes,
          void* stream) {
   int32_t packet_values = 0;
   int32_t packet_bytes = 0;
@@ -102,12 +102,12 @@ int code(lar_wire_format format, lar_dtype dtype, const void* values, int64_t co
 }  // namespace
 }  // namespace lar
 
-extern "C" int lar_encode_cuda(lar_wire_format format, lar_dtype dtype, const void* values, int64_t count,
+extern "C" int lar_encode_cuda(lar_wire format, lar_dtype dtype, const void* values, int64_t count,
                                void* packets, void* stream) {
   return lar::code(format, dtype, values, count, packets, true, stream);
 }
 
-extern "C" int lar_decode_cuda(lar_wire_format format, lar_dtype dtype, const void* packets, int64_t count,
+extern "C" int lar_decode_cuda(lar_wire format, lar_dtype dtype, const void* packets, int64_t count,
                                void* values, void* stream) {
   return lar::code(format, dtype, values, count, const_cast<void*>(packets), false, stream);
 }

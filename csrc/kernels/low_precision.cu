@@ -282,7 +282,7 @@ const void* flagged_kernel(Path path) {
 }
 
 template <typename T, int kWorldSize>
-const void* kernel_of(lar_wire_format format, Path path) {
+const void* kernel_of(lar_wire format, Path path) {
   static_assert(kPeersAtOnce<kWorldSize> == kWorldSize - 1, "all peers at once");
   if (path == Path::kInBand || path == Path::kPublished) {
     if (format != LAR_WIRE_FP8) return nullptr;  // their packets may have words like the marker
@@ -301,7 +301,7 @@ const void* kernel_of(lar_wire_format format, Path path) {
 }
 
 template <typename T>
-const void* kernel_of(int world_size, lar_wire_format format, Path path) {
+const void* kernel_of(int world_size, lar_wire format, Path path) {
   switch (world_size) {
     case 2:
       return kernel_of<T, 2>(format, path);
@@ -322,7 +322,7 @@ const void* kernel_of(int world_size, lar_wire_format format, Path path) {
   }
 }
 
-const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, Path path) {
+const void* kernel_of(lar_dtype dtype, int world_size, lar_wire format, Path path) {
   if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(world_size, format, path);
   if (dtype == LAR_FLOAT16) return kernel_of<__half>(world_size, format, path);
   return nullptr;
@@ -332,7 +332,7 @@ const void* kernel_of(lar_dtype dtype, int world_size, lar_wire_format format, P
 
 int load_low_precision_kernels(int world_size) {
   for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
-    for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
+    for (const lar_wire format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
       for (const Path path : {Path::kFlagged, Path::kStaged, Path::kInBand, Path::kPublished})
         if (const int status = load_kernel(kernel_of(dtype, world_size, format, path)); status != LAR_OK) return status;
   return LAR_OK;
@@ -341,7 +341,7 @@ int load_low_precision_kernels(int world_size) {
 }  // namespace lar
 
 extern "C" int lar_low_precision_cuda(const lar_workspace* workspace, const lar_message* message,
-                                      const lar_launch* shape, lar_wire_format format, void* stream) {
+                                      const lar_launch* shape, lar_wire format, void* stream) {
   using namespace lar;
   if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
   const lar_layout& layout = workspace->layout;

@@ -2,7 +2,7 @@
 // part, a warp to a packet. The number of ranks is a run-time value of at most kMostMembers in a domain.
 #include "device/launch.cuh"
 #include "device/packets.cuh"
-#include "hierarchy.h"
+#include "protocol/hierarchy.h"
 
 namespace lar {
 namespace {
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kCourierThreads, 1)
 }
 
 template <typename T>
-const void* kernel_of(lar_wire_format format) {
+const void* kernel_of(lar_wire format) {
   switch (format) {
     case LAR_WIRE_FP8:
       return reinterpret_cast<const void*>(low_precision_hierarchical_kernel<T, Fp8Packet>);
@@ -211,7 +211,7 @@ const void* kernel_of(lar_wire_format format) {
   return nullptr;
 }
 
-const void* kernel_of(lar_dtype dtype, lar_wire_format format) {
+const void* kernel_of(lar_dtype dtype, lar_wire format) {
   if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(format);
   if (dtype == LAR_FLOAT16) return kernel_of<__half>(format);
   return nullptr;
@@ -222,7 +222,7 @@ const void* kernel_of(lar_dtype dtype, lar_wire_format format) {
 int load_low_precision_hierarchical_kernels(int world_size) {
   if (world_size > 2 * kMostMembers) return LAR_OK;
   for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
-    for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
+    for (const lar_wire format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
       if (const int status = load_kernel(kernel_of(dtype, format)); status != LAR_OK) return status;
   return LAR_OK;
 }
@@ -230,7 +230,7 @@ int load_low_precision_hierarchical_kernels(int world_size) {
 }  // namespace lar
 
 extern "C" int lar_low_precision_hierarchical_cuda(const lar_workspace* workspace, const lar_message* message,
-                                                   const lar_launch* shape, lar_wire_format format,
+                                                   const lar_launch* shape, lar_wire format,
                                                    const int32_t* domains, void* stream) {
   using namespace lar;
   if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;

@@ -2,7 +2,7 @@
 // packet. The number of ranks is a run-time value: a rank has two neighbours whatever it is.
 #include "device/launch.cuh"
 #include "device/packets.cuh"
-#include "ring.h"
+#include "protocol/ring.h"
 
 namespace lar {
 namespace {
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS, 1)
 }
 
 template <typename T>
-const void* kernel_of(lar_wire_format format) {
+const void* kernel_of(lar_wire format) {
   switch (format) {
     case LAR_WIRE_FP8:
       return reinterpret_cast<const void*>(low_precision_ring_kernel<T, Fp8Packet>);
@@ -136,7 +136,7 @@ const void* kernel_of(lar_wire_format format) {
   return nullptr;
 }
 
-const void* kernel_of(lar_dtype dtype, lar_wire_format format) {
+const void* kernel_of(lar_dtype dtype, lar_wire format) {
   if (dtype == LAR_BFLOAT16) return kernel_of<__nv_bfloat16>(format);
   if (dtype == LAR_FLOAT16) return kernel_of<__half>(format);
   return nullptr;
@@ -147,7 +147,7 @@ const void* kernel_of(lar_dtype dtype, lar_wire_format format) {
 int load_low_precision_ring_kernels(int world_size) {
   if (world_size > kMostCompressingRanks) return LAR_OK;
   for (const lar_dtype dtype : {LAR_FLOAT16, LAR_BFLOAT16})
-    for (const lar_wire_format format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
+    for (const lar_wire format : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
       if (const int status = load_kernel(kernel_of(dtype, format)); status != LAR_OK) return status;
   return LAR_OK;
 }
@@ -155,7 +155,7 @@ int load_low_precision_ring_kernels(int world_size) {
 }  // namespace lar
 
 extern "C" int lar_low_precision_ring_cuda(const lar_workspace* workspace, const lar_message* message,
-                                           const lar_launch* shape, lar_wire_format format, void* stream) {
+                                           const lar_launch* shape, lar_wire format, void* stream) {
   using namespace lar;
   if (!workspace || !message || !shape) return LAR_ERROR_INVALID_ARGUMENT;
   int32_t values = 0;

@@ -1,7 +1,7 @@
 // Proof of peer access by real bytes: drivers advertise P2P that ACS or an IOMMU then drops.
 #include <cuda_runtime.h>
 
-#include "common.h"
+#include "host/layout.h"
 
 namespace lar {
 namespace {

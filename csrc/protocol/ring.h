@@ -20,10 +20,10 @@
 // of the successor. The last ones of a call go to all: flags are compared by distance (reached()), and one that rested
 // for 2^31 rounds would look like one to come. They run ahead of nothing: a rank that looks for them in a later call
 // waits for later rounds.
-#ifndef LLM_ALLREDUCE_RING_H_
-#define LLM_ALLREDUCE_RING_H_
+#ifndef LLM_ALLREDUCE_PROTOCOL_RING_H_
+#define LLM_ALLREDUCE_PROTOCOL_RING_H_
 
-#include "common.h"
+#include "protocol/peers.h"
 
 namespace lar {
 
@@ -49,10 +49,34 @@ struct Ring {
     return hop >= 2 ? 0 : -1;
   }
 
-  LAR_HOST_DEVICE static uint32_t only(int peer) { return 1u << peer; }
-  LAR_HOST_DEVICE static uint32_t everyone() { return ~0u; }
+  // Whom a rank tells that a hop's data has been sent, and that a hop's slot has been read.
+  template <typename Hop>
+  LAR_HOST_DEVICE OneOrAllPeers receivers_of_data(Hop hop, Hop hops) const {
+    return {hop == hops - 1 ? -1 : successor()};
+  }
+  template <typename Hop>
+  LAR_HOST_DEVICE OneOrAllPeers receivers_of_credit(Hop hop, Hop hops) const {
+    return {hop == hops - 1 ? -1 : predecessor()};
+  }
 };
+
+// Calls the steps above in order: has_arrived(hop), has_credit(hop), receive(hop), begin(hop), tell_data(hop, peers),
+// tell_credit(hop, peers). False as soon as one that waits is.
+template <typename Hop, typename Steps>
+LAR_HOST_DEVICE bool run_ring(const Ring& ring, Hop hops, const Steps& steps) {
+#pragma unroll 1
+  for (Hop step = 0; step <= hops; ++step) {
+    if (step > 0 && !steps.has_arrived(step - 1)) return false;
+    if (step < hops && Ring::credit_for(step) >= 0 && !steps.has_credit(static_cast<Hop>(Ring::credit_for(step))))
+      return false;
+    if (step > 0) steps.receive(step - 1);
+    if (step < hops && step % ring.hops_of_chunk() == 0) steps.begin(step);
+    if (step < hops) steps.tell_data(step, ring.receivers_of_data(step, hops));
+    if (step > 0) steps.tell_credit(step - 1, ring.receivers_of_credit(step - 1, hops));
+  }
+  return steps.has_credit(hops - 1);
+}
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_RING_H_
+#endif  // LLM_ALLREDUCE_PROTOCOL_RING_H_

@@ -1,6 +1,6 @@
-// Helpers shared by the CUDA and the CPU implementation; not part of the ABI.
-#ifndef LLM_ALLREDUCE_COMMON_H_
-#define LLM_ALLREDUCE_COMMON_H_
+// Typed addresses inside a workspace, and the few words that CUDA kernels and CPU ranks share; not part of the ABI.
+#ifndef LLM_ALLREDUCE_HOST_LAYOUT_H_
+#define LLM_ALLREDUCE_HOST_LAYOUT_H_
 
 #include "llm_allreduce.h"
 
@@ -20,20 +20,8 @@ enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, k
 // begin.
 enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kStaged, kStageOpen, kNumber };
 
-// Planes of lar_layout::extents.
-enum class ExtentPlane : int { kOneShot, kTwoShot, kNumber };
-
-// Ranks of a LOWPRECISION call on GPUs, and of its ring anywhere.
-constexpr int kMostCompressingRanks = 8;
-
-bool supported_world_size(int32_t world_size);
-
-// LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
-int check_call(const lar_workspace*, const lar_message*, const lar_launch*, int64_t chunk_bytes);
-
-// The same for encoding and decoding; the packet size of the format.
-int check_codec_call(lar_wire_format, lar_dtype, const void* values, int64_t count, const void* packets,
-                     int32_t* packet_values, int32_t* packet_bytes);
+// Planes of lar_layout::lengths.
+enum class LengthPlane : int { kOneShot, kTwoShot, kNumber };
 
 LAR_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -60,6 +48,9 @@ LAR_HOST_DEVICE uint32_t* begun_word(const lar_workspace& workspace) {
          workspace.begun;
 }
 
+// Written by the host when it learns that a rank has ended.
+LAR_HOST_DEVICE bool is_gone(const lar_failure& failure, int rank) { return failure.gone[rank] != 0; }
+
 inline uint32_t* calls_word(const lar_workspace& workspace) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace.local) + workspace.layout.calls_offset);
 }
@@ -79,20 +70,20 @@ LAR_HOST_DEVICE uint32_t* epoch_word(void* local, const lar_layout& layout, Epoc
          static_cast<int>(plane) * layout.lanes + lane;
 }
 
-// The row of flags of one lane: one word per publishing rank, all within 64 bytes.
+// The row of flags of one lane: one word per publishing rank.
 LAR_HOST_DEVICE uint32_t* flag_row(void* base, const lar_layout& layout, FlagPlane plane, int lane) {
   const int64_t row = static_cast<int64_t>(plane) * layout.lanes + lane;
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.flags_offset) + row * LAR_MAX_WORLD_SIZE;
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.flags_offset) + row * layout.flag_words;
 }
 
 LAR_HOST_DEVICE uint32_t* probe_words(void* base, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.probe_offset);
 }
 
-// How many vectors lie in each generation published in band, as each lane knows it.
-LAR_HOST_DEVICE uint32_t* extent_words(void* local, const lar_layout& layout, ExtentPlane plane) {
-  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.extents_offset) +
-         static_cast<int>(plane) * LAR_PUBLISHED_SLOTS * layout.lanes;
+// How many vectors lie in each shared generation, as each lane knows it.
+LAR_HOST_DEVICE uint32_t* length_words(void* local, const lar_layout& layout, LengthPlane plane) {
+  return reinterpret_cast<uint32_t*>(static_cast<char*>(local) + layout.lengths_offset) +
+         static_cast<int>(plane) * LAR_SHARED_SLOTS * layout.lanes;
 }
 
 // Byte offset of flagged slot [ring][rank][lane] in a region of equal slots for `ranks` ranks.
@@ -103,22 +94,22 @@ LAR_HOST_DEVICE int64_t slot_offset(const lar_layout& layout, int64_t region_off
 }
 
 // The flagged slot in which what rank `source` stores is for rank `reader`. `shared`: all readers get the same, so that
-// in a published layout there is one slot for all of them.
+// in a shared layout there is one slot for all of them.
 LAR_HOST_DEVICE char* flagged_slot(const lar_workspace& workspace, int64_t region_offset, int64_t slot_bytes, int ring,
                                    int reader, int source, int lane, bool shared) {
   const lar_layout& layout = workspace.layout;
-  const bool once = shared && layout.published;
+  const bool once = shared && layout.shared;
   return static_cast<char*>(workspace.base[once ? source : reader]) +
          slot_offset(layout, region_offset, slot_bytes, ring, once ? 1 : layout.world_size, once ? 0 : source, lane);
 }
 
 // Slots that a rank stores what all others are to read in.
-LAR_HOST_DEVICE int shared_copies(const lar_layout& layout) { return layout.published ? 1 : layout.world_size - 1; }
+LAR_HOST_DEVICE int shared_copies(const lar_layout& layout) { return layout.shared ? 1 : layout.world_size - 1; }
 
 // True once a peer has published `round`. Rounds are 32-bit and wrap after about half a day of serving, so
 // they are compared by distance, never by size. A peer is ahead by no more than the slots of a ring have generations,
 // or the stages of a staged call peers; a flag that is further ahead was not written by a peer, and opens nothing.
-constexpr uint32_t kMostRoundsAhead = 64;
+constexpr uint32_t kMostRoundsAhead = 256;
 static_assert(kMostRoundsAhead > LAR_SLOTS && kMostRoundsAhead > 2 * LAR_MAX_WORLD_SIZE,
               "no peer may look overwritten");
 LAR_HOST_DEVICE bool reached(uint32_t seen, uint32_t round) { return seen - round < kMostRoundsAhead; }
@@ -133,4 +124,4 @@ LAR_HOST_DEVICE uint32_t probe_pattern(uint32_t nonce, int writer, int reader) {
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_COMMON_H_
+#endif  // LLM_ALLREDUCE_HOST_LAYOUT_H_

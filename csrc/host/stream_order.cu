@@ -12,8 +12,8 @@
 
 #include <vector>
 
-#include "common.h"
-#include "device/capture.h"
+#include "host/layout.h"
+#include "host/capture.h"
 
 namespace {
 

@@ -2,7 +2,7 @@
 #include <cuda_runtime.h>
 #include <sys/mman.h>
 
-#include "common.h"
+#include "host/layout.h"
 
 namespace {
 // One page of our own rather than cudaHostAlloc: it stays readable after the trap has ended the CUDA context.

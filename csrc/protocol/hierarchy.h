@@ -33,10 +33,10 @@
 // call.
 //
 // The last flags of a call go to all peers, as in the ring and for the same reason.
-#ifndef LLM_ALLREDUCE_HIERARCHY_H_
-#define LLM_ALLREDUCE_HIERARCHY_H_
+#ifndef LLM_ALLREDUCE_PROTOCOL_HIERARCHY_H_
+#define LLM_ALLREDUCE_PROTOCOL_HIERARCHY_H_
 
-#include "llm_allreduce.h"
+#include "protocol/peers.h"
 
 namespace lar {
 
@@ -50,6 +50,25 @@ struct Domains {
   uint32_t bits;                 // bit r: rank r is in this rank's domain
   int32_t member[kMostMembers];  // the ranks of this rank's domain, rising
 };
+
+// Whom a rank tells of a chunk, beside its counterpart: its domain, and of the last one all.
+template <typename Chunk>
+LAR_HOST_DEVICE SomePeers receivers_in(const Domains& domains, Chunk chunk, Chunk chunks) {
+  return {chunk == chunks - 1 ? ~0u : domains.bits};
+}
+
+// Calls steps.scatter(chunk), partial(chunk), combine(chunk) and drain(chunk) in order. False as soon as one of them is.
+template <typename Chunk, typename Steps>
+LAR_HOST_DEVICE bool run_hierarchical(Chunk chunks, const Steps& steps) {
+#pragma unroll 1
+  for (Chunk step = 0; step < chunks + 3; ++step) {
+    if (step < chunks && !steps.scatter(step)) return false;
+    if (step >= 1 && step <= chunks && !steps.partial(step - 1)) return false;
+    if (step >= 2 && step <= chunks + 1 && !steps.combine(step - 2)) return false;
+    if (step >= 3 && !steps.drain(step - 3)) return false;
+  }
+  return true;
+}
 
 // False unless `domain`, a number for each rank, tells exactly two domains of 2 to kMostMembers ranks each.
 inline bool make_domains(const int32_t* domain, int world_size, int rank, Domains* out) {
@@ -81,4 +100,4 @@ inline bool make_domains(const int32_t* domain, int world_size, int rank, Domain
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_HIERARCHY_H_
+#endif  // LLM_ALLREDUCE_PROTOCOL_HIERARCHY_H_

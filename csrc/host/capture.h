@@ -1,6 +1,6 @@
 // Calls that have nothing to do with a graph that happens to be captured meanwhile.
-#ifndef LLM_ALLREDUCE_DEVICE_CAPTURE_H_
-#define LLM_ALLREDUCE_DEVICE_CAPTURE_H_
+#ifndef LLM_ALLREDUCE_HOST_CAPTURE_H_
+#define LLM_ALLREDUCE_HOST_CAPTURE_H_
 
 #include <cuda_runtime.h>
 
@@ -22,4 +22,4 @@ class OutsideCapture {
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_DEVICE_CAPTURE_H_
+#endif  // LLM_ALLREDUCE_HOST_CAPTURE_H_

@@ -1,0 +1,181 @@
+// The Python face of the C ABI. Addresses travel as integers: nothing here knows a tensor library.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings/plan.h"
+
+using namespace nb::literals;
+
+namespace {
+
+// Encodes or decodes `count` values between two addresses, on the CPU or, with a stream, on the current device.
+void encode(int format, int dtype, uint64_t values, int64_t count, uint64_t packets, std::optional<uint64_t> stream) {
+  const auto wire = static_cast<lar_wire>(format);
+  const auto type = static_cast<lar_dtype>(dtype);
+  throw_on_error(stream ? lar_encode_cuda(wire, type, pointer(values), count, pointer(packets), pointer(*stream))
+                        : lar_encode_cpu(wire, type, pointer(values), count, pointer(packets)),
+                 "encode");
+}
+
+void decode(int format, int dtype, uint64_t packets, int64_t count, uint64_t values, std::optional<uint64_t> stream) {
+  const auto wire = static_cast<lar_wire>(format);
+  const auto type = static_cast<lar_dtype>(dtype);
+  throw_on_error(stream ? lar_decode_cuda(wire, type, pointer(packets), count, pointer(values), pointer(*stream))
+                        : lar_decode_cpu(wire, type, pointer(packets), count, pointer(values)),
+                 "decode");
+}
+
+std::tuple<int, int> packet_size(int format) {
+  int32_t values = 0;
+  int32_t bytes = 0;
+  throw_on_error(lar_packet_size(static_cast<lar_wire>(format), &values, &bytes), "packet_size");
+  return {values, bytes};
+}
+
+lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t flagged_bytes, bool shared) {
+  const lar_layout_sizes sizes{world_size, lanes, shared, in_band_bytes, flagged_bytes};
+  lar_layout layout;
+  if (lar_layout_init(&layout, &sizes) != LAR_OK)
+    throw std::invalid_argument(
+        "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
+        ", in_band_bytes=" + std::to_string(in_band_bytes) + ", flagged_bytes=" + std::to_string(flagged_bytes) +
+        ": world size must be 2 to " +
+        std::to_string(LAR_MAX_WORLD_SIZE) + ", lanes 1 to " + std::to_string(LAR_MAX_LANES) +
+        ", and a slot must hold at least one vector of 16 bytes");
+  return layout;
+}
+
+uint64_t host_register(uint64_t address, int64_t bytes) {
+  void* seen = nullptr;
+  throw_on_error(lar_host_register(pointer(address), bytes, &seen), "pinning host memory");
+  return reinterpret_cast<uint64_t>(seen);
+}
+
+}  // namespace
+
+NB_MODULE(_C, module) {
+  // A communicator that lives until the interpreter ends, as an engine's does, is not a leak worth a page of text.
+  nb::set_leak_warnings(false);
+  module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
+  module.attr("MAX_WORLD_SIZE") = static_cast<int>(LAR_MAX_WORLD_SIZE);
+  module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
+  module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
+  module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
+  module.attr("MAX_FLAGGED_THREADS") = static_cast<int>(LAR_MAX_FLAGGED_THREADS);
+  module.attr("MAX_STAGED_THREADS") = static_cast<int>(LAR_MAX_STAGED_THREADS);
+  module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);
+  module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
+  module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
+  module.attr("STATUS_CLOSED") = static_cast<int>(LAR_ERROR_CLOSED);
+  module.attr("STATUS_BUSY") = static_cast<int>(LAR_ERROR_BUSY);
+  module.attr("REASON_EXPIRED") = static_cast<int>(LAR_REASON_EXPIRED);
+  module.attr("REASON_MISMATCH") = static_cast<int>(LAR_REASON_MISMATCH);
+  module.attr("REASON_OVERWRITTEN") = static_cast<int>(LAR_REASON_OVERWRITTEN);
+  module.attr("REASON_INTERRUPTED") = static_cast<int>(LAR_REASON_INTERRUPTED);
+  module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
+  module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
+  module.attr("RING") = static_cast<int>(LAR_RING);
+  module.attr("HIERARCHICAL") = static_cast<int>(LAR_HIERARCHICAL);
+  module.attr("PUSH") = static_cast<int>(LAR_PUSH);
+  module.attr("SHARED") = static_cast<int>(LAR_SHARED);
+  module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
+  module.attr("STAGED") = static_cast<int>(LAR_STAGED);
+  module.attr("PULL") = static_cast<int>(LAR_PULL);
+  module.attr("WIRE_RAW") = static_cast<int>(LAR_WIRE_RAW);
+  module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
+  module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
+  module.attr("WIRE_HADAMARD2") = static_cast<int>(LAR_WIRE_HADAMARD2);
+  module.attr("CPU") = static_cast<int>(LAR_CPU);
+
+  nb::class_<lar_slots>(module, "Slots",
+                        "Where a kind of slots lies in a workspace; a slot of 0 bytes: there are none.")
+      .def_ro("one_shot_offset", &lar_slots::one_shot_offset)
+      .def_ro("one_shot_bytes", &lar_slots::one_shot_bytes)
+      .def_ro("scatter_offset", &lar_slots::scatter_offset)
+      .def_ro("gather_offset", &lar_slots::gather_offset)
+      .def_ro("two_shot_bytes", &lar_slots::two_shot_bytes)
+      .def_ro("staged_bytes", &lar_slots::staged_bytes);
+
+  nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
+      .def_ro("world_size", &lar_layout::world_size)
+      .def_ro("lanes", &lar_layout::lanes)
+      .def_prop_ro("shared", [](const lar_layout& layout) { return layout.shared != 0; })
+      .def_ro("epochs_offset", &lar_layout::epochs_offset)
+      .def_ro("stages_offset", &lar_layout::stages_offset)
+      .def_ro("flags_offset", &lar_layout::flags_offset)
+      .def_ro("probe_offset", &lar_layout::probe_offset)
+      .def_ro("in_band", &lar_layout::in_band)
+      .def_ro("flagged", &lar_layout::flagged)
+      .def_ro("local_bytes", &lar_layout::local_bytes)
+      .def_ro("total_bytes", &lar_layout::total_bytes);
+
+  module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, nb::kw_only(), "in_band_bytes"_a = 0,
+             "flagged_bytes"_a = 0, "shared"_a = false,
+             "Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.");
+  module.def("host_register", &host_register, "address"_a, "bytes"_a,
+             "Pin whole pages of host memory; the address at which the current device sees them.");
+  module.def(
+      "host_unregister", [](uint64_t address) { throw_on_error(lar_host_unregister(pointer(address)), "unpin"); },
+      "address"_a);
+  module.def(
+      "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
+      "world_size"_a, "Load all kernels for a world size onto the current device.");
+  module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
+  module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
+             "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
+  module.def("decode", &decode, "format"_a, "dtype"_a, "packets"_a, "count"_a, "values"_a, "stream"_a = nb::none(),
+             "The other way round.");
+  module.def("abi_version", &lar_abi_version);
+  module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
+
+  nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
+      .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int, uint64_t, double, nb::object>(),
+           "rank"_a, "bases"_a, "layout"_a, "timeout_s"_a, "device"_a, "local"_a = 0, "first_timeout_s"_a = 0.0,
+           "owner"_a = nb::none(),
+           "`local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: "
+           "how "
+           "long the first eager call, and the first of a graph, may wait; never less than `timeout_s`. `owner`: kept "
+           "alive "
+           "as "
+           "long as anything can be called.")
+      .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
+      .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
+      .def("failure", &Workspace::failure,
+           "None, or (rank, peer, kind, phase, lane, expected_round, seen_round, waited_s); kind: (algorithm, "
+           "exchange, wire).")
+      .def("reason", &Workspace::reason, "Of a failure, one of REASON_*.")
+      .def("mismatch", &Workspace::mismatch,
+           "Of a mismatch, this rank's call and its peer's, each (kind, dtype, count).")
+      .def("mark_gone", &Workspace::mark_gone, "peer"_a, "A peer will never come: nothing waits for it for long.")
+      .def("close", &Workspace::close, "wait_s"_a,
+           "Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.");
+
+  nb::class_<Plan>(module, "Plan", "All-reduces of one size and type: called with input, output and stream.")
+      .def(
+          "__init__",
+          [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
+             int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes,
+             const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances) {
+            lar_call call{};
+            call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
+                         LAR_STORE};
+            call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
+            call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
+            new (self) Plan(workspace, call, domains, peer_distances);
+          },
+          "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
+          "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
+          "domains"_a = std::vector<int32_t>{}, "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
+          "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
+          "rank's input to where it sees each rank's.")
+      .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
+           "Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; "
+           "STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).")
+      .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,
+           "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
+      .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")
+      .def_prop_ro("captured", &Plan::captured, "Calls that went into a CUDA graph.");
+}

@@ -1,0 +1,236 @@
+// A rank's workspace as Python holds it.
+#ifndef LLM_ALLREDUCE_BINDINGS_WORKSPACE_H_
+#define LLM_ALLREDUCE_BINDINGS_WORKSPACE_H_
+
+#include <nanobind/nanobind.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "llm_allreduce.h"
+
+namespace nb = nanobind;
+
+inline void throw_on_error(int status, const char* what) {
+  if (status != LAR_OK) throw std::runtime_error(std::string(what) + ": " + lar_error_string(status));
+}
+
+inline void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
+
+// A rank's workspace with what a call needs beside it. Owns the failure record and the stream order, not the
+// payload memory: that belongs to llm_allreduce_plugin.memory, whose object is kept here as long as anything can be
+// called.
+class Workspace {
+ public:
+  // `local`: the address of memory for lar_workspace.local; 0: within the workspace itself. `first_timeout_s`: 0 for
+  // the same as `timeout_s`. `owner`: whatever keeps the memory alive.
+  Workspace(int rank, const std::vector<uint64_t>& bases, const lar_layout& layout, double timeout_s, int device,
+            uint64_t local, double first_timeout_s, nb::object owner)
+      : device_(device), owner_(std::move(owner)) {
+    if (static_cast<int>(bases.size()) != layout.world_size)
+      throw std::invalid_argument("bases: got " + std::to_string(bases.size()) + " addresses for world size " +
+                                  std::to_string(layout.world_size));
+    if (rank < 0 || rank >= layout.world_size)
+      throw std::invalid_argument("rank: " + std::to_string(rank) + " is not in a group of " +
+                                  std::to_string(layout.world_size));
+    if (!(timeout_s > 0)) throw std::invalid_argument("timeout_s: must be positive");
+    if (!(first_timeout_s >= 0)) throw std::invalid_argument("first_timeout_s: must not be negative");
+    workspace_.rank = rank;
+    workspace_.device = device;
+    for (size_t peer = 0; peer < bases.size(); ++peer) workspace_.base[peer] = pointer(bases[peer]);
+    workspace_.local = local ? pointer(local) : workspace_.base[rank];
+    workspace_.layout = layout;
+    workspace_.timeout_ns = static_cast<int64_t>(timeout_s * 1e9);
+    workspace_.first_timeout_ns = static_cast<int64_t>(std::max(timeout_s, first_timeout_s) * 1e9);
+    workspace_.should_leave = &should_leave;
+    workspace_.should_leave_context = this;
+    if (device == LAR_CPU) {
+      throw_on_error(lar_failure_create(&failure_, nullptr), "failure record");
+      workspace_.failure = failure_;
+    } else {
+      throw_on_error(lar_stream_order_create(&order_, device), "stream order");
+      const int status = lar_failure_create(&failure_, &workspace_.failure);
+      if (status != LAR_OK) lar_stream_order_destroy(order_);
+      throw_on_error(status, "failure record");
+    }
+  }
+
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  ~Workspace() {
+    lar_stream_order_destroy(order_);
+    lar_failure_destroy(failure_, device_ != LAR_CPU);
+  }
+
+  // One all-reduce; `captured` is set to whether it went into a graph. Returns at once with the status
+  // of a broken group when an earlier wait has expired.
+  int call(const lar_call& call, void* stream, bool* captured) {
+    if (closed_.load(std::memory_order_relaxed)) return LAR_ERROR_CLOSED;
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
+    *captured = false;
+    const bool is_first = !called_.load(std::memory_order_relaxed);
+    const int status = device_ == LAR_CPU
+                           ? call_on_cpu(call, is_first)
+                           : with_order(stream, is_first, captured,
+                                        [&] { return lar_all_reduce(&workspace_, &call, stream); });
+    if (status == LAR_OK && !*captured) called_.store(true, std::memory_order_relaxed);
+    return status;
+  }
+
+  int world_size() const { return workspace_.layout.world_size; }
+
+  // Nanoseconds of host time per launch when nothing but launches is done.
+  double time_launches(const lar_call& call, void* stream, int launches) {
+    double nanoseconds = 0;
+    bool captured = false;
+    with_order(stream, false, &captured, [&] {
+      const auto start = std::chrono::steady_clock::now();
+      int status = LAR_OK;
+      for (int i = 0; i < launches && status == LAR_OK; ++i) status = lar_all_reduce(&workspace_, &call, stream);
+      nanoseconds = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
+      return status;
+    });
+    return nanoseconds / launches;
+  }
+
+  void probe_write(uint32_t nonce, uint64_t stream) {
+    bool captured = false;
+    with_order(pointer(stream), false, &captured,
+               [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+  }
+
+  void probe_check(uint32_t nonce, uint64_t verdict, uint64_t stream) {
+    auto* words = static_cast<int32_t*>(pointer(verdict));
+    bool captured = false;
+    with_order(pointer(stream), false, &captured,
+               [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+  }
+
+  // Algorithm, exchange and wire format.
+  using Kind = std::tuple<int, int, int>;
+  using Failure = std::tuple<int, int, Kind, int, int, uint32_t, uint32_t, double>;
+  std::optional<Failure> failure() const {
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
+    return Failure{failure_->rank, failure_->peer,           kind(failure_->kind),  failure_->phase,
+                   failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
+  }
+
+  // lar_reason, of a failure.
+  int reason() const { return failure_->reason; }
+
+  // Of a mismatch, this rank's call and the peer's: kind, dtype, count.
+  using Made = std::tuple<Kind, int, int64_t>;
+  std::tuple<Made, Made> mismatch() const {
+    const auto made = [](const lar_call_record& call) { return Made{kind(call.kind), call.dtype, call.count}; };
+    return {made(failure_->mine), made(failure_->theirs)};
+  }
+
+  void mark_gone(int peer) {
+    if (peer < 0 || peer >= world_size()) throw std::invalid_argument("peer: is not in the group");
+    __atomic_store_n(&failure_->gone[peer], uint8_t{1}, __ATOMIC_RELEASE);
+    __atomic_store_n(&failure_->any_gone, 1, __ATOMIC_RELEASE);
+  }
+
+  // Lets no call begin, and waits at most `wait_s` seconds for those on a CPU rank to leave their waits. True when no
+  // call is under way any more.
+  bool close(double wait_s) {
+    closed_.store(true);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(wait_s);
+    nb::gil_scoped_release release;
+    while (inside_.load()) {
+      if (std::chrono::steady_clock::now() >= deadline) return false;
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    return true;
+  }
+
+ private:
+  static Kind kind(const lar_kind& kind) { return {kind.algorithm, kind.exchange, kind.wire}; }
+
+  int call_on_cpu(const lar_call& call, bool is_first) {
+    // A second thread's call could meet another call of the peers than the one it is for.
+    if (inside_.exchange(true)) return LAR_ERROR_BUSY;
+    workspace_.begun = is_first ? 0 : -1;
+    int status = LAR_OK;
+    {
+      nb::gil_scoped_release release;  // a CPU rank may wait here for its peers
+      status = lar_all_reduce(&workspace_, &call, nullptr);
+    }
+    inside_.store(false);
+    if (status == LAR_ERROR_INTERRUPTED && closed_.load() && !PyErr_Occurred()) return LAR_ERROR_CLOSED;
+    if (PyErr_Occurred()) throw nb::python_error();  // what a signal's handler raised
+    return status;
+  }
+
+  // A launch waits where the stream's queue is full, as it is behind a kernel that waits for a peer: without the
+  // interpreter's lock, so that others can say what is wrong meanwhile.
+  template <typename Launch>
+  int with_order(void* stream, bool is_first, bool* captured, Launch launch) {
+    if (device_ == LAR_CPU) throw std::invalid_argument("this workspace belongs to a CPU rank");
+    const char* what = "before a launch";
+    int status = LAR_OK;
+    {
+      nb::gil_scoped_release release;
+      const std::lock_guard<std::mutex> lock(order_mutex_);
+      lar_call_order order{};
+      status = lar_stream_order_begin(order_, stream, &order);
+      if (status == LAR_OK) {
+        *captured = order.capture != 0;
+        workspace_.starts_late = order.starts_late;
+        workspace_.begun = begun_word(order.capture, is_first);
+        what = "launch";
+        status = launch();
+        const int end = lar_stream_order_end(order_, stream);
+        if (status == LAR_OK && end != LAR_OK) {
+          what = "after a launch";
+          status = end;
+        }
+      }
+    }
+    throw_on_error(status, what);
+    return status;
+  }
+
+  // The word that counts the beginnings of a graph, or of the first eager call of all; else -1. After some thousands,
+  // words are used again; whoever gets one then counts as begun before.
+  int32_t begun_word(uint64_t capture, bool is_first) {
+    if (capture == 0) return is_first ? static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS) : -1;
+    if (capture != capture_) captures_word_ = static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS);
+    capture_ = capture;
+    return captures_word_;
+  }
+
+  // What a waiting CPU rank asks now and then. Runs the handlers of signals that have come, as Python does between two
+  // instructions; one that raises ends the wait.
+  static int should_leave(void* context) {
+    const auto* self = static_cast<const Workspace*>(context);
+    if (self->closed_.load()) return 1;
+    const nb::gil_scoped_acquire acquire;
+    return PyErr_CheckSignals();
+  }
+
+  const int device_;
+  const nb::object owner_;
+  lar_workspace workspace_{};
+  lar_failure* failure_ = nullptr;
+  lar_stream_order* order_ = nullptr;
+  std::mutex order_mutex_;
+  std::atomic<bool> closed_{false};
+  std::atomic<bool> inside_{false};  // a CPU rank's call
+  std::atomic<bool> called_{false};  // an eager call was made
+  uint32_t begun_ = 0;
+  uint64_t capture_ = 0;
+  int32_t captures_word_ = -1;
+};
+
+#endif  // LLM_ALLREDUCE_BINDINGS_WORKSPACE_H_

@@ -1,0 +1,100 @@
+#include "host/check.h"
+
+#include "host/layout.h"
+#include "protocol/hierarchy.h"
+
+namespace lar {
+
+bool supported_world_size(int32_t world_size) {
+  return world_size >= 2 && world_size <= LAR_MAX_WORLD_SIZE;
+}
+
+WireUnit wire_unit(lar_kind kind, lar_dtype dtype) {
+  if (kind.wire == LAR_WIRE_RAW) return {LAR_VECTOR_BYTES / element_bytes(dtype), LAR_VECTOR_BYTES};
+  WireUnit unit{};
+  lar_packet_size(static_cast<lar_wire>(kind.wire), &unit.values, &unit.bytes);
+  if (kind.algorithm == LAR_RING) unit.bytes = raw_packet_bytes(unit.values, dtype);
+  return unit;
+}
+
+namespace {
+
+bool is_in_band(int exchange) { return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL; }
+
+// Whether a layout has what an exchange needs.
+bool fits(const lar_layout& layout, int exchange) {
+  switch (exchange) {
+    case LAR_PUSH:
+    case LAR_PULL:
+      return !layout.shared;
+    case LAR_SHARED:
+      return layout.shared != 0;
+    case LAR_STAGED:
+      // Between two ranks staging makes no difference, and in memory that all share there are no streams between ranks.
+      return !layout.shared && layout.world_size >= 3;
+    default:
+      return exchange == LAR_FLAGS;
+  }
+}
+
+// What a round may move to one peer: in one lane with flags, in all lanes together in band.
+int64_t most_chunk_bytes(const lar_layout& layout, const lar_call& call) {
+  const lar_slots& slots = is_in_band(call.kind.exchange) ? layout.in_band : layout.flagged;
+  if (call.kind.exchange == LAR_STAGED) return slots.staged_bytes / call.launch.lanes;
+  return call.kind.algorithm == LAR_ONE_SHOT ? slots.one_shot_bytes : slots.two_shot_bytes;
+}
+
+bool check_message(const lar_message& message) {
+  if (message.count < 0 || message.dtype < LAR_FLOAT32 || message.dtype > LAR_BFLOAT16) return false;
+  return message.count == 0 || (message.input && message.output);
+}
+
+bool check_launch(const lar_layout& layout, const lar_launch& launch) {
+  if (launch.lanes < 1 || launch.lanes > layout.lanes) return false;
+  // Whole warps. How many at most is the kernel's to say.
+  if (launch.threads < 32 || launch.threads > LAR_MAX_THREADS || launch.threads % 32 != 0) return false;
+  // Some lane must be left for what the specialized ones do not do.
+  return launch.scatter_lanes >= 0 && launch.drain_lanes >= 0 &&
+         launch.scatter_lanes + launch.drain_lanes < launch.lanes;
+}
+
+// Beside the packets themselves.
+bool check_wire(const lar_workspace& workspace, const lar_call& call) {
+  if (call.kind.wire > LAR_WIRE_HADAMARD2) return false;
+  if (call.kind.wire == LAR_WIRE_RAW) return true;
+  const bool limited = workspace.device != LAR_CPU || call.kind.algorithm == LAR_RING;
+  return !limited || workspace.layout.world_size <= kMostCompressingRanks;
+}
+
+bool check_domains(const lar_workspace& workspace, const lar_call& call) {
+  if (call.kind.algorithm != LAR_HIERARCHICAL) return true;
+  Domains domains;
+  return make_domains(call.domains, workspace.layout.world_size, workspace.rank, &domains);
+}
+
+}  // namespace
+
+int check_call(const lar_workspace& workspace, const lar_call& call) {
+  const lar_layout& layout = workspace.layout;
+  if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_message(call.message) || !check_launch(layout, call.launch)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
+  const int64_t chunk = call.launch.chunk_vectors;
+  if (chunk < 1 || chunk > most_chunk_bytes(layout, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
+  // Whole packets to a slot. A CPU rank leaves the rest of a slot empty.
+  const int64_t unit = wire_unit(call.kind, call.message.dtype).bytes;
+  const int64_t bytes = chunk * LAR_VECTOR_BYTES;
+  if (workspace.device == LAR_CPU ? bytes < unit : bytes % unit != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  return LAR_OK;
+}
+
+int check_codec_call(lar_wire wire, lar_dtype dtype, const void* values, int64_t count, const void* packets,
+                     int32_t* packet_values, int32_t* packet_bytes) {
+  if (dtype < LAR_FLOAT32 || dtype > LAR_BFLOAT16 || count < 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (count > 0 && (!values || !packets)) return LAR_ERROR_INVALID_ARGUMENT;
+  return lar_packet_size(wire, packet_values, packet_bytes);
+}
+
+}  // namespace lar

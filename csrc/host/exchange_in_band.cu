@@ -1,0 +1,123 @@
+// Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
+#include "device/in_band.cuh"
+#include "device/published.cuh"
+#include "device/pull.cuh"
+#include "host/launch.h"
+
+namespace lar {
+namespace {
+
+// The in-band slots that an algorithm's kernels use.
+struct SlotUse {
+  EpochPlane epochs;
+  LengthPlane lengths;
+  int parts;  // slots that a round fills at most
+  int64_t offset;
+  int64_t bytes;                // of a slot
+  int64_t gather_offset;        // two-shot
+  int64_t shared_slots_offset;  // of those that are stored once
+};
+
+SlotUse slot_use(const lar_layout& layout, lar_kind kind) {
+  const lar_slots& slots = layout.in_band;
+  if (kind.algorithm == LAR_ONE_SHOT)
+    return {EpochPlane::kOneShotInBand,
+            LengthPlane::kOneShot,
+            1,
+            slots.one_shot_offset,
+            slots.one_shot_bytes,
+            slots.one_shot_offset,
+            slots.one_shot_offset};
+  return {EpochPlane::kTwoShotInBand, LengthPlane::kTwoShot, layout.world_size,  slots.scatter_offset,
+          slots.two_shot_bytes,       slots.gather_offset,   slots.gather_offset};
+}
+
+// A kernel of a fixed world size has as many entries of the table at the end as it needs.
+InBandArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
+                                     const SlotUse& use) {
+  const int world_size = workspace.layout.world_size;
+  const auto region = [&](int rank) { return static_cast<char*>(workspace.base[rank]) + use.offset; };
+  const auto vectors = [](int64_t bytes) { return static_cast<uint32_t>(bytes / LAR_VECTOR_BYTES); };
+  InBandArguments<0> out{};
+  out.input = round.input;
+  out.output = round.output;
+  out.count = round.count;
+  for (int step = 1; step < world_size; ++step)  // to that rank, I am the one world_size - step places on
+    out.to[step] = region((workspace.rank + step) % world_size) + (world_size - step - 1) * use.bytes;
+  out.own = region(workspace.rank);
+  out.epochs = epoch_word(workspace.local, workspace.layout, use.epochs, 0);
+  out.lanes = static_cast<uint32_t>(workspace.layout.lanes);
+  out.generation_stride = vectors((world_size - 1) * use.bytes);
+  out.peer_stride = vectors(use.bytes);
+  out.gather_stride = vectors(use.gather_offset - use.offset);
+  out.part = static_cast<uint32_t>(call.launch.chunk_vectors);
+  out.scatter_lanes = static_cast<uint32_t>(call.launch.scatter_lanes);
+  out.drain_lanes = static_cast<uint32_t>(call.launch.drain_lanes);
+  out.rank = workspace.rank;
+  out.world_size = world_size;
+  out.limit = wait_limit(workspace, call.kind);
+  return out;
+}
+
+// Where the tensor starts differs from rank to rank, how long it is does not. `aligned`: it starts on a vector.
+Form form_of(const lar_call& call, const lar_message& round, bool aligned) {
+  if (call.kind.wire != LAR_WIRE_RAW) return Form::kSplit;
+  const lar_launch& shape = call.launch;
+  if (!aligned || !ends_on_a_vector(round)) return Form::kAny;
+  if (shape.scatter_lanes > 0) return Form::kSplit;
+  return shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads ? Form::kShort : Form::kAny;
+}
+
+int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
+  const bool split = call.launch.scatter_lanes > 0;
+  if (call.kind.wire == LAR_WIRE_RAW ? split && !aligned : !split) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
+    InBandArguments<0> arguments = in_band_arguments(workspace, call, round, use);
+    const Row* row =
+        find_row(call.kind, round.dtype, workspace.layout.world_size, form_of(call, round, aligned));
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
+int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const int world_size = workspace.layout.world_size;
+  bool whole = call.inputs && ends_on_a_vector(call.message) && starts_on_a_vector(call.message.output);
+  for (int rank = 0; whole && rank < world_size; ++rank)
+    whole = call.inputs[rank] && starts_on_a_vector(call.inputs[rank]);
+  if (!whole) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
+    PullArguments arguments{workspace, {}, in_band_arguments(workspace, call, round, use)};
+    for (int rank = 0; rank < world_size; ++rank)
+      arguments.inputs[rank] = static_cast<const char*>(call.inputs[rank]) + offset;
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
+int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  if (call.launch.scatter_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
+  const lar_layout& layout = workspace.layout;
+  const SlotUse use = slot_use(layout, call.kind);
+  const Row* row = find_row(call.kind, call.message.dtype, layout.world_size, Form::kAny);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
+    SharedArguments arguments{};
+    for (int rank = 0; rank < layout.world_size; ++rank)
+      arguments.slots[rank] = static_cast<char*>(workspace.base[rank]) + use.shared_slots_offset;
+    arguments.slots_stride = static_cast<uint32_t>(use.bytes / LAR_VECTOR_BYTES);
+    arguments.lengths = length_words(workspace.local, layout, use.lengths);
+    arguments.in_band = in_band_arguments(workspace, call, round, use);
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
+const Registration exchanges([] {
+  add_exchange(LAR_PUSH, push);
+  add_exchange(LAR_PULL, pull);
+  add_exchange(LAR_SHARED, shared);
+});
+
+}  // namespace
+}  // namespace lar

@@ -1,0 +1,50 @@
+#include "host/launch.h"
+
+#include <cuda_runtime.h>
+
+namespace lar {
+namespace {
+
+// Whether the current device can start a kernel before its predecessor in the stream has ended.
+bool has_dependent_launch() {
+  constexpr int kMaxDevices = 64;
+  static int major[kMaxDevices];  // 0: not asked yet; a race writes the same value twice
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return false;
+  if (major[device] == 0) cudaDeviceGetAttribute(&major[device], cudaDevAttrComputeCapabilityMajor, device);
+  return major[device] >= 9;
+}
+
+// Whether all blocks of a launch run at the same time on the current device.
+int check_residency(const void* kernel, int lanes, int threads) {
+  int device = 0;
+  int multiprocessors = 0;
+  int blocks = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0);
+  if (error != cudaSuccess) return error;
+  return int64_t{multiprocessors} * blocks >= lanes ? LAR_OK : LAR_ERROR_NOT_RESIDENT;
+}
+
+}  // namespace
+
+int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
+           void* stream) {
+  if (!row || shape.threads > row->most_threads) return LAR_ERROR_INVALID_ARGUMENT;
+  const int threads = shape.threads + row->extra_threads;
+  if (row->resident)
+    if (const int status = check_residency(row->kernel, shape.lanes, threads); status != LAR_OK) return status;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(shape.lanes);
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = start == Start::kEarly && !workspace.starts_late && has_dependent_launch() ? 1 : 0;
+  return cudaLaunchKernelExC(&config, row->kernel, &argument);
+}
+
+}  // namespace lar

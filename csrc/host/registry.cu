@@ -1,0 +1,101 @@
+#include "host/registry.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "host/capture.h"
+#include "host/check.h"
+
+namespace lar {
+namespace {
+
+// What a row is found by, in one word.
+uint64_t key(lar_kind kind, lar_dtype dtype, int32_t world_size, Form form) {
+  uint64_t key = kind.algorithm;
+  for (const uint64_t part : {uint64_t{kind.exchange}, uint64_t{kind.wire}, uint64_t{kind.epilogue},
+                              static_cast<uint64_t>(dtype), static_cast<uint64_t>(form)})
+    key = key << 8 | part;
+  return key << 8 | static_cast<uint64_t>(world_size);
+}
+
+uint64_t key(const Row& row) { return key(row.kind, row.dtype, row.world_size, row.form); }
+
+// In functions, because rows come before the initialization of this file's variables.
+std::vector<Row>& rows() {
+  static std::vector<Row> all;
+  return all;
+}
+
+std::vector<std::pair<lar_kind, CpuFunction>>& cpu_functions() {
+  static std::vector<std::pair<lar_kind, CpuFunction>> all;
+  return all;
+}
+
+constexpr int kExchanges = 16;
+ExchangeFunction* exchanges() {
+  static ExchangeFunction all[kExchanges];
+  return all;
+}
+
+// The rows by rising key.
+const std::vector<Row>& sorted_rows() {
+  static std::once_flag sorted;
+  std::call_once(sorted, [] {
+    std::sort(rows().begin(), rows().end(), [](const Row& a, const Row& b) { return key(a) < key(b); });
+  });
+  return rows();
+}
+
+const Row* find(uint64_t wanted) {
+  const std::vector<Row>& all = sorted_rows();
+  const auto at = std::lower_bound(all.begin(), all.end(), wanted,
+                                   [](const Row& row, uint64_t other) { return key(row) < other; });
+  return at != all.end() && key(*at) == wanted ? &*at : nullptr;
+}
+
+int call_cpu(const lar_workspace& workspace, const lar_call& call) {
+  for (const auto& [kind, function] : cpu_functions())
+    if (kind == call.kind) return function(workspace, call);
+  return LAR_ERROR_INVALID_ARGUMENT;
+}
+
+}  // namespace
+
+void add_row(const Row& row) { rows().push_back(row); }
+
+void add_cpu(lar_kind kind, CpuFunction function) { cpu_functions().emplace_back(kind, function); }
+
+void add_exchange(lar_exchange exchange, ExchangeFunction function) { exchanges()[exchange] = function; }
+
+const Row* find_row(lar_kind kind, lar_dtype dtype, int32_t world_size, Form form) {
+  const Row* fixed = find(key(kind, dtype, world_size, form));
+  return fixed ? fixed : find(key(kind, dtype, 0, form));
+}
+
+}  // namespace lar
+
+extern "C" int lar_all_reduce(const lar_workspace* workspace, const lar_call* call, void* stream) {
+  using namespace lar;
+  if (!workspace || !call) return LAR_ERROR_INVALID_ARGUMENT;
+  if (const int status = check_call(*workspace, *call); status != LAR_OK) return status;
+  if (workspace->device == LAR_CPU) return call_cpu(*workspace, *call);
+  const ExchangeFunction launch = call->kind.exchange < kExchanges ? exchanges()[call->kind.exchange] : nullptr;
+  if (!launch) return LAR_ERROR_INVALID_ARGUMENT;
+  return call->message.count == 0 ? LAR_OK : launch(*workspace, *call, stream);
+}
+
+extern "C" int lar_load_kernels_cuda(int32_t world_size) {
+  using namespace lar;
+  if (!supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  const OutsideCapture outside;
+  for (const Row& row : sorted_rows()) {
+    if (find_row(row.kind, row.dtype, world_size, row.form) != &row) continue;
+    cudaFuncAttributes attributes;
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, row.kernel); error != cudaSuccess) return error;
+  }
+  return LAR_OK;
+}
