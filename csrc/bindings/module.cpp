@@ -42,9 +42,8 @@ lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t
     throw std::invalid_argument(
         "no workspace layout for world_size=" + std::to_string(world_size) + ", lanes=" + std::to_string(lanes) +
         ", in_band_bytes=" + std::to_string(in_band_bytes) + ", flagged_bytes=" + std::to_string(flagged_bytes) +
-        ": world size must be 2 to " +
-        std::to_string(LAR_MAX_WORLD_SIZE) + ", lanes 1 to " + std::to_string(LAR_MAX_LANES) +
-        ", and a slot must hold at least one vector of 16 bytes");
+        ": world size must be 2 to " + std::to_string(LAR_MAX_WORLD_SIZE) + ", lanes 1 to " +
+        std::to_string(LAR_MAX_LANES) + ", and a slot must hold at least one vector of 16 bytes");
   return layout;
 }
 

@@ -11,8 +11,8 @@
 // All that does not change between all-reduces of one size and kind, so that a call is two addresses and a stream.
 class Plan {
  public:
-  // `call`: its addresses are set at every call. `domains`: empty, or a number for each rank. `peer_distances`: empty, or
-  // the bytes from this rank's input to where it sees each rank's.
+  // `call`: its addresses are set at every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
+  // or the bytes from this rank's input to where it sees each rank's.
   Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances)
       : workspace_(workspace),
         call_(call),

@@ -79,10 +79,9 @@ class Workspace {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return LAR_ERROR_TIMEOUT;
     *captured = false;
     const bool is_first = !called_.load(std::memory_order_relaxed);
-    const int status = device_ == LAR_CPU
-                           ? call_on_cpu(call, is_first)
-                           : with_order(stream, is_first, captured,
-                                        [&] { return lar_all_reduce(&workspace_, &call, stream); });
+    const int status = device_ == LAR_CPU ? call_on_cpu(call, is_first) : with_order(stream, is_first, captured, [&] {
+      return lar_all_reduce(&workspace_, &call, stream);
+    });
     if (status == LAR_OK && !*captured) called_.store(true, std::memory_order_relaxed);
     return status;
   }
@@ -121,7 +120,7 @@ class Workspace {
   using Failure = std::tuple<int, int, Kind, int, int, uint32_t, uint32_t, double>;
   std::optional<Failure> failure() const {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
-    return Failure{failure_->rank, failure_->peer,           kind(failure_->kind),  failure_->phase,
+    return Failure{failure_->rank, failure_->peer,           kind(failure_->kind), failure_->phase,
                    failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
   }
 

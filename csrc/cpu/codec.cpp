@@ -1,7 +1,5 @@
 #include "cpu/codec.h"
 
-#include "host/check.h"
-
 #include <algorithm>
 #include <cstring>
 
@@ -9,6 +7,7 @@
 #include "codec/hadamard2.h"
 #include "codec/tq3.h"
 #include "cpu/float_types.h"
+#include "host/check.h"
 
 namespace lar::cpu {
 namespace {
@@ -154,8 +153,7 @@ extern "C" int lar_packet_size(lar_wire format, int32_t* values, int32_t* bytes)
   return LAR_ERROR_INVALID_ARGUMENT;
 }
 
-extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* values, int64_t count,
-                              void* packets) {
+extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets) {
   int32_t size = 0;
   int32_t bytes = 0;
   if (const int status = lar::check_codec_call(format, dtype, values, count, packets, &size, &bytes); status != LAR_OK)
@@ -170,8 +168,7 @@ extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* valu
   return LAR_OK;
 }
 
-extern "C" int lar_decode_cpu(lar_wire format, lar_dtype dtype, const void* packets, int64_t count,
-                              void* values) {
+extern "C" int lar_decode_cpu(lar_wire format, lar_dtype dtype, const void* packets, int64_t count, void* values) {
   int32_t size = 0;
   int32_t bytes = 0;
   if (const int status = lar::check_codec_call(format, dtype, values, count, packets, &size, &bytes); status != LAR_OK)

@@ -40,8 +40,7 @@ InBandCall::InBandCall(const Call& call, EpochPlane epochs, LengthPlane lengths)
 Slot InBandCall::pushed(int64_t region, int64_t slot_bytes, int holder, int writer) const {
   const int world_size = workspace_.layout.world_size;
   const uint32_t generation = workspace_.layout.shared ? shared_generation(epoch_) : pushed_generation(epoch_);
-  const int64_t slot =
-      int64_t{generation} * (world_size - 1) + slot_of_step(step_to(holder, writer, world_size));
+  const int64_t slot = int64_t{generation} * (world_size - 1) + slot_of_step(step_to(holder, writer, world_size));
   return {static_cast<char*>(workspace_.base[holder]) + region + slot * slot_bytes, writer};
 }
 

@@ -42,8 +42,8 @@ class InBandCall {
   // Pushed: restores the markers behind what was taken.
   void clear(const Slot& slot, const Vectors& vectors) const;
 
-  // Shared: notes that so many vectors lie in this rank's slots of this call, and says how many lay there two calls ago,
-  // in cleared_generation().
+  // Shared: notes that so many vectors lie in this rank's slots of this call, and says how many lay there two calls
+  // ago, in cleared_generation().
   int64_t exchange_length(int64_t vectors) const;
 
   // Ends the call.

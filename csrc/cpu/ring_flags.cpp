@@ -28,8 +28,7 @@ class RingSteps {
   }
 
   bool has_arrived(int64_t hop) const {
-    return lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(hop),
-                      OneOrAllPeers{ring_.predecessor()});
+    return lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(hop), OneOrAllPeers{ring_.predecessor()});
   }
 
   bool has_credit(int64_t hop) const {

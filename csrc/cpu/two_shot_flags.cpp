@@ -1,5 +1,5 @@
-// TWOSHOT by flags on CPU ranks, of elements as they are and in every wire format: the steps of protocol/two_shot.h with
-// one lane per rank, over shared memory.
+// TWOSHOT by flags on CPU ranks, of elements as they are and in every wire format: the steps of protocol/two_shot.h
+// with one lane per rank, over shared memory.
 #include "cpu/lane.h"
 #include "cpu/units.h"
 #include "host/check.h"

@@ -1,5 +1,5 @@
-// TWOSHOT in band on CPU ranks, pushed and shared: scattered partial sums lie with their owner in both, results with the
-// reader or, shared, with the owner.
+// TWOSHOT in band on CPU ranks, pushed and shared: scattered partial sums lie with their owner in both, results with
+// the reader or, shared, with the owner.
 #include "cpu/in_band.h"
 #include "cpu/units.h"
 #include "host/launch.h"
@@ -90,7 +90,8 @@ class Round {
     const int64_t generation = cleared_generation(round_.epoch());
     clear_vectors(base + slots_.gather_offset + generation * slots_.two_shot_bytes, old);
     for (int slot = 0; slot < world_size_ - 1; ++slot)
-      clear_vectors(base + slots_.scatter_offset + (generation * (world_size_ - 1) + slot) * slots_.two_shot_bytes, old);
+      clear_vectors(base + slots_.scatter_offset + (generation * (world_size_ - 1) + slot) * slots_.two_shot_bytes,
+                    old);
   }
 
   const lar_workspace& workspace_;
@@ -107,9 +108,8 @@ class Round {
 int two_shot_in_band(const lar_workspace& workspace, const lar_call& described) {
   Call call(workspace, described);
   if (const int status = call.begin(); status != LAR_OK) return status;
-  return in_rounds(described, workspace.layout.world_size, [&](const lar_message& round, int64_t) {
-    return Round(call, round, described).run();
-  });
+  return in_rounds(described, workspace.layout.world_size,
+                   [&](const lar_message& round, int64_t) { return Round(call, round, described).run(); });
 }
 
 const Registration rows([] {

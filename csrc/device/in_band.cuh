@@ -5,17 +5,16 @@
 // word is checked, so a vector that arrives in parts is never taken early. Words are compared as bits: as floats, -0
 // would equal +0, and flush-to-zero would make subnormals equal to it too.
 //
-// The thread that reads a vector restores the marker behind it. Two generations of slots, used by turns, are enough:
-// what this rank cleared in call e is written next in call e+2. The peer that writes has ended call e+1, in which it
-// took a value that depends on what this rank sent in call e+1, and this rank sent nothing of call e+1 before call e,
-// clears included, had ended (the kernel boundary, or griddepcontrol.wait, which includes it). "Call" counts the
-// in-band launches of one algorithm; others in between only add order. The argument is about whole kernels, so which
-// block handles which vector may change from call to call.
+// Which generation of slots a call uses, and why so few are enough: protocol/generations.h. "Call" counts the in-band
+// launches of one algorithm; others in between only add order. The argument is about whole kernels, so which block
+// handles which vector may change from call to call.
 #ifndef LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 
-#include "device/lane.cuh"
-#include "device/vector.cuh"
+#include "device/payload.cuh"
+#include "device/schedule/flat.cuh"
+#include "device/wait.cuh"
+#include "protocol/generations.h"
 
 namespace lar {
 
@@ -25,10 +24,9 @@ struct InBandArguments {
   const void* input;
   void* output;
   int64_t count;
-  char* to[LAR_MAX_WORLD_SIZE];  // by step: my slot at rank (rank + step) % world_size, generation 0
-  char* own;                     // the slots in my workspace: the next rank's, generation 0
-  uint32_t* epochs;              // [lane]
-  uint32_t lanes;                // entries of epochs
+  char* own;         // the slots in my workspace: the next rank's, generation 0
+  uint32_t* epochs;  // [lane]
+  uint32_t lanes;    // entries of epochs
   uint32_t generation_stride;
   uint32_t peer_stride;
   uint32_t gather_stride;  // from a scatter slot to the gather slot of the same indices (TWOSHOT)
@@ -36,47 +34,23 @@ struct InBandArguments {
   uint32_t scatter_lanes;  // see lar_launch
   uint32_t drain_lanes;
   int32_t rank;
+  int32_t world_size;  // for kernels of any
   WaitLimit limit;
 };
 
-// The place of this thread among all of the grid, and their number.
-__device__ __forceinline__ uint32_t grid_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
-__device__ __forceinline__ uint32_t grid_threads() { return gridDim.x * blockDim.x; }
-
-// The vectors that this thread handles in one step of an algorithm: every `stride`-th from `first` on, below `end`.
-// Neighbouring threads take neighbouring vectors across the whole grid, so that at any time all blocks write next to
-// each other: the links carry more that way than with a stretch of its own for each block.
-struct Share {
-  uint32_t first;
-  uint32_t stride;
-  uint32_t end;
+// The table comes last: kernels of a fixed world size have only as much of it as they need.
+template <int kWorldSize>
+struct PushArguments : InBandArguments {
+  char* to[kTableEntries<kWorldSize>];  // by step: my slot at rank (rank + step) % world_size, generation 0
 };
-
-// The share of this thread when `lanes` blocks from `first_lane` on, of which this is one, do the step.
-__device__ __forceinline__ Share share_of(uint32_t first_lane, uint32_t lanes, uint32_t vectors) {
-  return {(blockIdx.x - first_lane) * blockDim.x + threadIdx.x, lanes * blockDim.x, vectors};
-}
 
 // Relaxed accesses of system scope: whole words, in no order with anything else.
 __device__ __forceinline__ void store_in_band(char* slot, uint32_t index, const uint4& raw) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
-}
-
-// Predicated, not branched around: the loads of all peers must leave together.
-__device__ __forceinline__ void load_in_band_if(bool wanted, const char* address, uint4& raw) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
-      "@p ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-      : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
-      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  store_relaxed_system(reinterpret_cast<uint4*>(slot) + index, raw);
 }
 
 __device__ __forceinline__ void clear_in_band_if(bool wanted, char* address) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
-      "@p st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
-      "r"(LAR_IN_BAND_MARKER), "r"(static_cast<uint32_t>(wanted)));
+  fill_relaxed_system_if(wanted, address, LAR_IN_BAND_MARKER);
 }
 
 // The marker is the smallest signed word: vectors are complete when the smallest of all their words is another one. One
@@ -100,12 +74,9 @@ __device__ __forceinline__ uint4 without_marker(uint4 raw) {
 }
 
 // The number of calls so far, which says which generation is next. In device memory, so that a captured graph may be
-// replayed between any other calls. One copy to a lane, all alike between calls: a block must not read what another
-// writes.
+// replayed between any other calls.
 __device__ __forceinline__ uint32_t epoch_of(const InBandArguments& arguments) {
-  uint32_t epoch;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(arguments.epochs + blockIdx.x));
-  return epoch;
+  return load_relaxed_gpu(arguments.epochs + blockIdx.x);
 }
 
 // Counts this call; for the whole block, once every thread has the epoch. Block 0 counts for the lanes without a block.
@@ -121,14 +92,14 @@ __device__ __forceinline__ void advance_epoch(const InBandArguments& arguments, 
 
 // Where the slots of this call's generation begin, from `own` or from one of `to`.
 __device__ __forceinline__ uint32_t slots_of_call(const InBandArguments& arguments, uint32_t epoch) {
-  return epoch % LAR_IN_BAND_SLOTS * arguments.generation_stride;
+  return pushed_generation(epoch) * arguments.generation_stride;
 }
 
-// From `own` to the slot of `peer`: slots are in the order of the ranks that follow this one.
+// From `own` to the slot of `peer`.
 template <int kWorldSize>
 __device__ __forceinline__ uint32_t slot_of_peer(const InBandArguments& arguments, int peer) {
-  const int step = peer > arguments.rank ? peer - arguments.rank : peer - arguments.rank + kWorldSize;
-  return (step - 1) * arguments.peer_stride;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  return slot_of_step(step_to(arguments.rank, peer, world_size)) * arguments.peer_stride;
 }
 
 // Polls the wanted vectors, all in flight together, until each is complete. The others keep their values, which must
@@ -138,23 +109,23 @@ template <int kCount, typename RankOf>
 __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase,
                                                     char* const (&from)[kCount], const bool (&wanted)[kCount],
                                                     uint4 (&vectors)[kCount], RankOf rank_of) {
-  Patience patience(limit);
+  WaitClock clock(limit);
   do {
 #pragma unroll 1
     for (uint32_t polls = 0; polls < kPollsPerCheck; ++polls) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) load_in_band_if(wanted[i], from[i], vectors[i]);
+      for (int i = 0; i < kCount; ++i) load_relaxed_system_if(wanted[i], from[i], vectors[i]);
       int smallest = smallest_word(vectors[0]);
 #pragma unroll
       for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));
       if (!is_marker(smallest)) return true;
     }
-  } while (!patience.is_over());
+  } while (!clock.is_over());
   int missing = 0;
 #pragma unroll
   for (int i = kCount - 1; i >= 0; --i)
     if (is_marker(smallest_word(vectors[i]))) missing = rank_of(i);
-  if (patience.expired()) give_up(limit, blockIdx.x, missing, phase, 0, 0, patience.waited_ns());
+  if (clock.expired()) give_up(limit, blockIdx.x, missing, phase, 0, 0, clock.waited_ns());
   return false;
 }
 
@@ -163,17 +134,20 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
 template <typename T, int kWorldSize, bool kClears, typename AddressOf>
 __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments, lar_phase phase, AddressOf address_of,
                                                 const uint4& mine, uint4& result) {
-  constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;  // with 16, addresses and vectors must share the registers
+  constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
+  constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
   Accumulator<T> sum;
 #pragma unroll 1
-  for (int first = 0; first < kWorldSize; first += kGroup) {
+  for (int first = 0; first < world_size; first += kGroup) {
     char* from[kGroup];
     bool wanted[kGroup];
     uint4 parts[kGroup];
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-      from[i] = address_of(first + i);
-      wanted[i] = first + i != arguments.rank;
+      const bool is_rank = kIsFixed || first + i < world_size;
+      from[i] = address_of(is_rank ? first + i : first);
+      wanted[i] = is_rank && first + i != arguments.rank;
       parts[i] = mine;
     }
     if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
@@ -183,7 +157,8 @@ __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments
       for (int i = 0; i < kGroup; ++i) clear_in_band_if(wanted[i], from[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum.add(parts[i]);
+    for (int i = 0; i < kGroup; ++i)
+      if (kIsFixed || first + i < world_size) sum.add(parts[i]);
   }
   result = sum.rounded();
   return true;

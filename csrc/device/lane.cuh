@@ -1,5 +1,5 @@
 // A lane: the block with the same index on every rank.
-//
+// //
 // Lanes of one group talk only to each other: lane 3 of rank 0 publishes rounds to lane 3 of every peer and
 // waits for theirs, through slots that belong to lane 3 alone. Blocks of one rank never synchronize, so a grid
 // need not be resident as a whole, and calls with different grids may follow each other freely: a lane that a
@@ -8,186 +8,48 @@
 #ifndef LLM_ALLREDUCE_DEVICE_LANE_CUH_
 #define LLM_ALLREDUCE_DEVICE_LANE_CUH_
 
-#include "host/layout.h"
+#include "device/wait.cuh"
+#include "protocol/hierarchy.h"
+#include "protocol/peers.h"
 
 namespace lar {
 
-// Peers that a loop over peers handles at once. With 16 ranks the addresses of all would not fit into registers.
-template <int kWorldSize>
-constexpr int kPeersAtOnce = kWorldSize > 8 ? 3 : kWorldSize - 1;
+// How a block shares out the protocol's work. With a releaser, the last warp does nothing but release flags: a release
+// waits until all that the block stored before has arrived, over PCIe for a microsecond or two, in which the others,
+// the workers, go on.
+enum class Roles { kWorkers, kWorkersAndReleaser };
 
-// The rank `step` places after `rank`, without a division.
-template <int kWorldSize>
-__device__ __forceinline__ int rotated(int rank, int step) {
-  return rank + step < kWorldSize ? rank + step : rank + step - kWorldSize;
-}
+constexpr int kReleaserThreads = 32;
 
-// System scope: the other side is another GPU, or the host.
-__device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
+// What a kernel that waits for flags is given, by value: it travels in the constant bank, not through memory.
+struct FlagsArguments {
+  lar_workspace workspace;
+  lar_message message;
+  int64_t chunk_vectors;
+  lar_kind kind;
+  Domains domains;  // hierarchical
+};
 
-__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* address) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-// Payload in the workspace. Loads skip L1: peers write these lines behind its back.
+// Payload in the workspace.
 __device__ __forceinline__ uint4 load_slot(const char* slot, int64_t index) {
-  return __ldcg(reinterpret_cast<const uint4*>(slot) + index);
+  return load_weak(reinterpret_cast<const uint4*>(slot) + index);
 }
 
 __device__ __forceinline__ void store_slot(char* slot, int64_t index, const uint4& raw) {
-  reinterpret_cast<uint4*>(slot)[index] = raw;
+  store_weak(reinterpret_cast<uint4*>(slot) + index, raw);
 }
 
-__device__ __forceinline__ int64_t global_timer_ns() {
-  int64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
-
-// Programmatic dependent launch (sm_90 and newer; nothing elsewhere). The first call returns once every earlier kernel
-// of the stream has ended and its writes are visible: to be called before memory is touched. The second lets the next
-// kernel's blocks be scheduled as soon as all of this kernel's have been; what they may read is decided by their own
-// wait.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Where a wait that takes too long is reported, and how long that is.
-struct WaitLimit {
-  uint32_t* abort;  // set once any wait of this rank has expired
-  lar_failure* failure;
-  int64_t timeout_ns;
-  int64_t first_timeout_ns;
-  uint32_t* begun;  // see lar_workspace; null: not a first call
-  int32_t rank;
-  lar_algorithm algorithm;
-};
-
-__host__ __device__ inline WaitLimit wait_limit(const lar_workspace& workspace, lar_algorithm algorithm) {
-  return {abort_word(workspace.local, workspace.layout),
-          workspace.failure,
-          workspace.timeout_ns,
-          workspace.first_timeout_ns,
-          begun_word(workspace),
-          workspace.rank,
-          algorithm};
-}
-
-// Counts a beginning of what the call belongs to. For one thread of the grid, before it waits. Nothing waits for it.
-__device__ __forceinline__ void count_beginning(uint32_t* begun) {
-  if (begun) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(begun) : "memory");
-}
-
-// Ends a wait for `peer` that has expired. The first lane to give up leaves the record and traps: what depends on this
-// call must not be read as if it had worked. Lanes that find the abort word set only return, so that none traps before
-// the record is out.
-__device__ __forceinline__ void give_up(const WaitLimit& limit, int lane, int peer, lar_phase phase, uint32_t round,
-                                        uint32_t seen, int64_t waited_ns) {
-  if (atomicCAS(limit.abort, 0u, 1u) != 0u) return;
-  lar_failure* failure = limit.failure;
-  failure->reason = LAR_REASON_EXPIRED;
-  failure->rank = limit.rank;
-  failure->peer = peer;
-  failure->algorithm = limit.algorithm;
-  failure->phase = phase;
-  failure->lane = lane;
-  failure->expected_round = round;
-  failure->seen_round = seen;
-  failure->waited_ns = waited_ns;
-  __threadfence_system();
-  failure->state = 1;
-  __threadfence_system();
-  __trap();
-}
-
-// Bounds a polling loop. To be asked once in kPollsPerCheck polls: the clock and the abort word are slower than what is
-// polled.
-constexpr uint32_t kPollsPerCheck = 256;
-
-class Patience {
- public:
-  __device__ __forceinline__ explicit Patience(const WaitLimit& limit) : limit_(limit) {}
-
-  // True once the group is broken or the time is up.
-  __device__ __forceinline__ bool is_over() {
-    const int64_t now = global_timer_ns();
-    if (start_ == 0) start_ = now;
-    waited_ = now - start_;
-    return expired() || *static_cast<volatile uint32_t*>(limit_.abort) != 0;
-  }
-
-  // After is_over(): true when this thread's own time is up, false when another has given up already.
-  __device__ __forceinline__ bool expired() const {
-    return waited_ > limit_.timeout_ns && (waited_ > limit_.first_timeout_ns || !is_first_call());
-  }
-  __device__ __forceinline__ int64_t waited_ns() const { return waited_; }
-
- private:
-  // Whether peers may still be getting ready for it. Asked only after the usual time: the host's word lies far away.
-  __device__ __forceinline__ bool is_first_call() const {
-    return limit_.begun && *static_cast<volatile uint32_t*>(limit_.begun) <= 1 && limit_.failure->gone == 0;
-  }
-
-  const WaitLimit& limit_;
-  int64_t start_ = 0;
-  int64_t waited_ = 0;
-};
-
-// Polls until `word` has reached `round`. `lane`, `peer`, `phase`: what an expired wait names. False when it has
-// expired, or another has.
-__device__ __forceinline__ bool wait_for_round(const WaitLimit& limit, const uint32_t* word, uint32_t round, int lane,
-                                               int peer, lar_phase phase) {
-  uint32_t seen = load_acquire_system(word);
-  Patience patience(limit);
-  for (uint32_t polls = 1; !reached(seen, round); ++polls) {
-    if (polls % kPollsPerCheck == 0 && patience.is_over()) {
-      if (patience.expired()) give_up(limit, lane, peer, phase, round, seen, patience.waited_ns());
-      return false;
-    }
-    seen = load_acquire_system(word);
-  }
-  return true;
-}
-
-// How a block shares out the protocol's work. With a courier, the last warp does nothing but release flags: a release
-// waits until all that the block stored before has arrived, over PCIe for a microsecond or two, in which the others,
-// the workers, go on.
-enum class Crew { kWorkers, kWorkersAndCourier };
-
-constexpr int kCourierThreads = 32;
-
-// Whom a lane publishes to and waits for. Never this rank itself.
-struct AllPeers {
-  __device__ __forceinline__ bool has(int) const { return true; }
-};
-struct SomePeers {
-  uint32_t bits;  // bit r: rank r
-  __device__ __forceinline__ bool has(int peer) const { return (bits >> peer & 1u) != 0; }
-};
-
-template <Crew kCrew>
+template <Roles kRoles>
 class Lane {
  public:
-  // `algorithm`: what an expired wait names.
-  __device__ __forceinline__ Lane(const lar_workspace& workspace, EpochPlane epochs, lar_algorithm algorithm)
-      : workspace_(workspace), epochs_(epochs), algorithm_(algorithm), index_(blockIdx.x) {}
+  // `kind`: what an expired wait names.
+  __device__ __forceinline__ Lane(const lar_workspace& workspace, EpochPlane epochs, lar_kind kind)
+      : workspace_(workspace), epochs_(epochs), kind_(kind), index_(blockIdx.x) {}
 
   __device__ __forceinline__ int index() const { return index_; }
 
-  __device__ __forceinline__ static int workers() { return blockDim.x - (kHasCourier ? kCourierThreads : 0); }
-  __device__ __forceinline__ static bool is_courier() { return kHasCourier && threadIdx.x >= workers(); }
+  __device__ __forceinline__ static int workers() { return blockDim.x - (kHasReleaser ? kReleaserThreads : 0); }
+  __device__ __forceinline__ static bool is_releaser() { return kHasReleaser && threadIdx.x >= workers(); }
 
   // The number of rounds this lane has finished in earlier calls.
   __device__ __forceinline__ uint32_t epoch() const {
@@ -202,21 +64,21 @@ class Lane {
   }
 
   // For the workers: tells the peers that all that they stored so far belongs to `round` and may be read. With a
-  // courier, who must deliver() the same rounds in the same order, this waits for the release before, not for this one.
-  // The barrier orders the block's stores before the releases, which are cumulative (PTX memory model, causality
+  // releaser, who must deliver() the same rounds in the same order, this waits for the release before, not for this
+  // one. The barrier orders the block's stores before the releases, which are cumulative (PTX memory model, causality
   // order), so one thread per peer publishes for the whole block without a fence per thread.
   template <typename Peers = AllPeers>
   __device__ __forceinline__ void publish(FlagPlane plane, uint32_t round, Peers peers = {}) const {
     __syncthreads();
-    if (!kHasCourier) release(threadIdx.x, plane, round, peers);
+    if (!kHasReleaser) release(threadIdx.x, workers(), plane, round, peers);
   }
 
-  // For the courier. False once the workers have given up.
+  // For the releaser. False once the workers have given up.
   template <typename Peers = AllPeers>
   __device__ __forceinline__ bool deliver(FlagPlane plane, uint32_t round, Peers peers = {}) const {
     __syncthreads();
     if (*given_up()) return false;
-    release(threadIdx.x - workers(), plane, round, peers);
+    release(threadIdx.x - workers(), kReleaserThreads, plane, round, peers);
     return true;
   }
 
@@ -225,62 +87,53 @@ class Lane {
   template <typename Peers = AllPeers>
   __device__ __forceinline__ bool wait(FlagPlane plane, lar_phase phase, uint32_t round, Peers peers = {}) const {
     bool arrived = true;
-    const int peer = threadIdx.x;
-    if (is_meant(peer, peers)) arrived = wait_for(peer, plane, phase, round);
-    if (!kHasCourier) return __syncthreads_and(arrived);
-    arrived = all_workers(arrived);
-    if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the courier's barrier
+    for (int peer = threadIdx.x; arrived && peer < workspace_.layout.world_size; peer += workers())
+      if (is_meant(peer, peers)) arrived = wait_for(peer, plane, phase, round);
+    if (!kHasReleaser) return __syncthreads_and(arrived);
+    arrived = barrier_all<kWorkerBarrier>(workers(), arrived);
+    if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the releaser's barrier
     return arrived;
   }
 
   // For all threads, before anything else.
   __device__ __forceinline__ void start() const {
     if (index_ == 0 && threadIdx.x == 0) count_beginning(begun_word(workspace_));
-    if (!kHasCourier) return;
+    if (!kHasReleaser) return;
     if (threadIdx.x == 0) *given_up() = false;
     __syncthreads();
   }
 
  private:
-  static constexpr bool kHasCourier = kCrew == Crew::kWorkersAndCourier;
+  static constexpr bool kHasReleaser = kRoles == Roles::kWorkersAndReleaser;
   static constexpr int kWorkerBarrier = 1;  // 0 is that of __syncthreads()
 
   __device__ __forceinline__ static volatile bool* given_up() {
-    __shared__ volatile bool word;
+    LAR_BLOCK_VARIABLE(volatile bool, word);
     return &word;
-  }
-
-  __device__ __forceinline__ static bool all_workers(bool value) {
-    uint32_t all;
-    asm volatile(
-        "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
-        "barrier.cta.red.and.pred q, %2, %3, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
-        : "=r"(all)
-        : "r"(static_cast<uint32_t>(value)), "n"(kWorkerBarrier), "r"(workers())
-        : "memory");
-    return all != 0;
   }
 
   template <typename Peers>
   __device__ __forceinline__ bool is_meant(int peer, Peers peers) const {
-    return peer < workspace_.layout.world_size && peer != workspace_.rank && peers.has(peer);
+    return peer != workspace_.rank && peers.has(peer);
   }
 
-  // One thread to a peer.
+  // One thread to a peer, as far as there are threads.
   template <typename Peers>
-  __device__ __forceinline__ void release(int peer, FlagPlane plane, uint32_t round, Peers peers) const {
-    if (is_meant(peer, peers))
-      store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank, round);
+  __device__ __forceinline__ void release(int thread, int threads, FlagPlane plane, uint32_t round, Peers peers) const {
+    for (int peer = thread; peer < workspace_.layout.world_size; peer += threads)
+      if (is_meant(peer, peers))
+        store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,
+                             round);
   }
 
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
     const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
-    return wait_for_round(wait_limit(workspace_, algorithm_), flag, round, index_, peer, phase);
+    return wait_for_round(wait_limit(workspace_, kind_), flag, round, index_, peer, phase);
   }
 
   const lar_workspace& workspace_;
   const EpochPlane epochs_;
-  const lar_algorithm algorithm_;
+  const lar_kind kind_;
   const int index_;
 };
 

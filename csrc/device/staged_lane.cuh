@@ -32,8 +32,8 @@
 #define LLM_ALLREDUCE_DEVICE_STAGED_LANE_CUH_
 
 #include "device/lane.cuh"
+#include "device/payload.cuh"
 #include "device/two_shot_lane.cuh"
-#include "device/vector.cuh"
 
 namespace lar {
 
@@ -41,9 +41,9 @@ namespace lar {
 // for its first thread.
 class Stages {
  public:
-  __device__ __forceinline__ Stages(const lar_workspace& workspace, lar_algorithm algorithm, int64_t rounds)
+  __device__ __forceinline__ Stages(const lar_workspace& workspace, lar_kind kind, int64_t rounds)
       : workspace_(workspace),
-        algorithm_(algorithm),
+        kind_(kind),
         ranks_(workspace.layout.world_size),
         number_(static_cast<uint32_t>(rounds) * 2 * (ranks_ - 1)),
         epoch_(*epoch_word(workspace.local, workspace.layout, EpochPlane::kStaged, 0)) {}
@@ -99,7 +99,7 @@ class Stages {
     return stage < number_ && stage / (ranks_ - 1) % 2 == 0 ? LAR_PHASE_SCATTER : LAR_PHASE_GATHER;
   }
 
-  __device__ __forceinline__ WaitLimit limit() const { return wait_limit(workspace_, algorithm_); }
+  __device__ __forceinline__ WaitLimit limit() const { return wait_limit(workspace_, kind_); }
 
   // Lane 0's row: one word for each rank that writes there.
   __device__ __forceinline__ uint32_t* word_at(int holder, FlagPlane plane, int writer) const {
@@ -119,13 +119,14 @@ class Stages {
 
   // For the warp: grants `stage` to every rank, and waits until every rank has granted it to this one.
   __device__ __forceinline__ bool exchange_with_all(uint32_t stage) const {
-    const int other = threadIdx.x % 32;
+    const int first = threadIdx.x % 32;
     bool granted = true;
     __syncwarp();  // here and below: what one thread has acquired, another releases
-    if (other < ranks_ && other != workspace_.rank) {
-      store_release_system(word_at(other, FlagPlane::kStageGrant, workspace_.rank), round(stage));
-      granted = wait(FlagPlane::kStageGrant, other, stage);
-    }
+    for (int other = first; other < ranks_; other += 32)
+      if (other != workspace_.rank)
+        store_release_system(word_at(other, FlagPlane::kStageGrant, workspace_.rank), round(stage));
+    for (int other = first; granted && other < ranks_; other += 32)
+      if (other != workspace_.rank) granted = wait(FlagPlane::kStageGrant, other, stage);
     __syncwarp();
     return __all_sync(kWarp, granted);
   }
@@ -134,9 +135,7 @@ class Stages {
   // before it orders them, and releases are cumulative.
   __device__ __forceinline__ bool arrive() const {
     uint32_t* arrivals = arrivals_word(workspace_.local, workspace_.layout);
-    uint32_t before;
-    asm volatile("atom.acq_rel.sys.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-    if (before + 1 != gridDim.x) return false;
+    if (increment_acquire_release_system(arrivals) + 1 != gridDim.x) return false;
     *arrivals = 0;  // seen by the next to arrive: they wait for open(), or for the next kernel
     return true;
   }
@@ -151,34 +150,34 @@ class Stages {
   }
 
   // The lane that opens waits for two peers, one after the other, and is the one to say which did not arrive: the
-  // others have the patience to let it.
+  // others wait long enough to let it.
   __device__ __forceinline__ bool wait_open(uint32_t stage) const {
-    WaitLimit patient = limit();
-    patient.timeout_ns *= 3;
-    patient.first_timeout_ns *= 3;
-    return wait_for_round(patient, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
+    WaitLimit longer = limit();
+    longer.timeout_ns *= 3;
+    longer.first_timeout_ns *= 3;
+    return wait_for_round(longer, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
   }
 
   const lar_workspace& workspace_;
-  const lar_algorithm algorithm_;
+  const lar_kind kind_;
   const int ranks_;
   const uint32_t number_;
   const uint32_t epoch_;
 };
 
-// `Cargo`: see TwoShotLane; also unit_bytes(), what a unit takes in a slot. The courier's warp goes through the stages.
-template <typename Cargo>
+// `Units`: see TwoShotLane. The releaser's warp goes through the stages.
+template <typename Units>
 class StagedLane {
  public:
-  __device__ __forceinline__ StagedLane(const lar_workspace& workspace, lar_algorithm algorithm, const Cargo& cargo,
-                                        int64_t chunk)
-      : workspace_(workspace),
-        slots_(workspace.layout.flagged),
-        cargo_(cargo),
-        ranks_(workspace.layout.world_size),
-        chunk_(chunk),
-        rounds_(ceil_div(cargo.units(), chunk * gridDim.x * ranks_)),
-        stages_(workspace, algorithm, rounds_) {}
+  __device__ __forceinline__ StagedLane(const FlagsArguments& arguments, const Units& units)
+      : workspace_(arguments.workspace),
+        slots_(workspace_.layout.flagged),
+        units_(units),
+        ranks_(workspace_.layout.world_size),
+        cut_{units.total(), arguments.chunk_vectors * LAR_VECTOR_BYTES / Units::unit_bytes(), ranks_,
+             static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)},
+        rounds_(cut_.chunks()),
+        stages_(workspace_, arguments.kind, rounds_) {}
 
   __device__ __forceinline__ void run() const {
     if (!__syncthreads_and(is_worker() || stages_.begin())) return;
@@ -212,24 +211,19 @@ class StagedLane {
   }
 
  private:
-  using Crewed = Lane<Crew::kWorkersAndCourier>;
+  using BlockRoles = Lane<Roles::kWorkersAndReleaser>;
 
-  __device__ __forceinline__ static bool is_worker() { return !Crewed::is_courier(); }
+  __device__ __forceinline__ static bool is_worker() { return !BlockRoles::is_releaser(); }
 
   __device__ __forceinline__ int peer(int step) const {
     const int at = workspace_.rank + step;
     return at < 0 ? at + ranks_ : at < ranks_ ? at : at - ranks_;
   }
 
-  __device__ __forceinline__ Piece piece(int64_t round, int owner) const {
-    const int64_t first = ((round * ranks_ + owner) * gridDim.x + blockIdx.x) * chunk_;
-    return {first, min(chunk_, cargo_.units() - first)};
-  }
-
   // This lane's piece of the slot, with `holder`, for what comes from `source`.
   __device__ __forceinline__ char* slot(int64_t region, int holder, int source) const {
     return static_cast<char*>(workspace_.base[holder]) + region + source * slots_.staged_bytes +
-           blockIdx.x * chunk_ * Cargo::unit_bytes();
+           blockIdx.x * cut_.units * Units::unit_bytes();
   }
 
   __device__ __forceinline__ char* result_slot(int holder, int owner) const {
@@ -237,17 +231,17 @@ class StagedLane {
   }
 
   __device__ __forceinline__ void scatter(int64_t round, int owner) const {
-    const Piece parts[] = {piece(round, owner)};
+    const Piece parts[] = {cut_.piece(round, owner)};
     char* const slots[] = {slot(slots_.scatter_offset, owner, workspace_.rank)};
-    cargo_.pack(parts, slots);
+    units_.pack(parts, slots);
   }
 
   __device__ __forceinline__ void reduce(int64_t round) const {
     const int rank = workspace_.rank;
     const char* first_source = slot(slots_.scatter_offset, rank, 0);
     char* const result = result_slot(rank, rank);
-    cargo_.reduce(
-        piece(round, rank), rank, [&](int source) { return first_source + source * slots_.staged_bytes; },
+    units_.reduce(
+        cut_.piece(round, rank), rank, ranks_, [&](int source) { return first_source + source * slots_.staged_bytes; },
         [&](auto store) { store(result); });
   }
 
@@ -255,32 +249,26 @@ class StagedLane {
     const int rank = workspace_.rank;
     const char* from = result_slot(rank, rank);
     char* const to = result_slot(reader, rank);
-    const int64_t spans[] = {piece(round, rank).span * (Cargo::unit_bytes() / LAR_VECTOR_BYTES)};
+    const int64_t spans[] = {cut_.piece(round, rank).span * (Units::unit_bytes() / LAR_VECTOR_BYTES)};
     move_vectors(
-        spans, Crewed::workers(), [&](int, int64_t i) { return load_slot(from, i); },
+        spans, BlockRoles::workers(), [&](int, int64_t i) { return load_slot(from, i); },
         [&](int, int64_t i, const uint4& raw) { store_slot(to, i, raw); });
   }
 
   __device__ __forceinline__ void drain(int64_t round, int owner) const {
-    const Piece parts[] = {piece(round, owner)};
+    const Piece parts[] = {cut_.piece(round, owner)};
     char* const slots[] = {result_slot(workspace_.rank, owner)};
-    cargo_.unpack(parts, slots);
+    units_.unpack(parts, slots);
   }
 
   const lar_workspace& workspace_;
   const lar_slots& slots_;
-  const Cargo& cargo_;
+  const Units& units_;
   const int ranks_;
-  const int64_t chunk_;
+  const Cut cut_;
   const int64_t rounds_;
   const Stages stages_;
 };
-
-template <typename Cargo>
-__device__ __forceinline__ void staged_lane(const lar_workspace& workspace, lar_algorithm algorithm, const Cargo& cargo,
-                                            int64_t chunk) {
-  StagedLane<Cargo>(workspace, algorithm, cargo, chunk).run();
-}
 
 }  // namespace lar
 

@@ -1,84 +1,90 @@
-// A two-shot by flags, each lane alone (device/lane.cuh) on its share of every part, with three chunks in flight:
-//
-//     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
-//              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish
-//              drain    chunk s-2    wait, copy the other owners' results to the output
-//
-// Why a ring of four slots needs no barrier (three would do; four keeps the index a mask, which survives the
-// wrap of the 32-bit epoch):
-//   - scatter(s) overwrites chunk s-4 at its owner. The owner read that chunk before it published its result,
-//     and this lane has drained the result of chunk s-3 already.
-//   - reduce(s-1) overwrites chunk s-5 in the gather slots. A peer drains chunk s-5 before it publishes
-//     scatter(s-2), and this lane has just seen every peer publish scatter(s-1).
-// The courier releases the flags in that order, so a flag never runs ahead of what it stands for.
-// A call ends with everything drained, so the first chunks of the next call are safe by the same argument. It does not
-// matter in whose workspace a slot lies: in a published layout an owner stores its results once, in its own.
+// A two-shot by flags, each lane alone (device/lane.cuh): the steps of protocol/two_shot.h.
 #ifndef LLM_ALLREDUCE_DEVICE_TWO_SHOT_LANE_CUH_
 #define LLM_ALLREDUCE_DEVICE_TWO_SHOT_LANE_CUH_
 
 #include "device/lane.cuh"
+#include "device/world.cuh"
+#include "protocol/two_shot.h"
 
 namespace lar {
 
-// The units of a chunk that one owner reduces in one lane: [first, first + span).
-struct Piece {
-  int64_t first;
-  int64_t span;  // not positive when the message ends before this piece
-};
-
-// `Cargo` is what travels, in units that it knows the size of; every function is for the workers:
+// `Units` are what travels; it knows the size of a unit, and every function is for the workers:
 //   kOwnersAtOnce                               pieces that pack() and unpack() are given
-//   units()                                     in the message
+//   unit_bytes()                                in a slot
+//   total()                                     in the message
 //   pack(Piece[], slots[])                      this rank's own, for their owners
-//   reduce(Piece, rank, source_of, for_each_target)
+//   reduce(Piece, rank, world_size, source_of, for_each_target)
 //                                               sums the packed units of all ranks in rank order, of which this
 //                                               rank's own come from its input, stores the result, and writes it,
 //                                               packed, to every target
 //   unpack(Piece[], slots[])                    stores the peers' results
-template <int kWorldSize, typename Cargo>
+template <typename Units>
 class TwoShotLane {
  public:
-  using FlaggedLane = Lane<Crew::kWorkersAndCourier>;
+  using FlaggedLane = Lane<Roles::kWorkersAndReleaser>;
 
-  __device__ __forceinline__ TwoShotLane(const lar_workspace& workspace, lar_algorithm algorithm, const Cargo& cargo,
-                                         int64_t chunk)
-      : workspace_(workspace),
-        slots_(workspace.layout.flagged),
-        lane_(workspace, EpochPlane::kTwoShot, algorithm),
-        cargo_(cargo),
-        chunk_(chunk),
-        chunks_(ceil_div(cargo.units(), chunk * gridDim.x * kWorldSize)),
+  __device__ __forceinline__ TwoShotLane(const FlagsArguments& arguments, const Units& units)
+      : workspace_(arguments.workspace),
+        slots_(workspace_.layout.flagged),
+        lane_(workspace_, EpochPlane::kTwoShot, arguments.kind),
+        units_(units),
+        cut_{units.total(), arguments.chunk_vectors * LAR_VECTOR_BYTES / Units::unit_bytes(),
+             workspace_.layout.world_size, static_cast<int>(gridDim.x), lane_.index()},
         epoch_(lane_.epoch()) {}
 
   __device__ __forceinline__ void run() {
     lane_.start();
-    if (!(lane_.is_courier() ? deliver() : work())) return;
-    lane_.finish(epoch_ + static_cast<uint32_t>(chunks_));
+    const int64_t chunks = cut_.chunks();
+    if (!(lane_.is_releaser() ? run_two_shot(chunks, Releases{*this}) : run_two_shot(chunks, *this))) return;
+    lane_.finish(epoch_ + static_cast<uint32_t>(chunks));
+  }
+
+  // The steps of protocol/two_shot.h, for the workers.
+  __device__ __forceinline__ bool scatter(int64_t chunk) const {
+    for_all_owners(
+        chunk, [&](int owner) { return scatter_slot(owner, workspace_.rank, chunk); },
+        [&](const auto& parts, const auto& slots) { units_.pack(parts, slots); });
+    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
+    return true;
+  }
+
+  __device__ __forceinline__ bool reduce(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
+    const int rank = workspace_.rank;
+    const int world_size = workspace_.layout.world_size;
+    const char* first_source = scatter_slot(rank, 0, chunk);
+    const int64_t stride = workspace_.layout.lanes * slots_.two_shot_bytes;  // from source to source
+    const int copies = shared_copies(workspace_.layout);
+    units_.reduce(
+        cut_.piece(chunk, rank), rank, world_size, [&](int source) { return first_source + source * stride; },
+        [&](auto store) {
+#pragma unroll 1
+          for (int step = 1; step <= copies; ++step) store(gather_slot(rotated(rank, step, world_size), rank, chunk));
+        });
+    lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
+    return true;
+  }
+
+  __device__ __forceinline__ bool drain(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
+    for_all_owners(
+        chunk, [&](int owner) { return gather_slot(workspace_.rank, owner, chunk); },
+        [&](const auto& parts, const auto& slots) { units_.unpack(parts, slots); });
+    return true;
   }
 
  private:
-  __device__ __forceinline__ bool work() const {
-    for (int64_t step = 0; step < chunks_ + 2; ++step) {
-      if (step < chunks_) scatter(step);
-      if (step >= 1 && step <= chunks_ && !reduce(step - 1)) return false;
-      if (step >= 2 && !drain(step - 2)) return false;
+  // What the releaser does in the same steps.
+  struct Releases {
+    const TwoShotLane& of;
+    __device__ __forceinline__ bool scatter(int64_t chunk) const {
+      return of.lane_.deliver(FlagPlane::kTwoShotScatter, of.round(chunk));
     }
-    return true;
-  }
-
-  // What scatter() and reduce() publish.
-  __device__ __forceinline__ bool deliver() const {
-    for (int64_t step = 0; step <= chunks_; ++step) {
-      if (step < chunks_ && !lane_.deliver(FlagPlane::kTwoShotScatter, round(step))) return false;
-      if (step >= 1 && !lane_.deliver(FlagPlane::kTwoShotGather, round(step - 1))) return false;
+    __device__ __forceinline__ bool reduce(int64_t chunk) const {
+      return of.lane_.deliver(FlagPlane::kTwoShotGather, of.round(chunk));
     }
-    return true;
-  }
-
-  __device__ __forceinline__ Piece piece(int64_t chunk, int owner) const {
-    const int64_t first = ((chunk * kWorldSize + owner) * gridDim.x + lane_.index()) * chunk_;
-    return {first, min(chunk_, cargo_.units() - first)};
-  }
+    __device__ __forceinline__ bool drain(int64_t) const { return true; }
+  };
 
   __device__ __forceinline__ uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
 
@@ -95,16 +101,17 @@ class TwoShotLane {
   // body(parts, slots) for the other ranks, some at a time: of a chunk, the part of each owner and slot_of(owner).
   template <typename SlotOf, typename Body>
   __device__ __forceinline__ void for_all_owners(int64_t chunk, SlotOf slot_of, Body body) const {
-    constexpr int kAtOnce = Cargo::kOwnersAtOnce;
+    constexpr int kAtOnce = Units::kOwnersAtOnce;
+    const int world_size = workspace_.layout.world_size;
 #pragma unroll 1
-    for (int first = 1; first < kWorldSize; first += kAtOnce) {
+    for (int first = 1; first < world_size; first += kAtOnce) {
       Piece parts[kAtOnce];
       char* slots[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const bool is_peer = (kWorldSize - 1) % kAtOnce == 0 || first + j < kWorldSize;
-        const int owner = rotated<kWorldSize>(workspace_.rank, is_peer ? first + j : 0);
-        parts[j] = piece(chunk, owner);
+        const bool is_peer = first + j < world_size;
+        const int owner = rotated(workspace_.rank, is_peer ? first + j : 0, world_size);
+        parts[j] = cut_.piece(chunk, owner);
         if (!is_peer) parts[j].span = 0;
         slots[j] = slot_of(owner);
       }
@@ -112,53 +119,13 @@ class TwoShotLane {
     }
   }
 
-  __device__ __forceinline__ void scatter(int64_t chunk) const {
-    for_all_owners(
-        chunk, [&](int owner) { return scatter_slot(owner, workspace_.rank, chunk); },
-        [&](const auto& parts, const auto& slots) { cargo_.pack(parts, slots); });
-    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
-  }
-
-  __device__ __forceinline__ bool reduce(int64_t chunk) const {
-    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
-    const int rank = workspace_.rank;
-    const char* first_source = scatter_slot(rank, 0, chunk);
-    const int64_t stride = workspace_.layout.lanes * slots_.two_shot_bytes;  // from source to source
-    const int copies = shared_copies(workspace_.layout);
-    constexpr int kTargetsAtOnce = kWorldSize > 4 ? 1 : kWorldSize - 1;  // whose addresses are kept in registers
-    cargo_.reduce(
-        piece(chunk, rank), rank, [&](int source) { return first_source + source * stride; },
-        [&](auto store) {
-#pragma unroll kTargetsAtOnce
-          for (int step = 1; step < kWorldSize; ++step)
-            if (step <= copies) store(gather_slot(rotated<kWorldSize>(rank, step), rank, chunk));
-        });
-    lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
-    return true;
-  }
-
-  __device__ __forceinline__ bool drain(int64_t chunk) const {
-    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
-    for_all_owners(
-        chunk, [&](int owner) { return gather_slot(workspace_.rank, owner, chunk); },
-        [&](const auto& parts, const auto& slots) { cargo_.unpack(parts, slots); });
-    return true;
-  }
-
   const lar_workspace& workspace_;
   const lar_slots& slots_;
   const FlaggedLane lane_;
-  const Cargo& cargo_;
-  const int64_t chunk_;
-  const int64_t chunks_;
+  const Units& units_;
+  const Cut cut_;
   const uint32_t epoch_;
 };
-
-template <int kWorldSize, typename Cargo>
-__device__ __forceinline__ void two_shot_lane(const lar_workspace& workspace, lar_algorithm algorithm,
-                                              const Cargo& cargo, int64_t chunk) {
-  TwoShotLane<kWorldSize, Cargo>(workspace, algorithm, cargo, chunk).run();
-}
 
 }  // namespace lar
 

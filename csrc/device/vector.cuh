@@ -5,7 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "host/layout.h"
+#include "device/ptx.cuh"
+#include "device/world.cuh"
 
 namespace lar {
 
@@ -65,126 +66,52 @@ struct Accumulator {
   }
 };
 
-// The sum of the vectors part(0) .. part(kWorldSize - 1), in that order. Loads run ahead of the additions: those
-// of all ranks, or with 16, four at a time, to stay in registers.
+// The sum of the vectors part(0) .. part(world_size - 1), in that order. Loads run ahead of the additions: those of all
+// ranks, or where their number is not known, four at a time.
 template <typename T, int kWorldSize, typename LoadPart>
-__device__ __forceinline__ uint4 sum_in_rank_order(LoadPart part) {
-  constexpr int kGroup = kWorldSize <= 8 ? kWorldSize : 4;
-  static_assert(kWorldSize % kGroup == 0, "groups must tile the ranks");
+__device__ __forceinline__ uint4 sum_in_rank_order(int world_size, LoadPart part) {
+  constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
+  const int ranks = World<kWorldSize>::size(world_size);
   Accumulator<T> sum;
 #pragma unroll 1
-  for (int first = 0; first < kWorldSize; first += kGroup) {
+  for (int first = 0; first < ranks; first += kGroup) {
     uint4 loaded[kGroup];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) loaded[i] = part(first + i);
+    for (int i = 0; i < kGroup; ++i)
+      if (World<kWorldSize>::kIsFixed || first + i < ranks) loaded[i] = part(first + i);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) sum.add(loaded[i]);
+    for (int i = 0; i < kGroup; ++i)
+      if (World<kWorldSize>::kIsFixed || first + i < ranks) sum.add(loaded[i]);
   }
   return sum.rounded();
 }
 
-// Sums vectors 0 .. span-1 by the first `threads` of the block: store(i, part(0, i) + .. + part(kWorldSize - 1, i)).
-// About eight loads of each thread are in flight.
-template <typename T, int kWorldSize, typename LoadPart, typename Store>
-__device__ __forceinline__ void sum_vectors(int64_t span, int threads, LoadPart part, Store store) {
-  constexpr int kAtOnce = kWorldSize > 4 ? 1 : 8 / kWorldSize;
-  if constexpr (kAtOnce == 1) {
+// Sums vectors 0 .. span-1 by the first `threads` of the block, ranks in order: store(i, part(0, i) + ...). Two vectors
+// of each thread are on their way together, of four ranks each.
+template <typename T, typename LoadPart, typename Store>
+__device__ __forceinline__ void sum_vectors(int64_t span, int threads, int world_size, LoadPart part, Store store) {
+  constexpr int kVectors = 2;
+  constexpr int kGroup = World<0>::kRanksAtOnce;
 #pragma unroll 1
-    for (int64_t i = threadIdx.x; i < span; i += threads)
-      store(i, sum_in_rank_order<T, kWorldSize>([&](int source) { return part(source, i); }));
-  } else {
-    for (int64_t i = threadIdx.x; i < span; i += kAtOnce * threads) {
-      uint4 loaded[kAtOnce][kWorldSize];
+  for (int64_t i = threadIdx.x; i < span; i += kVectors * threads) {
+    Accumulator<T> sums[kVectors];
+#pragma unroll 1
+    for (int first = 0; first < world_size; first += kGroup) {
+      uint4 loaded[kVectors][kGroup];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (const int64_t at = i + j * threads; at < span) {
+      for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-          for (int source = 0; source < kWorldSize; ++source) loaded[j][source] = part(source, at);
-        }
+        for (int k = 0; k < kGroup; ++k)
+          if (i + j * threads < span && first + k < world_size) loaded[j][k] = part(first + k, i + j * threads);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (const int64_t at = i + j * threads; at < span) {
-          Accumulator<T> sum;
+      for (int j = 0; j < kVectors; ++j)
 #pragma unroll
-          for (int source = 0; source < kWorldSize; ++source) sum.add(loaded[j][source]);
-          store(at, sum.rounded());
-        }
+        for (int k = 0; k < kGroup; ++k)
+          if (i + j * threads < span && first + k < world_size) sums[j].add(loaded[j][k]);
     }
-  }
-}
-
-// A whole aligned vector of the caller's tensor, loaded where the program says so. Not through the read-only path: with
-// dependent launch the tensor may still be written when this kernel starts.
-__device__ __forceinline__ uint4 load_vector(const void* address, uint32_t index) {
-  uint4 raw;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(static_cast<const uint4*>(address) + index));
-  return raw;
-}
-
-// The caller's tensor as a run of vectors: any count, any alignment. Only the last vector, or every vector of
-// a tensor that does not start on 16 bytes, is moved element by element.
-template <typename T>
-class Payload {
- public:
-  static constexpr int kElements = Vector<T>::kElements;
-
-  __device__ __forceinline__ Payload(const void* address, int64_t count)
-      : address_(static_cast<const T*>(address)),
-        count_(count),
-        whole_vectors_(reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0 ? count / kElements : 0) {}
-
-  __device__ __forceinline__ uint4 load(int64_t index) const {
-    if (index < whole_vectors_) return reinterpret_cast<const uint4*>(address_)[index];
-    uint4 raw = {0u, 0u, 0u, 0u};
-    T* values = reinterpret_cast<T*>(&raw);
-    const int64_t first = index * kElements;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      if (first + i < count_) values[i] = address_[first + i];
-    return raw;
-  }
-
-  __device__ __forceinline__ void store(int64_t index, const uint4& raw) const {
-    T* out = const_cast<T*>(address_);
-    if (index < whole_vectors_) {
-      reinterpret_cast<uint4*>(out)[index] = raw;
-      return;
-    }
-    const T* values = reinterpret_cast<const T*>(&raw);
-    const int64_t first = index * kElements;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      if (first + i < count_) out[first + i] = values[i];
-  }
-
- private:
-  const T* address_;
-  int64_t count_;
-  int64_t whole_vectors_;
-};
-
-// Moves vectors 0 .. spans[k]-1 of each of kCount pieces by the first `threads` of the block: store(k, i, load(k, i)).
-// At least four loads of each thread are in flight before the first store.
-template <int kCount, typename Load, typename Store>
-__device__ __forceinline__ void move_vectors(const int64_t (&spans)[kCount], int threads, Load load, Store store) {
-  constexpr int kAtOnce = kCount >= 4 ? 1 : (4 + kCount - 1) / kCount;
-  int64_t longest = spans[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) longest = max(longest, spans[k]);
-  for (int64_t i = threadIdx.x; i < longest; i += kAtOnce * threads) {
-    uint4 raw[kAtOnce][kCount];
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (i + j * threads < spans[k]) raw[j][k] = load(k, i + j * threads);
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (i + j * threads < spans[k]) store(k, i + j * threads, raw[j][k]);
+    for (int j = 0; j < kVectors; ++j)
+      if (i + j * threads < span) store(i + j * threads, sums[j].rounded());
   }
 }
 

@@ -5,9 +5,7 @@
 
 namespace lar {
 
-bool supported_world_size(int32_t world_size) {
-  return world_size >= 2 && world_size <= LAR_MAX_WORLD_SIZE;
-}
+bool supported_world_size(int32_t world_size) { return world_size >= 2 && world_size <= LAR_MAX_WORLD_SIZE; }
 
 WireUnit wire_unit(lar_kind kind, lar_dtype dtype) {
   if (kind.wire == LAR_WIRE_RAW) return {LAR_VECTOR_BYTES / element_bytes(dtype), LAR_VECTOR_BYTES};

@@ -1,6 +1,6 @@
 // Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
 #include "device/in_band.cuh"
-#include "device/published.cuh"
+#include "device/shared.cuh"
 #include "device/pull.cuh"
 #include "host/launch.h"
 
@@ -21,24 +21,19 @@ struct SlotUse {
 SlotUse slot_use(const lar_layout& layout, lar_kind kind) {
   const lar_slots& slots = layout.in_band;
   if (kind.algorithm == LAR_ONE_SHOT)
-    return {EpochPlane::kOneShotInBand,
-            LengthPlane::kOneShot,
-            1,
-            slots.one_shot_offset,
-            slots.one_shot_bytes,
-            slots.one_shot_offset,
-            slots.one_shot_offset};
+    return {EpochPlane::kOneShotInBand, LengthPlane::kOneShot, 1, slots.one_shot_offset, slots.one_shot_bytes,
+            slots.one_shot_offset,      slots.one_shot_offset};
   return {EpochPlane::kTwoShotInBand, LengthPlane::kTwoShot, layout.world_size,  slots.scatter_offset,
           slots.two_shot_bytes,       slots.gather_offset,   slots.gather_offset};
 }
 
 // A kernel of a fixed world size has as many entries of the table at the end as it needs.
-InBandArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
+PushArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
                                      const SlotUse& use) {
   const int world_size = workspace.layout.world_size;
   const auto region = [&](int rank) { return static_cast<char*>(workspace.base[rank]) + use.offset; };
   const auto vectors = [](int64_t bytes) { return static_cast<uint32_t>(bytes / LAR_VECTOR_BYTES); };
-  InBandArguments<0> out{};
+  PushArguments<0> out{};
   out.input = round.input;
   out.output = round.output;
   out.count = round.count;
@@ -74,9 +69,8 @@ int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
   if (call.kind.wire == LAR_WIRE_RAW ? split && !aligned : !split) return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
-    InBandArguments<0> arguments = in_band_arguments(workspace, call, round, use);
-    const Row* row =
-        find_row(call.kind, round.dtype, workspace.layout.world_size, form_of(call, round, aligned));
+    PushArguments<0> arguments = in_band_arguments(workspace, call, round, use);
+    const Row* row = find_row(call.kind, round.dtype, workspace.layout.world_size, form_of(call, round, aligned));
     return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
   });
 }

@@ -1,6 +1,6 @@
-#include "host/launch.h"
-
 #include <cuda_runtime.h>
+
+#include "host/launch.h"
 
 namespace lar {
 namespace {

@@ -10,8 +10,8 @@
 
 namespace lar {
 
-// Programmatic dependent launch: blocks may be scheduled while the previous kernel of the stream drains, and wait before
-// they touch memory.
+// Programmatic dependent launch: blocks may be scheduled while the previous kernel of the stream drains, and wait
+// before they touch memory.
 enum class Start { kLate, kEarly };
 
 // Starts a row's kernel with one argument. kEarly counts where the device can and the workspace's caller allows it.

@@ -1,5 +1,3 @@
-#include "host/registry.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -9,6 +7,7 @@
 
 #include "host/capture.h"
 #include "host/check.h"
+#include "host/registry.h"
 
 namespace lar {
 namespace {
@@ -52,8 +51,8 @@ const std::vector<Row>& sorted_rows() {
 
 const Row* find(uint64_t wanted) {
   const std::vector<Row>& all = sorted_rows();
-  const auto at = std::lower_bound(all.begin(), all.end(), wanted,
-                                   [](const Row& row, uint64_t other) { return key(row) < other; });
+  const auto at =
+      std::lower_bound(all.begin(), all.end(), wanted, [](const Row& row, uint64_t other) { return key(row) < other; });
   return at != all.end() && key(*at) == wanted ? &*at : nullptr;
 }
 

@@ -1,8 +1,8 @@
 // Which kernel runs a call of which kind: the only place that maps one to the other.
 //
 // Every csrc/kernels/*.cu adds rows for its kernels, every csrc/cpu/*.cpp one for what a CPU rank runs, and every
-// csrc/host/exchange_*.cu the function that launches kernels of its exchange. lar_all_reduce() looks a call up here, and
-// lar_load_kernels_cuda() loads what a group may need.
+// csrc/host/exchange_*.cu the function that launches kernels of its exchange. lar_all_reduce() looks a call up here,
+// and lar_load_kernels_cuda() loads what a group may need.
 #ifndef LLM_ALLREDUCE_HOST_REGISTRY_H_
 #define LLM_ALLREDUCE_HOST_REGISTRY_H_
 
@@ -55,8 +55,10 @@ constexpr bool operator==(lar_kind a, lar_kind b) {
   return a.algorithm == b.algorithm && a.exchange == b.exchange && a.wire == b.wire && a.epilogue == b.epilogue;
 }
 
-constexpr lar_kind kind_of(lar_algorithm algorithm, lar_exchange exchange, lar_wire wire = LAR_WIRE_RAW) {
-  return {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire), LAR_STORE};
+constexpr lar_kind kind_of(lar_algorithm algorithm, lar_exchange exchange, lar_wire wire = LAR_WIRE_RAW,
+                           lar_epilogue epilogue = LAR_STORE) {
+  return {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
+          static_cast<uint8_t>(epilogue)};
 }
 
 }  // namespace lar

@@ -12,8 +12,8 @@
 
 #include <vector>
 
-#include "host/layout.h"
 #include "host/capture.h"
+#include "host/layout.h"
 
 namespace {
 

@@ -47,8 +47,8 @@ typedef enum lar_status {
 
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
-// What tells one all-reduce from another, from the policy to the kernel: an algorithm, how readiness travels, what values
-// travel as, and what becomes of a reduced vector. docs/contributing.md says which combinations have kernels.
+// What tells one all-reduce from another, from the policy to the kernel: an algorithm, how readiness travels, what
+// values travel as, and what becomes of a reduced vector. docs/contributing.md says which combinations have kernels.
 typedef enum lar_algorithm {
   LAR_ONE_SHOT = 0,      // everyone sends everything to everyone, and sums
   LAR_TWO_SHOT = 1,      // reduce-scatter, then all-gather
@@ -277,10 +277,8 @@ LAR_EXPORT int lar_all_reduce(const lar_workspace* workspace, const lar_call* ca
 LAR_EXPORT int lar_packet_size(lar_wire, int32_t* values, int32_t* bytes);
 LAR_EXPORT int lar_encode_cpu(lar_wire, lar_dtype, const void* values, int64_t count, void* packets);
 LAR_EXPORT int lar_decode_cpu(lar_wire, lar_dtype, const void* packets, int64_t count, void* values);
-LAR_EXPORT int lar_encode_cuda(lar_wire, lar_dtype, const void* values, int64_t count, void* packets,
-                               void* stream);
-LAR_EXPORT int lar_decode_cuda(lar_wire, lar_dtype, const void* packets, int64_t count, void* values,
-                               void* stream);
+LAR_EXPORT int lar_encode_cuda(lar_wire, lar_dtype, const void* values, int64_t count, void* packets, void* stream);
+LAR_EXPORT int lar_decode_cuda(lar_wire, lar_dtype, const void* packets, int64_t count, void* values, void* stream);
 
 // Proof that peers see each other's bytes. Each rank writes a word made from `nonce` into every peer's probe
 // area; after a barrier of the caller's, each rank checks what peers wrote here and, by loading from each peer,

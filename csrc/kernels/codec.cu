@@ -1,7 +1,10 @@
 // Encoding and decoding by themselves: what the tests compare with the oracle, and what the break-even report times.
 #include <algorithm>
 
-#include "device/packet.cuh"
+#include "device/kernel.cuh"
+#include "device/sink/store.cuh"
+#include "device/wire/packet.cuh"
+#include "host/check.h"
 
 namespace lar {
 namespace {
@@ -33,12 +36,12 @@ __global__ void __launch_bounds__(kThreads)
 template <typename T, typename Packet>
 __global__ void __launch_bounds__(kThreads)
     decode_kernel(const char* packets, int64_t num_packets, void* values, int64_t count) {
-  const Payload<T> to(values, count);
+  const typename Store::template Any<T> to(values, count);
   const int64_t total_vectors = ceil_div(count, Vector<T>::kElements);
   for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
     float thread_values[Packet::kThreadValues];
     Packet::decode(Packet::load(packets + packet * Packet::kBytes), thread_values);
-    if (threadIdx.x % 32 < Packet::kThreads) store_values(to, vector, total_vectors, thread_values);
+    if (threadIdx.x % 32 < Packet::kThreads) store_values<T>(to, vector, total_vectors, thread_values);
   });
 }
 
@@ -49,19 +52,17 @@ struct Call {
   void* to;
   int64_t count;
   int64_t packets;
-  cudaStream_t stream;
+  void* stream;
 };
 
 template <typename T, typename Packet>
 cudaError_t run(const Call& call) {
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(call.packets, kWarps), kMostBlocks));
   if (call.encodes)
-    encode_kernel<T, Packet>
-        <<<blocks, kThreads, 0, call.stream>>>(call.from, call.count, static_cast<char*>(call.to), call.packets);
-  else
-    decode_kernel<T, Packet>
-        <<<blocks, kThreads, 0, call.stream>>>(static_cast<const char*>(call.from), call.packets, call.to, call.count);
-  return cudaGetLastError();
+    return launch(encode_kernel<T, Packet>, blocks, kThreads, call.stream, call.from, call.count,
+                  static_cast<char*>(call.to), call.packets);
+  return launch(decode_kernel<T, Packet>, blocks, kThreads, call.stream, static_cast<const char*>(call.from),
+                call.packets, call.to, call.count);
 }
 
 template <typename Packet>
@@ -87,8 +88,10 @@ int code(lar_wire format, lar_dtype dtype, const void* values, int64_t count, vo
   if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return LAR_ERROR_INVALID_ARGUMENT;
   const void* from = encodes ? values : packets;
   void* to = encodes ? packets : const_cast<void*>(values);
-  const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), static_cast<cudaStream_t>(stream)};
+  const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), stream};
   switch (format) {
+    case LAR_WIRE_RAW:
+      break;
     case LAR_WIRE_FP8:
       return run<Fp8Packet>(call);
     case LAR_WIRE_TQ3:
@@ -102,12 +105,12 @@ int code(lar_wire format, lar_dtype dtype, const void* values, int64_t count, vo
 }  // namespace
 }  // namespace lar
 
-extern "C" int lar_encode_cuda(lar_wire format, lar_dtype dtype, const void* values, int64_t count,
-                               void* packets, void* stream) {
+extern "C" int lar_encode_cuda(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets,
+                               void* stream) {
   return lar::code(format, dtype, values, count, packets, true, stream);
 }
 
-extern "C" int lar_decode_cuda(lar_wire format, lar_dtype dtype, const void* packets, int64_t count,
-                               void* values, void* stream) {
+extern "C" int lar_decode_cuda(lar_wire format, lar_dtype dtype, const void* packets, int64_t count, void* values,
+                               void* stream) {
   return lar::code(format, dtype, values, count, const_cast<void*>(packets), false, stream);
 }

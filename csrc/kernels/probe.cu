@@ -1,10 +1,13 @@
 // Proof of peer access by real bytes: drivers advertise P2P that ACS or an IOMMU then drops.
 #include <cuda_runtime.h>
 
+#include "device/kernel.cuh"
 #include "host/layout.h"
 
 namespace lar {
 namespace {
+
+constexpr int kProbeThreads = (LAR_MAX_WORLD_SIZE + 31) / 32 * 32;  // one to a peer
 
 __global__ void probe_write_kernel(const __grid_constant__ lar_workspace workspace, uint32_t nonce) {
   const int peer = threadIdx.x;
@@ -30,12 +33,10 @@ __global__ void probe_check_kernel(const __grid_constant__ lar_workspace workspa
 
 extern "C" int lar_probe_write_cuda(const lar_workspace* workspace, uint32_t nonce, void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  lar::probe_write_kernel<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(*workspace, nonce);
-  return cudaGetLastError();
+  return lar::launch(lar::probe_write_kernel, 1, lar::kProbeThreads, stream, *workspace, nonce);
 }
 
 extern "C" int lar_probe_check_cuda(const lar_workspace* workspace, uint32_t nonce, int32_t* verdict, void* stream) {
   if (!workspace || !verdict) return LAR_ERROR_INVALID_ARGUMENT;
-  lar::probe_check_kernel<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(*workspace, nonce, verdict);
-  return cudaGetLastError();
+  return lar::launch(lar::probe_check_kernel, 1, lar::kProbeThreads, stream, *workspace, nonce, verdict);
 }

@@ -12,9 +12,9 @@
 // Shared: what is stored once and read by all, a reader cannot clear. Instead, a rank clears in call e what was in its
 // own workspace in call e-2, once everything that peers wait for is on its way. It may: it has ended call e-1, in which
 // it took what depends on something that every peer sent in that call, and no peer sent anything of call e-1 before its
-// own call e-2, reads included, had ended. Four generations are enough: a peer stores to or polls that one again in call
-// e+2. It has then ended call e+1, in which it took what depends on something this rank sent after its call e, clears
-// included, had ended.
+// own call e-2, reads included, had ended. Four generations are enough: a peer stores to or polls that one again in
+// call e+2. It has then ended call e+1, in which it took what depends on something this rank sent after its call e,
+// clears included, had ended.
 //
 // Every lane has a copy of the epoch, all alike between calls: a block must not read what another writes. Lane 0 counts
 // for the lanes that a call leaves out.
@@ -32,8 +32,8 @@ LAR_HOST_DEVICE uint32_t pushed_generation(uint32_t epoch) { return epoch % LAR_
 LAR_HOST_DEVICE uint32_t shared_generation(uint32_t epoch) { return epoch % LAR_SHARED_SLOTS; }
 LAR_HOST_DEVICE uint32_t cleared_generation(uint32_t epoch) { return (epoch - 2) % LAR_SHARED_SLOTS; }
 
-// Slots of peers lie in the order of the ranks that follow their holder. From 1 to world_size - 1: how many places after
-// `rank` comes `peer`; and where, among the slots that `holder` has, those of the rank `step` places on lie.
+// Slots of peers lie in the order of the ranks that follow their holder. From 1 to world_size - 1: how many places
+// after `rank` comes `peer`; and where, among the slots that `holder` has, those of the rank `step` places on lie.
 LAR_HOST_DEVICE int step_to(int rank, int peer, int world_size) {
   return peer > rank ? peer - rank : peer - rank + world_size;
 }

@@ -57,7 +57,8 @@ LAR_HOST_DEVICE SomePeers receivers_in(const Domains& domains, Chunk chunk, Chun
   return {chunk == chunks - 1 ? ~0u : domains.bits};
 }
 
-// Calls steps.scatter(chunk), partial(chunk), combine(chunk) and drain(chunk) in order. False as soon as one of them is.
+// Calls steps.scatter(chunk), partial(chunk), combine(chunk) and drain(chunk) in order. False as soon as one of them
+// is.
 template <typename Chunk, typename Steps>
 LAR_HOST_DEVICE bool run_hierarchical(Chunk chunks, const Steps& steps) {
 #pragma unroll 1

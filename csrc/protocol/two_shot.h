@@ -1,5 +1,5 @@
-// The steps of TWOSHOT by flags, each lane alone on its share of every part, with three chunks in flight. Shared by CUDA
-// and CPU ranks.
+// The steps of TWOSHOT by flags, each lane alone on its share of every part, with three chunks in flight. Shared by
+// CUDA and CPU ranks.
 //
 //     step s:  scatter  chunk s      store my partials into their owners' scatter slots, publish
 //              reduce   chunk s-1    wait, sum ranks 0..N-1 in order, round once, store to all, publish

@@ -1,14 +1,14 @@
 // A message as packets of a wire format. One warp to a packet; every function is for the whole warp.
-#ifndef LLM_ALLREDUCE_DEVICE_PACKETS_CUH_
-#define LLM_ALLREDUCE_DEVICE_PACKETS_CUH_
+#ifndef LLM_ALLREDUCE_DEVICE_WIRE_PACKETS_CUH_
+#define LLM_ALLREDUCE_DEVICE_WIRE_PACKETS_CUH_
 
-#include "device/lane.cuh"
-#include "device/packet.cuh"
+#include "device/payload.cuh"
+#include "device/wire/packet.cuh"
 
 namespace lar {
 
 // A thread's values are neighbours: `kThreadVectors` vectors of the tensor.
-template <typename T, typename Packet>
+template <typename T, typename Packet, typename Epilogue>
 class Packets {
  public:
   static constexpr int kThreadValues = Packet::kThreadValues;
@@ -20,7 +20,7 @@ class Packets {
 
   __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
       : input_(input, count),
-        output_(output, count),
+        sink_(output, count),
         count_(count),
         total_vectors_(ceil_div(count, Vector<T>::kElements)),
         number_(ceil_div(count, Packet::kValues)) {}
@@ -39,7 +39,7 @@ class Packets {
     Values values;
     Packet::decode(encoded, values);
     positive_zeros(values);
-    if (has_values()) store_values(output_, first_vector(packet), total_vectors_, values);
+    if (has_values()) store_values<T>(sink_, first_vector(packet), total_vectors_, values);
   }
 
   // A sum is made term by term, from +0: this rank's own values, as they are, and what others sent.
@@ -98,22 +98,7 @@ class Packets {
     if (!has_values()) return;
 #pragma unroll
     for (int j = 0; j < kThreadVectors; ++j)
-      if (first_vector(packet) + j < total_vectors_) output_.store(first_vector(packet) + j, raw[j]);
-  }
-
-  // The encoded sum in rank order: this rank's own values as they are, the others' decoded.
-  template <int kWorldSize>
-  __device__ __forceinline__ Encoded sum(int64_t packet, int rank, const Encoded (&others)[kWorldSize]) const {
-    Values sum;
-    clear(sum);
-#pragma unroll
-    for (int source = 0; source < kWorldSize; ++source) {
-      if (source == rank)
-        add_own(packet, sum);
-      else
-        add(others[source], sum);
-    }
-    return encoded_sum(packet, sum);
+      if (first_vector(packet) + j < total_vectors_) sink_(first_vector(packet) + j, raw[j]);
   }
 
  private:
@@ -151,7 +136,7 @@ class Packets {
   }
 
   const Payload<T> input_;
-  const Payload<T> output_;
+  const typename Epilogue::template Any<T> sink_;
   const int64_t count_;
   const int64_t total_vectors_;
   const int64_t number_;
@@ -159,4 +144,4 @@ class Packets {
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_DEVICE_PACKETS_CUH_
+#endif  // LLM_ALLREDUCE_DEVICE_WIRE_PACKETS_CUH_

@@ -1,11 +1,12 @@
 // Packets of the wire formats on the device: one warp to a packet.
-#ifndef LLM_ALLREDUCE_DEVICE_PACKET_CUH_
-#define LLM_ALLREDUCE_DEVICE_PACKET_CUH_
+#ifndef LLM_ALLREDUCE_DEVICE_WIRE_PACKET_CUH_
+#define LLM_ALLREDUCE_DEVICE_WIRE_PACKET_CUH_
 
 #include "codec/fp8.h"
 #include "codec/hadamard2.h"
 #include "codec/tq3.h"
-#include "device/vector.cuh"
+#include "device/payload.cuh"
+#include "device/ptx.cuh"
 
 namespace lar {
 
@@ -25,8 +26,8 @@ __device__ __forceinline__ void load_values(const Payload<T>& from, int64_t inde
   }
 }
 
-template <typename T, int kCount>
-__device__ __forceinline__ void store_values(const Payload<T>& to, int64_t index, int64_t total_vectors,
+template <typename T, int kCount, typename Sink>
+__device__ __forceinline__ void store_values(const Sink& sink, int64_t index, int64_t total_vectors,
                                              const float (&values)[kCount]) {
   constexpr int kElements = Vector<T>::kElements;
 #pragma unroll
@@ -35,7 +36,7 @@ __device__ __forceinline__ void store_values(const Payload<T>& to, int64_t index
     T* elements = reinterpret_cast<T*>(&raw);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) elements[i] = round_to<T>(values[j * kElements + i]);
-    if (index + j < total_vectors) to.store(index + j, raw);
+    if (index + j < total_vectors) sink(index + j, raw);
   }
 }
 
@@ -45,6 +46,7 @@ struct Fp8Packet {
   using Encoded = uint4;  // a thread's share of a packet
   static constexpr int kThreadValues = 16;
   static constexpr int kThreads = 31;  // with values
+  static constexpr lar_wire kWire = LAR_WIRE_FP8;
   static constexpr int kValues = Codec::kValues;
   static constexpr int kBytes = Codec::kBytes;
 
@@ -77,21 +79,22 @@ struct Fp8Packet {
   }
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
-    reinterpret_cast<uint4*>(packet)[threadIdx.x % 32] = encoded;
+    store_weak(reinterpret_cast<uint4*>(packet) + threadIdx.x % 32, encoded);
   }
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
-    return __ldcg(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
+    return load_weak(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
   }
 };
 
 // The formats of 10 bytes for 32 values: one block to a thread.
-template <typename BlockCodec>
+template <typename BlockCodec, lar_wire kWireFormat>
 struct BlockPacket {
   using Codec = BlockCodec;
   using Encoded = codec::Block32;
   static constexpr int kThreadValues = codec::Block32::kValues;
   static constexpr int kThreads = codec::Packet32::kBlocks;
+  static constexpr lar_wire kWire = kWireFormat;
   static constexpr int kValues = codec::Packet32::kValues;
   static constexpr int kBytes = codec::Packet32::kBytes;
 
@@ -105,24 +108,24 @@ struct BlockPacket {
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
     const int block = threadIdx.x % 32;
-    reinterpret_cast<uint32_t*>(packet)[block] = encoded.first;
-    reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte)[block] = encoded.second;
-    reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte)[block] = encoded.scale;
+    store_weak(reinterpret_cast<uint32_t*>(packet) + block, encoded.first);
+    store_weak(reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte) + block, encoded.second);
+    store_weak(reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte) + block, encoded.scale);
   }
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
     const int block = threadIdx.x % 32;
     codec::Block32 encoded;
-    encoded.first = __ldcg(reinterpret_cast<const unsigned int*>(packet) + block);
-    encoded.second = __ldcg(reinterpret_cast<const unsigned int*>(packet + codec::Packet32::kSecondByte) + block);
-    encoded.scale = __ldcg(reinterpret_cast<const unsigned short*>(packet + codec::Packet32::kScaleByte) + block);
+    encoded.first = load_weak(reinterpret_cast<const uint32_t*>(packet) + block);
+    encoded.second = load_weak(reinterpret_cast<const uint32_t*>(packet + codec::Packet32::kSecondByte) + block);
+    encoded.scale = load_weak(reinterpret_cast<const uint16_t*>(packet + codec::Packet32::kScaleByte) + block);
     return encoded;
   }
 };
 
-using Tq3Packet = BlockPacket<codec::Tq3>;
-using Hadamard2Packet = BlockPacket<codec::Hadamard2>;
+using Tq3Packet = BlockPacket<codec::Tq3, LAR_WIRE_TQ3>;
+using Hadamard2Packet = BlockPacket<codec::Hadamard2, LAR_WIRE_HADAMARD2>;
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_DEVICE_PACKET_CUH_
+#endif  // LLM_ALLREDUCE_DEVICE_WIRE_PACKET_CUH_

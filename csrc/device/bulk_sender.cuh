@@ -7,10 +7,11 @@
 //
 // PTX does not say in which pieces a bulk copy arrives. The readers do not care: they check each 32-bit word for itself
 // (device/in_band.cuh).
-#ifndef LLM_ALLREDUCE_DEVICE_OUTBOX_CUH_
-#define LLM_ALLREDUCE_DEVICE_OUTBOX_CUH_
+#ifndef LLM_ALLREDUCE_DEVICE_BULK_SENDER_CUH_
+#define LLM_ALLREDUCE_DEVICE_BULK_SENDER_CUH_
 
 #include "device/in_band.cuh"
+#include "device/ptx.cuh"
 
 namespace lar {
 
@@ -22,60 +23,53 @@ constexpr uint32_t kTileVectors = kWarpThreads;
 // Tiles of a warp under way at once. Six of them for each warp are all the shared memory that needs no opting in.
 constexpr uint32_t kTilesUnderWay = 6;
 
-__device__ __forceinline__ uint32_t lane_of_warp() { return threadIdx.x % kWarpThreads; }
+__device__ __forceinline__ uint32_t warp_thread() { return threadIdx.x % kWarpThreads; }
 
 // Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); flush() at the end.
-class Outbox {
+class BulkSender {
  public:
-#if __CUDA_ARCH__ >= 900
-  // `memory`: of the block, see LAR_OUTBOX_MEMORY.
-  __device__ __forceinline__ explicit Outbox(uint4* memory)
-      : tiles_(static_cast<uint32_t>(__cvta_generic_to_shared(memory)) +
-               threadIdx.x / kWarpThreads * kTilesUnderWay * kTileBytes) {}
+#if LAR_HAS_BULK_COPIES
+  // `memory`: of the block, see LAR_BULK_SENDER_MEMORY.
+  __device__ __forceinline__ explicit BulkSender(uint4* memory)
+      : tiles_(shared_address(memory) + threadIdx.x / kWarpThreads * kTilesUnderWay * kTileBytes) {}
 
   // Puts one vector of each thread into the next tile, once that has been sent.
   __device__ __forceinline__ void fill(const uint4& raw) {
-    if (leads()) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kTilesUnderWay - 1) : "memory");
+    if (leads()) wait_for_bulk_reads<kTilesUnderWay - 1>();
     __syncwarp();
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile() + lane_of_warp() * LAR_VECTOR_BYTES),
-                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-                 : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the engine, another proxy, reads it
+    store_shared(tile() + warp_thread() * LAR_VECTOR_BYTES, raw);
+    fence_before_bulk_copies();
     __syncwarp();
   }
 
   // The first `vectors` of the tile, to `slot` from vector `index` on.
   __device__ __forceinline__ void send(char* slot, uint32_t index, uint32_t vectors) {
-    if (leads())
-      asm volatile(
-          "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-          "r"(tile()), "r"(vectors * LAR_VECTOR_BYTES)
-          : "memory");
+    if (leads()) copy_bulk(reinterpret_cast<uint4*>(slot) + index, tile(), vectors * LAR_VECTOR_BYTES);
   }
 
   __device__ __forceinline__ void close() {
-    if (leads()) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    if (leads()) commit_bulk_copies();
     next_ = next_ + 1 == kTilesUnderWay ? 0 : next_ + 1;
   }
 
   // Shared memory ends with the block, so everything must have been read. That it arrives, the readers see.
   __device__ __forceinline__ void flush() {
-    if (leads()) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    if (leads()) wait_for_bulk_reads<0>();
   }
 
  private:
   static constexpr uint32_t kTileBytes = kTileVectors * LAR_VECTOR_BYTES;
 
-  __device__ __forceinline__ static bool leads() { return lane_of_warp() == 0; }
+  __device__ __forceinline__ static bool leads() { return warp_thread() == 0; }
   __device__ __forceinline__ uint32_t tile() const { return tiles_ + next_ * kTileBytes; }
 
   uint32_t tiles_;  // of this warp, in shared memory
   uint32_t next_ = 0;
 #else
-  __device__ __forceinline__ explicit Outbox(uint4*) {}
+  __device__ __forceinline__ explicit BulkSender(uint4*) {}
   __device__ __forceinline__ void fill(const uint4& raw) { raw_ = raw; }
   __device__ __forceinline__ void send(char* slot, uint32_t index, uint32_t vectors) {
-    if (lane_of_warp() < vectors) store_in_band(slot, index + lane_of_warp(), raw_);
+    if (warp_thread() < vectors) store_in_band(slot, index + warp_thread(), raw_);
   }
   __device__ __forceinline__ void close() {}
   __device__ __forceinline__ void flush() {}
@@ -85,13 +79,13 @@ class Outbox {
 #endif
 };
 
-#if __CUDA_ARCH__ >= 900
-#define LAR_OUTBOX_MEMORY(name) \
-  __shared__ __align__(128) uint4 name[LAR_MAX_THREADS / kWarpThreads * kTilesUnderWay * kTileVectors]
+#if LAR_HAS_BULK_COPIES
+#define LAR_BULK_SENDER_MEMORY(name) \
+  LAR_BLOCK_ARRAY(uint4, name, LAR_MAX_THREADS / kWarpThreads * kTilesUnderWay * kTileVectors)
 #else
-#define LAR_OUTBOX_MEMORY(name) uint4* const name = nullptr
+#define LAR_BULK_SENDER_MEMORY(name) uint4* const name = nullptr
 #endif
 
 }  // namespace lar
 
-#endif  // LLM_ALLREDUCE_DEVICE_OUTBOX_CUH_
+#endif  // LLM_ALLREDUCE_DEVICE_BULK_SENDER_CUH_

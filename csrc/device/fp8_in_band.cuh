@@ -1,0 +1,109 @@
+// What the in-band kernels of FP8 share: packets that travel as vectors do.
+//
+// A packet of 496 values is one vector of each thread of a warp, and no word of it is the in-band marker
+// (codec/fp8.h), so packets travel as any vectors do (device/in_band.cuh).
+#ifndef LLM_ALLREDUCE_DEVICE_FP8_IN_BAND_CUH_
+#define LLM_ALLREDUCE_DEVICE_FP8_IN_BAND_CUH_
+
+#include "device/bulk_sender.cuh"
+#include "device/sink/store.cuh"
+#include "device/two_shot_in_band.cuh"
+#include "device/wire/packets.cuh"
+
+namespace lar {
+
+constexpr int kPacketVectors = Fp8Packet::kBytes / LAR_VECTOR_BYTES;
+static_assert(kPacketVectors == kTileVectors, "a packet is a tile");
+static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "codes are never 0x80, and a scale is not negative");
+
+template <typename T>
+using Fp8Message = Packets<T, Fp8Packet, Store>;
+
+// The packet at `tile`, in vectors, of the part of the rank `step` places on; behind the last if there is none.
+template <int kWorldSize>
+__device__ __forceinline__ uint32_t packet_of(const InBandArguments& arguments, int step, uint32_t tile) {
+  return index_of<kWorldSize>(arguments, step, tile) / kPacketVectors;
+}
+
+// This thread's vectors of the wanted packets, polled and, if `kClears`, cleared. For the whole warp; false for all of
+// it when a wait expired.
+template <bool kClears, int kCount, typename RankOf>
+__device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase phase, char* const (&from)[kCount],
+                                     const bool (&wanted)[kCount], uint4 (&vectors)[kCount], RankOf rank_of) {
+  const bool complete = poll_until_complete(arguments.limit, phase, from, wanted, vectors, rank_of);
+  if (!__all_sync(kWholeWarp, complete)) return false;
+  if (kClears) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) clear_in_band_if(wanted[i], from[i]);
+  }
+  return true;
+}
+
+// The encoded sum of a packet of my part, whose in-band slots begin at `slots`. This rank's own values are added as
+// they are, which costs nothing and leaves one error fewer.
+template <typename T, int kWorldSize, bool kClears>
+__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Fp8Message<T>& packets,
+                                           uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
+  constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
+  constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  typename Fp8Message<T>::Values sum;
+  Fp8Message<T>::clear(sum);
+#pragma unroll 1
+  for (int first = 0; first < world_size; first += kGroup) {
+    char* from[kGroup];
+    bool wanted[kGroup];
+    uint4 vectors[kGroup];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const bool is_rank = kIsFixed || first + i < world_size;
+      const uint32_t peer_slot = slot_of_peer<kWorldSize>(arguments, is_rank ? first + i : first);
+      from[i] = arguments.own + static_cast<int64_t>(slots + peer_slot + tile + warp_thread()) * LAR_VECTOR_BYTES;
+      wanted[i] = is_rank && first + i != arguments.rank;
+      vectors[i] = {0u, 0u, 0u, 0u};
+    }
+    if (!take<kClears>(arguments, LAR_PHASE_SCATTER, from, wanted, vectors, [&](int i) { return first + i; }))
+      return false;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      if (first + i == arguments.rank)
+        packets.add_own(packet, sum);
+      else if (kIsFixed || first + i < world_size)
+        Fp8Message<T>::add(vectors[i], sum);
+    }
+  }
+  result = packets.encoded_sum(packet, sum);
+  return true;
+}
+
+// Polls the packets at `tile` of the other owners, some at a time, and stores them. from(step): where the packet of the
+// rank `step` places on lies.
+template <typename T, int kWorldSize, bool kClears, typename From>
+__device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Fp8Message<T>& packets,
+                                              uint32_t tile, From from_of) {
+  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+#pragma unroll 1
+  for (int first = 1; first < world_size; first += kAtOnce) {
+    char* from[kAtOnce];
+    bool wanted[kAtOnce];
+    uint4 results[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      wanted[j] = packet_of<kWorldSize>(arguments, first + j, tile) < packets.number();
+      from[j] = from_of(World<kWorldSize>::kIsFixed || first + j < world_size ? first + j : first);
+      results[j] = {0u, 0u, 0u, 0u};
+    }
+    if (!take<kClears>(arguments, LAR_PHASE_GATHER, from, wanted, results,
+                       [&](int j) { return rotated(arguments.rank, first + j, world_size); }))
+      return false;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (wanted[j]) packets.store(packet_of<kWorldSize>(arguments, first + j, tile), results[j]);
+  }
+  return true;
+}
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_FP8_IN_BAND_CUH_

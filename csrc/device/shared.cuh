@@ -1,0 +1,106 @@
+// In band in memory that all ranks share: host memory.
+//
+// Storing the same vectors to every peer would send them over PCIe several times. So a rank stores them once, in its
+// own workspace, and all peers poll them there. Which generation a call uses and which it clears:
+// protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
+// business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
+#ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
+#define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
+
+#include "device/in_band.cuh"
+#include "device/lane.cuh"
+
+namespace lar {
+
+struct SharedArguments {
+  char* slots[LAR_MAX_WORLD_SIZE];  // what each rank shares, generation 0
+  uint32_t slots_stride;            // from generation to generation of them, in vectors
+  uint32_t* lengths;                // [generation][lane]
+  PushArguments<0> in_band;
+};
+
+// One call, as a block sees it: the workers and, the last warp, the releaser.
+class SharedCall {
+ public:
+  __device__ __forceinline__ explicit SharedCall(const SharedArguments& arguments)
+      : arguments_(arguments), epoch_(epoch_of(arguments.in_band)) {}
+
+  __device__ __forceinline__ static uint32_t block_workers() { return blockDim.x - kReleaserThreads; }
+  __device__ __forceinline__ static bool is_releaser() { return threadIdx.x >= block_workers(); }
+
+  // The place of this worker among those of the grid, and their number.
+  __device__ __forceinline__ static uint32_t worker() { return blockIdx.x * block_workers() + threadIdx.x; }
+  __device__ __forceinline__ static uint32_t workers() { return gridDim.x * block_workers(); }
+
+  // Vector `index` of what `rank` shares in this call.
+  __device__ __forceinline__ char* vector(int rank, uint32_t index) const { return slot(rank, epoch_, index); }
+
+  __device__ __forceinline__ void store(uint32_t index, const uint4& raw) const {
+    store_in_band(vector(arguments_.in_band.rank, index), 0, raw);
+  }
+
+  // Where the scatter slots of this call's generation begin, from `own` or from one of `to`.
+  __device__ __forceinline__ uint32_t scatter_slots() const { return scatter_slots(epoch_); }
+
+  // For all threads of the block, before the releaser parts from the workers: counts the call, in which this rank fills
+  // at most `vectors` of a slot.
+  __device__ __forceinline__ void count_call(uint32_t vectors) {
+    const uint32_t lanes = arguments_.in_band.lanes;
+    old_vectors_ = arguments_.lengths[cleared_generation(epoch_) * lanes + blockIdx.x];
+    // As with the epochs, every lane has a copy of its own, and block 0 keeps those of lanes without a block.
+    uint32_t* lengths = arguments_.lengths + shared_generation(epoch_) * lanes;
+    if (threadIdx.x == 0) lengths[blockIdx.x] = vectors;
+    if (blockIdx.x == 0)
+      for (uint32_t lane = gridDim.x + threadIdx.x; lane < lanes; lane += blockDim.x) lengths[lane] = vectors;
+    advance_epoch(arguments_.in_band, epoch_);
+  }
+
+  // For the workers, once: clears what was in this rank's workspace two calls ago; `scatters`: in scatter slots too.
+  __device__ __forceinline__ void clear_old_generation(bool scatters) const {
+    const InBandArguments& in_band = arguments_.in_band;
+    for (uint32_t i = worker(); i < old_vectors_; i += workers()) {
+      clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));
+      if (!scatters) continue;
+#pragma unroll World < 0> ::kPeersAtOnce
+      for (int peer = 0; peer < in_band.world_size - 1; ++peer) {
+        const uint32_t at = scatter_slots(epoch_ - 2) + peer * in_band.peer_stride + i;
+        clear_in_band_if(true, in_band.own + int64_t{at} * LAR_VECTOR_BYTES);
+      }
+    }
+    barrier<false>();
+  }
+
+  // For the releaser: waits until the workers' clears have arrived.
+  __device__ __forceinline__ void settle_clears() const {
+    barrier<true>();
+    __threadfence_system();
+  }
+
+ private:
+  __device__ __forceinline__ char* slot(int rank, uint32_t epoch, uint32_t index) const {
+    const uint32_t at = shared_generation(epoch) * arguments_.slots_stride + index;
+    return arguments_.slots[rank] + int64_t{at} * LAR_VECTOR_BYTES;
+  }
+
+  __device__ __forceinline__ uint32_t scatter_slots(uint32_t epoch) const {
+    return shared_generation(epoch) * arguments_.in_band.generation_stride;
+  }
+
+  // Workers arrive, the releaser waits for them.
+  template <bool kWaits>
+  __device__ __forceinline__ static void barrier() {
+    constexpr int kBarrier = 1;  // 0 is that of __syncthreads()
+    if (kWaits)
+      barrier_sync<kBarrier>(blockDim.x);
+    else
+      barrier_arrive<kBarrier>(blockDim.x);
+  }
+
+  const SharedArguments& arguments_;
+  const uint32_t epoch_;
+  uint32_t old_vectors_ = 0;
+};
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_SHARED_CUH_

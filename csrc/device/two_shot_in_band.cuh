@@ -1,0 +1,50 @@
+// What the in-band kernels of TWOSHOT share: whose vectors are where, and how results are taken in.
+#ifndef LLM_ALLREDUCE_DEVICE_TWO_SHOT_IN_BAND_CUH_
+#define LLM_ALLREDUCE_DEVICE_TWO_SHOT_IN_BAND_CUH_
+
+#include "device/in_band.cuh"
+
+namespace lar {
+
+// Vector `i` of the part of the rank `step` places on, in the tensor; not below total_vectors if there is none. Steps
+// beyond the last rank have none.
+template <int kWorldSize>
+__device__ __forceinline__ uint32_t index_of(const InBandArguments& arguments, int step, uint32_t i) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  if (!World<kWorldSize>::kIsFixed && step >= world_size) return ~0u;
+  return rotated(arguments.rank, step, world_size) * arguments.part + i;
+}
+
+// Polls vector `i` of all results (slots: the gather slots of this call), clears them and hands them to the sink.
+template <int kWorldSize, typename Sink>
+__device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t slots, uint32_t total_vectors,
+                                      uint32_t i, const Sink& sink) {
+  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+#pragma unroll 1
+  for (int first = 1; first < world_size; first += kAtOnce) {
+    char* from[kAtOnce];
+    bool wanted[kAtOnce];
+    uint4 results[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const uint32_t at = slots + slot_of_step(first + j) * arguments.peer_stride + i;
+      from[j] = arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
+      wanted[j] = index_of<kWorldSize>(arguments, first + j, i) < total_vectors;
+      results[j] = {0u, 0u, 0u, 0u};
+    }
+    if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
+                             [&](int j) { return rotated(arguments.rank, first + j, world_size); }))
+      return false;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      clear_in_band_if(wanted[j], from[j]);
+      if (wanted[j]) sink(index_of<kWorldSize>(arguments, first + j, i), results[j]);
+    }
+  }
+  return true;
+}
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_TWO_SHOT_IN_BAND_CUH_

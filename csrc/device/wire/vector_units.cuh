@@ -1,0 +1,71 @@
+// What travels by flags, raw: the vectors of the message (device/two_shot_lane.cuh says what is asked of units).
+#ifndef LLM_ALLREDUCE_DEVICE_WIRE_VECTOR_UNITS_CUH_
+#define LLM_ALLREDUCE_DEVICE_WIRE_VECTOR_UNITS_CUH_
+
+#include "device/lane.cuh"
+#include "device/payload.cuh"
+#include "protocol/pieces.h"
+
+namespace lar {
+
+template <typename T, typename Epilogue>
+class VectorUnits {
+ public:
+  __device__ __forceinline__ static constexpr int unit_bytes() { return LAR_VECTOR_BYTES; }
+  // As many as fit the registers of a thread.
+  static constexpr int kOwnersAtOnce = 3;
+
+  __device__ __forceinline__ explicit VectorUnits(const lar_message& message)
+      : input_(message.input, message.count),
+        sink_(message.output, message.count),
+        total_(ceil_div(message.count, Vector<T>::kElements)) {}
+
+  __device__ __forceinline__ int64_t total() const { return total_; }
+
+  template <int kCount>
+  __device__ __forceinline__ void pack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+    move(
+        parts, [&](int k, int64_t i) { return input_.load(parts[k].first + i); },
+        [&](int k, int64_t i, const uint4& raw) { store_slot(slots[k], i, raw); });
+  }
+
+  template <typename Sources, typename Targets>
+  __device__ __forceinline__ void reduce(const Piece& part, int rank, int world_size, Sources source_of,
+                                         Targets for_each_target) const {
+    sum_vectors<T>(
+        part.span, Workers::workers(), world_size,
+        [&](int source, int64_t i) {
+          return source == rank ? input_.load(part.first + i) : load_slot(source_of(source), i);
+        },
+        [&](int64_t i, const uint4& result) {
+          for_each_target([&](char* slot) { store_slot(slot, i, result); });
+          sink_(part.first + i, result);
+        });
+  }
+
+  template <int kCount>
+  __device__ __forceinline__ void unpack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
+    move(
+        parts, [&](int k, int64_t i) { return load_slot(slots[k], i); },
+        [&](int k, int64_t i, const uint4& raw) { sink_(parts[k].first + i, raw); });
+  }
+
+ private:
+  using Workers = Lane<Roles::kWorkersAndReleaser>;
+
+  template <int kCount, typename Load, typename Store>
+  __device__ __forceinline__ static void move(const Piece (&parts)[kCount], Load load, Store store) {
+    int64_t spans[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) spans[k] = parts[k].span;
+    move_vectors(spans, Workers::workers(), load, store);
+  }
+
+  const Payload<T> input_;
+  const typename Epilogue::template Any<T> sink_;
+  const int64_t total_;
+};
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_WIRE_VECTOR_UNITS_CUH_

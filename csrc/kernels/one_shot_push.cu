@@ -1,0 +1,136 @@
+// ONESHOT in band: every rank stores its whole vector into a slot at every peer, then sums all slots itself.
+//
+// One communication step, (N-1) * payload bytes per link direction: the least latency, at a price in traffic
+// that grows with the world size. Each thread, for each of its vectors:
+//
+//     push    store it into my slot at every peer
+//     reduce  poll the vectors of all ranks, clear them, sum in rank order, round once, hand the result to the sink
+//
+// Small messages have a vector to a thread. In larger ones, a thread pushes kLead vectors ahead of the one it reduces,
+// so that the links stay busy while it waits. In the largest, some lanes only push, by bulk copies
+// (device/bulk_sender.cuh), and the others only reduce: few lanes are enough to fill the links, and those who poll had
+// better be elsewhere.
+#include "device/bulk_sender.cuh"
+#include "device/in_band.cuh"
+#include "device/instances.cuh"
+#include "device/sink/store.cuh"
+
+namespace lar {
+namespace {
+
+// Vectors on their way ahead of the one that a thread waits for.
+constexpr int kLead = 2;
+
+template <typename T, int kWorldSize, typename Epilogue>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_short_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t index = grid_thread();
+  const bool has_vector = index < total_vectors;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  // The two loads leave together; a thread without a vector loads one for nothing rather than branch.
+  uint4 mine = load_vector(arguments.input, min(index, total_vectors - 1));
+  const uint32_t epoch = epoch_of(arguments);
+  mine = without_marker(mine);
+  const uint32_t slot = slots_of_call(arguments, epoch) + index;
+  if (has_vector) {
+#pragma unroll
+    for (int step = 1; step < world_size; ++step) store_in_band(arguments.to[step], slot, mine);
+  }
+  advance_epoch(arguments, epoch);
+  if (!has_vector) return;
+  uint4 result;
+  if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slot, mine, result)) return;
+  typename Epilogue::Whole(arguments.output)(index, result);
+}
+
+template <typename T, int kWorldSize, typename Epilogue>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_push_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const Payload<T> input(arguments.input, arguments.count);
+  const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  uint32_t ahead = grid_thread();
+  const auto push = [&] {
+    if (ahead >= total_vectors) return;
+    const uint4 mine = without_marker(input.load(ahead));
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+    for (int step = 1; step < world_size; ++step) store_in_band(arguments.to[step], slots + ahead, mine);
+    ahead += grid_threads();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kLead; ++i) push();
+  advance_epoch(arguments, epoch);
+  for (uint32_t i = grid_thread(); i < total_vectors; i += grid_threads()) {
+    push();
+    const uint4 mine = without_marker(input.load(i));
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
+    sink(i, result);
+  }
+}
+
+template <typename T, int kWorldSize, typename Epilogue>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_split_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
+  const uint32_t pushers = arguments.scatter_lanes;
+  const typename Epilogue::Whole sink(arguments.output);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  advance_epoch(arguments, epoch);
+  if (blockIdx.x < pushers) {
+    LAR_BULK_SENDER_MEMORY(memory);
+    BulkSender sender(memory);
+    const Share share = share_of(0, pushers, total_vectors);
+    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
+      const uint4 mine = load_vector(arguments.input, min(tile + warp_thread(), total_vectors - 1));
+      sender.fill(without_marker(mine));
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+      for (int step = 1; step < world_size; ++step)
+        sender.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
+      sender.close();
+    }
+    sender.flush();
+    return;
+  }
+  const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);
+  for (uint32_t i = share.first; i < share.end; i += share.stride) {
+    const uint4 mine = without_marker(load_vector(arguments.input, i));
+    uint4 result;
+    if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_GATHER, slots + i, mine, result)) return;
+    sink(i, result);
+  }
+}
+
+const Registration rows([] {
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
+      [](auto type, auto world, auto epilogue) {
+        using T = typename decltype(type)::type;
+        using Epilogue = typename decltype(epilogue)::type;
+        constexpr int kWorldSize = decltype(world)::value;
+        const auto add = [&](Form form, auto kernel) {
+          add_row({kind_of(LAR_ONE_SHOT, LAR_PUSH, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), kWorldSize, form,
+                   kernel_address(kernel), LAR_MAX_THREADS, 0, false});
+        };
+        add(Form::kShort, one_shot_short_kernel<T, kWorldSize, Epilogue>);
+        add(Form::kAny, one_shot_push_kernel<T, kWorldSize, Epilogue>);
+        add(Form::kSplit, one_shot_split_kernel<T, kWorldSize, Epilogue>);
+      });
+});
+
+}  // namespace
+}  // namespace lar

@@ -1,0 +1,47 @@
+// ONESHOT in band in memory that all ranks share: every rank stores its vector once, and all poll it there
+// (device/shared.cuh).
+#include "device/instances.cuh"
+#include "device/shared.cuh"
+#include "device/sink/store.cuh"
+
+namespace lar {
+namespace {
+
+template <typename T, typename Epilogue>
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
+    one_shot_shared_kernel(const __grid_constant__ SharedArguments shared) {
+  const InBandArguments& arguments = shared.in_band;
+  const Payload<T> input(arguments.input, arguments.count);
+  const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);
+  const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  SharedCall call(shared);
+  const uint32_t first = call.is_releaser() ? total_vectors : call.worker();
+  const uint32_t stride = call.workers();
+  for (uint32_t i = first; i < total_vectors; i += stride) call.store(i, without_marker(input.load(i)));
+  call.count_call(total_vectors);
+  if (call.is_releaser()) return call.settle_clears();
+  call.clear_old_generation(false);
+
+  for (uint32_t i = first; i < total_vectors; i += stride) {
+    const uint4 mine = without_marker(input.load(i));
+    uint4 result;
+    const auto address_of = [&](int peer) { return call.vector(peer, i); };
+    if (!poll_and_sum_at<T, 0, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
+    sink(i, result);
+  }
+}
+
+const Registration rows([] {
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<0>, Epilogues>([](auto type, auto, auto epilogue) {
+    using T = typename decltype(type)::type;
+    using Epilogue = typename decltype(epilogue)::type;
+    add_row({kind_of(LAR_ONE_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), 0, Form::kAny,
+             kernel_address(one_shot_shared_kernel<T, Epilogue>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+  });
+});
+
+}  // namespace
+}  // namespace lar

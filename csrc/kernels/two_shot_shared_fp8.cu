@@ -1,0 +1,57 @@
+// TWOSHOT in band with FP8 in memory that all ranks share: every warp scatters, reduces and drains its packets, and
+// sums are stored once (device/shared.cuh).
+#include "device/fp8_in_band.cuh"
+#include "device/instances.cuh"
+#include "device/shared.cuh"
+
+namespace lar {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
+    two_shot_shared_fp8_kernel(const __grid_constant__ SharedArguments shared) {
+  const PushArguments<0>& arguments = shared.in_band;
+  const int world_size = arguments.world_size;
+  const uint32_t part = arguments.part;  // wire vectors of the part of one rank
+  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  const auto packet = [&](int step, uint32_t tile) { return packet_of<0>(arguments, step, tile); };
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  SharedCall call(shared);
+  const uint32_t slots = call.scatter_slots();
+  const uint32_t start = call.is_releaser() ? part : call.worker() - warp_thread();
+  const uint32_t stride = call.workers();
+  for (uint32_t tile = start; tile < part; tile += stride)
+#pragma unroll World < 0> ::kPeersAtOnce
+    for (int step = 1; step < world_size; ++step)
+      if (packet(step, tile) < packets.number())
+        store_in_band(arguments.to[step], slots + tile + warp_thread(), packets.encoded(packet(step, tile)));
+  call.count_call(part);
+  if (call.is_releaser()) return call.settle_clears();
+
+  for (uint32_t tile = start; tile < part && packet(0, tile) < packets.number(); tile += stride) {
+    uint4 result;
+    if (!sum_packet<T, 0, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
+    call.store(tile + warp_thread(), result);
+    packets.store(packet(0, tile), result);
+  }
+  call.clear_old_generation(true);
+  for (uint32_t tile = start; tile < part; tile += stride) {
+    const auto from = [&](int step) {
+      return call.vector(rotated(arguments.rank, step, world_size), tile + warp_thread());
+    };
+    if (!drain_packets<T, 0, false>(arguments, packets, tile, from)) return;
+  }
+}
+
+const Registration rows([] {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<0>, Types<Store>>([](auto type, auto, auto) {
+    using T = typename decltype(type)::type;
+    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_FP8), dtype_of<T>(), 0, Form::kAny,
+             kernel_address(two_shot_shared_fp8_kernel<T>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+  });
+});
+
+}  // namespace
+}  // namespace lar
