@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import OurSettings
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.selection.policy import decide, table_of
 
 OURS = ("AUTO", "ONESHOT", "TWOSHOT")

@@ -16,11 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.codecs.hierarchical import hierarchical_sum
-from llm_allreduce_plugin.codecs.ring import ring_sum
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.oracle.hierarchical import hierarchical_sum
+from llm_allreduce_plugin.oracle.ring import ring_sum
+from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 
 SHAPE, SEED, CHUNK = (128, 4096), 11, 4
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 
 BATCHES, CALLS = 9, 200
 

@@ -21,21 +21,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.agreement import Agreement
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import (
-    MOST_ERROR,
-    call_of,
-    make_case,
-    relative_error,
-    time_graph,
-    wrong_elements,
-)
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.calls import DTYPE_CODES
+from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.memory.host import HostMemory
-from llm_allreduce_plugin.memory.layouts import DEFAULT_HOST_WORKSPACE_BYTES, host_layout
+from llm_allreduce_plugin.group.layouts import DEFAULT_HOST_WORKSPACE_BYTES, host_layout
+from llm_allreduce_plugin.measure.answers import MOST_ERROR, make_case, relative_error, wrong_elements
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.timing import call_of, time_graph
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.wire import PACKETS
 
 DTYPE = torch.bfloat16

@@ -18,10 +18,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import make_input, time_graph, wrong_elements
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.measure.answers import make_input, wrong_elements
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.timing import time_graph
 from tests.support.low_precision import expected_sum
 
 DTYPE = torch.bfloat16

@@ -18,12 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.agreement import Agreement
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import call_of, make_case, time_graph, wrong_elements
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.calls import DTYPE_CODES
-from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.measure.answers import make_case, wrong_elements
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.timing import call_of, time_graph
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
 # algorithm, bytes, lanes, threads, chunk vectors, lanes that only scatter, lanes that only drain

@@ -23,9 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import TensorParallelCommunicator
-from llm_allreduce_plugin.bench.environment import write_record
-from llm_allreduce_plugin.bench.harness import make_input, rank_ordered_sum, wrong_elements
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.answers import make_input, rank_ordered_sum, wrong_elements
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 
 STRATEGIES = ("ONESHOT", "TWOSHOT", "MINLATENCY")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -187,7 +187,7 @@ def main() -> None:
         run_variant(arguments)
         return
 
-    from llm_allreduce_plugin.bench.environment import write_record
+    from llm_allreduce_plugin.measure.environment import write_record
 
     rows: list[dict[str, Any]] = []
     failed = False

@@ -20,8 +20,8 @@ from llm_allreduce_plugin.errors import (
 )
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.communicator import TensorParallelCommunicator
-    from llm_allreduce_plugin.selection import Decision
+    from llm_allreduce_plugin.algorithms import Decision
+    from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
     from llm_allreduce_plugin.topology import NodeTopology
 
 __all__ = [
@@ -48,11 +48,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401  (torch is imported only by those who need it)
     if name == "TensorParallelCommunicator":
-        from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+        from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
         return TensorParallelCommunicator
     if name == "Decision":
-        from llm_allreduce_plugin.selection import Decision
+        from llm_allreduce_plugin.algorithms import Decision
 
         return Decision
     if name == "NodeTopology":

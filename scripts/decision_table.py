@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from llm_allreduce_plugin import AllReduceConfig, NodeTopology
-from llm_allreduce_plugin.selection import GroupFacts
+from llm_allreduce_plugin.algorithms import GroupFacts
+from llm_allreduce_plugin.group.capabilities import group_facts
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.sweep import name_of, sweep
-from llm_allreduce_plugin.topology import group_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "decisions.md"

@@ -36,7 +36,7 @@ if (($# == 0)); then
 import pathlib, sys
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.selection.tuning import shipped_paths
+from llm_allreduce_plugin.profiles.search import shipped_paths
 assert [path.name for path in shipped_paths()] == sys.argv[1:], shipped_paths()
 assert pathlib.Path(_C.__file__).resolve().is_relative_to(pathlib.Path("site").resolve()), _C.__file__
 print("wheel works:", llm_allreduce_plugin.__version__, _C.make_layout(4, 128, in_band_bytes=1 << 26).total_bytes)' "${profiles[@]}")

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankPool
+from llm_allreduce_plugin.measure.ranks import RankPool
 
 PoolFor = Callable[[int], RankPool]
 

@@ -27,7 +27,7 @@ inline void throw_on_error(int status, const char* what) {
 inline void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
 
 // A rank's workspace with what a call needs beside it. Owns the failure record and the stream order, not the
-// payload memory: that belongs to llm_allreduce_plugin.memory, whose object is kept here as long as anything can be
+// payload memory: that belongs to llm_allreduce_plugin.transport, whose object is kept here as long as anything can be
 // called.
 class Workspace {
  public:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.agreement import on_every_rank
-from llm_allreduce_plugin.bench.harness import MORE_ERROR, MOST_ERROR
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.algorithms.forms import form_of
+from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, WireFormat
-from llm_allreduce_plugin.selection.forms import form_of
+from llm_allreduce_plugin.measure.answers import MORE_ERROR, MOST_ERROR
+from llm_allreduce_plugin.measure.ranks import RankContext
 
 MIB = 1 << 20
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.agreement import on_every_rank
-from llm_allreduce_plugin.bench import harness, worker
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.base.agreement import on_every_rank
+from llm_allreduce_plugin.bench import worker
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.communicator import TensorParallelCommunicator
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.measure import answers, timing
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
 _groups: dict[int, RankContext] = {}
 
@@ -30,10 +31,10 @@ class Effort:
         warmup: calls before.
     """
 
-    calls: int = harness.CALLS
+    calls: int = timing.CALLS
     replays: int = 5
     rounds: int = 5
-    warmup: int = harness.WARMUP
+    warmup: int = timing.WARMUP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def compare(
     """
     context = _groups[world_size]
     dtype: torch.dtype = getattr(torch, dtype_name)
-    mine, expected = harness.make_case(context, count, dtype)
+    mine, expected = answers.make_case(context, count, dtype)
     candidates = {name: worker.opened(name) for name in names}
     candidates = {
         name: candidate for name, candidate in candidates.items() if not candidate.refusal(count * dtype.itemsize)
@@ -129,7 +130,7 @@ def compare(
         return Comparison(size, {}, {}, 0.0, 0.0, wrong)
 
     def eager_samples(name: str) -> list[float]:
-        return harness.eager_samples(context, calls[name], effort.calls, effort.replays)[0]
+        return timing.eager_samples(context, calls[name], effort.calls, effort.replays)[0]
 
     for call in calls.values():
         for _ in range(effort.warmup):
@@ -139,7 +140,7 @@ def compare(
     if context.device.type != "cuda":
         return Comparison(size, {}, eager, 0.0, eager_noise, wrong)
     captured = {
-        name: harness.CapturedCalls(context, call, effort.calls, effort.warmup, candidates[name].capturing)
+        name: timing.CapturedCalls(context, call, effort.calls, effort.warmup, candidates[name].capturing)
         for name, call in calls.items()
     }
     graph, graph_noise = _in_turns(

@@ -6,10 +6,10 @@ import dataclasses
 
 import torch
 
-from llm_allreduce_plugin.agreement import on_every_rank
-from llm_allreduce_plugin.bench import harness
+from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench.candidates import Bound, Candidate, OurSettings, open_candidate
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.measure import answers, timing
+from llm_allreduce_plugin.measure.ranks import RankContext
 
 _open: dict[str, Candidate] = {}
 
@@ -27,9 +27,9 @@ class Options:
     """
 
     dtype: str
-    calls: int = harness.CALLS
-    replays: int = harness.REPLAYS
-    warmup: int = harness.WARMUP
+    calls: int = timing.CALLS
+    replays: int = timing.REPLAYS
+    warmup: int = timing.WARMUP
     check: bool = True
 
 
@@ -103,11 +103,11 @@ def first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Bound, torch.T
 def wrong_elements(context: RankContext, candidate: Candidate, answer: torch.Tensor, expected: torch.Tensor) -> int:
     """Elements of a candidate's answer that are not what they must be, over all ranks. Collective."""
     if candidate.most_error is not None:
-        digests = context.gather(harness.digest(answer))
+        digests = context.gather(answers.digest(answer))
         alike = all(other == digests[0] for other in digests)
-        bad = 0 if alike and harness.relative_error(answer, expected) <= candidate.most_error else answer.numel()
+        bad = 0 if alike and answers.relative_error(answer, expected) <= candidate.most_error else answer.numel()
     else:
-        bad = harness.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
+        bad = answers.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
     return int(sum(context.gather(bad)))
 
 
@@ -125,7 +125,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     if (refusal := candidate.refusal(size)) is not None:
         return dataclasses.replace(row, left_out=refusal)
     seed = context.shared_seed()
-    mine = harness.make_input(seed, context.rank, count, dtype, context.device)
+    mine = answers.make_input(seed, context.rank, count, dtype, context.device)
     try:
         call, output = on_every_rank(lambda: first_call(candidate, mine), context.control_group, RuntimeError)
     except RuntimeError as error:
@@ -133,19 +133,19 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
 
     expected = None
     if options.check:
-        expected = harness.rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
+        expected = answers.rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
 
     def wrong(answer: torch.Tensor | None) -> int | None:
         return None if expected is None or answer is None else wrong_elements(context, candidate, answer, expected)
 
     eager_wrong = wrong(output)
-    eager = harness.time_eager(context, call, options.calls, options.replays, options.warmup)
+    eager = timing.time_eager(context, call, options.calls, options.replays, options.warmup)
     if not candidate.in_place:
         eager_wrong = max(eager_wrong or 0, wrong(eager.output) or 0) if options.check else None
     row = dataclasses.replace(row, eager_us=round(eager.median, 2), eager_wrong=eager_wrong)
     if context.device.type != "cuda":
         return row
-    graph = harness.time_graph(context, call, options.calls, options.replays, options.warmup, candidate.capturing)
+    graph = timing.time_graph(context, call, options.calls, options.replays, options.warmup, candidate.capturing)
     # In place, the answer of one call is the input of the next: what was checked is the first.
     graph_wrong = eager_wrong if candidate.in_place else wrong(graph.output)
     return dataclasses.replace(row, graph_us=round(graph.median, 2), graph_wrong=graph_wrong)

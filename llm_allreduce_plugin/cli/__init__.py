@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin import processes
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.base import processes
 
 try:
     from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, plot, topo, tune

@@ -57,7 +57,7 @@ def accuracy(
     outputs.check_picture("--plot", plot)
     wires, sizes = _formats(formats), _ranks(ranks)
 
-    from llm_allreduce_plugin.accuracy import minilm, report, synthetic
+    from llm_allreduce_plugin.compression.accuracy import minilm, report, synthetic
 
     errors = []
     typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
@@ -79,7 +79,7 @@ def accuracy(
             effects = minilm.measure(loaded, wires, split)
             typer.echo(report.model_table(effects))
     if json_file is not None:
-        from llm_allreduce_plugin.bench.environment import write_record
+        from llm_allreduce_plugin.measure.environment import write_record
 
         rows = [dataclasses.asdict(error) for error in errors] + [dataclasses.asdict(effect) for effect in effects]
         with outputs.writing("--json", json_file):

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llm_allreduce_plugin import processes
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
+from llm_allreduce_plugin.base import processes
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.options import parse_bytes, parse_dtype
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.bench.candidates import OurSettings
-    from llm_allreduce_plugin.bench.ranks import RankPool
     from llm_allreduce_plugin.bench.worker import Measurement, Options
+    from llm_allreduce_plugin.measure.ranks import RankPool
 
 EPILOG = options.epilog(
     "llm-allreduce bench -b 4K -e 256M -f 4",
@@ -185,7 +185,7 @@ def _measure(
         typer.Exit: a rank failed.
     """
     from llm_allreduce_plugin.bench import worker
-    from llm_allreduce_plugin.bench.ranks import FAILURES, RankPool, in_a_line
+    from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
 
     try:
         with RankPool(ranks, device_type) as pool:
@@ -249,7 +249,7 @@ def _settings(transport: str, wire_format: str) -> OurSettings:
 def _write(
     path: Path, rows: list[Measurement], where: str, ranks: int, options: Options, settings: OurSettings
 ) -> None:
-    from llm_allreduce_plugin.bench.environment import write_record
+    from llm_allreduce_plugin.measure.environment import write_record
 
     measured = [dataclasses.asdict(row) for row in rows]
     write_record(

@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.breakeven.model import CodecSpeed
-from llm_allreduce_plugin.breakeven.record import read
+from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.options import parse_bytes
+from llm_allreduce_plugin.compression.breakeven.model import CodecSpeed
+from llm_allreduce_plugin.compression.breakeven.record import read
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.errors import UnreadableFileError
-from llm_allreduce_plugin.validation import printable
 
 EPILOG = options.epilog(
     "llm-allreduce breakeven --bytes 16M --tp 8",
@@ -27,7 +27,7 @@ def _measured(payload: int, *, cpu: bool) -> tuple[dict[WireFormat, CodecSpeed],
     """The speed of every codec here, and where that is."""
     import torch
 
-    from llm_allreduce_plugin.breakeven.measure import codec_speed
+    from llm_allreduce_plugin.compression.breakeven.measure import codec_speed
 
     on_gpu = torch.cuda.is_available() and not cpu
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -65,7 +65,7 @@ def breakeven(
     Times this device's encoding and decoding, and works out the rest: what is sent, divided by the bandwidth, and
     nothing overlapped. Of small messages, whose time is latency, it says nothing; `bench` measures those.
     """
-    from llm_allreduce_plugin.breakeven import model
+    from llm_allreduce_plugin.compression.breakeven import model
 
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
@@ -76,7 +76,7 @@ def breakeven(
         typer.echo(f"# {wire}: encodes {speed.encode:.4g} GB/s of bf16, decodes {speed.decode:.4g} GB/s")
     typer.echo(model.table(payload, ranks, speeds))
     if json_file is not None:
-        from llm_allreduce_plugin.bench.environment import write_record
+        from llm_allreduce_plugin.measure.environment import write_record
 
         rows = [
             {"wire_format": str(wire), **dataclasses.asdict(speed), "pays_below": model.break_even(ranks, wire, speed)}
@@ -85,7 +85,7 @@ def breakeven(
         with outputs.writing("--json", json_file):
             write_record(json_file, rows, bytes=payload, ranks=ranks, where=where, unit="GB/s")
     if plot is not None:
-        from llm_allreduce_plugin.breakeven.plot import draw
+        from llm_allreduce_plugin.compression.breakeven.plot import draw
 
         with outputs.writing("--plot", plot):
             draw(payload, ranks, speeds, f"codecs of {where}", plot)

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from llm_allreduce_plugin import diagnosis
+from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.diagnosis import Finding, Verdict
-from llm_allreduce_plugin.validation import printable
 
 EPILOG = options.epilog(
     "llm-allreduce check",

@@ -10,25 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_allreduce_plugin.algorithms.decision import Decision, Launch
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
-from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note
+from llm_allreduce_plugin.group.capabilities import ASSUMED_MULTIPROCESSORS, cpu_facts, group_facts, multiprocessors
+from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
+from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection import sweep as sweeps
-from llm_allreduce_plugin.selection.decision import Decision, Launch
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.selection.tuning import with_profile
-from llm_allreduce_plugin.topology import (
-    NodeIdentity,
-    NodeTopology,
-    View,
-    cpu_facts,
-    group_facts,
-    multiprocessors,
-    view_of,
-)
-from llm_allreduce_plugin.topology.capabilities import ASSUMED_MULTIPROCESSORS
+from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, View, view_of
+from llm_allreduce_plugin.topology.links import Transport
 
 # No kernel handles these; that is what there is to explain.
 OTHER_DTYPES = {"float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "float8_e4m3fn": 1}

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import typer
 
-from llm_allreduce_plugin.validation import printable
+from llm_allreduce_plugin.base.validation import printable
 
 
 def check_file(option: str, path: Path | None, *, devices: bool = True) -> None:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from llm_allreduce_plugin.bench.record import Row, read
+from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.errors import UnreadableFileError
-from llm_allreduce_plugin.validation import printable
+from llm_allreduce_plugin.measure.record import Row, read
 
 EPILOG = options.epilog(
     "llm-allreduce bench --json bench.json; llm-allreduce plot bench.json --out bench.png",

@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.errors import TopologyError
-from llm_allreduce_plugin.selection.facts import Transport
-from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.topology import NodeTopology, View, group_facts, strategy_table, view_of
+from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
+from llm_allreduce_plugin.topology import NodeTopology, View, view_of
+from llm_allreduce_plugin.topology.links import Transport
 
 _LEGEND = """\
 Legend:

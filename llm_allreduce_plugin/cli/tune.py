@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
 from llm_allreduce_plugin.errors import CacheError, ProfileError
-from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.bench.tuning import Group, Plan
-    from llm_allreduce_plugin.selection.profile import Entry, Profile
+    from llm_allreduce_plugin.profiles.file import Entry, Profile
     from llm_allreduce_plugin.topology import NodeIdentity
+    from llm_allreduce_plugin.tuning.measure import Group, Plan
 
 EPILOG = options.epilog(
     "llm-allreduce tune",
@@ -127,9 +127,9 @@ def tune(
 
     import torch
 
-    from llm_allreduce_plugin.bench.tuning import Group, plan_of
-    from llm_allreduce_plugin.selection import profile as profiles
-    from llm_allreduce_plugin.selection.tuning import cache_path
+    from llm_allreduce_plugin.profiles import file as profiles
+    from llm_allreduce_plugin.profiles.search import cache_path
+    from llm_allreduce_plugin.tuning.measure import Group, plan_of
 
     available = 0 if cpu else torch.cuda.device_count()
     if not cpu and available < 2:  # noqa: PLR2004
@@ -182,9 +182,9 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from llm_allreduce_plugin.bench.environment import environment
-    from llm_allreduce_plugin.bench.ranks import FAILURES, RankPool, in_a_line
-    from llm_allreduce_plugin.bench.tuning import WrongAnswerError, tune
+    from llm_allreduce_plugin.measure.environment import environment
+    from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
+    from llm_allreduce_plugin.tuning.measure import WrongAnswerError, tune
 
     versions = {
         name: str(value)

@@ -6,19 +6,21 @@ findings; none raises.
 
 from __future__ import annotations
 
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.diagnosis import hardware, limits, proof, software
 from llm_allreduce_plugin.diagnosis.finding import Finding, Verdict, guarded, warn
-from llm_allreduce_plugin.memory.layouts import (
+from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
+from llm_allreduce_plugin.group.layouts import (
     DEFAULT_CPU_WORKSPACE_BYTES,
     DEFAULT_HOST_WORKSPACE_BYTES,
     peer_refusal,
     transports,
 )
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection.policy import describe
-from llm_allreduce_plugin.selection.tuning import with_profile
-from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, cpu_facts, group_facts, view_of
+from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, view_of
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.visible import BUS_ORDER, ORDER_VARIABLE
 
 __all__ = ["Finding", "Verdict", "look", "prove"]

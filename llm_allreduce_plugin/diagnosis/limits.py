@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llm_allreduce_plugin.diagnosis.finding import Finding, ok, warn
-from llm_allreduce_plugin.memory import nameless
+from llm_allreduce_plugin.transport import nameless
 
 MIB = 1 << 20
 DOCKER_SHM_BYTES = 64 * MIB  # a container's default
@@ -32,7 +32,7 @@ def shared_memory(
     """Room for ``wanted`` bytes that ranks share, and for what others keep in ``/dev/shm``.
 
     ``needed``: ranks have no other way to reach each other. What they share counts against the memory of machine and
-    container (:mod:`llm_allreduce_plugin.memory.nameless`), not against the size of ``/dev/shm``.
+    container (:mod:`llm_allreduce_plugin.transport.nameless`), not against the size of ``/dev/shm``.
     """
     memory = available()
     text = f"{'memory of unknown size' if memory is None else size(memory)} available; "

@@ -16,15 +16,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from llm_allreduce_plugin import processes
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
+from llm_allreduce_plugin.base import processes
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
-from llm_allreduce_plugin.memory.layouts import peer_refusal, transports
-from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES, Transport
+from llm_allreduce_plugin.group.layouts import peer_refusal, transports
 from llm_allreduce_plugin.topology import NodeTopology
+from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.bench.ranks import RankContext
+    from llm_allreduce_plugin.measure.ranks import RankContext
 
 TIMEOUT_S = 120.0  # eight ranks import torch, make contexts and NCCL's group
 WAIT_S = 10.0  # a rank for a peer
@@ -32,7 +33,7 @@ COUNTS = (1000, 300_007)  # elements: in one step and in two
 DTYPE = "bfloat16"
 _CHILD = """
 import sys
-from llm_allreduce_plugin.processes import end_with_parent
+from llm_allreduce_plugin.base.processes import end_with_parent
 end_with_parent(int(sys.argv[2]))
 from llm_allreduce_plugin.diagnosis.proof import main
 main()
@@ -69,7 +70,7 @@ def prove(context: RankContext, task: Task) -> str | None:
     """On a rank: a communicator over this transport alone, and sums whose every bit is compared. None: proved."""
     import torch
 
-    from llm_allreduce_plugin.bench.harness import make_case, wrong_elements
+    from llm_allreduce_plugin.measure.answers import make_case, wrong_elements
 
     settings = {"transport": task.transport, "timeout_s": WAIT_S, "workspace_bytes": task.workspace_bytes}
     group = context.communicator("MINLATENCY", **settings)
@@ -107,7 +108,7 @@ def main() -> None:
     fields = json.loads(sys.argv[1])
     task = Task(fields["device"], fields["ranks"], TransportChoice(fields["transport"]), fields["workspace_bytes"])
     _say(step="loading torch")
-    from llm_allreduce_plugin.bench.ranks import RankEndedError, RankPool
+    from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
 
     if task.device == "cuda":
         import torch

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, TransportChoice, in_environment, load_config
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.errors import ConfigError
-from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
+from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection.policy import table_of, uses_table
-from llm_allreduce_plugin.selection.tuning import with_profile
 from llm_allreduce_plugin.topology import NodeIdentity
 
 Version = tuple[int, ...]

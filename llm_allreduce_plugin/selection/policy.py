@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, PassedOver
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
-from llm_allreduce_plugin.selection import tables
-from llm_allreduce_plugin.selection.decision import Algorithm, Decision, PassedOver
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
-from llm_allreduce_plugin.strategies import STRATEGIES, staging
-from llm_allreduce_plugin.strategies.base import Message
 
 S = AllReduceStrategy
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Launch
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, WireFormat
-from llm_allreduce_plugin.selection.decision import Algorithm, Decision, Launch
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.selection.policy import decide
 
 SMALLEST_BYTES = 16

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from llm_allreduce_plugin.base.files import read_text
 from llm_allreduce_plugin.errors import ConfigError, UnreadableFileError
-from llm_allreduce_plugin.files import read_text
 from llm_allreduce_plugin.settings.values import shorter, shown, unique
 
 MOST_DEPTH = 16

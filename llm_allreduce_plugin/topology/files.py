@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from llm_allreduce_plugin.base.files import parse_json, read_text
+from llm_allreduce_plugin.base.validation import MOST_FAULTS, faults, printable
 from llm_allreduce_plugin.errors import TopologyError, UnreadableFileError
-from llm_allreduce_plugin.files import parse_json, read_text
 from llm_allreduce_plugin.topology.model import PCIE_LINKS, NodeTopology
-from llm_allreduce_plugin.validation import MOST_FAULTS, faults, printable
 
 
 def read(path: Path) -> NodeTopology:

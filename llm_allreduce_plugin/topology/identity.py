@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
 
 FINGERPRINT_DIGITS = 16

@@ -9,7 +9,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from llm_allreduce_plugin.validation import PlainText
+from llm_allreduce_plugin.base.validation import PlainText
 
 # Links as `nvidia-smi topo -m` calls them, nearest first after NVLink (NV<number of links>).
 PCIE_LINKS = ("PIX", "PXB", "PHB", "NODE", "SYS")

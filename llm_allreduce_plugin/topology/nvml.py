@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology, p2p_fault_text
-from llm_allreduce_plugin.validation import printable
 
 _T = TypeVar("_T")
 

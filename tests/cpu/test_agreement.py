@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llm_allreduce_plugin import StartError, StartTimeoutError, TransportError
-from llm_allreduce_plugin.agreement import Agreement
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.step import store_of
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.base.step import store_of
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support.forked import Ended, forked
 
@@ -268,7 +268,7 @@ def _share(context: RankContext, fails: str) -> tuple[str, int, float]:
     """What becomes of peers' memory where rank 1 has none left, or cannot map."""
     import torch
 
-    from llm_allreduce_plugin.memory.symmetric import share
+    from llm_allreduce_plugin.transport.symmetric import share
 
     entered = []
 

@@ -18,15 +18,10 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import (
-    AllReduceConfig,
-    PeerTimeoutError,
-    RankMismatchError,
-    TensorParallelCommunicator,
-    start,
-)
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.memory import nameless
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
+from llm_allreduce_plugin.group import start
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.transport import nameless
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.reference import DTYPES, SIZES

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import forked
 from tests.support.forked import ForkedRanks

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin.bench import worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
-from llm_allreduce_plugin.bench.ranks import RankContext
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 
 RUNNER = CliRunner()

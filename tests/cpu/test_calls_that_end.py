@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 
 STRATEGIES = ("ONESHOT", "TWOSHOT")

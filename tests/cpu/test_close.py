@@ -18,10 +18,10 @@ import torch
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, StartError
 from llm_allreduce_plugin import TensorParallelCommunicator as Communicator
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.calls import plan_of
-from llm_allreduce_plugin.cards import RankCard
 from llm_allreduce_plugin.engines.vllm.communicator import _communicator_class
+from llm_allreduce_plugin.group.cards import RankCard
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.runtime.calls import plan_of
 from tests.support.forked import Ended, forked, open_files, own_mappings
 
 TIMEOUT_S = 1.0

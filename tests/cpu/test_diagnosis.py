@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis.proof import Task, run
-from llm_allreduce_plugin.selection.decision import Decision
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.group.capabilities import cpu_facts
+from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.topology import cpu_facts
 from tests.conftest import PoolFor
 from tests.support import checks
 

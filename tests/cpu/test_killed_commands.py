@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_allreduce_plugin.bench import record as bench_record
+from llm_allreduce_plugin.measure import record as bench_record
 
 ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "1"))  # of each command with each signal
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "l40s_x8_two_numa.json"

@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support.reference import DTYPES, bits, rank_input, rank_ordered_sum
 

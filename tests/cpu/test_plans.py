@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.plans import MOST_PLANS
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.runtime.plans import MOST_PLANS
 from tests.conftest import PoolFor
 from tests.support import checks
 

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin.bench.ranks import FAILURES, RankContext, RankEndedError, RankFailedError, RankPool, in_a_line
+from llm_allreduce_plugin.measure.ranks import (
+    FAILURES,
+    RankContext,
+    RankEndedError,
+    RankFailedError,
+    RankPool,
+    in_a_line,
+)
 
 
 def _behave(context: RankContext, behaviours: dict[int, str]) -> int:

@@ -16,12 +16,12 @@ from unittest import mock
 import pytest
 
 from llm_allreduce_plugin import TransportError
-from llm_allreduce_plugin.agreement import Agreement
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.cards import host_identity
-from llm_allreduce_plugin.memory import nameless, passing
-from llm_allreduce_plugin.memory.passing import ThroughFolder, ThroughProc, ThroughSocket, Way, remove_stale
-from llm_allreduce_plugin.memory.shm import ShmMemory
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.group.cards import host_identity
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.transport import nameless, passing
+from llm_allreduce_plugin.transport.passing import ThroughFolder, ThroughProc, ThroughSocket, Way, remove_stale
+from llm_allreduce_plugin.transport.shm import ShmMemory
 from tests.conftest import PoolFor
 from tests.support import forked
 
@@ -129,7 +129,7 @@ def test_a_socket_gives_nothing_to_strangers() -> None:
 
 def test_names_that_a_kill_has_left_are_taken_away_by_the_next() -> None:
     code = (
-        "import os, time; from llm_allreduce_plugin.memory.passing import ThroughFolder; way = ThroughFolder(); "
+        "import os, time; from llm_allreduce_plugin.transport.passing import ThroughFolder; way = ThroughFolder(); "
         "descriptor = way.create(4096); print(way.offer(descriptor).where, flush=True); time.sleep(60)"
     )
     maker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -14,12 +14,12 @@ from llm_allreduce_plugin import ConfigError
 from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison, Effort
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.bench.tuning import KERNELS
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.selection import profile as profiles
-from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.topology import NodeIdentity
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
+from llm_allreduce_plugin.tuning.measure import KERNELS
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.profiles import CHANGING, entry
@@ -83,7 +83,7 @@ def test_the_cached_profile_is_used_and_a_broken_one_ignored(cpu_pool: PoolFor, 
 
 
 def _cache_path(_context: RankContext) -> str:
-    from llm_allreduce_plugin.selection.tuning import cache_path
+    from llm_allreduce_plugin.profiles.search import cache_path
 
     return str(cache_path(NodeIdentity.of_cpu()))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_allreduce_plugin.selection.profile import store
+from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.topology import NodeIdentity
 from tests.support.profiles import entry
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from llm_allreduce_plugin.algorithms.low_precision import LARGEST_WORLD_SIZE
+from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.strategies.low_precision import LARGEST_WORLD_SIZE
-from llm_allreduce_plugin.strategies.staging import FEWEST_RANKS
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import DOMAINS, expected_sum
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.selection import profile as profiles
-from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.selection.policy import describe
 from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.profiles import CHANGING, entry

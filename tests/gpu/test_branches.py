@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.local_group import LocalGroup

@@ -10,14 +10,14 @@ import torch
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, NodeTopology
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis.proof import Task, run
-from llm_allreduce_plugin.selection.decision import Decision
-from llm_allreduce_plugin.selection.facts import GroupFacts
+from llm_allreduce_plugin.group.capabilities import group_facts
+from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.topology import group_facts
 from tests.conftest import PoolFor
 from tests.support import checks
 

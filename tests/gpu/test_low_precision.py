@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.calls import DTYPE_CODES
-from llm_allreduce_plugin.codecs import CODECS
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
@@ -210,7 +210,7 @@ def test_a_missing_rank_stops_forms_with_a_named_error(form: str, memory: str) -
     """The trap ends the CUDA context, so this needs a process of its own."""
     script = """
 import sys, torch
-from llm_allreduce_plugin.monitor import failure_of
+from llm_allreduce_plugin.runtime.monitor import failure_of
 from tests.support.local_group import LocalGroup
 domains = (0, 0, 1, 1) if sys.argv[1] == "hierarchical" else None
 group = LocalGroup(

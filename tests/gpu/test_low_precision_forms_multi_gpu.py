@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.selection.decision import Algorithm
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.reference import assert_same_bits, digest, rank_input

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import AllReduceConfig, NodeTopology, PeerTimeoutError, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.local_group import CONTEXT_END_S

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from llm_allreduce_plugin.bench.harness import make_case
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.selection.facts import Transport
+from llm_allreduce_plugin.measure.answers import make_case
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.topology.links import Transport
 from tests.conftest import PoolFor
 from tests.support.reference import assert_same_bits
 

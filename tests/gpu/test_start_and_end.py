@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, TensorParallelCommunicator
-from llm_allreduce_plugin.bench.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.forked import own_mappings

@@ -10,10 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import TensorParallelCommunicator, calls
-from llm_allreduce_plugin.bench.ranks import RankContext
-from llm_allreduce_plugin.memory.layouts import workspace_layout
-from llm_allreduce_plugin.memory.symmetric import SymmetricMemory
+from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin.group.layouts import workspace_layout
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.runtime import calls
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 from tests.support.in_band_rest import assert_at_rest, in_band_epochs
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
 

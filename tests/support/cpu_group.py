@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.calls import DTYPE_CODES
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.reference import poison
 

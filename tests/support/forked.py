@@ -24,10 +24,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.bench.ranks import RankContext
+from llm_allreduce_plugin.measure.ranks import RankContext
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["llm_allreduce_plugin.communicator", "llm_allreduce_plugin.selection.tuning", __name__])
+_server.set_forkserver_preload(
+    ["llm_allreduce_plugin.runtime.communicator", "llm_allreduce_plugin.profiles.search", __name__]
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
-from llm_allreduce_plugin.calls import plan_of
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.decision import Launch
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
-from llm_allreduce_plugin.memory.layouts import STAGED_IN_BAND_SHARE, host_layout
-from llm_allreduce_plugin.memory.symmetric import initialize
-from llm_allreduce_plugin.selection.decision import Launch
-from llm_allreduce_plugin.selection.facts import ELEMENT_BYTES, GroupFacts, Transport
-from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.strategies.base import Message
+from llm_allreduce_plugin.group.layouts import STAGED_IN_BAND_SHARE, host_layout
+from llm_allreduce_plugin.runtime.calls import plan_of
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.in_band_rest import assert_at_rest, in_band_epochs
 
 GUARD_BYTES = 256

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.codecs.hierarchical import hierarchical_sum
-from llm_allreduce_plugin.codecs.ring import ring_sum
-from llm_allreduce_plugin.codecs.two_shot import compressed_sum
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.selection.decision import Algorithm, Launch
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.oracle.hierarchical import hierarchical_sum
+from llm_allreduce_plugin.oracle.ring import ring_sum
+from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 from tests.support.reference import assert_same_bits
 
 # Two domains of equal size, as numbers of ranks in a row and in turns.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.selection.facts import TopologyClass, Transport
-from llm_allreduce_plugin.selection.profile import Entry
+from llm_allreduce_plugin.profiles.file import Entry
 from llm_allreduce_plugin.topology import NodeIdentity
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 Ranges = Sequence[tuple[int | None, str]]
 CHANGING: Ranges = [

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.accuracy import minilm, synthetic
-from llm_allreduce_plugin.accuracy.sentences import SENTENCES
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.codecs.two_shot import exact_sum
+from llm_allreduce_plugin.compression.accuracy import minilm, synthetic
+from llm_allreduce_plugin.compression.accuracy.sentences import SENTENCES
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle.two_shot import exact_sum
 
 
 def test_errors_on_made_data() -> None:

@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, cards
+from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError
+from llm_allreduce_plugin.group import cards
 
 
 def card(**settings: object) -> cards.RankCard:

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import harness, table
+from llm_allreduce_plugin.bench import table
 from llm_allreduce_plugin.bench.worker import Measurement
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
+from llm_allreduce_plugin.measure import answers
 
 RUNNER = CliRunner()
 
@@ -82,25 +83,25 @@ def test_table() -> None:
 
 
 def test_exact_means_every_bit() -> None:
-    expected = harness.rank_ordered_sum(7, 3, 1000, torch.bfloat16, torch.device("cpu"))
+    expected = answers.rank_ordered_sum(7, 3, 1000, torch.bfloat16, torch.device("cpu"))
     output = expected.clone()
-    assert harness.wrong_elements(output, expected, exact=True, world_size=3) == 0
+    assert answers.wrong_elements(output, expected, exact=True, world_size=3) == 0
     output.view(torch.int16)[5] ^= 1
-    assert harness.wrong_elements(output, expected, exact=True, world_size=3) == 1
-    assert harness.wrong_elements(output, expected, exact=False, world_size=3) == 0, "one unit in the last place"
+    assert answers.wrong_elements(output, expected, exact=True, world_size=3) == 1
+    assert answers.wrong_elements(output, expected, exact=False, world_size=3) == 0, "one unit in the last place"
     output[7] += 1
     output[8] = float("nan")
-    assert harness.wrong_elements(output, expected, exact=False, world_size=3) == 2
+    assert answers.wrong_elements(output, expected, exact=False, world_size=3) == 2
 
 
 def test_reference_is_the_sum_of_the_inputs() -> None:
     cpu = torch.device("cpu")
-    inputs = [harness.make_input(11, rank, 500, torch.float16, cpu) for rank in range(4)]
+    inputs = [answers.make_input(11, rank, 500, torch.float16, cpu) for rank in range(4)]
     assert len({tensor.sum().item() for tensor in inputs}) == 4, "ranks have inputs of their own"
     total = torch.zeros(500)
     for tensor in inputs:
         total += tensor.float()
-    assert torch.equal(harness.rank_ordered_sum(11, 4, 500, torch.float16, cpu), total.half())
+    assert torch.equal(answers.rank_ordered_sum(11, 4, 500, torch.float16, cpu), total.half())
 
 
 @pytest.mark.parametrize(

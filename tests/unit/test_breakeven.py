@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.breakeven.model import CodecSpeed, break_even, codec_seconds, ratio, seconds, traffic
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.compression.breakeven.model import (
+    CodecSpeed,
+    break_even,
+    codec_seconds,
+    ratio,
+    seconds,
+    traffic,
+)
 from llm_allreduce_plugin.config import WireFormat
 
 RUNNER = CliRunner()

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from llm_allreduce_plugin.cleanup import Ending, let_go, quietly
+from llm_allreduce_plugin.base.cleanup import Ending, let_go, quietly
 
 
 class Memory:

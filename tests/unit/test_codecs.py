@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.calls import DTYPE_CODES
-from llm_allreduce_plugin.codecs import CODECS, Codec
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle import CODECS, Codec
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 
 DTYPES = tuple(DTYPE_CODES)
 FORMATS = pytest.mark.parametrize("wire", list(WireFormat), ids=str)

@@ -7,15 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin.selection.crossover import (
-    MARGIN,
-    Point,
-    changes,
-    eager_ranges_of,
-    ranges_of,
-    strategy_at,
-)
-from llm_allreduce_plugin.selection.tables import Range
+from llm_allreduce_plugin.algorithms.tables import Range
+from llm_allreduce_plugin.profiles.crossover import MARGIN, Point, changes, eager_ranges_of, ranges_of, strategy_at
 
 times = st.floats(0.5, 1e5)
 any_points = st.lists(

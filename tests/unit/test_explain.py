@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, NodeTopology
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.memory.layouts import DEFAULT_GPU_WORKSPACE_BYTES
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
+from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.sweep import LARGEST_BYTES, SMALLEST_BYTES, name_of, size_text, sweep
-from llm_allreduce_plugin.topology import cpu_facts, group_facts
+from llm_allreduce_plugin.topology.links import Transport
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from llm_allreduce_plugin.base.files import read_json, read_text, replace_text
 from llm_allreduce_plugin.errors import UnreadableFileError
-from llm_allreduce_plugin.files import read_json, read_text, replace_text
 
 
 def test_text_is_read_as_it_is(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.memory.layouts import host_layout
-from llm_allreduce_plugin.memory.symmetric import initialize
+from llm_allreduce_plugin.group.layouts import host_layout
+from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.in_band_rest import EPOCH_PLANES, assert_at_rest, in_band_epochs
 
 HEADER = Path(__file__).parents[2] / "csrc" / "common.h"

@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, cards, load_config
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, load_config
+from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.forms import domains_obstacle, form_of, unit_bytes
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
-from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
-from llm_allreduce_plugin.selection.forms import domains_obstacle, form_of, unit_bytes
+from llm_allreduce_plugin.group import cards
+from llm_allreduce_plugin.group.capabilities import group_facts
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.strategies.base import VECTOR_BYTES
-from llm_allreduce_plugin.topology import group_facts, numa_node_of, nvlink_gap, nvml
+from llm_allreduce_plugin.topology import numa_node_of, nvlink_gap, nvml
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.low_precision import DOMAINS
 from tests.unit.test_agreement import card

@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin import _C, AllReduceConfig, reports
+from llm_allreduce_plugin import _C, AllReduceConfig
+from llm_allreduce_plugin.base.guarded import Guarded
 from llm_allreduce_plugin.engines.vllm.communicator import _report_stock
-from llm_allreduce_plugin.guarded import Guarded
-from llm_allreduce_plugin.metrics import RankCounters
-from llm_allreduce_plugin.monitor import Monitor
-from llm_allreduce_plugin.reporter import Reporter
+from llm_allreduce_plugin.runtime import reports
+from llm_allreduce_plugin.runtime.metrics import RankCounters
+from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.reporter import Reporter
 from tests.support.cpu_group import CpuGroup
 
 pytestmark = pytest.mark.timeout(120)
@@ -60,8 +61,8 @@ def test_a_failure_is_told_once_until_it_changes_or_it_works_again(caplog: pytes
 FULL_DISK = """
 import json, logging, resource, signal, sys, time
 from pathlib import Path
-from llm_allreduce_plugin import reports
-from llm_allreduce_plugin.monitor import Monitor
+from llm_allreduce_plugin.runtime import reports
+from llm_allreduce_plugin.runtime.monitor import Monitor
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
 folder, calls = Path(sys.argv[1]), 0
@@ -205,8 +206,8 @@ def test_nccl_starts_although_the_report_cannot_be_written(tmp_path: Path, caplo
 ENDS = """
 import multiprocessing, sys, time
 from pathlib import Path
-from llm_allreduce_plugin import reports
-from llm_allreduce_plugin.monitor import Monitor
+from llm_allreduce_plugin.runtime import reports
+from llm_allreduce_plugin.runtime.monitor import Monitor
 
 def work(folder):
     global monitor, calls

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.memory.symmetric import initialize
-from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
+from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path
 
 FOLDER = Path(llm_allreduce_plugin._C.__file__).parent

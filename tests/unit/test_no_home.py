@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.errors import CacheError
-from llm_allreduce_plugin.selection import tuning
+from llm_allreduce_plugin.profiles import search
 from llm_allreduce_plugin.topology import NodeIdentity
 from tests.unit.test_profile import FACTS, H200
 
@@ -126,10 +126,10 @@ def test_where_there_is_no_home_there_is_no_cache(monkeypatch: pytest.MonkeyPatc
     if home is not None:
         monkeypatch.setenv("HOME", home)
     with pytest.raises(CacheError, match="no cache of tuning profiles: .*; set XDG_CACHE_HOME to a folder"):
-        tuning.cache_path(NodeIdentity.of_cpu())
-    found = tuning.find(None, FACTS, H200)
+        search.cache_path(NodeIdentity.of_cpu())
+    found = search.find(None, FACTS, H200)
     assert any(line.startswith("no cache of tuning profiles: ") for line in found.ignored)
-    assert tuning.find("none", FACTS, H200).ignored == ()
+    assert search.find("none", FACTS, H200).ignored == ()
 
 
 def test_a_cache_that_cannot_be_looked_into_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_whatever_lies_in_the_cache_is_ignored_with_a_line(
 ) -> None:
     """Nothing hangs, nothing is read without end."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = tuning.cache_path(NodeIdentity.of_cpu())
+    path = search.cache_path(NodeIdentity.of_cpu())
     path.parent.mkdir(parents=True)
     match what:
         case "a pipe":

@@ -11,14 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin import AllReduceConfig, NodeTopology, cards
+from llm_allreduce_plugin import AllReduceConfig, NodeTopology
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis import proof
 from llm_allreduce_plugin.diagnosis.proof import Proof, Task
-from llm_allreduce_plugin.memory.layouts import peer_refusal, refusal_note, transports
-from llm_allreduce_plugin.selection.facts import Transport
-from llm_allreduce_plugin.topology import group_facts
+from llm_allreduce_plugin.group import cards
+from llm_allreduce_plugin.group.capabilities import group_facts
+from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note, transports
+from llm_allreduce_plugin.topology.links import Transport
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 REFUSALS = ({"NCCL_P2P_DISABLE": "1"}, {"NCCL_P2P_LEVEL": "LOC"}, {"NCCL_P2P_LEVEL": "0"})

@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
-from llm_allreduce_plugin.pickled import dump, load
-from llm_allreduce_plugin.selection.facts import GroupFacts, TopologyClass, Transport
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.base.pickled import dump, load
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 VALUES = [
     None,

@@ -11,21 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig, AllReduceStrategy
-from llm_allreduce_plugin.codecs import CODECS
-from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
-from llm_allreduce_plugin.memory.layouts import host_layout
-from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import (
-    ELEMENT_BYTES,
-    SUPPORTED_WORLD_SIZES,
-    GroupFacts,
-    TopologyClass,
-    Transport,
-)
-from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.selection.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
-from llm_allreduce_plugin.strategies import STRATEGIES
-from llm_allreduce_plugin.strategies.base import (
+from llm_allreduce_plugin.algorithms.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
     VECTOR_BYTES,
@@ -33,7 +19,16 @@ from llm_allreduce_plugin.strategies.base import (
     Numerics,
     spread,
 )
-from llm_allreduce_plugin.tally import fallback_of
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts
+from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
+from llm_allreduce_plugin.algorithms.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
+from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.group.layouts import host_layout
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.runtime.tally import fallback_of
+from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 S = AllReduceStrategy
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llm_allreduce_plugin import processes
+from llm_allreduce_plugin.base import processes
 
-HEAD = "import os, signal, subprocess, sys, time\nfrom llm_allreduce_plugin import processes\n"
+HEAD = "import os, signal, subprocess, sys, time\nfrom llm_allreduce_plugin.base import processes\n"
 ENDING = "processes.end_on_signals(lambda: 'the test')\n"
 ONE_LINE = "the test: ended by {}\n"
 
@@ -121,7 +121,9 @@ def test_what_whoever_started_it_has_ignored_stays_ignored() -> None:
 
 @pytest.mark.parametrize("stopped", (False, True))
 def test_a_child_ends_with_its_parent(stopped: bool) -> None:
-    child = "import sys, time; from llm_allreduce_plugin import processes as p; p.end_with_parent(int(sys.argv[1]));"
+    child = (
+        "import sys, time; from llm_allreduce_plugin.base import processes as p; p.end_with_parent(int(sys.argv[1]));"
+    )
     child += "print(1, flush=True); time.sleep(60)"
     script = f"""
 child = subprocess.Popen([sys.executable, "-c", {child!r}, str(os.getpid())], stdout=subprocess.PIPE)

@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, NodeTopology, ProfileError
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.decision import Algorithm
+from llm_allreduce_plugin.algorithms.facts import GroupFacts, SlotBytes
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import load_config
-from llm_allreduce_plugin.selection import tuning
-from llm_allreduce_plugin.selection.decision import Algorithm
-from llm_allreduce_plugin.selection.facts import GroupFacts, SlotBytes, TopologyClass, Transport
+from llm_allreduce_plugin.profiles import search
+from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Entry, Profile, read, store
 from llm_allreduce_plugin.selection.policy import decide, describe, table_of
-from llm_allreduce_plugin.selection.profile import SCHEMA_VERSION, Entry, Profile, read, store
 from llm_allreduce_plugin.selection.sweep import sweep
-from llm_allreduce_plugin.strategies.base import Message
 from llm_allreduce_plugin.topology import NodeIdentity, fingerprint
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from tests.support.profiles import entry, node
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
@@ -236,19 +237,19 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    monkeypatch.setattr(tuning, "shipped_paths", lambda: sorted(shipped.glob("*.json")))
-    cached = tuning.cache_path(H200)
+    monkeypatch.setattr(search, "shipped_paths", lambda: sorted(shipped.glob("*.json")))
+    cached = search.cache_path(H200)
     assert cached.is_relative_to(tmp_path)
     return {"cached": cached, "shipped": shipped / "h200.json", "configured": tmp_path / "configured.json"}
 
 
 def test_configured_then_cached_then_shipped_then_seeds(places: dict[str, Path]) -> None:
-    assert tuning.find(None, FACTS, H200) == tuning.Found(None)
+    assert search.find(None, FACTS, H200) == search.Found(None)
     elsewhere = dataclasses.replace(H200, fingerprint="elsewhere", description="8 x NVIDIA H200")
     expected = []
     for name, of in (("shipped", elsewhere), ("cached", H200), ("configured", elsewhere)):
         store(places[name], of, [entry(date=f"2025-0{len(expected) + 1}-02T03:04:05+00:00")])
-        found = tuning.find(places["configured"] if name == "configured" else None, FACTS, H200)
+        found = search.find(places["configured"] if name == "configured" else None, FACTS, H200)
         assert found.ignored == ()
         assert found.tuned is not None
         expected.append(found.tuned.source)
@@ -257,7 +258,7 @@ def test_configured_then_cached_then_shipped_then_seeds(places: dict[str, Path])
         f"profile {places['cached']}, measured 2025-02-02 in CUDA graphs",
         f"profile {places['configured']}, measured 2025-03-02 in CUDA graphs",
     ]
-    assert tuning.find("none", FACTS, H200) == tuning.Found(None)
+    assert search.find("none", FACTS, H200) == search.Found(None)
 
 
 @pytest.mark.parametrize(
@@ -272,9 +273,9 @@ def test_configured_then_cached_then_shipped_then_seeds(places: dict[str, Path])
 )
 def test_shipped_only_for_the_same_kind_of_group(places: dict[str, Path], other: dict[str, Any]) -> None:
     store(places["shipped"], H200, [entry()])
-    assert tuning.find(None, FACTS, H200).tuned is not None
-    assert tuning.find(None, dataclasses.replace(FACTS, **other), H200).tuned is None
-    assert tuning.find(None, FACTS, node("NVIDIA H100")) == tuning.Found(None)
+    assert search.find(None, FACTS, H200).tuned is not None
+    assert search.find(None, dataclasses.replace(FACTS, **other), H200).tuned is None
+    assert search.find(None, FACTS, node("NVIDIA H100")) == search.Found(None)
 
 
 def test_a_cached_profile_that_does_not_fit_is_ignored_with_a_line(places: dict[str, Path]) -> None:
@@ -292,7 +293,7 @@ def test_a_cached_profile_that_does_not_fit_is_ignored_with_a_line(places: dict[
         store(places["cached"], H200, [entry()])
         spoil()
         before = places["cached"].read_bytes()
-        found = tuning.find(None, FACTS, H200)
+        found = search.find(None, FACTS, H200)
         assert found.tuned is not None
         assert found.tuned.source.startswith("shipped profile")
         (line,) = found.ignored
@@ -303,12 +304,12 @@ def test_a_cached_profile_that_does_not_fit_is_ignored_with_a_line(places: dict[
 def test_a_configured_profile_that_cannot_be_used_is_an_error(places: dict[str, Path]) -> None:
     path = places["configured"]
     with pytest.raises(ConfigError, match="tuning_profile: tuning profile .*configured.json: it cannot be read"):
-        tuning.find(path, FACTS, H200)
+        search.find(path, FACTS, H200)
     store(path, node("NVIDIA L4"), [entry()])
     with pytest.raises(ConfigError, match="it was measured on NVIDIA L4, and this node has NVIDIA H200"):
-        tuning.find(path, FACTS, H200)
+        search.find(path, FACTS, H200)
     store(path, H200, [entry(world_size=2)], force=True)
-    found = tuning.find(path, FACTS, H200)
+    found = search.find(path, FACTS, H200)
     assert found.tuned is None
     assert "it says nothing about 4 ranks through symmetric memory (but about 2 ranks" in found.ignored[0]
 
@@ -326,7 +327,7 @@ def test_the_reason_names_the_profile_and_what_was_measured() -> None:
     profile = Profile.of(
         H200, [entry(graph=[(4096, "ONESHOT"), (None, "TWOSHOT")], eager=[(None, "ONESHOT")], element_bytes=2)]
     )
-    tuned = tuning._tuned(profile, FACTS, "profile x", anywhere=False)
+    tuned = search._tuned(profile, FACTS, "profile x", anywhere=False)
     facts = dataclasses.replace(FACTS, tuned=tuned)
     for strategy in ("AUTO", "MINLATENCY"):
         config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
@@ -360,7 +361,7 @@ def test_one_choice_whether_or_not_a_rank_captures(
     )
     device = "cpu" if transport is Transport.SHM else "cuda"
     facts = dataclasses.replace(FACTS, transport=transport, device=device, flagged=SlotBytes(1 << 20, 1 << 20))
-    facts = dataclasses.replace(facts, tuned=tuning._tuned(profile, facts, "profile x", anywhere=True))
+    facts = dataclasses.replace(facts, tuned=search._tuned(profile, facts, "profile x", anywhere=True))
     config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
     kernel = {"TWOSHOT": Algorithm.TWO_SHOT, "ONESHOT": Algorithm.ONE_SHOT}[runs]
     for count in (8, 4096, 1 << 20):
@@ -426,7 +427,7 @@ def test_identities() -> None:
 
 def test_shipped_profiles_are_valid() -> None:
     """Whatever lies in configs/tuning can be read, and was measured with this schema."""
-    for path in tuning.shipped_paths():
+    for path in search.shipped_paths():
         profile = read(path)
         assert profile.device == "cuda"
         assert profile.entries

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin.bench import record as bench_record
 from llm_allreduce_plugin.bench import worker
-from llm_allreduce_plugin.breakeven import record as breakeven_record
+from llm_allreduce_plugin.compression.breakeven import record as breakeven_record
 from llm_allreduce_plugin.errors import UnreadableFileError
+from llm_allreduce_plugin.measure import record as bench_record
 from tests.unit.test_command_files import ROOT, run
 from tests.unit.test_topology_files import _sparse
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin import reports
 from llm_allreduce_plugin.engines.vllm.summary import tell
 from llm_allreduce_plugin.errors import UnreadableFileError
-from llm_allreduce_plugin.metrics import ReportCollector
+from llm_allreduce_plugin.runtime import reports
+from llm_allreduce_plugin.runtime.metrics import ReportCollector
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -78,7 +78,7 @@ import logging, sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 from llm_allreduce_plugin.engines.vllm.summary import tell
-from llm_allreduce_plugin.metrics import ReportCollector
+from llm_allreduce_plugin.runtime.metrics import ReportCollector
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 folder = Path(sys.argv[1])
 collector = ReportCollector(folder)

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import ConfigError, NodeTopology
+from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts, SlotBytes
 from llm_allreduce_plugin.config import (
     AllReduceConfig,
     LowPrecisionAlgorithm,
@@ -21,12 +24,10 @@ from llm_allreduce_plugin.config import (
     WireFormat,
     load_config,
 )
-from llm_allreduce_plugin.selection import tables
-from llm_allreduce_plugin.selection.decision import Algorithm, Decision
-from llm_allreduce_plugin.selection.facts import SUPPORTED_WORLD_SIZES, GroupFacts, SlotBytes, Transport
+from llm_allreduce_plugin.group.capabilities import group_facts
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.strategies import staging
-from llm_allreduce_plugin.topology import group_facts, nvlink_gap, nvml
+from llm_allreduce_plugin.topology import nvlink_gap, nvml
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.staged_model import Model, ViolationError
 from tests.unit.test_policy import facts

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from llm_allreduce_plugin import AllReduceConfig
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.engines.vllm.summary import tell
-from llm_allreduce_plugin.metrics import ReportCollector, samples_of
-from llm_allreduce_plugin.reports import Report
-from llm_allreduce_plugin.selection.facts import GroupFacts, Transport
+from llm_allreduce_plugin.runtime.metrics import ReportCollector, samples_of
+from llm_allreduce_plugin.runtime.reports import Report
+from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, OTHER_REASONS, CountedCall, Fallback, Tally, fallback_of
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.tally import MOST_FALLBACKS, OTHER_REASONS, CountedCall, Fallback, Tally, fallback_of
+from llm_allreduce_plugin.topology.links import Transport
 
 NOBODY = GroupFacts(2, "cuda", Transport.NONE, no_transport_reason="a test says so")
 
@@ -156,7 +157,7 @@ def test_a_registry_shows_the_reports_of_this_run(tmp_path: Path) -> None:
 
 PUBLISHER = """
 import sys
-from llm_allreduce_plugin.metrics import RankCounters
+from llm_allreduce_plugin.runtime.metrics import RankCounters
 rank = int(sys.argv[1])
 counters = RankCounters.if_wanted()
 for calls in (3, 10):

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import NodeTopology, TopologyError
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.topology import group_facts, nvml, p2p_obstacle, strategy_table, visible
+from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
+from llm_allreduce_plugin.topology import nvml, p2p_obstacle, visible
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))

@@ -55,8 +55,8 @@ def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, nam
         logger.info("vLLM's own all-reduce is left in place: %s", reason)
     if settings.report_dir is None:
         return
-    from llm_allreduce_plugin import reports
-    from llm_allreduce_plugin.reporter import Reporter
+    from llm_allreduce_plugin.runtime import reports
+    from llm_allreduce_plugin.runtime.reporter import Reporter
 
     # Ranks have agreed on nothing here, so each names a group of its own.
     identity = reports.Identity(communicator.rank_in_group, communicator.ranks, name, reports.new_member())
@@ -89,7 +89,7 @@ def _communicator_class(stock: type) -> type:
             **kwargs: Any,  # noqa: ANN401
         ) -> None:
             super().__init__(*args, **kwargs)
-            from llm_allreduce_plugin.communicator import TensorParallelCommunicator
+            from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
             self.llm_allreduce = TensorParallelCommunicator(
                 self.device_group,

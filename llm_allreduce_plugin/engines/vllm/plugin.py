@@ -17,8 +17,8 @@ from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
 from llm_allreduce_plugin.engines.vllm.settings import STAMP, flag_overridden, settings_of, stands_aside
 from llm_allreduce_plugin.engines.vllm.summary import tell_at_exit
-from llm_allreduce_plugin.metrics import show_reports
-from llm_allreduce_plugin.reports import mark_server
+from llm_allreduce_plugin.runtime.metrics import show_reports
+from llm_allreduce_plugin.runtime.reports import mark_server
 
 logger = logging.getLogger("llm_allreduce_plugin")
 

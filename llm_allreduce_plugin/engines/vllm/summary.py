@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
-from llm_allreduce_plugin.reports import Report, of_this_server
-from llm_allreduce_plugin.tally import summary_of
+from llm_allreduce_plugin.runtime.reports import Report, of_this_server
+from llm_allreduce_plugin.runtime.tally import summary_of
 
 logger = logging.getLogger("llm_allreduce_plugin")
 

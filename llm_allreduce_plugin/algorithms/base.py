@@ -1,0 +1,178 @@
+"""What a strategy is: can it run here, how it is spread, how it is launched."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+import math
+from typing import TYPE_CHECKING, ClassVar
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts, world_size_obstacle
+from llm_allreduce_plugin.topology.links import Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.config import AllReduceStrategy
+
+VECTOR_BYTES = _C.VECTOR_BYTES
+MAX_THREADS = _C.MAX_THREADS
+MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
+MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
+IN_BAND_THREADS = (64, 128, 256, 512)
+LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
+TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
+MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
+
+
+class Numerics(enum.StrEnum):
+    """What the bits of an answer depend on. AUTO chooses within EXACT, so its answers never depend on its choices."""
+
+    EXACT = "fp32, ranks in order, rounded once: the same bits from every strategy and for every size"
+    LOSSY = "compressed on the wire"
+    ENGINE = "whatever order and precision the engine's own all-reduce has"
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One all-reduce as the policy sees it.
+
+    Attributes:
+        count: elements per rank.
+        dtype: as torch spells it, e.g. ``"bfloat16"``.
+        element_bytes: 0 when no kernel handles the type.
+    """
+
+    count: int
+    dtype: str
+    element_bytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.count * self.element_bytes
+
+    @property
+    def vectors(self) -> int:
+        """16-byte vectors, the last one possibly partial."""
+        return math.ceil(self.payload_bytes / VECTOR_BYTES)
+
+
+class Strategy(abc.ABC):
+    """One strategy: stateless, the same object on every rank."""
+
+    name: ClassVar[AllReduceStrategy]
+    algorithm: ClassVar[str]
+    numerics: ClassVar[Numerics]
+
+    @abc.abstractmethod
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        """Why this strategy cannot run for this message, or None when it can."""
+
+    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        """Why this strategy, which can run, is meant to leave the message to the next one, or None.
+
+        Only asked where there is no obstacle. What stands back does as it was asked to: that is no fallback.
+        """
+        return None
+
+    def describe(self, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
+        """What runs in this group, and why in this form; no reason where a strategy has only one."""
+        return self.algorithm, ""
+
+    @abc.abstractmethod
+    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
+        """How a call is spread; None when it is not ours to launch. Pure: every rank gets the same."""
+
+
+class KernelStrategy(Strategy):
+    """A strategy that runs a kernel of this package on the group's workspaces."""
+
+    @abc.abstractmethod
+    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+        """How a call is spread: the kernel, its grid and its rounds. Pure."""
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        if facts.transport is Transport.NONE:
+            return facts.no_transport_reason or "ranks cannot reach each other's memory"
+        if (reason := world_size_obstacle(facts.world_size)) is not None:
+            return reason
+        if message.element_bytes == 0:
+            return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"
+        return None
+
+
+class MissingStrategy(Strategy):
+    """A strategy whose kernel does not exist yet: it always falls back, and says so."""
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        return f"the {self.name} kernel does not exist yet"
+
+    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
+        raise AssertionError(facts, message)  # never chosen
+
+
+def spread_in_band(
+    message: Message, facts: GroupFacts, algorithm: Algorithm, chunk_bytes: int, parts: int, split: tables.Split | None
+) -> Launch:
+    """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
+
+    Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``), and in TWOSHOT, whose
+    blocks stay longer, three to every four of them where that is enough. ``split``: how lanes share the tasks out
+    where the largest grid has not a thread for each vector. Rounds are of equal length, so that no rank has more to do
+    in the last. Measured on H200 with benchmarks/shapes.py.
+    """
+    pieces = max(1, math.ceil(message.vectors / parts))  # vectors of the largest part
+    capacity = chunk_bytes // VECTOR_BYTES
+    rounds = math.ceil(pieces / capacity)
+    chunk = min(capacity, math.ceil(pieces / rounds / LINE_VECTORS) * LINE_VECTORS)
+    if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
+        return Launch(
+            algorithm=algorithm,
+            lanes=facts.lanes * split.lanes // tables.LARGEST_GRID,
+            threads=MAX_THREADS,
+            chunk_vectors=chunk,
+            rounds=rounds,
+            in_band=True,
+            scatter_lanes=max(1, facts.lanes * split.scatter // tables.LARGEST_GRID),
+            drain_lanes=facts.lanes * split.drain // tables.LARGEST_GRID,
+        )
+    few = facts.lanes * TWO_SHOT_BLOCKS // tables.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
+    threads = next(
+        (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
+    )
+    lanes = min(facts.lanes, math.ceil(chunk / threads))
+    return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
+
+
+def spread_published(algorithm: Algorithm, vectors: int, lanes: int, *, per_thread: int = 1) -> Launch:
+    """How an in-band call through host memory is spread: in small blocks as long as there are lanes.
+
+    ``vectors``: of the message, or of the largest part; a thread has at most ``per_thread`` before blocks grow. One
+    round: larger messages go by flags. Measured on H200 with benchmarks/host_shapes.py.
+    """
+    vectors = max(1, vectors)
+    choices = (threads for threads in IN_BAND_THREADS if threads <= MAX_FLAGGED_THREADS)
+    threads = next((threads for threads in choices if threads * lanes * per_thread >= vectors), MAX_FLAGGED_THREADS)
+    used = min(lanes, math.ceil(vectors / threads))
+    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
+
+
+def spread(
+    vectors: int, algorithm: Algorithm, chunk_bytes: int, lanes: int, parts: int, most_per_thread: int | None = None
+) -> Launch:
+    """Spread ``vectors`` over at most ``lanes`` blocks, each handling ``parts`` pieces per round, with flags.
+
+    Few blocks for few vectors (one vector per thread), then larger chunks, up to what a slot holds or
+    ``most_per_thread`` vectors of each thread, then further rounds.
+    """
+    pieces = math.ceil(vectors / parts)  # vectors of the largest part
+    capacity = chunk_bytes // VECTOR_BYTES
+    if most_per_thread is not None:
+        capacity = min(capacity, most_per_thread * MAX_FLAGGED_THREADS)
+    threads = min(MAX_FLAGGED_THREADS, max(32, math.ceil(pieces / 32) * 32))
+    used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
+    chunk = max(1, min(math.ceil(pieces / used), capacity))
+    rounds = math.ceil(pieces / (used * chunk))
+    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)

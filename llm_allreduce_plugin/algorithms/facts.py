@@ -1,0 +1,95 @@
+"""What a decision may depend on. Every rank holds the same value of each, agreed at start."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin import _C
+    from llm_allreduce_plugin.algorithms.tables import Tuned
+
+SUPPORTED_WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+# The kernels' element types, as torch spells them, and their sizes in bytes.
+ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def world_size_obstacle(world_size: int) -> str | None:
+    """Why no kernel serves this many ranks, or None."""
+    if world_size in SUPPORTED_WORLD_SIZES:
+        return None
+    sizes = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
+    return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for {sizes})"
+
+
+def hosts_obstacle(hosts: int) -> str | None:
+    """Why ranks on this many hosts cannot share memory, or None."""
+    return f"ranks run on {hosts} hosts, and kernels here reach one" if hosts > 1 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotBytes:
+    """How much one slot holds: per lane with flags, of all lanes together in band. 0: there are no such slots.
+
+    ``staged``: flagged slots as staged calls see them, of all lanes together.
+    """
+
+    one_shot: int = 0
+    two_shot: int = 0
+    staged: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupFacts:
+    """The agreed facts of a tensor-parallel group.
+
+    Attributes:
+        world_size: ranks in the group.
+        device: ``"cuda"`` or ``"cpu"``.
+        transport: how ranks reach each other; ``NONE`` when they cannot.
+        no_transport_reason: why, when they cannot.
+        lanes: blocks that a call may have.
+        in_band: slots in which readiness travels inside the data.
+        flagged: slots with flags that tell when they may be read.
+        architecture: compute capability without the dot (90 for H100/H200), None on CPU.
+        multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
+        nodes: hosts that the ranks run on.
+        nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
+        staged: the agreed setting of that name.
+        low_precision: the agreed settings of LOWPRECISION.
+        domains: the NUMA node of each rank's GPU; empty when it is not known of all.
+        topology_class: what the bytes travel over, as far as the first rank knows.
+        tuned: what was measured about this group on this node or one like it; None: seed tables decide.
+    """
+
+    world_size: int
+    device: str
+    transport: Transport
+    no_transport_reason: str = ""
+    lanes: int = 0
+    in_band: SlotBytes = SlotBytes()
+    flagged: SlotBytes = SlotBytes()
+    architecture: int | None = None
+    multiprocessors: int | None = None
+    nodes: int = 1
+    nvlink: bool = True
+    staged: StagedChoice = StagedChoice.AUTO
+    low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
+    domains: tuple[int, ...] = ()
+    topology_class: TopologyClass = TopologyClass.UNKNOWN
+    tuned: Tuned | None = None
+
+    def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
+        """These facts once ranks reach each other through workspaces of this layout."""
+        return dataclasses.replace(
+            self,
+            transport=transport,
+            lanes=layout.lanes,
+            in_band=SlotBytes(layout.in_band.one_shot_bytes, layout.in_band.two_shot_bytes),
+            flagged=SlotBytes(
+                layout.flagged.one_shot_bytes, layout.flagged.two_shot_bytes, layout.flagged.staged_bytes
+            ),
+        )

@@ -1,0 +1,175 @@
+"""LOWPRECISION: all-reduces of which all or most travels in a wire format. Kernels: csrc/{kernels,cpu}/low_precision*.
+
+Lossy, so it runs only where it was asked for, and the same bits on every rank all the same: all take the owner's sum as
+it was decoded from the wire, the owner too (in the ring, as it was rounded). What the wire formats are: csrc/codec.
+Which of its algorithms runs: forms.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms.base import (
+    MAX_FLAGGED_THREADS,
+    MAX_THREADS,
+    VECTOR_BYTES,
+    KernelStrategy,
+    Message,
+    Numerics,
+    spread_published,
+)
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
+from llm_allreduce_plugin.algorithms.forms import Form, form_of, unit_bytes
+from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.wire import PACKETS
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.algorithms.facts import GroupFacts
+
+LARGEST_WORLD_SIZE = 8
+WARP_THREADS = 32
+FLAGGED_WARPS = MAX_FLAGGED_THREADS // WARP_THREADS
+FEWEST_LANES = 3  # one for each task
+ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
+
+_WORDS = {
+    LowPrecisionAlgorithm.TWO_SHOT: "two-shot push, compressed on the wire",
+    LowPrecisionAlgorithm.RING: "ring, compressed on the wire while it is summed; the rounded sums travel as they are",
+    LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, "
+    "which exchange them",
+}
+_KERNELS = {
+    LowPrecisionAlgorithm.TWO_SHOT: Algorithm.LOW_PRECISION,
+    LowPrecisionAlgorithm.RING: Algorithm.LOW_PRECISION_RING,
+    LowPrecisionAlgorithm.HIERARCHICAL: Algorithm.LOW_PRECISION_HIERARCHICAL,
+}
+
+
+class LowPrecision(KernelStrategy):
+    name = AllReduceStrategy.LOWPRECISION
+    numerics = Numerics.LOSSY
+    algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
+
+    def describe(self, facts: GroupFacts) -> tuple[str, str]:
+        form = form_of(facts)
+        return _WORDS[form.algorithm], form.reason
+
+    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+        if (reason := super().obstacle(facts, message)) is not None:
+            return reason
+        if facts.world_size > LARGEST_WORLD_SIZE:
+            return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
+        if message.element_bytes != ELEMENT_BYTES:
+            return f"compression is for bfloat16 and float16, not {message.dtype}"
+        packet = PACKETS[facts.low_precision.wire_format]
+        slot_bytes = self._slots(facts)
+        if form_of(facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT and slot_bytes < packet.bytes:
+            return (
+                f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
+                f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
+            )
+        return None
+
+    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:
+        """Small messages are faster with the exact kernels, or the settings say so."""
+        settings = facts.low_precision
+        if settings.min_bytes is not None:
+            if message.payload_bytes < settings.min_bytes:
+                return f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
+            return None
+        least, source = tables.low_precision_pays_from(facts, settings.wire_format)
+        if message.payload_bytes < least:
+            return f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
+        return None
+
+    @staticmethod
+    def _in_band(facts: GroupFacts) -> bool:
+        """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
+        return facts.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
+
+    def _pushes_in_band(self, facts: GroupFacts) -> bool:
+        return self._in_band(facts) and facts.transport is not Transport.HOST
+
+    def _publishes(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
+        """Through host memory, in one round of in-band slots."""
+        fits = packets * packet_bytes <= facts.in_band.two_shot
+        small = message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
+        return self._in_band(facts) and fits and small
+
+    def _slots(self, facts: GroupFacts) -> int:
+        return facts.in_band.two_shot if self._pushes_in_band(facts) else facts.flagged.two_shot
+
+    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+        """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
+        form = form_of(facts)
+        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+            return self._plan_flagged(facts, message, form)
+        wire_format = facts.low_precision.wire_format
+        packet = PACKETS[wire_format]
+        packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
+        staged = staging.launch(
+            facts,
+            Algorithm.LOW_PRECISION,
+            packets * facts.world_size,
+            unit_bytes=packet.bytes,
+            unit_threads=WARP_THREADS,
+        )
+        if staged is not None:
+            return dataclasses.replace(staged, wire_format=wire_format)
+        capacity = self._slots(facts) // packet.bytes
+        if self._pushes_in_band(facts):
+            return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)
+        if self._publishes(facts, message, packets, packet.bytes):
+            launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
+            return dataclasses.replace(launch, wire_format=wire_format)
+        return self._plan_flagged(facts, message, form)
+
+    def _plan_flagged(self, facts: GroupFacts, message: Message, form: Form) -> Launch:
+        """A lane has packets for a warp each, of those that fit its slots, before there is another lane."""
+        packet = PACKETS[facts.low_precision.wire_format]
+        unit = unit_bytes(facts, form.algorithm)
+        parts = facts.world_size // 2 if form.domains else facts.world_size
+        packets = max(1, math.ceil(message.count / packet.values / parts))  # of the largest part
+        most = tables.flagged_lanes(self.name, facts, message.payload_bytes)
+        capacity = facts.flagged.two_shot // unit
+        warps = FLAGGED_WARPS
+        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+            warps = min(warps, capacity)
+        lanes = max(1, min(most, math.ceil(packets / warps)))
+        chunk = min(capacity, math.ceil(packets / lanes))
+        if facts.transport is Transport.HOST:
+            chunk = min(chunk, FLAGGED_WARPS)
+        return Launch(
+            _KERNELS[form.algorithm],
+            lanes=lanes,
+            threads=warps * WARP_THREADS,
+            chunk_vectors=chunk * unit // VECTOR_BYTES,
+            rounds=math.ceil(packets / chunk / lanes),
+            wire_format=facts.low_precision.wire_format,
+            domains=form.domains,
+        )
+
+    def _plan_in_band(
+        self, facts: GroupFacts, payload_bytes: int, packets: int, capacity: int, packet_bytes: int
+    ) -> Launch:
+        rounds = math.ceil(packets / capacity)
+        chunk = math.ceil(packets / rounds)
+        split = tables.split(self.name, facts.world_size, payload_bytes)
+        assert split is not None
+        # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
+        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
+        return Launch(
+            Algorithm.LOW_PRECISION,
+            lanes=lanes,
+            threads=MAX_THREADS,
+            chunk_vectors=chunk * packet_bytes // VECTOR_BYTES,
+            rounds=math.ceil(packets / chunk),
+            in_band=True,
+            scatter_lanes=max(1, lanes * split.scatter // split.lanes),
+            drain_lanes=lanes * split.drain // split.lanes,
+            wire_format=facts.low_precision.wire_format,
+        )

@@ -1,0 +1,18 @@
+"""The strategies that still have no kernel. Each leaves this file for one of its own."""
+
+from __future__ import annotations
+
+from llm_allreduce_plugin.algorithms.base import MissingStrategy, Numerics
+from llm_allreduce_plugin.config import AllReduceStrategy
+
+
+class UserBuffer(MissingStrategy):
+    name = AllReduceStrategy.UB
+    numerics = Numerics.EXACT
+    algorithm = "zero-copy on registered buffers"
+
+
+class MultiNodeNvlink(MissingStrategy):
+    name = AllReduceStrategy.MNNVL
+    numerics = Numerics.EXACT
+    algorithm = "kernels over an NVLink domain that spans nodes"

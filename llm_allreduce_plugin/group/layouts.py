@@ -1,0 +1,115 @@
+"""How large workspaces are and how they are laid out: the communicator's, and those that `explain` speaks of.
+
+Needs no torch and no GPU, so that a decision can be made anywhere as it is made on the node.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms import staging
+from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle, world_size_obstacle
+from llm_allreduce_plugin.algorithms.forms import form_of, needs_flags
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
+from llm_allreduce_plugin.topology.links import Transport
+
+DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
+DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
+# Of all ranks together. Pinned, and in /dev/shm only for containers that share nothing else; Docker gives that 64 MiB.
+DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
+HOST_LANES = 64  # blocks: few are enough for PCIe
+RING_HOST_LANES = 32  # whose slots hold a packet of any format as it is, by default with up to 8 ranks
+FLAGGED_SHARE = 4  # of a GPU's workspace, where a wire format or an algorithm needs flags
+STAGED_IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are staged
+HOST_IN_BAND_SHARE = 3  # of a workspace in host memory; the rest is for larger messages
+
+
+def transport_obstacle(config: AllReduceConfig, world_size: int, hosts: int, device_type: str) -> str | None:
+    """Why not to try to share memory at all, or None. ``device_type``: as torch calls it."""
+    if config.allreduce_strategy is AllReduceStrategy.NCCL:
+        return "allreduce_strategy is NCCL"
+    if (reason := world_size_obstacle(world_size) or hosts_obstacle(hosts)) is not None:
+        return reason
+    if device_type not in ("cpu", "cuda"):
+        return f"no kernels for device type {device_type}"
+    return None
+
+
+def peer_refusal(environment: Mapping[str, str] | None = None) -> str | None:
+    """The variable by which a user keeps GPUs from each other's memory, as it is set, or None.
+
+    NCCL's, because whoever found peer access broken has set it for NCCL: ``NCCL_P2P_DISABLE``, or ``NCCL_P2P_LEVEL`` at
+    its lowest level. ``environment``: instead of this process's.
+    """
+    variables = os.environ if environment is None else environment
+    if variables.get("NCCL_P2P_DISABLE", "").strip() == "1":
+        return "NCCL_P2P_DISABLE=1"
+    if (level := variables.get("NCCL_P2P_LEVEL", "").strip()) in ("LOC", "0"):
+        return f"NCCL_P2P_LEVEL={level}"
+    return None
+
+
+def refusal_note(transport: TransportChoice, refusal: str | None) -> str | None:
+    """What follows from ``refusal``, in words, or None.
+
+    Only ``transport: auto`` heeds it: ``peer`` asks for peers' memory by name, and so comes over it.
+    """
+    if refusal is None or transport is TransportChoice.HOST:
+        return None
+    if transport is TransportChoice.PEER:
+        return f"{refusal} does not count for transport peer, which was asked for by name"
+    return f"all-reduce keeps to host memory, and GPUs from each other's: {refusal} (transport peer would come over it)"
+
+
+def transports(config: AllReduceConfig, device_type: str, refusal: str | None = None) -> tuple[Transport, ...]:
+    """How ranks may share memory, best first. ``refusal``: of :func:`peer_refusal`, the same on every rank."""
+    if device_type == "cpu":
+        return (Transport.SHM,)
+    if refusal is not None and config.transport is TransportChoice.AUTO:
+        return (Transport.HOST,)
+    return {
+        TransportChoice.AUTO: (Transport.SYMMETRIC, Transport.HOST),
+        TransportChoice.PEER: (Transport.SYMMETRIC,),
+        TransportChoice.HOST: (Transport.HOST,),
+    }[config.transport]
+
+
+def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
+    """How ``size`` bytes of a rank's workspace in host memory are laid out.
+
+    Raises:
+        ValueError: they are too few.
+    """
+    in_band = size // HOST_IN_BAND_SHARE
+    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True)
+
+
+def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors: int) -> _C.Layout:
+    """The layout of a rank's workspace for the transport that ``facts`` name.
+
+    ``multiprocessors``: of the smallest GPU if they differ, for grids must be alike.
+
+    Raises:
+        ValueError: ``workspace_bytes`` is too little for so many ranks.
+    """
+    wanted, world_size = config.workspace_bytes, facts.world_size
+    compresses = config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
+    if facts.transport is Transport.SHM:
+        size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
+        return _C.make_layout(world_size, 1, flagged_bytes=size, published=True)
+    if facts.transport is Transport.HOST:
+        size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // world_size)
+        is_ring = compresses and form_of(facts).algorithm is LowPrecisionAlgorithm.RING
+        return host_layout(world_size, RING_HOST_LANES if is_ring else HOST_LANES, size)
+    size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
+    lanes = min(_C.MAX_LANES, 2 * multiprocessors)  # two blocks to a multiprocessor
+    flagged = 0
+    if not config.in_band:
+        flagged = size
+    elif staging.obstacle(facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+        flagged = size - size // STAGED_IN_BAND_SHARE
+    elif compresses:
+        flagged = size // FLAGGED_SHARE if needs_flags(facts) else 0
+    return _C.make_layout(world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)

@@ -1,0 +1,258 @@
+"""The start of a group: ranks agree, share memory and prove it, and only then make a workspace of it.
+
+Every step is taken by all ranks, under a deadline, and what only one rank meets stops all of them alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms import staging
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.forms import form_of
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.base.cleanup import let_go, quietly
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
+from llm_allreduce_plugin.errors import ConfigError, TransportError
+from llm_allreduce_plugin.group import cards
+from llm_allreduce_plugin.group.board import ROW_BYTES, Board
+from llm_allreduce_plugin.group.cards import RankCard
+from llm_allreduce_plugin.group.layouts import refusal_note, transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.selection.policy import table_of, uses_table
+from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.host import HostMemory
+from llm_allreduce_plugin.transport.shm import ShmMemory
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory, prove_peer_access
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Opened:
+    """What came of the start.
+
+    Attributes:
+        facts: what ranks have agreed on.
+        memory: the ranks' workspaces; None: they share none.
+        workspace: this rank's view of them.
+        board: what ranks say of themselves; None: they share none.
+        board_memory: where that lies.
+        first_member: names the group, see :class:`RankCard`.
+    """
+
+    facts: GroupFacts
+    memory: SharedMemory | None = None
+    workspace: _C.Workspace | None = None
+    board: Board | None = None
+    board_memory: ShmMemory | None = None
+    first_member: str = ""
+
+    def close(self) -> None:
+        """Let go of it, before any call was made."""
+        if self.workspace is not None:
+            quietly(functools.partial(self.workspace.close, 0.0), "close the workspace")
+        for held, what in ((self.board, "board"), (self.board_memory, "board"), (self.memory, "workspace")):
+            if held is not None:
+                quietly(held.close, f"let go of the {what}'s memory")
+        self.memory = self.workspace = self.board = self.board_memory = None
+
+
+def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.device, config: AllReduceConfig) -> Opened:
+    """Agree with all ranks of ``group`` on what to run and on what memory. Collective.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        RankMismatchError: ranks disagree about a setting or a capability.
+        StartError, StartTimeoutError: a rank has failed or did not come.
+    """
+    card = RankCard.of_this_rank(config, device)
+    found: list[RankCard] = agreement.gather(card, "to compare settings")
+    cards.check(found)
+    config.check_world_size(agreement.world_size)
+    return _Start(agreement, group, device, config, found).open()
+
+
+class _Start:
+    def __init__(
+        self,
+        agreement: Agreement,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        config: AllReduceConfig,
+        found: list[RankCard],
+    ) -> None:
+        self._agreement = agreement
+        self._group = group
+        self._device = device
+        self._config = config
+        self._cards = found
+        self._gpus = [card.gpu for card in found if card.gpu is not None]
+
+    def open(self) -> Opened:
+        opened = self._open_workspace()
+        opened.first_member = self._cards[0].member
+        try:
+            opened.facts = self._with_table(opened.facts)
+            if opened.workspace is not None:
+                self._open_board(opened)
+        except BaseException:
+            opened.close()
+            raise
+        return opened
+
+    def _open_workspace(self) -> Opened:
+        """Set up shared memory if the strategy can use it; the facts say what came of it."""
+        agreement, config, device_type = self._agreement, self._config, self._device.type
+        nodes = len({card.host for card in self._cards})
+        facts = GroupFacts(
+            world_size=agreement.world_size,
+            device=device_type,
+            transport=Transport.NONE,
+            architecture=self._cards[0].architecture,
+            multiprocessors=min(card.multiprocessors for card in self._cards) or None,
+            nodes=nodes,
+            staged=config.staged,
+            low_precision=config.low_precision,
+            domains=cards.domains(self._cards),
+        )
+        # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
+        obstacle = agreement.first_fault(self._obstacle(nodes), "to agree on whether they can share memory")
+        if obstacle is not None:
+            return Opened(dataclasses.replace(facts, no_transport_reason=obstacle))
+        if device_type == "cuda":
+            gap = agreement.first_fault(nvlink_gap(self._gpus), "to agree on their links")
+            facts = dataclasses.replace(facts, nvlink=gap is None)
+        refusal = cards.peer_refusal_of(self._cards)
+        if agreement.rank == 0 and (note := refusal_note(config.transport, refusal)) is not None:
+            logger.info("%s", note)
+        reasons = []
+        multiprocessors = min(card.multiprocessors for card in self._cards)
+        for transport in transports(config, device_type, refusal):
+            try:
+                layout = workspace_layout(config, dataclasses.replace(facts, transport=transport), multiprocessors)
+            except ValueError as error:  # of the same settings on every rank
+                reasons.append(str(error))
+                continue
+            try:
+                memory, workspace = self._connect(transport, layout)
+            except TransportError as error:
+                reasons.append(str(error))
+                continue
+            if reasons and agreement.rank == 0:
+                logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reasons))
+            return Opened(facts.with_layout(transport, layout), memory, workspace)
+        return Opened(dataclasses.replace(facts, no_transport_reason="; ".join(reasons)))
+
+    def _obstacle(self, nodes: int) -> str | None:
+        """Why not to try to share memory at all, as far as this rank can see."""
+        reason = transport_obstacle(self._config, self._agreement.world_size, nodes, self._device.type)
+        if reason is not None:
+            return reason
+        return "several ranks share a GPU" if len(set(self._gpus)) < len(self._gpus) else None
+
+    def _connect(self, transport: Transport, layout: _C.Layout) -> tuple[SharedMemory, _C.Workspace]:
+        """Share memory of this layout and prove that it is shared. Collective.
+
+        Raises:
+            TransportError: on every rank alike, with the reason.
+        """
+        agreement, device, config = self._agreement, self._device, self._config
+        memory: SharedMemory
+        if transport is Transport.SHM:
+            memory = ShmMemory.open(agreement, layout.total_bytes)
+        elif transport is Transport.HOST:
+            memory = HostMemory.open(agreement, device, layout)
+        else:
+            obstacle = agreement.first_fault(p2p_obstacle(self._gpus), "to agree on their peer access")
+            if obstacle is not None:
+                raise TransportError(obstacle)
+            memory = SymmetricMemory.open(agreement, self._group, device, layout)
+
+        made: list[_C.Workspace] = []
+
+        def make() -> _C.Workspace:
+            if transport is not Transport.SHM:
+                with torch.cuda.device(device):
+                    _C.load_kernels(agreement.world_size)
+            workspace = _C.Workspace(
+                agreement.rank,
+                memory.bases,
+                layout,
+                config.timeout_s,
+                _C.CPU if transport is Transport.SHM else device.index,
+                memory.local,
+                max(config.timeout_s, config.first_timeout_s),
+                memory,
+            )
+            made.append(workspace)
+            return workspace
+
+        try:
+            workspace = agreement.on_every_rank(
+                make, "to set up their workspaces", TransportError, "cannot set up its workspace", may_block=True
+            )
+            if transport is not Transport.SHM:
+                prove_peer_access(workspace, agreement, device)
+        except BaseException:
+            let_go(memory, *made, in_use=agreement.abandoned)
+            raise
+        return memory, workspace
+
+    def _with_table(self, facts: GroupFacts) -> GroupFacts:
+        """The facts with the links that the first rank sees and the profile that it finds: ranks' caches may differ.
+
+        Raises:
+            ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
+        """
+        if facts.transport is Transport.NONE:
+            return facts
+        from llm_allreduce_plugin.profiles.search import facts_of_this_node
+
+        visible = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        uuids = [card.gpu or "" for card in self._cards]
+        return self._agreement.from_first_rank(
+            lambda: facts_of_this_node(self._config, facts, uuids, visible),
+            "to choose a tuning profile",
+            ConfigError,
+        )
+
+    def _open_board(self, opened: Opened) -> None:
+        """Errors name more with it; without it, all works as well."""
+        agreement = self._agreement
+        try:
+            opened.board_memory = ShmMemory.open(agreement, ROW_BYTES)
+        except TransportError as error:
+            if agreement.rank == 0:
+                logger.info("errors will not say what has become of a peer: %s", error)
+            return
+        opened.board = Board(opened.board_memory.buffer, agreement.rank, agreement.world_size)
+
+
+def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
+    """What runs and why, for the log of the first rank."""
+    if facts.transport is Transport.NONE:
+        logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
+        return
+    logger.info(
+        "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
+        facts.world_size,
+        facts.transport,
+        config.allreduce_strategy,
+        sizes,
+    )
+    if config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
+        form = form_of(facts)
+        level = logging.WARNING if form.is_fallback else logging.INFO
+        logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
+    if config.staged is StagedChoice.ON and (why := staging.obstacle(facts)) is not None:
+        logger.warning("staged is on, but nothing is staged: %s", why)
+    if uses_table(config):
+        logger.info("these sizes come from %s", table_of(config, facts).source)

@@ -1,0 +1,1 @@
+"""What measuring commands and tests share: ranks that are processes, times, answers, and records of both."""

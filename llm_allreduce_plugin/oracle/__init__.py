@@ -1,0 +1,72 @@
+"""Wire formats in plain torch: the oracle that the kernels are compared with, and what ``accuracy`` computes with.
+
+``encode`` takes values of any shape and floating dtype and gives a flat uint8 tensor of whole packets; ``decode`` gives
+``count`` fp32 values back. Both are exact models of ``csrc/codec``: the same IEEE operations in the same order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle import fp8, hadamard2, tq3
+from llm_allreduce_plugin.wire import PACKETS
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """One wire format.
+
+    Attributes:
+        code: its number in the C ABI (``lar_wire_format``).
+        packet_values: values in a packet.
+        packet_bytes: bytes of a packet.
+        encode_packets: fp32 ``[packets, packet_values]`` to uint8 ``[packets, packet_bytes]``.
+        decode_packets: the other way round.
+    """
+
+    code: int
+    packet_values: int
+    packet_bytes: int
+    encode_packets: Callable[[torch.Tensor], torch.Tensor]
+    decode_packets: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def bits_per_value(self) -> float:
+        """Bits on the wire."""
+        return self.packet_bytes * 8 / self.packet_values
+
+    def bytes_of(self, count: int) -> int:
+        """Bytes of ``count`` values on the wire."""
+        return -(-count // self.packet_values) * self.packet_bytes
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Whole packets; what the last one lacks is zero."""
+        flat = values.reshape(-1).float()
+        padding = -flat.numel() % self.packet_values
+        padded = torch.nn.functional.pad(flat, (0, padding)).view(-1, self.packet_values)
+        return self.encode_packets(padded).view(-1)
+
+    def decode(self, packets: torch.Tensor, count: int) -> torch.Tensor:
+        """The first ``count`` values, fp32."""
+        return self.decode_packets(packets.view(-1, self.packet_bytes)).reshape(-1)[:count]
+
+    def round_trip(self, values: torch.Tensor) -> torch.Tensor:
+        """What the receiver sees of ``values``, fp32, in their shape."""
+        return self.decode(self.encode(values), values.numel()).view(values.shape)
+
+
+CODECS: dict[WireFormat, Codec] = {
+    WireFormat.FP8: Codec(PACKETS[WireFormat.FP8].code, fp8.PACKET_VALUES, fp8.PACKET_BYTES, fp8.encode, fp8.decode),
+    WireFormat.TQ3: Codec(PACKETS[WireFormat.TQ3].code, tq3.PACKET_VALUES, tq3.PACKET_BYTES, tq3.encode, tq3.decode),
+    WireFormat.HADAMARD2: Codec(
+        PACKETS[WireFormat.HADAMARD2].code,
+        hadamard2.PACKET_VALUES,
+        hadamard2.PACKET_BYTES,
+        hadamard2.encode,
+        hadamard2.decode,
+    ),
+}

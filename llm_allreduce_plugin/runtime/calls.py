@@ -1,0 +1,97 @@
+"""From a decision to a function of one tensor: what an eager call does between Python and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
+from llm_allreduce_plugin.algorithms.decision import Launch
+from llm_allreduce_plugin.runtime.failures import error_of_status
+from llm_allreduce_plugin.runtime.health import Health
+
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
+
+# torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
+# compiler; the public way where it is gone.
+_current_raw_stream: Callable[[int], int] = getattr(
+    torch._C,  # noqa: SLF001
+    "_cuda_getCurrentRawStream",
+    lambda index: torch.cuda.current_stream(index).cuda_stream,
+)
+
+
+def _no_stream(_index: int | None) -> int:
+    return 0
+
+
+def _empty_strided_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
+
+
+# What torch's compiler allocates with, past the dispatcher: allocating is most of an eager call's own time. On the
+# current device. The public way where it is gone.
+_empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] = getattr(
+    getattr(torch._C._dynamo, "guards", None),  # noqa: SLF001
+    "_empty_strided_cuda",
+    _empty_strided_like,
+)
+
+
+def torch_all_reduce(group: dist.ProcessGroup) -> Call:
+    """``torch.distributed.all_reduce`` on a copy."""
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        output = input_.clone(memory_format=torch.contiguous_format)
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(output, group=group)
+        return output if input_.is_contiguous() else torch.empty_like(input_).copy_(output)
+
+    return run
+
+
+def plan_of(
+    workspace: _C.Workspace, launch: Launch, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
+) -> _C.Plan:
+    """A launch for messages of ``count`` elements, ready to be called with addresses.
+
+    ``peer_distances``: bytes from this rank's input to where it sees each rank's, for inputs that are read in place.
+    """
+    return _C.Plan(
+        workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
+        launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
+        launch.wire_code, launch.domains, launch.staged,
+    )  # fmt: skip
+
+
+def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.device, name: str) -> Call:
+    """A function that runs ``plan``, with all that does not change bound. ``name``: of the strategy, for errors."""
+    index = device.index
+    must_be_aligned = launch.scatter_lanes > 0
+    on_gpu = device.type == "cuda"
+    current_stream = _current_raw_stream if on_gpu else _no_stream
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        # Kernels see the elements in logical order, so that ranks agree whatever their strides.
+        source = input_.contiguous()
+        if must_be_aligned and source.data_ptr() % VECTOR_BYTES:
+            source = source.clone()
+        if on_gpu:
+            output = _empty_strided(tuple(source.shape), source.stride(), source.dtype)
+            if output.get_device() != index:  # the caller's current device is another
+                output = torch.empty_like(source)
+        else:
+            output = torch.empty_like(source)
+        status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
+        if status != 0:
+            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
+                health.raise_error()
+            raise error_of_status(status, name)
+        return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
+
+    return run

@@ -1,0 +1,127 @@
+"""Keeps watch beside the calls: says when a wait has expired, and has the rank's reports written."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.guarded import Guarded
+from llm_allreduce_plugin.errors import PeerTimeoutError
+from llm_allreduce_plugin.group.board import Board, Row, State
+from llm_allreduce_plugin.runtime.failures import ALGORITHMS, PHASES, breakage_of
+from llm_allreduce_plugin.runtime.metrics import RankCounters
+from llm_allreduce_plugin.runtime.reporter import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
+    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken.
+
+    ``board``: where ranks say what has become of them, for a text that says why the peer did not come.
+    """
+    record = workspace.failure()
+    if record is None:
+        return None
+    rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
+    where = ALGORITHMS[algorithm], PHASES[phase]
+    row = None if board is None else board.row(peer)
+    if board is None or row is None:
+        return PeerTimeoutError(rank, peer, *where, waited_s)
+    if row.state is State.GAVE_UP:
+        ago = max(0.0, time.time() - row.wall_s)
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {ALGORITHMS.get(row.algorithm)}/{PHASES.get(row.phase)}"
+        if row.peer == rank and _is_later(board, rank, row):
+            text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
+            return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
+        return PeerTimeoutError(
+            rank, peer, *where, waited_s, known=f", which gave up {ago:.3g} s ago, after it had waited {before}"
+        )
+    if row.state is State.BROKEN:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which could not go on: see its log")
+    if row.state is State.CLOSED:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which has closed its communicator")
+    known = ", whose process has ended" if board.has_ended(peer) else ""
+    return PeerTimeoutError(rank, peer, *where, waited_s, known=known)
+
+
+def _is_later(board: Board, rank: int, theirs: Row) -> bool:
+    """Whether this rank has given up after another had, if at all."""
+    own = board.row(rank)
+    return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
+
+
+class Monitor:
+    """A daemon thread per communicator, and a second one where reports are wanted.
+
+    A GPU wait may expire inside a replayed graph, far from any Python call: the device then stops with a CUDA error
+    that names nothing. This thread reads the record that the kernel left and puts the named error into the log.
+    Whatever else is done beside the service cannot end it.
+
+    Args:
+        workspace: that is watched; None: nothing is.
+        report_dir: where reports go; None: nowhere.
+        report: what the rank has done so far; None once its communicator is gone.
+        counters: for Prometheus; None: nobody adds them up.
+        alive: False once the communicator is gone; the thread then ends.
+        board: see :func:`failure_of`.
+        watchers: are called in every period.
+    """
+
+    PERIOD_S = 0.25
+
+    def __init__(
+        self,
+        workspace: _C.Workspace | None,
+        report_dir: Path | None,
+        report: Callable[[], dict[str, Any] | None],
+        counters: RankCounters | None = None,
+        alive: Callable[[], bool] = lambda: True,
+        *,
+        board: Board | None = None,
+        watchers: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        self._workspace = workspace
+        self._board = board
+        self._watchers = tuple(watchers)
+        self._alive = alive
+        # Reports cost time, so they are made only where they go somewhere.
+        wanted = report_dir is not None or counters is not None
+        self._reporter = Reporter(report_dir, counters, report) if wanted else None
+        self._told = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="llm-allreduce-monitor", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the threads, let go of the workspace and write the last report."""
+        self._stop.set()
+        self._thread.join()
+        self._workspace = None
+        self._board = None
+        self._watchers = ()
+        if self._reporter is not None:
+            self._reporter.close()
+
+    def _run(self) -> None:
+        duties = [Guarded("waits cannot be watched", "waits are watched again", self._name_expired_wait)]
+        duties += [
+            Guarded("the group cannot be watched", "the group is watched again", watcher) for watcher in self._watchers
+        ]
+        while not self._stop.wait(self.PERIOD_S) and self._alive():
+            for duty in duties:
+                duty()
+
+    def _name_expired_wait(self) -> None:
+        """Say once which wait has expired."""
+        if self._told or self._workspace is None:
+            return
+        failure = breakage_of(self._workspace) or failure_of(self._workspace, self._board)
+        if failure is not None:
+            logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
+            self._told = True

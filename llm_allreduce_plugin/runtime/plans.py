@@ -1,0 +1,66 @@
+"""The plans of a communicator: a bounded number of them, those that are in use."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple, TypeVar
+
+from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.runtime.calls import Call
+from llm_allreduce_plugin.runtime.tally import Counted
+
+# Engines call with some hundred sizes: one for each batch that they have a graph of, and those of prefill. A plan takes
+# some 6 KB.
+MOST_PLANS = 512
+
+_Key = TypeVar("_Key")
+
+
+class Planned(NamedTuple):
+    """What happens to one size and type.
+
+    Attributes:
+        decision: what and why.
+        call: does it.
+        counted: how often it was done.
+        seen: calls that had been made when the plan's turn to go last came. At first the one that it is made for.
+    """
+
+    decision: Decision
+    call: Call
+    counted: Counted
+    seen: int = 1
+
+    @property
+    def made(self) -> int:
+        """Calls so far."""
+        return self.counted.calls + self.counted.captured
+
+
+class Plans(dict[_Key, Planned | None]):
+    """At most ``most`` entries. ``None`` is kept, too, for what has no plan.
+
+    Looking one up is a dictionary's, and notes nothing down. What is in use shows in the counts that there are anyway:
+    an entry whose turn to go has come, the oldest one first, stays and becomes the youngest if it was called since.
+    """
+
+    def __init__(self, most: int = MOST_PLANS) -> None:
+        super().__init__()
+        self._most = most
+        self._lock = threading.Lock()
+
+    def keep(self, key: _Key, planned: Planned | None) -> None:
+        """Add an entry; others go where there are too many."""
+        with self._lock:
+            while len(self) >= self._most and key not in self:
+                self._let_one_go()
+            self[key] = planned
+
+    def _let_one_go(self) -> None:
+        for _ in range(len(self)):
+            key = next(iter(self))
+            planned = self.pop(key)
+            if planned is None or planned.made <= planned.seen:
+                return
+            self[key] = planned._replace(seen=planned.made)
+        del self[next(iter(self))]  # all are in use

@@ -1,0 +1,222 @@
+"""Reports of ranks: files of ``report_dir``, each written by one process and read by others, whatever lies there.
+
+A folder may serve several servers, several groups of each (data parallel, pipeline stages), on several hosts, and it
+keeps what earlier runs left. So a report says whose it is, and is in a file of that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llm_allreduce_plugin.base.files import read_json, replace_text
+from llm_allreduce_plugin.errors import UnreadableFileError
+
+# Inherited by all processes of a server; set by the first of them. Not a setting.
+SERVER_VARIABLE = "_LLM_ALLREDUCE_SERVER"
+MOST_BYTES = 1 << 18  # of a report
+MOST_READ = 512  # reports, the youngest ones: what one look at a folder costs is bounded
+MOST_KEPT = 64  # of processes that have ended
+KEPT_S = 7 * 24 * 3600.0  # a report that nobody has touched for so long is not kept beyond that number
+_PATTERN = "rank-*.json"
+
+_Word = Annotated[str, Field(max_length=64)]
+_Name = Annotated[str, Field(max_length=160, pattern=r"^[A-Za-z0-9._+-]*$")]
+_Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class FallbackCalls(BaseModel):
+    """Calls that ran another strategy than the configured one."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    requested: _Word
+    strategy: _Word
+    reason: str = Field(max_length=4096)
+    calls: _Count
+
+
+class Report(BaseModel):
+    """What a reader takes from a report; there is more in the file, for people.
+
+    Attributes:
+        rank: in its group.
+        group: tells groups apart, on all hosts and in all runs; equal on all ranks of one.
+        server: the same for all processes of one server; empty where nobody set one up.
+        closed: the rank has said by itself what it did, or has nothing to say.
+        calls: eager calls by strategy.
+        captured: calls in CUDA graphs by strategy.
+        fallback_calls: both, for each fallback.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    rank: int = Field(ge=0, lt=1 << 16)
+    group: _Name = ""
+    server: _Name = ""
+    closed: bool = True
+    calls: dict[_Word, _Count] = Field(default_factory=dict, max_length=64)
+    captured: dict[_Word, _Count] = Field(default_factory=dict, max_length=64)
+    fallback_calls: list[FallbackCalls] = Field(default_factory=list, max_length=256)
+
+    @property
+    def total(self) -> int:
+        """Calls of both kinds."""
+        return sum(self.calls.values()) + sum(self.captured.values())
+
+
+# -- whose it is -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _token(_pid: int) -> str:
+    """Process numbers come again, in other containers and after a while; a process that was forked is another one."""
+    return secrets.token_hex(3)
+
+
+_members = itertools.count()
+
+
+def new_member() -> str:
+    """A name for this process's part in one group, that no other process or group has: ``gpu07-4711-9f3a20-0``."""
+    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{_token(os.getpid())}-{next(_members)}"
+
+
+def mark_server() -> None:
+    """Let reports of the processes that this one starts be known as its own."""
+    os.environ.setdefault(SERVER_VARIABLE, secrets.token_hex(8))
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """Whose a report is.
+
+    Attributes:
+        rank: in its group.
+        ranks: of the group, as the whole job numbers them: what tells pipeline stages apart.
+        name: what the engine calls the group, like ``dp1``; may be empty.
+        first_member: the name of the first rank's part in the group, see :func:`new_member`.
+    """
+
+    rank: int
+    ranks: Sequence[int]
+    name: str
+    first_member: str
+
+    @property
+    def group(self) -> str:
+        """``dp1.ranks2-3.gpu07-4711-9f3a20-0``."""
+        first, last = self.ranks[0], self.ranks[-1]
+        in_a_row = list(self.ranks) == list(range(first, last + 1)) and last > first
+        ranks = f"{first}-{last}" if in_a_row else "+".join(map(str, self.ranks))
+        name = re.sub(r"[^A-Za-z0-9-]+", "-", self.name)[:24]
+        return ".".join(part for part in (name, f"ranks{ranks[:48]}", self.first_member) if part)
+
+    def fields(self) -> dict[str, Any]:
+        """For a report."""
+        return {
+            "rank": self.rank,
+            "world_size": len(self.ranks),
+            "group": self.group,
+            "server": os.environ.get(SERVER_VARIABLE, ""),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def file_name(rank: int, group: str) -> str:
+    """The name of the file with this rank's report."""
+    return f"rank-{rank}.{group}.json" if group else f"rank-{rank}.json"
+
+
+def write(folder: Path, report: Mapping[str, Any]) -> None:
+    """Replace the file of this report's rank and group: a reader sees the old or the new one, never half of one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(folder / file_name(report["rank"], report["group"]), json.dumps(report, indent=1) + "\n")
+
+
+def read(path: Path) -> Report:
+    """The report in a file.
+
+    Raises:
+        UnreadableFileError: it cannot be read or is no report, or another's than its name says.
+    """
+    document = read_json(path, MOST_BYTES)
+    try:
+        report = Report.model_validate(document)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, fault["loc"])) or "document"
+        raise UnreadableFileError(path, f"is no report: {where[:100]}: {fault['msg']}") from None
+    if path.name != file_name(report.rank, report.group):
+        raise UnreadableFileError(path, "holds the report of another rank or group than its name says")
+    return report
+
+
+def _youngest_first(folder: Path) -> list[tuple[float, Path]]:
+    found = []
+    for path in folder.glob(_PATTERN):
+        with contextlib.suppress(OSError):
+            found.append((path.lstat().st_mtime, path))
+    return sorted(found, reverse=True)
+
+
+def of_this_server(folder: Path, since: float) -> Iterator[Report]:
+    """The reports of this server's ranks in ``folder``, the youngest first; what is no report is left out.
+
+    Never raises.
+
+    ``since``: seconds since 1970. What was not written after that is an earlier run's.
+    """
+    server = os.environ.get(SERVER_VARIABLE, "")
+    try:
+        found = _youngest_first(folder)[:MOST_READ]
+    except OSError:
+        return
+    for modified, path in found:
+        if modified < since:
+            return
+        try:
+            report = read(path)
+        except UnreadableFileError:
+            continue
+        if not server or report.server in ("", server):
+            yield report
+
+
+def prune(folder: Path) -> None:
+    """Remove old reports of processes that have ended, so that restarts do not fill the folder.
+
+    Beyond the ``MOST_KEPT`` youngest, those of processes that this host no longer has, and those of anywhere that
+    nobody has touched for a week.
+
+    Raises:
+        OSError: the folder cannot be read, or a file in it not be removed.
+    """
+    own = re.escape(re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40])
+    for modified, path in _youngest_first(folder)[MOST_KEPT:]:
+        member = re.search(rf"\.{own}-(\d{{1,9}})-[0-9a-f]{{6}}-\d+\.json$", path.name)
+        ended = member is not None and not Path("/proc", member[1]).exists()
+        if ended or modified < time.time() - KEPT_S:
+            path.unlink(missing_ok=True)

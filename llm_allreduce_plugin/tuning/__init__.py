@@ -1,0 +1,1 @@
+"""What ``tune`` measures, and the profile that follows."""
