@@ -91,9 +91,17 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
     vectors = chunk if wire is None else chunk * wire.bytes // 16
     if vectors * 16 > (slots.one_shot_bytes if one_shot else slots.two_shot_bytes):
         return None
-    algorithm = _C.ONE_SHOT if one_shot else _C.TWO_SHOT if wire is None else _C.LOW_PRECISION
-    wire_code = -1 if wire is None else wire.code
-    return _C.Plan(workspace, algorithm, count, code, lanes, threads, vectors, in_band=in_band, wire_format=wire_code)
+    return _C.Plan(
+        workspace,
+        algorithm=_C.ONE_SHOT if one_shot else _C.TWO_SHOT,
+        exchange=_C.SHARED if in_band else _C.FLAGS,
+        wire=_C.WIRE_RAW if wire is None else wire.code,
+        count=count,
+        dtype=code,
+        lanes=lanes,
+        threads=threads,
+        chunk_vectors=vectors,
+    )
 
 
 def measure(context: RankContext, shapes: list[Shape], lanes: int) -> list[dict[str, Any]]:

@@ -54,9 +54,18 @@ def measure(context: RankContext, shapes: list[Shape]) -> list[dict[str, Any]]:
         for _, lanes, scatter, drain in group:
             output = torch.full_like(mine, float("nan"))
             plan = _C.Plan(
-                workspace, _C.LOW_PRECISION, count, DTYPE_CODES[DTYPE], lanes, _C.MAX_THREADS, chunk_vectors,
-                in_band=True, scatter_lanes=scatter, drain_lanes=drain, wire_format=PACKET.code,
-            )  # fmt: skip
+                workspace,
+                algorithm=_C.TWO_SHOT,
+                exchange=_C.PUSH,
+                wire=PACKET.code,
+                count=count,
+                dtype=DTYPE_CODES[DTYPE],
+                lanes=lanes,
+                threads=_C.MAX_THREADS,
+                chunk_vectors=chunk_vectors,
+                scatter_lanes=scatter,
+                drain_lanes=drain,
+            )
             timing = time_graph(context, call_of(plan, mine, output))
             wrong = int(relative_error(output, exact) > MOST_ERROR[WireFormat.FP8])
             row = {"bytes": size, "lanes": lanes, "scatter_lanes": scatter, "drain_lanes": drain}

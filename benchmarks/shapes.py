@@ -81,7 +81,18 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         mine, expected = data[count]
         output = torch.full_like(mine, float("nan"))
         kernel = _C.ONE_SHOT if algorithm == "ONESHOT" else _C.TWO_SHOT
-        plan = _C.Plan(workspace, kernel, count, DTYPE_CODES[DTYPE], used, threads, chunk, in_band, scatter, drain)
+        plan = _C.Plan(
+            workspace,
+            algorithm=kernel,
+            exchange=_C.PUSH if in_band else _C.FLAGS,
+            count=count,
+            dtype=DTYPE_CODES[DTYPE],
+            lanes=used,
+            threads=threads,
+            chunk_vectors=chunk,
+            scatter_lanes=scatter,
+            drain_lanes=drain,
+        )
         call = call_of(plan, mine, output)
         call()
         torch.cuda.synchronize()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 
-MAX_WORLD_SIZE: int = 16
+MAX_WORLD_SIZE: int = 72
 
 VECTOR_BYTES: int = 16
 
@@ -37,13 +37,27 @@ ONE_SHOT: int = 0
 
 TWO_SHOT: int = 1
 
-TWO_SHOT_PULL: int = 2
+RING: int = 2
 
-LOW_PRECISION: int = 3
+HIERARCHICAL: int = 3
 
-LOW_PRECISION_RING: int = 4
+PUSH: int = 0
 
-LOW_PRECISION_HIERARCHICAL: int = 5
+SHARED: int = 1
+
+FLAGS: int = 2
+
+STAGED: int = 3
+
+PULL: int = 4
+
+WIRE_RAW: int = 0
+
+WIRE_FP8: int = 1
+
+WIRE_TQ3: int = 2
+
+WIRE_HADAMARD2: int = 3
 
 CPU: int = -1
 
@@ -80,7 +94,10 @@ class Layout:
     def lanes(self) -> int: ...
 
     @property
-    def published(self) -> bool: ...
+    def shared(self) -> bool: ...
+
+    @property
+    def flag_words(self) -> int: ...
 
     @property
     def epochs_offset(self) -> int: ...
@@ -106,7 +123,7 @@ class Layout:
     @property
     def total_bytes(self) -> int: ...
 
-def make_layout(world_size: int, lanes: int, *, in_band_bytes: int = 0, flagged_bytes: int = 0, published: bool = False) -> Layout:
+def make_layout(world_size: int, lanes: int, *, in_band_bytes: int = 0, flagged_bytes: int = 0, shared: bool = False) -> Layout:
     """
     Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.
     """
@@ -132,12 +149,6 @@ def encode(format: int, dtype: int, values: int, count: int, packets: int, strea
 def decode(format: int, dtype: int, packets: int, count: int, values: int, stream: int | None = None) -> None:
     """The other way round."""
 
-WIRE_FP8: int = 0
-
-WIRE_TQ3: int = 1
-
-WIRE_HADAMARD2: int = 2
-
 def abi_version() -> int: ...
 
 def error_string(code: int) -> str: ...
@@ -154,17 +165,17 @@ class Workspace:
 
     def probe_check(self, nonce: int, verdict: int, stream: int) -> None: ...
 
-    def failure(self) -> tuple[int, int, int, int, int, int, int, float] | None:
+    def failure(self) -> tuple[int, int, tuple[int, int, int], int, int, int, int, float] | None:
         """
-        None, or (rank, peer, algorithm, phase, lane, expected_round, seen_round, waited_s).
+        None, or (rank, peer, kind, phase, lane, expected_round, seen_round, waited_s); kind: (algorithm, exchange, wire).
         """
 
     def reason(self) -> int:
         """Of a failure, one of REASON_*."""
 
-    def mismatch(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int]]:
+    def mismatch(self) -> tuple[tuple[tuple[int, int, int], int, int], tuple[tuple[int, int, int], int, int]]:
         """
-        Of a mismatch, this rank's call and its peer's, each (algorithm, dtype, wire_format, count).
+        Of a mismatch, this rank's call and its peer's, each (kind, dtype, count).
         """
 
     def mark_gone(self, peer: int) -> None:
@@ -180,9 +191,9 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, algorithm: int, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, in_band: bool, scatter_lanes: int = 0, drain_lanes: int = 0, peer_distances: Sequence[int] = [], wire_format: int = -1, domains: Sequence[int] = [], staged: bool = False) -> None:
+    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = []) -> None:
         """
-        `peer_distances`: bytes from this rank's input to where it sees each rank's, for peers to read in place. `wire_format`: for LOW_PRECISION and its other forms, one of WIRE_*. `domains`: for LOW_PRECISION_HIERARCHICAL, the number of each rank's domain.
+        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

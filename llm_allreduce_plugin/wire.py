@@ -13,7 +13,7 @@ class Packet:
     """What values of one format travel in.
 
     Attributes:
-        code: the format's number in the C ABI (``lar_wire_format``).
+        code: the format's number in the C ABI (``lar_wire``).
         values: in a packet.
         bytes: of a packet.
     """

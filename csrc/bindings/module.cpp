@@ -102,6 +102,7 @@ NB_MODULE(_C, module) {
       .def_ro("world_size", &lar_layout::world_size)
       .def_ro("lanes", &lar_layout::lanes)
       .def_prop_ro("shared", [](const lar_layout& layout) { return layout.shared != 0; })
+      .def_ro("flag_words", &lar_layout::flag_words)
       .def_ro("epochs_offset", &lar_layout::epochs_offset)
       .def_ro("stages_offset", &lar_layout::stages_offset)
       .def_ro("flags_offset", &lar_layout::flags_offset)

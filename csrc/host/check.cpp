@@ -47,10 +47,11 @@ bool check_message(const lar_message& message) {
   return message.count == 0 || (message.input && message.output);
 }
 
-bool check_launch(const lar_layout& layout, const lar_launch& launch) {
+bool check_launch(const lar_layout& layout, const lar_launch& launch, bool in_band) {
   if (launch.lanes < 1 || launch.lanes > layout.lanes) return false;
-  // Whole warps. How many at most is the kernel's to say.
-  if (launch.threads < 32 || launch.threads > LAR_MAX_THREADS || launch.threads % 32 != 0) return false;
+  // Whole warps. A kernel may allow less.
+  const int most_threads = in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
+  if (launch.threads < 32 || launch.threads > most_threads || launch.threads % 32 != 0) return false;
   // Some lane must be left for what the specialized ones do not do.
   return launch.scatter_lanes >= 0 && launch.drain_lanes >= 0 &&
          launch.scatter_lanes + launch.drain_lanes < launch.lanes;
@@ -76,7 +77,7 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   const lar_layout& layout = workspace.layout;
   if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_message(call.message) || !check_launch(layout, call.launch)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_message(call.message) || !check_launch(layout, call.launch, is_in_band(call.kind.exchange))) return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import tables
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts, world_size_obstacle
 from llm_allreduce_plugin.topology.links import Transport
 
@@ -130,11 +130,11 @@ def spread_in_band(
     if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(
             algorithm=algorithm,
+            exchange=Exchange.PUSH,
             lanes=facts.lanes * split.lanes // tables.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
             rounds=rounds,
-            in_band=True,
             scatter_lanes=max(1, facts.lanes * split.scatter // tables.LARGEST_GRID),
             drain_lanes=facts.lanes * split.drain // tables.LARGEST_GRID,
         )
@@ -143,10 +143,10 @@ def spread_in_band(
         (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
     )
     lanes = min(facts.lanes, math.ceil(chunk / threads))
-    return Launch(algorithm, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds, in_band=True)
+    return Launch(algorithm, Exchange.PUSH, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds)
 
 
-def spread_published(algorithm: Algorithm, vectors: int, lanes: int, *, per_thread: int = 1) -> Launch:
+def spread_shared(algorithm: Algorithm, vectors: int, lanes: int, *, per_thread: int = 1) -> Launch:
     """How an in-band call through host memory is spread: in small blocks as long as there are lanes.
 
     ``vectors``: of the message, or of the largest part; a thread has at most ``per_thread`` before blocks grow. One
@@ -156,7 +156,7 @@ def spread_published(algorithm: Algorithm, vectors: int, lanes: int, *, per_thre
     choices = (threads for threads in IN_BAND_THREADS if threads <= MAX_FLAGGED_THREADS)
     threads = next((threads for threads in choices if threads * lanes * per_thread >= vectors), MAX_FLAGGED_THREADS)
     used = min(lanes, math.ceil(vectors / threads))
-    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1, in_band=True)
+    return Launch(algorithm, Exchange.SHARED, lanes=used, threads=threads, chunk_vectors=vectors, rounds=1)
 
 
 def spread(
@@ -175,4 +175,4 @@ def spread(
     used = max(1, min(lanes, math.ceil(pieces / min(threads, capacity))))
     chunk = max(1, min(math.ceil(pieces / used), capacity))
     rounds = math.ceil(pieces / (used * chunk))
-    return Launch(algorithm, lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)
+    return Launch(algorithm, Exchange.FLAGS, lanes=used, threads=threads, chunk_vectors=chunk, rounds=rounds)

@@ -11,13 +11,25 @@ from llm_allreduce_plugin.wire import PACKETS
 
 
 class Algorithm(enum.IntEnum):
-    """The kernels, with the numbers of ``lar_algorithm``."""
+    """Who sums what, with the numbers of ``lar_algorithm``."""
 
     ONE_SHOT = _C.ONE_SHOT
     TWO_SHOT = _C.TWO_SHOT
-    LOW_PRECISION = _C.LOW_PRECISION
-    LOW_PRECISION_RING = _C.LOW_PRECISION_RING
-    LOW_PRECISION_HIERARCHICAL = _C.LOW_PRECISION_HIERARCHICAL
+    RING = _C.RING
+    HIERARCHICAL = _C.HIERARCHICAL
+
+
+class Exchange(enum.IntEnum):
+    """How readiness travels, with the numbers of ``lar_exchange``."""
+
+    PUSH = _C.PUSH  # in band, into a slot of each peer
+    SHARED = _C.SHARED  # in band, stored once in memory that all ranks share
+    FLAGS = _C.FLAGS
+    STAGED = _C.STAGED  # flags, and at any time a GPU sends to one peer and receives from one
+    PULL = _C.PULL  # peers read the input in place; results are pushed
+
+
+IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,30 +37,38 @@ class Launch:
     """How a kernel call is spread. Equal on every rank.
 
     Attributes:
-        algorithm: the kernel.
+        algorithm: who sums what.
+        exchange: how readiness travels.
         lanes: blocks (CPU ranks: 1).
         threads: threads per block.
         chunk_vectors: 16-byte vectors that a lane (in band: all lanes together) moves to one peer per round.
         rounds: rounds in one call; more than one when the message exceeds the workspace's slots.
-        in_band: readiness travels inside the data; otherwise flags tell when a chunk may be read.
         scatter_lanes: lanes that only send this rank's input; 0 when every lane does everything.
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
         wire_format: what values are sent as; None: as they are.
-        domains: the domain of each rank, for the hierarchical kernel.
-        staged: with flags, and at any time a GPU sends to one peer and receives from one.
+        domains: the domain of each rank, for HIERARCHICAL.
     """
 
     algorithm: Algorithm
+    exchange: Exchange
     lanes: int
     threads: int
     chunk_vectors: int
     rounds: int
-    in_band: bool = False
     scatter_lanes: int = 0
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
     domains: tuple[int, ...] = ()
-    staged: bool = False
+
+    @property
+    def in_band(self) -> bool:
+        """Readiness travels inside the data; otherwise flags tell when a chunk may be read."""
+        return self.exchange in IN_BAND
+
+    @property
+    def staged(self) -> bool:
+        """Whether it moves in stages."""
+        return self.exchange is Exchange.STAGED
 
     @property
     def owned_vectors(self) -> int:
@@ -62,8 +82,8 @@ class Launch:
 
     @property
     def wire_code(self) -> int:
-        """``wire_format`` in the C ABI; -1 for none."""
-        return -1 if self.wire_format is None else PACKETS[self.wire_format].code
+        """``wire_format`` in the C ABI."""
+        return _C.WIRE_RAW if self.wire_format is None else PACKETS[self.wire_format].code
 
     def __str__(self) -> str:
         words = f"{self.lanes} blocks x {self.threads} threads"

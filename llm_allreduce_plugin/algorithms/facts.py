@@ -12,17 +12,18 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
     from llm_allreduce_plugin.algorithms.tables import Tuned
 
-SUPPORTED_WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+LARGEST_WORLD_SIZE = 72  # LAR_MAX_WORLD_SIZE: an NVLink domain
+SUPPORTED_WORLD_SIZES = range(2, LARGEST_WORLD_SIZE + 1)
 # The kernels' element types, as torch spells them, and their sizes in bytes.
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2}  # lar_dtype
 
 
 def world_size_obstacle(world_size: int) -> str | None:
     """Why no kernel serves this many ranks, or None."""
     if world_size in SUPPORTED_WORLD_SIZES:
         return None
-    sizes = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
-    return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for {sizes})"
+    return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for 2 to {LARGEST_WORLD_SIZE})"
 
 
 def hosts_obstacle(hosts: int) -> str | None:

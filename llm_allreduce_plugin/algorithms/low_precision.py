@@ -19,9 +19,9 @@ from llm_allreduce_plugin.algorithms.base import (
     KernelStrategy,
     Message,
     Numerics,
-    spread_published,
+    spread_shared,
 )
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.forms import Form, form_of, unit_bytes
 from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.topology.links import Transport
@@ -43,9 +43,9 @@ _WORDS = {
     "which exchange them",
 }
 _KERNELS = {
-    LowPrecisionAlgorithm.TWO_SHOT: Algorithm.LOW_PRECISION,
-    LowPrecisionAlgorithm.RING: Algorithm.LOW_PRECISION_RING,
-    LowPrecisionAlgorithm.HIERARCHICAL: Algorithm.LOW_PRECISION_HIERARCHICAL,
+    LowPrecisionAlgorithm.TWO_SHOT: Algorithm.TWO_SHOT,
+    LowPrecisionAlgorithm.RING: Algorithm.RING,
+    LowPrecisionAlgorithm.HIERARCHICAL: Algorithm.HIERARCHICAL,
 }
 
 
@@ -94,7 +94,7 @@ class LowPrecision(KernelStrategy):
     def _pushes_in_band(self, facts: GroupFacts) -> bool:
         return self._in_band(facts) and facts.transport is not Transport.HOST
 
-    def _publishes(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
+    def _shares(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
         """Through host memory, in one round of in-band slots."""
         fits = packets * packet_bytes <= facts.in_band.two_shot
         small = message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
@@ -113,7 +113,7 @@ class LowPrecision(KernelStrategy):
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         staged = staging.launch(
             facts,
-            Algorithm.LOW_PRECISION,
+            Algorithm.TWO_SHOT,
             packets * facts.world_size,
             unit_bytes=packet.bytes,
             unit_threads=WARP_THREADS,
@@ -123,8 +123,8 @@ class LowPrecision(KernelStrategy):
         capacity = self._slots(facts) // packet.bytes
         if self._pushes_in_band(facts):
             return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)
-        if self._publishes(facts, message, packets, packet.bytes):
-            launch = spread_published(Algorithm.LOW_PRECISION, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
+        if self._shares(facts, message, packets, packet.bytes):
+            launch = spread_shared(Algorithm.TWO_SHOT, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
         return self._plan_flagged(facts, message, form)
 
@@ -145,6 +145,7 @@ class LowPrecision(KernelStrategy):
             chunk = min(chunk, FLAGGED_WARPS)
         return Launch(
             _KERNELS[form.algorithm],
+            Exchange.FLAGS,
             lanes=lanes,
             threads=warps * WARP_THREADS,
             chunk_vectors=chunk * unit // VECTOR_BYTES,
@@ -163,12 +164,12 @@ class LowPrecision(KernelStrategy):
         # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
         lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
         return Launch(
-            Algorithm.LOW_PRECISION,
+            Algorithm.TWO_SHOT,
+            Exchange.PUSH,
             lanes=lanes,
             threads=MAX_THREADS,
             chunk_vectors=chunk * packet_bytes // VECTOR_BYTES,
             rounds=math.ceil(packets / chunk),
-            in_band=True,
             scatter_lanes=max(1, lanes * split.scatter // split.lanes),
             drain_lanes=lanes * split.drain // split.lanes,
             wire_format=facts.low_precision.wire_format,

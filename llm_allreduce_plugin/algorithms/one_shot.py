@@ -11,7 +11,7 @@ from llm_allreduce_plugin.algorithms.base import (
     Numerics,
     spread,
     spread_in_band,
-    spread_published,
+    spread_shared,
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import AllReduceStrategy
@@ -34,7 +34,7 @@ class OneShot(KernelStrategy):
         slot_bytes = facts.in_band.one_shot
         if facts.transport is Transport.HOST:
             if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(self.name, facts.world_size)):
-                return spread_published(Algorithm.ONE_SHOT, message.vectors, facts.lanes)
+                return spread_shared(Algorithm.ONE_SHOT, message.vectors, facts.lanes)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)

@@ -10,7 +10,7 @@ import math
 
 from llm_allreduce_plugin.algorithms import tables
 from llm_allreduce_plugin.algorithms.base import LINE_VECTORS, MAX_STAGED_THREADS, VECTOR_BYTES
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import StagedChoice
 from llm_allreduce_plugin.topology.links import Transport
@@ -38,7 +38,7 @@ def launch(
 
     Args:
         facts: of the group.
-        algorithm: TWO_SHOT or LOW_PRECISION.
+        algorithm: TWO_SHOT.
         units: in the message; vectors, or packets of a wire format.
         unit_bytes: of a unit in a slot.
         unit_threads: threads that handle a unit together.
@@ -61,9 +61,9 @@ def launch(
     chunk = math.ceil(math.ceil(part / (lanes * rounds)) / line) * line
     return Launch(
         algorithm,
+        Exchange.STAGED,
         lanes=lanes,
         threads=MAX_STAGED_THREADS,
         chunk_vectors=chunk * unit_bytes // VECTOR_BYTES,
         rounds=math.ceil(part / (lanes * chunk)),
-        staged=True,
     )

@@ -13,7 +13,7 @@ from llm_allreduce_plugin.algorithms.base import (
     Numerics,
     spread,
     spread_in_band,
-    spread_published,
+    spread_shared,
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import AllReduceStrategy
@@ -39,7 +39,7 @@ class TwoShot(KernelStrategy):
             vectors = math.ceil(message.vectors / parts)  # of the largest part
             limit = tables.host_in_band_bytes(self.name, facts.world_size)
             if vectors * VECTOR_BYTES <= slot_bytes and message.payload_bytes <= limit:
-                return spread_published(Algorithm.TWO_SHOT, vectors, facts.lanes, per_thread=2)
+                return spread_shared(Algorithm.TWO_SHOT, vectors, facts.lanes, per_thread=2)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)

@@ -14,8 +14,8 @@ import struct
 import time
 from pathlib import Path
 
-# pid, number of its PID namespace, start time of the process, wall time, seconds waited, peer, algorithm, phase
-_ROW = struct.Struct("<qQQddiii")
+# pid, number of its PID namespace, start time of the process, wall time, seconds waited, peer, algorithm, phase, wire format
+_ROW = struct.Struct("<qQQddiihh")
 _STATE = struct.Struct("<i")
 _STATE_OFFSET = 60
 ROW_BYTES = 64
@@ -78,6 +78,7 @@ class Row:
         peer: of GAVE_UP: for whom.
         algorithm: of GAVE_UP: in which algorithm, a number of the library.
         phase: of GAVE_UP: and in which phase of it.
+        wire: of GAVE_UP: and in which wire format, 0 for elements as they are.
     """
 
     process: Process
@@ -87,6 +88,7 @@ class Row:
     peer: int = -1
     algorithm: int = -1
     phase: int = -1
+    wire: int = 0
 
 
 class Board:
@@ -118,7 +120,7 @@ class Board:
         start, process = self.rank * ROW_BYTES, row.process
         _ROW.pack_into(
             buffer, start, process.pid, process.namespace, process.started, row.wall_s, row.waited_s, row.peer,
-            row.algorithm, row.phase,
+            row.algorithm, row.phase, row.wire,
         )  # fmt: skip
         _STATE.pack_into(buffer, start + _STATE_OFFSET, row.state)
 
@@ -129,11 +131,11 @@ class Board:
             return None
         start = rank * ROW_BYTES
         (state,) = _STATE.unpack_from(buffer, start + _STATE_OFFSET)
-        pid, namespace, started, wall_s, waited_s, peer, algorithm, phase = _ROW.unpack_from(buffer, start)
+        pid, namespace, started, wall_s, waited_s, peer, algorithm, phase, wire = _ROW.unpack_from(buffer, start)
         if pid <= 0 or state not in State.__members__.values():
             return None
         process = Process(pid, namespace, started)
-        return Row(process, State(state), wall_s, waited_s, peer, algorithm, phase)
+        return Row(process, State(state), wall_s, waited_s, peer, algorithm, phase, wire)
 
     def has_ended(self, rank: int) -> bool:
         """Whether a rank's process has ended."""

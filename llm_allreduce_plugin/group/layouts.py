@@ -83,7 +83,7 @@ def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
         ValueError: they are too few.
     """
     in_band = size // HOST_IN_BAND_SHARE
-    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, published=True)
+    return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, shared=True)
 
 
 def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors: int) -> _C.Layout:
@@ -98,7 +98,7 @@ def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors
     compresses = config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
     if facts.transport is Transport.SHM:
         size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)
-        return _C.make_layout(world_size, 1, flagged_bytes=size, published=True)
+        return _C.make_layout(world_size, 1, flagged_bytes=size, shared=True)
     if facts.transport is Transport.HOST:
         size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // world_size)
         is_ring = compresses and form_of(facts).algorithm is LowPrecisionAlgorithm.RING

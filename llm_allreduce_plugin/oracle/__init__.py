@@ -21,7 +21,7 @@ class Codec:
     """One wire format.
 
     Attributes:
-        code: its number in the C ABI (``lar_wire_format``).
+        code: its number in the C ABI (``lar_wire``).
         packet_values: values in a packet.
         packet_bytes: bytes of a packet.
         encode_packets: fp32 ``[packets, packet_values]`` to uint8 ``[packets, packet_bytes]``.

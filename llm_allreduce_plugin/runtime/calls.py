@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms import facts
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Launch
 from llm_allreduce_plugin.runtime.failures import error_of_status
@@ -15,7 +16,7 @@ from llm_allreduce_plugin.runtime.health import Health
 
 Call = Callable[[torch.Tensor], torch.Tensor]
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # lar_dtype
+DTYPE_CODES = {getattr(torch, name): code for name, code in facts.DTYPE_CODES.items()}
 
 # torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
 # compiler; the public way where it is gone.
@@ -60,13 +61,23 @@ def plan_of(
 ) -> _C.Plan:
     """A launch for messages of ``count`` elements, ready to be called with addresses.
 
-    ``peer_distances``: bytes from this rank's input to where it sees each rank's, for inputs that are read in place.
+    ``peer_distances``: PULL: bytes from this rank's input to where it sees each rank's.
     """
     return _C.Plan(
-        workspace, int(launch.algorithm), count, DTYPE_CODES[dtype], launch.lanes, launch.threads,
-        launch.chunk_vectors, launch.in_band, launch.scatter_lanes, launch.drain_lanes, peer_distances,
-        launch.wire_code, launch.domains, launch.staged,
-    )  # fmt: skip
+        workspace,
+        algorithm=int(launch.algorithm),
+        exchange=int(launch.exchange),
+        wire=launch.wire_code,
+        count=count,
+        dtype=DTYPE_CODES[dtype],
+        lanes=launch.lanes,
+        threads=launch.threads,
+        chunk_vectors=launch.chunk_vectors,
+        scatter_lanes=launch.scatter_lanes,
+        drain_lanes=launch.drain_lanes,
+        domains=launch.domains,
+        peer_distances=peer_distances,
+    )
 
 
 def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.device, name: str) -> Call:

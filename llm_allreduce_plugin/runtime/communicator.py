@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import weakref
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Exchange, Launch
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES, KernelStrategy
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending, keep_for_ever
@@ -42,6 +43,12 @@ _NOT_PLANNED: Any = object()
 def dtype_name(dtype: torch.dtype) -> str:
     """As the policy spells it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
+
+
+def _can_be_pulled(launch: Launch) -> bool:
+    """Whether this launch could read its inputs in place instead."""
+    exact = launch.algorithm is Algorithm.TWO_SHOT and launch.wire_format is None
+    return exact and launch.exchange is Exchange.PUSH
 
 
 class TensorParallelCommunicator:
@@ -364,10 +371,11 @@ class TensorParallelCommunicator:
         if (planned := self._pulls.get(key, _NOT_PLANNED)) is _NOT_PLANNED:
             decision = (self._plans.get(key[1:]) or self._plan(*key[1:])).decision
             launch = decision.launch
-            two_shot = launch is not None and launch.algorithm is Algorithm.TWO_SHOT and launch.in_band
-            two_shot &= input_.numel() > 0
-            distances = self._peer_visible[found].peer_distances
-            planned = self._kernel_call(decision, *key[1:], distances) if two_shot else None
+            planned = None
+            if launch is not None and _can_be_pulled(launch) and input_.numel() > 0:
+                pulled = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
+                distances = self._peer_visible[found].peer_distances
+                planned = self._kernel_call(dataclasses.replace(decision, launch=pulled), *key[1:], distances)
             if planned is not None:
                 planned = self._checked(planned, *key[1:], f" in memory {found} that peers see")
             self._pulls.keep(key, planned)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES
 from llm_allreduce_plugin.errors import AllReduceError, GroupBrokenError, RankMismatchError
+from llm_allreduce_plugin.wire import PACKETS
 
-DTYPES = {0: "float32", 1: "float16", 2: "bfloat16"}  # by lar_dtype
-ALGORITHMS = {
-    _C.ONE_SHOT: "ONESHOT",
-    _C.TWO_SHOT: "TWOSHOT",
-    _C.TWO_SHOT_PULL: "TWOSHOT",
-    _C.LOW_PRECISION: "LOWPRECISION",
-    _C.LOW_PRECISION_RING: "LOWPRECISION",
-    _C.LOW_PRECISION_HIERARCHICAL: "LOWPRECISION",
-}
-WIRE_FORMATS = {_C.WIRE_FP8: "fp8", _C.WIRE_TQ3: "tq3", _C.WIRE_HADAMARD2: "hadamard2"}
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+WIRE_FORMATS = {packet.code: wire for wire, packet in PACKETS.items()}
+_EXACT = {_C.ONE_SHOT: "ONESHOT", _C.TWO_SHOT: "TWOSHOT"}
 PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
-def _made(call: tuple[int, int, int, int]) -> str:
-    algorithm, dtype, wire_format, count = call
-    wire = f" as {WIRE_FORMATS[wire_format]}" if wire_format in WIRE_FORMATS else ""
-    return f"{count} {DTYPES.get(dtype, dtype)} ({ALGORITHMS.get(algorithm, algorithm)}{wire})"
+Kind = tuple[int, int, int]  # algorithm, exchange and wire format of a call, as the library numbers them
+
+
+def name_of_kind(kind: Kind) -> str:
+    """The strategy that makes calls of a kind."""
+    algorithm, _exchange, wire = kind
+    return _EXACT.get(algorithm, "LOWPRECISION") if wire == _C.WIRE_RAW else "LOWPRECISION"
+
+
+def _made(call: tuple[Kind, int, int]) -> str:
+    kind, dtype, count = call
+    wire = f" as {WIRE_FORMATS[kind[2]]}" if kind[2] in WIRE_FORMATS else ""
+    return f"{count} {DTYPES.get(dtype, dtype)} ({name_of_kind(kind)}{wire})"
 
 
 def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
@@ -34,8 +38,8 @@ def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
     record = workspace.failure()
     if record is None:
         return None
-    rank, peer, algorithm, phase, _lane, expected, seen, _waited_s = record
-    where = f"{ALGORITHMS[algorithm]}/{PHASES[phase]}"
+    rank, peer, kind, phase, _lane, expected, seen, _waited_s = record
+    where = f"{name_of_kind(kind)}/{PHASES[phase]}"
     match workspace.reason():
         case _C.REASON_MISMATCH:
             mine, theirs = workspace.mismatch()

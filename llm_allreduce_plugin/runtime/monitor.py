@@ -13,7 +13,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.guarded import Guarded
 from llm_allreduce_plugin.errors import PeerTimeoutError
 from llm_allreduce_plugin.group.board import Board, Row, State
-from llm_allreduce_plugin.runtime.failures import ALGORITHMS, PHASES, breakage_of
+from llm_allreduce_plugin.runtime.failures import PHASES, breakage_of, name_of_kind
 from llm_allreduce_plugin.runtime.metrics import RankCounters
 from llm_allreduce_plugin.runtime.reporter import Reporter
 
@@ -28,14 +28,14 @@ def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeo
     record = workspace.failure()
     if record is None:
         return None
-    rank, peer, algorithm, phase, _lane, _expected, _seen, waited_s = record
-    where = ALGORITHMS[algorithm], PHASES[phase]
+    rank, peer, kind, phase, _lane, _expected, _seen, waited_s = record
+    where = name_of_kind(kind), PHASES[phase]
     row = None if board is None else board.row(peer)
     if board is None or row is None:
         return PeerTimeoutError(rank, peer, *where, waited_s)
     if row.state is State.GAVE_UP:
         ago = max(0.0, time.time() - row.wall_s)
-        before = f"{row.waited_s:.3g} s for rank {row.peer} in {ALGORITHMS.get(row.algorithm)}/{PHASES.get(row.phase)}"
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
         if row.peer == rank and _is_later(board, rank, row):
             text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
             return PeerTimeoutError(rank, peer, *where, waited_s, text=text)

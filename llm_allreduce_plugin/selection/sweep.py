@@ -13,7 +13,7 @@ from llm_allreduce_plugin.selection.policy import decide
 SMALLEST_BYTES = 16
 LARGEST_BYTES = 1 << 30
 _WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}
-_FORMS = {Algorithm.LOW_PRECISION_RING: "ring", Algorithm.LOW_PRECISION_HIERARCHICAL: "hierarchical"}
+_FORMS = {Algorithm.RING: "ring", Algorithm.HIERARCHICAL: "hierarchical"}
 # What tells one range from the next: everything but the numbers of a launch.
 _Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, bool, WireFormat | None, bool]
 
@@ -33,7 +33,7 @@ def name_of(decision: Decision) -> str:
         return str(decision.strategy)
     named = decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT)
     words = [
-        None if named else _WORDS.get(launch.algorithm),
+        None if named or launch.wire_format else _WORDS.get(launch.algorithm),
         launch.wire_format,
         _FORMS.get(launch.algorithm),
         "staged" if launch.staged else None,

@@ -35,7 +35,7 @@ OTHERS: list[tuple[int, dict[str, Any]]] = [
     (8, RING),
     (8, {"algorithm": "hierarchical", "domains": DOMAINS["4+4"]}),
 ]
-KERNELS = {"ring": Algorithm.LOW_PRECISION_RING, "hierarchical": Algorithm.LOW_PRECISION_HIERARCHICAL}
+KERNELS = {"ring": Algorithm.RING, "hierarchical": Algorithm.HIERARCHICAL}
 
 
 def _compare(context: RankContext, group: Any, inputs: list[torch.Tensor], what: str) -> str:
@@ -44,7 +44,7 @@ def _compare(context: RankContext, group: Any, inputs: list[torch.Tensor], what:
     before = mine.clone()
     launch = group.explain(mine.shape, mine.dtype).launch
     asked = str(group.config.low_precision.algorithm)
-    assert launch.algorithm is KERNELS.get(asked, Algorithm.LOW_PRECISION)
+    assert launch.algorithm is KERNELS.get(asked, Algorithm.TWO_SHOT)
     with checks.poisoned_outputs():
         output = group.all_reduce(mine)
     assert_same_numbers(output, expected_sum(launch, inputs), what)
@@ -93,7 +93,7 @@ def _falls_back(context: RankContext, more: dict[str, Any]) -> str:
     with checks.communicator(context, "LOWPRECISION", low_precision=more) as group:
         decision = group.explain((5000,), torch.bfloat16)
         assert str(decision.strategy) == "LOWPRECISION"
-        assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+        assert decision.launch.algorithm is Algorithm.TWO_SHOT
         inputs = [rank_input(5, rank, 5000, torch.bfloat16) for rank in range(context.world_size)]
         assert_same_numbers(group.all_reduce(inputs[context.rank]), expected_sum(decision.launch, inputs), "two-shot")
         return str(decision.reason)

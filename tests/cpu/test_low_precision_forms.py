@@ -17,7 +17,7 @@ from tests.support.cpu_group import CpuGroup
 from tests.support.low_precision import DOMAINS, oracle
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum
 
-RING, HIERARCHICAL = _C.LOW_PRECISION_RING, _C.LOW_PRECISION_HIERARCHICAL
+RING, HIERARCHICAL = _C.RING, _C.HIERARCHICAL
 FORMATS = (
     *((wire, torch.bfloat16) for wire in WireFormat),
     (WireFormat.TQ3, torch.float16),
@@ -39,30 +39,30 @@ def _check(
 
 @LAYOUTS
 @pytest.mark.parametrize("world_size", range(2, 9))
-def test_ring(world_size: int, published: bool) -> None:
-    group = CpuGroup(world_size, published=published)
+def test_ring(world_size: int, shared: bool) -> None:
+    group = CpuGroup(world_size, shared=shared)
     for wire, dtype in FORMATS:
         _check(group, RING, wire, dtype)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("domains", list(DOMAINS.values()), ids=list(DOMAINS))
-def test_hierarchical(domains: tuple[int, ...], published: bool) -> None:
-    group = CpuGroup(len(domains), published=published)
+def test_hierarchical(domains: tuple[int, ...], shared: bool) -> None:
+    group = CpuGroup(len(domains), shared=shared)
     for wire, dtype in FORMATS:
         _check(group, HIERARCHICAL, wire, dtype, domains)
 
 
 @LAYOUTS
 @pytest.mark.parametrize("domains", list(DOMAINS.values()), ids=list(DOMAINS))
-def test_all_algorithms_share_slots_flags_and_counts(domains: tuple[int, ...], published: bool) -> None:
+def test_all_algorithms_share_slots_flags_and_counts(domains: tuple[int, ...], shared: bool) -> None:
     """In any order, of any length, with ranks that come late, across the wrap of the 32-bit count of rounds."""
     seed = fresh_seed()
     generator = random.Random(seed)
-    group = CpuGroup(len(domains), published=published)
+    group = CpuGroup(len(domains), shared=shared)
     group.set_rounds(-50)
     for turn in range(25):
-        algorithm = generator.choice((_C.TWO_SHOT, _C.LOW_PRECISION, RING, HIERARCHICAL))
+        algorithm = generator.choice((_C.TWO_SHOT, _C.TWO_SHOT, RING, HIERARCHICAL))
         wire, dtype = generator.choice(list(WireFormat)), generator.choice(DTYPES)
         size = generator.choice((10, 900, 5000, 20_000))
         inputs = [rank_input(seed + turn, rank, size, dtype) for rank in range(len(domains))]
@@ -78,7 +78,7 @@ def test_all_algorithms_share_slots_flags_and_counts(domains: tuple[int, ...], p
             assert_same_bits(output, expected, f"turn {turn}: {algorithm} {wire} {dtype} x {size}, seed {seed}")
 
 
-@pytest.mark.parametrize("algorithm", (RING, HIERARCHICAL, _C.LOW_PRECISION), ids=("ring", "hierarchical", "two-shot"))
+@pytest.mark.parametrize("algorithm", (RING, HIERARCHICAL, _C.TWO_SHOT), ids=("ring", "hierarchical", "two-shot"))
 def test_no_flag_rests_for_half_the_count(algorithm: int) -> None:
     """Flags are compared by distance: one that rested for 2**31 rounds would be taken for one to come."""
     domains = DOMAINS["3+3"]
@@ -123,6 +123,6 @@ def test_a_slot_must_hold_a_packet_as_it_is() -> None:
     inputs = [torch.zeros(8, dtype=torch.bfloat16) for _ in range(2)]
     group = CpuGroup(2, workspace_bytes=48 << 10)
     assert 512 <= group.layout.flagged.two_shot_bytes < 992
-    group.all_reduce(_C.LOW_PRECISION, inputs, wire=WireFormat.FP8)
+    group.all_reduce(_C.TWO_SHOT, inputs, wire=WireFormat.FP8)
     with pytest.raises(RuntimeError, match="invalid argument"):
         group.all_reduce(RING, inputs, wire=WireFormat.FP8)

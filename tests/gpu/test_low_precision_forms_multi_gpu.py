@@ -18,9 +18,9 @@ from tests.support.reference import digest, rank_input
 pytestmark = pytest.mark.gpu(2, per_rank=True)
 
 KERNELS = {
-    "two_shot": Algorithm.LOW_PRECISION,
-    "ring": Algorithm.LOW_PRECISION_RING,
-    "hierarchical": Algorithm.LOW_PRECISION_HIERARCHICAL,
+    "two_shot": Algorithm.TWO_SHOT,
+    "ring": Algorithm.RING,
+    "hierarchical": Algorithm.HIERARCHICAL,
 }
 
 

@@ -123,8 +123,17 @@ print(f"{time.monotonic() - start:.1f} s in {calls} calls, longest silence {sile
 def test_blocks_that_would_not_all_run_at_once_are_refused() -> None:
     group = LocalGroup(4, lanes=_C.MAX_LANES, workspace_mib=256, staged=True)
     data = torch.zeros(1 << 20, dtype=torch.bfloat16, device=group.device)
-    # 256 threads with the courier's: at most 8 such blocks fit a multiprocessor, and with these kernels' registers 2.
+    # 256 threads with the releaser's: at most 8 such blocks fit a multiprocessor, and with these kernels' registers 2.
     threads = _C.MAX_STAGED_THREADS
-    plan = _C.Plan(group.workspaces[0], _C.TWO_SHOT, data.numel(), 2, _C.MAX_LANES, threads, 1, False, staged=True)
+    plan = _C.Plan(
+        group.workspaces[0],
+        algorithm=_C.TWO_SHOT,
+        exchange=_C.STAGED,
+        count=data.numel(),
+        dtype=2,
+        lanes=_C.MAX_LANES,
+        threads=threads,
+        chunk_vectors=1,
+    )
     with pytest.raises(RuntimeError, match="cannot run all blocks of the call at the same time"):
         plan(data.data_ptr(), data.data_ptr(), group.streams[0].cuda_stream)

@@ -243,16 +243,16 @@ for rank in (0, 1, 3):
 def test_calls_that_no_kernel_may_be_given() -> None:
     """In band, too long a piece, an algorithm without stages, two ranks."""
     for world_size, algorithm, change in (
-        (4, _C.TWO_SHOT, {"in_band": True}),
+        (4, _C.TWO_SHOT, {"exchange": _C.PUSH, "scatter_lanes": 1}),
         (4, _C.TWO_SHOT, {"chunk_vectors": 1 << 30}),
         (4, _C.TWO_SHOT, {"threads": _C.MAX_FLAGGED_THREADS}),
         (4, _C.ONE_SHOT, {}),
         (2, _C.TWO_SHOT, {}),
-        (2, _C.LOW_PRECISION, {"wire_format": 0, "chunk_vectors": 32}),
+        (2, _C.TWO_SHOT, {"wire": _C.WIRE_FP8, "chunk_vectors": 32}),
     ):
         group = LocalGroup(world_size, workspace_mib=2, staged=True)
         data = torch.zeros(64, dtype=torch.bfloat16, device=group.device)
-        settings = {"lanes": 1, "threads": 32, "chunk_vectors": 1, "in_band": False, "staged": True} | change
-        plan = _C.Plan(group.workspaces[0], algorithm, 64, 2, **settings)  # type: ignore[arg-type]
+        settings = {"lanes": 1, "threads": 32, "chunk_vectors": 1, "exchange": _C.STAGED} | change
+        plan = _C.Plan(group.workspaces[0], algorithm=algorithm, count=64, dtype=2, **settings)  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="invalid argument"):
             plan(data.data_ptr(), data.data_ptr(), group.streams[0].cuda_stream)

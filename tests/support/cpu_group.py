@@ -18,13 +18,15 @@ from tests.support.reference import poison
 
 
 class CpuGroup:
-    """``world_size`` ranks with a lane each; ``published``: results are stored once, as the plugin's CPU ranks do."""
+    """``world_size`` ranks with a lane each; ``shared``: results are stored once, as the plugin's CPU ranks do."""
 
     def __init__(
-        self, world_size: int, *, workspace_bytes: int = 1 << 20, published: bool = True, timeout_s: float = 20.0
+        self, world_size: int, *, workspace_bytes: int = 1 << 20, shared: bool = True, timeout_s: float = 20.0
     ) -> None:
         self.world_size = world_size
-        self.layout = _C.make_layout(world_size, 1, flagged_bytes=workspace_bytes, published=published)
+        self.layout = _C.make_layout(
+            world_size, 1, in_band_bytes=workspace_bytes, flagged_bytes=workspace_bytes, shared=shared
+        )
         self.buffers = [ctypes.create_string_buffer(self.layout.total_bytes) for _ in range(world_size)]
         bases = [ctypes.addressof(buffer) for buffer in self.buffers]
         self.workspaces = [_C.Workspace(rank, bases, self.layout, timeout_s, _C.CPU) for rank in range(world_size)]
@@ -49,7 +51,9 @@ class CpuGroup:
     def two_shot_flags(self) -> set[int]:
         """What every rank has told every other of scatter and gather."""
         return {
-            self._words(reader, self.layout.flags_offset, 3 * _C.MAX_WORLD_SIZE)[plane * _C.MAX_WORLD_SIZE + writer]
+            self._words(reader, self.layout.flags_offset, 3 * self.layout.flag_words)[
+                plane * self.layout.flag_words + writer
+            ]
             for reader in range(self.world_size)
             for writer in range(self.world_size)
             for plane in (1, 2)
@@ -59,13 +63,14 @@ class CpuGroup:
     @staticmethod
     def _unit(wire: WireFormat, algorithm: int, dtype: torch.dtype) -> int:
         packet = PACKETS[wire]
-        return packet.values * dtype.itemsize if algorithm == _C.LOW_PRECISION_RING else packet.bytes
+        return packet.values * dtype.itemsize if algorithm == _C.RING else packet.bytes
 
     def all_reduce(
         self,
         algorithm: int,
         inputs: Sequence[torch.Tensor],
         *,
+        exchange: int = _C.FLAGS,
         wire: WireFormat | None = None,
         chunk: int = 1,
         domains: Sequence[int] = (),
@@ -84,14 +89,22 @@ class CpuGroup:
         vectors = chunk if wire is None else chunk * self._unit(wire, algorithm, dtype) // _C.VECTOR_BYTES
         outputs = [poison(torch.empty_like(part)) for part in inputs]
         statuses = dict.fromkeys(taking_part, -99)
-        code = -1 if wire is None else PACKETS[wire].code
+        code = _C.WIRE_RAW if wire is None else PACKETS[wire].code
         delays = {rank: jitter.choice((0.0, 0.0, 0.001, 0.003)) if jitter else 0.0 for rank in taking_part}
 
         def run(rank: int) -> None:
             plan = _C.Plan(
-                self.workspaces[rank], algorithm, count, DTYPE_CODES[dtype], 1, 32, vectors, False,
-                wire_format=code, domains=list(domains),
-            )  # fmt: skip
+                self.workspaces[rank],
+                algorithm=algorithm,
+                exchange=exchange,
+                wire=code,
+                count=count,
+                dtype=DTYPE_CODES[dtype],
+                lanes=1,
+                threads=32,
+                chunk_vectors=vectors,
+                domains=list(domains),
+            )
             time.sleep(delays[rank])
             statuses[rank] = plan(inputs[rank].data_ptr(), outputs[rank].data_ptr())
 

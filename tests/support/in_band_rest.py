@@ -22,7 +22,7 @@ def in_band_epochs(local: torch.Tensor, layout: _C.Layout) -> torch.Tensor:
 
 def pushed_slots(buffer: torch.Tensor, layout: _C.Layout) -> torch.Tensor | None:
     """The words of all slots that peers push into and that this rank clears; None where there are none."""
-    if layout.published or not layout.in_band.one_shot_bytes:
+    if layout.shared or not layout.in_band.one_shot_bytes:
         return None
     end = layout.flagged.one_shot_offset or layout.total_bytes  # flagged slots come next
     return buffer[layout.in_band.one_shot_offset : end].view(torch.int32)

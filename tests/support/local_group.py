@@ -13,7 +13,7 @@ import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import Message
-from llm_allreduce_plugin.algorithms.decision import Launch
+from llm_allreduce_plugin.algorithms.decision import Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
@@ -167,6 +167,8 @@ class LocalGroup:
     def plan(self, rank: int, algorithm: str, input_: torch.Tensor, peer_distances: Sequence[int] = ()) -> _C.Plan:
         """A rank's call for inputs like this one."""
         launch = self.launch_of(algorithm, message_of(input_))
+        if peer_distances:
+            launch = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
         return plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
     def in_band_epochs(self) -> list[torch.Tensor]:

@@ -30,9 +30,9 @@ def oracle(
     algorithm: int, inputs: Sequence[torch.Tensor], wire: WireFormat, chunk: int, domains: Sequence[int] = ()
 ) -> torch.Tensor:
     """The sum by one algorithm, on the CPU; ``chunk``: packets that one part after another has, over all lanes."""
-    if algorithm == _C.LOW_PRECISION_RING:
+    if algorithm == _C.RING:
         return ring_sum(inputs, wire, chunk)
-    if algorithm == _C.LOW_PRECISION_HIERARCHICAL:
+    if algorithm == _C.HIERARCHICAL:
         return hierarchical_sum(inputs, wire, domains, chunk)
     return compressed_sum(inputs, wire, chunk)
 
@@ -41,7 +41,7 @@ def expected_sum(launch: Launch, inputs: Sequence[torch.Tensor]) -> torch.Tensor
     """What every rank gets of a launch."""
     assert launch.wire_format is not None
     codec = CODECS[launch.wire_format]
-    ring = launch.algorithm is Algorithm.LOW_PRECISION_RING
+    ring = launch.algorithm is Algorithm.RING
     unit = codec.packet_values * inputs[0].element_size() if ring else codec.packet_bytes
     chunk = launch.owned_vectors * _C.VECTOR_BYTES // unit
     return oracle(int(launch.algorithm), inputs, launch.wire_format, chunk, launch.domains)

@@ -28,7 +28,7 @@ class Group:
     def __init__(self, world_size: int = 3, timeout_s: float = 0.3) -> None:
         memory = mmap.mmap(-1, world_size * ROW_BYTES)
         self.boards = [Board(memory, rank, world_size) for rank in range(world_size)]
-        self.layout = _C.make_layout(world_size, 1, flagged_bytes=1 << 18, published=True)
+        self.layout = _C.make_layout(world_size, 1, flagged_bytes=1 << 18, shared=True)
         self.buffers = [ctypes.create_string_buffer(self.layout.total_bytes) for _ in range(world_size)]
         bases = [ctypes.addressof(buffer) for buffer in self.buffers]
         self.workspaces = [
@@ -40,7 +40,16 @@ class Group:
     def call(self, rank: int) -> int:
         """A call that waits for all peers."""
         data = (ctypes.c_float * 200)()
-        plan = _C.Plan(self.workspaces[rank], _C.ONE_SHOT, 100, 0, 1, 32, 64, False)
+        plan = _C.Plan(
+            self.workspaces[rank],
+            algorithm=_C.ONE_SHOT,
+            exchange=_C.FLAGS,
+            count=100,
+            dtype=0,
+            lanes=1,
+            threads=32,
+            chunk_vectors=64,
+        )
         return plan(ctypes.addressof(data), ctypes.addressof(data) + 400)
 
 

@@ -175,10 +175,20 @@ def test_errors_of_one_pass() -> None:
     assert relative_error(WireFormat.HADAMARD2, heavy) < 0.8 * relative_error(WireFormat.TQ3, heavy)
 
 
-@pytest.mark.parametrize("change", [{"format": 3}, {"format": -1}, {"dtype": 3}, {"count": -1}, {"values": 0}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"format": 4}, {"format": _C.WIRE_RAW}, {"format": -1}, {"dtype": 3}, {"count": -1}, {"values": 0}],
+    ids=str,
+)
 def test_bad_calls(change: dict[str, int]) -> None:
     values, packets = torch.zeros(8), torch.zeros(512, dtype=torch.uint8)
-    call = {"format": 0, "dtype": 0, "values": values.data_ptr(), "count": 8, "packets": packets.data_ptr()} | change
+    call = {
+        "format": _C.WIRE_FP8,
+        "dtype": 0,
+        "values": values.data_ptr(),
+        "count": 8,
+        "packets": packets.data_ptr(),
+    } | change
     with pytest.raises(RuntimeError, match="invalid argument"):
         _C.encode(**call)
     with pytest.raises(RuntimeError, match="invalid argument"):

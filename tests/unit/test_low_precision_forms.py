@@ -50,7 +50,7 @@ def pcie(transport: Transport = Transport.SYMMETRIC, **changes: Any) -> GroupFac
 def test_auto_is_hierarchical_over_numa_nodes_without_nvlink() -> None:
     decision = low_precision(pcie())
     assert decision.launch is not None
-    assert decision.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+    assert decision.launch.algorithm is Algorithm.HIERARCHICAL
     assert decision.launch.domains == NUMA
     assert decision.algorithm.startswith("hierarchical push")
     assert decision.reason.endswith("hierarchical: without NVLink, ranks in two domains of 4 (NUMA nodes)")
@@ -71,7 +71,7 @@ def test_auto_is_hierarchical_over_numa_nodes_without_nvlink() -> None:
 def test_auto_is_two_shot_elsewhere_and_says_why(group: GroupFacts, reason: str) -> None:
     decision = low_precision(group)
     assert decision.launch is not None
-    assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+    assert decision.launch.algorithm is Algorithm.TWO_SHOT
     assert f"two_shot rather than hierarchical: {reason}" in decision.reason
     assert not form_of(group).is_fallback
 
@@ -86,7 +86,7 @@ def test_domains_may_be_given_by_hand() -> None:
     for group in (pcie(nvlink=True), facts(8, Transport.SHM)):
         by_hand = low_precision(group, algorithm="hierarchical", domains=NUMA)
         assert by_hand.launch is not None
-        assert by_hand.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+        assert by_hand.launch.algorithm is Algorithm.HIERARCHICAL
         assert by_hand.reason.endswith("low_precision.algorithm is hierarchical")
 
 
@@ -94,7 +94,7 @@ def test_what_cannot_be_hierarchical_stays_compressed() -> None:
     decision = low_precision(facts(2), algorithm="hierarchical", domains=(0, 1))
     assert decision.strategy is S.LOWPRECISION
     assert decision.launch is not None
-    assert decision.launch.algorithm is Algorithm.LOW_PRECISION
+    assert decision.launch.algorithm is Algorithm.TWO_SHOT
     assert "hierarchical cannot run: ranks form 2 domains of 1, 1 ranks" in decision.reason
     assert form_of(with_settings(facts(2), algorithm="hierarchical")).is_fallback
 
@@ -102,11 +102,11 @@ def test_what_cannot_be_hierarchical_stays_compressed() -> None:
 def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
     decision = low_precision(facts(3), algorithm="RING")
     assert decision.launch is not None
-    assert decision.launch.algorithm is Algorithm.LOW_PRECISION_RING
+    assert decision.launch.algorithm is Algorithm.RING
     assert decision.algorithm.startswith("ring")
     small = low_precision(facts(8, Transport.SHM, workspace=96 << 10), algorithm="ring", wire_format="tq3")
     assert small.launch is not None
-    assert small.launch.algorithm is Algorithm.LOW_PRECISION
+    assert small.launch.algorithm is Algorithm.TWO_SHOT
     assert "ring cannot run: a slot of the workspace" in small.reason
     assert "smaller than 2048 bytes" in small.reason
     # A GPU's workspace without flagged slots.
@@ -170,7 +170,7 @@ def test_auto_stays_two_shot_but_hierarchical_can_be_asked_for(
     assert f"two_shot rather than hierarchical: {reason}" in low_precision(group, **settings).reason
     asked = low_precision(group, algorithm="hierarchical", **settings)
     assert asked.launch is not None
-    assert asked.launch.algorithm is Algorithm.LOW_PRECISION_HIERARCHICAL
+    assert asked.launch.algorithm is Algorithm.HIERARCHICAL
 
 
 def test_recorded_topologies() -> None:

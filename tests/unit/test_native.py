@@ -101,16 +101,16 @@ def counts(layout: _C.Layout, *, in_band: bool) -> tuple[int, int, int]:
     """Slots for ONESHOT, scatter and gather."""
     if in_band:
         pushed = 2 * (layout.world_size - 1)
-        return (4, 2 * pushed, 4) if layout.published else (pushed, pushed, pushed)
+        return (4, 2 * pushed, 4) if layout.shared else (pushed, pushed, pushed)
     once = 4 * layout.lanes
     pushed = once * layout.world_size
-    return (once, pushed, once) if layout.published else (pushed, pushed, pushed)
+    return (once, pushed, once) if layout.shared else (pushed, pushed, pushed)
 
 
 @given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.booleans())
-def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, flagged: int, published: bool) -> None:
+def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, flagged: int, shared: bool) -> None:
     try:
-        layout = _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=flagged, published=published)
+        layout = _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=flagged, shared=shared)
     except ValueError as error:
         wish = f"world_size={world_size}, lanes={lanes}, in_band_bytes={in_band}, flagged_bytes={flagged}"
         assert wish in str(error)
@@ -127,7 +127,7 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
         numbers = counts(layout, in_band=is_in_band)
         bytes_each = (slots.one_shot_bytes, slots.two_shot_bytes, slots.two_shot_bytes)
         # One slot to a rank, of all that is there for scatter, or for gather.
-        staged = 0 if is_in_band or published else numbers[1] * slots.two_shot_bytes // world_size
+        staged = 0 if is_in_band or shared else numbers[1] * slots.two_shot_bytes // world_size
         assert slots.staged_bytes == staged
         used = 0
         for offset, number, each in zip(
@@ -147,7 +147,7 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
 
 
 def test_in_band_slots_in_host_memory_start_with_the_marker() -> None:
-    layout = _C.make_layout(4, 3, in_band_bytes=1 << 16, flagged_bytes=1 << 18, published=True)
+    layout = _C.make_layout(4, 3, in_band_bytes=1 << 16, flagged_bytes=1 << 18, shared=True)
     buffer = (ctypes.c_uint32 * (layout.total_bytes // 4))()
     initialize(torch.frombuffer(buffer, dtype=torch.uint8), layout)
     marked = [word == _C.IN_BAND_MARKER for word in buffer]
@@ -166,7 +166,7 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
     "change",
     [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 512}]
     + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}]
-    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}, {"staged": True}],
+    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}, {"exchange": _C.STAGED}],
     ids=str,
 )
 @pytest.mark.parametrize("algorithm", (_C.ONE_SHOT, _C.TWO_SHOT), ids=("one_shot", "two_shot"))
@@ -174,11 +174,11 @@ def test_calls_that_no_kernel_may_be_given(algorithm: int, change: dict[str, int
     workspace, _buffers = cpu_workspace()
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1, "in_band": False}
+    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1, "exchange": _C.FLAGS}
     call = {"input": address, "output": address}
     plan |= {key: value for key, value in change.items() if key not in call}
     call |= {key: value for key, value in change.items() if key in call}
-    status = _C.Plan(workspace, algorithm, **plan)(**call)
+    status = _C.Plan(workspace, algorithm=algorithm, **plan)(**call)
     assert _C.error_string(status) == "invalid argument"
     assert workspace.failure() is None
 
@@ -188,7 +188,17 @@ def test_an_absent_peer_is_recorded() -> None:
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
     one_shot, two_shot = (
-        _C.Plan(workspace, algorithm, 4, 0, 1, 32, 1, False) for algorithm in (_C.ONE_SHOT, _C.TWO_SHOT)
+        _C.Plan(
+            workspace,
+            algorithm=algorithm,
+            exchange=_C.FLAGS,
+            count=4,
+            dtype=0,
+            lanes=1,
+            threads=32,
+            chunk_vectors=1,
+        )
+        for algorithm in (_C.ONE_SHOT, _C.TWO_SHOT)
     )
     assert two_shot(address, address) == _C.STATUS_TIMEOUT
     record = workspace.failure()

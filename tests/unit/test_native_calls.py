@@ -23,7 +23,7 @@ class Ranks:
     """``number`` ranks in this process, each with a buffer that is large enough for any test."""
 
     def __init__(self, number: int = 2, *, timeout_s: float = 20.0, first_timeout_s: float = 0.0) -> None:
-        self.layout = _C.make_layout(number, 1, flagged_bytes=1 << 18, published=True)
+        self.layout = _C.make_layout(number, 1, flagged_bytes=1 << 18, shared=True)
         self.memory = [ctypes.create_string_buffer(self.layout.total_bytes) for _ in range(number)]
         bases = [ctypes.addressof(buffer) for buffer in self.memory]
         self.workspaces = [
@@ -33,7 +33,16 @@ class Ranks:
         self.data = [(ctypes.c_float * 4096)() for _ in range(2 * number)]
 
     def plan(self, rank: int, count: int = 100, *, algorithm: int = _C.ONE_SHOT, dtype: int = FLOAT32) -> _C.Plan:
-        return _C.Plan(self.workspaces[rank], algorithm, count, dtype, 1, 32, 64, False)
+        return _C.Plan(
+            self.workspaces[rank],
+            algorithm=algorithm,
+            exchange=_C.FLAGS,
+            count=count,
+            dtype=dtype,
+            lanes=1,
+            threads=32,
+            chunk_vectors=64,
+        )
 
     def call(self, rank: int, plan: _C.Plan) -> int:
         source, target = (ctypes.addressof(self.data[2 * rank + which]) for which in (0, 1))
@@ -244,7 +253,16 @@ def test_memory_lives_as_long_as_a_plan_that_can_be_called() -> None:
     buffers = [ctypes.create_string_buffer(layout.total_bytes) for _ in range(2)]
     ended: list[str] = []
     workspace = _C.Workspace(0, [ctypes.addressof(b) for b in buffers], layout, 1.0, _C.CPU, owner=Owner(ended))
-    plan = _C.Plan(workspace, _C.ONE_SHOT, 4, FLOAT32, 1, 32, 1, False)
+    plan = _C.Plan(
+        workspace,
+        algorithm=_C.ONE_SHOT,
+        exchange=_C.FLAGS,
+        count=4,
+        dtype=FLOAT32,
+        lanes=1,
+        threads=32,
+        chunk_vectors=1,
+    )
     assert workspace.close(1.0)
     del workspace
     assert ended == []

@@ -47,7 +47,7 @@ def facts(
     if transport is Transport.HOST:
         layout = host_layout(world_size, 64, workspace)
     elif transport is Transport.SHM:
-        layout = _C.make_layout(world_size, 1, flagged_bytes=workspace, published=True)
+        layout = _C.make_layout(world_size, 1, flagged_bytes=workspace, shared=True)
     else:
         share = workspace if in_band else 0
         layout = _C.make_layout(world_size, 264, in_band_bytes=share, flagged_bytes=workspace - share)  # an H200's
