@@ -89,7 +89,7 @@ def _attack(kind: signal.Signals, seed: int) -> str:
             if rank == victim:
                 continue
             # What was under way may go well; then the next wait is the one that expires.
-            ended = ranks.ended(rank, 4 * (TIMEOUT_S + SLACK_S))
+            ended = ranks.ended(rank, 4 * (TIMEOUT_S + SLACK_S), what)
             assert ended.kind == "ok", f"{what}: {ended}"
             where, error, text, seconds, left = ended.value
             assert error in {"PeerTimeoutError", "StartTimeoutError", "StartError"}, f"{what}: {ended}"
