@@ -121,6 +121,12 @@ class ForkedRanks:
         answer: Ended = self.pipes[rank].recv()
         return answer
 
+    def value(self, rank: int, timeout_s: float) -> Any:
+        """What a rank's function has returned."""
+        ended = self.ended(rank, timeout_s)
+        assert ended.kind == "ok", f"rank {rank}: {ended}"
+        return ended.value
+
     def _stacks(self, rank: int) -> str:
         """Where its threads are: its handler writes that even if one of them holds the interpreter."""
         file = Path(self._folder.name) / f"{rank}.stacks"
