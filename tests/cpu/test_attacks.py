@@ -23,8 +23,8 @@ from tests.conftest import PoolFor
 from tests.support import forked
 from tests.support.forked import ForkedRanks
 
-ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "10"))
-CYCLES = int(os.environ.get("ALLREDUCE_TEST_CYCLES", "200"))
+ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "4"))
+CYCLES = int(os.environ.get("ALLREDUCE_TEST_CYCLES", "120"))
 WORLD_SIZES = (2, 3, 4, 8)
 TIMEOUT_S = 1.0
 SLACK_S = 1.2  # beyond timeout_s
