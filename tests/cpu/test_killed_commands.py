@@ -196,7 +196,7 @@ def test_a_rank_that_is_killed_is_named_at_once(name: str, start: Callable[[list
     for _ in range(ATTACKS):
         command = start(LONG_COMMANDS[name])
         victim = random.choice(_with_ranks(command, 2))
-        time.sleep(random.uniform(0, 5))
+        time.sleep(random.uniform(0, 3))
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
         _, errors = command.process.communicate(timeout=20)
