@@ -13,7 +13,10 @@ import torch
 from llm_allreduce_plugin.bench.ranks import RankPool
 
 PoolFor = Callable[[int], RankPool]
-SMALL = 3  # ranks
+SMALL = 4  # ranks
+
+
+_all_pools: list[_Pools] = []
 
 
 class _Pools:
@@ -27,6 +30,7 @@ class _Pools:
         self._cache = cache  # an empty one: no profile of whoever runs the tests decides anything
         self._small = small
         self._pools: dict[int, RankPool] = {}
+        _all_pools.append(self)
 
     def __call__(self, world_size: int) -> RankPool:
         for other, pool in list(self._pools.items()):
@@ -55,6 +59,13 @@ def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
     pools = _Pools("cuda", tmp_path_factory.mktemp("cache"), 0)
     yield pools
     pools.close()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """No idle ranks beside the tests of another folder, which may start servers."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        for pools in _all_pools:
+            pools.close()
 
 
 def _world_size(item: pytest.Item) -> int:
