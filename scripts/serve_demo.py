@@ -231,13 +231,13 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
     model = work / "model"
     say("writing a small Llama with seeded random weights")
     make_model(model)
-    expected = reference_tokens(model)
     port = free_port()
     command, environment = server_setup(strategy, work, model, port)
     log = work / "server.log"
     say(f"vllm serve on port {port}; log: {log}")
     started = time.monotonic()
     with server(command, environment, log) as process:
+        expected = reference_tokens(model)  # while it starts
         wait_for_health(process, f"http://127.0.0.1:{port}/health", log)
         say(f"healthy after {time.monotonic() - started:.0f} s")
         body = {"model": "demo", "prompt": PROMPT, "max_tokens": NEW_TOKENS, "temperature": 0, "return_token_ids": True}

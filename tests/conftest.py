@@ -13,43 +13,59 @@ import torch
 from llm_allreduce_plugin.measure.ranks import RankPool
 
 PoolFor = Callable[[int], RankPool]
+SMALL = 4  # ranks
+
+
+_all_pools: list[_Pools] = []
 
 
 class _Pools:
-    """One pool at a time: many idle processes would only hold memory."""
+    """Small pools stay, as many tests use them in turns; of larger ones there is one: idle processes hold memory.
 
-    def __init__(self, device_type: str, cache: Path) -> None:
+    ``small``: the largest world size of a pool that stays.
+    """
+
+    def __init__(self, device_type: str, cache: Path, small: int) -> None:
         self._device_type = device_type
         self._cache = cache  # an empty one: no profile of whoever runs the tests decides anything
-        self._pool: RankPool | None = None
+        self._small = small
+        self._pools: dict[int, RankPool] = {}
+        _all_pools.append(self)
 
     def __call__(self, world_size: int) -> RankPool:
-        pool = self._pool
-        if pool is not None and (pool.world_size != world_size or not all(p.is_alive() for p in pool.processes)):
-            self.close()
-        if self._pool is None:
+        for other, pool in list(self._pools.items()):
+            is_large = max(other, world_size) > self._small
+            if not all(p.is_alive() for p in pool.processes) or (is_large and other != world_size):
+                self._pools.pop(other).close()
+        if world_size not in self._pools:
             with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self._cache)}):
-                self._pool = RankPool(world_size, self._device_type)
-        return self._pool
+                self._pools[world_size] = RankPool(world_size, self._device_type)
+        return self._pools[world_size]
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+        while self._pools:
+            self._pools.popitem()[1].close()
 
 
 @pytest.fixture(scope="session")
 def cpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cpu", tmp_path_factory.mktemp("cache"))
+    pools = _Pools("cpu", tmp_path_factory.mktemp("cache"), SMALL)
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="session")
 def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cuda", tmp_path_factory.mktemp("cache"))
+    pools = _Pools("cuda", tmp_path_factory.mktemp("cache"), 0)
     yield pools
     pools.close()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """No idle ranks beside the tests of another folder, which may start servers."""
+    if nextitem is None or nextitem.path.parent != item.path.parent:
+        for pools in _all_pools:
+            pools.close()
 
 
 def _world_size(item: pytest.Item) -> int:
@@ -57,9 +73,16 @@ def _world_size(item: pytest.Item) -> int:
     return int(callspec.params.get("world_size", 0)) if callspec is not None else 0
 
 
+def _order(item: pytest.Item) -> tuple[str, int, str, int]:
+    """Tests that share a pool follow each other: those of a large one across the files of a folder."""
+    world_size = _world_size(item)
+    uses_large = world_size > SMALL and "cpu_pool" in getattr(item, "fixturenames", ())
+    return str(item.path.parent), world_size if uses_large else 0, str(item.path), world_size
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
-    items.sort(key=lambda item: (str(item.path), _world_size(item)))
+    items.sort(key=_order)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         marker = item.get_closest_marker("gpu")

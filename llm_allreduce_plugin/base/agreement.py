@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from llm_allreduce_plugin.base.attempt import Attempt
 from llm_allreduce_plugin.base.pickled import dump, load
@@ -36,6 +36,8 @@ class _Series:
     made: int = 0
     # Keys of this rank in agreements that have ended. All peers have read them once a later one has had a full step.
     left: list[str] = dataclasses.field(default_factory=list)
+    # Stores on a file that agreements have opened. They end with the group, see Agreement.open_store.
+    opened: list[Store] = dataclasses.field(default_factory=list)
 
 
 _series: weakref.WeakKeyDictionary[dist.ProcessGroup, _Series] = weakref.WeakKeyDictionary()
@@ -221,15 +223,30 @@ class Agreement:
         return f"{_PREFIX}/{self._number}/given_up"
 
     def open_store(self) -> Store:
-        """This agreement's own connection where torch makes one: calls that block in torch hold the group's."""
+        """This agreement's own connection where torch makes one: calls that block in torch hold the group's.
+
+        One to a file is shared by all agreements of the group, and ends with it: its end takes the lock of the file,
+        holds the interpreter meanwhile, and never returns where a stopped rank has the lock. An agreement must end.
+        """
         if self._store is None:
             store = store_of(self._group)
+            on_file, opened = _is_on_file(store), self._series.opened
             clone = getattr(store, "clone", None)  # torch from some release on, and not every store
-            if clone is not None:
+            if on_file and opened:
+                store = opened[-1]
+            elif clone is not None:
                 with contextlib.suppress(RuntimeError):
                     store = clone()
+                    if on_file:
+                        opened.append(store)
             self._store = store
         return self._store
+
+
+def _is_on_file(store: Store) -> bool:
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, FileStore)
 
 
 def _delete(store: Store, keys: list[str]) -> None:

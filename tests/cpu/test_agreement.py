@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import pickle
 import signal
@@ -15,7 +17,7 @@ from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.step import store_of
 from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
-from tests.support.forked import Ended, forked
+from tests.support.forked import Ended, forked, wait_until
 
 WAIT_S = 1.5
 SLACK_S = 1.2
@@ -159,6 +161,45 @@ def test_a_store_that_does_not_answer_holds_nobody(number: signal.Signals) -> No
                 assert f"rank {rank} waited" in text and "the store of the process group does not answer" in text
             else:
                 assert f"rank {rank} cannot reach the store of its process group to agree on the transport" in text
+
+
+def _is_locked(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(file, fcntl.LOCK_UN)
+    return False
+
+
+def _stopped_with_the_lock(context: RankContext) -> tuple[float, float, str]:
+    """Rank 1 is stopped where it holds the lock of the store's file. How long an end and another step take rank 0."""
+    agreement = Agreement(context.group, WAIT_S)
+    agreement.gather(None, "to begin")
+    with open(store_of(context.group)._underlying_non_prefix_store.path) as file:  # type: ignore[attr-defined]
+        if context.rank == 1:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        assert wait_until(lambda: _is_locked(file.fileno()))
+    began = time.monotonic()
+    agreement.close()
+    del agreement
+    gc.collect()
+    closed_s = time.monotonic() - began
+    began = time.monotonic()
+    with pytest.raises(StartTimeoutError) as caught:
+        Agreement(context.group, WAIT_S).gather(None, "to agree on the transport")
+    return closed_s, time.monotonic() - began, str(caught.value)
+
+
+def test_a_rank_that_is_stopped_with_the_lock_of_the_store_holds_nobody() -> None:
+    with forked(2, _stopped_with_the_lock) as ranks:
+        ended = ranks.ended(0, 30)
+        assert ended.kind == "ok", ended
+        closed_s, waited_s, text = ended.value
+        assert closed_s < 0.5, "an end waits for nobody"
+        assert waited_s < WAIT_S + SLACK_S
+        assert "rank 0 waited" in text and "the store of the process group does not answer" in text
 
 
 def _one_fails(context: RankContext) -> tuple[float, str]:

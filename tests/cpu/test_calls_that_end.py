@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
-from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
+from tests.support.forked import forked, wait_until
 
 STRATEGIES = ("ONESHOT", "TWOSHOT")
 
@@ -161,7 +163,7 @@ def test_closing_ends_a_call_of_another_thread_with_an_error(cpu_pool: PoolFor) 
     assert cpu_pool(2).run(_close_beside_a_call)[0] == "this communicator is closed"
 
 
-def _calls_that_outlive(context: RankContext, *, closed: bool) -> str:
+def _calls_that_outlive(context: RankContext, closed: bool) -> str:
     group: TensorParallelCommunicator | None = context.communicator("ONESHOT", timeout_s=5.0)
     assert group is not None
     call = group.call_of("TWOSHOT", 1000, torch.float32)
@@ -180,16 +182,9 @@ def _calls_that_outlive(context: RankContext, *, closed: bool) -> str:
 
 @pytest.mark.parametrize("closed", (True, False), ids=("closed", "dropped"))
 def test_calls_that_outlive_their_communicator(closed: bool) -> None:
-    pool = RankPool(2, "cpu")
-    try:
-        answers = pool.run(_run_outliving, closed)
-    finally:
-        pool.close()
+    with forked(2, _calls_that_outlive, closed) as ranks:
+        answers = [ranks.value(rank, 60) for rank in (0, 1)]
     assert answers == ["this communicator is closed" if closed else "2.0"] * 2
-
-
-def _run_outliving(context: RankContext, closed: bool) -> str:
-    return _calls_that_outlive(context, closed=closed)
 
 
 # -- signals -----------------------------------------------------------------------------------------------------------
@@ -220,22 +215,14 @@ def _signalled(context: RankContext, number: int, folder: str) -> None:
 
 @pytest.mark.parametrize(("number", "raised"), ((signal.SIGINT, "KeyboardInterrupt"), (signal.SIGTERM, "SystemExit")))
 def test_signals_reach_a_rank_that_waits(tmp_path: Any, number: signal.Signals, raised: str) -> None:
-    pool = RankPool(2, "cpu")
-    try:
-        for rank in (0, 1):
-            pool._pipes[rank].send((_signalled, (number, str(tmp_path))))
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "waits").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
+    with forked(2, _signalled, number, str(tmp_path)) as ranks:
+        assert wait_until((tmp_path / "waits").exists, 60)
         time.sleep(0.5)
-        os.kill(pool.processes[0].pid or 0, number)
+        ranks.send(0, number)
         started = time.monotonic()
-        while not (tmp_path / "heard").exists() and time.monotonic() < started + 10:
-            time.sleep(0.02)
+        assert wait_until(lambda: (tmp_path / "heard").exists() and bool((tmp_path / "heard").read_text()), 10)
         assert time.monotonic() - started < 2
         assert (tmp_path / "heard").read_text() == raised
-    finally:
-        pool.kill()
 
 
 # -- patience ----------------------------------------------------------------------------------------------------------
@@ -259,11 +246,8 @@ def _compiles(context: RankContext) -> tuple[bool, float]:
 
 
 def test_a_rank_may_compile_before_its_first_call() -> None:
-    pool = RankPool(2, "cpu")
-    try:
-        answers = pool.run(_compiles)
-    finally:
-        pool.close()
+    with forked(2, _compiles) as ranks:
+        answers = [ranks.value(rank, 60) for rank in (0, 1)]
     assert [right for right, _ in answers] == [True, True]
     assert 1.0 <= answers[0][1] < 2.2
 
@@ -284,11 +268,8 @@ def _late(context: RankContext) -> str:
 
 
 def test_a_late_rank_is_told_that_its_peer_gave_up_and_when() -> None:
-    pool = RankPool(2, "cpu")
-    try:
-        waiting, late = pool.run(_late)
-    finally:
-        pool.close()
-    assert waiting == "rank 0 waited 1 s for rank 1 in ONESHOT/gather"
+    with forked(2, _late) as ranks:
+        waiting, late = (ranks.value(rank, 60) for rank in (0, 1))
+    assert re.fullmatch(r"rank 0 waited 1(\.\d+)? s for rank 1 in ONESHOT/gather", waiting)
     assert "rank 0 gave up" in late
     assert "rank 1" in late

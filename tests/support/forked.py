@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -43,8 +44,17 @@ class Ended:
     value: Any
 
 
-def _run(rank: int, world_size: int, method: str, pipe: Connection, function: Callable[..., Any], rest: Any) -> None:
+def _run(
+    rank: int,
+    world_size: int,
+    folder: Path,
+    method: str,
+    pipe: Connection,
+    function: Callable[..., Any],
+    rest: Any,
+) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, file=(folder / f"{rank}.stacks").open("w"), all_threads=True)
     dist.init_process_group(
         "gloo", init_method=method, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
@@ -75,7 +85,11 @@ class ForkedRanks:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = _server.Pipe()
-            process = _server.Process(target=_run, args=(rank, world_size, method, theirs, function, rest), daemon=True)
+            process = _server.Process(
+                target=_run,
+                args=(rank, world_size, Path(self._folder.name), method, theirs, function, rest),
+                daemon=True,
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -100,11 +114,29 @@ class ForkedRanks:
         assert pid is not None
         os.kill(pid, number)
 
-    def ended(self, rank: int, timeout_s: float) -> Ended:
-        """How a rank's function ended."""
-        assert self.pipes[rank].poll(timeout_s), f"rank {rank} is still at it after {timeout_s} s"
+    def ended(self, rank: int, timeout_s: float, what: str = "") -> Ended:
+        """How a rank's function ended. ``what``: the case, for the error."""
+        if not self.pipes[rank].poll(timeout_s):
+            stacks = self._stacks(rank)
+            message = f"{what or 'forked ranks'}: rank {rank} is still at it after {timeout_s:g} s:\n{stacks}"
+            raise AssertionError(message)
         answer: Ended = self.pipes[rank].recv()
         return answer
+
+    def value(self, rank: int, timeout_s: float) -> Any:
+        """What a rank's function has returned."""
+        ended = self.ended(rank, timeout_s)
+        assert ended.kind == "ok", f"rank {rank}: {ended}"
+        return ended.value
+
+    def _stacks(self, rank: int) -> str:
+        """Where its threads are: its handler writes that even if one of them holds the interpreter."""
+        file = Path(self._folder.name) / f"{rank}.stacks"
+        if not self.processes[rank].is_alive():
+            return f"(it has ended: {self.processes[rank].exitcode})"
+        self.send(rank, signal.SIGUSR1)
+        wait_until(lambda: "Current thread" in file.read_text(), 2.0)
+        return file.read_text() or "(it is stopped: it writes no stacks)"
 
     def close(self) -> None:
         """End all at once. Nothing of them is left."""
