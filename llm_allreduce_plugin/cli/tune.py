@@ -41,9 +41,8 @@ def _world_sizes(text: str | None, available: int, device: str) -> tuple[int, ..
     sizes = []
     for part in text.split(","):
         size = options.parse_ranks(part)
-        if size not in SUPPORTED_WORLD_SIZES:
-            allowed = ", ".join(map(str, SUPPORTED_WORLD_SIZES))
-            message = f"--tp {text}: {part.strip()!r} must be one of {allowed}"
+        if size is None or size not in SUPPORTED_WORLD_SIZES:
+            message = f"--tp {text}: {part.strip()!r} must be 2 to {SUPPORTED_WORLD_SIZES[-1]}"
             raise typer.BadParameter(message)
         if device == "cuda" and size > available:
             message = f"--tp {text}: this node has {available} GPUs"

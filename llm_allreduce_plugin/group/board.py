@@ -14,7 +14,7 @@ import struct
 import time
 from pathlib import Path
 
-# pid, number of its PID namespace, start time of the process, wall time, seconds waited, peer, algorithm, phase, wire format
+# pid, number of its PID namespace, start time of the process, wall time, seconds waited, peer, algorithm, phase, wire
 _ROW = struct.Struct("<qQQddiihh")
 _STATE = struct.Struct("<i")
 _STATE_OFFSET = 60

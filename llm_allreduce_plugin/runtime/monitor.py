@@ -35,7 +35,8 @@ def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeo
         return PeerTimeoutError(rank, peer, *where, waited_s)
     if row.state is State.GAVE_UP:
         ago = max(0.0, time.time() - row.wall_s)
-        before = f"{row.waited_s:.3g} s for rank {row.peer} in {name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
+        gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {gave_up_in}"
         if row.peer == rank and _is_later(board, rank, row):
             text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
             return PeerTimeoutError(rank, peer, *where, waited_s, text=text)

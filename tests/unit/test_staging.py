@@ -212,7 +212,8 @@ def test_recorded_topologies() -> None:
         chosen = decision(dataclasses.replace(eight, low_precision=two_shot), 64 * MIB, strategy)
         assert chosen.launch is not None
         assert chosen.launch.staged
-        assert chosen.launch.algorithm is (Algorithm.TWO_SHOT if strategy == "LOWPRECISION" else Algorithm.TWO_SHOT)
+        assert chosen.launch.algorithm is Algorithm.TWO_SHOT
+        assert (chosen.launch.wire_format is not None) == (strategy == "LOWPRECISION")
     assert describe(AllReduceConfig(), eight).endswith("TWOSHOT to 1 MiB, then TWOSHOT in stages")
     assert not is_staged(group_facts(load("l40s_x8_two_numa"), 2), 64 * MIB)
     for name in ("h100_x8_nvswitch", "h200_x4_nvswitch"):
