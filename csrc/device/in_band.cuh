@@ -15,6 +15,7 @@
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 
 #include "device/lane.cuh"
+#include "device/ptx.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
@@ -59,24 +60,11 @@ __device__ __forceinline__ Share share_of(uint32_t first_lane, uint32_t lanes, u
 
 // Relaxed accesses of system scope: whole words, in no order with anything else.
 __device__ __forceinline__ void store_in_band(char* slot, uint32_t index, const uint4& raw) {
-  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-               "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w));
-}
-
-// Predicated, not branched around: the loads of all peers must leave together.
-__device__ __forceinline__ void load_in_band_if(bool wanted, const char* address, uint4& raw) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
-      "@p ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
-      : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
-      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+  store_relaxed_system(reinterpret_cast<uint4*>(slot) + index, raw);
 }
 
 __device__ __forceinline__ void clear_in_band_if(bool wanted, char* address) {
-  asm volatile(
-      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
-      "@p st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
-      "r"(LAR_IN_BAND_MARKER), "r"(static_cast<uint32_t>(wanted)));
+  fill_relaxed_system_if(wanted, address, LAR_IN_BAND_MARKER);
 }
 
 // The marker is the smallest signed word: vectors are complete when the smallest of all their words is another one. One
@@ -103,9 +91,7 @@ __device__ __forceinline__ uint4 without_marker(uint4 raw) {
 // replayed between any other calls. One copy to a lane, all alike between calls: a block must not read what another
 // writes.
 __device__ __forceinline__ uint32_t epoch_of(const InBandArguments& arguments) {
-  uint32_t epoch;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(epoch) : "l"(arguments.epochs + blockIdx.x));
-  return epoch;
+  return load_relaxed_gpu(arguments.epochs + blockIdx.x);
 }
 
 // Counts this call; for the whole block, once every thread has the epoch. Block 0 counts for the lanes without a block.
@@ -143,7 +129,7 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
 #pragma unroll 1
     for (uint32_t polls = 0; polls < kPollsPerCheck; ++polls) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) load_in_band_if(wanted[i], from[i], vectors[i]);
+      for (int i = 0; i < kCount; ++i) load_relaxed_system_if(wanted[i], from[i], vectors[i]);
       int smallest = smallest_word(vectors[0]);
 #pragma unroll
       for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));

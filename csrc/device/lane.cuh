@@ -9,6 +9,7 @@
 #define LLM_ALLREDUCE_DEVICE_LANE_CUH_
 
 #include "common.h"
+#include "device/ptx.cuh"
 
 namespace lar {
 
@@ -22,46 +23,13 @@ __device__ __forceinline__ int rotated(int rank, int step) {
   return rank + step < kWorldSize ? rank + step : rank + step - kWorldSize;
 }
 
-// System scope: the other side is another GPU, or the host.
-__device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* address) {
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-  return value;
-}
-
-// Payload in the workspace. Loads skip L1: peers write these lines behind its back.
+// Payload in the workspace.
 __device__ __forceinline__ uint4 load_slot(const char* slot, int64_t index) {
-  return __ldcg(reinterpret_cast<const uint4*>(slot) + index);
+  return load_weak(reinterpret_cast<const uint4*>(slot) + index);
 }
 
 __device__ __forceinline__ void store_slot(char* slot, int64_t index, const uint4& raw) {
-  reinterpret_cast<uint4*>(slot)[index] = raw;
-}
-
-__device__ __forceinline__ int64_t global_timer_ns() {
-  int64_t now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-  return now;
-}
-
-// Programmatic dependent launch (sm_90 and newer; nothing elsewhere). The first call returns once every earlier kernel
-// of the stream has ended and its writes are visible: to be called before memory is touched. The second lets the next
-// kernel's blocks be scheduled as soon as all of this kernel's have been; what they may read is decided by their own
-// wait.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  store_weak(reinterpret_cast<uint4*>(slot) + index, raw);
 }
 
 // Where a wait that takes too long is reported, and how long that is.
@@ -87,7 +55,7 @@ __host__ __device__ inline WaitLimit wait_limit(const lar_workspace& workspace, 
 
 // Counts a beginning of what the call belongs to. For one thread of the grid, before it waits. Nothing waits for it.
 __device__ __forceinline__ void count_beginning(uint32_t* begun) {
-  if (begun) asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(begun) : "memory");
+  if (begun) increment_relaxed_gpu(begun);
 }
 
 // Ends a wait for `peer` that has expired. The first lane to give up leaves the record and traps: what depends on this
@@ -228,7 +196,7 @@ class Lane {
     const int peer = threadIdx.x;
     if (is_meant(peer, peers)) arrived = wait_for(peer, plane, phase, round);
     if (!kHasCourier) return __syncthreads_and(arrived);
-    arrived = all_workers(arrived);
+    arrived = barrier_all<kWorkerBarrier>(workers(), arrived);
     if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the courier's barrier
     return arrived;
   }
@@ -246,19 +214,8 @@ class Lane {
   static constexpr int kWorkerBarrier = 1;  // 0 is that of __syncthreads()
 
   __device__ __forceinline__ static volatile bool* given_up() {
-    __shared__ volatile bool word;
+    LAR_SHARED(volatile bool, word);
     return &word;
-  }
-
-  __device__ __forceinline__ static bool all_workers(bool value) {
-    uint32_t all;
-    asm volatile(
-        "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
-        "barrier.cta.red.and.pred q, %2, %3, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
-        : "=r"(all)
-        : "r"(static_cast<uint32_t>(value)), "n"(kWorkerBarrier), "r"(workers())
-        : "memory");
-    return all != 0;
   }
 
   template <typename Peers>

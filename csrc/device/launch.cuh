@@ -11,6 +11,7 @@
 
 #include "common.h"
 #include "device/in_band.cuh"
+#include "device/kernel_address.cuh"
 
 namespace lar {
 

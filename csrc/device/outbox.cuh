@@ -11,6 +11,7 @@
 #define LLM_ALLREDUCE_DEVICE_OUTBOX_CUH_
 
 #include "device/in_band.cuh"
+#include "device/ptx.cuh"
 
 namespace lar {
 
@@ -27,40 +28,33 @@ __device__ __forceinline__ uint32_t lane_of_warp() { return threadIdx.x % kWarpT
 // Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); flush() at the end.
 class Outbox {
  public:
-#if __CUDA_ARCH__ >= 900
+#if LAR_HAS_BULK_COPIES
   // `memory`: of the block, see LAR_OUTBOX_MEMORY.
   __device__ __forceinline__ explicit Outbox(uint4* memory)
-      : tiles_(static_cast<uint32_t>(__cvta_generic_to_shared(memory)) +
-               threadIdx.x / kWarpThreads * kTilesUnderWay * kTileBytes) {}
+      : tiles_(shared_address(memory) + threadIdx.x / kWarpThreads * kTilesUnderWay * kTileBytes) {}
 
   // Puts one vector of each thread into the next tile, once that has been sent.
   __device__ __forceinline__ void fill(const uint4& raw) {
-    if (leads()) asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kTilesUnderWay - 1) : "memory");
+    if (leads()) wait_for_bulk_reads<kTilesUnderWay - 1>();
     __syncwarp();
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(tile() + lane_of_warp() * LAR_VECTOR_BYTES),
-                 "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-                 : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the engine, another proxy, reads it
+    store_shared(tile() + lane_of_warp() * LAR_VECTOR_BYTES, raw);
+    fence_before_bulk_copies();
     __syncwarp();
   }
 
   // The first `vectors` of the tile, to `slot` from vector `index` on.
   __device__ __forceinline__ void send(char* slot, uint32_t index, uint32_t vectors) {
-    if (leads())
-      asm volatile(
-          "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(reinterpret_cast<uint4*>(slot) + index),
-          "r"(tile()), "r"(vectors * LAR_VECTOR_BYTES)
-          : "memory");
+    if (leads()) copy_bulk(reinterpret_cast<uint4*>(slot) + index, tile(), vectors * LAR_VECTOR_BYTES);
   }
 
   __device__ __forceinline__ void close() {
-    if (leads()) asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    if (leads()) commit_bulk_copies();
     next_ = next_ + 1 == kTilesUnderWay ? 0 : next_ + 1;
   }
 
   // Shared memory ends with the block, so everything must have been read. That it arrives, the readers see.
   __device__ __forceinline__ void flush() {
-    if (leads()) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+    if (leads()) wait_for_bulk_reads<0>();
   }
 
  private:
@@ -85,9 +79,9 @@ class Outbox {
 #endif
 };
 
-#if __CUDA_ARCH__ >= 900
+#if LAR_HAS_BULK_COPIES
 #define LAR_OUTBOX_MEMORY(name) \
-  __shared__ __align__(128) uint4 name[LAR_MAX_THREADS / kWarpThreads * kTilesUnderWay * kTileVectors]
+  LAR_SHARED_ARRAY(uint4, name, LAR_MAX_THREADS / kWarpThreads * kTilesUnderWay * kTileVectors)
 #else
 #define LAR_OUTBOX_MEMORY(name) uint4* const name = nullptr
 #endif

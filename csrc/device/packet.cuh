@@ -5,6 +5,7 @@
 #include "codec/fp8.h"
 #include "codec/hadamard2.h"
 #include "codec/tq3.h"
+#include "device/ptx.cuh"
 #include "device/vector.cuh"
 
 namespace lar {
@@ -77,11 +78,11 @@ struct Fp8Packet {
   }
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
-    reinterpret_cast<uint4*>(packet)[threadIdx.x % 32] = encoded;
+    store_weak(reinterpret_cast<uint4*>(packet) + threadIdx.x % 32, encoded);
   }
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
-    return __ldcg(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
+    return load_weak(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
   }
 };
 
@@ -105,17 +106,17 @@ struct BlockPacket {
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
     const int block = threadIdx.x % 32;
-    reinterpret_cast<uint32_t*>(packet)[block] = encoded.first;
-    reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte)[block] = encoded.second;
-    reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte)[block] = encoded.scale;
+    store_weak(reinterpret_cast<uint32_t*>(packet) + block, encoded.first);
+    store_weak(reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte) + block, encoded.second);
+    store_weak(reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte) + block, encoded.scale);
   }
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
     const int block = threadIdx.x % 32;
     codec::Block32 encoded;
-    encoded.first = __ldcg(reinterpret_cast<const unsigned int*>(packet) + block);
-    encoded.second = __ldcg(reinterpret_cast<const unsigned int*>(packet + codec::Packet32::kSecondByte) + block);
-    encoded.scale = __ldcg(reinterpret_cast<const unsigned short*>(packet + codec::Packet32::kScaleByte) + block);
+    encoded.first = load_weak(reinterpret_cast<const uint32_t*>(packet) + block);
+    encoded.second = load_weak(reinterpret_cast<const uint32_t*>(packet + codec::Packet32::kSecondByte) + block);
+    encoded.scale = load_weak(reinterpret_cast<const uint16_t*>(packet + codec::Packet32::kScaleByte) + block);
     return encoded;
   }
 };

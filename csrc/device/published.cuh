@@ -97,9 +97,9 @@ class Publication {
   __device__ __forceinline__ static void barrier() {
     constexpr int kBarrier = 1;  // 0 is that of __syncthreads()
     if (kWaits)
-      asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "r"(blockDim.x) : "memory");
+      barrier_sync<kBarrier>(blockDim.x);
     else
-      asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kBarrier), "r"(blockDim.x) : "memory");
+      barrier_arrive<kBarrier>(blockDim.x);
   }
 
   const PublishedArguments& arguments_;

@@ -134,9 +134,7 @@ class Stages {
   // before it orders them, and releases are cumulative.
   __device__ __forceinline__ bool arrive() const {
     uint32_t* arrivals = arrivals_word(workspace_.local, workspace_.layout);
-    uint32_t before;
-    asm volatile("atom.acq_rel.sys.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-    if (before + 1 != gridDim.x) return false;
+    if (increment_acquire_release_system(arrivals) + 1 != gridDim.x) return false;
     *arrivals = 0;  // seen by the next to arrive: they wait for open(), or for the next kernel
     return true;
   }

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "common.h"
+#include "device/ptx.cuh"
 
 namespace lar {
 
@@ -116,11 +117,7 @@ __device__ __forceinline__ void sum_vectors(int64_t span, int threads, LoadPart 
 // A whole aligned vector of the caller's tensor, loaded where the program says so. Not through the read-only path: with
 // dependent launch the tensor may still be written when this kernel starts.
 __device__ __forceinline__ uint4 load_vector(const void* address, uint32_t index) {
-  uint4 raw;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
-               : "l"(static_cast<const uint4*>(address) + index));
-  return raw;
+  return load_in_order(static_cast<const uint4*>(address) + index);
 }
 
 // The caller's tensor as a run of vectors: any count, any alignment. Only the last vector, or every vector of

@@ -1,6 +1,7 @@
 // Encoding and decoding by themselves: what the tests compare with the oracle, and what the break-even report times.
 #include <algorithm>
 
+#include "device/kernel.cuh"
 #include "device/packet.cuh"
 
 namespace lar {
@@ -49,19 +50,17 @@ struct Call {
   void* to;
   int64_t count;
   int64_t packets;
-  cudaStream_t stream;
+  void* stream;
 };
 
 template <typename T, typename Packet>
 cudaError_t run(const Call& call) {
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(call.packets, kWarps), kMostBlocks));
   if (call.encodes)
-    encode_kernel<T, Packet>
-        <<<blocks, kThreads, 0, call.stream>>>(call.from, call.count, static_cast<char*>(call.to), call.packets);
-  else
-    decode_kernel<T, Packet>
-        <<<blocks, kThreads, 0, call.stream>>>(static_cast<const char*>(call.from), call.packets, call.to, call.count);
-  return cudaGetLastError();
+    return launch(encode_kernel<T, Packet>, blocks, kThreads, call.stream, call.from, call.count,
+                  static_cast<char*>(call.to), call.packets);
+  return launch(decode_kernel<T, Packet>, blocks, kThreads, call.stream, static_cast<const char*>(call.from),
+                call.packets, call.to, call.count);
 }
 
 template <typename Packet>
@@ -87,7 +86,7 @@ int code(lar_wire_format format, lar_dtype dtype, const void* values, int64_t co
   if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return LAR_ERROR_INVALID_ARGUMENT;
   const void* from = encodes ? values : packets;
   void* to = encodes ? packets : const_cast<void*>(values);
-  const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), static_cast<cudaStream_t>(stream)};
+  const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), stream};
   switch (format) {
     case LAR_WIRE_FP8:
       return run<Fp8Packet>(call);

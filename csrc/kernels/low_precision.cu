@@ -275,9 +275,8 @@ enum class Path { kFlagged, kStaged, kInBand, kPublished };
 // Those that wait for flags.
 template <typename T, int kWorldSize, typename Packet>
 const void* flagged_kernel(Path path) {
-  if (path == Path::kFlagged) return reinterpret_cast<const void*>(low_precision_kernel<T, kWorldSize, Packet>);
-  if constexpr (kWorldSize > 2)
-    return reinterpret_cast<const void*>(low_precision_staged_kernel<T, kWorldSize, Packet>);
+  if (path == Path::kFlagged) return kernel_address(low_precision_kernel<T, kWorldSize, Packet>);
+  if constexpr (kWorldSize > 2) return kernel_address(low_precision_staged_kernel<T, kWorldSize, Packet>);
   return nullptr;
 }
 
@@ -286,8 +285,8 @@ const void* kernel_of(lar_wire_format format, Path path) {
   static_assert(kPeersAtOnce<kWorldSize> == kWorldSize - 1, "all peers at once");
   if (path == Path::kInBand || path == Path::kPublished) {
     if (format != LAR_WIRE_FP8) return nullptr;  // their packets may have words like the marker
-    return path == Path::kInBand ? reinterpret_cast<const void*>(low_precision_fp8_kernel<T, kWorldSize>)
-                                 : reinterpret_cast<const void*>(low_precision_published_kernel<T, kWorldSize>);
+    return path == Path::kInBand ? kernel_address(low_precision_fp8_kernel<T, kWorldSize>)
+                                 : kernel_address(low_precision_published_kernel<T, kWorldSize>);
   }
   switch (format) {
     case LAR_WIRE_FP8:

@@ -127,11 +127,11 @@ template <typename T>
 const void* kernel_of(lar_wire_format format) {
   switch (format) {
     case LAR_WIRE_FP8:
-      return reinterpret_cast<const void*>(low_precision_ring_kernel<T, Fp8Packet>);
+      return kernel_address(low_precision_ring_kernel<T, Fp8Packet>);
     case LAR_WIRE_TQ3:
-      return reinterpret_cast<const void*>(low_precision_ring_kernel<T, Tq3Packet>);
+      return kernel_address(low_precision_ring_kernel<T, Tq3Packet>);
     case LAR_WIRE_HADAMARD2:
-      return reinterpret_cast<const void*>(low_precision_ring_kernel<T, Hadamard2Packet>);
+      return kernel_address(low_precision_ring_kernel<T, Hadamard2Packet>);
   }
   return nullptr;
 }

@@ -223,15 +223,15 @@ struct OneShot {
   static const void* kernel(Variant variant) {
     switch (variant) {
       case Variant::kFlagged:
-        return reinterpret_cast<const void*>(one_shot_kernel<T, kWorldSize>);
+        return kernel_address(one_shot_kernel<T, kWorldSize>);
       case Variant::kInBand:
-        return reinterpret_cast<const void*>(one_shot_in_band_kernel<T, kWorldSize>);
+        return kernel_address(one_shot_in_band_kernel<T, kWorldSize>);
       case Variant::kInBandShort:
-        return reinterpret_cast<const void*>(one_shot_short_kernel<T, kWorldSize>);
+        return kernel_address(one_shot_short_kernel<T, kWorldSize>);
       case Variant::kInBandSplit:
-        return reinterpret_cast<const void*>(one_shot_split_kernel<T, kWorldSize>);
+        return kernel_address(one_shot_split_kernel<T, kWorldSize>);
       case Variant::kPublished:
-        return reinterpret_cast<const void*>(one_shot_published_kernel<T, kWorldSize>);
+        return kernel_address(one_shot_published_kernel<T, kWorldSize>);
       case Variant::kPull:
         break;  // a step more than ONESHOT has: its readers must say when they have read
       case Variant::kStaged:

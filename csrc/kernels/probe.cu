@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include "common.h"
+#include "device/kernel.cuh"
 
 namespace lar {
 namespace {
@@ -30,12 +31,10 @@ __global__ void probe_check_kernel(const __grid_constant__ lar_workspace workspa
 
 extern "C" int lar_probe_write_cuda(const lar_workspace* workspace, uint32_t nonce, void* stream) {
   if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
-  lar::probe_write_kernel<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(*workspace, nonce);
-  return cudaGetLastError();
+  return lar::launch(lar::probe_write_kernel, 1, 32, stream, *workspace, nonce);
 }
 
 extern "C" int lar_probe_check_cuda(const lar_workspace* workspace, uint32_t nonce, int32_t* verdict, void* stream) {
   if (!workspace || !verdict) return LAR_ERROR_INVALID_ARGUMENT;
-  lar::probe_check_kernel<<<1, 32, 0, static_cast<cudaStream_t>(stream)>>>(*workspace, nonce, verdict);
-  return cudaGetLastError();
+  return lar::launch(lar::probe_check_kernel, 1, 32, stream, *workspace, nonce, verdict);
 }

@@ -342,7 +342,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
     if (i < part && index < total_vectors) {
       // Past L1, which may hold what an earlier kernel read here.
       const uint4 result = sum_in_rank_order<T, kWorldSize>(
-          [&](int source) { return __ldcg(static_cast<const uint4*>(pull.inputs[source]) + index); });
+          [&](int source) { return load_weak(static_cast<const uint4*>(pull.inputs[source]) + index); });
 #pragma unroll kPeersAtOnce < kWorldSize>
       for (int step = 1; step < kWorldSize; ++step) store_in_band(arguments.to[step], gather_slots + i, result);
       output[index] = result;
@@ -417,19 +417,19 @@ struct TwoShot {
   static const void* kernel(Variant variant) {
     switch (variant) {
       case Variant::kFlagged:
-        return reinterpret_cast<const void*>(two_shot_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_kernel<T, kWorldSize>);
       case Variant::kInBand:
-        return reinterpret_cast<const void*>(two_shot_in_band_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_in_band_kernel<T, kWorldSize>);
       case Variant::kInBandShort:
-        return reinterpret_cast<const void*>(two_shot_short_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_short_kernel<T, kWorldSize>);
       case Variant::kInBandSplit:
-        return reinterpret_cast<const void*>(two_shot_split_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_split_kernel<T, kWorldSize>);
       case Variant::kPull:
-        return reinterpret_cast<const void*>(two_shot_pull_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_pull_kernel<T, kWorldSize>);
       case Variant::kPublished:
-        return reinterpret_cast<const void*>(two_shot_published_kernel<T, kWorldSize>);
+        return kernel_address(two_shot_published_kernel<T, kWorldSize>);
       case Variant::kStaged:
-        if constexpr (kWorldSize > 2) return reinterpret_cast<const void*>(two_shot_staged_kernel<T, kWorldSize>);
+        if constexpr (kWorldSize > 2) return kernel_address(two_shot_staged_kernel<T, kWorldSize>);
         return nullptr;
     }
     return nullptr;

@@ -1,0 +1,191 @@
+// Everything of the hardware that C++ has no name for: accesses with an order and a scope, barriers, the timer,
+// dependent launch, bulk copies, shared memory. One function for each, and no other file has PTX. tests/emulator/ has a
+// second version of this file, in which the same kernels run on a CPU.
+//
+// "System": the other side may be another GPU, or the host. Relaxed accesses are in no order with anything else.
+#ifndef LLM_ALLREDUCE_DEVICE_PTX_CUH_
+#define LLM_ALLREDUCE_DEVICE_PTX_CUH_
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+// A variable, and an array, of which each block has one.
+#define LAR_SHARED(type, name) __shared__ type name
+#define LAR_SHARED_ARRAY(type, name, count) __shared__ __align__(128) type name[count]
+
+namespace lar {
+
+// Whether bulk copies can be used (sm_90 and newer), which also have dependent launch.
+#if __CUDA_ARCH__ >= 900
+#define LAR_HAS_BULK_COPIES 1
+#else
+#define LAR_HAS_BULK_COPIES 0
+#endif
+
+// -- flags and counts
+// --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_acquire_system(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
+// Adds 1; what was there before.
+__device__ __forceinline__ uint32_t increment_acquire_release_system(uint32_t* address) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.sys.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(address) : "memory");
+  return before;
+}
+
+__device__ __forceinline__ void increment_relaxed_gpu(uint32_t* address) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], 1;" ::"l"(address) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* address) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address));
+  return value;
+}
+
+// -- vectors
+// -----------------------------------------------------------------------------------------------------------
+
+// Whole 32-bit words, each for itself.
+__device__ __forceinline__ void store_relaxed_system(uint4* address, const uint4& raw) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(raw.x), "r"(raw.y),
+               "r"(raw.z), "r"(raw.w));
+}
+
+// Predicated, not branched around: the loads of all peers must leave together.
+__device__ __forceinline__ void load_relaxed_system_if(bool wanted, const void* address, uint4& raw) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t"
+      "@p ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];\n\t}"
+      : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)
+      : "l"(address), "r"(static_cast<uint32_t>(wanted)));
+}
+
+// The same word four times.
+__device__ __forceinline__ void fill_relaxed_system_if(bool wanted, void* address, uint32_t word) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\t"
+      "@p st.relaxed.sys.global.v4.u32 [%0], {%1, %1, %1, %1};\n\t}" ::"l"(address),
+      "r"(word), "r"(static_cast<uint32_t>(wanted)));
+}
+
+// A load where the program says so, not through the read-only path.
+__device__ __forceinline__ uint4 load_in_order(const uint4* address) {
+  uint4 raw;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+               : "l"(address));
+  return raw;
+}
+
+// What becomes visible to others with the next release behind it, and is read after an acquire. Loads skip L1: peers
+// write these lines behind its back.
+template <typename T>
+__device__ __forceinline__ void store_weak(T* address, const T& value) {
+  *address = value;
+}
+
+template <typename T>
+__device__ __forceinline__ T load_weak(const T* address) {
+  return __ldcg(address);
+}
+
+// -- the timer and dependent launch
+// ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int64_t global_timer_ns() {
+  int64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Programmatic dependent launch (sm_90 and newer; nothing elsewhere). The first call returns once every earlier kernel
+// of the stream has ended and its writes are visible: to be called before memory is touched. The second lets the next
+// kernel's blocks be scheduled as soon as all of this kernel's have been; what they may read is decided by their own
+// wait.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// -- barriers of a block, beside that of __syncthreads(), which is number 0
+// ----------------------------------------------
+
+// For `threads` threads, of which this one waits.
+template <int kBarrier>
+__device__ __forceinline__ void barrier_sync(uint32_t threads) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+// The same, but this thread only arrives.
+template <int kBarrier>
+__device__ __forceinline__ void barrier_arrive(uint32_t threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
+
+// All wait; whether all said yes.
+template <int kBarrier>
+__device__ __forceinline__ bool barrier_all(uint32_t threads, bool value) {
+  uint32_t all;
+  asm volatile(
+      "{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %1, 0;\n\t"
+      "barrier.cta.red.and.pred q, %2, %3, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+      : "=r"(all)
+      : "r"(static_cast<uint32_t>(value)), "n"(kBarrier), "r"(threads)
+      : "memory");
+  return all != 0;
+}
+
+// -- bulk copies from shared memory, whose addresses have 32 bits
+// ------------------------------------------------------
+
+#if LAR_HAS_BULK_COPIES
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& raw) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+               : "memory");
+}
+
+// Between this thread's stores to shared memory and the copies of them: the engine that copies is another proxy.
+__device__ __forceinline__ void fence_before_bulk_copies() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from_shared), "r"(bytes)
+               : "memory");
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void commit_bulk_copies() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all groups of this thread but the newest `kPending` have been read from shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_for_bulk_reads() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+#endif
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_PTX_CUH_

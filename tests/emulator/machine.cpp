@@ -1,0 +1,337 @@
+#include "machine.h"
+
+#include <algorithm>
+
+#include "report.h"
+
+// The variables that kernels have.
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace emulator {
+
+Machine machine;
+
+namespace {
+
+constexpr int64_t kStepNs = 10;
+// While nothing happens but polls, time runs faster: a wait ends after some hundred polls of its thread, not billions.
+constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of every thread
+constexpr int64_t kPollsPerRound = 256;
+
+void body_of_thread(void* argument) {
+  auto* thread = static_cast<Thread*>(argument);
+  thread->block->grid->body();
+  thread->block->leave();
+  thread->ended = true;
+}
+
+}  // namespace
+
+Machine::Machine() : devices_(kDevices) {
+  for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
+}
+
+void Machine::reset(uint64_t seed) {
+  streams_.clear();
+  under_way_.clear();
+  devices_.assign(kDevices, Device{});
+  for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
+  random_ = Random(seed);
+  schedule_ = Schedule(seed);
+  fruitless_ = 0;
+  idle_ = false;
+}
+
+Stream* Machine::add_stream(int device) {
+  auto& stream = streams_.emplace_back(std::make_unique<Stream>());
+  stream->device = &devices_[device];
+  stream->number = static_cast<int>(streams_.size()) - 1;
+  return stream.get();
+}
+
+bool Machine::has(const Stream* stream) const {
+  return std::any_of(streams_.begin(), streams_.end(), [&](const auto& other) { return other.get() == stream; });
+}
+
+void Machine::launch(Stream* stream, std::unique_ptr<Grid> grid) {
+  grid->stream = stream;
+  ++stream->launched;
+  stream->work.push_back({std::move(grid), {}});
+}
+
+void Machine::wait_for(Stream* stream, const Event& event) { stream->work.push_back({nullptr, event}); }
+
+// -- what is under way
+// -------------------------------------------------------------------------------------------------
+
+void Machine::add_under_way(Block* block) {
+  if (block->is_under_way) return;
+  block->is_under_way = true;
+  under_way_.push_back(block);
+}
+
+void Machine::let_stores_arrive() {
+  if (under_way_.empty() || !random_.once_in(schedule_.arrivals)) return;
+  const uint32_t chosen = random_.below(under_way_.size());
+  Block* block = under_way_[chosen];
+  progress();
+  if (block->advance()) return;
+  block->is_under_way = false;
+  under_way_[chosen] = under_way_.back();
+  under_way_.pop_back();
+}
+
+// A kernel that ends leaves nothing under way.
+void Machine::forget_under_way(const Grid& grid) {
+  for (const auto& block : grid.resident) {
+    block->stores.arrive_all();
+    if (block->is_under_way) under_way_.erase(std::find(under_way_.begin(), under_way_.end(), block.get()));
+  }
+}
+
+// -- which blocks run
+// --------------------------------------------------------------------------------------------------
+
+void Machine::start_blocks() {
+  may_start_blocks_ = false;
+  std::vector<Stream*> order;
+  for (const auto& stream : streams_)
+    if (!stream->work.empty() && !stream->device->broken) order.push_back(stream.get());
+  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
+  for (Stream* stream : order)
+    if (start_blocks_of(*stream)) may_start_blocks_ = true;  // what has ended may let others begin
+}
+
+// True if something of the stream's work was taken off it.
+bool Machine::start_blocks_of(Stream& stream) {
+  bool any_taken = false;
+  while (!stream.work.empty() && !stream.work.front().grid && has_happened(stream.work.front().event)) {
+    stream.work.pop_front();
+    any_taken = true;
+  }
+  const Device& device = *stream.device;
+  const int most = device.multiprocessors * device.blocks_per_multiprocessor;
+  const Grid* before = nullptr;
+  for (Work& work : stream.work) {
+    Grid* grid = work.grid.get();
+    if (!grid) {
+      if (!has_happened(work.event)) break;
+      continue;
+    }
+    if (before && !(grid->may_start_early && before->letting == before->blocks.x)) break;
+    while (!grid->has_started() && stream.device->resident < most) {
+      Block& block = *grid->resident.emplace_back(std::make_unique<Block>(grid, grid->started, grid->threads));
+      ++grid->started;
+      ++stream.device->resident;
+      progress();
+      for (Thread& thread : block.threads) {
+        thread.fiber.prepare(&body_of_thread, &thread);
+        stream.runnable.add(&thread, false);
+      }
+    }
+    if (!grid->has_started()) break;
+    before = grid;
+  }
+  return any_taken;
+}
+
+void Machine::end_block(Block& block) {
+  Grid& grid = *block.grid;
+  Stream& stream = *grid.stream;
+  if (!block.lets_next_start) ++grid.letting;
+  ++grid.ended;
+  --stream.device->resident;
+  block.threads.clear();
+  may_start_blocks_ = true;
+  while (!stream.work.empty() && stream.work.front().grid && stream.work.front().grid->has_ended()) {
+    forget_under_way(*stream.work.front().grid);
+    stream.work.pop_front();
+    ++stream.ended;
+    while (!stream.work.empty() && !stream.work.front().grid && has_happened(stream.work.front().event))
+      stream.work.pop_front();
+    if (stream.work.empty() || !stream.work.front().grid) continue;
+    for (Thread* thread : stream.work.front().grid->waiting) wake(thread);
+    stream.work.front().grid->waiting.clear();
+  }
+}
+
+void Machine::previous_kernel() {
+  Grid* grid = self->block->grid;
+  if (grid->stream->work.front().grid.get() != grid) {
+    grid->waiting.push_back(self);
+    block();
+  } else {
+    step();
+  }
+}
+
+void Machine::let_next_kernel_start() {
+  Block* block = self->block;
+  if (block->lets_next_start) return;
+  block->lets_next_start = true;
+  ++block->grid->letting;
+  may_start_blocks_ = true;
+  step();
+}
+
+// A trap ends everything on the device.
+void Machine::break_device() {
+  self->block->grid->stream->device->broken = true;
+  broke_ = true;
+  self->fiber.pause();
+  fail("a thread has gone on behind its trap");
+}
+
+void Machine::forget_grids(Device& device) {
+  for (const auto& stream : streams_) {
+    if (stream->device != &device) continue;
+    for (const Work& work : stream->work)
+      if (work.grid) forget_under_way(*work.grid);
+    stream->runnable = {};
+    stream->work.clear();
+    stream->ended = stream->launched;
+  }
+  device.resident = 0;
+}
+
+// -- which thread runs
+// -------------------------------------------------------------------------------------------------
+
+void Machine::step() {
+  now_ns_ += kStepNs;
+  if (budget_ > 1) {
+    --budget_;
+    return;
+  }
+  switch_away(false);
+}
+
+void Machine::polled() {
+  now_ns_ += kStepNs;
+  ++fruitless_;
+  if (budget_ > 4) {
+    budget_ -= 4;
+    return;
+  }
+  switch_away(true);
+}
+
+void Machine::switch_away(bool polls) {
+  self->block->grid->stream->runnable.add(self, polls);
+  self->fiber.pause();
+}
+
+void Machine::block() {
+  self->blocked = true;
+  self->fiber.pause();
+}
+
+void Machine::wake(Thread* thread) {
+  if (!thread->blocked) return;
+  thread->blocked = false;
+  thread->block->grid->stream->runnable.add(thread, false);
+}
+
+void Machine::run_thread(Thread* thread) {
+  Stream& stream = *thread->block->grid->stream;
+  stream.runnable.remove(thread);
+  budget_ = 1 + random_.below(schedule_.burst);
+  self = thread;
+  threadIdx = thread->index;
+  blockIdx = thread->block->index;
+  blockDim = thread->block->size;
+  gridDim = thread->block->grid->blocks;
+  thread->fiber.resume();
+  self = nullptr;
+  if (broke_) {
+    broke_ = false;
+    forget_grids(*stream.device);
+  } else if (thread->ended && thread->block->live == 0) {
+    end_block(*thread->block);
+  }
+}
+
+// Nothing but polls for so long that none can come to anything: all that was stored has arrived, and every thread that
+// can has run many times since.
+bool Machine::is_idle() {
+  size_t threads = 0;
+  for (const auto& stream : streams_) threads += stream->runnable.polling.size() + stream->runnable.ready.size();
+  return fruitless_ > 64 * (threads + 16);
+}
+
+Thread* Machine::pick() {
+  std::vector<Stream*>& candidates = candidates_;
+  candidates.clear();
+  for (const auto& stream : streams_)
+    if (!stream->runnable.empty()) candidates.push_back(stream.get());
+  if (candidates.empty()) return nullptr;
+  if (idle_) {  // in turns, so that nobody is left out
+    for (size_t i = 0; i < candidates.size(); ++i) {
+      Runnable& runnable = candidates[turn_ % candidates.size()]->runnable;
+      ++turn_;
+      if (!runnable.ready.empty()) return runnable.ready[turn_ % runnable.ready.size()];
+      return runnable.polling[random_.below(runnable.polling.size())];
+    }
+  }
+  Stream* chosen = candidates[random_.below(candidates.size())];
+  const Schedule::Bias bias = schedule_.bias;
+  if (bias == Schedule::Bias::kAhead || bias == Schedule::Bias::kBehind) {
+    const bool is_special = chosen->number % streams_.size() == schedule_.which % streams_.size();
+    if (is_special == (bias == Schedule::Bias::kBehind) && !random_.once_in(16))
+      chosen = candidates[random_.below(candidates.size())];
+  }
+  Runnable& runnable = chosen->runnable;
+  const bool polls = runnable.ready.empty() || (!runnable.polling.empty() && random_.once_in(8));
+  const std::vector<Thread*>& list = polls ? runnable.polling : runnable.ready;
+  Thread* thread = list[random_.below(list.size())];
+  if (bias == Schedule::Bias::kStarved) {
+    const uint32_t size = thread->block->size.x;
+    const uint32_t at = thread->index.x + size * thread->block->index.x + 7 * static_cast<uint32_t>(chosen->number);
+    if (at % (2 * size) == schedule_.which % (2 * size) && !random_.once_in(64))
+      thread = list[random_.below(list.size())];
+  }
+  return thread;
+}
+
+std::string Machine::run() {
+  may_start_blocks_ = true;
+  fruitless_ = 0;
+  uint64_t polls_when_idle = 0;
+  while (true) {
+    while (may_start_blocks_) start_blocks();
+    let_stores_arrive();
+    const bool idle = fruitless_ > 0 && is_idle();
+    if (idle) {
+      if (!idle_) polls_when_idle = 0;
+      size_t threads = 1;
+      for (const auto& stream : streams_) threads += stream->runnable.polling.size();
+      now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(threads));
+      ++polls_when_idle;
+    }
+    idle_ = idle;
+    Thread* thread = pick();
+    if (!thread) {
+      if (may_start_blocks_) continue;
+      const bool done = std::all_of(streams_.begin(), streams_.end(), [](const auto& s) { return s->work.empty(); });
+      return done ? "" : what_stands();
+    }
+    run_thread(thread);
+  }
+}
+
+std::string Machine::what_stands() const {
+  std::string text = "threads wait at barriers for threads that do not come, or blocks for room:";
+  for (const auto& stream : streams_)
+    for (const Work& work : stream->work) {
+      if (!work.grid) continue;
+      text += " stream " + std::to_string(stream->number) + ": " + std::to_string(work.grid->started) + " of " +
+              std::to_string(work.grid->blocks.x) + " blocks have started, " + std::to_string(work.grid->ended) +
+              " ended;";
+    }
+  return text;
+}
+
+}  // namespace emulator
