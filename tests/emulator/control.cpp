@@ -34,5 +34,8 @@ EMULATOR_EXPORT int emulator_run(char* text, size_t bytes) {
 
 EMULATOR_EXPORT int emulator_is_broken(int device) { return machine.device(device).broken; }
 
+// Which of the errors that were patched into the sources is made: emulator::mutation.
+EMULATOR_EXPORT void emulator_mutate(int number) { emulator::mutation = number; }
+
 // Nanoseconds of the emulated clock.
 EMULATOR_EXPORT int64_t emulator_now() { return machine.now_ns(); }

@@ -256,10 +256,15 @@ void Machine::run_thread(Thread* thread) {
 
 // Nothing but polls for so long that none can come to anything: all that was stored has arrived, and every thread that
 // can has run many times since.
-bool Machine::is_idle() {
+bool Machine::is_idle() const {
+  if (fruitless_ < 64 * 16) return false;
+  return fruitless_ > 64 * (runnable_threads() + 16);
+}
+
+size_t Machine::runnable_threads() const {
   size_t threads = 0;
   for (const auto& stream : streams_) threads += stream->runnable.polling.size() + stream->runnable.ready.size();
-  return fruitless_ > 64 * (threads + 16);
+  return threads;
 }
 
 Thread* Machine::pick() {
@@ -269,12 +274,9 @@ Thread* Machine::pick() {
     if (!stream->runnable.empty()) candidates.push_back(stream.get());
   if (candidates.empty()) return nullptr;
   if (idle_) {  // in turns, so that nobody is left out
-    for (size_t i = 0; i < candidates.size(); ++i) {
-      Runnable& runnable = candidates[turn_ % candidates.size()]->runnable;
-      ++turn_;
-      if (!runnable.ready.empty()) return runnable.ready[turn_ % runnable.ready.size()];
-      return runnable.polling[random_.below(runnable.polling.size())];
-    }
+    const Runnable& runnable = candidates[turn_++ % candidates.size()]->runnable;
+    const std::vector<Thread*>& list = runnable.ready.empty() ? runnable.polling : runnable.ready;
+    return list[random_.below(list.size())];
   }
   Stream* chosen = candidates[random_.below(candidates.size())];
   const Schedule::Bias bias = schedule_.bias;
@@ -299,19 +301,11 @@ Thread* Machine::pick() {
 std::string Machine::run() {
   may_start_blocks_ = true;
   fruitless_ = 0;
-  uint64_t polls_when_idle = 0;
   while (true) {
     while (may_start_blocks_) start_blocks();
     let_stores_arrive();
-    const bool idle = fruitless_ > 0 && is_idle();
-    if (idle) {
-      if (!idle_) polls_when_idle = 0;
-      size_t threads = 1;
-      for (const auto& stream : streams_) threads += stream->runnable.polling.size();
-      now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(threads));
-      ++polls_when_idle;
-    }
-    idle_ = idle;
+    idle_ = is_idle();
+    if (idle_) now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(runnable_threads() + 1));
     Thread* thread = pick();
     if (!thread) {
       if (may_start_blocks_) continue;

@@ -126,7 +126,8 @@ class Machine {
   void run_thread(Thread* thread);
   void forget_grids(Device& device);
   Thread* pick();
-  bool is_idle();
+  bool is_idle() const;
+  size_t runnable_threads() const;
   std::string what_stands() const;
 
   std::vector<Device> devices_;
@@ -145,6 +146,9 @@ class Machine {
 };
 
 extern Machine machine;
+
+// For sources with errors patched into them: which of them is made.
+inline int mutation = 0;
 
 }  // namespace emulator
 

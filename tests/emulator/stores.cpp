@@ -17,9 +17,13 @@ bool is_same_word(const char* a, const char* b) {
 
 void StoreBuffer::add(const Thread* writer, void* address, uint32_t value, uint32_t bytes) {
   words_.push_back({static_cast<char*>(address), writer, value, static_cast<uint8_t>(bytes), false});
+  ++count(address);
 }
 
 void StoreBuffer::see(const Thread* reader, const void* address, uint32_t bytes, void* value) const {
+  bool any = false;
+  for (uint32_t at = 0; at < bytes; at += sizeof(uint32_t)) any |= count(static_cast<const char*>(address) + at) != 0;
+  if (!any) return;
   for (const Word& word : words_) {
     const ptrdiff_t distance = word.address - static_cast<const char*>(address);
     if (distance <= -ptrdiff_t{word.bytes} || distance >= ptrdiff_t{bytes}) continue;
@@ -39,7 +43,10 @@ void StoreBuffer::share(uint32_t first, uint32_t end) {
     if (word.writer && word.writer->index.x >= first && word.writer->index.x < end) word.shared = true;
 }
 
-void StoreBuffer::store(const Word& word) { std::memcpy(word.address, &word.value, word.bytes); }
+void StoreBuffer::store(const Word& word) {
+  std::memcpy(word.address, &word.value, word.bytes);
+  --count(word.address);
+}
 
 void StoreBuffer::arrive(Random& random) {
   size_t chosen = random.below(words_.size());

@@ -47,9 +47,15 @@ class StoreBuffer {
     bool shared;
   };
 
+  // Most loads are of what nobody in the block has stored. By the low bits of an address: words that are under way.
+  static constexpr size_t kCounts = 1024;
+  uint16_t& count(const void* address) { return counts_[reinterpret_cast<uintptr_t>(address) / 4 % kCounts]; }
+  uint16_t count(const void* address) const { return counts_[reinterpret_cast<uintptr_t>(address) / 4 % kCounts]; }
+
   void store(const Word& word);
 
   std::vector<Word> words_;
+  uint16_t counts_[kCounts] = {};
 };
 
 }  // namespace emulator

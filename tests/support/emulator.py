@@ -39,6 +39,9 @@ FLAGS = (
 )  # fmt: skip
 ERROR_BYTES = 4096
 
+# For each file of csrc/: texts that occur once there, and what stands there instead.
+Patches = Mapping[str, Sequence[tuple[str, str]]]
+
 
 class EmulatorError(RuntimeError):
     """The emulated kernels cannot come to their end: threads wait at barriers for others that do not come."""
@@ -86,31 +89,46 @@ def obstacle() -> str | None:
 needs_emulator = pytest.mark.skipif(obstacle() is not None, reason=f"the emulator cannot be built: {obstacle()}")
 
 
-def _digest(patches: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _digest_of_sources(patches: Patches) -> str:
     """Of everything that the library is made of."""
-    digest = hashlib.sha256(repr((FLAGS, COMPILER, sys.version, sorted(patches.items()))).encode())
     files = [path for folder in (SOURCES, EMULATOR) for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in files:
-        digest.update(str(path.relative_to(ROOT)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+    contents = [(str(path.relative_to(ROOT)), path.read_bytes()) for path in files]
+    return _digest(FLAGS, COMPILER, sys.version, sorted(patches.items()), contents)
 
 
 def _cache() -> Path:
     return Path(os.environ.get("ALLREDUCE_EMULATOR_CACHE", ROOT / "build" / "emulator"))
 
 
-def _compile(source: Path, target: Path, includes: Sequence[Path]) -> None:
+def _run(command: Sequence[str], what: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        message = f"{what} does not compile for the emulator:\n{result.stderr[-4000:]}"
+        raise RuntimeError(message)
+    return result.stdout
+
+
+def _compile(source: Path, includes: Sequence[Path]) -> Path:
+    """The object file of a source, which is compiled anew only when what the compiler sees of it has changed."""
     command = [COMPILER, *FLAGS, *(f"-I{path}" for path in includes)]
     if source.suffix == ".cu":
-        command += ["-x", "c++", "-include", "cuda.h"]
-    result = subprocess.run([*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True)
-    if result.returncode != 0:
-        message = f"{source.name} does not compile for the emulator:\n{result.stderr[-4000:]}"
-        raise RuntimeError(message)
+        command += ["-include", "cuda.h"]
+    command += ["-x", "c++", str(source)]
+    seen = _run([*command, "-E", "-P"], source.name)
+    made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, seen)}.o"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}")
+        _run([*command, "-c", "-o", str(partial)], source.name)
+        partial.rename(made)
+    return made
 
 
-def patched_sources(target: Path, patches: Mapping[str, Sequence[tuple[str, str]]]) -> Path:
+def patched_sources(target: Path, patches: Patches) -> Path:
     """A copy of csrc/ in ``target``, with texts replaced: for each file, (old, new) that occur once.
 
     Raises:
@@ -129,40 +147,33 @@ def patched_sources(target: Path, patches: Mapping[str, Sequence[tuple[str, str]
     return copy
 
 
-def build(patches: Mapping[str, Sequence[tuple[str, str]]] | None = None) -> Path:
+def build(patches: Patches | None = None) -> Path:
     """The module with the emulated library, compiled unless that was done before for the same sources."""
     patches = patches or {}
-    made = _cache() / _digest(patches) / "_C.so"
+    made = _cache() / _digest_of_sources(patches) / "_C.so"
     made.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(made.with_suffix(".lock")):
         if made.exists():
             return made
         with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
             folder = Path(scratch)
-            _build_in(folder, patched_sources(folder, patches) if patches else SOURCES)
+            _link(patched_sources(folder, patches) if patches else SOURCES, folder / "_C.so")
             (folder / "_C.so").rename(made)
     return made
 
 
-def _build_in(folder: Path, sources: Path) -> None:
+def _link(sources: Path, target: Path) -> None:
     nanobind, toolkit = _nanobind(), toolkit_headers()
     assert nanobind is not None and toolkit is not None
     python = Path(sysconfig.get_path("include"))
     bindings = [nanobind / "include", nanobind / "ext" / "robin_map" / "include", python]
     includes = [EMULATOR / "include", EMULATOR, sources, sources / "include", toolkit, toolkit / "cccl", *bindings]
-    files = [
-        *sources.rglob("*.cu"),
-        *sources.rglob("*.cpp"),
-        *EMULATOR.glob("*.cpp"),
-        nanobind / "src" / "nb_combined.cpp",
-    ]
+    files = [*sources.rglob("*.cu"), *sources.rglob("*.cpp"), *EMULATOR.glob("*.cpp")]
+    files.append(nanobind / "src" / "nb_combined.cpp")
     files.sort(key=lambda path: -path.stat().st_size if path.suffix == ".cu" else 0)  # the longest first
-    objects = [folder / f"{index}.o" for index in range(len(files))]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for done in [pool.submit(_compile, *pair, includes) for pair in zip(files, objects, strict=True)]:
-            done.result()
-    link = [COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(folder / "_C.so")]
-    subprocess.run(link, check=True, capture_output=True, text=True)
+        objects = list(pool.map(lambda source: _compile(source, includes), files))
+    _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(target)], target.name)
 
 
 class Stream:
@@ -216,6 +227,10 @@ class Library:
     def is_broken(self, device: int) -> bool:
         """Whether a kernel on this GPU has trapped."""
         return bool(self._c.emulator_is_broken(device))
+
+    def mutate(self, number: int) -> None:
+        """Choose one of the errors that a patched library has been given; 0: none of them."""
+        self._c.emulator_mutate(number)
 
     def now_ns(self) -> int:
         """The emulated clock."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import torch
@@ -106,7 +107,7 @@ class LocalGroup:
             torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
         ]
         bases = [buffer.data_ptr() for buffer in self.buffers]
-        self.streams = [self.machine.stream(rank) for rank in range(world_size)]
+        self.streams: list[Any] = [self.machine.stream(rank) for rank in range(world_size)]
         self.machine.synchronize()
         self.workspaces = [
             native.Workspace(
