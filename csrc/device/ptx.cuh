@@ -24,7 +24,6 @@ namespace lar {
 #endif
 
 // -- flags and counts
-// --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void store_release_system(uint32_t* address, uint32_t value) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
@@ -54,7 +53,6 @@ __device__ __forceinline__ uint32_t load_relaxed_gpu(const uint32_t* address) {
 }
 
 // -- vectors
-// -----------------------------------------------------------------------------------------------------------
 
 // Whole 32-bit words, each for itself.
 __device__ __forceinline__ void store_relaxed_system(uint4* address, const uint4& raw) {
@@ -101,7 +99,6 @@ __device__ __forceinline__ T load_weak(const T* address) {
 }
 
 // -- the timer and dependent launch
-// ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ int64_t global_timer_ns() {
   int64_t now;
@@ -126,7 +123,6 @@ __device__ __forceinline__ void let_next_kernel_start() {
 }
 
 // -- barriers of a block, beside that of __syncthreads(), which is number 0
-// ----------------------------------------------
 
 // For `threads` threads, of which this one waits.
 template <int kBarrier>
@@ -154,7 +150,6 @@ __device__ __forceinline__ bool barrier_all(uint32_t threads, bool value) {
 }
 
 // -- bulk copies from shared memory, whose addresses have 32 bits
-// ------------------------------------------------------
 
 #if LAR_HAS_BULK_COPIES
 __device__ __forceinline__ uint32_t shared_address(const void* shared) {

@@ -33,7 +33,6 @@ extern dim3 blockDim;
 extern dim3 gridDim;
 
 // -- barriers and warps
-// ------------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { emulator::machine.self->block->meet(emulator::Meeting::kSync, true); }
 inline int __syncthreads_and(int value) {
@@ -71,7 +70,6 @@ T __shfl_sync(unsigned mask, T value, int source) {
 }
 
 // -- memory and traps
-// --------------------------------------------------------------------------------------------------
 
 inline void __threadfence_system() {
   emulator::release();
@@ -94,7 +92,6 @@ void __stcs(T* address, const T& value) {
 [[noreturn]] inline void __trap() { emulator::machine.break_device(); }
 
 // -- arithmetic
-// --------------------------------------------------------------------------------------------------------
 
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

@@ -21,13 +21,6 @@ constexpr int64_t kStepNs = 10;
 constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of every thread
 constexpr int64_t kPollsPerRound = 256;
 
-void body_of_thread(void* argument) {
-  auto* thread = static_cast<Thread*>(argument);
-  thread->block->grid->body();
-  thread->block->leave();
-  thread->ended = true;
-}
-
 }  // namespace
 
 Machine::Machine() : devices_(kDevices) {
@@ -65,7 +58,6 @@ void Machine::launch(Stream* stream, std::unique_ptr<Grid> grid) {
 void Machine::wait_for(Stream* stream, const Event& event) { stream->work.push_back({nullptr, event}); }
 
 // -- what is under way
-// -------------------------------------------------------------------------------------------------
 
 void Machine::add_under_way(Block* block) {
   if (block->is_under_way) return;
@@ -74,14 +66,20 @@ void Machine::add_under_way(Block* block) {
 }
 
 void Machine::let_stores_arrive() {
-  if (under_way_.empty() || !random_.once_in(schedule_.arrivals)) return;
+  if (under_way_.empty()) return;
+  // Those who wait for what is under way must get it, and all of it: what arrives may be long in coming, not for ever.
+  const bool is_waited_for = fruitless_ > 4 * runnable_threads();
+  if (!is_waited_for && (schedule_.arrivals == 0 || !random_.once_in(schedule_.arrivals))) return;
   const uint32_t chosen = random_.below(under_way_.size());
   Block* block = under_way_[chosen];
   progress();
-  if (block->advance()) return;
-  block->is_under_way = false;
-  under_way_[chosen] = under_way_.back();
-  under_way_.pop_back();
+  for (uint32_t words = is_waited_for ? 1 + random_.below(256) : 1; words > 0; --words)
+    if (!block->advance()) {
+      block->is_under_way = false;
+      under_way_[chosen] = under_way_.back();
+      under_way_.pop_back();
+      return;
+    }
 }
 
 // A kernel that ends leaves nothing under way.
@@ -92,113 +90,7 @@ void Machine::forget_under_way(const Grid& grid) {
   }
 }
 
-// -- which blocks run
-// --------------------------------------------------------------------------------------------------
-
-void Machine::start_blocks() {
-  may_start_blocks_ = false;
-  std::vector<Stream*> order;
-  for (const auto& stream : streams_)
-    if (!stream->work.empty() && !stream->device->broken) order.push_back(stream.get());
-  for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_.below(i)]);
-  for (Stream* stream : order)
-    if (start_blocks_of(*stream)) may_start_blocks_ = true;  // what has ended may let others begin
-}
-
-// True if something of the stream's work was taken off it.
-bool Machine::start_blocks_of(Stream& stream) {
-  bool any_taken = false;
-  while (!stream.work.empty() && !stream.work.front().grid && has_happened(stream.work.front().event)) {
-    stream.work.pop_front();
-    any_taken = true;
-  }
-  const Device& device = *stream.device;
-  const int most = device.multiprocessors * device.blocks_per_multiprocessor;
-  const Grid* before = nullptr;
-  for (Work& work : stream.work) {
-    Grid* grid = work.grid.get();
-    if (!grid) {
-      if (!has_happened(work.event)) break;
-      continue;
-    }
-    if (before && !(grid->may_start_early && before->letting == before->blocks.x)) break;
-    while (!grid->has_started() && stream.device->resident < most) {
-      Block& block = *grid->resident.emplace_back(std::make_unique<Block>(grid, grid->started, grid->threads));
-      ++grid->started;
-      ++stream.device->resident;
-      progress();
-      for (Thread& thread : block.threads) {
-        thread.fiber.prepare(&body_of_thread, &thread);
-        stream.runnable.add(&thread, false);
-      }
-    }
-    if (!grid->has_started()) break;
-    before = grid;
-  }
-  return any_taken;
-}
-
-void Machine::end_block(Block& block) {
-  Grid& grid = *block.grid;
-  Stream& stream = *grid.stream;
-  if (!block.lets_next_start) ++grid.letting;
-  ++grid.ended;
-  --stream.device->resident;
-  block.threads.clear();
-  may_start_blocks_ = true;
-  while (!stream.work.empty() && stream.work.front().grid && stream.work.front().grid->has_ended()) {
-    forget_under_way(*stream.work.front().grid);
-    stream.work.pop_front();
-    ++stream.ended;
-    while (!stream.work.empty() && !stream.work.front().grid && has_happened(stream.work.front().event))
-      stream.work.pop_front();
-    if (stream.work.empty() || !stream.work.front().grid) continue;
-    for (Thread* thread : stream.work.front().grid->waiting) wake(thread);
-    stream.work.front().grid->waiting.clear();
-  }
-}
-
-void Machine::previous_kernel() {
-  Grid* grid = self->block->grid;
-  if (grid->stream->work.front().grid.get() != grid) {
-    grid->waiting.push_back(self);
-    block();
-  } else {
-    step();
-  }
-}
-
-void Machine::let_next_kernel_start() {
-  Block* block = self->block;
-  if (block->lets_next_start) return;
-  block->lets_next_start = true;
-  ++block->grid->letting;
-  may_start_blocks_ = true;
-  step();
-}
-
-// A trap ends everything on the device.
-void Machine::break_device() {
-  self->block->grid->stream->device->broken = true;
-  broke_ = true;
-  self->fiber.pause();
-  fail("a thread has gone on behind its trap");
-}
-
-void Machine::forget_grids(Device& device) {
-  for (const auto& stream : streams_) {
-    if (stream->device != &device) continue;
-    for (const Work& work : stream->work)
-      if (work.grid) forget_under_way(*work.grid);
-    stream->runnable = {};
-    stream->work.clear();
-    stream->ended = stream->launched;
-  }
-  device.resident = 0;
-}
-
 // -- which thread runs
-// -------------------------------------------------------------------------------------------------
 
 void Machine::step() {
   now_ns_ += kStepNs;

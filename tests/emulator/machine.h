@@ -90,7 +90,7 @@ class Machine {
   // Until all streams have done all that they were given. An error in words if that cannot be; empty otherwise.
   std::string run();
 
-  // -- for threads ---------------------------------------------------------------------------------------------------
+  // -- for threads
 
   // Lets others run, now or soon. A poll that came to nothing is one for which others had better run.
   void step();

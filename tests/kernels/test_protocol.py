@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from llm_allreduce_plugin.monitor import failure_of
+from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import group_of, inputs_of, reduce_and_compare
 from tests.kernels.test_low_precision import compare
 from tests.support.emulator import BrokenContextError, needs_emulator, seeds
 from tests.support.in_band_rest import assert_at_rest
-from tests.support.local_group import LocalGroup
+from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.reference import assert_same_bits, poison, rank_ordered_sum
 
@@ -160,6 +161,17 @@ WAITS = [
     ("TWOSHOT", "(scatter|gather)", KINDS["in band, split"]),
     ("LOWPRECISION", "(scatter|gather)", KINDS["in band, split"] | {"workspace_mib": 0.5}),
 ]
+
+
+@pytest.mark.parametrize("world_size", (3, 4, 5, 8))
+def test_staged_calls_have_one_stream_out_and_one_in(world_size: int) -> None:
+    held_back = 0
+    for seed in seeds(3):
+        group = group_of(seed, world_size, {"in_band": False, "staged": True, "workspace_mib": 0.25})
+        inputs = inputs_of(seed, world_size, 8192, torch.bfloat16)
+        reduce_and_compare(group, "TWOSHOT", inputs, f"{seed=}")
+        held_back += check_streams(group, group.launch_of("TWOSHOT", message_of(inputs[0])).rounds)
+    assert held_back > 0, "no stream ever had to wait for another: the test shows nothing"
 
 
 @pytest.mark.parametrize(("algorithm", "phase", "kind"), WAITS)

@@ -35,7 +35,6 @@ FLAGS = (
     "-fno-strict-aliasing",  # kernels see 16 bytes now as words, now as elements
     "-fno-gnu-unique",  # no variable is shared with the real library in the same process
     "-U_FORTIFY_SOURCE", "-fcf-protection=none",  # a thread's jumps go from stack to stack
-    "-DNB_DOMAIN=emulator",  # two modules bind types of the same names
 )  # fmt: skip
 ERROR_BYTES = 4096
 
@@ -112,9 +111,14 @@ def _run(command: Sequence[str], what: str) -> str:
     return result.stdout
 
 
-def _compile(source: Path, includes: Sequence[Path]) -> Path:
-    """The object file of a source, which is compiled anew only when what the compiler sees of it has changed."""
+def _compile(source: Path, includes: Sequence[Path], domain: str) -> Path:
+    """The object file of a source, which is compiled anew only when what the compiler sees of it has changed.
+
+    ``domain``: of the types that nanobind binds; that of another library in the same process binds the same names.
+    """
     command = [COMPILER, *FLAGS, *(f"-I{path}" for path in includes)]
+    if source.name in ("bindings.cpp", "nb_combined.cpp"):
+        command += [f"-DNB_DOMAIN={domain}"]
     if source.suffix == ".cu":
         command += ["-include", "cuda.h"]
     command += ["-x", "c++", str(source)]
@@ -157,12 +161,13 @@ def build(patches: Patches | None = None) -> Path:
             return made
         with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
             folder = Path(scratch)
-            _link(patched_sources(folder, patches) if patches else SOURCES, folder / "_C.so")
+            sources = patched_sources(folder, patches) if patches else SOURCES
+            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", folder / "_C.so")
             (folder / "_C.so").rename(made)
     return made
 
 
-def _link(sources: Path, target: Path) -> None:
+def _link(sources: Path, domain: str, target: Path) -> None:
     nanobind, toolkit = _nanobind(), toolkit_headers()
     assert nanobind is not None and toolkit is not None
     python = Path(sysconfig.get_path("include"))
@@ -172,7 +177,7 @@ def _link(sources: Path, target: Path) -> None:
     files.append(nanobind / "src" / "nb_combined.cpp")
     files.sort(key=lambda path: -path.stat().st_size if path.suffix == ".cu" else 0)  # the longest first
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, includes), files))
+        objects = list(pool.map(lambda source: _compile(source, includes, domain), files))
     _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(target)], target.name)
 
 
