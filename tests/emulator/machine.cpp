@@ -159,6 +159,23 @@ size_t Machine::runnable_threads() const {
   return threads;
 }
 
+// Of the candidates. One that is favoured goes as far as it can, one that is held back waits for as long as others can
+// go on, mostly.
+Stream* Machine::pick_stream() {
+  Stream* chosen = candidates_[random_.below(candidates_.size())];
+  const bool is_ahead = schedule_.bias == Schedule::Bias::kAhead;
+  if ((!is_ahead && schedule_.bias != Schedule::Bias::kBehind) || random_.once_in(64)) return chosen;
+  Stream* special = streams_[schedule_.which % streams_.size()].get();
+  if (is_ahead) return special->runnable.ready.empty() ? chosen : special;
+  if (chosen != special) return chosen;
+  const size_t first = random_.below(candidates_.size());
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    Stream* other = candidates_[(first + i) % candidates_.size()];
+    if (other != special && !other->runnable.ready.empty()) return other;
+  }
+  return special;
+}
+
 Thread* Machine::pick() {
   std::vector<Stream*>& candidates = candidates_;
   candidates.clear();
@@ -170,18 +187,12 @@ Thread* Machine::pick() {
     const std::vector<Thread*>& list = runnable.ready.empty() ? runnable.polling : runnable.ready;
     return list[random_.below(list.size())];
   }
-  Stream* chosen = candidates[random_.below(candidates.size())];
-  const Schedule::Bias bias = schedule_.bias;
-  if (bias == Schedule::Bias::kAhead || bias == Schedule::Bias::kBehind) {
-    const bool is_special = chosen->number % streams_.size() == schedule_.which % streams_.size();
-    if (is_special == (bias == Schedule::Bias::kBehind) && !random_.once_in(16))
-      chosen = candidates[random_.below(candidates.size())];
-  }
+  Stream* chosen = pick_stream();
   Runnable& runnable = chosen->runnable;
   const bool polls = runnable.ready.empty() || (!runnable.polling.empty() && random_.once_in(8));
   const std::vector<Thread*>& list = polls ? runnable.polling : runnable.ready;
   Thread* thread = list[random_.below(list.size())];
-  if (bias == Schedule::Bias::kStarved) {
+  if (schedule_.bias == Schedule::Bias::kStarved) {
     const uint32_t size = thread->block->size.x;
     const uint32_t at = thread->index.x + size * thread->block->index.x + 7 * static_cast<uint32_t>(chosen->number);
     if (at % (2 * size) == schedule_.which % (2 * size) && !random_.once_in(64))

@@ -126,6 +126,7 @@ class Machine {
   void run_thread(Thread* thread);
   void forget_grids(Device& device);
   Thread* pick();
+  Stream* pick_stream();
   bool is_idle() const;
   size_t runnable_threads() const;
   std::string what_stands() const;
