@@ -21,11 +21,15 @@ uint64_t key(lar_kind kind, lar_dtype dtype, int32_t world_size, Form form) {
   return key << 8 | static_cast<uint64_t>(world_size);
 }
 
-uint64_t key(const Row& row) { return key(row.kind, row.dtype, row.world_size, row.form); }
+// With its key beside it: a row is looked for in every launch.
+struct KeyedRow {
+  uint64_t key;
+  Row row;
+};
 
 // In functions, because rows come before the initialization of this file's variables.
-std::vector<Row>& rows() {
-  static std::vector<Row> all;
+std::vector<KeyedRow>& rows() {
+  static std::vector<KeyedRow> all;
   return all;
 }
 
@@ -41,19 +45,19 @@ ExchangeFunction* exchanges() {
 }
 
 // The rows by rising key.
-const std::vector<Row>& sorted_rows() {
+const std::vector<KeyedRow>& sorted_rows() {
   static std::once_flag sorted;
   std::call_once(sorted, [] {
-    std::sort(rows().begin(), rows().end(), [](const Row& a, const Row& b) { return key(a) < key(b); });
+    std::sort(rows().begin(), rows().end(), [](const KeyedRow& a, const KeyedRow& b) { return a.key < b.key; });
   });
   return rows();
 }
 
 const Row* find(uint64_t wanted) {
-  const std::vector<Row>& all = sorted_rows();
-  const auto at =
-      std::lower_bound(all.begin(), all.end(), wanted, [](const Row& row, uint64_t other) { return key(row) < other; });
-  return at != all.end() && key(*at) == wanted ? &*at : nullptr;
+  const std::vector<KeyedRow>& all = sorted_rows();
+  const auto at = std::lower_bound(all.begin(), all.end(), wanted,
+                                   [](const KeyedRow& row, uint64_t other) { return row.key < other; });
+  return at != all.end() && at->key == wanted ? &at->row : nullptr;
 }
 
 int call_cpu(const lar_workspace& workspace, const lar_call& call) {
@@ -64,7 +68,7 @@ int call_cpu(const lar_workspace& workspace, const lar_call& call) {
 
 }  // namespace
 
-void add_row(const Row& row) { rows().push_back(row); }
+void add_row(const Row& row) { rows().push_back({key(row.kind, row.dtype, row.world_size, row.form), row}); }
 
 void add_cpu(lar_kind kind, CpuFunction function) { cpu_functions().emplace_back(kind, function); }
 
@@ -91,7 +95,8 @@ extern "C" int lar_load_kernels_cuda(int32_t world_size) {
   using namespace lar;
   if (!supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
   const OutsideCapture outside;
-  for (const Row& row : sorted_rows()) {
+  for (const KeyedRow& keyed : sorted_rows()) {
+    const Row& row = keyed.row;
     if (find_row(row.kind, row.dtype, world_size, row.form) != &row) continue;
     cudaFuncAttributes attributes;
     if (const cudaError_t error = cudaFuncGetAttributes(&attributes, row.kernel); error != cudaSuccess) return error;
