@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts, world_size_obstacle
 from llm_allreduce_plugin.topology.links import Transport
@@ -23,7 +23,7 @@ MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
-TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
+TWO_SHOT_BLOCKS = 100  # of measured.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 
 
@@ -114,7 +114,12 @@ class MissingStrategy(Strategy):
 
 
 def spread_in_band(
-    message: Message, facts: GroupFacts, algorithm: Algorithm, chunk_bytes: int, parts: int, split: tables.Split | None
+    message: Message,
+    facts: GroupFacts,
+    algorithm: Algorithm,
+    chunk_bytes: int,
+    parts: int,
+    split: measured.Split | None,
 ) -> Launch:
     """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
 
@@ -131,14 +136,14 @@ def spread_in_band(
         return Launch(
             algorithm=algorithm,
             exchange=Exchange.PUSH,
-            lanes=facts.lanes * split.lanes // tables.LARGEST_GRID,
+            lanes=facts.lanes * split.lanes // measured.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
             rounds=rounds,
-            scatter_lanes=max(1, facts.lanes * split.scatter // tables.LARGEST_GRID),
-            drain_lanes=facts.lanes * split.drain // tables.LARGEST_GRID,
+            scatter_lanes=max(1, facts.lanes * split.scatter // measured.LARGEST_GRID),
+            drain_lanes=facts.lanes * split.drain // measured.LARGEST_GRID,
         )
-    few = facts.lanes * TWO_SHOT_BLOCKS // tables.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
+    few = facts.lanes * TWO_SHOT_BLOCKS // measured.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
     threads = next(
         (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
     )

@@ -10,7 +10,7 @@ from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
-    from llm_allreduce_plugin.algorithms.tables import Tuned
+    from llm_allreduce_plugin.algorithms.ranges import Tuned
 
 LARGEST_WORLD_SIZE = 72  # LAR_MAX_WORLD_SIZE: an NVLink domain
 SUPPORTED_WORLD_SIZES = range(2, LARGEST_WORLD_SIZE + 1)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
@@ -162,7 +162,7 @@ class LowPrecision(KernelStrategy):
         split = tables.split(self.name, facts.world_size, payload_bytes)
         assert split is not None
         # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
-        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
+        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // measured.LARGEST_GRID)
         return Launch(
             Algorithm.TWO_SHOT,
             Exchange.PUSH,

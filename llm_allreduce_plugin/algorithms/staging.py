@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.base import LINE_VECTORS, MAX_STAGED_THREADS, VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
@@ -46,11 +46,11 @@ def launch(
     if obstacle(facts) is not None:
         return None
     part = max(1, math.ceil(units / facts.world_size))  # what a rank sends to another in a message of one round
-    if facts.staged is StagedChoice.AUTO and part * unit_bytes <= tables.STAGED_ABOVE_STAGE_BYTES:
+    if facts.staged is StagedChoice.AUTO and part * unit_bytes <= measured.STAGED_ABOVE_STAGE_BYTES:
         return None
     # All blocks meet at barriers of the grid, so all must run at once, as one to a multiprocessor does on any GPU.
     resident = min(facts.lanes, facts.multiprocessors or facts.lanes)
-    lanes = min(tables.STAGED_LANES, resident, math.ceil(part * unit_threads / MAX_STAGED_THREADS))
+    lanes = min(measured.STAGED_LANES, resident, math.ceil(part * unit_threads / MAX_STAGED_THREADS))
     capacity = facts.flagged.staged // max(1, lanes) // unit_bytes
     if capacity < 1:
         return None

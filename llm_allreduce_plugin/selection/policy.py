@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, PassedOver
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.ranges import Range, Table
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 
@@ -34,11 +35,11 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def table_of(config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2) -> tables.Table:
+def table_of(config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2) -> Table:
     """The table that AUTO, or what falls back to MINLATENCY, goes by, and where it comes from."""
     if config.one_shot_max_bytes is not None and config.allreduce_strategy is S.AUTO:
-        ranges = (tables.Range(int(config.one_shot_max_bytes), "ONESHOT"), tables.Range(None, "TWOSHOT"))
-        return tables.Table(ranges, "one_shot_max_bytes")
+        ranges = (Range(int(config.one_shot_max_bytes), "ONESHOT"), Range(None, "TWOSHOT"))
+        return Table(ranges, "one_shot_max_bytes")
     return tables.table_of(facts, element_bytes)
 
 
@@ -47,7 +48,7 @@ def uses_table(config: AllReduceConfig) -> bool:
     return not {S.AUTO, S.MINLATENCY}.isdisjoint(_FALLBACKS[config.allreduce_strategy])
 
 
-def _merit(table: tables.Table, message: Message) -> tuple[AllReduceStrategy, str]:
+def _merit(table: Table, message: Message) -> tuple[AllReduceStrategy, str]:
     """The fastest strategy of a table for a message, and why."""
     below, found = table.range_of(message.payload_bytes)
     size = _bytes(message.payload_bytes)
@@ -162,7 +163,7 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     ranges = table_of(config, facts, element).ranges
     limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.obstacle(facts) is None:
-        limits.add(facts.world_size * tables.STAGED_ABOVE_STAGE_BYTES)
+        limits.add(facts.world_size * measured.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
         decision = decide(config, facts, size // element, dtype)
         what = str(decision.strategy)

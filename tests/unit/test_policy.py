@@ -21,8 +21,10 @@ from llm_allreduce_plugin.algorithms.base import (
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts
+from llm_allreduce_plugin.algorithms.measured import LINK_SCALE
+from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
-from llm_allreduce_plugin.algorithms.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
+from llm_allreduce_plugin.algorithms.tables import fastest
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group.layouts import host_layout
 from llm_allreduce_plugin.oracle import CODECS

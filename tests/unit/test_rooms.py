@@ -40,7 +40,6 @@ ROOMS = (
 # Known faults: none may be added, and one that is gone is taken out of here.
 KNOWN_UPWARD = {("group.cards", "runtime.reports")}
 KNOWN_CIRCLES = [
-    {"algorithms.facts", "algorithms.tables"},
     {"base.agreement", "base.step"},
     {"topology.cuda_order", "topology.visible"},
     {"topology.files", "topology.model", "topology.nvml"},

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import ConfigError, NodeTopology
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import measured, staging
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts, SlotBytes
 from llm_allreduce_plugin.config import (
@@ -105,7 +105,7 @@ def is_staged(*arguments: Any, **keywords: Any) -> bool:
 
 
 def test_large_messages_are_staged_where_nvlink_does_not_join_the_gpus() -> None:
-    limit = 8 * tables.STAGED_ABOVE_STAGE_BYTES
+    limit = 8 * measured.STAGED_ABOVE_STAGE_BYTES
     for strategy in ("TWOSHOT", "MINLATENCY", "AUTO", "UB", "MNNVL"):
         assert is_staged(pcie(), limit + 256, strategy)
         assert not is_staged(pcie(), limit, strategy)
@@ -153,7 +153,7 @@ def test_values_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compressed_messages_are_staged_by_what_travels(wire: WireFormat) -> None:
     group = pcie(low_precision=LowPrecisionConfig(wire_format=wire, min_bytes=0))
     packet = PACKETS[wire]
-    packets = tables.STAGED_ABOVE_STAGE_BYTES // packet.bytes  # of a part, the most that is not staged
+    packets = measured.STAGED_ABOVE_STAGE_BYTES // packet.bytes  # of a part, the most that is not staged
     limit = packets * packet.values * 8 * 2
     below, above = (decision(group, size, "LOWPRECISION").launch for size in (limit, limit + 16))
     assert below is not None
@@ -181,7 +181,7 @@ def test_launches_fit_their_slots(count: int, world_size: int, workspace: int, w
     values, unit = (8, 16) if wire is None else (PACKETS[wire].values, PACKETS[wire].bytes)
     assert launch.chunk_vectors * 16 % unit == 0
     assert 1 <= launch.owned_vectors * 16 <= group.flagged.staged
-    assert 1 <= launch.lanes <= tables.STAGED_LANES
+    assert 1 <= launch.lanes <= measured.STAGED_LANES
     per_round = launch.owned_vectors * 16 // unit * values * world_size
     assert launch.rounds == max(1, math.ceil(count / per_round))
 
@@ -193,7 +193,7 @@ def test_all_blocks_run_at_once_on_the_smallest_gpu(multiprocessors: int) -> Non
     launch = decision(group, 256 * MIB).launch
     assert launch is not None
     assert launch.staged
-    assert launch.lanes == min(multiprocessors, tables.STAGED_LANES)
+    assert launch.lanes == min(multiprocessors, measured.STAGED_LANES)
 
 
 def test_without_slots_nothing_is_staged() -> None:
