@@ -78,3 +78,11 @@ def between(anchors: Mapping[int, int], world_size: int) -> int:
     low, high = sizes[above - 1], sizes[above]
     share = math.log(world_size / low) / math.log(high / low)
     return round(math.pow(anchors[low], 1 - share) * math.pow(anchors[high], share))
+
+
+def bytes_in_words(count: int) -> str:
+    """``192 KiB``, to four digits."""
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} bytes"

@@ -22,6 +22,7 @@ from llm_allreduce_plugin.topology.links import Transport
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.decision import Launch
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 
 class TwoShot(KernelStrategy):
@@ -29,10 +30,10 @@ class TwoShot(KernelStrategy):
     numerics = Numerics.EXACT
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
-    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         parts = facts.world_size
         slot_bytes = facts.in_band.two_shot
-        staged = staging.launch(facts, Algorithm.TWO_SHOT, message.vectors)
+        staged = staging.launch(config, facts, Algorithm.TWO_SHOT, message.vectors)
         if staged is not None:
             return staged
         if facts.transport is Transport.HOST:

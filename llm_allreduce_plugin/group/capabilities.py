@@ -56,8 +56,6 @@ def group_facts(
         multiprocessors=multiprocessors(topology, size),
         nodes=hosts,
         nvlink=not topology.nvlink_gap(range(size)),
-        staged=settings.staged,
-        low_precision=settings.low_precision,
         domains=nodes if len(nodes) == size else (),
     )
     if not members:
@@ -86,8 +84,6 @@ def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFa
         world_size=world_size,
         device="cpu",
         transport=Transport.NONE,
-        staged=settings.staged,
-        low_precision=settings.low_precision,
     )
     if (obstacle := transport_obstacle(settings, world_size, 1, "cpu")) is not None:
         return dataclasses.replace(facts, no_transport_reason=obstacle)
@@ -107,5 +103,6 @@ def _p2p_fault(topology: NodeTopology, world_size: int) -> str | None:
 
 def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:
     """Every strategy with the reason why it cannot run on large 16-bit messages, or None when it can."""
+    config = AllReduceConfig()
     message = Message(count=64 << 20, dtype="bfloat16", element_bytes=2)  # large: what pays is another question
-    return [(name, strategy.obstacle(facts, message)) for name, strategy in STRATEGIES.items()]
+    return [(name, strategy.obstacle(config, facts, message)) for name, strategy in STRATEGIES.items()]

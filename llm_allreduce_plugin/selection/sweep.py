@@ -8,12 +8,11 @@ from collections.abc import Callable
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, WireFormat
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, kernel_in_words
 
 SMALLEST_BYTES = 16
 LARGEST_BYTES = 1 << 30
-_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}
-_FORMS = {Algorithm.RING: "ring", Algorithm.HIERARCHICAL: "hierarchical"}
+_WORDS = {Algorithm.RING: "ring", Algorithm.HIERARCHICAL: "hierarchical"}
 # What tells one range from the next: everything but the numbers of a launch.
 _Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, bool, WireFormat | None, bool]
 
@@ -31,11 +30,10 @@ def name_of(decision: Decision) -> str:
     launch = decision.launch
     if launch is None:
         return str(decision.strategy)
-    named = decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT)
     words = [
-        None if named or launch.wire_format else _WORDS.get(launch.algorithm),
+        kernel_in_words(decision),
         launch.wire_format,
-        _FORMS.get(launch.algorithm),
+        _WORDS.get(launch.algorithm),
         "staged" if launch.staged else None,
     ]
     said = ", ".join(word for word in words if word)

@@ -113,7 +113,7 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
     else:
         assert dtype in ELEMENT_BYTES
         message = Message(count, dtype, ELEMENT_BYTES[dtype])
-        assert STRATEGIES[decision.strategy].obstacle(group, message) is None
+        assert STRATEGIES[decision.strategy].obstacle(config(strategy), group, message) is None
         assert decision.launch is not None
     # AUTO and its relatives never choose a lossy format.
     if strategy is not S.LOWPRECISION:
@@ -313,7 +313,7 @@ def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs:
 
 def low_precision(count: int, dtype: str, group: GroupFacts, **settings: Any) -> Decision:
     agreed = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=LowPrecisionConfig(**settings))
-    return decide(agreed, dataclasses.replace(group, low_precision=agreed.low_precision), count, dtype)
+    return decide(agreed, group, count, dtype)
 
 
 def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
