@@ -138,6 +138,9 @@ def host_unregister(address: int) -> None: ...
 def load_kernels(world_size: int) -> None:
     """Load all kernels for a world size onto the current device."""
 
+def wire_codes() -> dict[str, int]:
+    """The number of each wire format, raw among them, by its name."""
+
 def packet_size(format: int) -> tuple[int, int]:
     """Values and bytes of a packet of a wire format."""
 

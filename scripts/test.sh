@@ -16,7 +16,7 @@ source_files=(llm_allreduce_plugin tests scripts benchmarks)
 echo "== ruff, clang-format, mypy, shellcheck-by-bash"
 "$python" -m ruff check "${source_files[@]}"
 "$python" -m ruff format --check "${source_files[@]}"
-git ls-files 'csrc/*.cu' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.h' | xargs .venv/bin/clang-format --dry-run --Werror
+git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 "$python" -m mypy
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 

@@ -1,9 +1,12 @@
 // The Python face of the C ABI. Addresses travel as integers: nothing here knows a tensor library.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <map>
 
 #include "bindings/plan.h"
 
@@ -33,6 +36,13 @@ std::tuple<int, int> packet_size(int format) {
   int32_t bytes = 0;
   throw_on_error(lar_packet_size(static_cast<lar_wire>(format), &values, &bytes), "packet_size");
   return {values, bytes};
+}
+
+std::map<std::string, int> wire_codes() {
+  std::map<std::string, int> codes;
+  for (int code = LAR_WIRE_RAW; const char* name = lar_wire_name(static_cast<lar_wire>(code)); ++code)
+    codes[name] = code;
+  return codes;
 }
 
 lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t flagged_bytes, bool shared) {
@@ -123,6 +133,7 @@ NB_MODULE(_C, module) {
   module.def(
       "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
       "world_size"_a, "Load all kernels for a world size onto the current device.");
+  module.def("wire_codes", &wire_codes, "The number of each wire format, raw among them, by its name.");
   module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
   module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
              "Encode `count` values at one address into packets at another, on the CPU or on a stream.");

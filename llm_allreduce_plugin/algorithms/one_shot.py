@@ -1,4 +1,4 @@
-"""ONESHOT: push every rank's vector to every peer, reduce locally. Kernels: csrc/{kernels,cpu}/one_shot.*."""
+"""ONESHOT: push every rank's vector to every peer, reduce locally. Kernels: csrc/{kernels,cpu}/one_shot_*."""
 
 from __future__ import annotations
 

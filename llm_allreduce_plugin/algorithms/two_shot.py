@@ -1,4 +1,4 @@
-"""TWOSHOT: reduce-scatter, then all-gather, both by pushing. Kernels: csrc/{kernels,cpu}/two_shot.*."""
+"""TWOSHOT: reduce-scatter, then all-gather, both by pushing. Kernels: csrc/{kernels,cpu}/two_shot_*."""
 
 from __future__ import annotations
 

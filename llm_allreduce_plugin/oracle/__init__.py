@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable
 
 import torch
@@ -59,14 +60,12 @@ class Codec:
         return self.decode(self.encode(values), values.numel()).view(values.shape)
 
 
+def _codec(wire: WireFormat, module: types.ModuleType) -> Codec:
+    return Codec(PACKETS[wire].code, module.PACKET_VALUES, module.PACKET_BYTES, module.encode, module.decode)
+
+
 CODECS: dict[WireFormat, Codec] = {
-    WireFormat.FP8: Codec(PACKETS[WireFormat.FP8].code, fp8.PACKET_VALUES, fp8.PACKET_BYTES, fp8.encode, fp8.decode),
-    WireFormat.TQ3: Codec(PACKETS[WireFormat.TQ3].code, tq3.PACKET_VALUES, tq3.PACKET_BYTES, tq3.encode, tq3.decode),
-    WireFormat.HADAMARD2: Codec(
-        PACKETS[WireFormat.HADAMARD2].code,
-        hadamard2.PACKET_VALUES,
-        hadamard2.PACKET_BYTES,
-        hadamard2.encode,
-        hadamard2.decode,
-    ),
+    WireFormat.FP8: _codec(WireFormat.FP8, fp8),
+    WireFormat.TQ3: _codec(WireFormat.TQ3, tq3),
+    WireFormat.HADAMARD2: _codec(WireFormat.HADAMARD2, hadamard2),
 }

@@ -1,4 +1,4 @@
-"""What LOWPRECISION over two domains computes: the oracle of csrc/{cpu,kernels}/low_precision_hierarchical.*."""
+"""What LOWPRECISION over two domains computes: the oracle of csrc/{cpu,kernels}/hierarchical_flags.*."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LOWPRECISION's ring computes, in plain torch: the oracle of csrc/{cpu,kernels}/low_precision_ring.*."""
+"""What LOWPRECISION's ring computes, in plain torch: the oracle of csrc/{cpu,kernels}/ring_flags.*."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What LOWPRECISION computes, in plain torch: the oracle of csrc/cpu/low_precision.cpp and of the accuracy report."""
+"""What LOWPRECISION computes, in plain torch: the oracle of csrc/cpu/two_shot_flags.cpp and of the accuracy report."""
 
 from __future__ import annotations
 

@@ -170,23 +170,10 @@ def stage_times(group: LocalGroup, stages: int) -> list[list[tuple[int, int, int
     return [[tuple(times[stage + 1]) for stage in range(stages)] for times in kept]  # the first is stage 1
 
 
-@pytest.mark.parametrize("world_size", (3, 4, 5, 8))
-def test_one_stream_out_and_one_in(world_size: int) -> None:
-    """By the GPU's clock, which all ranks share here. Rank 0's input is not aligned, so that it sends more slowly."""
-    group = LocalGroup(world_size, in_band=False, workspace_mib=64, staged=True)
-    size, dtype = 8 << 20, torch.bfloat16
-    parts = [torch.randn(size + 1, device=group.device).to(dtype) for _ in range(world_size)]
-    inputs = [part[1:] if rank == 0 else part[:-1] for rank, part in enumerate(parts)]
-    outputs = [torch.empty_like(part) for part in inputs]
-    launch = group.launch_of("TWOSHOT", message_of(inputs[0]))
-    torch.cuda.synchronize()
-    for rank in range(world_size):
-        group.start(rank, "TWOSHOT", inputs[rank], outputs[rank])
-    torch.cuda.synchronize()
-    for output in outputs:
-        assert_same_bits(output, rank_ordered_sum([part.cpu() for part in inputs]), "with times")
-
-    stages = launch.rounds * 2 * (world_size - 1)
+def check_streams(group: LocalGroup, rounds: int) -> int:
+    """One stream out and one in, of a group's first call; returns how often one had to wait for another."""
+    world_size = group.world_size
+    stages = rounds * 2 * (world_size - 1)
     times = stage_times(group, stages)
     held_back = 0
     for rank in range(world_size):
@@ -203,6 +190,26 @@ def test_one_stream_out_and_one_in(world_size: int) -> None:
             assert times[source][stage][0] >= complete, f"ranks {before} and {source} send to {rank} in stage {stage}"
             # The source had ended the stage before, in both directions, but this rank was still receiving.
             held_back += times[source][stage - 1][2] < complete
+    return held_back
+
+
+@pytest.mark.parametrize("world_size", (3, 4, 5, 8))
+def test_one_stream_out_and_one_in(world_size: int) -> None:
+    """By the GPU's clock, which all ranks share here. Rank 0's input is not aligned, so that it sends more slowly."""
+    group = LocalGroup(world_size, in_band=False, workspace_mib=64, staged=True)
+    size, dtype = 8 << 20, torch.bfloat16
+    parts = [torch.randn(size + 1, device=group.device).to(dtype) for _ in range(world_size)]
+    inputs = [part[1:] if rank == 0 else part[:-1] for rank, part in enumerate(parts)]
+    outputs = [torch.empty_like(part) for part in inputs]
+    launch = group.launch_of("TWOSHOT", message_of(inputs[0]))
+    torch.cuda.synchronize()
+    for rank in range(world_size):
+        group.start(rank, "TWOSHOT", inputs[rank], outputs[rank])
+    torch.cuda.synchronize()
+    for output in outputs:
+        assert_same_bits(output, rank_ordered_sum([part.cpu() for part in inputs]), "with times")
+
+    held_back = check_streams(group, launch.rounds)
     assert held_back > 0, "no stream ever had to wait for another: the test shows nothing"
     arrivals = [buffer[256:260].view(torch.int32).item() for buffer in group.buffers]
     assert arrivals == [0] * world_size, "lanes that arrived are counted to the end"

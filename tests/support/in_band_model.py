@@ -1,6 +1,6 @@
 """The generations of the in-band exchange, on the memory of weak_memory.py: what its kernels have in common.
 
-What csrc/device/in_band.cuh and published.cuh do to slots and epochs is written down once more here, and what the
+What csrc/device/in_band.cuh and shared.cuh do to slots and epochs is written down once more here, and what the
 kernels do in in_band_kernels.py, thread by thread. So this tests the argument for the number of generations, not the
 code. The value of a word says which call, rank, vector and word it is of, so nothing can pass for something else.
 """

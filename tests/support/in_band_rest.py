@@ -8,7 +8,7 @@ import torch
 
 from llm_allreduce_plugin import _C
 
-# By their places among the planes of epochs (csrc/common.h).
+# By their places among the planes of epochs (csrc/host/layout.h).
 EPOCH_PLANES = {"ONESHOT": 3, "TWOSHOT": 4}
 MARKER = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word, of which it is the smallest
 

@@ -1,4 +1,4 @@
-"""Several ranks on one GPU, from one process: world sizes beyond the GPUs at hand.
+"""Several ranks in one process, on one GPU or on emulated ones: world sizes beyond the GPUs at hand.
 
 Each rank has its own workspace and stream; grids are small, so that all ranks' kernels are resident together.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
+from typing import Any
+from unittest import mock
 
 import torch
 
@@ -23,11 +25,12 @@ from llm_allreduce_plugin.config import (
     StagedChoice,
     WireFormat,
 )
+from llm_allreduce_plugin.group import layouts
 from llm_allreduce_plugin.group.layouts import STAGED_IN_BAND_SHARE, host_layout
-from llm_allreduce_plugin.runtime.calls import plan_of
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.in_band_rest import assert_at_rest, in_band_epochs
+from tests.support.local_machine import LocalMachine, OneGpu, Stream, plan_on
 
 GUARD_BYTES = 256
 # What the driver may take to end a context after a wait has expired, in seconds: up to 5.4 have been seen.
@@ -46,7 +49,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 class LocalGroup:
-    """``world_size`` ranks on the current device; ``lanes`` bounds every rank's grid.
+    """``world_size`` ranks on ``machine``, by default the current GPU; ``lanes`` bounds every rank's grid.
 
     A rank may have two kernels resident, one that runs and one that waits for it to end, and those of all ranks must
     fit onto the GPU together.
@@ -55,6 +58,7 @@ class LocalGroup:
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
     larger than tests have. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
     TWOSHOT and LOWPRECISION move in stages; may be switched between calls where the workspace was made for it.
+    ``threads``: of a block at most, where the strategy would have more.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class LocalGroup:
         in_band: bool = True,
         host: bool = False,
         lanes: int = 4,
-        workspace_mib: int = 64,
+        workspace_mib: float = 64,
         split: tuple[int, int] | None = None,
         wire_format: WireFormat = WireFormat.FP8,
         staged: bool = False,
@@ -72,8 +76,13 @@ class LocalGroup:
         domains: Sequence[int] | None = None,
         timeout_s: float = 20.0,
         first_timeout_s: float = 0.0,
+        threads: int | None = None,
+        machine: LocalMachine | None = None,
     ) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.machine = machine or OneGpu()
+        self.device = self.machine.device
+        native = self.machine.native
+        self.threads = threads
         self.world_size = world_size
         self.lanes = lanes
         self.split = split
@@ -81,17 +90,21 @@ class LocalGroup:
         self.wire_format = wire_format
         self.use(algorithm, domains)
         self.transport = Transport.HOST if host else Transport.SYMMETRIC
-        size = workspace_mib << 20
+        size = int(workspace_mib * (1 << 20))
         if host:
-            self.layout = host_layout(world_size, lanes, size)
+            with mock.patch.object(layouts, "_C", native):
+                self.layout = host_layout(world_size, lanes, size)
         else:
             share = size // (STAGED_IN_BAND_SHARE if staged else 1) if in_band else 0
-            self.layout = _C.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
+            self.layout = native.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
         # A rank of this process that loads a kernel would wait for those that wait for it.
-        _C.load_kernels(world_size)
+        native.load_kernels(world_size)
         self.buffers = [
             torch.empty(
-                self.layout.total_bytes, dtype=torch.uint8, device="cpu" if host else self.device, pin_memory=host
+                self.layout.total_bytes,
+                dtype=torch.uint8,
+                device="cpu" if host else self.device,
+                pin_memory=host and self.device.type == "cuda",
             )
             for _ in range(world_size)
         ]
@@ -101,15 +114,15 @@ class LocalGroup:
             torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
         ]
         bases = [buffer.data_ptr() for buffer in self.buffers]
-        self.streams = [torch.cuda.Stream(self.device) for _ in range(world_size)]
-        torch.cuda.synchronize()
+        self.streams: list[Any] = [self.machine.stream(rank) for rank in range(world_size)]
+        self.machine.synchronize()
         self.workspaces = [
-            _C.Workspace(
+            native.Workspace(
                 rank,
                 bases,
                 self.layout,
                 timeout_s,
-                self.device.index,
+                self.machine.index(rank),
                 self.locals[rank].data_ptr() if host else 0,
                 first_timeout_s=first_timeout_s,
             )
@@ -138,6 +151,8 @@ class LocalGroup:
         facts = group.with_layout(self.transport, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(config, facts, message)
         assert launch is not None
+        if self.threads is not None:
+            launch = dataclasses.replace(launch, threads=min(launch.threads, self.threads))
         if self.split is None or launch.staged:
             return launch
         scatter, drain = self.split
@@ -149,7 +164,7 @@ class LocalGroup:
         algorithm: str,
         input_: torch.Tensor,
         output: torch.Tensor,
-        stream: torch.cuda.Stream | None = None,
+        stream: Stream | None = None,
     ) -> None:
         """Launch one rank's kernel, on its stream if no other is given."""
         self._start(rank, algorithm, input_, output, [], stream)
@@ -166,7 +181,7 @@ class LocalGroup:
         input_: torch.Tensor,
         output: torch.Tensor,
         peer_distances: list[int],
-        stream: torch.cuda.Stream | None = None,
+        stream: Stream | None = None,
     ) -> None:
         plan = self.plan(rank, algorithm, input_, peer_distances)
         assert plan(input_.data_ptr(), output.data_ptr(), (stream or self.streams[rank]).cuda_stream) == 0
@@ -176,7 +191,7 @@ class LocalGroup:
         launch = self.launch_of(algorithm, message_of(input_))
         if peer_distances:
             launch = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
-        return plan_of(self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
+        return plan_on(self.machine, self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
     def in_band_epochs(self) -> list[torch.Tensor]:
         """Of each rank, int32[plane, lane], in place."""
@@ -200,13 +215,13 @@ class LocalGroup:
             buffer[GUARD_BYTES : GUARD_BYTES + size].view(part.dtype)
             for buffer, part in zip(guarded, moved, strict=True)
         ]
-        torch.cuda.synchronize()
+        self.machine.synchronize()
         for rank in range(self.world_size):
             if algorithm == "PULL":
                 self.start_pull(rank, moved, outputs[rank])
             else:
                 self.start(rank, algorithm, moved[rank], outputs[rank])
-        torch.cuda.synchronize()
+        self.machine.synchronize()
         for rank, buffer in enumerate(guarded):
             edges = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + size :]])
             assert bool((edges == 0xA5).all()), f"rank {rank} wrote outside its output"

@@ -13,7 +13,7 @@ from llm_allreduce_plugin.group.layouts import host_layout
 from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.in_band_rest import EPOCH_PLANES, assert_at_rest, in_band_epochs
 
-HEADER = Path(__file__).parents[2] / "csrc" / "common.h"
+HEADER = Path(__file__).parents[2] / "csrc" / "host" / "layout.h"
 RANKS, LANES = 3, 5
 
 

@@ -124,7 +124,7 @@ def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
     any_facts,
     st.sampled_from(list(A)),
     st.sampled_from(list(WireFormat)),
-    st.sampled_from((None, (0, 1) * 8, (5, 2, 2, 5) * 4, (0,) * 16, (0, 1, 2, 1) * 4)),
+    st.sampled_from((None, (0, 1) * 36, (5, 2, 2, 5) * 18, (0,) * 72, (0, 1, 2, 1) * 18)),
     st.booleans(),
     st.integers(1, 1 << 26),
 )

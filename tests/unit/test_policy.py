@@ -79,8 +79,11 @@ any_tuned = st.none() | st.builds(
     ),
 )
 any_facts = st.builds(
-    lambda topology_class, tuned, **fields: dataclasses.replace(
-        facts(**fields), topology_class=topology_class, tuned=tuned
+    lambda topology_class, tuned, workspace, world_size, **fields: dataclasses.replace(
+        # Large groups need more for a vector to a slot.
+        facts(world_size=world_size, workspace=workspace * max(1, world_size // 8), **fields),
+        topology_class=topology_class,
+        tuned=tuned,
     ),
     topology_class=st.sampled_from(list(TopologyClass)),
     tuned=any_tuned,

@@ -100,7 +100,7 @@ def test_the_demo_compiles_once_and_the_tests_not_again(checkout: Checkout) -> N
 @pytest.mark.parametrize(
     ("changed", "compiled"),
     [
-        ("csrc/common.h", True),
+        ("csrc/host/layout.h", True),
         ("csrc/kernels/new.cu", True),
         ("scripts/build_backend.py", True),
         ("pyproject.toml", True),

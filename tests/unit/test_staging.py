@@ -175,7 +175,7 @@ def test_compressed_messages_are_staged_by_what_travels(wire: WireFormat) -> Non
 )
 def test_launches_fit_their_slots(count: int, world_size: int, workspace: int, wire: WireFormat | None) -> None:
     settings_ = LowPrecisionConfig(min_bytes=0) if wire is None else LowPrecisionConfig(wire_format=wire, min_bytes=0)
-    group = pcie(world_size, workspace=workspace)
+    group = pcie(world_size, workspace=workspace * max(1, world_size // 8))
     if wire is not None and (world_size > 8 or group.flagged.two_shot < PACKETS[wire].bytes):
         return
     strategy = "TWOSHOT" if wire is None else "LOWPRECISION"

@@ -1,0 +1,234 @@
+#include "machine.h"
+
+#include <algorithm>
+
+#include "report.h"
+
+// The variables that kernels have.
+uint3 threadIdx;
+uint3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace emulator {
+
+Machine machine;
+
+namespace {
+
+constexpr int64_t kStepNs = 10;
+// While nothing happens but polls, time runs faster: a wait ends after some hundred polls of its thread, not billions.
+constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of every thread
+constexpr int64_t kPollsPerRound = 256;
+
+}  // namespace
+
+Machine::Machine() : devices_(kDevices) {
+  for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
+}
+
+void Machine::reset(uint64_t seed) {
+  streams_.clear();
+  under_way_.clear();
+  devices_.assign(kDevices, Device{});
+  for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
+  random_ = Random(seed);
+  schedule_ = Schedule(seed);
+  fruitless_ = 0;
+  idle_ = false;
+}
+
+Stream* Machine::add_stream(int device) {
+  auto& stream = streams_.emplace_back(std::make_unique<Stream>());
+  stream->device = &devices_[device];
+  stream->number = static_cast<int>(streams_.size()) - 1;
+  return stream.get();
+}
+
+bool Machine::has(const Stream* stream) const {
+  return std::any_of(streams_.begin(), streams_.end(), [&](const auto& other) { return other.get() == stream; });
+}
+
+void Machine::launch(Stream* stream, std::unique_ptr<Grid> grid) {
+  grid->stream = stream;
+  ++stream->launched;
+  stream->work.push_back({std::move(grid), {}});
+}
+
+void Machine::wait_for(Stream* stream, const Event& event) { stream->work.push_back({nullptr, event}); }
+
+// -- what is under way
+
+void Machine::add_under_way(Block* block) {
+  if (block->is_under_way) return;
+  block->is_under_way = true;
+  under_way_.push_back(block);
+}
+
+void Machine::let_stores_arrive() {
+  if (under_way_.empty()) return;
+  // Those who wait for what is under way must get it, and all of it: what arrives may be long in coming, not for ever.
+  const bool is_waited_for = fruitless_ > 4 * runnable_threads();
+  if (!is_waited_for && (schedule_.arrivals == 0 || !random_.once_in(schedule_.arrivals))) return;
+  const uint32_t chosen = random_.below(under_way_.size());
+  Block* block = under_way_[chosen];
+  progress();
+  for (uint32_t words = is_waited_for ? 1 + random_.below(256) : 1; words > 0; --words)
+    if (!block->advance()) {
+      block->is_under_way = false;
+      under_way_[chosen] = under_way_.back();
+      under_way_.pop_back();
+      return;
+    }
+}
+
+// A kernel that ends leaves nothing under way.
+void Machine::forget_under_way(const Grid& grid) {
+  for (const auto& block : grid.resident) {
+    block->stores.arrive_all();
+    if (block->is_under_way) under_way_.erase(std::find(under_way_.begin(), under_way_.end(), block.get()));
+  }
+}
+
+// -- which thread runs
+
+void Machine::step() {
+  now_ns_ += kStepNs;
+  if (budget_ > 1) {
+    --budget_;
+    return;
+  }
+  switch_away(false);
+}
+
+void Machine::polled() {
+  now_ns_ += kStepNs;
+  ++fruitless_;
+  if (budget_ > 4) {
+    budget_ -= 4;
+    return;
+  }
+  switch_away(true);
+}
+
+void Machine::switch_away(bool polls) {
+  self->block->grid->stream->runnable.add(self, polls);
+  self->fiber.pause();
+}
+
+void Machine::block() {
+  self->blocked = true;
+  self->fiber.pause();
+}
+
+void Machine::wake(Thread* thread) {
+  if (!thread->blocked) return;
+  thread->blocked = false;
+  thread->block->grid->stream->runnable.add(thread, false);
+}
+
+void Machine::run_thread(Thread* thread) {
+  Stream& stream = *thread->block->grid->stream;
+  stream.runnable.remove(thread);
+  budget_ = 1 + random_.below(schedule_.burst);
+  self = thread;
+  threadIdx = thread->index;
+  blockIdx = thread->block->index;
+  blockDim = thread->block->size;
+  gridDim = thread->block->grid->blocks;
+  thread->fiber.resume();
+  self = nullptr;
+  if (broke_) {
+    broke_ = false;
+    forget_grids(*stream.device);
+  } else if (thread->ended && thread->block->live == 0) {
+    end_block(*thread->block);
+  }
+}
+
+// Nothing but polls for so long that none can come to anything: all that was stored has arrived, and every thread that
+// can has run many times since.
+bool Machine::is_idle() const {
+  if (fruitless_ < 64 * 16) return false;
+  return fruitless_ > 64 * (runnable_threads() + 16);
+}
+
+size_t Machine::runnable_threads() const {
+  size_t threads = 0;
+  for (const auto& stream : streams_) threads += stream->runnable.polling.size() + stream->runnable.ready.size();
+  return threads;
+}
+
+// Of the candidates. One that is favoured goes as far as it can, one that is held back waits for as long as others can
+// go on, mostly.
+Stream* Machine::pick_stream() {
+  Stream* chosen = candidates_[random_.below(candidates_.size())];
+  const bool is_ahead = schedule_.bias == Schedule::Bias::kAhead;
+  if ((!is_ahead && schedule_.bias != Schedule::Bias::kBehind) || random_.once_in(64)) return chosen;
+  Stream* special = streams_[schedule_.which % streams_.size()].get();
+  if (is_ahead) return special->runnable.ready.empty() ? chosen : special;
+  if (chosen != special) return chosen;
+  const size_t first = random_.below(candidates_.size());
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    Stream* other = candidates_[(first + i) % candidates_.size()];
+    if (other != special && !other->runnable.ready.empty()) return other;
+  }
+  return special;
+}
+
+Thread* Machine::pick() {
+  std::vector<Stream*>& candidates = candidates_;
+  candidates.clear();
+  for (const auto& stream : streams_)
+    if (!stream->runnable.empty()) candidates.push_back(stream.get());
+  if (candidates.empty()) return nullptr;
+  if (idle_) {  // in turns, so that nobody is left out
+    const Runnable& runnable = candidates[turn_++ % candidates.size()]->runnable;
+    const std::vector<Thread*>& list = runnable.ready.empty() ? runnable.polling : runnable.ready;
+    return list[random_.below(list.size())];
+  }
+  Stream* chosen = pick_stream();
+  Runnable& runnable = chosen->runnable;
+  const bool polls = runnable.ready.empty() || (!runnable.polling.empty() && random_.once_in(8));
+  const std::vector<Thread*>& list = polls ? runnable.polling : runnable.ready;
+  Thread* thread = list[random_.below(list.size())];
+  if (schedule_.bias == Schedule::Bias::kStarved) {
+    const uint32_t size = thread->block->size.x;
+    const uint32_t at = thread->index.x + size * thread->block->index.x + 7 * static_cast<uint32_t>(chosen->number);
+    if (at % (2 * size) == schedule_.which % (2 * size) && !random_.once_in(64))
+      thread = list[random_.below(list.size())];
+  }
+  return thread;
+}
+
+std::string Machine::run() {
+  may_start_blocks_ = true;
+  fruitless_ = 0;
+  while (true) {
+    while (may_start_blocks_) start_blocks();
+    let_stores_arrive();
+    idle_ = is_idle();
+    if (idle_) now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(runnable_threads() + 1));
+    Thread* thread = pick();
+    if (!thread) {
+      if (may_start_blocks_) continue;
+      const bool done = std::all_of(streams_.begin(), streams_.end(), [](const auto& s) { return s->work.empty(); });
+      return done ? "" : what_stands();
+    }
+    run_thread(thread);
+  }
+}
+
+std::string Machine::what_stands() const {
+  std::string text = "threads wait at barriers for threads that do not come, or blocks for room:";
+  for (const auto& stream : streams_)
+    for (const Work& work : stream->work) {
+      if (!work.grid) continue;
+      text += " stream " + std::to_string(stream->number) + ": " + std::to_string(work.grid->started) + " of " +
+              std::to_string(work.grid->blocks.x) + " blocks have started, " + std::to_string(work.grid->ended) +
+              " ended;";
+    }
+  return text;
+}
+
+}  // namespace emulator

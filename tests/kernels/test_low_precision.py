@@ -1,0 +1,92 @@
+"""LOWPRECISION's CUDA kernels, emulated: every form and wire format, against the torch oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from tests.gpu.test_low_precision import compare
+from tests.kernels.test_exact import group_of, inputs_of
+from tests.support.emulator import needs_emulator, seeds
+from tests.support.local_machine import EmulatedGpus
+from tests.support.low_precision import DOMAINS
+from tests.support.reference import DTYPES, rank_input, special_inputs
+
+pytestmark = needs_emulator
+
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+SIZES = (1, 31, 497, 3000, 9001)
+KINDS: dict[str, dict[str, Any]] = {
+    "in band, three tasks": {"split": (1, 1), "lanes": 4, "workspace_mib": 1},
+    "in band, reducers drain, rounds": {"split": (2, 0), "workspace_mib": 0.15},
+    **{f"flagged, {wire}": {"in_band": False, "wire_format": wire, "workspace_mib": 0.5} for wire in WireFormat},
+    **{f"host, {wire}": {"host": True, "wire_format": wire, "workspace_mib": 0.5} for wire in WireFormat},
+    **{
+        f"staged, {wire}": {"in_band": False, "wire_format": wire, "workspace_mib": 0.5, "staged": True}
+        for wire in WireFormat
+    },
+}
+FORMS: dict[str, tuple[int, str, tuple[int, ...] | None]] = {
+    **{f"ring of {size}": (size, "ring", None) for size in (2, 3, 4, 8)},
+    **{f"hierarchical {name}": (len(domains), "hierarchical", domains) for name, domains in DOMAINS.items()},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_sizes(world_size: int, kind: dict[str, Any]) -> None:
+    if "staged" in kind and world_size == 2:
+        pytest.skip("nothing is staged")
+    for seed in seeds(2):
+        group = group_of(seed, world_size, kind)
+        dtype = SIXTEEN_BITS[seed % 2]
+        for size in SIZES:
+            what = f"{dtype} x {size}, {world_size} ranks, {seed=}"
+            compare(group, inputs_of(seed + size, world_size, size, dtype), what)
+        compare(group, special_inputs(world_size, dtype), f"{dtype}, special values, {seed=}")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("memory", ("peer", "host"))
+@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+def test_forms(wire: WireFormat, memory: str, form: tuple[int, str, tuple[int, ...] | None]) -> None:
+    world_size, algorithm, domains = form
+    for seed in seeds(1):
+        where = {"host": True} if memory == "host" else {"in_band": False}
+        group = group_of(seed, world_size, where, workspace_mib=0.5, wire_format=wire)
+        group.use(algorithm, domains)
+        for size in SIZES:
+            dtype = SIXTEEN_BITS[size % 2]
+            compare(group, inputs_of(seed + size, world_size, size, dtype), f"{dtype} x {size}, {seed=}")
+        compare(group, special_inputs(world_size, SIXTEEN_BITS[0]), f"special values, {seed=}")
+
+
+@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codec_kernels_are_the_oracle(dtype: torch.dtype, wire: WireFormat) -> None:
+    """What one GPU encodes and decodes by itself; odd counts."""
+    codec = CODECS[wire]
+    machine = EmulatedGpus(0)
+    stream = machine.stream(0).cuda_stream
+    patterns = torch.arange(-(1 << 15), 1 << 15, 7, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(dtype)
+    for values in (patterns, rank_input(1, 0, 2_345, dtype)):
+        count = len(values)
+        packets = torch.full((codec.bytes_of(count) + 16,), 0xA5, dtype=torch.uint8)
+        packets = packets[-packets.data_ptr() % 16 :][: codec.bytes_of(count)]
+        machine.native.encode(codec.code, DTYPE_CODES[dtype], values.data_ptr(), count, packets.data_ptr(), stream)
+        machine.synchronize()
+        expected = codec.encode(values)
+        assert torch.equal(packets, expected)
+        seen = torch.full((count + 8,), 7.0, dtype=dtype)
+        machine.native.decode(codec.code, DTYPE_CODES[dtype], packets.data_ptr(), count, seen.data_ptr(), stream)
+        machine.synchronize()
+        decoded = codec.decode(expected, count).to(dtype)
+        assert (seen[count:] == 7).all(), "wrote behind the end"
+        assert torch.equal(seen[:count].isnan(), decoded.isnan())
+        numbers = ~decoded.isnan()
+        assert torch.equal(seen[:count][numbers], decoded[numbers])

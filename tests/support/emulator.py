@@ -1,0 +1,253 @@
+"""The CUDA kernels on a CPU: builds the emulated library (tests/emulator/) once, and drives it.
+
+The library is csrc/ as it stands, compiled by a C++ compiler, with the Python bindings of csrc/bindings/ in the same
+module: ``library().native`` is what ``llm_allreduce_plugin._C`` is for GPUs.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import filelock
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = ROOT / "csrc"
+EMULATOR = ROOT / "tests" / "emulator"
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-w",
+    "-ffp-contract=off",  # as the library is compiled: one rounding for each operation
+    "-fno-strict-aliasing",  # kernels see 16 bytes now as words, now as elements
+    "-fno-gnu-unique",  # no variable is shared with the real library in the same process
+    "-U_FORTIFY_SOURCE", "-fcf-protection=none",  # a thread's jumps go from stack to stack
+)  # fmt: skip
+ERROR_BYTES = 4096
+
+# For each file of csrc/: texts that occur once there, and what stands there instead.
+Patches = Mapping[str, Sequence[tuple[str, str]]]
+
+
+class EmulatorError(RuntimeError):
+    """The emulated kernels cannot come to their end: threads wait at barriers for others that do not come."""
+
+
+class BrokenContextError(RuntimeError):
+    """A kernel has trapped, as it does when a wait has expired."""
+
+    def __init__(self) -> None:
+        super().__init__("a kernel has trapped")
+
+
+def toolkit_headers() -> Path | None:
+    """Where cuda_runtime.h lies, or None."""
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    homes += [str(Path(nvcc).resolve().parent.parent) if nvcc else None, "/usr/local/cuda"]
+    homes += sorted(map(str, Path("/usr/local").glob("cuda-*")), reverse=True)
+    homes += [str(Path(entry) / "nvidia" / "cu13") for entry in sys.path]
+    for home in homes:
+        if home and (Path(home) / "include" / "cuda_fp8.h").exists():
+            return Path(home) / "include"
+    return None
+
+
+def _nanobind() -> Path | None:
+    spec = importlib.util.find_spec("nanobind")
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+def obstacle() -> str | None:
+    """Why the emulated library cannot be built here, or None."""
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler ({COMPILER})"
+    if toolkit_headers() is None:
+        return (
+            "no headers of the CUDA toolkit: set CUDA_HOME, or install nvidia-cuda-runtime, nvidia-cuda-crt and "
+            "nvidia-cuda-cccl of one CUDA release"
+        )
+    if _nanobind() is None:
+        return "nanobind is not installed: pip install '.[test]'"
+    return None
+
+
+needs_emulator = pytest.mark.skipif(obstacle() is not None, reason=f"the emulator cannot be built: {obstacle()}")
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _digest_of_sources(patches: Patches) -> str:
+    """Of everything that the library is made of."""
+    files = [path for folder in (SOURCES, EMULATOR) for path in sorted(folder.rglob("*")) if path.is_file()]
+    contents = [(str(path.relative_to(ROOT)), path.read_bytes()) for path in files]
+    return _digest(FLAGS, COMPILER, sys.version, sorted(patches.items()), contents)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ALLREDUCE_EMULATOR_CACHE", ROOT / "build" / "emulator"))
+
+
+def _run(command: Sequence[str], what: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        message = f"{what} does not compile for the emulator:\n{result.stderr[-4000:]}"
+        raise RuntimeError(message)
+    return result.stdout
+
+
+def _compile(source: Path, includes: Sequence[Path], domain: str) -> Path:
+    """The object file of a source, which is compiled anew only when what the compiler sees of it has changed.
+
+    ``domain``: of the types that nanobind binds; that of another library in the same process binds the same names.
+    """
+    command = [COMPILER, *FLAGS, *(f"-I{path}" for path in includes)]
+    if source.name in ("module.cpp", "nb_combined.cpp"):
+        command += [f"-DNB_DOMAIN={domain}"]
+    # Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower.
+    command += ["-O0", "-include", "cuda.h"] if source.suffix == ".cu" else ["-O1"]
+    command += ["-x", "c++", str(source)]
+    seen = _run([*command, "-E", "-P"], source.name)
+    made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, seen)}.o"
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}")
+        _run([*command, "-c", "-o", str(partial)], source.name)
+        partial.rename(made)
+    return made
+
+
+def patched_sources(target: Path, patches: Patches) -> Path:
+    """A copy of csrc/ in ``target``, with texts replaced: for each file, (old, new) that occur once.
+
+    Raises:
+        ValueError: a text does not occur exactly once: the code has changed, and so must the patch.
+    """
+    copy = target / "csrc"
+    shutil.copytree(SOURCES, copy)
+    for name, pairs in patches.items():
+        text = (copy / name).read_text()
+        for old, new in pairs:
+            if text.count(old) != 1:
+                message = f"csrc/{name}: {text.count(old)} occurrences of {old!r}, must be 1"
+                raise ValueError(message)
+            text = text.replace(old, new)
+        (copy / name).write_text(text)
+    return copy
+
+
+def build(patches: Patches | None = None) -> Path:
+    """The module with the emulated library, compiled unless that was done before for the same sources."""
+    patches = patches or {}
+    made = _cache() / _digest_of_sources(patches) / "_C.so"
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(made.with_suffix(".lock")):
+        if made.exists():
+            return made
+        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+            folder = Path(scratch)
+            sources = patched_sources(folder, patches) if patches else SOURCES
+            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", folder / "_C.so")
+            (folder / "_C.so").rename(made)
+    return made
+
+
+def _link(sources: Path, domain: str, target: Path) -> None:
+    nanobind, toolkit = _nanobind(), toolkit_headers()
+    assert nanobind is not None and toolkit is not None
+    python = Path(sysconfig.get_path("include"))
+    bindings = [nanobind / "include", nanobind / "ext" / "robin_map" / "include", python]
+    includes = [EMULATOR / "include", EMULATOR, sources, sources / "include", toolkit, toolkit / "cccl", *bindings]
+    files = [*sources.rglob("*.cu"), *sources.rglob("*.cpp"), *EMULATOR.glob("*.cpp")]
+    files.append(nanobind / "src" / "nb_combined.cpp")
+    files.sort(key=lambda path: -path.stat().st_size if path.suffix == ".cu" else 0)  # the longest first
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, includes, domain), files))
+    _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(target)], target.name)
+
+
+class Stream:
+    """A stream of an emulated GPU."""
+
+    def __init__(self, handle: int) -> None:
+        self.cuda_stream = handle  # as torch's streams call it
+
+
+class Library:
+    """The emulated library: the bindings, and what only an emulator can do."""
+
+    def __init__(self, path: Path) -> None:
+        name = f"emulated_{path.parent.name}._C"
+        loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+        spec = importlib.util.spec_from_loader(name, loader)
+        assert spec is not None
+        self.native: types.ModuleType = importlib.util.module_from_spec(spec)
+        loader.exec_module(self.native)
+        self._c = ctypes.CDLL(str(path))
+        self._c.emulator_stream.restype = ctypes.c_void_p
+        self._c.emulator_now.restype = ctypes.c_int64
+        self._c.emulator_reset.argtypes = [ctypes.c_uint64]
+
+    def reset(self, seed: int) -> None:
+        """Forget all streams, mend all GPUs. ``seed``: of who runs when; the same seed, the same run."""
+        self._c.emulator_reset(seed)
+
+    def stream(self, device: int) -> Stream:
+        """A new stream of this GPU."""
+        return Stream(self._c.emulator_stream(device))
+
+    def limit(self, device: int, *, blocks: int) -> None:
+        """How many blocks this GPU has room for."""
+        self._c.emulator_limit(device, 1, blocks)
+
+    def run(self) -> None:
+        """Until all streams have done all that they were given.
+
+        Raises:
+            BrokenContextError: some kernel has trapped since the last reset.
+            EmulatorError: they cannot come to their end.
+        """
+        text = ctypes.create_string_buffer(ERROR_BYTES)
+        status = self._c.emulator_run(text, ctypes.c_size_t(len(text)))
+        if status == 1:
+            raise BrokenContextError
+        if status != 0:
+            raise EmulatorError(text.value.decode())
+
+    def is_broken(self, device: int) -> bool:
+        """Whether a kernel on this GPU has trapped."""
+        return bool(self._c.emulator_is_broken(device))
+
+    def mutate(self, number: int) -> None:
+        """Choose one of the errors that a patched library has been given; 0: none of them."""
+        self._c.emulator_mutate(number)
+
+    def now_ns(self) -> int:
+        """The emulated clock."""
+        return int(self._c.emulator_now())
+
+
+@functools.cache
+def library() -> Library:
+    """Of the sources as they are."""
+    return Library(build())
+
+
+def seeds(number: int) -> range:
+    """So many of them, or as many for each as ALLREDUCE_EMULATOR_SEEDS says."""
+    return range(number * int(os.environ.get("ALLREDUCE_EMULATOR_SEEDS", "1")))
