@@ -44,11 +44,13 @@ class Message:
         count: elements per rank.
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
+        readable_in_place: it lies, from a multiple of 16 bytes on, in memory that every peer sees.
     """
 
     count: int
     dtype: str
     element_bytes: int
+    readable_in_place: bool = False
 
     @property
     def payload_bytes(self) -> int:

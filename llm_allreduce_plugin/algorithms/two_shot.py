@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import pulling, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     VECTOR_BYTES,
     KernelStrategy,
@@ -43,7 +43,8 @@ class TwoShot(KernelStrategy):
                 return spread_shared(Algorithm.TWO_SHOT, vectors, facts.lanes, per_thread=2)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
-            return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
+            pushed = spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
+            return pulling.launch(pushed, message)
         lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)

@@ -34,13 +34,17 @@ def table_of(config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2)
     return tables.table_of(facts, element_bytes) if strategy is None else strategy.table(config, facts, element_bytes)
 
 
-def decide(config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str) -> Decision:
+def decide(
+    config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str, *, readable_in_place: bool = False
+) -> Decision:
     """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
 
     Total: NCCL can always run, so there is a decision for every input. It is the same whether the call goes into a CUDA
     graph or is made at once: ranks need not do so alike.
+
+    ``readable_in_place``: on every rank the input lies, from a multiple of 16 bytes on, in memory that peers see.
     """
-    message = Message(count=count, dtype=dtype, element_bytes=ELEMENT_BYTES.get(dtype, 0))
+    message = Message(count, dtype, ELEMENT_BYTES.get(dtype, 0), readable_in_place)
     requested = config.allreduce_strategy
     asked = ASKED_FOR[requested]
     against: dict[AllReduceStrategy, str] = {}
