@@ -13,20 +13,25 @@ from llm_allreduce_plugin.wire import PACKETS
 class Algorithm(enum.IntEnum):
     """Who sums what, with the numbers of ``lar_algorithm``."""
 
-    ONE_SHOT = _C.ONE_SHOT
-    TWO_SHOT = _C.TWO_SHOT
-    RING = _C.RING
-    HIERARCHICAL = _C.HIERARCHICAL
+    ONE_SHOT = 0
+    TWO_SHOT = 1
+    RING = 2
+    HIERARCHICAL = 3
+
+    @property
+    def in_words(self) -> str:
+        """``two-shot``."""
+        return self.name.lower().replace("_", "-")
 
 
 class Exchange(enum.IntEnum):
     """How readiness travels, with the numbers of ``lar_exchange``."""
 
-    PUSH = _C.PUSH  # in band, into a slot of each peer
-    SHARED = _C.SHARED  # in band, stored once in memory that all ranks share
-    FLAGS = _C.FLAGS
-    STAGED = _C.STAGED  # flags, and at any time a GPU sends to one peer and receives from one
-    PULL = _C.PULL  # peers read the input in place; results are pushed
+    PUSH = 0  # in band, into a slot of each peer
+    SHARED = 1  # in band, stored once in memory that all ranks share
+    FLAGS = 2
+    STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
+    PULL = 4  # peers read the input in place; results are pushed
 
 
 _EXCHANGES = {

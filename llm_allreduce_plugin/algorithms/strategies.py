@@ -1,18 +1,32 @@
-"""The list of all strategies: what runs, and what can be asked for."""
+"""The list of all strategies: what runs, and what can be asked for. Those without a kernel are here alone."""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
 
-from llm_allreduce_plugin.algorithms.base import KernelStrategy, Strategy
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, MissingStrategy, Numerics, Strategy
 from llm_allreduce_plugin.algorithms.by_table import Auto, MinLatency, TableStrategy
 from llm_allreduce_plugin.algorithms.low_precision import LowPrecision
-from llm_allreduce_plugin.algorithms.missing import MultiNodeNvlink, UserBuffer
 from llm_allreduce_plugin.algorithms.nccl import Nccl
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
 from llm_allreduce_plugin.config import AllReduceStrategy
+
+
+class UserBuffer(MissingStrategy):
+    name = AllReduceStrategy.UB
+    numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
+    algorithm = "zero-copy on registered buffers"
+
+
+class MultiNodeNvlink(MissingStrategy):
+    name = AllReduceStrategy.MNNVL
+    numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
+    algorithm = "kernels over an NVLink domain that spans nodes"
+
 
 # By the name under which they run.
 STRATEGIES: dict[AllReduceStrategy, Strategy] = {

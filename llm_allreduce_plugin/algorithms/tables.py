@@ -97,8 +97,10 @@ def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
 
 def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, str]:
     """The smallest message per rank for which compression is faster, and how that is known."""
-    if (facts.transport, wire_format) not in measured.LOW_PRECISION_PAYS_FROM:
+    if facts.transport is Transport.SHM:
         return 0, "CPU ranks compress everything"
+    if (facts.transport, wire_format) not in measured.LOW_PRECISION_PAYS_FROM:
+        return 0, "not measured"
     sizes, source = measured.LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
     tabulated = _tabulated(sizes, facts.world_size)
     if facts.world_size != tabulated:

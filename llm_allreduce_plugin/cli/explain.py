@@ -195,9 +195,7 @@ def explain(
     ] = None,
     wire_format: Annotated[
         str | None,
-        typer.Option(
-            "--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.", autocompletion=options.complete_wire_format
-        ),
+        typer.Option("--wire-format", help=options.WIRE_FORMAT_HELP, autocompletion=options.complete_wire_format),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     in_place: Annotated[

@@ -7,13 +7,11 @@ from typing import Protocol
 
 from llm_allreduce_plugin.algorithms import measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import Message, Numerics
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, PassedOver
+from llm_allreduce_plugin.algorithms.decision import Decision, PassedOver
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
-
-_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}
 
 
 def _by_table(config: AllReduceConfig) -> TableStrategy | None:
@@ -107,7 +105,7 @@ def _passed_over(
 def kernel_in_words(decision: Decision) -> str | None:
     """The algorithm of an exact kernel, where the strategy's name does not say it: that has several to choose from."""
     chooses = isinstance(STRATEGIES[decision.strategy], TableStrategy)
-    return _WORDS.get(decision.launch.algorithm) if decision.launch is not None and chooses else None
+    return decision.launch.algorithm.in_words if decision.launch is not None and chooses else None
 
 
 class _SizeRange(Protocol):

@@ -13,7 +13,6 @@ from llm_allreduce_plugin.selection.policy import decide, kernel_in_words
 
 SMALLEST_BYTES = 16
 LARGEST_BYTES = 1 << 30
-_WORDS = {Algorithm.RING: "ring", Algorithm.HIERARCHICAL: "hierarchical"}
 # What tells one range from the next: everything but the numbers of a launch.
 _Kind = tuple[AllReduceStrategy, Algorithm | None, Exchange | None, bool, bool, WireFormat | None, bool]
 
@@ -34,7 +33,7 @@ def name_of(decision: Decision) -> str:
     words = [
         kernel_in_words(decision),
         launch.wire_format,
-        _WORDS.get(launch.algorithm),
+        launch.algorithm.in_words if launch.wire_format and launch.algorithm is not Algorithm.TWO_SHOT else None,
         {Exchange.STAGED: "staged", Exchange.PULL: "pull"}.get(launch.exchange),
     ]
     said = ", ".join(word for word in words if word)
