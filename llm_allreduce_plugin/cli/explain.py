@@ -17,7 +17,8 @@ from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
-from llm_allreduce_plugin.group.capabilities import ASSUMED_MULTIPROCESSORS, cpu_facts, group_facts, multiprocessors
+from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
+from llm_allreduce_plugin.group.facts import ASSUMED_MULTIPROCESSORS
 from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
 from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection import sweep as sweeps
@@ -100,7 +101,7 @@ def _counting(view: View, facts: GroupFacts) -> Iterator[str]:
 def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
     notes = []
     if facts.transport is Transport.SYMMETRIC:
-        if multiprocessors(topology, facts.world_size) is None:
+        if facts.multiprocessors is None:
             notes.append(
                 f"how many multiprocessors the GPUs have is not known: the launch is that of {ASSUMED_MULTIPROCESSORS}"
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,8 +24,9 @@ from llm_allreduce_plugin.algorithms.low_precision_algorithm import (
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.capabilities import group_facts
+from llm_allreduce_plugin.group.facts import facts_of, gpus_of
 from llm_allreduce_plugin.selection.policy import decide
-from llm_allreduce_plugin.topology import numa_node_of, nvlink_gap, nvml
+from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.low_precision import DOMAINS
@@ -239,14 +241,26 @@ class FakeNvml:
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        if not uuid.startswith("GPU-"):
-            raise self.NVMLError
-        return int(uuid.removeprefix("GPU-"))
+    def nvmlDeviceGetCount(self) -> int:
+        return 4
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, _a: int, _b: int) -> int:
+        return 30
 
     def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
-        assert index == 2
-        return 0 if {a, b} == {0, 1} else 5
+        return 0 if index != 2 or {a, b} == {0, 1} else 5
+
+    def __getattr__(self, name: str) -> Any:
+        def refuse(*_: object) -> None:
+            raise self.NVMLError(name)
+
+        return refuse
 
     def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
         return type("Pci", (), {"busId": f"00000000:{handle}A:00.0".encode()})()
@@ -255,7 +269,18 @@ class FakeNvml:
 def test_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", FakeNvml())
     monkeypatch.setattr(nvml, "_numa_node", {"00000000:0A:00.0": 0, "00000000:3A:00.0": 1}.get)
-    assert [numa_node_of(str(gpu)) for gpu in range(4)] == [0, None, None, 1]
-    assert numa_node_of("MIG-7") is None
-    assert nvlink_gap(["0", "1"]) is None
-    assert nvlink_gap(["0", "1", "2"]) == "NVLink does not join the GPUs of ranks 0 and 2"
+    monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
+    node = NodeTopology.detect()
+    assert [card_of(str(gpu), node, monkeypatch).numa_node for gpu in range(4)] == [0, None, None, 1]
+    assert card_of("MIG-7", node, monkeypatch).numa_node is None
+    assert [link.startswith("NV") for link in node.links[0]] == [False, True, False, False]
+    for ranks, nvlink in ((2, True), (3, False)):
+        found = [card_of(str(gpu), node, monkeypatch) for gpu in range(ranks)]
+        assert facts_of(gpus_of(found), found, AllReduceConfig()).nvlink is nvlink
+
+
+def card_of(uuid: str, node: NodeTopology, monkeypatch: pytest.MonkeyPatch) -> cards.RankCard:
+    """Of a rank on a GPU."""
+    properties = type("Properties", (), {"uuid": uuid, "major": 9, "minor": 0, "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    return cards.RankCard.of_this_rank(AllReduceConfig(), torch.device("cuda", 0), node)

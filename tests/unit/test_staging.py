@@ -25,8 +25,10 @@ from llm_allreduce_plugin.config import (
     load_config,
 )
 from llm_allreduce_plugin.group.capabilities import group_facts
+from llm_allreduce_plugin.group.cards import RankCard
+from llm_allreduce_plugin.group.facts import facts_of, gpus_of
 from llm_allreduce_plugin.selection.policy import decide, describe
-from llm_allreduce_plugin.topology import nvlink_gap, nvml
+from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.staged_model import Model, ViolationError
@@ -250,10 +252,25 @@ class Nvml:
 
     def nvmlInit(self) -> None: ...
     def nvmlShutdown(self) -> None: ...
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
-        if not uuid.startswith("GPU-"):
+    def nvmlDeviceGetCount(self) -> int:
+        return 3
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        return index
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle}"
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, _a: int, _b: int) -> int:
+        if self.joined is None:
             raise self.NVMLError
-        return int(uuid.removeprefix("GPU-"))
+        return 50
+
+    def __getattr__(self, name: str) -> Any:
+        def refuse(*_: object) -> None:
+            raise self.NVMLError(name)
+
+        return refuse
 
     def nvmlDeviceGetP2PStatus(self, a: int, b: int, index: int) -> int:
         if self.joined is None:
@@ -262,23 +279,34 @@ class Nvml:
 
 
 @pytest.mark.parametrize(
-    ("joined", "gap"),
+    ("joined", "nvlink"),
     [
-        (None, None),
-        ({(0, 1), (0, 2), (1, 2)}, None),
-        ({(0, 1), (1, 2)}, "NVLink does not join the GPUs of ranks 0 and 2"),
-        (set(), "NVLink does not join the GPUs of ranks 0 and 1"),
+        (None, True),
+        ({(0, 1), (0, 2), (1, 2)}, True),
+        ({(0, 1), (1, 2)}, False),
+        (set(), False),
     ],
 )
 def test_nvlink_by_the_drivers_word(
-    joined: set[tuple[int, int]] | None, gap: str | None, monkeypatch: pytest.MonkeyPatch
+    joined: set[tuple[int, int]] | None, nvlink: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pynvml", Nvml(joined))
-    assert nvlink_gap(["0", "GPU-1", "2"]) == gap
-    assert nvlink_gap(["0", "MIG-1", "2"]) is None, "one that NVML does not know"
-    assert nvlink_gap([]) is None
+    monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
+    assert has_nvlink("0", "GPU-1", "2") is nvlink
+    assert has_nvlink("0", "MIG-1", "2"), "one that NVML does not know"
     monkeypatch.setattr(nvml, "_nvml", _no_nvml)
-    assert nvlink_gap(["0", "1"]) is None
+    assert has_nvlink("0", "1")
+
+
+def has_nvlink(*uuids: str) -> bool:
+    """Of a group on these GPUs, of whose ranks only the last one can ask NVML."""
+    settings = AllReduceConfig()
+    found = [
+        dataclasses.replace(RankCard.of_rank(settings, "cuda"), gpu=uuid, multiprocessors=132, architecture=90)
+        for uuid in uuids
+    ]
+    found[-1] = dataclasses.replace(found[-1], node=NodeTopology.detect())
+    return facts_of(gpus_of(found), found, settings).nvlink
 
 
 def _no_nvml() -> Any:
