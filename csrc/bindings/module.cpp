@@ -93,6 +93,7 @@ NB_MODULE(_C, module) {
   module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
   module.attr("STAGED") = static_cast<int>(LAR_STAGED);
   module.attr("PULL") = static_cast<int>(LAR_PULL);
+  module.attr("STORE") = static_cast<int>(LAR_STORE);
   module.attr("WIRE_RAW") = static_cast<int>(LAR_WIRE_RAW);
   module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
   module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
@@ -168,18 +169,19 @@ NB_MODULE(_C, module) {
       .def(
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
-             int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes,
+             int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes, int epilogue,
              const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances) {
             lar_call call{};
             call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
-                         LAR_STORE};
+                         static_cast<uint8_t>(epilogue)};
             call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
             call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
             new (self) Plan(workspace, call, domains, peer_distances);
           },
           "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
           "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
-          "domains"_a = std::vector<int32_t>{}, "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
+          "epilogue"_a = static_cast<int>(LAR_STORE), "domains"_a = std::vector<int32_t>{},
+          "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
           "rank's input to where it sees each rank's.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
