@@ -27,7 +27,7 @@ from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.answers import make_input, rank_ordered_sum, wrong_elements
 from llm_allreduce_plugin.measure.environment import write_record
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import expected_sum
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -60,6 +60,14 @@ class TransportError(AllReduceError, RuntimeError):
 def ranks_text(ranks: Sequence[int]) -> str:
     """``"rank 2"`` or ``"ranks 2, 3"``."""
     return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def ranks_with(values: Iterable[str]) -> dict[str, list[int]]:
+    """The ranks behind each value, of values in rank order; the value of the lowest rank comes first."""
+    holders: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        holders.setdefault(value, []).append(rank)
+    return holders
 
 
 class StartError(AllReduceError, RuntimeError):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
@@ -14,9 +14,6 @@ from torch._C._distributed_c10d import Store
 
 from llm_allreduce_plugin.base.pickled import load
 from llm_allreduce_plugin.errors import StartError, StartTimeoutError, ranks_text
-
-if TYPE_CHECKING:
-    from llm_allreduce_plugin.base.agreement import Agreement
 
 # (deadline has passed, values seen of peers) -> this rank's value, pickled, or None as long as it has none.
 Own = Callable[[bool, dict[int, Any]], bytes | None]
@@ -52,6 +49,22 @@ def store_of(group: dist.ProcessGroup) -> Store:
         raise StartError(message) from error
 
 
+class Stepping(Protocol):
+    """What a step must know of the agreement that it is of; see there."""
+
+    rank: int
+    wait_s: float
+    setting: str
+    when: str
+
+    @property
+    def word_key(self) -> str:
+        """Where a rank that stops says so."""
+
+    def open_store(self) -> Store:
+        """The store that carries the values."""
+
+
 class Step:
     """One exchange. Runs in a thread of its own, for a store may never answer.
 
@@ -62,7 +75,7 @@ class Step:
 
     def __init__(
         self,
-        agreement: Agreement,
+        agreement: Stepping,
         own: Own,
         givers: range,
         step: str,

@@ -6,17 +6,19 @@ import dataclasses
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.errors import RankMismatchError
+from llm_allreduce_plugin.errors import RankMismatchError, ranks_text, ranks_with
 from llm_allreduce_plugin.group.layouts import peer_refusal
-from llm_allreduce_plugin.runtime.reports import new_member
-from llm_allreduce_plugin.topology import numa_node_of
+from llm_allreduce_plugin.topology.identity import positions_of
+from llm_allreduce_plugin.topology.model import NodeTopology
+
+if TYPE_CHECKING:
+    import torch
 
 # Settings that only say where a rank writes.
 _LOCAL_SETTINGS = {"report_dir"}
@@ -28,8 +30,9 @@ class RankCard:
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
-    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``member`` names this rank's part
-    in the group, unlike any other's: the first rank's names the group in reports.
+    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``node`` is what NVML says of the
+    node, empty where it says nothing. ``member`` names this rank's part in the group, unlike any other's: the first
+    rank's names the group in reports.
     """
 
     settings: dict[str, Any]
@@ -42,28 +45,41 @@ class RankCard:
     multiprocessors: int = 0
     numa_node: int | None = None
     peer_refusal: str | None = None
+    node: NodeTopology = dataclasses.field(default_factory=NodeTopology)
     member: str = dataclasses.field(default_factory=new_member)
 
     @classmethod
-    def of_this_rank(cls, config: AllReduceConfig, device: torch.device) -> RankCard:
-        """The card of the calling process."""
-        architecture, gpu, multiprocessors, refusal = None, None, 0, None
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            architecture, gpu = properties.major * 10 + properties.minor, str(properties.uuid)
-            multiprocessors = properties.multi_processor_count
-            refusal = peer_refusal()
+    def of_rank(cls, config: AllReduceConfig, device: str) -> RankCard:
+        """What the card of any rank says that runs on this host with these settings. ``device``: its type."""
         return cls(
             settings=config.model_dump(mode="json", exclude=_LOCAL_SETTINGS),
             plugin_version=__version__,
             abi_version=_C.abi_version(),
-            device=device.type,
-            architecture=architecture,
+            device=device,
+            architecture=None,
             host=host_identity(),
+            gpu=None,
+        )
+
+    @classmethod
+    def of_this_rank(cls, config: AllReduceConfig, device: torch.device, node: NodeTopology | None = None) -> RankCard:
+        """The card of the calling process. ``node``: what NVML says, if it was asked."""
+        card = cls.of_rank(config, device.type)
+        if device.type != "cuda":
+            return card
+        import torch  # explain and topo do without
+
+        properties, node = torch.cuda.get_device_properties(device), node or NodeTopology()
+        gpu = str(properties.uuid)
+        positions = positions_of(node, [gpu])
+        return dataclasses.replace(
+            card,
+            architecture=properties.major * 10 + properties.minor,
             gpu=gpu,
-            multiprocessors=multiprocessors,
-            numa_node=None if gpu is None else numa_node_of(gpu),
-            peer_refusal=refusal,
+            multiprocessors=properties.multi_processor_count,
+            numa_node=node.gpus[positions[0]].numa_node if positions else None,
+            peer_refusal=peer_refusal(),
+            node=node,
         )
 
 
@@ -111,11 +127,6 @@ def check(cards: Sequence[RankCard]) -> None:
 def _compare(field: str, values: list[Any]) -> None:
     if all(value == values[0] for value in values):
         return
-    holders: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        holders.setdefault(repr(value), []).append(rank)
-    parts = [
-        f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" for value, ranks in holders.items()
-    ]
+    parts = [f"{value} on {ranks_text(ranks)}" for value, ranks in ranks_with(map(repr, values)).items()]
     message = f"ranks disagree about {field}: {'; '.join(parts)}. Give every rank the same configuration and version"
     raise RankMismatchError(message)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.forms import form_of
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
@@ -23,10 +23,13 @@ from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.board import ROW_BYTES, Board
 from llm_allreduce_plugin.group.cards import RankCard
-from llm_allreduce_plugin.group.layouts import refusal_note, transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.group.facts import gpus_of, reach_of
+from llm_allreduce_plugin.group.layouts import refusal_note
+from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection.policy import table_of, uses_table
-from llm_allreduce_plugin.topology import nvlink_gap, p2p_obstacle
+from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.transport import SharedMemory
 from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.transport.shm import ShmMemory
@@ -73,7 +76,9 @@ def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.dev
         RankMismatchError: ranks disagree about a setting or a capability.
         StartError, StartTimeoutError: a rank has failed or did not come.
     """
-    card = RankCard.of_this_rank(config, device)
+    # NVML is asked here and nowhere else: what it says goes with the card.
+    node = NodeTopology.detect() if device.type == "cuda" else NodeTopology()
+    card = RankCard.of_this_rank(config, device, node)
     found: list[RankCard] = agreement.gather(card, "to compare settings")
     cards.check(found)
     config.check_world_size(agreement.world_size)
@@ -94,7 +99,6 @@ class _Start:
         self._device = device
         self._config = config
         self._cards = found
-        self._gpus = [card.gpu for card in found if card.gpu is not None]
 
     def open(self) -> Opened:
         opened = self._open_workspace()
@@ -110,53 +114,30 @@ class _Start:
 
     def _open_workspace(self) -> Opened:
         """Set up shared memory if the strategy can use it; the facts say what came of it."""
-        agreement, config, device_type = self._agreement, self._config, self._device.type
-        nodes = len({card.host for card in self._cards})
-        facts = GroupFacts(
-            world_size=agreement.world_size,
-            device=device_type,
-            transport=Transport.NONE,
-            architecture=self._cards[0].architecture,
-            multiprocessors=min(card.multiprocessors for card in self._cards) or None,
-            nodes=nodes,
-            staged=config.staged,
-            low_precision=config.low_precision,
-            domains=cards.domains(self._cards),
+        agreement, config, topology = self._agreement, self._config, gpus_of(self._cards)
+        failed: dict[Transport, str] = {}
+        reach = reach_of(topology, self._cards, config)
+        # All ranks have the same cards. Should one nevertheless come to another result, none may go on alone.
+        obstacle = agreement.first_fault(
+            reach.facts.no_transport_reason or None, "to agree on whether they can share memory"
         )
-        # What NVML says may differ from rank to rank (a container without it), so the answer is agreed.
-        obstacle = agreement.first_fault(self._obstacle(nodes), "to agree on whether they can share memory")
         if obstacle is not None:
-            return Opened(dataclasses.replace(facts, no_transport_reason=obstacle))
-        if device_type == "cuda":
-            gap = agreement.first_fault(nvlink_gap(self._gpus), "to agree on their links")
-            facts = dataclasses.replace(facts, nvlink=gap is None)
-        refusal = cards.peer_refusal_of(self._cards)
-        if agreement.rank == 0 and (note := refusal_note(config.transport, refusal)) is not None:
+            return Opened(dataclasses.replace(reach.facts, transport=Transport.NONE, no_transport_reason=obstacle))
+        note = refusal_note(config.transport, cards.peer_refusal_of(self._cards))
+        if agreement.rank == 0 and note is not None:
             logger.info("%s", note)
-        reasons = []
-        multiprocessors = min(card.multiprocessors for card in self._cards)
-        for transport in transports(config, device_type, refusal):
+        while reach.layout is not None:
+            transport = reach.facts.transport
             try:
-                layout = workspace_layout(config, dataclasses.replace(facts, transport=transport), multiprocessors)
-            except ValueError as error:  # of the same settings on every rank
-                reasons.append(str(error))
-                continue
-            try:
-                memory, workspace = self._connect(transport, layout)
+                memory, workspace = self._connect(transport, reach.layout)
             except TransportError as error:
-                reasons.append(str(error))
+                failed[transport] = str(error)
+                reach = reach_of(topology, self._cards, config, failed)
                 continue
-            if reasons and agreement.rank == 0:
-                logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reasons))
-            return Opened(facts.with_layout(transport, layout), memory, workspace)
-        return Opened(dataclasses.replace(facts, no_transport_reason="; ".join(reasons)))
-
-    def _obstacle(self, nodes: int) -> str | None:
-        """Why not to try to share memory at all, as far as this rank can see."""
-        reason = transport_obstacle(self._config, self._agreement.world_size, nodes, self._device.type)
-        if reason is not None:
-            return reason
-        return "several ranks share a GPU" if len(set(self._gpus)) < len(self._gpus) else None
+            if reach.passed_over and agreement.rank == 0:
+                logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reach.passed_over))
+            return Opened(reach.facts, memory, workspace)
+        return Opened(reach.facts)
 
     def _connect(self, transport: Transport, layout: _C.Layout) -> tuple[SharedMemory, _C.Workspace]:
         """Share memory of this layout and prove that it is shared. Collective.
@@ -171,9 +152,6 @@ class _Start:
         elif transport is Transport.HOST:
             memory = HostMemory.open(agreement, device, layout)
         else:
-            obstacle = agreement.first_fault(p2p_obstacle(self._gpus), "to agree on their peer access")
-            if obstacle is not None:
-                raise TransportError(obstacle)
             memory = SymmetricMemory.open(agreement, self._group, device, layout)
 
         made: list[_C.Workspace] = []
@@ -207,22 +185,26 @@ class _Start:
         return memory, workspace
 
     def _with_table(self, facts: GroupFacts) -> GroupFacts:
-        """The facts with the links that the first rank sees and the profile that it finds: ranks' caches may differ.
+        """The facts with the profile that the first rank finds: ranks' caches may differ.
 
         Raises:
             ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
         """
         if facts.transport is Transport.NONE:
             return facts
-        from llm_allreduce_plugin.profiles.search import facts_of_this_node
 
-        visible = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
-        uuids = [card.gpu or "" for card in self._cards]
-        return self._agreement.from_first_rank(
-            lambda: facts_of_this_node(self._config, facts, uuids, visible),
-            "to choose a tuning profile",
-            ConfigError,
-        )
+        def look() -> GroupFacts:
+            if self._device.type == "cuda":
+                # Where NVML is missing, what CUDA calls one of the GPUs is all that is known.
+                node = NodeIdentity.of_gpus(self._cards[0].node, torch.cuda.get_device_name(self._device))
+            else:
+                node = NodeIdentity.of_cpu()
+            found, ignored = with_profile(self._config, facts, node)
+            for line in ignored:
+                logger.warning("%s", line)
+            return found
+
+        return self._agreement.from_first_rank(look, "to choose a tuning profile", ConfigError)
 
     def _open_board(self, opened: Opened) -> None:
         """Errors name more with it; without it, all works as well."""
@@ -249,10 +231,10 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
         sizes,
     )
     if config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
-        form = form_of(facts)
-        level = logging.WARNING if form.is_fallback else logging.INFO
-        logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
-    if config.staged is StagedChoice.ON and (why := staging.obstacle(facts)) is not None:
+        choice = algorithm_of(config, facts)
+        level = logging.WARNING if choice.is_fallback else logging.INFO
+        logger.log(level, "LOWPRECISION runs as %s: %s", choice.algorithm, choice.reason)
+    if config.staged is StagedChoice.ON and (why := staging.refusal(config, facts)) is not None:
         logger.warning("staged is on, but nothing is staged: %s", why)
     if uses_table(config):
         logger.info("these sizes come from %s", table_of(config, facts).source)

@@ -7,13 +7,12 @@
 from __future__ import annotations
 
 import dataclasses
-import types
+import importlib
 from collections.abc import Callable
 
 import torch
 
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.oracle import fp8, hadamard2, tq3
 from llm_allreduce_plugin.wire import PACKETS
 
 
@@ -27,6 +26,7 @@ class Codec:
         packet_bytes: bytes of a packet.
         encode_packets: fp32 ``[packets, packet_values]`` to uint8 ``[packets, packet_bytes]``.
         decode_packets: the other way round.
+        most_error: what the two-shot may be off by on normal data, relative; docs/accuracy.md has what it is.
     """
 
     code: int
@@ -34,6 +34,7 @@ class Codec:
     packet_bytes: int
     encode_packets: Callable[[torch.Tensor], torch.Tensor]
     decode_packets: Callable[[torch.Tensor], torch.Tensor]
+    most_error: float
 
     @property
     def bits_per_value(self) -> float:
@@ -60,12 +61,17 @@ class Codec:
         return self.decode(self.encode(values), values.numel()).view(values.shape)
 
 
-def _codec(wire: WireFormat, module: types.ModuleType) -> Codec:
-    return Codec(PACKETS[wire].code, module.PACKET_VALUES, module.PACKET_BYTES, module.encode, module.decode)
+def _codec(wire: WireFormat) -> Codec:
+    """Of the module that has the format's name."""
+    module = importlib.import_module(f"{__name__}.{wire}")
+    return Codec(
+        PACKETS[wire].code,
+        module.PACKET_VALUES,
+        module.PACKET_BYTES,
+        module.encode,
+        module.decode,
+        module.MOST_ERROR,
+    )
 
 
-CODECS: dict[WireFormat, Codec] = {
-    WireFormat.FP8: _codec(WireFormat.FP8, fp8),
-    WireFormat.TQ3: _codec(WireFormat.TQ3, tq3),
-    WireFormat.HADAMARD2: _codec(WireFormat.HADAMARD2, hadamard2),
-}
+CODECS: dict[WireFormat, Codec] = {wire: _codec(wire) for wire in WireFormat}

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.tables import Tuned
+from llm_allreduce_plugin.algorithms.ranges import Tuned
 from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
 from llm_allreduce_plugin.errors import CacheError, ConfigError, ProfileError
 from llm_allreduce_plugin.profiles.file import Profile, read
 from llm_allreduce_plugin.selection.policy import uses_table
-from llm_allreduce_plugin.topology.identity import NodeIdentity, positions_of, topology_class
+from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.topology.model import NodeTopology
-
-logger = logging.getLogger(__name__)
 
 APPLICATION = "llm_allreduce_plugin"
 
@@ -182,28 +178,3 @@ def with_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity)
         return facts, ()
     found = find(config.tuning_profile, facts, node)
     return dataclasses.replace(facts, tuned=found.tuned), found.ignored
-
-
-def facts_of_this_node(config: AllReduceConfig, facts: GroupFacts, uuids: Sequence[str], visible: str) -> GroupFacts:
-    """A group's facts with what this node adds to them: its links, and a profile. Profiles it ignores go to the log.
-
-    Args:
-        config: the settings.
-        facts: of the group, with its transport and slots.
-        uuids: of the group's GPUs.
-        visible: what CUDA calls one of them, for nodes without NVML.
-
-    Raises:
-        ConfigError: ``tuning_profile`` names a file that cannot be used.
-    """
-    if facts.device == "cpu":
-        topology, node = NodeTopology(), NodeIdentity.of_cpu()
-    else:
-        topology = NodeTopology.detect()
-        node = NodeIdentity.of_gpus(topology, visible)
-    links = topology_class(topology, facts.transport, positions_of(topology, uuids))
-    facts = dataclasses.replace(facts, topology_class=links)
-    facts, ignored = with_profile(config, facts, node)
-    for line in ignored:
-        logger.warning("%s", line)
-    return facts

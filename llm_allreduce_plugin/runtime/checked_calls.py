@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.decision import Decision
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.errors import PeerTimeoutError, RankMismatchError, StartTimeoutError, ranks_text
+from llm_allreduce_plugin.errors import PeerTimeoutError, RankMismatchError, StartTimeoutError, ranks_text, ranks_with
 from llm_allreduce_plugin.runtime.calls import Call
 
 
@@ -48,10 +48,7 @@ def difference(number: int, found: list[Description]) -> str | None:
 
 
 def _by_value(verb: str, values: list[str]) -> str:
-    holders: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        holders.setdefault(value, []).append(rank)
-    (first, ranks), *others = holders.items()
+    (first, ranks), *others = ranks_with(values).items()
     does = verb if len(ranks) > 1 else f"{verb}{'es' if verb == 'pass' else 's'}"
     return ", ".join([f"{ranks_text(ranks)} {does} {first}", *(f"{ranks_text(who)} {what}" for what, who in others)])
 

@@ -1,15 +1,19 @@
-"""Why a group cannot be used again, where no wait has expired: from the record that a call has left."""
+"""Why a group cannot be used again: from the record that a call has left, and what ranks say of themselves."""
 
 from __future__ import annotations
 
+import time
+
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES
-from llm_allreduce_plugin.errors import AllReduceError, GroupBrokenError, RankMismatchError
+from llm_allreduce_plugin.errors import AllReduceError, GroupBrokenError, PeerTimeoutError, RankMismatchError
+from llm_allreduce_plugin.group.board import Board, Row, State
 from llm_allreduce_plugin.wire import PACKETS
 
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 WIRE_FORMATS = {packet.code: wire for wire, packet in PACKETS.items()}
-_EXACT = {_C.ONE_SHOT: "ONESHOT", _C.TWO_SHOT: "TWOSHOT"}
+_EXACT = {int(algorithm): algorithm.name.replace("_", "") for algorithm in Algorithm}
 PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
@@ -58,6 +62,51 @@ def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
                 "closed. Ranks no longer agree on how many calls they have made; restart the group"
             )
     return None
+
+
+def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
+    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken.
+
+    ``board``: where ranks say what has become of them, for a text that says why the peer did not come.
+    """
+    record = workspace.failure()
+    if record is None:
+        return None
+    rank, peer, kind, phase, _lane, _expected, _seen, waited_s = record
+    where = name_of_kind(kind), PHASES[phase]
+    row = None if board is None else board.row(peer)
+    if board is None or row is None:
+        return PeerTimeoutError(rank, peer, *where, waited_s)
+    if row.state is State.GAVE_UP:
+        ago = max(0.0, time.time() - row.wall_s)
+        gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
+        before = f"{row.waited_s:.3g} s for rank {row.peer} in {gave_up_in}"
+        if row.peer == rank and _is_later(board, rank, row):
+            text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
+            return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
+        return PeerTimeoutError(
+            rank, peer, *where, waited_s, known=f", which gave up {ago:.3g} s ago, after it had waited {before}"
+        )
+    if row.state is State.BROKEN:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which could not go on: see its log")
+    if row.state is State.CLOSED:
+        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which has closed its communicator")
+    known = ", whose process has ended" if board.has_ended(peer) else ""
+    return PeerTimeoutError(rank, peer, *where, waited_s, known=known)
+
+
+def _is_later(board: Board, rank: int, theirs: Row) -> bool:
+    """Whether this rank has given up after another had, if at all."""
+    own = board.row(rank)
+    return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
+
+
+def error_of(workspace: _C.Workspace, board: Board | None = None) -> AllReduceError | None:
+    """What has broken the group, or None. Cheap, and safe after the CUDA context has broken.
+
+    ``board``: see :func:`failure_of`.
+    """
+    return breakage_of(workspace) or failure_of(workspace, board)
 
 
 def error_of_status(status: int, name: str) -> RuntimeError:

@@ -7,8 +7,7 @@ import time
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.errors import AllReduceError
 from llm_allreduce_plugin.group.board import Board, Row, State
-from llm_allreduce_plugin.runtime.failures import breakage_of
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import error_of
 
 
 class Health:
@@ -31,7 +30,7 @@ class Health:
 
     def error(self) -> AllReduceError | None:
         """What has broken the group, or None. Cheap, and safe after the CUDA context has broken."""
-        return breakage_of(self._workspace) or failure_of(self._workspace, self._board)
+        return error_of(self._workspace, self._board)
 
     def raise_error(self) -> None:
         """Raise what has broken the group, if anything has.

@@ -4,57 +4,18 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.guarded import Guarded
-from llm_allreduce_plugin.errors import PeerTimeoutError
-from llm_allreduce_plugin.group.board import Board, Row, State
-from llm_allreduce_plugin.runtime.failures import PHASES, breakage_of, name_of_kind
+from llm_allreduce_plugin.group.board import Board
+from llm_allreduce_plugin.runtime.failures import error_of
 from llm_allreduce_plugin.runtime.metrics import RankCounters
 from llm_allreduce_plugin.runtime.reporter import Reporter
 
 logger = logging.getLogger(__name__)
-
-
-def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
-    """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken.
-
-    ``board``: where ranks say what has become of them, for a text that says why the peer did not come.
-    """
-    record = workspace.failure()
-    if record is None:
-        return None
-    rank, peer, kind, phase, _lane, _expected, _seen, waited_s = record
-    where = name_of_kind(kind), PHASES[phase]
-    row = None if board is None else board.row(peer)
-    if board is None or row is None:
-        return PeerTimeoutError(rank, peer, *where, waited_s)
-    if row.state is State.GAVE_UP:
-        ago = max(0.0, time.time() - row.wall_s)
-        gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
-        before = f"{row.waited_s:.3g} s for rank {row.peer} in {gave_up_in}"
-        if row.peer == rank and _is_later(board, rank, row):
-            text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
-            return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
-        return PeerTimeoutError(
-            rank, peer, *where, waited_s, known=f", which gave up {ago:.3g} s ago, after it had waited {before}"
-        )
-    if row.state is State.BROKEN:
-        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which could not go on: see its log")
-    if row.state is State.CLOSED:
-        return PeerTimeoutError(rank, peer, *where, waited_s, known=", which has closed its communicator")
-    known = ", whose process has ended" if board.has_ended(peer) else ""
-    return PeerTimeoutError(rank, peer, *where, waited_s, known=known)
-
-
-def _is_later(board: Board, rank: int, theirs: Row) -> bool:
-    """Whether this rank has given up after another had, if at all."""
-    own = board.row(rank)
-    return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
 
 
 class Monitor:
@@ -70,7 +31,7 @@ class Monitor:
         report: what the rank has done so far; None once its communicator is gone.
         counters: for Prometheus; None: nobody adds them up.
         alive: False once the communicator is gone; the thread then ends.
-        board: see :func:`failure_of`.
+        board: see :func:`~llm_allreduce_plugin.runtime.failures.failure_of`.
         watchers: are called in every period.
     """
 
@@ -122,7 +83,7 @@ class Monitor:
         """Say once which wait has expired."""
         if self._told or self._workspace is None:
             return
-        failure = breakage_of(self._workspace) or failure_of(self._workspace, self._board)
+        failure = error_of(self._workspace, self._board)
         if failure is not None:
             logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
             self._told = True

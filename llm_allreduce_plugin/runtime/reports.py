@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import itertools
 import json
 import os
 import re
@@ -23,6 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_allreduce_plugin.base.files import read_json, replace_text
+from llm_allreduce_plugin.base.members import host_word
 from llm_allreduce_plugin.errors import UnreadableFileError
 
 # Inherited by all processes of a server; set by the first of them. Not a setting.
@@ -81,21 +80,6 @@ class Report(BaseModel):
 # -- whose it is -------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _token(_pid: int) -> str:
-    """Process numbers come again, in other containers and after a while; a process that was forked is another one."""
-    return secrets.token_hex(3)
-
-
-_members = itertools.count()
-
-
-def new_member() -> str:
-    """A name for this process's part in one group, that no other process or group has: ``gpu07-4711-9f3a20-0``."""
-    host = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40]
-    return f"{host}-{os.getpid()}-{_token(os.getpid())}-{next(_members)}"
-
-
 def mark_server() -> None:
     """Let reports of the processes that this one starts be known as its own."""
     os.environ.setdefault(SERVER_VARIABLE, secrets.token_hex(8))
@@ -109,7 +93,8 @@ class Identity:
         rank: in its group.
         ranks: of the group, as the whole job numbers them: what tells pipeline stages apart.
         name: what the engine calls the group, like ``dp1``; may be empty.
-        first_member: the name of the first rank's part in the group, see :func:`new_member`.
+        first_member: the name of the first rank's part in the group, see
+            :func:`~llm_allreduce_plugin.base.members.new_member`.
     """
 
     rank: int
@@ -214,7 +199,7 @@ def prune(folder: Path) -> None:
     Raises:
         OSError: the folder cannot be read, or a file in it not be removed.
     """
-    own = re.escape(re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname())[:40])
+    own = re.escape(host_word())
     for modified, path in _youngest_first(folder)[MOST_KEPT:]:
         member = re.search(rf"\.{own}-(\d{{1,9}})-[0-9a-f]{{6}}-\d+\.json$", path.name)
         ended = member is not None and not Path("/proc", member[1]).exists()

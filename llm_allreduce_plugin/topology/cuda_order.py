@@ -7,8 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from llm_allreduce_plugin.topology.visible import VARIABLE
-
+VARIABLE = "CUDA_VISIBLE_DEVICES"
 TIMEOUT_S = 20.0  # a driver that has to wake up eight GPUs takes seconds
 
 # In a process of its own, because a process that has started CUDA can neither start it again with other variables nor

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from llm_allreduce_plugin.base.files import parse_json, read_text
 from llm_allreduce_plugin.base.validation import MOST_FAULTS, faults, printable
 from llm_allreduce_plugin.errors import TopologyError, UnreadableFileError
-from llm_allreduce_plugin.topology.model import PCIE_LINKS, NodeTopology
+from llm_allreduce_plugin.topology.node import PCIE_LINKS, Node
 
 
-def read(path: Path) -> NodeTopology:
+def read(path: Path) -> Node:
     """A recorded topology.
 
     Raises:
@@ -27,7 +27,7 @@ def read(path: Path) -> NodeTopology:
     return parse(path, text)
 
 
-def parse(path: Path, text: str) -> NodeTopology:
+def parse(path: Path, text: str) -> Node:
     """A topology from the text of a recorded one. ``path``: where it is from, for errors.
 
     Raises:
@@ -41,7 +41,7 @@ def parse(path: Path, text: str) -> NodeTopology:
         raise _wrong(path, ["gpus: must be there: a list of the node's GPUs, [] for a node without any"])
     try:
         # Strict, because pydantic otherwise reads "0-1" as the number -1, 1.0 as 1, and true as 1.
-        topology = NodeTopology.model_validate_json(text, strict=True)
+        topology = Node.model_validate_json(text, strict=True)
     except ValidationError as error:
         raise _wrong(path, faults(error)) from None
     if found := list(itertools.islice(_contradictions(topology), MOST_FAULTS)):
@@ -55,7 +55,7 @@ def _wrong(path: Path, reasons: list[str]) -> TopologyError:
     return TopologyError("\n".join(map(printable, lines)))
 
 
-def _contradictions(topology: NodeTopology) -> Iterator[str]:
+def _contradictions(topology: Node) -> Iterator[str]:
     """What each field allows by itself, and all of them together do not."""
     for field in ("index", "pci_bus_id", "uuid"):
         seen: dict[tuple[int, object], int] = {}

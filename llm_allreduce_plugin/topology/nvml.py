@@ -1,4 +1,4 @@
-"""NodeTopology from NVML. Nothing here raises: what NVML does not tell is left unknown."""
+"""A node from NVML. Nothing here raises: what NVML does not tell is left unknown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llm_allreduce_plugin.base.validation import printable
-from llm_allreduce_plugin.topology.model import Fabric, Gpu, NodeTopology, p2p_fault_text
+from llm_allreduce_plugin.topology.node import Fabric, Gpu, Node
 
 _T = TypeVar("_T")
 
@@ -133,16 +133,16 @@ def _p2p(nvml: Any, a: Any, b: Any) -> str:  # noqa: ANN401
     return next((status for status in known if status != "OK"), "OK")
 
 
-def detect() -> NodeTopology:
+def detect() -> Node:
     """This node's GPUs. Empty, with a note, on a machine without NVML or GPUs."""
     try:
         with _nvml() as nvml:
             return _detect(nvml)
     except _NoNvmlError as error:
-        return NodeTopology(source="nvml", note=_text(f"no NVML: {error}"))
+        return Node(source="nvml", note=_text(f"no NVML: {error}"))
 
 
-def _detect(nvml: Any) -> NodeTopology:  # noqa: ANN401
+def _detect(nvml: Any) -> Node:  # noqa: ANN401
     count = int(_ask(0, nvml.nvmlDeviceGetCount))
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
     multicast = _attribute_by_bus_id(_CU_MULTICAST_SUPPORTED)
@@ -187,7 +187,7 @@ def _detect(nvml: Any) -> NodeTopology:  # noqa: ANN401
     all_to_all = count > 2 and all(  # noqa: PLR2004
         links[a][b] == f"NV{len(nvlinks[a])}" for a in range(count) for b in range(count) if a != b
     )
-    return NodeTopology(
+    return Node(
         source="nvml",
         gpus=tuple(gpus),
         links=tuple(map(tuple, links)),
@@ -208,59 +208,15 @@ def _link(
     b: int,
     bus_id_of_b: str,
 ) -> str:
-    if _ask(None, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], _P2P_NVLINK) == 0 and nvlinks[a]:
+    if _ask(None, nvml.nvmlDeviceGetP2PStatus, handles[a], handles[b], _P2P_NVLINK) == 0:
+        most = max(1, min(len(nvlinks[a]), len(nvlinks[b])))  # a virtual machine may hide how many there are
         if behind_switch[a]:
-            return f"NV{min(len(nvlinks[a]), len(nvlinks[b]))}"
+            return f"NV{most}"
         remotes = [_ask(None, nvml.nvmlDeviceGetNvLinkRemotePciInfo, handles[a], link) for link in nvlinks[a]]
         direct = sum(
             remote is not None and _bus_key(_text(remote.busId)) == _bus_key(bus_id_of_b) for remote in remotes
         )
         # A virtual machine hides where links end; the driver says that NVLink joins the two.
-        return f"NV{direct or min(len(nvlinks[a]), len(nvlinks[b]))}"
+        return f"NV{direct or most}"
     level = _ask(None, nvml.nvmlDeviceGetTopologyCommonAncestor, handles[a], handles[b])
     return "?" if level is None else _COMMON_ANCESTOR.get(int(level), "?")
-
-
-def _handles(nvml: Any, gpu_uuids: Sequence[str]) -> list[Any] | None:  # noqa: ANN401
-    """NVML's handles of GPUs, which this process need not see; None when NVML does not know all."""
-    names = [uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}" for uuid in gpu_uuids]
-    handles = [_ask(None, nvml.nvmlDeviceGetHandleByUUID, name) for name in names]
-    return None if None in handles else handles
-
-
-def nvlink_gap(gpu_uuids: Sequence[str]) -> str | None:
-    """A pair of these GPUs that NVLink does not join, by the driver's word; None when there is none or nobody knows."""
-    with contextlib.suppress(_NoNvmlError), _nvml() as nvml:
-        handles = _handles(nvml, gpu_uuids) or []
-        for a, first in enumerate(handles):
-            for b, second in enumerate(handles[:a]):
-                if _ask(0, nvml.nvmlDeviceGetP2PStatus, first, second, _P2P_NVLINK) != 0:
-                    return f"NVLink does not join the GPUs of ranks {b} and {a}"
-    return None
-
-
-def numa_node_of(gpu_uuid: str) -> int | None:
-    """The NUMA node that a GPU is attached to; None when nobody says (a virtual machine, a container without NVML)."""
-    with contextlib.suppress(_NoNvmlError), _nvml() as nvml:
-        handles = _handles(nvml, [gpu_uuid]) or []
-        pci = _ask(None, nvml.nvmlDeviceGetPciInfo, *handles)
-        return None if pci is None else _numa_node(_text(pci.busId))
-    return None
-
-
-def p2p_obstacle(gpu_uuids: Sequence[str]) -> str | None:
-    """Why these GPUs cannot use each other's memory, by the driver's word; None when they can or nobody knows.
-
-    Asks NVML only, so it makes no CUDA context and sees GPUs that this process cannot.
-    """
-    try:
-        with _nvml() as nvml:
-            handles = _handles(nvml, gpu_uuids) or []
-            for a, first in enumerate(handles):
-                for b, second in enumerate(handles):
-                    status = _p2p(nvml, first, second) if a != b else "OK"
-                    if (fault := p2p_fault_text(f"the GPUs of ranks {a} and {b}", status)) is not None:
-                        return fault
-    except _NoNvmlError:
-        return None
-    return None

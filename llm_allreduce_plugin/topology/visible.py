@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 
+from llm_allreduce_plugin.topology import cuda_order
+from llm_allreduce_plugin.topology.cuda_order import VARIABLE
 from llm_allreduce_plugin.topology.model import NodeTopology
 
-VARIABLE = "CUDA_VISIBLE_DEVICES"
 ORDER_VARIABLE, BUS_ORDER = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
 
 # Tells the UUIDs of all GPUs of the node in CUDA's order, or None.
@@ -104,8 +105,6 @@ def _has_bus_order(topology: NodeTopology, environment: Mapping[str, str]) -> bo
 
 
 def _cuda_order(topology: NodeTopology, ask: Asker | None) -> tuple[Sequence[int], tuple[str, ...]]:
-    from llm_allreduce_plugin.topology import cuda_order
-
     uuids = (ask or cuda_order.ask)() or ()
     known = {gpu.uuid: position for position, gpu in enumerate(topology.gpus)}
     order = [known[uuid] for uuid in uuids if uuid in known]

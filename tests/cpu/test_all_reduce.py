@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
-from llm_allreduce_plugin.group import start
+from llm_allreduce_plugin.group import facts
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.transport import nameless
 from tests.conftest import PoolFor
@@ -198,7 +198,7 @@ def _obstacle_on_one_rank(context: RankContext) -> tuple[str, str]:
     def obstacle(*_: object) -> str | None:
         return "rank 1 sees no peer access" if context.rank == 1 else None
 
-    with mock.patch.object(start, "transport_obstacle", obstacle):
+    with mock.patch.object(facts, "transport_obstacle", obstacle):
         return _without_kernels(context)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.cpu_group import CpuGroup
 from tests.support.low_precision import DOMAINS, oracle
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum

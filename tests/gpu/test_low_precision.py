@@ -210,7 +210,7 @@ def test_a_missing_rank_stops_forms_with_a_named_error(form: str, memory: str) -
     """The trap ends the CUDA context, so this needs a process of its own."""
     script = """
 import sys, torch
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.local_group import LocalGroup
 domains = (0, 0, 1, 1) if sys.argv[1] == "hierarchical" else None
 group = LocalGroup(

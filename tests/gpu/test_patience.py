@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu(1)
 
 PRELUDE = """
 import sys, threading, time, torch
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.local_group import LocalGroup
 
 kind = {"in_band": {}, "flagged": {"in_band": False}, "host": {"host": True}}[sys.argv[1]]

@@ -180,7 +180,7 @@ def test_missing_rank_stops_the_others_with_a_named_error() -> None:
     """The trap ends the CUDA context, so this needs a process of its own."""
     script = """
 import sys, time, torch
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.local_group import LocalGroup
 group = LocalGroup(4, in_band=sys.argv[2] != "flagged", host=sys.argv[2] == "host", timeout_s=2.0)
 inputs = [torch.ones(1000, device="cuda") for _ in range(4)]

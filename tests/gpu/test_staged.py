@@ -219,7 +219,7 @@ def test_missing_rank_stops_the_others_with_a_named_error() -> None:
     """Also lanes that wait for other lanes of their rank. The trap ends the CUDA context: a process of its own."""
     script = """
 import sys, time, torch
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.support.local_group import LocalGroup
 group = LocalGroup(4, in_band=False, lanes=4, timeout_s=2.0, staged=True)
 inputs = [torch.ones(1 << 20, device="cuda", dtype=torch.bfloat16) for _ in range(4)]

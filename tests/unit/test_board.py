@@ -18,8 +18,9 @@ import pytest
 
 from llm_allreduce_plugin import _C, PeerTimeoutError
 from llm_allreduce_plugin.group.board import ROW_BYTES, Board, Process, Row, State
+from llm_allreduce_plugin.runtime.failures import failure_of
 from llm_allreduce_plugin.runtime.health import Health
-from llm_allreduce_plugin.runtime.monitor import Monitor, failure_of
+from llm_allreduce_plugin.runtime.monitor import Monitor
 
 
 class Group:

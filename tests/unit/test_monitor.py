@@ -17,6 +17,7 @@ import pytest
 
 from llm_allreduce_plugin import _C, AllReduceConfig
 from llm_allreduce_plugin.base.guarded import Guarded
+from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.engines.vllm.communicator import _report_stock
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.metrics import RankCounters
@@ -61,12 +62,13 @@ def test_a_failure_is_told_once_until_it_changes_or_it_works_again(caplog: pytes
 FULL_DISK = """
 import json, logging, resource, signal, sys, time
 from pathlib import Path
+from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.monitor import Monitor
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
 folder, calls = Path(sys.argv[1]), 0
-identity = reports.Identity(0, (0, 1), "", reports.new_member())
+identity = reports.Identity(0, (0, 1), "", new_member())
 monitor = Monitor(None, folder, lambda: {**identity.fields(), "closed": False, "calls": {"ONESHOT": calls}})
 path = folder / reports.file_name(0, identity.group)
 
@@ -110,7 +112,7 @@ def test_a_folder_that_comes_back_is_written_again(tmp_path: Path, caplog: pytes
     caplog.set_level("INFO")
     folder = tmp_path / "reports"
     folder.write_text("a file in the folder's place")
-    member = reports.new_member()
+    member = new_member()
     monitor = Monitor(None, folder, lambda: report_of(3, member))
     until(lambda: any("cannot be written" in line for line in caplog.messages))
     folder.unlink()
@@ -145,7 +147,7 @@ def test_whatever_fails_beside_it_an_expired_wait_is_named(
 ) -> None:
     caplog.set_level("INFO")
     monkeypatch.setattr(Reporter, "CLOSE_S", 0.5)
-    group, over, member = CpuGroup(2, timeout_s=0.5), threading.Event(), reports.new_member()
+    group, over, member = CpuGroup(2, timeout_s=0.5), threading.Event(), new_member()
     folder = tmp_path / "reports"
     counters: RankCounters | None = None
     if fault == "the folder is a file":
@@ -177,7 +179,7 @@ def test_whatever_fails_beside_it_an_expired_wait_is_named(
 
 def test_a_communicator_that_is_gone_ends_both_threads(tmp_path: Path) -> None:
     there = True
-    member = reports.new_member()
+    member = new_member()
     monitor = Monitor(None, tmp_path, lambda: report_of(1, member) if there else None, alive=lambda: there)
     reporter = monitor._reporter
     assert reporter is not None
@@ -206,12 +208,13 @@ def test_nccl_starts_although_the_report_cannot_be_written(tmp_path: Path, caplo
 ENDS = """
 import multiprocessing, sys, time
 from pathlib import Path
+from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.monitor import Monitor
 
 def work(folder):
     global monitor, calls
-    identity = reports.Identity(0, (0, 1), "", reports.new_member())
+    identity = reports.Identity(0, (0, 1), "", new_member())
     calls = 0
     monitor = Monitor(None, Path(folder), lambda: {**identity.fields(), "closed": False, "calls": {"ONESHOT": calls}})
     time.sleep(1)
@@ -243,7 +246,7 @@ def test_a_process_that_ends_without_closing_writes_its_last_report(tmp_path: Pa
 
 def test_a_killed_process_has_reported_what_it_did_a_moment_before(tmp_path: Path) -> None:
     """It cannot say more once it is killed: so what it did is in the file soon after."""
-    calls, member = 0, reports.new_member()
+    calls, member = 0, new_member()
     monitor = Monitor(None, tmp_path, lambda: report_of(calls, member))
     path = tmp_path / reports.file_name(0, report_of(0, member)["group"])
     try:

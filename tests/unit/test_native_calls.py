@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from llm_allreduce_plugin import _C, GroupBrokenError, RankMismatchError
-from llm_allreduce_plugin.runtime.failures import breakage_of
-from llm_allreduce_plugin.runtime.monitor import failure_of
+from llm_allreduce_plugin.runtime.failures import breakage_of, failure_of
 
 ALGORITHMS = {"ONESHOT": _C.ONE_SHOT, "TWOSHOT": _C.TWO_SHOT}
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.engines.vllm.summary import tell
 from llm_allreduce_plugin.errors import UnreadableFileError
 from llm_allreduce_plugin.runtime import reports
@@ -131,7 +132,7 @@ def groups() -> list[dict[str, Any]]:
             ("", (0, 1), 40),  # another server, or another model in the same process
             ("", (0, 2), 50),
         )
-        for member in [reports.new_member()]
+        for member in [new_member()]
         for rank in (0, 1)
     ]
 
@@ -176,7 +177,7 @@ def test_no_two_groups_share_a_file_or_a_counter(tmp_path: Path, caplog: pytest.
 def test_the_summary_takes_the_newest_report_of_a_group(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Ranks make the same calls and are killed one after the other: rank 0's last report may be the oldest."""
     caplog.set_level("INFO")
-    member = reports.new_member()
+    member = new_member()
     for rank, calls in ((1, 216), (0, 0)):
         fields = reports.Identity(rank, (0, 1), "dp0", member).fields()
         reports.write(tmp_path, {**GOOD, **fields, "calls": {"ONESHOT": calls} if calls else {}})
@@ -196,7 +197,7 @@ def test_other_servers_and_earlier_runs_are_left_out(tmp_path: Path, monkeypatch
     names = {}
     for server in ("a", "b", ""):
         monkeypatch.setenv(reports.SERVER_VARIABLE, server)
-        identity = reports.Identity(0, (0, 1), "dp0", reports.new_member())
+        identity = reports.Identity(0, (0, 1), "dp0", new_member())
         reports.write(tmp_path, GOOD | identity.fields())
         names[server] = identity.group
     monkeypatch.setenv(reports.SERVER_VARIABLE, "a")
@@ -208,7 +209,7 @@ def test_other_servers_and_earlier_runs_are_left_out(tmp_path: Path, monkeypatch
 
 
 def test_restarts_do_not_fill_the_folder(tmp_path: Path) -> None:
-    host = reports.new_member().rsplit("-", 3)[0]
+    host = new_member().rsplit("-", 3)[0]
     ended = subprocess.Popen(["true"])
     ended.wait()
     old = time.time() - 3600
@@ -216,7 +217,7 @@ def test_restarts_do_not_fill_the_folder(tmp_path: Path) -> None:
         path = tmp_path / f"rank-0.dp0.ranks0-1.{host}-{ended.pid}-aaaaaa-{number}.json"
         path.write_text("{}")
         os.utime(path, (old + number,) * 2)
-    alive = tmp_path / f"rank-0.dp0.ranks0-1.{reports.new_member()}.json"
+    alive = tmp_path / f"rank-0.dp0.ranks0-1.{new_member()}.json"
     elsewhere = tmp_path / "rank-0.dp0.ranks0-1.otherhost-1-aaaaaa-0.json"
     mine = tmp_path / "rank-notes.json"
     for path in (alive, elsewhere, mine):
@@ -241,7 +242,7 @@ def test_names_that_others_can_foresee_are_not_followed(tmp_path: Path) -> None:
     victim.write_text("precious")
     folder = tmp_path / "reports"
     folder.mkdir()
-    report = GOOD | reports.Identity(0, (0, 1), "dp0", reports.new_member()).fields()
+    report = GOOD | reports.Identity(0, (0, 1), "dp0", new_member()).fields()
     name = reports.file_name(0, report["group"])
     for planted in (name, f".{name}.{os.getpid()}", "rank-0.json", f".rank-0.json.{os.getpid()}", f".{name}.tmp"):
         (folder / planted).symlink_to(victim)

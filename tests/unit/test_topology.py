@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from llm_allreduce_plugin import NodeTopology, TopologyError
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
-from llm_allreduce_plugin.topology import nvml, p2p_obstacle, visible
+from llm_allreduce_plugin.group.facts import p2p_fault
+from llm_allreduce_plugin.topology import nvml, visible
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -180,7 +181,7 @@ def test_detection_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     topology = NodeTopology.detect()
     assert topology.gpus == ()
     assert "NVML Shared Library Not Found" in topology.note
-    assert p2p_obstacle(["GPU-0", "GPU-1"]) is None
+    assert p2p_fault(topology) is None
 
 
 def test_topo_prints_the_matrix_and_the_reasons() -> None:

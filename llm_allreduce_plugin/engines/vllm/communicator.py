@@ -55,11 +55,12 @@ def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, nam
         logger.info("vLLM's own all-reduce is left in place: %s", reason)
     if settings.report_dir is None:
         return
+    from llm_allreduce_plugin.base.members import new_member
     from llm_allreduce_plugin.runtime import reports
     from llm_allreduce_plugin.runtime.reporter import Reporter
 
     # Ranks have agreed on nothing here, so each names a group of its own.
-    identity = reports.Identity(communicator.rank_in_group, communicator.ranks, name, reports.new_member())
+    identity = reports.Identity(communicator.rank_in_group, communicator.ranks, name, new_member())
     report = {
         **identity.fields(),
         "allreduce_strategy": str(settings.allreduce_strategy),
