@@ -2,7 +2,7 @@
 
     python benchmarks/low_precision_shapes.py --gpus 4 --out benchmarks/h200/low_precision_shapes_tp4.json
 
-``selection.tables.LOW_PRECISION_SPLITS`` comes from these. Microseconds per call, bf16.
+``algorithms.measured.SPLITS`` comes from these. Microseconds per call, bf16.
 """
 
 from __future__ import annotations

@@ -51,6 +51,8 @@ STAGED: int = 3
 
 PULL: int = 4
 
+STORE: int = 0
+
 WIRE_RAW: int = 0
 
 WIRE_FP8: int = 1
@@ -138,6 +140,9 @@ def host_unregister(address: int) -> None: ...
 def load_kernels(world_size: int) -> None:
     """Load all kernels for a world size onto the current device."""
 
+def wire_codes() -> dict[str, int]:
+    """The number of each wire format, raw among them, by its name."""
+
 def packet_size(format: int) -> tuple[int, int]:
     """Values and bytes of a packet of a wire format."""
 
@@ -191,7 +196,7 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = []) -> None:
+    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = []) -> None:
         """
         `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's.
         """

@@ -163,8 +163,8 @@ class AllReduceConfig(Settings):
     )
     low_precision: Annotated[LowPrecisionConfig, BeforeValidator(mapping)] = Field(
         default=LowPrecisionConfig(),
-        description="LOWPRECISION: wire_format (fp8, tq3, hadamard2), algorithm (auto, two_shot, ring, hierarchical), "
-        "domains, min_bytes",
+        description=f"LOWPRECISION: wire_format ({', '.join(WireFormat)}), algorithm "
+        f"({', '.join(LowPrecisionAlgorithm)}), domains, min_bytes",
     )
     report_dir: Folder | None = Field(
         default=None,

@@ -23,5 +23,5 @@ class Packet:
     bytes: int
 
 
-_CODES = {WireFormat.FP8: _C.WIRE_FP8, WireFormat.TQ3: _C.WIRE_TQ3, WireFormat.HADAMARD2: _C.WIRE_HADAMARD2}
-PACKETS = {wire: Packet(code, *_C.packet_size(code)) for wire, code in _CODES.items()}
+_CODES = _C.wire_codes()
+PACKETS = {wire: Packet(_CODES[wire], *_C.packet_size(_CODES[wire])) for wire in WireFormat}

@@ -1,9 +1,12 @@
 // The Python face of the C ABI. Addresses travel as integers: nothing here knows a tensor library.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <map>
 
 #include "bindings/plan.h"
 
@@ -33,6 +36,13 @@ std::tuple<int, int> packet_size(int format) {
   int32_t bytes = 0;
   throw_on_error(lar_packet_size(static_cast<lar_wire>(format), &values, &bytes), "packet_size");
   return {values, bytes};
+}
+
+std::map<std::string, int> wire_codes() {
+  std::map<std::string, int> codes;
+  for (int code = LAR_WIRE_RAW; const char* name = lar_wire_name(static_cast<lar_wire>(code)); ++code)
+    codes[name] = code;
+  return codes;
 }
 
 lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t flagged_bytes, bool shared) {
@@ -83,6 +93,7 @@ NB_MODULE(_C, module) {
   module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
   module.attr("STAGED") = static_cast<int>(LAR_STAGED);
   module.attr("PULL") = static_cast<int>(LAR_PULL);
+  module.attr("STORE") = static_cast<int>(LAR_STORE);
   module.attr("WIRE_RAW") = static_cast<int>(LAR_WIRE_RAW);
   module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
   module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
@@ -123,6 +134,7 @@ NB_MODULE(_C, module) {
   module.def(
       "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
       "world_size"_a, "Load all kernels for a world size onto the current device.");
+  module.def("wire_codes", &wire_codes, "The number of each wire format, raw among them, by its name.");
   module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
   module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
              "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
@@ -157,18 +169,19 @@ NB_MODULE(_C, module) {
       .def(
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
-             int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes,
+             int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes, int epilogue,
              const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances) {
             lar_call call{};
             call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
-                         LAR_STORE};
+                         static_cast<uint8_t>(epilogue)};
             call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
             call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
             new (self) Plan(workspace, call, domains, peer_distances);
           },
           "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
           "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
-          "domains"_a = std::vector<int32_t>{}, "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
+          "epilogue"_a = static_cast<int>(LAR_STORE), "domains"_a = std::vector<int32_t>{},
+          "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
           "rank's input to where it sees each rank's.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,

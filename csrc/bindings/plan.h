@@ -11,34 +11,29 @@
 // All that does not change between all-reduces of one size and kind, so that a call is two addresses and a stream.
 class Plan {
  public:
-  // `call`: its addresses are set at every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
+  // `call`: its addresses come with every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
   // or the bytes from this rank's input to where it sees each rank's.
   Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances)
-      : workspace_(workspace),
-        call_(call),
-        domains_(std::move(domains)),
-        peer_distances_(std::move(peer_distances)),
-        inputs_(peer_distances_.size()) {
+      : workspace_(workspace), call_(call), domains_(std::move(domains)), peer_distances_(std::move(peer_distances)) {
     check("domains", domains_.size());
     check("peer_distances", peer_distances_.size());
     if (!domains_.empty()) call_.domains = domains_.data();
-    if (!inputs_.empty()) call_.inputs = inputs_.data();
   }
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
 
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
-    set_addresses(input, output);
+    const Addressed addressed(*this, input, output);
     bool captured = false;
-    const int status = workspace_.call(call_, pointer(stream), &captured);
+    const int status = workspace_.call(addressed.call, pointer(stream), &captured);
     if (status == LAR_OK) ++(captured ? captured_ : calls_);
     return status;
   }
 
   // Nanoseconds of host time per launch when nothing but launches is done: what a call's own cost is measured against.
   double time_launches(uint64_t input, uint64_t output, uint64_t stream, int launches) {
-    set_addresses(input, output);
-    return workspace_.time_launches(call_, pointer(stream), launches);
+    const Addressed addressed(*this, input, output);
+    return workspace_.time_launches(addressed.call, pointer(stream), launches);
   }
 
   int64_t calls() const { return calls_; }
@@ -50,17 +45,26 @@ class Plan {
       throw std::invalid_argument(std::string(name) + ": must be empty or have one entry per rank");
   }
 
-  void set_addresses(uint64_t input, uint64_t output) {
-    call_.message.input = pointer(input);
-    call_.message.output = pointer(output);
-    for (size_t rank = 0; rank < inputs_.size(); ++rank) inputs_[rank] = pointer(input + peer_distances_[rank]);
-  }
+  // The call with its addresses. Each call has one of its own: another thread may come while this one waits.
+  struct Addressed {
+    Addressed(const Plan& plan, uint64_t input, uint64_t output) : call(plan.call_) {
+      call.message.input = pointer(input);
+      call.message.output = pointer(output);
+      for (size_t rank = 0; rank < plan.peer_distances_.size(); ++rank)
+        inputs[rank] = pointer(input + plan.peer_distances_[rank]);
+      if (!plan.peer_distances_.empty()) call.inputs = inputs;
+    }
+    Addressed(const Addressed&) = delete;
+    Addressed& operator=(const Addressed&) = delete;
+
+    lar_call call;
+    const void* inputs[LAR_MAX_WORLD_SIZE];
+  };
 
   Workspace& workspace_;
-  lar_call call_;
+  lar_call call_;  // without addresses
   const std::vector<int32_t> domains_;
   const std::vector<int64_t> peer_distances_;
-  std::vector<const void*> inputs_;
   int64_t calls_ = 0;
   int64_t captured_ = 0;
 };

@@ -22,6 +22,7 @@
 namespace lar::codec {
 
 struct Fp8 {
+  static constexpr const char* kName = "fp8";
   static constexpr bool kSendsInfinity = false;
   static constexpr int kValues = 496;
   static constexpr int kBytes = 512;

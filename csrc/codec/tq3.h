@@ -14,6 +14,7 @@
 namespace lar::codec {
 
 struct Tq3 {
+  static constexpr const char* kName = "tq3";
   static constexpr bool kSendsInfinity = true;
   LAR_CODEC static Block32 encode(const float (&values)[Block32::kValues]) {
     float largest = 0.0f;

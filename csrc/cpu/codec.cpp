@@ -3,9 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "codec/fp8.h"
-#include "codec/hadamard2.h"
-#include "codec/tq3.h"
+#include "codec/formats.h"
 #include "cpu/float_types.h"
 #include "host/check.h"
 
@@ -72,44 +70,41 @@ void round_typed(const float* values, int64_t count, void* elements) {
 
 }  // namespace
 
-void encode_packet(lar_wire format, const float* values, char* packet) {
-  switch (format) {
-    case LAR_WIRE_RAW:
-      return;
-    case LAR_WIRE_FP8:
-      return encode_fp8(values, packet);
-    case LAR_WIRE_TQ3:
-      return encode_blocks<codec::Tq3>(values, packet);
-    case LAR_WIRE_HADAMARD2:
-      return encode_blocks<codec::Hadamard2>(values, packet);
-  }
+void encode_packet(lar_wire wire, const float* values, char* packet) {
+  codec::with_format(wire, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (Format::kHasBlocks)
+      encode_blocks<typename Format::Codec>(values, packet);
+    else
+      encode_fp8(values, packet);
+  });
 }
 
-void decode_packet(lar_wire format, const char* packet, float* values) {
-  switch (format) {
-    case LAR_WIRE_RAW:
-      return;
-    case LAR_WIRE_FP8:
-      return decode_fp8(packet, values);
-    case LAR_WIRE_TQ3:
-      return decode_blocks<codec::Tq3>(packet, values);
-    case LAR_WIRE_HADAMARD2:
-      return decode_blocks<codec::Hadamard2>(packet, values);
-  }
+void decode_packet(lar_wire wire, const char* packet, float* values) {
+  codec::with_format(wire, [&](auto format) {
+    using Format = decltype(format);
+    if constexpr (Format::kHasBlocks)
+      decode_blocks<typename Format::Codec>(packet, values);
+    else
+      decode_fp8(packet, values);
+  });
 }
 
-bool sends_infinity(lar_wire format) {
-  switch (format) {
-    case LAR_WIRE_RAW:
-      return true;
-    case LAR_WIRE_FP8:
-      return Fp8::kSendsInfinity;
-    case LAR_WIRE_TQ3:
-      return codec::Tq3::kSendsInfinity;
-    case LAR_WIRE_HADAMARD2:
-      return codec::Hadamard2::kSendsInfinity;
-  }
-  return false;
+namespace {
+
+template <typename... Format>
+std::vector<lar_wire> wires_of(codec::FormatList<Format...>) {
+  return {Format::kWire...};
+}
+
+}  // namespace
+
+std::vector<lar_wire> packet_wires() { return wires_of(codec::Formats{}); }
+
+bool sends_infinity(lar_wire wire) {
+  bool sends = true;
+  codec::with_format(wire, [&](auto format) { sends = decltype(format)::Codec::kSendsInfinity; });
+  return sends;
 }
 
 void widen(lar_dtype dtype, const void* elements, int64_t count, float* values) {
@@ -136,21 +131,18 @@ void round(lar_dtype dtype, const float* values, int64_t count, void* elements) 
 
 }  // namespace lar::cpu
 
-extern "C" int lar_packet_size(lar_wire format, int32_t* values, int32_t* bytes) {
-  switch (format) {
-    case LAR_WIRE_RAW:
-      break;
-    case LAR_WIRE_FP8:
-      *values = lar::codec::Fp8::kValues;
-      *bytes = lar::codec::Fp8::kBytes;
-      return LAR_OK;
-    case LAR_WIRE_TQ3:
-    case LAR_WIRE_HADAMARD2:
-      *values = lar::codec::Packet32::kValues;
-      *bytes = lar::codec::Packet32::kBytes;
-      return LAR_OK;
-  }
-  return LAR_ERROR_INVALID_ARGUMENT;
+extern "C" const char* lar_wire_name(lar_wire wire) {
+  const char* name = wire == LAR_WIRE_RAW ? "raw" : nullptr;
+  lar::codec::with_format(wire, [&](auto format) { name = decltype(format)::Codec::kName; });
+  return name;
+}
+
+extern "C" int lar_packet_size(lar_wire wire, int32_t* values, int32_t* bytes) {
+  const bool is_known = lar::codec::with_format(wire, [&](auto format) {
+    *values = decltype(format)::kValues;
+    *bytes = decltype(format)::kBytes;
+  });
+  return is_known ? LAR_OK : LAR_ERROR_INVALID_ARGUMENT;
 }
 
 extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets) {

@@ -2,6 +2,8 @@
 #ifndef LLM_ALLREDUCE_CPU_CODEC_H_
 #define LLM_ALLREDUCE_CPU_CODEC_H_
 
+#include <vector>
+
 #include "host/layout.h"
 
 namespace lar::cpu {
@@ -12,6 +14,9 @@ constexpr int kMostPacketBytes = 512;
 // One packet from all its values, and back.
 void encode_packet(lar_wire format, const float* values, char* packet);
 void decode_packet(lar_wire format, const char* packet, float* values);
+
+// All formats but raw.
+std::vector<lar_wire> packet_wires();
 
 bool sends_infinity(lar_wire format);
 

@@ -107,8 +107,7 @@ int ring_flags(const lar_workspace& workspace, const lar_call& described) {
 }
 
 const Registration rows([] {
-  for (const lar_wire wire : {LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
-    add_cpu(kind_of(LAR_RING, LAR_FLAGS, wire), ring_flags);
+  for (const lar_wire wire : packet_wires()) add_cpu(kind_of(LAR_RING, LAR_FLAGS, wire), ring_flags);
 });
 
 }  // namespace

@@ -94,8 +94,8 @@ int two_shot_flags(const lar_workspace& workspace, const lar_call& described) {
 }
 
 const Registration rows([] {
-  for (const lar_wire wire : {LAR_WIRE_RAW, LAR_WIRE_FP8, LAR_WIRE_TQ3, LAR_WIRE_HADAMARD2})
-    add_cpu(kind_of(LAR_TWO_SHOT, LAR_FLAGS, wire), two_shot_flags);
+  add_cpu(kind_of(LAR_TWO_SHOT, LAR_FLAGS), two_shot_flags);
+  for (const lar_wire wire : packet_wires()) add_cpu(kind_of(LAR_TWO_SHOT, LAR_FLAGS, wire), two_shot_flags);
 });
 
 }  // namespace

@@ -59,8 +59,10 @@ bool check_launch(const lar_layout& layout, const lar_launch& launch, bool in_ba
 
 // Beside the packets themselves.
 bool check_wire(const lar_workspace& workspace, const lar_call& call) {
-  if (call.kind.wire > LAR_WIRE_HADAMARD2) return false;
   if (call.kind.wire == LAR_WIRE_RAW) return true;
+  int32_t values = 0;
+  int32_t bytes = 0;
+  if (lar_packet_size(static_cast<lar_wire>(call.kind.wire), &values, &bytes) != LAR_OK) return false;
   const bool limited = workspace.device != LAR_CPU || call.kind.algorithm == LAR_RING;
   return !limited || workspace.layout.world_size <= kMostCompressingRanks;
 }
@@ -77,7 +79,8 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   const lar_layout& layout = workspace.layout;
   if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_message(call.message) || !check_launch(layout, call.launch, is_in_band(call.kind.exchange))) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_message(call.message) || !check_launch(layout, call.launch, is_in_band(call.kind.exchange)))
+    return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;

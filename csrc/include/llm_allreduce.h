@@ -274,6 +274,7 @@ LAR_EXPORT int lar_all_reduce(const lar_workspace* workspace, const lar_call* ca
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
 // zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.
+LAR_EXPORT const char* lar_wire_name(lar_wire);  // null: there is none of this number
 LAR_EXPORT int lar_packet_size(lar_wire, int32_t* values, int32_t* bytes);
 LAR_EXPORT int lar_encode_cpu(lar_wire, lar_dtype, const void* values, int64_t count, void* packets);
 LAR_EXPORT int lar_decode_cpu(lar_wire, lar_dtype, const void* packets, int64_t count, void* values);

@@ -78,28 +78,19 @@ cudaError_t run(const Call& call) {
   return cudaErrorInvalidValue;
 }
 
-int code(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets, bool encodes,
-         void* stream) {
+int code(lar_wire wire, lar_dtype dtype, const void* values, int64_t count, void* packets, bool encodes, void* stream) {
   int32_t packet_values = 0;
   int32_t packet_bytes = 0;
-  if (const int status = check_codec_call(format, dtype, values, count, packets, &packet_values, &packet_bytes);
+  if (const int status = check_codec_call(wire, dtype, values, count, packets, &packet_values, &packet_bytes);
       status != LAR_OK || count == 0)
     return status;
   if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return LAR_ERROR_INVALID_ARGUMENT;
   const void* from = encodes ? values : packets;
   void* to = encodes ? packets : const_cast<void*>(values);
   const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), stream};
-  switch (format) {
-    case LAR_WIRE_RAW:
-      break;
-    case LAR_WIRE_FP8:
-      return run<Fp8Packet>(call);
-    case LAR_WIRE_TQ3:
-      return run<Tq3Packet>(call);
-    case LAR_WIRE_HADAMARD2:
-      return run<Hadamard2Packet>(call);
-  }
-  return LAR_ERROR_INVALID_ARGUMENT;
+  int status = LAR_ERROR_INVALID_ARGUMENT;
+  codec::with_format(wire, [&](auto format) { status = run<PacketOf<decltype(format)>>(call); });
+  return status;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""What a strategy is: can it run here, how it is spread, how it is launched."""
+"""What a strategy is: can it run here, does it pay, and how is it launched."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts, world_size_obstacle
+from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.config import AllReduceStrategy
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 VECTOR_BYTES = _C.VECTOR_BYTES
 MAX_THREADS = _C.MAX_THREADS
@@ -23,7 +24,7 @@ MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
-TWO_SHOT_BLOCKS = 100  # of tables.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
+TWO_SHOT_BLOCKS = 100  # of measured.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 
 
@@ -43,11 +44,13 @@ class Message:
         count: elements per rank.
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
+        readable_in_place: it lies, from a multiple of 16 bytes on, in memory that every peer sees.
     """
 
     count: int
     dtype: str
     element_bytes: int
+    readable_in_place: bool = False
 
     @property
     def payload_bytes(self) -> int:
@@ -59,30 +62,53 @@ class Message:
         return math.ceil(self.payload_bytes / VECTOR_BYTES)
 
 
+@dataclasses.dataclass(frozen=True)
+class Merit:
+    """Whether what can run should, for a message, and why.
+
+    Attributes:
+        pays: another strategy does not do better, as far as is known.
+        reason: why, or why not; empty where nothing but the settings speaks for it.
+    """
+
+    pays: bool
+    reason: str = ""
+
+
 class Strategy(abc.ABC):
-    """One strategy: stateless, the same object on every rank."""
+    """One strategy: stateless, the same object on every rank.
+
+    All that it answers is a pure function of what is wanted (the settings), what is (the facts of the group), and one
+    message.
+    """
 
     name: ClassVar[AllReduceStrategy]
     algorithm: ClassVar[str]
     numerics: ClassVar[Numerics]
+    instead: ClassVar[tuple[AllReduceStrategy, ...]] = (AllReduceStrategy.NCCL,)
+    """What is tried in its place, in this order. The last one is NCCL, which can always run."""
 
     @abc.abstractmethod
-    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
         """Why this strategy cannot run for this message, or None when it can."""
 
-    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
-        """Why this strategy, which can run, is meant to leave the message to the next one, or None.
+    def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002
+        """Whether this strategy, which can run, should: otherwise it leaves the message to the next one.
 
-        Only asked where there is no obstacle. What stands back does as it was asked to: that is no fallback.
+        Only asked where there is no obstacle. To leave a message that does not pay is what was asked for: no fallback.
         """
-        return None
+        return Merit(pays=True)
 
-    def describe(self, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
+    def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:  # noqa: ARG002
+        """What may run where this one is asked for, best first, before what is tried instead."""
+        return (self.name,)
+
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
         """What runs in this group, and why in this form; no reason where a strategy has only one."""
         return self.algorithm, ""
 
     @abc.abstractmethod
-    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
         """How a call is spread; None when it is not ours to launch. Pure: every rank gets the same."""
 
 
@@ -90,10 +116,10 @@ class KernelStrategy(Strategy):
     """A strategy that runs a kernel of this package on the group's workspaces."""
 
     @abc.abstractmethod
-    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         """How a call is spread: the kernel, its grid and its rounds. Pure."""
 
-    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
+    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
         if facts.transport is Transport.NONE:
             return facts.no_transport_reason or "ranks cannot reach each other's memory"
         if (reason := world_size_obstacle(facts.world_size)) is not None:
@@ -106,15 +132,20 @@ class KernelStrategy(Strategy):
 class MissingStrategy(Strategy):
     """A strategy whose kernel does not exist yet: it always falls back, and says so."""
 
-    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
         return f"the {self.name} kernel does not exist yet"
 
-    def plan(self, facts: GroupFacts, message: Message) -> Launch | None:
-        raise AssertionError(facts, message)  # never chosen
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
+        raise AssertionError(config, facts, message)  # never chosen
 
 
 def spread_in_band(
-    message: Message, facts: GroupFacts, algorithm: Algorithm, chunk_bytes: int, parts: int, split: tables.Split | None
+    message: Message,
+    facts: GroupFacts,
+    algorithm: Algorithm,
+    chunk_bytes: int,
+    parts: int,
+    split: measured.Split | None,
 ) -> Launch:
     """How an in-band call is spread: one vector to a thread as long as the largest grid has that many threads.
 
@@ -131,14 +162,14 @@ def spread_in_band(
         return Launch(
             algorithm=algorithm,
             exchange=Exchange.PUSH,
-            lanes=facts.lanes * split.lanes // tables.LARGEST_GRID,
+            lanes=facts.lanes * split.lanes // measured.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
             rounds=rounds,
-            scatter_lanes=max(1, facts.lanes * split.scatter // tables.LARGEST_GRID),
-            drain_lanes=facts.lanes * split.drain // tables.LARGEST_GRID,
+            scatter_lanes=max(1, facts.lanes * split.scatter // measured.LARGEST_GRID),
+            drain_lanes=facts.lanes * split.drain // measured.LARGEST_GRID,
         )
-    few = facts.lanes * TWO_SHOT_BLOCKS // tables.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
+    few = facts.lanes * TWO_SHOT_BLOCKS // measured.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
     threads = next(
         (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
     )

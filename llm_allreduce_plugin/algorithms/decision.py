@@ -13,22 +13,34 @@ from llm_allreduce_plugin.wire import PACKETS
 class Algorithm(enum.IntEnum):
     """Who sums what, with the numbers of ``lar_algorithm``."""
 
-    ONE_SHOT = _C.ONE_SHOT
-    TWO_SHOT = _C.TWO_SHOT
-    RING = _C.RING
-    HIERARCHICAL = _C.HIERARCHICAL
+    ONE_SHOT = 0
+    TWO_SHOT = 1
+    RING = 2
+    HIERARCHICAL = 3
+
+    @property
+    def in_words(self) -> str:
+        """``two-shot``."""
+        return self.name.lower().replace("_", "-")
 
 
 class Exchange(enum.IntEnum):
     """How readiness travels, with the numbers of ``lar_exchange``."""
 
-    PUSH = _C.PUSH  # in band, into a slot of each peer
-    SHARED = _C.SHARED  # in band, stored once in memory that all ranks share
-    FLAGS = _C.FLAGS
-    STAGED = _C.STAGED  # flags, and at any time a GPU sends to one peer and receives from one
-    PULL = _C.PULL  # peers read the input in place; results are pushed
+    PUSH = 0  # in band, into a slot of each peer
+    SHARED = 1  # in band, stored once in memory that all ranks share
+    FLAGS = 2
+    STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
+    PULL = 4  # peers read the input in place; results are pushed
 
 
+_EXCHANGES = {
+    Exchange.PUSH: "in band",
+    Exchange.SHARED: "in band",
+    Exchange.FLAGS: "flagged",
+    Exchange.STAGED: "staged",
+    Exchange.PULL: "in band, peers read the input in place",
+}
 IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL})
 
 
@@ -76,9 +88,9 @@ class Launch:
         return self.chunk_vectors if self.in_band else self.chunk_vectors * self.lanes
 
     @property
-    def readiness(self) -> str:
-        """How a rank knows that what it reads is there, in a word."""
-        return "in band" if self.in_band else "staged" if self.staged else "flagged"
+    def exchange_in_words(self) -> str:
+        """How a rank knows that what it reads is there, and where it reads a peer's input."""
+        return _EXCHANGES[self.exchange]
 
     @property
     def wire_code(self) -> int:
@@ -93,7 +105,7 @@ class Launch:
         spread = "per peer" if self.in_band else "per block and peer"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{self.readiness}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{self.exchange_in_words}{f', as {self.wire_format}' if self.wire_format else ''}"
             f"{f', ranks in domains {self.domains}' if self.domains else ''}"
         )
 
@@ -128,6 +140,12 @@ class Decision:
     reason: str
     passed_over: tuple[PassedOver, ...]
     by_design: bool = False
+
+    @property
+    def counted_as(self) -> str:
+        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place."""
+        pulls = self.launch is not None and self.launch.exchange is Exchange.PULL
+        return f"{self.strategy} (pull)" if pulls else str(self.strategy)
 
     @property
     def runs_another(self) -> bool:

@@ -1,16 +1,18 @@
-"""What a decision may depend on. Every rank holds the same value of each, agreed at start."""
+"""What is, of that which a decision may depend on: the same on every rank, agreed at the start.
+
+What is wanted, the settings, is no part of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.config import LowPrecisionConfig, StagedChoice
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
-    from llm_allreduce_plugin.algorithms.tables import Tuned
+    from llm_allreduce_plugin.algorithms.ranges import Tuned
 
 LARGEST_WORLD_SIZE = 72  # LAR_MAX_WORLD_SIZE: an NVLink domain
 SUPPORTED_WORLD_SIZES = range(2, LARGEST_WORLD_SIZE + 1)
@@ -59,8 +61,6 @@ class GroupFacts:
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         nodes: hosts that the ranks run on.
         nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
-        staged: the agreed setting of that name.
-        low_precision: the agreed settings of LOWPRECISION.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
         topology_class: what the bytes travel over, as far as the first rank knows.
         tuned: what was measured about this group on this node or one like it; None: seed tables decide.
@@ -77,8 +77,6 @@ class GroupFacts:
     multiprocessors: int | None = None
     nodes: int = 1
     nvlink: bool = True
-    staged: StagedChoice = StagedChoice.AUTO
-    low_precision: LowPrecisionConfig = dataclasses.field(default_factory=LowPrecisionConfig)
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN
     tuned: Tuned | None = None

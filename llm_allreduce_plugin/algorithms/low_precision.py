@@ -2,7 +2,7 @@
 
 Lossy, so it runs only where it was asked for, and the same bits on every rank all the same: all take the owner's sum as
 it was decoded from the wire, the owner too (in the ring, as it was rounded). What the wire formats are: csrc/codec.
-Which of its algorithms runs: forms.py.
+Which of its algorithms runs: low_precision_algorithm.py.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
     VECTOR_BYTES,
     KernelStrategy,
+    Merit,
     Message,
     Numerics,
     spread_shared,
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
-from llm_allreduce_plugin.algorithms.forms import Form, form_of, unit_bytes
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import AlgorithmChoice, algorithm_of, unit_bytes
 from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 LARGEST_WORLD_SIZE = 8
 WARP_THREADS = 32
@@ -52,66 +54,65 @@ _KERNELS = {
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
     numerics = Numerics.LOSSY
+    instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
     algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
 
-    def describe(self, facts: GroupFacts) -> tuple[str, str]:
-        form = form_of(facts)
-        return _WORDS[form.algorithm], form.reason
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+        choice = algorithm_of(config, facts)
+        return _WORDS[choice.algorithm], choice.reason
 
-    def obstacle(self, facts: GroupFacts, message: Message) -> str | None:
-        if (reason := super().obstacle(facts, message)) is not None:
+    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
+        if (reason := super().obstacle(config, facts, message)) is not None:
             return reason
         if facts.world_size > LARGEST_WORLD_SIZE:
             return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
-        packet = PACKETS[facts.low_precision.wire_format]
-        slot_bytes = self._slots(facts)
-        if form_of(facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT and slot_bytes < packet.bytes:
+        packet = PACKETS[config.low_precision.wire_format]
+        slot_bytes = self._slots(config, facts)
+        if algorithm_of(config, facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT and slot_bytes < packet.bytes:
             return (
                 f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
-                f"{facts.low_precision.wire_format} ({packet.bytes} bytes)"
+                f"{config.low_precision.wire_format} ({packet.bytes} bytes)"
             )
         return None
 
-    def stands_back(self, facts: GroupFacts, message: Message) -> str | None:
+    def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:
         """Small messages are faster with the exact kernels, or the settings say so."""
-        settings = facts.low_precision
+        settings = config.low_precision
         if settings.min_bytes is not None:
-            if message.payload_bytes < settings.min_bytes:
-                return f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
-            return None
+            reason = f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
+            return Merit(pays=True) if message.payload_bytes >= settings.min_bytes else Merit(pays=False, reason=reason)
         least, source = tables.low_precision_pays_from(facts, settings.wire_format)
-        if message.payload_bytes < least:
-            return f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
-        return None
+        reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
+        return Merit(pays=True) if message.payload_bytes >= least else Merit(pays=False, reason=reason)
 
     @staticmethod
-    def _in_band(facts: GroupFacts) -> bool:
+    def _in_band(config: AllReduceConfig, facts: GroupFacts) -> bool:
         """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
-        return facts.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
+        return config.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
 
-    def _pushes_in_band(self, facts: GroupFacts) -> bool:
-        return self._in_band(facts) and facts.transport is not Transport.HOST
+    def _pushes_in_band(self, config: AllReduceConfig, facts: GroupFacts) -> bool:
+        return self._in_band(config, facts) and facts.transport is not Transport.HOST
 
-    def _shares(self, facts: GroupFacts, message: Message, packets: int, packet_bytes: int) -> bool:
-        """Through host memory, in one round of in-band slots."""
-        fits = packets * packet_bytes <= facts.in_band.two_shot
-        small = message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
-        return self._in_band(facts) and fits and small
+    def _shares(self, config: AllReduceConfig, facts: GroupFacts, message: Message, part_bytes: int) -> bool:
+        """Whether a message goes through host memory in one round of in-band slots: it can, and it pays."""
+        fits = self._in_band(config, facts) and part_bytes <= facts.in_band.two_shot
+        return fits and message.payload_bytes <= tables.host_in_band_bytes(self.name, facts.world_size)
 
-    def _slots(self, facts: GroupFacts) -> int:
-        return facts.in_band.two_shot if self._pushes_in_band(facts) else facts.flagged.two_shot
+    def _slots(self, config: AllReduceConfig, facts: GroupFacts) -> int:
+        return facts.in_band.two_shot if self._pushes_in_band(config, facts) else facts.flagged.two_shot
 
-    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
-        form = form_of(facts)
-        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
-            return self._plan_flagged(facts, message, form)
-        wire_format = facts.low_precision.wire_format
+        choice = algorithm_of(config, facts)
+        if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+            return self._plan_flagged(config, facts, message, choice)
+        wire_format = config.low_precision.wire_format
         packet = PACKETS[wire_format]
         packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
         staged = staging.launch(
+            config,
             facts,
             Algorithm.TWO_SHOT,
             packets * facts.world_size,
@@ -120,57 +121,60 @@ class LowPrecision(KernelStrategy):
         )
         if staged is not None:
             return dataclasses.replace(staged, wire_format=wire_format)
-        capacity = self._slots(facts) // packet.bytes
-        if self._pushes_in_band(facts):
-            return self._plan_in_band(facts, message.payload_bytes, packets, capacity, packet.bytes)
-        if self._shares(facts, message, packets, packet.bytes):
+        capacity = self._slots(config, facts) // packet.bytes
+        if self._pushes_in_band(config, facts):
+            return self._plan_in_band(config, facts, message, packets, capacity)
+        if self._shares(config, facts, message, packets * packet.bytes):
             launch = spread_shared(Algorithm.TWO_SHOT, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
-        return self._plan_flagged(facts, message, form)
+        return self._plan_flagged(config, facts, message, choice)
 
-    def _plan_flagged(self, facts: GroupFacts, message: Message, form: Form) -> Launch:
+    def _plan_flagged(
+        self, config: AllReduceConfig, facts: GroupFacts, message: Message, choice: AlgorithmChoice
+    ) -> Launch:
         """A lane has packets for a warp each, of those that fit its slots, before there is another lane."""
-        packet = PACKETS[facts.low_precision.wire_format]
-        unit = unit_bytes(facts, form.algorithm)
-        parts = facts.world_size // 2 if form.domains else facts.world_size
+        packet = PACKETS[config.low_precision.wire_format]
+        unit = unit_bytes(config, choice.algorithm)
+        parts = facts.world_size // 2 if choice.domains else facts.world_size
         packets = max(1, math.ceil(message.count / packet.values / parts))  # of the largest part
         most = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         capacity = facts.flagged.two_shot // unit
         warps = FLAGGED_WARPS
-        if form.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
+        if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             warps = min(warps, capacity)
         lanes = max(1, min(most, math.ceil(packets / warps)))
         chunk = min(capacity, math.ceil(packets / lanes))
         if facts.transport is Transport.HOST:
             chunk = min(chunk, FLAGGED_WARPS)
         return Launch(
-            _KERNELS[form.algorithm],
+            _KERNELS[choice.algorithm],
             Exchange.FLAGS,
             lanes=lanes,
             threads=warps * WARP_THREADS,
             chunk_vectors=chunk * unit // VECTOR_BYTES,
             rounds=math.ceil(packets / chunk / lanes),
-            wire_format=facts.low_precision.wire_format,
-            domains=form.domains,
+            wire_format=config.low_precision.wire_format,
+            domains=choice.domains,
         )
 
     def _plan_in_band(
-        self, facts: GroupFacts, payload_bytes: int, packets: int, capacity: int, packet_bytes: int
+        self, config: AllReduceConfig, facts: GroupFacts, message: Message, packets: int, capacity: int
     ) -> Launch:
+        wire_format = config.low_precision.wire_format
         rounds = math.ceil(packets / capacity)
         chunk = math.ceil(packets / rounds)
-        split = tables.split(self.name, facts.world_size, payload_bytes)
+        split = tables.split(self.name, facts.world_size, message.payload_bytes)
         assert split is not None
         # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
-        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // tables.LARGEST_GRID)
+        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // measured.LARGEST_GRID)
         return Launch(
             Algorithm.TWO_SHOT,
             Exchange.PUSH,
             lanes=lanes,
             threads=MAX_THREADS,
-            chunk_vectors=chunk * packet_bytes // VECTOR_BYTES,
+            chunk_vectors=chunk * PACKETS[wire_format].bytes // VECTOR_BYTES,
             rounds=math.ceil(packets / chunk),
             scatter_lanes=max(1, lanes * split.scatter // split.lanes),
             drain_lanes=lanes * split.drain // split.lanes,
-            wire_format=facts.low_precision.wire_format,
+            wire_format=wire_format,
         )

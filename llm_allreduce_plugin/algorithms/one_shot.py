@@ -20,6 +20,7 @@ from llm_allreduce_plugin.topology.links import Transport
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.decision import Launch
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 # More blocks only add flags to exchange: 128 blocks of 256 threads already put 512 KiB in flight to every peer.
 MAX_FLAGGED_LANES = 128
@@ -28,9 +29,10 @@ MAX_FLAGGED_LANES = 128
 class OneShot(KernelStrategy):
     name = AllReduceStrategy.ONESHOT
     numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
-    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:  # noqa: ARG002
         slot_bytes = facts.in_band.one_shot
         if facts.transport is Transport.HOST:
             if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(self.name, facts.world_size)):

@@ -1,19 +1,39 @@
-"""One module per strategy. AUTO is not one of them: it chooses among them."""
+"""The list of all strategies: what runs, and what can be asked for. Those without a kernel are here alone."""
 
 from __future__ import annotations
 
-from llm_allreduce_plugin.algorithms.base import KernelStrategy, Strategy
+from collections import ChainMap
+from collections.abc import Mapping
+
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, MissingStrategy, Numerics, Strategy
+from llm_allreduce_plugin.algorithms.by_table import Auto, MinLatency, TableStrategy
 from llm_allreduce_plugin.algorithms.low_precision import LowPrecision
-from llm_allreduce_plugin.algorithms.min_latency import MinLatency
-from llm_allreduce_plugin.algorithms.missing import MultiNodeNvlink, UserBuffer
 from llm_allreduce_plugin.algorithms.nccl import Nccl
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
 from llm_allreduce_plugin.config import AllReduceStrategy
 
+
+class UserBuffer(MissingStrategy):
+    name = AllReduceStrategy.UB
+    numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
+    algorithm = "zero-copy on registered buffers"
+
+
+class MultiNodeNvlink(MissingStrategy):
+    name = AllReduceStrategy.MNNVL
+    numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
+    algorithm = "kernels over an NVLink domain that spans nodes"
+
+
+# By the name under which they run.
 STRATEGIES: dict[AllReduceStrategy, Strategy] = {
     strategy.name: strategy
     for strategy in (OneShot(), TwoShot(), MinLatency(), UserBuffer(), LowPrecision(), MultiNodeNvlink(), Nccl())
 }
+# By the name under which they are asked for: AUTO runs nothing under its own.
+ASKED_FOR: Mapping[AllReduceStrategy, Strategy] = ChainMap(STRATEGIES, {AllReduceStrategy.AUTO: Auto()})
 
-__all__ = ["STRATEGIES", "KernelStrategy", "Strategy"]
+__all__ = ["ASKED_FOR", "STRATEGIES", "KernelStrategy", "Strategy", "TableStrategy"]

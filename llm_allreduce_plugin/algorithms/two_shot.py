@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import pulling, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     VECTOR_BYTES,
     KernelStrategy,
@@ -22,6 +22,7 @@ from llm_allreduce_plugin.topology.links import Transport
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.decision import Launch
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 
 class TwoShot(KernelStrategy):
@@ -29,10 +30,10 @@ class TwoShot(KernelStrategy):
     numerics = Numerics.EXACT
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
-    def plan(self, facts: GroupFacts, message: Message) -> Launch:
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         parts = facts.world_size
         slot_bytes = facts.in_band.two_shot
-        staged = staging.launch(facts, Algorithm.TWO_SHOT, message.vectors)
+        staged = staging.launch(config, facts, Algorithm.TWO_SHOT, message.vectors)
         if staged is not None:
             return staged
         if facts.transport is Transport.HOST:
@@ -42,7 +43,8 @@ class TwoShot(KernelStrategy):
                 return spread_shared(Algorithm.TWO_SHOT, vectors, facts.lanes, per_thread=2)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
-            return spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
+            pushed = spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
+            return pulling.launch(pushed, message)
         lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)

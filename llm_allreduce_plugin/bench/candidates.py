@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.algorithms.forms import form_of
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.measure.answers import MORE_ERROR, MOST_ERROR
@@ -99,7 +99,7 @@ def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
     decision = group.explain((1 << 20,), torch.bfloat16)
     if decision.runs_another:
         raise RuntimeError(decision.reason)
-    two_shot = form_of(group.facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
+    two_shot = algorithm_of(group.config, group.facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
     most_error = MOST_ERROR[settings.wire_format] * (1 if two_shot else MORE_ERROR)
     return Candidate(bind=lambda x: lambda: group.all_reduce(x), most_error=most_error, close=group.close)
 

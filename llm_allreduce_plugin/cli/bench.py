@@ -120,9 +120,7 @@ def bench(
     ] = "auto",
     wire_format: Annotated[
         str,
-        typer.Option(
-            "--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.", autocompletion=options.complete_wire_format
-        ),
+        typer.Option("--wire-format", help=options.WIRE_FORMAT_HELP, autocompletion=options.complete_wire_format),
     ] = "fp8",
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llm_allreduce_plugin.algorithms import pulling
+from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.decision import Decision, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import options, outputs
@@ -115,7 +117,7 @@ def launch_fields(launch: Launch | None) -> dict[str, Any] | None:
     """A launch for JSON."""
     if launch is None:
         return None
-    return dataclasses.asdict(launch) | {"algorithm": launch.algorithm.name}
+    return dataclasses.asdict(launch) | {"algorithm": launch.algorithm.name, "exchange": launch.exchange.name}
 
 
 def decision_fields(decision: Decision) -> dict[str, Any]:
@@ -135,6 +137,13 @@ def _range_fields(found: sweeps.SizeRange) -> dict[str, Any]:
         "first_launch": launch_fields(found.launches[0] if found.launches else None),
         "last_launch": launch_fields(found.launches[-1] if found.launches else None),
     }
+
+
+def _why_sent(decision: Decision, message: Message) -> str | None:
+    """Why an input is sent although peers could read it in place; None where they do."""
+    if decision.launch is None:
+        return f"{decision.strategy} is not of this package"
+    return pulling.obstacle(decision.launch, message)
 
 
 def explain(
@@ -187,11 +196,12 @@ def explain(
     ] = None,
     wire_format: Annotated[
         str | None,
-        typer.Option(
-            "--wire-format", help="LOWPRECISION: fp8, tq3 or hadamard2.", autocompletion=options.complete_wire_format
-        ),
+        typer.Option("--wire-format", help=options.WIRE_FORMAT_HELP, autocompletion=options.complete_wire_format),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="The input lies in memory that peers see (`peer_visible_empty`).")
+    ] = False,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="What runs from which size to which, 16 bytes to 1 GiB.")
     ] = False,
@@ -217,11 +227,12 @@ def explain(
     try:
         group = subject(topology, world_size, config, cpu=cpu)
         wanted = sweep or plot is not None
-        ranges = sweeps.sweep(config, group.facts, element_type) if wanted else []
+        ranges = sweeps.sweep(config, group.facts, element_type, readable_in_place=in_place) if wanted else []
     except (ConfigError, TopologyError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    decision = decide(config, group.facts, count, element_type)
+    decision = decide(config, group.facts, count, element_type, readable_in_place=in_place)
+    sent = _why_sent(decision, Message(count, element_type, element, in_place)) if in_place else None
     if as_json:
         document: dict[str, Any] = {
             "group": {
@@ -234,6 +245,8 @@ def explain(
             "message": {"count": count, "dtype": element_type, "bytes": count * element},
             "decision": decision_fields(decision),
         }
+        if in_place:
+            document["message"] |= {"readable_in_place": True, "why_sent": sent}
         if sweep:
             document["ranges"] = [_range_fields(found) for found in ranges]
         typer.echo(json.dumps(document, indent=1))
@@ -246,6 +259,8 @@ def explain(
             typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}")
         else:
             typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank\n{decision}")
+            if sent is not None:
+                typer.echo(f"  the input is sent: {sent}")
     if plot is not None:
         _draw(ranges, f"{group.where}, allreduce_strategy {config.allreduce_strategy}", element_type, plot)
 

@@ -17,6 +17,8 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, Tran
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size
 
+*_FIRST, _LAST = WireFormat
+WIRE_FORMAT_HELP = f"LOWPRECISION: {', '.join(_FIRST)} or {_LAST}."
 # nccl-tests' and the usual short names beside torch's.
 DTYPES = {
     "float": "float32",

@@ -11,6 +11,7 @@ import typer
 
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.cli import options
+from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
 from llm_allreduce_plugin.topology import NodeTopology, View, view_of
@@ -110,8 +111,13 @@ def render(view: View, world_size: int | None) -> str:
     facts = group_facts(view.topology, world_size)
     through = {Transport.SYMMETRIC: "each other's memory", Transport.HOST: "pinned host memory"}.get(facts.transport)
     parts += ["", f"Strategies for a group of {facts.world_size}{f' through {through}' if through else ''}:"]
+    defaults = AllReduceConfig()
     rows = [
-        [f"  {name}", "yes" if reason is None else "no", reason or STRATEGIES[name].describe(facts)[1]]
+        [
+            f"  {name}",
+            "yes" if reason is None else "no",
+            reason or STRATEGIES[name].describe(defaults, facts)[1],
+        ]
         for name, reason in strategy_table(facts)
     ]
     parts.append(_grid(rows))

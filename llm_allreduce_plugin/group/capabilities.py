@@ -36,7 +36,7 @@ def group_facts(
         raise ValueError(message)
     members = topology.subset(range(size))
     if not members.gpus:
-        facts = GroupFacts(0, "cuda", Transport.NONE, staged=settings.staged, low_precision=settings.low_precision)
+        facts = GroupFacts(0, "cuda", Transport.NONE)
         return dataclasses.replace(facts, no_transport_reason=topology.note or "no GPU")
     cards = [
         dataclasses.replace(
@@ -61,5 +61,6 @@ def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFa
 
 def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:
     """Every strategy with the reason why it cannot run on large 16-bit messages, or None when it can."""
+    config = AllReduceConfig()
     message = Message(count=64 << 20, dtype="bfloat16", element_bytes=2)  # large: what pays is another question
-    return [(name, strategy.obstacle(facts, message)) for name, strategy in STRATEGIES.items()]
+    return [(name, strategy.obstacle(config, facts, message)) for name, strategy in STRATEGIES.items()]

@@ -85,8 +85,6 @@ def reach_of(
         multiprocessors=multiprocessors,
         nodes=len({card.host for card in cards}),
         nvlink=not topology.nvlink_gap(members),
-        staged=settings.staged,
-        low_precision=settings.low_precision,
         domains=domains(cards),
     )
     if (obstacle := _obstacle(cards, settings)) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle, world_size_obstacle
-from llm_allreduce_plugin.algorithms.forms import form_of, needs_flags
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of, needs_flags
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
 from llm_allreduce_plugin.topology.links import Transport
 
@@ -101,15 +101,15 @@ def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors
         return _C.make_layout(world_size, 1, flagged_bytes=size, shared=True)
     if facts.transport is Transport.HOST:
         size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // world_size)
-        is_ring = compresses and form_of(facts).algorithm is LowPrecisionAlgorithm.RING
+        is_ring = compresses and algorithm_of(config, facts).algorithm is LowPrecisionAlgorithm.RING
         return host_layout(world_size, RING_HOST_LANES if is_ring else HOST_LANES, size)
     size = int(wanted or DEFAULT_GPU_WORKSPACE_BYTES)
     lanes = min(_C.MAX_LANES, 2 * multiprocessors)  # two blocks to a multiprocessor
     flagged = 0
     if not config.in_band:
         flagged = size
-    elif staging.obstacle(facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+    elif staging.refusal(config, facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
         flagged = size - size // STAGED_IN_BAND_SHARE
     elif compresses:
-        flagged = size // FLAGGED_SHARE if needs_flags(facts) else 0
+        flagged = size // FLAGGED_SHARE if needs_flags(config, facts) else 0
     return _C.make_layout(world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.forms import form_of
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
@@ -231,10 +231,10 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
         sizes,
     )
     if config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
-        form = form_of(facts)
-        level = logging.WARNING if form.is_fallback else logging.INFO
-        logger.log(level, "LOWPRECISION runs as %s: %s", form.algorithm, form.reason)
-    if config.staged is StagedChoice.ON and (why := staging.obstacle(facts)) is not None:
+        choice = algorithm_of(config, facts)
+        level = logging.WARNING if choice.is_fallback else logging.INFO
+        logger.log(level, "LOWPRECISION runs as %s: %s", choice.algorithm, choice.reason)
+    if config.staged is StagedChoice.ON and (why := staging.refusal(config, facts)) is not None:
         logger.warning("staged is on, but nothing is staged: %s", why)
     if uses_table(config):
         logger.info("these sizes come from %s", table_of(config, facts).source)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.oracle import CODECS
 
 
 def make_input(seed: int, rank: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -43,8 +43,8 @@ def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool,
     return int(((output.float() - expected.float()).abs() > allowed).sum()) + int(output.isnan().sum())
 
 
-# What each wire format may be off by on normal data; docs/accuracy.md has what it is.
-MOST_ERROR = {WireFormat.FP8: 0.05, WireFormat.TQ3: 1.0, WireFormat.HADAMARD2: 0.5}
+# What each wire format may be off by on normal data.
+MOST_ERROR = {wire: codec.most_error for wire, codec in CODECS.items()}
 # Times that for the ring and over domains, which encode sums more often: with 8 ranks they have 1.2 to 1.5 times the
 # error of the two-shot, by the oracles in oracle/.
 MORE_ERROR = 1.7

@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 
 import torch
 
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.oracle import fp8, hadamard2, tq3
 from llm_allreduce_plugin.wire import PACKETS
 
 
@@ -26,6 +26,7 @@ class Codec:
         packet_bytes: bytes of a packet.
         encode_packets: fp32 ``[packets, packet_values]`` to uint8 ``[packets, packet_bytes]``.
         decode_packets: the other way round.
+        most_error: what the two-shot may be off by on normal data, relative; docs/accuracy.md has what it is.
     """
 
     code: int
@@ -33,6 +34,7 @@ class Codec:
     packet_bytes: int
     encode_packets: Callable[[torch.Tensor], torch.Tensor]
     decode_packets: Callable[[torch.Tensor], torch.Tensor]
+    most_error: float
 
     @property
     def bits_per_value(self) -> float:
@@ -59,14 +61,17 @@ class Codec:
         return self.decode(self.encode(values), values.numel()).view(values.shape)
 
 
-CODECS: dict[WireFormat, Codec] = {
-    WireFormat.FP8: Codec(PACKETS[WireFormat.FP8].code, fp8.PACKET_VALUES, fp8.PACKET_BYTES, fp8.encode, fp8.decode),
-    WireFormat.TQ3: Codec(PACKETS[WireFormat.TQ3].code, tq3.PACKET_VALUES, tq3.PACKET_BYTES, tq3.encode, tq3.decode),
-    WireFormat.HADAMARD2: Codec(
-        PACKETS[WireFormat.HADAMARD2].code,
-        hadamard2.PACKET_VALUES,
-        hadamard2.PACKET_BYTES,
-        hadamard2.encode,
-        hadamard2.decode,
-    ),
-}
+def _codec(wire: WireFormat) -> Codec:
+    """Of the module that has the format's name."""
+    module = importlib.import_module(f"{__name__}.{wire}")
+    return Codec(
+        PACKETS[wire].code,
+        module.PACKET_VALUES,
+        module.PACKET_BYTES,
+        module.encode,
+        module.decode,
+        module.MOST_ERROR,
+    )
+
+
+CODECS: dict[WireFormat, Codec] = {wire: _codec(wire) for wire in WireFormat}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+MOST_ERROR = 0.05
 PACKET_VALUES = 496
 PACKET_BYTES = 512
 LARGEST = 448.0

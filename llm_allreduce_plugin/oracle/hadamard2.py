@@ -15,7 +15,9 @@ from llm_allreduce_plugin.oracle.blocks import (
     unpack,
 )
 
-__all__ = ["PACKET_BYTES", "PACKET_VALUES", "decode", "encode"]
+MOST_ERROR = 0.5
+
+__all__ = ["MOST_ERROR", "PACKET_BYTES", "PACKET_VALUES", "decode", "encode"]
 
 LARGEST_INPUT = 2.0**20
 

@@ -14,7 +14,9 @@ from llm_allreduce_plugin.oracle.blocks import (
     unpack,
 )
 
-__all__ = ["PACKET_BYTES", "PACKET_VALUES", "decode", "encode"]
+MOST_ERROR = 1.0
+
+__all__ = ["MOST_ERROR", "PACKET_BYTES", "PACKET_VALUES", "decode", "encode"]
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:

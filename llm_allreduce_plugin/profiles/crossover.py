@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from llm_allreduce_plugin.algorithms.tables import Range
+from llm_allreduce_plugin.algorithms.ranges import Range
 
 # What a strategy must save, relative to the fastest and summed over the sizes of a range, to cut that range out of
 # another strategy's; half of it at the end, where there is one change instead of two. So no measured size is slower

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.tables import Range, TunedRanges
+from llm_allreduce_plugin.algorithms.ranges import Range, TunedRanges
 from llm_allreduce_plugin.base.files import read_json
 from llm_allreduce_plugin.errors import ProfileError, UnreadableFileError
 from llm_allreduce_plugin.topology.identity import NodeIdentity

@@ -10,7 +10,7 @@ from pathlib import Path
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.tables import Tuned
+from llm_allreduce_plugin.algorithms.ranges import Tuned
 from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
 from llm_allreduce_plugin.errors import CacheError, ConfigError, ProfileError
 from llm_allreduce_plugin.profiles.file import Profile, read

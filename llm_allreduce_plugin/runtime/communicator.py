@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import weakref
@@ -13,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Exchange, Launch
-from llm_allreduce_plugin.algorithms.strategies import STRATEGIES, KernelStrategy
+from llm_allreduce_plugin.algorithms.decision import Decision, Exchange
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending, keep_for_ever
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
@@ -43,12 +41,6 @@ _NOT_PLANNED: Any = object()
 def dtype_name(dtype: torch.dtype) -> str:
     """As the policy spells it: ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _can_be_pulled(launch: Launch) -> bool:
-    """Whether this launch could read its inputs in place instead."""
-    exact = launch.algorithm is Algorithm.TWO_SHOT and launch.wire_format is None
-    return exact and launch.exchange is Exchange.PUSH
 
 
 class TensorParallelCommunicator:
@@ -199,9 +191,13 @@ class TensorParallelCommunicator:
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype) -> Decision:
-        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing."""
-        return decide(self.config, self.facts, math.prod(shape), dtype_name(dtype))
+    def explain(self, shape: Sequence[int], dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+        """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
+
+        ``readable_in_place``: it lies in memory of :meth:`peer_visible_empty`, from a multiple of 16 bytes on.
+        """
+        count, name = math.prod(shape), dtype_name(dtype)
+        return decide(self.config, self.facts, count, name, readable_in_place=readable_in_place)
 
     def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make with messages of this size: what tuning compares.
@@ -335,15 +331,18 @@ class TensorParallelCommunicator:
 
     # -- what runs -----------------------------------------------------------------------------------------------------
 
-    def _plan(self, count: int, dtype: torch.dtype) -> Planned:
+    def _decide(self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
-        decision = decide(self.config, self.facts, count, dtype_name(dtype))
+        decision = decide(self.config, self.facts, count, dtype_name(dtype), readable_in_place=readable_in_place)
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
-        strategy = STRATEGIES[decision.strategy]
-        is_ours = isinstance(strategy, KernelStrategy)
+        return decision
+
+    def _plan(self, count: int, dtype: torch.dtype) -> Planned:
+        decision = self._decide(count, dtype)
+        is_ours = decision.launch is not None
         planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
         planned = self._checked(planned, count, dtype)
         self._plans.keep((count, dtype), planned)
@@ -363,23 +362,23 @@ class TensorParallelCommunicator:
             logger.warning("%s", line)
 
     def _pull(self, input_: torch.Tensor) -> Call | None:
-        """The call that reads this input in place; None when it must be sent, or is small enough to be sent faster."""
+        """The call for an input that peers read in place; None where it lies elsewhere, or is sent all the same."""
         found = next((i for i, buffer in enumerate(self._peer_visible) if buffer.holds(input_)), None)
         if found is None:
             return None
         key = (found, input_.numel(), input_.dtype)
         if (planned := self._pulls.get(key, _NOT_PLANNED)) is _NOT_PLANNED:
-            decision = (self._plans.get(key[1:]) or self._plan(*key[1:])).decision
-            launch = decision.launch
-            planned = None
-            if launch is not None and _can_be_pulled(launch) and input_.numel() > 0:
-                pulled = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
-                distances = self._peer_visible[found].peer_distances
-                planned = self._kernel_call(dataclasses.replace(decision, launch=pulled), *key[1:], distances)
-            if planned is not None:
-                planned = self._checked(planned, *key[1:], f" in memory {found} that peers see")
+            planned = self._plan_pull(*key)
             self._pulls.keep(key, planned)
         return None if planned is None else planned.call
+
+    def _plan_pull(self, found: int, count: int, dtype: torch.dtype) -> Planned | None:
+        """For inputs in one of the buffers that peers see; None where they are sent as from anywhere else."""
+        decision = self._decide(count, dtype, readable_in_place=True)
+        if decision.launch is None or decision.launch.exchange is not Exchange.PULL:
+            return None
+        planned = self._kernel_call(decision, count, dtype, self._peer_visible[found].peer_distances)
+        return self._checked(planned, count, dtype, f" in memory {found} that peers see")
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()

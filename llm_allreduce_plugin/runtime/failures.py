@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES
 from llm_allreduce_plugin.errors import AllReduceError, GroupBrokenError, PeerTimeoutError, RankMismatchError
 from llm_allreduce_plugin.group.board import Board, Row, State
@@ -12,7 +13,7 @@ from llm_allreduce_plugin.wire import PACKETS
 
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 WIRE_FORMATS = {packet.code: wire for wire, packet in PACKETS.items()}
-_EXACT = {_C.ONE_SHOT: "ONESHOT", _C.TWO_SHOT: "TWOSHOT"}
+_EXACT = {int(algorithm): algorithm.name.replace("_", "") for algorithm in Algorithm}
 PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 

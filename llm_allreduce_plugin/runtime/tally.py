@@ -154,7 +154,7 @@ class Tally:
         """
         number, ended = next(self._numbers), self._ended
         ref = None if call is None else weakref.ref(call, lambda _: ended.append(number))
-        part = _Part(str(decision.strategy), fallback_of(decision), counted, ref)
+        part = _Part(decision.counted_as, fallback_of(decision), counted, ref)
         with self._lock:
             self._parts[number] = part
             self._fold()

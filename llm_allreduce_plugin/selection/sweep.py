@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Launch
+from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, WireFormat
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, kernel_in_words
 
 SMALLEST_BYTES = 16
 LARGEST_BYTES = 1 << 30
-_WORDS = {Algorithm.ONE_SHOT: "one-shot", Algorithm.TWO_SHOT: "two-shot"}
-_FORMS = {Algorithm.RING: "ring", Algorithm.HIERARCHICAL: "hierarchical"}
 # What tells one range from the next: everything but the numbers of a launch.
-_Kind = tuple[AllReduceStrategy, Algorithm | None, bool, bool, bool, bool, WireFormat | None, bool]
+_Kind = tuple[AllReduceStrategy, Algorithm | None, Exchange | None, bool, bool, WireFormat | None, bool]
 
 
 def size_text(count: int) -> str:
@@ -31,12 +30,11 @@ def name_of(decision: Decision) -> str:
     launch = decision.launch
     if launch is None:
         return str(decision.strategy)
-    named = decision.strategy in (AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT)
     words = [
-        None if named or launch.wire_format else _WORDS.get(launch.algorithm),
+        kernel_in_words(decision),
         launch.wire_format,
-        _FORMS.get(launch.algorithm),
-        "staged" if launch.staged else None,
+        launch.algorithm.in_words if launch.wire_format and launch.algorithm is not Algorithm.TWO_SHOT else None,
+        {Exchange.STAGED: "staged", Exchange.PULL: "pull"}.get(launch.exchange),
     ]
     said = ", ".join(word for word in words if word)
     return f"{decision.strategy} ({said})" if said else str(decision.strategy)
@@ -45,12 +43,11 @@ def name_of(decision: Decision) -> str:
 def _kind(decision: Decision) -> _Kind:
     launch = decision.launch
     if launch is None:
-        return decision.strategy, None, False, False, False, False, None, decision.is_fallback
+        return decision.strategy, None, None, False, False, None, decision.is_fallback
     return (
         decision.strategy,
         launch.algorithm,
-        launch.in_band,
-        launch.staged,
+        launch.exchange,
         launch.scatter_lanes > 0,
         launch.rounds > 1,
         launch.wire_format,
@@ -88,7 +85,7 @@ class SizeRange:
         words = [f"{_span(self.launches, 'lanes')} blocks x {_span(self.launches, 'threads')} threads"]
         if first.scatter_lanes:
             words.append("a task to each block")
-        words.append(first.readiness)
+        words.append(first.exchange_in_words)
         if first.rounds > 1:
             words.append(f"{_span(self.launches, 'rounds')} rounds")
         return ", ".join(words)
@@ -110,8 +107,13 @@ def _counts(element_bytes: int) -> list[int]:
     return sorted({size // element_bytes for size in sizes})
 
 
-def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRange]:
+def sweep(
+    config: AllReduceConfig, facts: GroupFacts, dtype: str, *, readable_in_place: bool = False
+) -> list[SizeRange]:
     """The ranges from 16 bytes to 1 GiB per rank, with no gap between them; borders are exact to an element.
+
+    ``readable_in_place``: inputs lie in memory that peers see. Then only messages of whole 16-byte vectors count,
+    and borders are exact to a vector: peers read no others in place.
 
     Raises:
         ValueError: no kernel handles ``dtype``, so that there is nothing to tell apart.
@@ -121,8 +123,11 @@ def sweep(config: AllReduceConfig, facts: GroupFacts, dtype: str) -> list[SizeRa
         message = f"dtype {dtype}: no kernel handles it (there are for {', '.join(ELEMENT_BYTES)})"
         raise ValueError(message)
 
+    step = VECTOR_BYTES // element if readable_in_place else 1
+    element *= step
+
     def decision_of(count: int) -> Decision:
-        return decide(config, facts, count, dtype)
+        return decide(config, facts, count * step, dtype, readable_in_place=readable_in_place)
 
     points: list[tuple[int, Decision]] = []
     for count in _counts(element):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
-from llm_allreduce_plugin.algorithms.tables import Range
+from llm_allreduce_plugin.algorithms.ranges import Range
 from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison, Effort

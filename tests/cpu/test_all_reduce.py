@@ -166,7 +166,7 @@ def _without_kernels(context: RankContext) -> tuple[str, str]:
 def test_world_size_without_kernels(cpu_pool: PoolFor) -> None:
     for strategy, reason in cpu_pool(1).run(_without_kernels):
         assert strategy == "NCCL"
-        assert reason == "no kernel for 1 rank (there are for 2, 3, 4, 5, 6, 7, 8, 16)"
+        assert reason == "no kernel for 1 rank (there are for 2 to 72)"
 
 
 def _shm_entries(context: RankContext) -> list[str]:

@@ -15,7 +15,7 @@ from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_i
 
 pytestmark = pytest.mark.gpu(1)
 
-WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 16)
+WORLD_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16)
 ALGORITHMS = ("ONESHOT", "TWOSHOT")
 SIZES = (1, 7, 8, 9, 1023, 40_000, (1 << 20) + 1)
 

@@ -60,6 +60,18 @@ def test_sizes(world_size: int, algorithm: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("world_size", (5, 6, 7, 16))
+def test_other_world_sizes(world_size: int, kind: Kind) -> None:
+    algorithms = ALGORITHMS[1:] if "staged" in kind else ALGORITHMS
+    for seed in seeds(1):
+        group = group_of(seed, world_size, kind, workspace_mib=2, threads=32)
+        for size, dtype in ((7, torch.float32), (1032, torch.float16), (4096, torch.bfloat16)):
+            for algorithm in algorithms:
+                inputs = inputs_of(size, world_size, size, dtype)
+                reduce_and_compare(group, algorithm, inputs, f"{dtype} x {size}, {seed=}")
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(dtype: torch.dtype, kind: Kind) -> None:
     for seed in seeds(1):

@@ -18,7 +18,13 @@ from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.decision import Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
-from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, StagedChoice, WireFormat
+from llm_allreduce_plugin.config import (
+    AllReduceConfig,
+    LowPrecisionAlgorithm,
+    LowPrecisionConfig,
+    StagedChoice,
+    WireFormat,
+)
 from llm_allreduce_plugin.group import layouts
 from llm_allreduce_plugin.group.layouts import STAGED_IN_BAND_SHARE, host_layout
 from llm_allreduce_plugin.topology.links import Transport
@@ -138,11 +144,12 @@ class LocalGroup:
             device="cuda",
             transport=Transport.NONE,
             architecture=90,
-            staged=StagedChoice.ON if self.staged else StagedChoice.OFF,
-            low_precision=self.low_precision,
+        )
+        config = AllReduceConfig(
+            staged=StagedChoice.ON if self.staged else StagedChoice.OFF, low_precision=self.low_precision
         )
         facts = group.with_layout(self.transport, self.layout)
-        launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(facts, message)
+        launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(config, facts, message)
         assert launch is not None
         if self.threads is not None:
             launch = dataclasses.replace(launch, threads=min(launch.threads, self.threads))

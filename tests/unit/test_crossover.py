@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_allreduce_plugin.algorithms.tables import Range
+from llm_allreduce_plugin.algorithms.ranges import Range
 from llm_allreduce_plugin.profiles.crossover import MARGIN, Point, changes, eager_ranges_of, ranges_of, strategy_at
 
 times = st.floats(0.5, 1e5)

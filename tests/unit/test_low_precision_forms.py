@@ -15,7 +15,12 @@ from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.forms import domains_obstacle, form_of, unit_bytes
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import (
+    AlgorithmChoice,
+    algorithm_of,
+    domains_obstacle,
+    unit_bytes,
+)
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.capabilities import group_facts
@@ -33,14 +38,16 @@ FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 NUMA = DOMAINS["4+4"]
 
 
-def with_settings(group: GroupFacts, **settings: Any) -> GroupFacts:
-    return dataclasses.replace(group, low_precision=LowPrecisionConfig(**settings))
+def config(**settings: Any) -> AllReduceConfig:
+    return AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=LowPrecisionConfig(**settings))
 
 
 def low_precision(group: GroupFacts, count: int = 1 << 24, **settings: Any) -> Decision:
-    group = with_settings(group, **settings)
-    config = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=group.low_precision)
-    return decide(config, group, count, "bfloat16")
+    return decide(config(**settings), group, count, "bfloat16")
+
+
+def chosen(group: GroupFacts, **settings: Any) -> AlgorithmChoice:
+    return algorithm_of(config(**settings), group)
 
 
 def pcie(transport: Transport = Transport.SYMMETRIC, **changes: Any) -> GroupFacts:
@@ -75,15 +82,15 @@ def test_auto_is_two_shot_elsewhere_and_says_why(group: GroupFacts, reason: str)
     assert decision.launch is not None
     assert decision.launch.algorithm is Algorithm.TWO_SHOT
     assert f"two_shot rather than hierarchical: {reason}" in decision.reason
-    assert not form_of(group).is_fallback
+    assert not chosen(group).is_fallback
 
 
 def test_domains_may_be_given_by_hand() -> None:
     hidden = pcie(domains=())
-    assert form_of(with_settings(hidden, domains=DOMAINS["4+4 in turns"])).domains == DOMAINS["4+4 in turns"]
+    assert chosen(hidden, domains=DOMAINS["4+4 in turns"]).domains == DOMAINS["4+4 in turns"]
     assert "(low_precision.domains)" in low_precision(hidden, domains=NUMA).reason
     # What is given wins over what is seen.
-    assert form_of(with_settings(pcie(), domains=(0,) * 8)).algorithm is A.TWO_SHOT
+    assert chosen(pcie(), domains=(0,) * 8).algorithm is A.TWO_SHOT
     # By hand and by name also with NVLink, and on CPU ranks.
     for group in (pcie(nvlink=True), facts(8, Transport.SHM)):
         by_hand = low_precision(group, algorithm="hierarchical", domains=NUMA)
@@ -98,7 +105,7 @@ def test_what_cannot_be_hierarchical_stays_compressed() -> None:
     assert decision.launch is not None
     assert decision.launch.algorithm is Algorithm.TWO_SHOT
     assert "hierarchical cannot run: ranks form 2 domains of 1, 1 ranks" in decision.reason
-    assert form_of(with_settings(facts(2), algorithm="hierarchical")).is_fallback
+    assert chosen(facts(2), algorithm="hierarchical").is_fallback
 
 
 def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
@@ -129,9 +136,8 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
     domains = None if numbers is None else numbers[: group.world_size]
     group = dataclasses.replace(group, nvlink=nvlink)
     settings = {"algorithm": algorithm, "wire_format": wire, "domains": domains, "min_bytes": 0}
-    group = with_settings(group, **settings)
-    form = form_of(group)
-    assert form == form_of(dataclasses.replace(group))
+    form = chosen(group, **settings)
+    assert form == chosen(dataclasses.replace(group), **settings)
     assert form.algorithm is not A.AUTO
     assert form.reason
     assert algorithm in (form.algorithm, A.AUTO) or (form.is_fallback and form.algorithm is A.TWO_SHOT)
@@ -146,7 +152,7 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
     assert launch is not None
     assert not launch.in_band
     assert launch.domains == form.domains
-    unit_vectors = unit_bytes(group, form.algorithm) // VECTOR_BYTES
+    unit_vectors = unit_bytes(config(**settings), form.algorithm) // VECTOR_BYTES
     assert launch.chunk_vectors % unit_vectors == 0
     assert 1 <= launch.chunk_vectors * VECTOR_BYTES <= group.flagged.two_shot
     assert 1 <= launch.lanes <= group.lanes
@@ -185,10 +191,10 @@ def test_recorded_topologies() -> None:
     ):
         group = group_facts(NodeTopology.from_json(FOLDER / f"{name}.json"))
         assert group.domains == domains
-        assert form_of(group).algorithm is algorithm
+        assert chosen(group).algorithm is algorithm
         assert low_precision(group).strategy is S.LOWPRECISION
     half = group_facts(NodeTopology.from_json(FOLDER / "l40s_x8_two_numa.json"), 4)
-    assert form_of(half).algorithm is A.TWO_SHOT
+    assert chosen(half).algorithm is A.TWO_SHOT
 
 
 @pytest.mark.parametrize(

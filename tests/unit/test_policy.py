@@ -21,8 +21,10 @@ from llm_allreduce_plugin.algorithms.base import (
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, SUPPORTED_WORLD_SIZES, GroupFacts
+from llm_allreduce_plugin.algorithms.measured import LINK_SCALE
+from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
-from llm_allreduce_plugin.algorithms.tables import LINK_SCALE, Range, Tuned, TunedRanges, fastest
+from llm_allreduce_plugin.algorithms.tables import fastest
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group.layouts import host_layout
 from llm_allreduce_plugin.oracle import CODECS
@@ -114,7 +116,7 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
     else:
         assert dtype in ELEMENT_BYTES
         message = Message(count, dtype, ELEMENT_BYTES[dtype])
-        assert STRATEGIES[decision.strategy].obstacle(group, message) is None
+        assert STRATEGIES[decision.strategy].obstacle(config(strategy), group, message) is None
         assert decision.launch is not None
     # AUTO and its relatives never choose a lossy format.
     if strategy is not S.LOWPRECISION:
@@ -314,7 +316,7 @@ def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs:
 
 def low_precision(count: int, dtype: str, group: GroupFacts, **settings: Any) -> Decision:
     agreed = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=LowPrecisionConfig(**settings))
-    return decide(agreed, dataclasses.replace(group, low_precision=agreed.low_precision), count, dtype)
+    return decide(agreed, group, count, dtype)
 
 
 def test_low_precision_runs_where_it_can_and_says_why_not() -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import ConfigError, NodeTopology
-from llm_allreduce_plugin.algorithms import staging, tables
+from llm_allreduce_plugin.algorithms import measured, staging
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts, SlotBytes
 from llm_allreduce_plugin.config import (
@@ -96,8 +96,10 @@ def pcie(world_size: int = 8, *, in_band: bool = True, workspace: int = 64 * MIB
     return dataclasses.replace(group, flagged=flagged, nvlink=False, **changes)
 
 
-def decision(group: GroupFacts, size: int, strategy: str = "TWOSHOT", dtype: str = "bfloat16") -> Decision:
-    config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
+def decision(
+    group: GroupFacts, size: int, strategy: str = "TWOSHOT", dtype: str = "bfloat16", **settings: Any
+) -> Decision:
+    config = AllReduceConfig(allreduce_strategy=strategy, **settings)  # type: ignore[arg-type]
     return decide(config, group, size // 2, dtype)
 
 
@@ -107,7 +109,7 @@ def is_staged(*arguments: Any, **keywords: Any) -> bool:
 
 
 def test_large_messages_are_staged_where_nvlink_does_not_join_the_gpus() -> None:
-    limit = 8 * tables.STAGED_ABOVE_STAGE_BYTES
+    limit = 8 * measured.STAGED_ABOVE_STAGE_BYTES
     for strategy in ("TWOSHOT", "MINLATENCY", "AUTO", "UB", "MNNVL"):
         assert is_staged(pcie(), limit + 256, strategy)
         assert not is_staged(pcie(), limit, strategy)
@@ -126,21 +128,21 @@ def test_large_messages_are_staged_where_nvlink_does_not_join_the_gpus() -> None
 
 def test_the_setting_forces_and_forbids() -> None:
     on, off = StagedChoice.ON, StagedChoice.OFF
-    assert is_staged(pcie(staged=on), 2)
-    assert is_staged(dataclasses.replace(pcie(staged=on), nvlink=True), 64 * MIB)
-    assert not is_staged(pcie(staged=off), 64 * MIB)
-    for group, reason in (
-        (pcie(staged=off), "staged is off"),
-        (pcie(2, staged=on), "each of 2 ranks has one stream out and one in anyway"),
-        (dataclasses.replace(pcie(), nvlink=True), "NVLink joins the GPUs, as far as is known"),
-        (dataclasses.replace(facts(4, Transport.HOST), staged=on), "not for host memory"),
-        (dataclasses.replace(facts(4, Transport.SHM), staged=on), "not for shm memory"),
+    assert is_staged(pcie(), 2, staged=on)
+    assert is_staged(dataclasses.replace(pcie(), nvlink=True), 64 * MIB, staged=on)
+    assert not is_staged(pcie(), 64 * MIB, staged=off)
+    for group, choice, reason in (
+        (pcie(), off, "staged is off"),
+        (pcie(2), on, "each of 2 ranks has one stream out and one in anyway"),
+        (dataclasses.replace(pcie(), nvlink=True), StagedChoice.AUTO, "NVLink joins the GPUs, as far as is known"),
+        (facts(4, Transport.HOST), on, "not for host memory"),
+        (facts(4, Transport.SHM), on, "not for shm memory"),
     ):
-        found = staging.obstacle(group)
+        found = staging.refusal(AllReduceConfig(staged=choice), group)
         assert found is not None
         assert reason in found
-        assert not is_staged(group, 64 * MIB)
-    assert staging.obstacle(pcie()) is None
+        assert not is_staged(group, 64 * MIB, staged=choice)
+    assert staging.refusal(AllReduceConfig(), pcie()) is None
 
 
 def test_values_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,11 +155,13 @@ def test_values_of_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("wire", list(WireFormat), ids=str)
 def test_compressed_messages_are_staged_by_what_travels(wire: WireFormat) -> None:
-    group = pcie(low_precision=LowPrecisionConfig(wire_format=wire, min_bytes=0))
+    group, compressed = pcie(), LowPrecisionConfig(wire_format=wire, min_bytes=0)
     packet = PACKETS[wire]
-    packets = tables.STAGED_ABOVE_STAGE_BYTES // packet.bytes  # of a part, the most that is not staged
+    packets = measured.STAGED_ABOVE_STAGE_BYTES // packet.bytes  # of a part, the most that is not staged
     limit = packets * packet.values * 8 * 2
-    below, above = (decision(group, size, "LOWPRECISION").launch for size in (limit, limit + 16))
+    below, above = (
+        decision(group, size, "LOWPRECISION", low_precision=compressed).launch for size in (limit, limit + 16)
+    )
     assert below is not None
     assert above is not None
     assert (below.staged, above.staged) == (False, True)
@@ -173,19 +177,18 @@ def test_compressed_messages_are_staged_by_what_travels(wire: WireFormat) -> Non
 )
 def test_launches_fit_their_slots(count: int, world_size: int, workspace: int, wire: WireFormat | None) -> None:
     settings_ = LowPrecisionConfig(min_bytes=0) if wire is None else LowPrecisionConfig(wire_format=wire, min_bytes=0)
-    group = pcie(
-        world_size, workspace=workspace * max(1, world_size // 8), staged=StagedChoice.ON, low_precision=settings_
-    )
+    group = pcie(world_size, workspace=workspace * max(1, world_size // 8))
     if wire is not None and (world_size > 8 or group.flagged.two_shot < PACKETS[wire].bytes):
         return
-    launch = decision(group, count * 2, "TWOSHOT" if wire is None else "LOWPRECISION").launch
+    strategy = "TWOSHOT" if wire is None else "LOWPRECISION"
+    launch = decision(group, count * 2, strategy, staged=StagedChoice.ON, low_precision=settings_).launch
     assert launch is not None
     assert launch.staged
     assert not launch.in_band
     values, unit = (8, 16) if wire is None else (PACKETS[wire].values, PACKETS[wire].bytes)
     assert launch.chunk_vectors * 16 % unit == 0
     assert 1 <= launch.owned_vectors * 16 <= group.flagged.staged
-    assert 1 <= launch.lanes <= tables.STAGED_LANES
+    assert 1 <= launch.lanes <= measured.STAGED_LANES
     per_round = launch.owned_vectors * 16 // unit * values * world_size
     assert launch.rounds == max(1, math.ceil(count / per_round))
 
@@ -197,7 +200,7 @@ def test_all_blocks_run_at_once_on_the_smallest_gpu(multiprocessors: int) -> Non
     launch = decision(group, 256 * MIB).launch
     assert launch is not None
     assert launch.staged
-    assert launch.lanes == min(multiprocessors, tables.STAGED_LANES)
+    assert launch.lanes == min(multiprocessors, measured.STAGED_LANES)
 
 
 def test_without_slots_nothing_is_staged() -> None:
@@ -213,7 +216,7 @@ def test_recorded_topologies() -> None:
     assert not eight.nvlink
     two_shot = LowPrecisionConfig(algorithm=LowPrecisionAlgorithm.TWO_SHOT)  # by itself it goes by domains
     for strategy in ("AUTO", "MINLATENCY", "TWOSHOT", "LOWPRECISION"):
-        chosen = decision(dataclasses.replace(eight, low_precision=two_shot), 64 * MIB, strategy)
+        chosen = decision(eight, 64 * MIB, strategy, low_precision=two_shot)
         assert chosen.launch is not None
         assert chosen.launch.staged
         assert chosen.launch.algorithm is Algorithm.TWO_SHOT

@@ -7,18 +7,16 @@
 
 namespace lar {
 
-using AllPackets = Types<Fp8Packet, Tq3Packet, Hadamard2Packet>;
-
 namespace detail {
 
-template <typename T, typename... Packet, typename Add>
-void for_each_packet_of(Types<Packet...>, Add add) {
-  (add(Type<T>{}, Type<Packet>{}), ...);
+template <typename T, typename... Format, typename Add>
+void for_each_format(codec::FormatList<Format...>, Add add) {
+  (add(Type<T>{}, Type<PacketOf<Format>>{}), ...);
 }
 
 template <typename... T, typename Add>
 void for_each_packet(Types<T...>, Add add) {
-  (for_each_packet_of<T>(AllPackets{}, add), ...);
+  (for_each_format<T>(codec::Formats{}, add), ...);
 }
 
 }  // namespace detail

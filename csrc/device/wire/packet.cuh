@@ -2,9 +2,7 @@
 #ifndef LLM_ALLREDUCE_DEVICE_WIRE_PACKET_CUH_
 #define LLM_ALLREDUCE_DEVICE_WIRE_PACKET_CUH_
 
-#include "codec/fp8.h"
-#include "codec/hadamard2.h"
-#include "codec/tq3.h"
+#include "codec/formats.h"
 #include "device/payload.cuh"
 #include "device/ptx.cuh"
 
@@ -123,8 +121,9 @@ struct BlockPacket {
   }
 };
 
-using Tq3Packet = BlockPacket<codec::Tq3, LAR_WIRE_TQ3>;
-using Hadamard2Packet = BlockPacket<codec::Hadamard2, LAR_WIRE_HADAMARD2>;
+// What a format's packets are on the device.
+template <typename Format>
+using PacketOf = std::conditional_t<Format::kHasBlocks, BlockPacket<typename Format::Codec, Format::kWire>, Fp8Packet>;
 
 }  // namespace lar
 

@@ -1,0 +1,84 @@
+"""MINLATENCY and AUTO: for each size the exact kernel that a table calls the fastest on this node.
+
+They have no kernels of their own. All exact kernels give the same bits, so they may take whichever is fastest for a
+size without an answer ever depending on it. AUTO runs it under its own name; MINLATENCY stays what was asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics
+from llm_allreduce_plugin.algorithms.one_shot import OneShot
+from llm_allreduce_plugin.algorithms.ranges import Range, Table, bytes_in_words
+from llm_allreduce_plugin.algorithms.two_shot import TwoShot
+from llm_allreduce_plugin.config import AllReduceStrategy
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.algorithms.decision import Launch
+    from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
+
+_STEPS = {AllReduceStrategy.ONESHOT: "one step beats two", AllReduceStrategy.TWOSHOT: "two steps beat one"}
+
+
+class TableStrategy(KernelStrategy):
+    """Chooses among kernels by a table.
+
+    Attributes:
+        among: what a table may name; all of one numeric class.
+    """
+
+    numerics = Numerics.EXACT
+    among: ClassVar[dict[AllReduceStrategy, KernelStrategy]] = {
+        kernel.name: kernel for kernel in (OneShot(), TwoShot())
+    }
+
+    def table(self, config: AllReduceConfig, facts: GroupFacts, element_bytes: int) -> Table:  # noqa: ARG002
+        """The table for elements of this size, and where it comes from."""
+        return tables.table_of(facts, element_bytes)
+
+    def _find(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, str]:
+        """The fastest for a message, and why."""
+        table = self.table(config, facts, message.element_bytes)
+        below, found = table.range_of(message.payload_bytes)
+        size = bytes_in_words(message.payload_bytes)
+        if found.max_bytes is not None:
+            where = f"within {bytes_in_words(found.max_bytes)}"
+            where += f" and more than {bytes_in_words(below)}" if below else ""
+        else:
+            where = f"more than {bytes_in_words(below)}" if below else "like all sizes"
+        fastest = AllReduceStrategy(found.strategy)
+        return fastest, f"{size} are {where}, where {_STEPS[fastest]} ({table.source})"
+
+    def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:
+        return Merit(pays=True, reason=self._find(config, facts, message)[1])
+
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
+        fastest, _ = self._find(config, facts, message)
+        return self.among[fastest].plan(config, facts, message)
+
+
+class MinLatency(TableStrategy):
+    name = AllReduceStrategy.MINLATENCY
+    algorithm = "the fastest exact kernel for each size on this node"
+
+
+class Auto(TableStrategy):
+    name = AllReduceStrategy.AUTO
+    algorithm = "any exact strategy, by topology and what was measured"
+
+    def table(self, config: AllReduceConfig, facts: GroupFacts, element_bytes: int) -> Table:
+        """The setting comes before what was measured."""
+        if config.one_shot_max_bytes is None:
+            return super().table(config, facts, element_bytes)
+        ranges = (
+            Range(int(config.one_shot_max_bytes), AllReduceStrategy.ONESHOT),
+            Range(None, AllReduceStrategy.TWOSHOT),
+        )
+        return Table(ranges, "one_shot_max_bytes")
+
+    def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:
+        fastest, _ = self._find(config, facts, message)
+        return (fastest, *(name for name in self.among if name is not fastest))

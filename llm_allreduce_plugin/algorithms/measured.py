@@ -1,0 +1,157 @@
+"""What was measured, and what is estimated from it: numbers alone, each with its source. ``tables`` reads them.
+
+One-shot sends (N-1) * S per link direction, two-shot 2 (N-1)/N * S at the price of a second step (about 1 us on
+NVLink). With two ranks both send S, so one-shot wins again where the second step no longer hides in the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from llm_allreduce_plugin.algorithms.ranges import Range, Table, between, changeover
+from llm_allreduce_plugin.topology.links import Transport
+
+KIB = 1024
+MIB = 1024 * KIB
+
+_MEASURED = "measured on H200"
+_MEASURED_FLAGGED = "measured on H200 with kernels that wait for flags"
+_BETWEEN = "an estimate between 2 and 4 ranks"
+_BEYOND = "an estimate beyond 4 ranks"
+_ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot sends more at 350 GB/s"
+
+# In band, on one NVSwitch node of H200. 2 and 4 ranks are measured: between the last power of two at which the one and
+# the first at which the other is faster, where their lines cross. The others are estimates, scaled to meet them.
+H200 = {
+    2: Table(
+        # As far as the largest grid has a thread for each vector; TWOSHOT has half as many to a rank.
+        (Range(2 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
+        _MEASURED,
+    ),
+    3: changeover(416 * KIB, _ESTIMATE),
+    4: changeover(192 * KIB, _MEASURED),
+    5: changeover(112 * KIB, _ESTIMATE),
+    6: changeover(80 * KIB, _ESTIMATE),
+    7: changeover(64 * KIB, _ESTIMATE),
+    8: changeover(52 * KIB, _ESTIMATE),
+    16: changeover(20 * KIB, _ESTIMATE),
+}
+
+# How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
+PCIE_SCALE = 0.1
+LINK_SCALE = {
+    80: 0.65,  # A100: NVLink 3, 300 GB/s per direction
+    86: PCIE_SCALE,  # PCIe cards from here ...
+    89: PCIE_SCALE,
+    90: 1.0,  # H100, H200: NVLink 4, 450 GB/s
+    100: 2.0,  # B200: NVLink 5, 900 GB/s
+    103: 2.0,
+    120: PCIE_SCALE,  # ... and here
+}
+
+# Kernels that wait for flags: CPU ranks, and GPUs with in_band off. 2 and 4 ranks measured on H200
+# (benchmarks/h200/latency_tp{2,4}.json), the others estimated.
+FLAGGED = {
+    2: changeover(2 * MIB, _MEASURED_FLAGGED),
+    3: changeover(1 * MIB, _BETWEEN),
+    4: changeover(512 * KIB, _MEASURED_FLAGGED),
+    5: changeover(320 * KIB, _BEYOND),
+    6: changeover(224 * KIB, _BEYOND),
+    7: changeover(160 * KIB, _BEYOND),
+    8: changeover(128 * KIB, _BEYOND),
+    16: changeover(32 * KIB, _BEYOND),
+}
+
+# Kernels that wait for flags on B200 and B300: FlashInfer's limits (its pull request 1972, measured on B200): one-shot
+# while tokens * hidden * 2 * tp * itemsize, which is 2 * tp messages, is at most so many MiB. Its one-shot polls the
+# data as ours in band does; its two-shot waits at two barriers as our kernels with flags do, which is what these limits
+# weigh. In band two-shot has no barrier and pays from far smaller messages (on H200 with 4 ranks from 192 KiB on, where
+# FlashInfer's limit says 8 MiB and its own two-shot is nearly twice as fast at 2 MiB), so that H200's table, scaled to
+# the links, is nearer. The limits are upper bounds: our one-shot with flags is slower than the one that was measured.
+FLASHINFER_B200_MIB = {2: 512, 4: 64, 8: 42}
+_FLASHINFER_BYTES = {size: limit * MIB // (2 * size) for size, limit in FLASHINFER_B200_MIB.items()}
+_FLASHINFER = "FlashInfer's limits for B200, where two-shot waits at barriers"
+FLAGGED_B200 = {
+    size: changeover(
+        between(_FLASHINFER_BYTES, size),
+        _FLASHINFER if size in _FLASHINFER_BYTES else f"an estimate from {_FLASHINFER}",
+    )
+    for size in FLAGGED
+}
+B200 = (100, 103)
+
+# Through pinned host memory.
+HOST = {
+    2: Table((Range(None, "ONESHOT"),), "measured on H200 through host memory"),
+    3: changeover(128 * KIB, _BETWEEN),
+    4: changeover(64 * KIB, "measured on H200 through host memory"),
+    5: changeover(48 * KIB, _BEYOND),
+    6: changeover(32 * KIB, _BEYOND),
+    7: changeover(32 * KIB, _BEYOND),
+    8: changeover(24 * KIB, _BEYOND),
+    16: changeover(8 * KIB, _BEYOND),
+}
+
+# Through host memory: the largest message whose readiness travels inside the data.
+HOST_IN_BAND_BYTES = {
+    "ONESHOT": {2: 256 * KIB, 4: 256 * KIB, 16: 64 * KIB},
+    "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 16: 256 * KIB},
+    "LOWPRECISION": {16: 1 * MIB},
+}
+# Blocks of a kernel with flags through host memory, by size; measured on H200 with 2 and 4 ranks.
+_HOST_LANES = {2: ((1 * MIB, 32), (None, 64)), 4: ((8 * MIB, 32), (None, 64))}
+HOST_LANES: dict[str, Mapping[int, tuple[tuple[int | None, int], ...]]] = {
+    "ONESHOT": _HOST_LANES,
+    "TWOSHOT": _HOST_LANES,
+    "LOWPRECISION": {
+        2: ((512 * KIB, 16), (2 * MIB, 32), (None, 64)),
+        4: ((512 * KIB, 16), (8 * MIB, 32), (None, 64)),
+    },
+}
+
+# Two blocks to a multiprocessor of an H200: what the numbers of a Split are parts of.
+LARGEST_GRID = 264
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """From ``min_bytes`` on, lanes have one task each: so many of LARGEST_GRID, scaled to the grid at hand."""
+
+    min_bytes: int
+    lanes: int
+    scatter: int
+    drain: int
+
+
+# In band, measured on H200 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the largest
+# grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the caches to
+# the others. LOWPRECISION (FP8) always; encoding and decoding take time of their own, so that more blocks pay where the
+# links are not busy all the time.
+SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
+    "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
+    "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
+    "LOWPRECISION": {
+        2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
+        4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
+    },
+}
+
+# Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
+# that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:
+# if stores of all to all at once lose half, stages are faster for more than that to each peer.
+STAGED_ABOVE_STAGE_BYTES = 128 * KIB
+# Blocks: 32 of 224 threads have 448 KiB in flight, several times what PCIe carries in the 2 us of a store.
+STAGED_LANES = 32
+
+# The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
+# larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
+# compression costs does not depend on them, what it saves is inverse to them.
+LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]] = {
+    (Transport.SYMMETRIC, "fp8"): ({2: 2304 * KIB, 4: 2 * MIB}, _MEASURED),
+    (Transport.SYMMETRIC, "tq3"): ({4: 4 * MIB}, _MEASURED),
+    (Transport.SYMMETRIC, "hadamard2"): ({4: 26 * MIB}, _MEASURED),
+    (Transport.HOST, "fp8"): ({4: 96 * KIB}, _MEASURED),
+    (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
+    (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
+}

@@ -1,0 +1,88 @@
+"""Which strategy is the fastest for which sizes: the types, and how numbers for one world size follow from others'."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Messages up to ``max_bytes`` per rank (None: all larger ones) are fastest with ``strategy``."""
+
+    max_bytes: int | None
+    strategy: str  # "ONESHOT" or "TWOSHOT"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The ranges of one world size, in rising order, and where they come from."""
+
+    ranges: tuple[Range, ...]
+    source: str
+
+    def range_of(self, payload_bytes: int) -> tuple[int, Range]:
+        """The range of a message, with the size above which it begins."""
+        below = 0
+        for found in self.ranges:
+            if found.max_bytes is None or payload_bytes <= found.max_bytes:
+                return below, found
+            below = found.max_bytes
+        raise AssertionError(self)  # the last range has no limit
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedRanges:
+    """What was measured for elements of one size."""
+
+    element_bytes: int
+    ranges: tuple[Range, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a profile says about one group.
+
+    Attributes:
+        source: which profile, and when it was measured.
+        ranges: by size of an element; at least one.
+    """
+
+    source: str
+    ranges: tuple[TunedRanges, ...]
+
+    def table(self, element_bytes: int) -> Table:
+        """For elements of this size, or of the one that was measured: what counts is bytes, additions hardly do."""
+        found = next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
+        return Table(found.ranges, self.source)
+
+
+def changeover(max_bytes: int, source: str) -> Table:
+    """One-shot up to a size, two-shot above."""
+    return Table((Range(max_bytes, "ONESHOT"), Range(None, "TWOSHOT")), source)
+
+
+def between(anchors: Mapping[int, int], world_size: int) -> int:
+    """Bytes for a world size from those of others, in rising order: on a line between the logarithms of two.
+
+    Beyond the last one inverse to the square of the world size: what one-shot sends and what it reads both grow with
+    it. Below the first one, the first's.
+    """
+    sizes = list(anchors)
+    if world_size <= sizes[0]:
+        return anchors[sizes[0]]
+    if world_size >= sizes[-1]:
+        return anchors[sizes[-1]] * sizes[-1] * sizes[-1] // (world_size * world_size)
+    above = next(i for i, size in enumerate(sizes) if size >= world_size)
+    low, high = sizes[above - 1], sizes[above]
+    share = math.log(world_size / low) / math.log(high / low)
+    return round(math.pow(anchors[low], 1 - share) * math.pow(anchors[high], share))
+
+
+def bytes_in_words(count: int) -> str:
+    """``192 KiB``, to four digits."""
+    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} bytes"
