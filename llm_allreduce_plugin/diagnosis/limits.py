@@ -7,6 +7,7 @@ import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from llm_allreduce_plugin.base.containers import CGROUP, memory_of_container
 from llm_allreduce_plugin.diagnosis.finding import Finding, ok, warn
 from llm_allreduce_plugin.transport import nameless
 
@@ -66,23 +67,19 @@ def pinned_memory(wanted: int, *, needed: bool, limit: int | None = None) -> Fin
     return warn("locked memory", f"{text}, {size(wanted)} are pinned; most drivers do not count them", advice)
 
 
-def memory_limit(wanted: int, folder: Path = Path("/sys/fs/cgroup")) -> Finding:
+def memory_limit(wanted: int, folder: Path = CGROUP) -> Finding:
     """The control group's limit: shared memory counts against it."""
-    names = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
-    for most, used in names:
-        try:
-            limit, now = (folder / most).read_text().strip(), int((folder / used).read_text())
-        except (OSError, ValueError):
-            continue
-        if limit == "max" or int(limit) >= 1 << 60:
-            return ok("memory limit", f"none; {size(now)} in use")
-        left = int(limit) - now
-        text = f"{size(left)} left of {size(int(limit))}"
-        if left < 2 * wanted:
-            advice = "raise the container's memory limit: a rank that meets it is killed without a word"
-            return warn("memory limit", f"{text}; workspaces want {size(wanted)}", advice)
-        return ok("memory limit", text)
-    return ok("memory limit", "no control group says one")
+    found = memory_of_container(folder)
+    if found is None:
+        return ok("memory limit", "no control group says one")
+    if found.limit is None:
+        return ok("memory limit", f"none; {size(found.used)} in use")
+    left = found.limit - found.used
+    text = f"{size(left)} left of {size(found.limit)}"
+    if left < 2 * wanted:
+        advice = "raise the container's memory limit: a rank that meets it is killed without a word"
+        return warn("memory limit", f"{text}; workspaces want {size(wanted)}", advice)
+    return ok("memory limit", text)
 
 
 def container(root: Path = Path("/"), environment: Mapping[str, str] = os.environ) -> Finding:

@@ -10,7 +10,7 @@ from llm_allreduce_plugin.oracle import CODECS
 
 def make_input(seed: int, rank: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """``rank``'s input: normal data that every rank can make for every rank. Kept as small as the message."""
-    generator = torch.Generator(device).manual_seed(seed * 64 + rank)
+    generator = torch.Generator(device).manual_seed(seed * 128 + rank)  # more than ranks
     return torch.randn(count, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
 

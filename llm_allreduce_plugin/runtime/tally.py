@@ -96,6 +96,18 @@ class Counts:
         """The same counts, to add to."""
         return Counts(self.calls.copy(), self.captured.copy(), self.fallbacks.copy())
 
+    def fields(self) -> dict[str, Any]:
+        """For a report."""
+        reasons: dict[str, list[str]] = {}
+        for fallback in self.fallbacks:
+            reasons.setdefault(f"{fallback.requested} -> {fallback.strategy}", []).append(fallback.reason)
+        return {
+            "calls": dict(+self.calls),
+            "captured": dict(+self.captured),
+            "fallbacks": {what: "; ".join(known) for what, known in reasons.items()},
+            "fallback_calls": [{**found._asdict(), "calls": calls} for found, calls in self.fallbacks.items()],
+        }
+
     def __str__(self) -> str:
         """One line for a log."""
         parts = []

@@ -7,8 +7,9 @@ import fcntl
 import os
 from pathlib import Path
 
+from llm_allreduce_plugin.base.containers import CGROUP, memory_of_container
+
 SHM_FOLDER = Path("/dev/shm")  # noqa: S108  (POSIX shared memory is the point)
-_CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -73,7 +74,7 @@ def _check_available(size: int) -> None:
         raise OSError(errno.ENOMEM, f"only {available} bytes of memory are available")
 
 
-def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = _CGROUP) -> int | None:
+def available_bytes(meminfo: Path = _MEMINFO, cgroup: Path = CGROUP) -> int | None:
     """Memory that may still be taken, of the machine and of the container; None: not known.
 
     Taking more does not fail: it ends a process.
@@ -96,11 +97,12 @@ def _of_machine(meminfo: Path) -> int | None:
 
 def _of_container(cgroup: Path) -> int | None:
     """By its control group; what it caches of files can be dropped."""
+    found = memory_of_container(cgroup)
+    if found is None or found.limit is None:
+        return None
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used, parts = int((cgroup / "memory.current").read_text()), _fields(cgroup / "memory.stat")
-        return max(0, int(limit) - used + parts.get("file", 0) - parts.get("shmem", 0))
+        parts = _fields(found.statistics)
+        files = parts.get("file", parts.get("cache", 0))  # version 2, version 1
     except (OSError, ValueError):
         return None
+    return max(0, found.limit - found.used + files - parts.get("shmem", 0))

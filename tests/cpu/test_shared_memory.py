@@ -177,6 +177,14 @@ def test_memory_that_there_is_not_is_refused(tmp_path: Path) -> None:
     (tmp_path / "memory.stat").write_text("anon 9000\nfile 12000\nshmem 2000\n")
     assert nameless.available_bytes(tmp_path / "meminfo", tmp_path) == 20000, "what files take can be dropped"
     assert nameless.available_bytes(tmp_path / "none", tmp_path / "none") is None
+    old = tmp_path / "version 1"
+    (old / "memory").mkdir(parents=True)
+    (old / "memory" / "memory.limit_in_bytes").write_text("40000\n")
+    (old / "memory" / "memory.usage_in_bytes").write_text("30000\n")
+    (old / "memory" / "memory.stat").write_text("cache 12000\nrss 9000\nshmem 2000\n")
+    assert nameless.available_bytes(tmp_path / "none", old) == 20000
+    (old / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+    assert nameless.available_bytes(tmp_path / "none", old) is None, "what version 1 says where there is no limit"
 
 
 def test_a_full_folder_is_an_error_before(cpu_pool: PoolFor) -> None:

@@ -13,8 +13,12 @@ import torch
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.transport.symmetric import initialize
 from llm_allreduce_plugin.wire import PACKETS
+from tests.support.in_band_rest import EPOCH_PLANES
 from tests.support.reference import poison
+
+EPOCH_PLANES_IN_ALL = max(EPOCH_PLANES.values()) + 1
 
 
 class CpuGroup:
@@ -28,15 +32,23 @@ class CpuGroup:
             world_size, 1, in_band_bytes=workspace_bytes, flagged_bytes=workspace_bytes, shared=shared
         )
         self.buffers = [ctypes.create_string_buffer(self.layout.total_bytes) for _ in range(world_size)]
+        for buffer in self.buffers:
+            initialize(torch.frombuffer(buffer, dtype=torch.uint8), self.layout)
         bases = [ctypes.addressof(buffer) for buffer in self.buffers]
         self.workspaces = [_C.Workspace(rank, bases, self.layout, timeout_s, _C.CPU) for rank in range(world_size)]
 
     def set_rounds(self, value: int) -> None:
         """Let every count of rounds, and every flag, be ``value`` (mod 2**32): what earlier calls left behind."""
-        first, end = self.layout.epochs_offset, self.layout.probe_offset
-        words = (value % (1 << 32)).to_bytes(4, "little") * ((end - first) // 4)
-        for buffer in self.buffers:
-            ctypes.memmove(ctypes.addressof(buffer) + first, words, len(words))
+        layout = self.layout
+        word = (value % (1 << 32)).to_bytes(4, "little")
+        # Between them lies how long shared messages are, which are not counts.
+        for first, end in (
+            (layout.epochs_offset, layout.epochs_offset + EPOCH_PLANES_IN_ALL * layout.lanes * 4),
+            (layout.flags_offset, layout.probe_offset),
+        ):
+            words = word * ((end - first) // 4)
+            for buffer in self.buffers:
+                ctypes.memmove(ctypes.addressof(buffer) + first, words, len(words))
 
     def _words(self, rank: int, first: int, count: int) -> list[int]:
         buffer = self.buffers[rank]

@@ -11,6 +11,7 @@ from llm_allreduce_plugin import _C
 # By their places among the planes of epochs (csrc/host/layout.h).
 EPOCH_PLANES = {"ONESHOT": 3, "TWOSHOT": 4}
 MARKER = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word, of which it is the smallest
+SHARED_GENERATIONS = 4  # LAR_SHARED_SLOTS
 
 
 def in_band_epochs(local: torch.Tensor, layout: _C.Layout) -> torch.Tensor:
@@ -57,3 +58,30 @@ def assert_at_rest(
                 f"{layout.in_band.scatter_offset}, gather at {layout.in_band.gather_offset})"
             )
             raise AssertionError(message)
+
+
+def assert_shared_at_rest(buffers: Sequence[torch.Tensor], locals_: Sequence[torch.Tensor], layout: _C.Layout) -> None:
+    """Shared slots hold the marker in the two generations that the next calls use, of all ranks and both algorithms.
+
+    What the two last calls stored lies in the others. Arguments as of :func:`assert_at_rest`.
+
+    Raises:
+        AssertionError: it is not so; says where.
+    """
+    if not layout.shared or not layout.in_band.one_shot_bytes:
+        return
+    slots, peers = layout.in_band, layout.world_size - 1
+    regions = [
+        ("ONESHOT", slots.one_shot_offset, slots.one_shot_bytes),
+        ("TWOSHOT", slots.scatter_offset, slots.two_shot_bytes * peers),
+        ("TWOSHOT", slots.gather_offset, slots.two_shot_bytes),
+    ]
+    for rank, (buffer, local) in enumerate(zip(buffers, locals_, strict=True)):
+        epochs = in_band_epochs(local, layout)[:, 0].tolist()
+        for algorithm, offset, size in regions:
+            epoch = epochs[list(EPOCH_PLANES).index(algorithm)]
+            for generation in (epoch % SHARED_GENERATIONS, (epoch + 1) % SHARED_GENERATIONS):
+                first = offset + generation * size
+                left = int((buffer[first : first + size].view(torch.int32) != MARKER).sum())
+                where = f"rank {rank}, {algorithm}, generation {generation}, from byte {first} on"
+                assert left == 0, f"{where}: {left} words were not cleared"

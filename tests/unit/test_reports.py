@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_allreduce_plugin.base.members import new_member
-from llm_allreduce_plugin.engines.vllm.summary import tell
+from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.errors import UnreadableFileError
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.metrics import ReportCollector
@@ -78,7 +78,7 @@ READ = """
 import logging, sys
 from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
-from llm_allreduce_plugin.engines.vllm.summary import tell
+from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 folder = Path(sys.argv[1])

@@ -14,7 +14,7 @@ import pytest
 
 from llm_allreduce_plugin import AllReduceConfig
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.engines.vllm.summary import tell
+from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector, samples_of
 from llm_allreduce_plugin.runtime.reports import Report
 from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, OTHER_REASONS, CountedCall, Fallback, Tally, fallback_of

@@ -51,25 +51,9 @@ def _name_of(config: Any) -> str:  # noqa: ANN401
 
 def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, name: str) -> None:  # noqa: ANN401
     """The stock class runs, so there is nothing of ours to count; the log and the report say so."""
-    if communicator.rank_in_group == 0:
-        logger.info("vLLM's own all-reduce is left in place: %s", reason)
-    if settings.report_dir is None:
-        return
-    from llm_allreduce_plugin.base.members import new_member
-    from llm_allreduce_plugin.runtime import reports
-    from llm_allreduce_plugin.runtime.reporter import Reporter
+    from llm_allreduce_plugin.engines.common.reports import report_engines_own
 
-    # Ranks have agreed on nothing here, so each names a group of its own.
-    identity = reports.Identity(communicator.rank_in_group, communicator.ranks, name, new_member())
-    report = {
-        **identity.fields(),
-        "allreduce_strategy": str(settings.allreduce_strategy),
-        "sizes": "vLLM's own all-reduce at every size",
-        "closed": True,
-        "calls": {},
-        "note": f"vLLM's own all-reduce is left in place and not counted: {reason}",
-    }
-    Reporter.write_once(settings.report_dir, report)
+    report_engines_own("vLLM", communicator.rank_in_group, communicator.ranks, settings, reason, name)
 
 
 @functools.cache

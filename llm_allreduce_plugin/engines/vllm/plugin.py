@@ -14,11 +14,10 @@ import logging
 from typing import Any
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
-from llm_allreduce_plugin.engines.vllm.settings import STAMP, flag_overridden, settings_of, stands_aside
-from llm_allreduce_plugin.engines.vllm.summary import tell_at_exit
-from llm_allreduce_plugin.runtime.metrics import show_reports
-from llm_allreduce_plugin.runtime.reports import mark_server
+from llm_allreduce_plugin.engines.common.logs import use_logging_of
+from llm_allreduce_plugin.engines.common.reports import read_reports
+from llm_allreduce_plugin.engines.common.settings import STAMP
+from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings_of, stands_aside
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -26,11 +25,15 @@ FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicat
 _PATCHED = "_llm_allreduce_patched"
 
 
+def _use_vllm_logging() -> None:
+    use_logging_of("vllm")
+
+
 def register() -> None:
     """Install the patches. Called by vLLM in every process, any number of times; makes no CUDA call."""
     from vllm.platforms import current_platform
 
-    use_vllm_logging()
+    _use_vllm_logging()
     platform = type(current_platform)
     if platform.__dict__.get(_PATCHED, False):
         return
@@ -65,7 +68,7 @@ def _patch_config(platform: type) -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401
         stock(vllm_config)
-        use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
+        _use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
         apply_settings(vllm_config, custom_all_reduce=has_custom_all_reduce(cls))
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
@@ -99,8 +102,6 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
             "from allreduce_strategy"
         )
     if settings.report_dir is not None:
-        mark_server()  # before it starts the processes whose reports these are
-        show_reports(settings.report_dir)  # counts, where this process serves metrics
-        tell_at_exit(settings.report_dir)
+        read_reports(settings.report_dir, _use_vllm_logging)
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config[STAMP] = __version__

@@ -1,7 +1,7 @@
 """The summary of a server whose workers were killed.
 
-A worker that is let go closes its communicator, which logs the summary. But `vllm serve` kills its workers at once
-unless it was given a --shutdown-timeout; then the process that started them tells what their last reports say.
+A worker that is let go closes its communicator, which logs the summary. But engines kill their workers at once (`vllm
+serve` unless it was given a --shutdown-timeout); then the process that started them tells what their last reports say.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import functools
 import logging
 import multiprocessing
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llm_allreduce_plugin.engines.vllm.logs import use_vllm_logging
 from llm_allreduce_plugin.runtime.reports import Report, of_this_server
 from llm_allreduce_plugin.runtime.tally import summary_of
 
@@ -22,26 +21,29 @@ logger = logging.getLogger("llm_allreduce_plugin")
 
 
 @functools.cache
-def tell_at_exit(report_dir: Path) -> None:
-    """Once per folder, and only in the process that the user started."""
+def tell_at_exit(report_dir: Path, use_logging: Callable[[], None]) -> None:
+    """Once per folder, and only in the process that the user started. ``use_logging``: see :func:`tell`."""
     if multiprocessing.parent_process() is None:
-        atexit.register(tell, report_dir, time.time())
+        atexit.register(tell, report_dir, time.time(), use_logging)
 
 
-def tell(report_dir: Path, since: float) -> None:
-    """Log what each group of this server last reported, if it did after ``since`` and could not say so itself."""
+def tell(report_dir: Path, since: float, use_logging: Callable[[], None] = lambda: None) -> None:
+    """Log what each group of this server last reported, if it did after ``since`` and could not say so itself.
+
+    ``use_logging``: lets lines go where the engine's go; called before the first one.
+    """
     groups: dict[str, list[Report]] = {}
     for report in of_this_server(report_dir, since):
         groups.setdefault(report.group, []).append(report)
     lines = [line for group in sorted(groups) if (line := _line(groups[group], several=len(groups) > 1)) is not None]
     if lines:
-        use_vllm_logging()
+        use_logging()
     for line in lines:
         logger.info("%s", line)
 
 
 def _line(reports: Iterable[Report], *, several: bool) -> str | None:
-    """The summary of one group; None when it has said so itself, or vLLM's own all-reduce ran, which nobody counts."""
+    """The summary of one group; None when it has said so itself, or ran the engine's own, which nobody counts."""
     by_rank = sorted(reports, key=lambda report: report.rank)
     if by_rank[0].closed:
         return None

@@ -1,0 +1,1 @@
+"""What every engine needs of the plugin: settings, log lines, reports and the summary."""

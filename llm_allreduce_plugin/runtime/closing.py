@@ -1,0 +1,122 @@
+"""The end of a communicator: in an order that suits a group in which something is wrong, and in bounded time."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.cleanup import Ending, keep_for_ever
+from llm_allreduce_plugin.group.board import Board
+from llm_allreduce_plugin.runtime.checked_calls import CallChecker
+from llm_allreduce_plugin.runtime.health import Health
+from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.planner import Planner
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.shm import ShmMemory
+
+logger = logging.getLogger(__name__)
+
+_LEAVE_WAIT_S = 1.0  # for a call to leave its wait
+_CONTEXT_ENDS_S = 10.0  # for the driver to end a context after a wait has expired; 5 s were seen
+_MONITOR_WAIT_S = 8.0  # for the last report, on whatever file system
+
+
+@dataclasses.dataclass
+class Held:
+    """What a communicator holds, and its end lets go of; None: there is none."""
+
+    rank: int
+    device: torch.device
+    transport: Transport
+    timeout_s: float
+    planner: Planner
+    checker: CallChecker | None
+    monitor: Monitor | None
+    health: Health | None
+    memory: SharedMemory | None
+    workspace: _C.Workspace | None
+    board: Board | None
+    board_memory: ShmMemory | None
+
+    def forget(self) -> None:
+        """Hold nothing that could keep memory alive."""
+        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = None
+
+
+def end(held: Held, ending: Ending) -> None:
+    """Take every step to the end, each in bounded time; ``ending`` has what went wrong.
+
+    No call begins any more; CPU ranks that wait in one leave it. What runs on the GPU is waited for. Then come the
+    summary, the last report, and the end of the memory, unless something still runs on it.
+    """
+    health, tally = held.health, held.planner.tally
+    is_quiet = _end_calls(held, ending)
+    is_broken = bool(ending.errors)
+    broken = health.error() if health is not None and not _was_left(held.workspace) else None
+    if broken is not None and health is not None:
+        is_broken = True
+        for error in ending.errors:  # what follows from the expired wait
+            logger.debug("after the failure: %s", error)
+        # Who has heard of it in a call need not hear of it again.
+        ending.errors = [] if health.told else [broken]
+        ending.step(health.look, "tell peers")
+        health.told = True
+    ending.step(tally.end, "count calls")
+    if held.rank == 0:
+        ending.step(lambda: logger.info("all-reduce summary: %s", tally.counts()), "log the summary")
+    if held.monitor is not None:
+        ending.step(held.monitor.close, "end the monitor", _MONITOR_WAIT_S)
+    _free(held, ending, is_quiet=is_quiet, is_broken=is_broken)
+
+
+def _was_left(workspace: _C.Workspace | None) -> bool:
+    """Whether all that is wrong is that closing has ended a call of another thread."""
+    return workspace is not None and workspace.failure() is not None and workspace.reason() == _C.REASON_INTERRUPTED
+
+
+def _end_calls(held: Held, ending: Ending) -> bool:
+    """No call begins from now on; whether none is under way any more."""
+    workspace, device = held.workspace, held.device
+    if held.checker is not None:
+        ending.step(held.checker.close, "end the comparison of calls")
+    if workspace is None:
+        return True
+    left: list[bool] = []
+    ending.step(lambda: left.append(workspace.close(_LEAVE_WAIT_S)), "stop taking calls")
+    is_quiet = left == [True]
+    if device.type == "cuda":
+        # A context that an expired wait has ended, or that hangs, must not hold what follows.
+        is_quiet &= ending.step(
+            lambda: torch.cuda.synchronize(device),
+            f"wait for {device}",
+            held.timeout_s + _LEAVE_WAIT_S,
+            lambda: 0.0 if workspace.failure() is None else _CONTEXT_ENDS_S,
+        )
+    return is_quiet
+
+
+def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> None:
+    """The end of all memory."""
+    buffers = held.planner.buffers
+    held.planner.forget()
+    kept = [held.memory, held.workspace, *buffers]
+    if not is_quiet:
+        logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
+        keep_for_ever(*kept)
+    elif is_broken and held.transport is Transport.SYMMETRIC:
+        # torch frees it with calls that end the process where the context has ended before.
+        logger.info("the GPU memory of this group is let go when this process ends: its CUDA context has failed")
+        keep_for_ever(*kept)
+    elif held.memory is not None:
+        buffers.clear()
+        ending.step(held.memory.close, "let go of the workspace's memory")
+    del kept
+    if held.board is not None:
+        ending.step(held.board.close, "leave the board")
+    if held.board_memory is not None:
+        ending.step(held.board_memory.close, "let go of the board's memory")
+    buffers.clear()

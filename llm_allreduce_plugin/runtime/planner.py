@@ -1,0 +1,187 @@
+"""What a decision becomes: calls that are planned once for each size and type, a bounded number of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Decision, Exchange
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.runtime.calls import Call, kernel_call, plan_of
+from llm_allreduce_plugin.runtime.checked_calls import CallChecker, Description
+from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
+from llm_allreduce_plugin.runtime.health import Health
+from llm_allreduce_plugin.runtime.plans import Planned, Plans
+from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, CountedCall, Tally, fallback_of
+from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
+
+logger = logging.getLogger(__name__)
+
+_NOT_PLANNED: Any = object()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the policy spells it: ``"bfloat16"``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Planner:
+    """Of one communicator.
+
+    Args:
+        config: the settings.
+        facts: of the group.
+        rank: this one; the first one logs.
+        device: this rank's.
+        fallback: runs what no kernel here can.
+        workspace: of this rank; None: the group shares no memory.
+        checker: compares calls between ranks first; None: nobody does.
+        health: of the group; None where there is no workspace.
+
+    Attributes:
+        plans: by count and type of the message.
+        pulls: of inputs that peers read in place; by number of the buffer, count and type.
+        buffers: memory that peers see.
+        tally: of all calls that are planned here.
+    """
+
+    def __init__(
+        self,
+        config: AllReduceConfig,
+        facts: GroupFacts,
+        rank: int,
+        device: torch.device,
+        fallback: Call,
+        *,
+        workspace: _C.Workspace | None,
+        health: Health | None,
+        checker: CallChecker | None,
+    ) -> None:
+        self._config = config
+        self._facts = facts
+        self._rank = rank
+        self._device = device
+        self._fallback = fallback
+        self._workspace = workspace
+        self._health = health
+        self._checker = checker
+        self._logged: set[str] = set()
+        self._closed = False
+        self.plans: Plans[tuple[int, torch.dtype]] = Plans()
+        self.pulls: Plans[tuple[int, int, torch.dtype]] = Plans()
+        self.buffers: list[PeerVisibleBuffer] = []
+        self.tally = Tally()
+
+    def stop(self) -> None:
+        """Nothing is planned any more."""
+        self._closed = True
+
+    def forget(self) -> None:
+        """Let go of all plans, and of the workspace."""
+        self.plans.clear()
+        self.pulls.clear()
+        self._workspace = self._health = None
+
+    def log_missing_kernel(self) -> None:
+        """Say at once what asking for a strategy without a kernel leads to."""
+        decision = decide(self._config, self._facts, 1, "bfloat16")
+        if self._facts.transport is not Transport.NONE and decision.is_fallback:
+            self._log_fallback(decision)
+
+    def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
+        """The call that another strategy would make.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, with the reason.
+        """
+        settings = self._config.model_copy(update={"allreduce_strategy": AllReduceStrategy.parse(strategy)})
+        decision = decide(settings, self._facts, count, dtype_name(dtype))
+        if decision.launch is None or decision.runs_another:
+            raise RuntimeError(decision.reason)
+        return self._kernel_call(decision, count, dtype).call
+
+    def _decide(self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+        if self._closed:
+            message = "this communicator is closed"
+            raise RuntimeError(message)
+        decision = decide(self._config, self._facts, count, dtype_name(dtype), readable_in_place=readable_in_place)
+        if fallback_of(decision) is not None:
+            self._log_fallback(decision)
+        return decision
+
+    def plan(self, count: int, dtype: torch.dtype) -> Planned:
+        """What happens to messages of this size and type.
+
+        Raises:
+            RuntimeError: the communicator is closed.
+        """
+        decision = self._decide(count, dtype)
+        is_ours = decision.launch is not None
+        planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
+        planned = self._checked(planned, count, dtype)
+        self.plans.keep((count, dtype), planned)
+        return planned
+
+    def _engine_call(self, decision: Decision) -> Planned:
+        """A function that runs what no kernel here can."""
+        capturing = torch.cuda.is_current_stream_capturing if self._device.type == "cuda" else bool
+        call = CountedCall(self._fallback, capturing)
+        self.tally.add(decision, call.made, call)
+        return Planned(decision, call, call.made)
+
+    def _log_fallback(self, decision: Decision) -> None:
+        line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
+        if self._rank == 0 and line not in self._logged and len(self._logged) < MOST_FALLBACKS:
+            self._logged.add(line)
+            logger.warning("%s", line)
+
+    def pull(self, input_: torch.Tensor) -> Call | None:
+        """The call for an input that peers read in place; None where it lies elsewhere, or is sent all the same."""
+        found = next((i for i, buffer in enumerate(self.buffers) if buffer.holds(input_)), None)
+        if found is None:
+            return None
+        key = (found, input_.numel(), input_.dtype)
+        if (planned := self.pulls.get(key, _NOT_PLANNED)) is _NOT_PLANNED:
+            planned = self._plan_pull(*key)
+            self.pulls.keep(key, planned)
+        return None if planned is None else planned.call
+
+    def _plan_pull(self, found: int, count: int, dtype: torch.dtype) -> Planned | None:
+        """For inputs in one of the buffers that peers see; None where they are sent as from anywhere else."""
+        decision = self._decide(count, dtype, readable_in_place=True)
+        if decision.launch is None or decision.launch.exchange is not Exchange.PULL:
+            return None
+        planned = self._kernel_call(decision, count, dtype, self.buffers[found].peer_distances)
+        return self._checked(planned, count, dtype, f" in memory {found} that peers see")
+
+    def _kernel_call(
+        self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
+    ) -> Planned:
+        """A function that launches this decision, with all that does not change bound."""
+        launch, workspace, health = decision.launch, self._workspace, self._health
+        assert workspace is not None
+        assert health is not None
+        assert launch is not None
+        plan = plan_of(workspace, launch, count, dtype, peer_distances)
+        call = kernel_call(plan, launch, health, self._device, str(decision.strategy))
+        self.tally.add(decision, plan, call)
+        return Planned(decision, call, plan)
+
+    def _checked(self, planned: Planned, count: int, dtype: torch.dtype, place: str = "") -> Planned:
+        """The same, compared between ranks first where that is asked for."""
+        if self._checker is None:
+            return planned
+        decision = planned.decision
+
+        def describe_call(captured: bool) -> Description:  # noqa: FBT001
+            return describe_one(decision, count, dtype_name(dtype), place, captured=captured)
+
+        on_gpu = self._device.type == "cuda"
+        return planned._replace(call=self._checker.around(planned.call, describe_call, on_gpu=on_gpu))
