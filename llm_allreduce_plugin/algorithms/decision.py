@@ -34,6 +34,12 @@ class Exchange(enum.IntEnum):
     PULL = 4  # peers read the input in place; results are pushed
 
 
+class Epilogue(enum.IntEnum):
+    """What becomes of a reduced vector, with the numbers of ``lar_epilogue``."""
+
+    STORE = 0
+
+
 _EXCHANGES = {
     Exchange.PUSH: "in band",
     Exchange.SHARED: "in band",
@@ -59,6 +65,7 @@ class Launch:
         drain_lanes: lanes that only take in results; 0 when those that sum do it.
         wire_format: what values are sent as; None: as they are.
         domains: the domain of each rank, for HIERARCHICAL.
+        epilogue: what becomes of a reduced vector.
     """
 
     algorithm: Algorithm
@@ -71,6 +78,7 @@ class Launch:
     drain_lanes: int = 0
     wire_format: WireFormat | None = None
     domains: tuple[int, ...] = ()
+    epilogue: Epilogue = Epilogue.STORE
 
     @property
     def in_band(self) -> bool:

@@ -75,6 +75,7 @@ def plan_of(
         chunk_vectors=launch.chunk_vectors,
         scatter_lanes=launch.scatter_lanes,
         drain_lanes=launch.drain_lanes,
+        epilogue=int(launch.epilogue),
         domains=launch.domains,
         peer_distances=peer_distances,
     )

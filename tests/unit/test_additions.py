@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics, spread
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
 from llm_allreduce_plugin.cli import app
@@ -114,8 +114,10 @@ def test_without_it_there_is_no_kernel() -> None:
 # -- what stands in two places is the same -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("enum", "prefix"), [(Algorithm, "lar_algorithm"), (Exchange, "lar_exchange")])
-def test_numbers_are_those_of_the_header(enum: type[Algorithm | Exchange], prefix: str) -> None:
+@pytest.mark.parametrize(
+    ("enum", "prefix"), [(Algorithm, "lar_algorithm"), (Exchange, "lar_exchange"), (Epilogue, "lar_epilogue")]
+)
+def test_numbers_are_those_of_the_header(enum: type[Algorithm | Exchange | Epilogue], prefix: str) -> None:
     body = re.search(rf"typedef enum {prefix} {{(.*?)}} {prefix};", HEADER.read_text(), flags=re.DOTALL)
     assert body is not None
     found = {name: int(number) for name, number in re.findall(r"LAR_(\w+) = (\d+)", body[1])}
