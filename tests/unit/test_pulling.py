@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, NodeTopology
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import group_facts
+from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
+from llm_allreduce_plugin.runtime.plans import Planned, Plans
 from llm_allreduce_plugin.runtime.tally import Made, Tally
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.sweep import sweep
@@ -78,6 +81,54 @@ def test_a_buffer_holds_only_what_starts_and_ends_on_a_vector(dtype: torch.dtype
     assert not buffer.holds(values[: to_a_vector + 1]), "ends within a vector"
     assert not buffer.holds(values[::2])
     assert not buffer.holds(torch.zeros(to_a_vector, dtype=dtype))
+
+
+class Communicator(TensorParallelCommunicator):
+    """One without ranks, which notes down what it would launch: exchange, elements and distances to peers' inputs."""
+
+    def __init__(self, group: GroupFacts, strategy: S, buffer: PeerVisibleBuffer) -> None:
+        self.config = AllReduceConfig(allreduce_strategy=strategy)
+        self.facts, self.device, self.rank = group, torch.device("cpu"), 1
+        self._plans, self._pulls = Plans(), Plans()
+        self._peer_visible, self._checker, self._closed = [buffer], None, False
+        self.made: list[tuple[Exchange, int, tuple[int, ...]]] = []
+
+    def _kernel_call(
+        self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
+    ) -> Planned:
+        assert decision.launch is not None
+        self.made.append((decision.launch.exchange, count, tuple(peer_distances)))
+        exchange = decision.launch.exchange
+        return Planned(decision, lambda x: torch.full_like(x, exchange), Made())
+
+
+def test_the_communicator_pulls_what_it_may_and_sends_the_rest() -> None:
+    """Misaligned inputs, parts of a vector, small ones and those that lie elsewhere are sent, and do not fail."""
+    storage = torch.zeros(4 * MIB, dtype=torch.uint8)
+    values = storage.view(torch.float32)
+    group = Communicator(facts(4, in_band=True), S.AUTO, PeerVisibleBuffer(storage, (0, 64, 128, 192), None))
+    large = 1 << 18
+    for input_, exchange in (
+        (values[:large], Exchange.PULL),
+        (values[4 : 4 + large], Exchange.PULL),
+        (values[1 : 1 + large], Exchange.PUSH),
+        (values[: large + 1], Exchange.PUSH),
+        (values[:1024], Exchange.PUSH),
+        (values[: 2 * large : 2], Exchange.PUSH),
+        (values[:0], Exchange.PUSH),
+        (torch.zeros(large), Exchange.PUSH),
+    ):
+        for _ in range(2):  # planned, and kept
+            output = group.all_reduce(input_)
+            assert output.shape == input_.shape
+            assert (output == exchange).all()
+    pulled = [(count, distances) for exchange, count, distances in group.made if exchange is Exchange.PULL]
+    assert pulled == [(large, (0, 64, 128, 192))], "one plan for all inputs of a size in a buffer"
+    assert all(not distances for exchange, _, distances in group.made if exchange is not Exchange.PULL)
+    assert len(group.made) == len({(exchange, count) for exchange, count, _ in group.made}), "each is planned once"
+    asked = group.explain((large,), torch.float32, readable_in_place=True).launch
+    assert asked is not None
+    assert asked.exchange is Exchange.PULL
 
 
 def test_pulled_calls_are_counted_by_name() -> None:
