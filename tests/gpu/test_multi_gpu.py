@@ -108,7 +108,7 @@ def _read_in_place(context: RankContext, dtype: torch.dtype) -> None:
             output = group.all_reduce(mine)
             mine.fill_(float("nan"))  # peers must have read it by now
             assert_same_bits(output, rank_ordered_sum(inputs), f"{dtype} x {size} at {first}")
-        whole = [key for key, call in group._pulls.items() if call is not None]
+        whole = [key for key, call in group._planner.pulls.items() if call is not None]
         assert len(whole) == 5, "all but the odd one are read in place"
 
 

@@ -21,7 +21,8 @@ from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import group_facts
 from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
-from llm_allreduce_plugin.runtime.plans import Planned, Plans
+from llm_allreduce_plugin.runtime.planner import Planner
+from llm_allreduce_plugin.runtime.plans import Planned
 from llm_allreduce_plugin.runtime.tally import Made, Tally
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.sweep import sweep
@@ -83,14 +84,13 @@ def test_a_buffer_holds_only_what_starts_and_ends_on_a_vector(dtype: torch.dtype
     assert not buffer.holds(torch.zeros(to_a_vector, dtype=dtype))
 
 
-class Communicator(TensorParallelCommunicator):
-    """One without ranks, which notes down what it would launch: exchange, elements and distances to peers' inputs."""
+class Recording(Planner):
+    """Notes down what it would launch: exchange, elements and distances to peers' inputs."""
 
-    def __init__(self, group: GroupFacts, strategy: S, buffer: PeerVisibleBuffer) -> None:
-        self.config = AllReduceConfig(allreduce_strategy=strategy)
-        self.facts, self.device, self.rank = group, torch.device("cpu"), 1
-        self._plans, self._pulls = Plans(), Plans()
-        self._peer_visible, self._checker, self._closed = [buffer], None, False
+    def __init__(self, config: AllReduceConfig, group: GroupFacts, buffer: PeerVisibleBuffer) -> None:
+        cpu = torch.device("cpu")
+        super().__init__(config, group, 1, cpu, torch.clone, workspace=None, health=None, checker=None)
+        self.buffers.append(buffer)
         self.made: list[tuple[Exchange, int, tuple[int, ...]]] = []
 
     def _kernel_call(
@@ -100,6 +100,20 @@ class Communicator(TensorParallelCommunicator):
         self.made.append((decision.launch.exchange, count, tuple(peer_distances)))
         exchange = decision.launch.exchange
         return Planned(decision, lambda x: torch.full_like(x, exchange), Made())
+
+
+class Communicator(TensorParallelCommunicator):
+    """One without ranks."""
+
+    def __init__(self, group: GroupFacts, strategy: S, buffer: PeerVisibleBuffer) -> None:
+        self.config = AllReduceConfig(allreduce_strategy=strategy)
+        self.facts, self.device = group, torch.device("cpu")
+        self._planner = self.recording = Recording(self.config, group, buffer)
+        self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
+
+    @property
+    def made(self) -> list[tuple[Exchange, int, tuple[int, ...]]]:
+        return self.recording.made
 
 
 def test_the_communicator_pulls_what_it_may_and_sends_the_rest() -> None:
