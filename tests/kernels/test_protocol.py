@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from llm_allreduce_plugin.monitor import failure_of
 
+from llm_allreduce_plugin.runtime.monitor import failure_of
 from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import group_of, inputs_of, reduce_and_compare
 from tests.kernels.test_low_precision import compare
