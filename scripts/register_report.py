@@ -35,7 +35,7 @@ def main() -> None:
         "Every all-reduce kernel, by the world size that it is compiled for; `any`: known at run time. Blocks have at"
     )
     print(
-        "most 512 threads, which 128 registers fit; those of the shared and the flagged kernels at most 288, which 224"
+        "most 512 threads, which 128 registers fit; those of the shared and the flagged kernels at most 288, which 168"
     )
     print("fit; those of the ring and of the staged kernels at most 256, which 255 fit.")
     print(
