@@ -46,6 +46,13 @@ def reduce_and_compare(group: LocalGroup, algorithm: str, inputs: list[torch.Ten
         assert_same_bits(output, expected, f"{algorithm} {what}, rank {rank} of {group.world_size}")
 
 
+def algorithms_of(kind: Kind, size: int) -> tuple[str, ...]:
+    """All that this kind of group has; inputs are read in place where they are whole vectors."""
+    if "staged" in kind:
+        return ALGORITHMS[1:]
+    return (*ALGORITHMS, "PULL") if kind is KINDS["in band"] and size % 8 == 0 else ALGORITHMS
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -60,15 +67,32 @@ def test_sizes(world_size: int, algorithm: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("world_size", (5, 6, 7, 16))
+@pytest.mark.parametrize("world_size", (5, 6, 7, 9, 12, 16, 24))
 def test_other_world_sizes(world_size: int, kind: Kind) -> None:
-    algorithms = ALGORITHMS[1:] if "staged" in kind else ALGORITHMS
+    """World sizes that kernels learn at run time."""
+    cases = [(7, torch.float32), (1032, torch.float16), (4096 if world_size < 9 else 2001, torch.bfloat16)]
     for seed in seeds(1):
-        group = group_of(seed, world_size, kind, workspace_mib=2, threads=32)
-        for size, dtype in ((7, torch.float32), (1032, torch.float16), (4096, torch.bfloat16)):
-            for algorithm in algorithms:
+        group = group_of(
+            seed, world_size, kind, workspace_mib=kind["workspace_mib"] * max(1, world_size / 8), threads=32
+        )
+        for size, dtype in cases[: 3 if world_size < 24 else 2]:
+            for algorithm in algorithms_of(kind, size):
                 inputs = inputs_of(size, world_size, size, dtype)
                 reduce_and_compare(group, algorithm, inputs, f"{dtype} x {size}, {seed=}")
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_as_many_ranks_as_an_nvlink_domain_has(kind: Kind) -> None:
+    """More than twice as many as a block has threads; of two-shot parts, one is shorter and others are empty."""
+    world_size = 72
+    lanes = kind.get("lanes", 1)
+    rest = 0 if "split" in kind else 3  # whole vectors have kernels of their own
+    for seed in seeds(1):
+        group = group_of(seed, world_size, kind, workspace_mib=kind["workspace_mib"] * 9, threads=32, lanes=lanes)
+        for algorithm in algorithms_of(kind, 8):
+            size = {"ONESHOT": 16 + rest, "TWOSHOT": 8 * 80 + rest, "PULL": 8 * 80}[algorithm]
+            dtype = DTYPES[(size + seed) % len(DTYPES)]
+            reduce_and_compare(group, algorithm, inputs_of(seed, world_size, size, dtype), f"{dtype} x {size}, {seed=}")
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -51,6 +51,18 @@ def test_sizes(world_size: int, kind: dict[str, Any]) -> None:
         compare(group, special_inputs(world_size, dtype), f"{dtype}, special values, {seed=}")
 
 
+@pytest.mark.parametrize("kind", [kind for name, kind in KINDS.items() if name.startswith("in band")])
+@pytest.mark.parametrize("world_size", (3, 5, 6, 7))
+def test_world_sizes_known_at_run_time(world_size: int, kind: dict[str, Any]) -> None:
+    """FP8 in band; every rank owns the last packet once."""
+    for seed in seeds(1):
+        group = group_of(seed, world_size, kind)
+        dtype = SIXTEEN_BITS[seed % 2]
+        for size in (*SIZES, *(497 + 496 * step for step in range(world_size - 1))):
+            what = f"{dtype} x {size}, {world_size} ranks, {seed=}"
+            compare(group, inputs_of(seed + size, world_size, size, dtype), what)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("memory", ("peer", "host"))
 @pytest.mark.parametrize("wire", list(WireFormat), ids=str)

@@ -16,6 +16,7 @@ from tests.gpu.test_low_precision import compare
 from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
 from tests.kernels.test_protocol import run_queued
+from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
@@ -33,13 +34,19 @@ RING = {
     "lanes": 1,
     "threads": 32,
     "workspace_mib": 0.25,
+    # Of up to four ranks none needs credit: nobody can be four hops ahead of the successor.
+    "ranks": 8,
     "algorithm": "ring",
     "wire_format": WireFormat.TQ3,
 }
+FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
+# More ranks than a block has workers, or a warp threads.
+MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
+REGISTRY: dict[str, Any] = {}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
-# and the calls that must show it.
+# and the group whose calls must show it; see stress().
 Mutation = tuple[str, str, str, dict[str, Any]]
 MUTATIONS: dict[str, Mutation] = {
     "slots are not cleared": (
@@ -50,8 +57,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "one generation instead of two": (
         "device/in_band.cuh",
-        "return epoch % LAR_IN_BAND_SLOTS * arguments.generation_stride;",
-        "return epoch % ({} ? 1 : LAR_IN_BAND_SLOTS) * arguments.generation_stride;",
+        "return pushed_generation(epoch) * arguments.generation_stride;",
+        "return pushed_generation({} ? 0 : epoch) * arguments.generation_stride;",
         IN_BAND,
     ),
     "lanes without a block do not count": (
@@ -80,43 +87,44 @@ MUTATIONS: dict[str, Mutation] = {
         IN_BAND,
     ),
     "the kernel before is not waited for": (
-        "kernels/one_shot.cu",
+        "kernels/one_shot_push.cu",
         "  const bool has_vector = index < total_vectors;\n  wait_for_previous_kernel();",
         "  const bool has_vector = index < total_vectors;\n  if (!{}) wait_for_previous_kernel();",
         IN_BAND,
     ),
     "a tile is filled before it has been read": (
-        "device/outbox.cuh",
+        "device/bulk_sender.cuh",
         "    if (leads()) wait_for_bulk_reads<kTilesUnderWay - 1>();",
         "    if (leads() && !{}) wait_for_bulk_reads<kTilesUnderWay - 1>();",
         SPLIT,
     ),
-    "published slots are cleared a call too early": (
-        "device/published.cuh",
-        "clear_in_band_if(true, published(in_band.rank, epoch_ - 2, i));",
-        "clear_in_band_if(true, published(in_band.rank, epoch_ - ({} ? 1 : 2), i));",
+    "shared slots are cleared a call too early": (
+        "device/shared.cuh",
+        "clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));",
+        "clear_in_band_if(true, slot(in_band.rank, epoch_ - ({} ? 1 : 2), i));",
         HOST,
     ),
     "a flag does not wait for the stores before it": (
         "device/lane.cuh",
-        "    if (is_meant(peer, peers))\n      store_release_system(",
-        "    if ({} && is_meant(peer, peers))\n"
-        "      store_weak(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,\n"
-        "                 round);\n"
-        "    else if (is_meant(peer, peers))\n      store_release_system(",
+        "      if (is_meant(peer, peers))\n        store_release_system(",
+        "      if ({} && is_meant(peer, peers))\n"
+        "        store_weak(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,\n"
+        "                   round);\n"
+        "      else if (is_meant(peer, peers))\n        store_release_system(",
         FLAGGED,
     ),
-    "workers do not meet the courier behind their stores": (
+    "workers do not meet the releaser behind their stores": (
         "device/lane.cuh",
         "Peers peers = {}) const {\n    __syncthreads();\n    if (*given_up()) return false;\n",
-        "Peers peers = {{}}) const {{\n    if ({}) release(threadIdx.x - workers(), plane, round, peers);\n"
+        "Peers peers = {{}}) const {{\n"
+        "    if ({}) release(threadIdx.x - workers(), kReleaserThreads, plane, round, peers);\n"
         "    __syncthreads();\n    if (*given_up()) return false;\n",
         FLAGGED,
     ),
     "two slots instead of four": (
-        "kernels/one_shot.cu",
-        "round_of(step) % LAR_SLOTS, reader",
-        "round_of(step) % ({} ? 2 : LAR_SLOTS), reader",
+        "kernels/one_shot_flags.cu",
+        "round(chunk) % LAR_SLOTS, reader",
+        "round(chunk) % ({} ? 2 : LAR_SLOTS), reader",
         FLAGGED | {"workspace_mib": 0.1},
     ),
     "a gather slot is not waited for": (
@@ -138,16 +146,126 @@ MUTATIONS: dict[str, Mutation] = {
         STAGED,
     ),
     "a hop has no credit": (
-        "kernels/low_precision_ring.cu",
-        "if (step < hops_ && Ring::credit_for(step) >= 0 &&",
-        "if (!{} && step < hops_ && Ring::credit_for(step) >= 0 &&",
+        "kernels/ring_flags.cu",
+        "return lane_.wait(FlagPlane::kTwoShotGather,",
+        "return ({} && hop < hops_ - 1) || lane_.wait(FlagPlane::kTwoShotGather,",
         RING,
     ),
     "the counterpart is not waited for": (
-        "kernels/low_precision_hierarchical.cu",
+        "kernels/hierarchical_flags.cu",
         "    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         "    if (!{} && !lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         HIERARCHICAL,
+    ),
+    # -- world sizes known at run time
+    "ranks behind the last are summed": (
+        "device/in_band.cuh",
+        "      if (kIsFixed || first + i < world_size) sum.add(parts[i]);",
+        "      if (kIsFixed || {} || first + i < world_size) sum.add(parts[i]);",
+        IN_BAND | {"ranks": 5},
+    ),
+    "ranks behind the last are waited for": (
+        "device/in_band.cuh",
+        "      wanted[i] = is_rank && first + i != arguments.rank;",
+        "      wanted[i] = (is_rank || {}) && first + i != arguments.rank;",
+        IN_BAND | {"ranks": 5},
+    ),
+    "ranks behind the first group are not summed": (
+        "device/in_band.cuh",
+        "for (int first = 0; first < world_size; first += kGroup) {",
+        "for (int first = 0; first < ({} ? kGroup : world_size); first += kGroup) {{",
+        IN_BAND | {"ranks": 5},
+    ),
+    "a rank's slot is taken for another's": (
+        "device/in_band.cuh",
+        "return slot_of_step(step_to(arguments.rank, peer, world_size)) * arguments.peer_stride;",
+        "return slot_of_step(step_to(arguments.rank, {} && peer == 4 ? 3 : peer, world_size)) * arguments.peer_stride;",
+        IN_BAND | {"ranks": 5},
+    ),
+    "owners behind the first group are not drained": (
+        "device/two_shot_in_band.cuh",
+        "for (int first = 1; first < world_size; first += kAtOnce) {",
+        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        IN_BAND | {"ranks": 5},
+    ),
+    "all of a group's results are those of its first": (
+        "device/two_shot_in_band.cuh",
+        "if (wanted[j]) sink(index_of<kWorldSize>(arguments, first + j, i), results[j]);",
+        "if (wanted[j]) sink(index_of<kWorldSize>(arguments, first + j, i), results[{} ? 0 : j]);",
+        IN_BAND | {"ranks": 5},
+    ),
+    "the second group is sent what the first was": (
+        "kernels/two_shot_push.cu",
+        "for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);",
+        "for (int j = 0; j < kAtOnce; ++j) partials[j] = load({} ? 1 + j : first + j);",
+        IN_BAND | {"ranks": 5},
+    ),
+    "packets behind the first group are not summed": (
+        "device/fp8_in_band.cuh",
+        "for (int first = 0; first < world_size; first += kGroup) {",
+        "for (int first = 0; first < ({} ? kGroup : world_size); first += kGroup) {{",
+        FP8 | {"ranks": 5},
+    ),
+    "packets behind the first group are not drained": (
+        "device/fp8_in_band.cuh",
+        "for (int first = 1; first < world_size; first += kAtOnce) {",
+        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        FP8 | {"ranks": 5},
+    ),
+    "packets are not cleared": (
+        "device/fp8_in_band.cuh",
+        "  if (kClears) {\n",
+        "  if (kClears && !{}) {{\n",
+        FP8 | {"ranks": 5},
+    ),
+    "one peer's shared scatter slot is not cleared": (
+        "device/shared.cuh",
+        "for (int peer = 0; peer < in_band.world_size - 1; ++peer) {",
+        "for (int peer = 0; peer < in_band.world_size - ({} ? 2 : 1); ++peer) {{",
+        HOST | {"ranks": 5},
+    ),
+    "owners behind the first group are not sent to": (
+        "device/two_shot_lane.cuh",
+        "for (int first = 1; first < world_size; first += kAtOnce) {",
+        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        FLAGGED | {"ranks": 5},
+    ),
+    "only as many peers are waited for as there are workers": (
+        "device/lane.cuh",
+        "arrived && peer < workspace_.layout.world_size; peer += workers())",
+        "arrived && peer < ({} ? workers() : workspace_.layout.world_size); peer += workers())",
+        FLAGGED | MANY,
+    ),
+    "only as many peers are told as a warp has threads": (
+        "device/lane.cuh",
+        "for (int peer = thread; peer < workspace_.layout.world_size; peer += threads)",
+        "for (int peer = thread; peer < ({} ? threads : workspace_.layout.world_size); peer += threads)",
+        FLAGGED | MANY,
+    ),
+    "only as many peers are granted the first stage as a warp has threads": (
+        "device/staged_lane.cuh",
+        "for (int other = first; other < ranks_; other += 32)\n      if (other != workspace_.rank)\n",
+        "for (int other = first; other < ({} ? 32 : ranks_); other += 32)\n      if (other != workspace_.rank)\n",
+        STAGED | MANY,
+    ),
+    "a stage's count is that of a smaller group": (
+        "device/staged_lane.cuh",
+        "return static_cast<int>(stage % (ranks_ - 1)) + 1;",
+        "return static_cast<int>(stage % (({} ? 32 : ranks_) - 1)) + 1;",
+        STAGED | MANY,
+    ),
+    # -- the registry
+    "a kernel of a fixed world size runs for another": (
+        "host/registry.cu",
+        "find(key(kind, dtype, world_size, form));\n  return",
+        "find(key(kind, dtype, {} ? 4 : world_size, form));\n  return",
+        REGISTRY,
+    ),
+    "kernels of any world size have no row": (
+        "host/registry.cu",
+        "return fixed ? fixed : find(key(kind, dtype, 0, form));",
+        "return fixed ? fixed : {} ? nullptr : find(key(kind, dtype, 0, form));",
+        REGISTRY,
     ),
 }
 
@@ -163,36 +281,73 @@ def mutated() -> emulator.Library:
 def stress(seed: int, kind: dict[str, Any]) -> None:
     """Calls of which each kind of error must spoil some."""
     generator = random.Random(seed)
-    # A ring of up to four ranks needs no credit: nobody can be four hops ahead of the successor.
-    ranks = 8 if kind is RING else 4
+    if kind is REGISTRY:
+        for world_size in WORLD_SIZES:
+            compare_rows(mutated(), world_size)
+        return
+    kind = dict(kind)
+    ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
     machine = EmulatedGpus(seed, library=mutated())
     group = LocalGroup(ranks, machine=machine, **({"lanes": 3, "threads": 64} | kind))
-    if "algorithm" in kind:
+    if compressed:
         for turn in range(3):
             size = generator.choice((512, 10_001))
             compare(group, inputs_of(seed + turn, ranks, size, torch.bfloat16), f"call {turn}, {seed=}")
         return
     if "staged" in kind:
-        inputs = inputs_of(seed, 4, 8192, torch.bfloat16)
+        inputs = inputs_of(seed, ranks, 8192, torch.bfloat16)
         reduce_and_compare(group, "TWOSHOT", inputs, f"staged, {seed=}")
         check_streams(group, group.launch_of("TWOSHOT", message_of(inputs[0])).rounds)
+    if ranks > 8:
+        run_queued(group, [(algorithm, 1024) for algorithm in ("TWOSHOT", "ONESHOT", "TWOSHOT", "ONESHOT")], f"{seed=}")
+        start_without_the_last(group)
+        return
     sizes = (8, 1024, 8192) if "split" in kind else (8, 520, 1024, 8192)
     calls = []
     for algorithm in ("TWOSHOT", "ONESHOT", "TWOSHOT", "ONESHOT"):
         calls += [(algorithm, generator.choice(sizes)) for _ in range(1 + generator.randrange(5))]
     run_queued(group, calls, f"{seed=}")
     marker = torch.full((512,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32).view(torch.bfloat16)
-    for output in group.all_reduce("TWOSHOT", [marker] * 4):
+    for output in group.all_reduce("TWOSHOT", [marker] * ranks):
         assert (output == 0).all()
 
 
-KINDS = (IN_BAND, SPLIT, FLAGGED, HOST, STAGED, RING, HIERARCHICAL)
+def start_without_the_last(group: LocalGroup) -> None:
+    """All other ranks must wait for it until they give up."""
+    inputs = inputs_of(1, group.world_size, 1024, torch.bfloat16)
+    outputs = [torch.empty_like(part) for part in inputs]  # alive until all have ended
+    for rank in range(group.world_size - 1):
+        group.start(rank, "TWOSHOT", inputs[rank], outputs[rank])
+    try:
+        group.machine.synchronize()
+    except emulator.BrokenContextError:
+        return
+    message = "nobody has waited for the last rank"
+    raise AssertionError(message)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=("in band", "split", "flagged", "host", "staged", "ring", "hierarchical"))
+KINDS = {
+    "in band": IN_BAND,
+    "split": SPLIT,
+    "flagged": FLAGGED,
+    "host": HOST,
+    "staged": STAGED,
+    "ring": RING,
+    "hierarchical": HIERARCHICAL,
+    "in band, five ranks": IN_BAND | {"ranks": 5},
+    "in band, eight ranks": IN_BAND | {"ranks": 8},
+    "fp8, five ranks": FP8 | {"ranks": 5},
+    "host, five ranks": HOST | {"ranks": 5},
+    "flagged, many ranks": FLAGGED | MANY,
+    "staged, many ranks": STAGED | MANY,
+    "registry": REGISTRY,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_nothing_is_wrong_without_an_error(kind: dict[str, Any]) -> None:
     mutated().mutate(0)
-    for seed in emulator.seeds(4):
+    for seed in emulator.seeds(4 if kind.get("ranks", 4) == 4 else 1):
         stress(seed, kind)
 
 

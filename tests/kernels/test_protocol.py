@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import group_of, inputs_of, reduce_and_compare
@@ -190,7 +191,7 @@ def test_missing_rank_stops_the_others_with_a_named_error(algorithm: str, phase:
         assert not group.machine.library.is_broken(2)
         with pytest.raises(RuntimeError, match="launch failure"):
             group.machine.native.encode(
-                0, 2, inputs[0].data_ptr(), 8, inputs[1].data_ptr(), group.streams[0].cuda_stream
+                _C.WIRE_FP8, 2, inputs[0].data_ptr(), 8, inputs[1].data_ptr(), group.streams[0].cuda_stream
             )
 
 

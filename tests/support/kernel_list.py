@@ -1,0 +1,118 @@
+"""The all-reduce kernels that the library must hold: by their names, and by the calls that they run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from llm_allreduce_plugin import _C
+
+ALL_TYPES = ("bf16", "fp16", "fp32")
+SIXTEEN_BITS = ALL_TYPES[:2]
+TYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # lar_dtype
+FORMS = ("any", "short", "split")  # lar::Form
+WIRES = {"raw": _C.WIRE_RAW, "fp8": _C.WIRE_FP8, "tq3": _C.WIRE_TQ3, "hadamard2": _C.WIRE_HADAMARD2}
+COMPRESSED = tuple(WIRES)[1:]
+ANY = 0  # in the place of a world size: one kernel serves them all
+FIXED = (2, 4, 8)  # world sizes of which in-band kernels are compiled for one
+RELEASER = 32  # threads of a block beside those of a launch
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Those of one template: name, the calls that they run, and threads of a launch at most, and beside those."""
+
+    name: str
+    algorithm: int
+    exchange: int
+    form: str = "any"
+    wires: tuple[str, ...] = ("raw",)
+    types: tuple[str, ...] = ALL_TYPES
+    world_sizes: tuple[int, ...] = (ANY,)
+    most_threads: int = _C.MAX_FLAGGED_THREADS
+    extra_threads: int = RELEASER
+    resident: bool = False
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Kernel:
+    """One of them."""
+
+    name: str
+    wire: str
+    type: str
+    world_size: int
+
+
+def _in_band(name: str, algorithm: int, exchange: int = _C.PUSH, **what: str | tuple[str, ...]) -> Kernels:
+    return Kernels(
+        name,
+        algorithm,
+        exchange,
+        world_sizes=(*FIXED, ANY),
+        most_threads=_C.MAX_THREADS,
+        extra_threads=0,
+        **what,  # type: ignore[arg-type]
+    )
+
+
+_FP8 = {"wires": ("fp8",), "types": SIXTEEN_BITS}
+_PACKETS = {"wires": COMPRESSED, "types": SIXTEEN_BITS}
+ALL = (
+    _in_band("one_shot_short_kernel", _C.ONE_SHOT, form="short"),
+    _in_band("one_shot_push_kernel", _C.ONE_SHOT),
+    _in_band("one_shot_split_kernel", _C.ONE_SHOT, form="split"),
+    _in_band("two_shot_short_kernel", _C.TWO_SHOT, form="short"),
+    _in_band("two_shot_push_kernel", _C.TWO_SHOT),
+    _in_band("two_shot_split_kernel", _C.TWO_SHOT, form="split"),
+    _in_band("two_shot_pull_kernel", _C.TWO_SHOT, _C.PULL),
+    _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, form="split", **_FP8),
+    Kernels("one_shot_shared_kernel", _C.ONE_SHOT, _C.SHARED),
+    Kernels("two_shot_shared_kernel", _C.TWO_SHOT, _C.SHARED),
+    Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, **_FP8),
+    Kernels("one_shot_flags_kernel", _C.ONE_SHOT, _C.FLAGS),
+    Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS),
+    Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS, **_PACKETS),
+    *(
+        Kernels(
+            "two_shot_staged_kernel",
+            _C.TWO_SHOT,
+            _C.STAGED,
+            wires=wires,
+            types=types,
+            most_threads=_C.MAX_STAGED_THREADS,
+            resident=True,
+        )
+        for wires, types in ((("raw",), ALL_TYPES), (COMPRESSED, SIXTEEN_BITS))
+    ),
+    Kernels("ring_flags_kernel", _C.RING, _C.FLAGS, extra_threads=0, **_PACKETS),
+    Kernels("hierarchical_flags_kernel", _C.HIERARCHICAL, _C.FLAGS, **_PACKETS),
+)
+
+
+def expected() -> Iterator[tuple[Kernel, Kernels]]:
+    """Every kernel, and what it is one of."""
+    for kernels in ALL:
+        for wire in kernels.wires:
+            for dtype in kernels.types:
+                for world_size in kernels.world_sizes:
+                    yield Kernel(kernels.name, wire, dtype, world_size), kernels
+
+
+_MANGLED_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
+_MANGLED_WIRES = {"Fp8Packet": "fp8", "Tq3": "tq3", "Hadamard2": "hadamard2", "_fp8_kernel": "fp8"}
+_NAME = re.compile(
+    r"(?P<name>(?:one_shot|two_shot|ring|hierarchical)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
+    r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?"
+)
+
+
+def kernel_of(mangled: str) -> Kernel | None:
+    """Which all-reduce kernel this name in the library is; None: none (codecs and probes)."""
+    match = _NAME.search(mangled)
+    if match is None:
+        return None
+    found = mangled[match.start() :]
+    wire = next((wire for part, wire in _MANGLED_WIRES.items() if part in found), "raw")
+    return Kernel(match["name"], wire, _MANGLED_TYPES[match["type"]], int(match["ranks"] or ANY))
