@@ -231,6 +231,7 @@ class Rank:
             for base in self.memory.bases
         ]
         initialize(self.buffers[context.rank], self.layout)
+        self.barrier()  # before it, what a peer stores would be wiped out
         self.workspace = _C.Workspace(
             context.rank, self.memory.bases, self.layout, 20.0, _C.CPU, self.memory.local, 20.0, self.memory
         )
