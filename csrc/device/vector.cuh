@@ -86,33 +86,13 @@ __device__ __forceinline__ uint4 sum_in_rank_order(int world_size, LoadPart part
   return sum.rounded();
 }
 
-// Sums vectors 0 .. span-1 by the first `threads` of the block, ranks in order: store(i, part(0, i) + ...). Two vectors
-// of each thread are on their way together, of four ranks each.
+// Sums vectors 0 .. span-1 by the first `threads` of the block, ranks in order: store(i, part(0, i) + ...). More than
+// one at a time would not fit the registers beside what a lane keeps.
 template <typename T, typename LoadPart, typename Store>
 __device__ __forceinline__ void sum_vectors(int64_t span, int threads, int world_size, LoadPart part, Store store) {
-  constexpr int kVectors = 2;
-  constexpr int kGroup = World<0>::kRanksAtOnce;
 #pragma unroll 1
-  for (int64_t i = threadIdx.x; i < span; i += kVectors * threads) {
-    Accumulator<T> sums[kVectors];
-#pragma unroll 1
-    for (int first = 0; first < world_size; first += kGroup) {
-      uint4 loaded[kVectors][kGroup];
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-          if (i + j * threads < span && first + k < world_size) loaded[j][k] = part(first + k, i + j * threads);
-#pragma unroll
-      for (int j = 0; j < kVectors; ++j)
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k)
-          if (i + j * threads < span && first + k < world_size) sums[j].add(loaded[j][k]);
-    }
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j)
-      if (i + j * threads < span) store(i + j * threads, sums[j].rounded());
-  }
+  for (int64_t i = threadIdx.x; i < span; i += threads)
+    store(i, sum_in_rank_order<T, 0>(world_size, [&](int source) { return part(source, i); }));
 }
 
 }  // namespace lar

@@ -1,7 +1,7 @@
 // Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
 #include "device/in_band.cuh"
-#include "device/shared.cuh"
 #include "device/pull.cuh"
+#include "device/shared.cuh"
 #include "host/launch.h"
 
 namespace lar {
@@ -29,7 +29,7 @@ SlotUse slot_use(const lar_layout& layout, lar_kind kind) {
 
 // A kernel of a fixed world size has as many entries of the table at the end as it needs.
 PushArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
-                                     const SlotUse& use) {
+                                   const SlotUse& use) {
   const int world_size = workspace.layout.world_size;
   const auto region = [&](int rank) { return static_cast<char*>(workspace.base[rank]) + use.offset; };
   const auto vectors = [](int64_t bytes) { return static_cast<uint32_t>(bytes / LAR_VECTOR_BYTES); };

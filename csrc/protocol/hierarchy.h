@@ -28,7 +28,7 @@
 // then holds across calls of this algorithm. A TWOSHOT overwrites those slots with its third and fourth chunk, having
 // seen every peer scatter the first; the ring (ring.h) takes care of them. The other way round, a rank may end a
 // TWOSHOT or a ring while the other domain still drains the results of its last two chunks, which lie in the workspace
-// of their owner where layouts are published. combine() gets to those slots in its third chunk. By then it has seen its
+// of their owner where layouts are shared. combine() gets to those slots in its third chunk. By then it has seen its
 // own domain scatter, and its counterpart exchange, which came after the whole other domain had scattered: all in this
 // call.
 //

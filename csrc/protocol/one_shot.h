@@ -16,6 +16,7 @@ namespace lar {
 // Calls steps.push(chunk) and steps.reduce(chunk) in order. False as soon as one of them is.
 template <typename Steps>
 LAR_HOST_DEVICE bool run_one_shot(int64_t chunks, const Steps& steps) {
+#pragma unroll 1
   for (int64_t step = 0; step <= chunks; ++step) {
     if (step < chunks && !steps.push(step)) return false;
     if (step > 0 && !steps.reduce(step - 1)) return false;

@@ -24,6 +24,7 @@ namespace lar {
 // Calls steps.scatter(chunk), steps.reduce(chunk) and steps.drain(chunk) in order. False as soon as one of them is.
 template <typename Steps>
 LAR_HOST_DEVICE bool run_two_shot(int64_t chunks, const Steps& steps) {
+#pragma unroll 1
   for (int64_t step = 0; step < chunks + 2; ++step) {
     if (step < chunks && !steps.scatter(step)) return false;
     if (step >= 1 && step <= chunks && !steps.reduce(step - 1)) return false;

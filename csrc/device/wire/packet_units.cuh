@@ -13,7 +13,7 @@ class PacketUnits {
  public:
   __device__ __forceinline__ static constexpr int unit_bytes() { return Packet::kBytes; }
   // As many as fit the registers of a thread.
-  static constexpr int kOwnersAtOnce = 2;
+  static constexpr int kOwnersAtOnce = 1;
 
   __device__ __forceinline__ explicit PacketUnits(const lar_message& message)
       : packets_(message.input, message.output, message.count) {}
@@ -32,7 +32,7 @@ class PacketUnits {
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, int world_size, Sources source_of,
                                          Targets for_each_target) const {
-    constexpr int kGroup = World<0>::kRanksAtOnce;
+    constexpr int kGroup = Packet::kThreadValues > 16 ? 1 : World<0>::kRanksAtOnce;  // that fit the registers
     for_each(part.span, [&](int64_t i) {
       typename Message::Values sum;
       Message::clear(sum);

@@ -13,7 +13,7 @@ class VectorUnits {
  public:
   __device__ __forceinline__ static constexpr int unit_bytes() { return LAR_VECTOR_BYTES; }
   // As many as fit the registers of a thread.
-  static constexpr int kOwnersAtOnce = 3;
+  static constexpr int kOwnersAtOnce = 2;
 
   __device__ __forceinline__ explicit VectorUnits(const lar_message& message)
       : input_(message.input, message.count),
