@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,24 +164,19 @@ def test_a_store_that_does_not_answer_holds_nobody(number: signal.Signals) -> No
                 assert f"rank {rank} cannot reach the store of its process group to agree on the transport" in text
 
 
-def _is_locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(file, fcntl.LOCK_UN)
-    return False
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def _stopped_with_the_lock(context: RankContext) -> tuple[float, float, str]:
     """Rank 1 is stopped where it holds the lock of the store's file. How long an end and another step take rank 0."""
     agreement = Agreement(context.group, WAIT_S)
-    agreement.gather(None, "to begin")
-    with open(store_of(context.group)._underlying_non_prefix_store.path) as file:  # type: ignore[attr-defined]
-        if context.rank == 1:
+    pids = agreement.gather(os.getpid(), "to begin")
+    if context.rank == 1:
+        with open(store_of(context.group)._underlying_non_prefix_store.path) as file:  # type: ignore[attr-defined]
             fcntl.flock(file, fcntl.LOCK_EX)
             os.kill(os.getpid(), signal.SIGSTOP)
-        assert wait_until(lambda: _is_locked(file.fileno()))
+    assert wait_until(lambda: _is_stopped(pids[1]), 20.0)
     began = time.monotonic()
     agreement.close()
     del agreement
