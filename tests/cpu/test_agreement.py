@@ -172,10 +172,14 @@ def _stopped_with_the_lock(context: RankContext) -> tuple[float, float, str]:
     """Rank 1 is stopped where it holds the lock of the store's file. How long an end and another step take rank 0."""
     agreement = Agreement(context.group, WAIT_S)
     pids = agreement.gather(os.getpid(), "to begin")
+    path = store_of(context.group)._underlying_non_prefix_store.path  # type: ignore[attr-defined]
+    ready = Path(f"{path}.ready")
     if context.rank == 1:
-        with open(store_of(context.group)._underlying_non_prefix_store.path) as file:  # type: ignore[attr-defined]
+        assert wait_until(ready.exists, 20.0), "rank 0 reads from the store"
+        with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             os.kill(os.getpid(), signal.SIGSTOP)
+    ready.touch()
     assert wait_until(lambda: _is_stopped(pids[1]), 20.0)
     began = time.monotonic()
     agreement.close()
