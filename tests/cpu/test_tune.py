@@ -152,7 +152,7 @@ def test_a_row_is_the_same_in_every_batch(cpu_pool: PoolFor, tmp_path: Path, wor
     ("flags", "complaint"),
     [
         (["--cpu", "--tp", "2,x"], "--tp 2,x: 'x' must be 2 to 72"),
-        (["--cpu", "--tp", "9"], "'9' must be one of"),
+        (["--cpu", "--tp", "73"], "'73' must be 2 to 72"),
         (["--cpu", "--dtype", "int8"], "--dtype int8: 'int8' must be one of float, float32"),
         (["--cpu", "--dtype", "bf16,half"], "one entry for 16-bit elements"),
         (["--cpu", "--transport", "host"], "CPU ranks have one transport"),
