@@ -156,6 +156,9 @@ def decode(format: int, dtype: int, packets: int, count: int, values: int, strea
 
 def abi_version() -> int: ...
 
+def cuda_release() -> int:
+    """Of the compiler of the kernels: 13000 is 13.0."""
+
 def error_string(code: int) -> str: ...
 
 class Workspace:

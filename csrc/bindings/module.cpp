@@ -141,6 +141,7 @@ NB_MODULE(_C, module) {
   module.def("decode", &decode, "format"_a, "dtype"_a, "packets"_a, "count"_a, "values"_a, "stream"_a = nb::none(),
              "The other way round.");
   module.def("abi_version", &lar_abi_version);
+  module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
 
   nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")

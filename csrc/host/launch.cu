@@ -48,3 +48,11 @@ int launch(const Row* row, const lar_workspace& workspace, const lar_launch& sha
 }
 
 }  // namespace lar
+
+extern "C" int lar_cuda_release(void) {
+#ifdef __CUDACC_VER_MAJOR__
+  return __CUDACC_VER_MAJOR__ * 1000 + __CUDACC_VER_MINOR__ * 10;
+#else
+  return 0;  // emulated
+#endif
+}

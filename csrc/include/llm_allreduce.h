@@ -311,6 +311,9 @@ LAR_EXPORT void lar_failure_destroy(lar_failure* host_address, int registered);
 // The text of any code that a function above returned.
 LAR_EXPORT const char* lar_error_string(int code);
 
+// The CUDA release that the kernels were compiled with, 1000 times the major number and 10 times the minor: 13000.
+LAR_EXPORT int lar_cuda_release(void);
+
 // The version of this ABI; bumped when a struct changes.
 LAR_EXPORT int lar_abi_version(void);
 

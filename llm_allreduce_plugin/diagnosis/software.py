@@ -9,7 +9,6 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
@@ -27,7 +26,6 @@ PYTHONS = ((3, 11), (3, 13))  # tested
 OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
 VLLMS = ((0, 26), (0, 32))  # tested
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "llm_allreduce"
-_TOOLKIT = re.compile(rb"Cuda compilation tools, release (\d+)\.(\d+)")
 
 
 def dotted(version: Version) -> str:
@@ -50,12 +48,11 @@ def installed(package: str) -> str | None:
 
 
 def toolkit_of_library() -> Version | None:
-    """The CUDA release that the kernels were compiled with, as the compiler left it in the library."""
+    """The CUDA release that the kernels were compiled with."""
     from llm_allreduce_plugin import _C
 
-    library = Path(str(_C.__file__)).parent / "libllm_allreduce.so"
-    match = _TOOLKIT.search(library.read_bytes())
-    return (int(match[1]), int(match[2])) if match else None
+    number = _C.cuda_release()
+    return (number // 1000, number % 1000 // 10) if number else None
 
 
 def cuda_of_driver() -> Version | None:
