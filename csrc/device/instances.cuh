@@ -59,6 +59,21 @@ void for_each_instance(Add add) {
   detail::for_each_type<Epilogues, Worlds>(Types{}, add);
 }
 
+// The exact in-band kernels of an algorithm: calls body(Type<T>, integral_constant<world size>, Type<Epilogue>, add)
+// for each combination, where add(form, kernel) adds a row.
+template <typename Body>
+void add_exact_in_band(lar_algorithm algorithm, lar_exchange exchange, Body body) {
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
+      [&](auto type, auto world, auto epilogue) {
+        using T = typename decltype(type)::type;
+        using Epilogue = typename decltype(epilogue)::type;
+        body(type, world, epilogue, [&](Form form, auto kernel) {
+          add_row({kind_of(algorithm, exchange, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(),
+                   decltype(world)::value, form, kernel_address(kernel), LAR_MAX_THREADS, 0, false});
+        });
+      });
+}
+
 }  // namespace lar
 
 #endif  // LLM_ALLREDUCE_DEVICE_INSTANCES_CUH_

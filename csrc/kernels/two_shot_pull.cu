@@ -46,17 +46,12 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
 }
 
 const Registration rows([] {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
-      [](auto type, auto world, auto epilogue) {
-        using T = typename decltype(type)::type;
-        using Epilogue = typename decltype(epilogue)::type;
-        constexpr int kWorldSize = decltype(world)::value;
-        const auto add = [&](Form form, auto kernel) {
-          add_row({kind_of(LAR_TWO_SHOT, LAR_PULL, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), kWorldSize, form,
-                   kernel_address(kernel), LAR_MAX_THREADS, 0, false});
-        };
-        add(Form::kAny, two_shot_pull_kernel<T, kWorldSize, Epilogue>);
-      });
+  add_exact_in_band(LAR_TWO_SHOT, LAR_PULL, [](auto type, auto world, auto epilogue, auto add) {
+    using T = typename decltype(type)::type;
+    using Epilogue = typename decltype(epilogue)::type;
+    constexpr int kWorldSize = decltype(world)::value;
+    add(Form::kAny, two_shot_pull_kernel<T, kWorldSize, Epilogue>);
+  });
 });
 
 }  // namespace
