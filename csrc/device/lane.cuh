@@ -26,7 +26,7 @@ struct FlagsArguments {
   lar_workspace workspace;
   lar_message message;
   int64_t chunk_vectors;
-  lar_kind kind;
+  WaitLimit limit;
   Domains domains;  // hierarchical
 };
 
@@ -42,9 +42,8 @@ __device__ __forceinline__ void store_slot(char* slot, int64_t index, const uint
 template <Roles kRoles>
 class Lane {
  public:
-  // `kind`: what an expired wait names.
-  __device__ __forceinline__ Lane(const lar_workspace& workspace, EpochPlane epochs, lar_kind kind)
-      : workspace_(workspace), epochs_(epochs), kind_(kind), index_(blockIdx.x) {}
+  __device__ __forceinline__ Lane(const lar_workspace& workspace, const WaitLimit& limit, EpochPlane epochs)
+      : workspace_(workspace), limit_(limit), epochs_(epochs), index_(blockIdx.x) {}
 
   __device__ __forceinline__ int index() const { return index_; }
 
@@ -97,7 +96,7 @@ class Lane {
 
   // For all threads, before anything else.
   __device__ __forceinline__ void start() const {
-    if (index_ == 0 && threadIdx.x == 0) count_beginning(begun_word(workspace_));
+    if (index_ == 0 && threadIdx.x == 0) count_beginning(limit_.begun);
     if (!kHasReleaser) return;
     if (threadIdx.x == 0) *given_up() = false;
     __syncthreads();
@@ -128,12 +127,12 @@ class Lane {
 
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
     const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
-    return wait_for_round(wait_limit(workspace_, kind_), flag, round, index_, peer, phase);
+    return wait_for_round(limit_, flag, round, index_, peer, phase);
   }
 
   const lar_workspace& workspace_;
+  const WaitLimit& limit_;
   const EpochPlane epochs_;
-  const lar_kind kind_;
   const int index_;
 };
 

@@ -41,9 +41,9 @@ namespace lar {
 // for its first thread.
 class Stages {
  public:
-  __device__ __forceinline__ Stages(const lar_workspace& workspace, lar_kind kind, int64_t rounds)
+  __device__ __forceinline__ Stages(const lar_workspace& workspace, const WaitLimit& limit, int64_t rounds)
       : workspace_(workspace),
-        kind_(kind),
+        limit_(limit),
         ranks_(workspace.layout.world_size),
         number_(static_cast<uint32_t>(rounds) * 2 * (ranks_ - 1)),
         epoch_(*epoch_word(workspace.local, workspace.layout, EpochPlane::kStaged, 0)) {}
@@ -51,7 +51,7 @@ class Stages {
   // For the warp: waits until the first stage may begin. False, here and below, when a wait has expired.
   __device__ __forceinline__ bool begin() const {
     bool begun = true;
-    if (blockIdx.x == 0 && threadIdx.x % 32 == 0) count_beginning(begun_word(workspace_));
+    if (blockIdx.x == 0 && threadIdx.x % 32 == 0) count_beginning(limit_.begun);
     if (blockIdx.x == 0) begun = exchange_with_all(0);
     if (threadIdx.x % 32 == 0 && begun) {
       if (blockIdx.x == 0) {
@@ -99,15 +99,13 @@ class Stages {
     return stage < number_ && stage / (ranks_ - 1) % 2 == 0 ? LAR_PHASE_SCATTER : LAR_PHASE_GATHER;
   }
 
-  __device__ __forceinline__ WaitLimit limit() const { return wait_limit(workspace_, kind_); }
-
   // Lane 0's row: one word for each rank that writes there.
   __device__ __forceinline__ uint32_t* word_at(int holder, FlagPlane plane, int writer) const {
     return flag_row(workspace_.base[holder], workspace_.layout, plane, 0) + writer;
   }
 
   __device__ __forceinline__ bool wait(FlagPlane plane, int writer, uint32_t stage) const {
-    return wait_for_round(limit(), word_at(workspace_.rank, plane, writer), round(stage), blockIdx.x, writer,
+    return wait_for_round(limit_, word_at(workspace_.rank, plane, writer), round(stage), blockIdx.x, writer,
                           phase(stage));
   }
 
@@ -152,14 +150,14 @@ class Stages {
   // The lane that opens waits for two peers, one after the other, and is the one to say which did not arrive: the
   // others wait long enough to let it.
   __device__ __forceinline__ bool wait_open(uint32_t stage) const {
-    WaitLimit longer = limit();
+    WaitLimit longer = limit_;
     longer.timeout_ns *= 3;
     longer.first_timeout_ns *= 3;
     return wait_for_round(longer, open_word(), round(stage), blockIdx.x, peer(step(stage)), phase(stage));
   }
 
   const lar_workspace& workspace_;
-  const lar_kind kind_;
+  const WaitLimit& limit_;
   const int ranks_;
   const uint32_t number_;
   const uint32_t epoch_;
@@ -177,7 +175,7 @@ class StagedLane {
         cut_{units.total(), arguments.chunk_vectors * LAR_VECTOR_BYTES / Units::unit_bytes(), ranks_,
              static_cast<int>(gridDim.x), static_cast<int>(blockIdx.x)},
         rounds_(cut_.chunks()),
-        stages_(workspace_, arguments.kind, rounds_) {}
+        stages_(workspace_, arguments.limit, rounds_) {}
 
   __device__ __forceinline__ void run() const {
     if (!__syncthreads_and(is_worker() || stages_.begin())) return;

@@ -26,7 +26,7 @@ class TwoShotLane {
   __device__ __forceinline__ TwoShotLane(const FlagsArguments& arguments, const Units& units)
       : workspace_(arguments.workspace),
         slots_(workspace_.layout.flagged),
-        lane_(workspace_, EpochPlane::kTwoShot, arguments.kind),
+        lane_(workspace_, arguments.limit, EpochPlane::kTwoShot),
         units_(units),
         cut_{units.total(), arguments.chunk_vectors * LAR_VECTOR_BYTES / Units::unit_bytes(),
              workspace_.layout.world_size, static_cast<int>(gridDim.x), lane_.index()},

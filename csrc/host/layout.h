@@ -42,7 +42,7 @@ LAR_HOST_DEVICE uint32_t* arrivals_word(void* local, const lar_layout& layout) {
 }
 
 // The word that counts how often what a call belongs to has begun; null where nobody counts.
-LAR_HOST_DEVICE uint32_t* begun_word(const lar_workspace& workspace) {
+inline uint32_t* begun_word(const lar_workspace& workspace) {
   if (workspace.begun < 0) return nullptr;
   return reinterpret_cast<uint32_t*>(static_cast<char*>(workspace.local) + workspace.layout.begun_offset) +
          workspace.begun;

@@ -15,7 +15,7 @@ class HierarchicalLane {
       : workspace_(arguments.workspace),
         slots_(workspace_.layout.flagged),
         domains_(arguments.domains),
-        lane_(workspace_, EpochPlane::kTwoShot, arguments.kind),
+        lane_(workspace_, arguments.limit, EpochPlane::kTwoShot),
         packets_(arguments.message.input, arguments.message.output, arguments.message.count),
         chunk_(static_cast<int>(arguments.chunk_vectors * LAR_VECTOR_BYTES / Packet::kBytes)),
         chunks_(static_cast<int>(ceil_div(packets_.number(), int64_t{chunk_} * gridDim.x * domains_.members))),

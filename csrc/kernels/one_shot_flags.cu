@@ -14,7 +14,7 @@ class OneShotLane {
   __device__ __forceinline__ explicit OneShotLane(const FlagsArguments& arguments)
       : workspace_(arguments.workspace),
         layout_(workspace_.layout),
-        lane_(workspace_, EpochPlane::kOneShot, arguments.kind),
+        lane_(workspace_, arguments.limit, EpochPlane::kOneShot),
         input_(arguments.message.input, arguments.message.count),
         sink_(arguments.message.output, arguments.message.count),
         cut_{ceil_div(arguments.message.count, Vector<T>::kElements), arguments.chunk_vectors, 1,

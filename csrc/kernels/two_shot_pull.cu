@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1) two_shot_pull_kernel(const
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t gather_slots = slots_of_call(arguments, epoch) + arguments.gather_stride;
   // The kernels that wrote the input have ended: the release makes what they wrote visible with the flag.
-  const Lane<Roles::kWorkers> lane(pull.workspace, EpochPlane::kPull, arguments.limit.kind);
+  const Lane<Roles::kWorkers> lane(pull.workspace, arguments.limit, EpochPlane::kPull);
   const uint32_t round = lane.epoch() + 1;
   lane.publish(FlagPlane::kPull, round);
   advance_epoch(arguments, epoch);
