@@ -56,13 +56,14 @@ class SharedCall {
   }
 
   // For the workers, once: clears what was in this rank's workspace two calls ago; `scatters`: in scatter slots too.
+  template <int kWorldSize>
   __device__ __forceinline__ void clear_old_generation(bool scatters) const {
     const InBandArguments& in_band = arguments_.in_band;
     for (uint32_t i = worker(); i < old_vectors_; i += workers()) {
       clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));
       if (!scatters) continue;
-#pragma unroll World < 0> ::kPeersAtOnce
-      for (int peer = 0; peer < in_band.world_size - 1; ++peer) {
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+      for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {
         const uint32_t at = scatter_slots(epoch_ - 2) + peer * in_band.peer_stride + i;
         clear_in_band_if(true, in_band.own + int64_t{at} * LAR_VECTOR_BYTES);
       }

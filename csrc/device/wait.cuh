@@ -18,8 +18,8 @@ struct WaitLimit {
   lar_kind kind;  // of the call, for the record
 };
 
-// For the host, so that kernels find `begun` ready. In a kernel that chose between null and an address itself, CUDA 13.0
-// made code for sm_90 that took null for an address.
+// For the host, so that kernels find `begun` ready. In a kernel that chose between null and an address itself,
+// CUDA 13.0 made code for sm_90 that took null for an address.
 inline WaitLimit wait_limit(const lar_workspace& workspace, lar_kind kind) {
   return {abort_word(workspace.local, workspace.layout),
           workspace.failure,

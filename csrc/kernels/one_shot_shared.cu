@@ -7,7 +7,7 @@
 namespace lar {
 namespace {
 
-template <typename T, typename Epilogue>
+template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     one_shot_shared_kernel(const __grid_constant__ SharedArguments shared) {
   const InBandArguments& arguments = shared.in_band;
@@ -23,24 +23,27 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   for (uint32_t i = first; i < total_vectors; i += stride) call.store(i, without_marker(input.load(i)));
   call.count_call(total_vectors);
   if (call.is_releaser()) return call.settle_clears();
-  call.clear_old_generation(false);
+  call.clear_old_generation<kWorldSize>(false);
 
   for (uint32_t i = first; i < total_vectors; i += stride) {
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
     const auto address_of = [&](int peer) { return call.vector(peer, i); };
-    if (!poll_and_sum_at<T, 0, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
     sink(i, result);
   }
 }
 
 const Registration rows([] {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<0>, Epilogues>([](auto type, auto, auto epilogue) {
-    using T = typename decltype(type)::type;
-    using Epilogue = typename decltype(epilogue)::type;
-    add_row({kind_of(LAR_ONE_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), 0, Form::kAny,
-             kernel_address(one_shot_shared_kernel<T, Epilogue>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
-  });
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
+      [](auto type, auto world, auto epilogue) {
+        using T = typename decltype(type)::type;
+        using Epilogue = typename decltype(epilogue)::type;
+        constexpr int kWorldSize = decltype(world)::value;
+        add_row({kind_of(LAR_ONE_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), kWorldSize,
+                 Form::kAny, kernel_address(one_shot_shared_kernel<T, kWorldSize, Epilogue>), LAR_MAX_FLAGGED_THREADS,
+                 kReleaserThreads, false});
+      });
 });
 
 }  // namespace

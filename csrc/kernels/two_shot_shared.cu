@@ -8,17 +8,17 @@
 namespace lar {
 namespace {
 
-template <typename T, typename Epilogue>
+template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     two_shot_shared_kernel(const __grid_constant__ SharedArguments shared) {
-  constexpr int kAtOnce = World<0>::kPeersAtOnce;
+  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const PushArguments<0>& arguments = shared.in_band;
-  const int world_size = arguments.world_size;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
   const Payload<T> input(arguments.input, arguments.count);
   const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
   const uint32_t part = arguments.part;
-  const auto index = [&](int step, uint32_t i) { return index_of<0>(arguments, step, i); };
+  const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -38,14 +38,14 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     const uint4 mine = without_marker(input.load(index(0, i)));
     uint4 result;
     const auto address_of = [&](int peer) {
-      const uint32_t at = slots + i + slot_of_peer<0>(arguments, peer);
+      const uint32_t at = slots + i + slot_of_peer<kWorldSize>(arguments, peer);
       return arguments.own + int64_t{at} * LAR_VECTOR_BYTES;
     };
-    if (!poll_and_sum_at<T, 0, false>(arguments, LAR_PHASE_SCATTER, address_of, mine, result)) return;
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_SCATTER, address_of, mine, result)) return;
     call.store(i, result);
     sink(index(0, i), result);
   }
-  call.clear_old_generation(true);
+  call.clear_old_generation<kWorldSize>(true);
   for (uint32_t i = start; i < part; i += stride) {
 #pragma unroll 1
     for (int first = 1; first < world_size; first += kAtOnce) {
@@ -69,12 +69,15 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 }
 
 const Registration rows([] {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<0>, Epilogues>([](auto type, auto, auto epilogue) {
-    using T = typename decltype(type)::type;
-    using Epilogue = typename decltype(epilogue)::type;
-    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), 0, Form::kAny,
-             kernel_address(two_shot_shared_kernel<T, Epilogue>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
-  });
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
+      [](auto type, auto world, auto epilogue) {
+        using T = typename decltype(type)::type;
+        using Epilogue = typename decltype(epilogue)::type;
+        constexpr int kWorldSize = decltype(world)::value;
+        add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), kWorldSize,
+                 Form::kAny, kernel_address(two_shot_shared_kernel<T, kWorldSize, Epilogue>), LAR_MAX_FLAGGED_THREADS,
+                 kReleaserThreads, false});
+      });
 });
 
 }  // namespace

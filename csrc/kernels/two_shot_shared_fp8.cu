@@ -7,14 +7,14 @@
 namespace lar {
 namespace {
 
-template <typename T>
+template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     two_shot_shared_fp8_kernel(const __grid_constant__ SharedArguments shared) {
   const PushArguments<0>& arguments = shared.in_band;
-  const int world_size = arguments.world_size;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
   const uint32_t part = arguments.part;  // wire vectors of the part of one rank
   const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
-  const auto packet = [&](int step, uint32_t tile) { return packet_of<0>(arguments, step, tile); };
+  const auto packet = [&](int step, uint32_t tile) { return packet_of<kWorldSize>(arguments, step, tile); };
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   const uint32_t start = call.is_releaser() ? part : call.worker() - warp_thread();
   const uint32_t stride = call.workers();
   for (uint32_t tile = start; tile < part; tile += stride)
-#pragma unroll World < 0> ::kPeersAtOnce
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
     for (int step = 1; step < world_size; ++step)
       if (packet(step, tile) < packets.number())
         store_in_band(arguments.to[step], slots + tile + warp_thread(), packets.encoded(packet(step, tile)));
@@ -32,24 +32,26 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 
   for (uint32_t tile = start; tile < part && packet(0, tile) < packets.number(); tile += stride) {
     uint4 result;
-    if (!sum_packet<T, 0, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
+    if (!sum_packet<T, kWorldSize, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
     call.store(tile + warp_thread(), result);
     packets.store(packet(0, tile), result);
   }
-  call.clear_old_generation(true);
+  call.clear_old_generation<kWorldSize>(true);
   for (uint32_t tile = start; tile < part; tile += stride) {
     const auto from = [&](int step) {
       return call.vector(rotated(arguments.rank, step, world_size), tile + warp_thread());
     };
-    if (!drain_packets<T, 0, false>(arguments, packets, tile, from)) return;
+    if (!drain_packets<T, kWorldSize, false>(arguments, packets, tile, from)) return;
   }
 }
 
 const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<0>, Types<Store>>([](auto type, auto, auto) {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
-    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_FP8), dtype_of<T>(), 0, Form::kAny,
-             kernel_address(two_shot_shared_fp8_kernel<T>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+    constexpr int kWorldSize = decltype(world)::value;
+    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_FP8), dtype_of<T>(), kWorldSize, Form::kAny,
+             kernel_address(two_shot_shared_fp8_kernel<T, kWorldSize>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads,
+             false});
   });
 });
 

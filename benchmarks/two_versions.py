@@ -1,0 +1,91 @@
+"""Two versions of this package side by side: what every size takes with the one and with the other.
+
+    python benchmarks/two_versions.py --old OLD --new NEW --tp 2 --rounds 3 --out benchmarks/h100/two_versions_tp2.json
+
+``OLD``, ``NEW``: folders that hold a built ``llm_allreduce_plugin/`` each. Both run `bench` of theirs, in turns, three
+times, on the same machine: the strategies that kernels run (MINLATENCY, LOWPRECISION), between peers and through host
+memory. A row has the median of each over the rounds, in microseconds, and new / old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llm_allreduce_plugin.measure.environment import write_record  # noqa: E402
+
+SWEEPS = {
+    "auto": ("-b", "4K", "-e", "256M", "-f", "2"),
+    "host": ("-b", "4K", "-e", "256M", "-f", "2", "-n", "5", "-m", "7"),
+}
+WORDS = ("eager_us", "graph_us")
+Key = tuple[str, str, int]
+
+
+def bench(folder: Path, transport: str, ranks: int) -> list[dict[str, Any]]:
+    """The rows of one run of `bench`."""
+    with tempfile.TemporaryDirectory() as temporary:
+        record = Path(temporary) / "bench.json"
+        main = "import sys; sys.argv[0] = 'llm-allreduce'; from llm_allreduce_plugin.cli import main; main()"
+        command = [sys.executable, "-c", main, "bench", "--tp", str(ranks), "--transport", transport]
+        command += ["--with", "MINLATENCY,LOWPRECISION", *SWEEPS[transport], "--json", str(record)]
+        path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))
+        subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)  # noqa: S603
+        rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"]
+    wrong = [row for row in rows if row["left_out"] or row["graph_wrong"] or row["eager_wrong"]]
+    if wrong:
+        sys.exit(f"{folder}: wrong, or left out: {wrong}")
+    return rows
+
+
+def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    times: dict[Key, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+    for _ in range(arguments.rounds):
+        for transport in arguments.transports:
+            for version in ("old", "new"):
+                for row in bench(getattr(arguments, version).resolve(), transport, arguments.tp):
+                    for word in WORDS:
+                        key = (transport, row["candidate"], row["bytes"])
+                        times[key][f"{version}_{word}"].append(row[word])
+    rows = []
+    for (transport, strategy, size), measured in times.items():
+        row: dict[str, Any] = {"transport": transport, "strategy": strategy, "bytes": size}
+        for word in WORDS:
+            old, new = (statistics.median(measured[f"{version}_{word}"]) for version in ("old", "new"))
+            row |= {f"old_{word}": old, f"new_{word}": new, word.replace("_us", "_ratio"): round(new / old, 3)}
+        row["samples"] = dict(measured)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, required=True)
+    parser.add_argument("--new", type=Path, default=ROOT)
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--transports", nargs="+", choices=sorted(SWEEPS), default=sorted(SWEEPS))
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = compare(arguments)
+    old_commit = os.environ.get("BENCHMARK_OLD_COMMIT", "")
+    write_record(arguments.out, rows, old_commit=old_commit, rounds=arguments.rounds)
+    for row in rows:
+        numbers = (f"{row[word]:>9}" for word in ("old_graph_us", "new_graph_us", "graph_ratio"))
+        eager = (f"{row[word]:>9}" for word in ("old_eager_us", "new_eager_us", "eager_ratio"))
+        print(f"{row['transport']:5} {row['strategy']:12} {row['bytes']:>10}", *numbers, *eager)
+
+
+if __name__ == "__main__":
+    main()
