@@ -19,6 +19,7 @@ ROOMS = (
     "settings",
     "config",
     "wire",
+    "norm",
     "topology",
     "transport",
     "algorithms",
