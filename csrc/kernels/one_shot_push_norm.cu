@@ -16,7 +16,7 @@ namespace lar {
 namespace {
 
 template <typename T, int kWorldSize, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kResidual>;
+using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kNothing>;
 
 template <typename T, int kWorldSize, int kUnits>
 __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
@@ -105,13 +105,16 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
+// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters.
 const Registration rows([] {
-  add_rows_in_band(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
+  add_rows_in_band<Worlds<2, 4, 8, 0>>(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add(Form::kShort, one_shot_push_norm_kernel<T, kWorldSize, 1>);
-    add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
-    add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);
+    if constexpr (kWorldSize == 2 || kWorldSize == 0) {
+      add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
+      add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);
+    }
   });
 });
 

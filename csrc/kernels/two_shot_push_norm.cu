@@ -192,13 +192,16 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     if (!rows.drain(i)) return;
 }
 
+// Two ranks sum by ONESHOT at every size.
 const Registration rows([] {
-  add_rows_in_band(LAR_TWO_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
+  add_rows_in_band<Worlds<4, 8, 0>>(LAR_TWO_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add(Form::kShort, two_shot_push_norm_kernel<T, kWorldSize, 1>);
-    add(Form::kAny, two_shot_push_norm_kernel<T, kWorldSize, 2>);
-    add(Form::kSplit, two_shot_split_norm_kernel<T, kWorldSize, 2>);
+    if constexpr (kWorldSize == 0) {
+      add(Form::kAny, two_shot_push_norm_kernel<T, kWorldSize, 2>);
+      add(Form::kSplit, two_shot_split_norm_kernel<T, kWorldSize, 2>);
+    }
   });
 });
 
