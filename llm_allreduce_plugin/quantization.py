@@ -20,7 +20,7 @@ class QuantKind(enum.StrEnum):
 
     FP8 = "fp8"
     """e4m3, by one scale that is given."""
-    FP8_TOKEN = "fp8-token"  # noqa: S105  (no password)
+    FP8_TOKEN = "fp8-token"  # noqa: S105
     """e4m3, with a scale for each row."""
     FP8_GROUP = "fp8-group"
     """e4m3, with a scale for each 128 elements of a row."""

@@ -24,6 +24,7 @@ from llm_allreduce_plugin.norm import (
 
 LEAVES = 1024
 LARGEST = 448.0  # of e4m3
+NOT_FINITE = 255  # the exponent of fp32
 _E2M1 = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between the codes
 _TIES_UP = (False, True, False, True, False, True, False)  # a tie goes to the even code
 
@@ -76,7 +77,7 @@ def _group_scales(y: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:
         return scale
     bits = scale.view(torch.int32)
     exponent = bits >> 23
-    exponent += ((bits & 0x7FFFFF) != 0) & (exponent < 255)
+    exponent += ((bits & 0x7FFFFF) != 0) & (exponent < NOT_FINITE)
     return (exponent << 23).view(torch.float32)
 
 
@@ -172,7 +173,9 @@ def residual_rms_norm(
     out.residual_out.copy_(r)
     x = r.float().reshape(-1, hidden)
     mean = sum_of_squares(x) * _float32(1.0, x).div(_float32(float(hidden), x))
-    inverse = _float32(1.0, x) / torch.sqrt(mean + _float32(eps, x))
+    # torch's fp32 square root is off by a bit now and then; fp64 has more than twice the bits, so this rounds once.
+    root = torch.sqrt((mean + _float32(eps, x)).double()).float()
+    inverse = _float32(1.0, x) / root
     factor = weight.float() + _float32(weight_bias, x)
     y = ((x * inverse.unsqueeze(-1)) * factor).to(sums.dtype)
     if out.norm_out is not None:

@@ -54,6 +54,7 @@ class Rows {
   __device__ __forceinline__ uint32_t unit(int k) const { return (k * cluster_ + block_) * threads_ + threadIdx.x; }
   __device__ __forceinline__ bool has(int k) const { return unit(k) < units_; }
 
+  __device__ __forceinline__ uint32_t threads() const { return threads_; }
   __device__ __forceinline__ bool is_first_block() const { return block_ == 0; }
   __device__ __forceinline__ bool is_first_thread() const { return block_ == 0 && threadIdx.x == 0; }
 

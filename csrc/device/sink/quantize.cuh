@@ -69,12 +69,12 @@ __device__ __forceinline__ void store_fp4_scale(const NormArguments& norm, uint3
     for (uint32_t absent = scales; absent < tiles * 4; ++absent) out[swizzled(row, absent, tiles)] = 0;
 }
 
-// Rows that there are not, behind the last of the message. For all threads of one of its blocks.
-__device__ __forceinline__ void clear_absent_rows(const NormArguments& norm, uint32_t row) {
+// Rows that there are not, behind the last of the message. For the first `threads` of one of its blocks.
+__device__ __forceinline__ void clear_absent_rows(const NormArguments& norm, uint32_t row, uint32_t threads) {
   if (norm.scales != LAR_SCALES_SWIZZLED || row + 1 != norm.all_rows) return;
   const uint32_t tiles = (norm.units * codec::kUnitElements / codec::kFp4Elements + 3) / 4;
   const uint32_t absent = (128 - norm.all_rows % 128) % 128;
-  for (uint32_t i = threadIdx.x; i < absent * tiles; i += blockDim.x) {
+  for (uint32_t i = threadIdx.x; i < absent * tiles; i += threads) {
     const int64_t word = swizzled(norm.all_rows + i / tiles, i % tiles * 4, tiles) / 4;
     static_cast<uint32_t*>(norm.scale_out)[word] = 0;
   }
@@ -133,7 +133,7 @@ __device__ __forceinline__ void quantize(const NormArguments& norm, Rows<kUnits>
       if (rows.has(k)) y(k, v);
       quantize_in_groups(norm, row, rows.unit(k), rows.has(k), v, given);
     }
-    if (rows.is_first_block()) clear_absent_rows(norm, row);
+    if (rows.is_first_block()) clear_absent_rows(norm, row, rows.threads());
     return;
   }
   uint32_t peak = 0;
@@ -172,7 +172,7 @@ __device__ __forceinline__ void quantize_long(const NormArguments& norm, uint32_
     else if (has)
       quantize_unit(norm, row, unit, v, multiplier);
   }
-  if (groups) clear_absent_rows(norm, row);
+  if (groups) clear_absent_rows(norm, row, blockDim.x);
 }
 
 }  // namespace lar
