@@ -86,7 +86,8 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (call.norm && !check_norm(call.message, *call.norm)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
+    return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;
   if (chunk < 1 || chunk > most_chunk_bytes(layout, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole packets to a slot. A CPU rank leaves the rest of a slot empty.
