@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   Sink<T, kWorldSize, kUnits> sink(all.norm, memory);
   const Rows<kUnits>& rows = sink.rows();
   const uint32_t group = rows.group();
-  const uint32_t groups = rows.groups(gridDim.x);
+  const uint32_t groups = rows.groups();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -102,8 +102,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, sink.rows().group(pushers),
-                                     sink.rows().groups(gridDim.x - pushers));
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
 const Registration rows([] {

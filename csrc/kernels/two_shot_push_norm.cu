@@ -14,7 +14,7 @@ namespace lar {
 namespace {
 
 template <typename T, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kResidual>;
+using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing>;
 
 // What a lane needs to know of the call.
 template <typename T, int kWorldSize, int kUnits>
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   LAR_BLOCK_VARIABLE(RowMemory, memory);
   Sink<T, kUnits> sink(all.norm, memory);
   const uint32_t group = sink.rows().group();
-  const uint32_t groups = sink.rows().groups(gridDim.x);
+  const uint32_t groups = sink.rows().groups();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
