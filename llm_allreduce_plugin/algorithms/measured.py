@@ -137,6 +137,66 @@ SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     },
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Blocks that share a row, a cluster of them.
+
+    Attributes:
+        blocks: of a row.
+        least_vectors: of a row that each has, where it is worth it.
+        most_lanes: of all rows together.
+        most_lanes_of_short: the same where one block would hold a row at a vector to a thread.
+    """
+
+    blocks: int
+    least_vectors: int
+    most_lanes: int
+    most_lanes_of_short: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """How a kernel deals the vectors of a row out, where the norm follows the all-reduce.
+
+    A block takes a row, or a cluster of blocks does. A thread has so many vectors of it as it takes for at most
+    ``most_threads``.
+
+    Attributes:
+        most_threads: of a block.
+        vectors: of a row that a thread may have, fewest first.
+        sharing: clusters that are worth it, the first that fits; empty: there are none.
+        split_bytes: the smallest message whose lanes have one task each, as in FUSED_SPLITS.
+    """
+
+    most_threads: int
+    vectors: tuple[int, ...]
+    sharing: tuple[Sharing, ...] = ()
+    split_bytes: int | None = None
+
+
+# All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
+# (benchmarks/h100/fused_shapes_tp2.json); for more ranks, and through host memory, an estimate from it.
+ROW_SHAPES = {
+    "PUSH": RowShape(
+        512,
+        (1, 2),
+        (Sharing(8, 128, 32), Sharing(4, 128, 256, most_lanes_of_short=64), Sharing(2, 256, 264)),
+        split_bytes=2 * MIB,
+    ),
+    "SHARED": RowShape(256, (1, 2, 4)),
+}
+MOST_SHARING = 8  # blocks of a cluster
+# As SPLITS, of fused calls: two ranks measured (the same file), more an estimate.
+FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
+    "ONE_SHOT": {2: (Split(0, 132, 16, 0), Split(8 * MIB, 132, 32, 0)), 3: ()},
+    "TWO_SHOT": {2: (), 3: (Split(0, 132, 48, 40),)},
+}
+CLUSTERS_FROM = 90  # architectures that have clusters of blocks
+# The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
+# larger one, or the last); None: no size is known for which it is not.
+FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
+
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
 # that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:
 # if stores of all to all at once lose half, stages are faster for more than that to each peer.

@@ -19,6 +19,7 @@ ROOMS = (
     "settings",
     "config",
     "wire",
+    "quantization",
     "norm",
     "topology",
     "transport",
