@@ -54,10 +54,10 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for _ in range(arguments.rounds):
         for transport in arguments.transports:
             for version in ("old", "new"):
-                for row in bench(getattr(arguments, version).resolve(), transport, arguments.tp):
+                for found in bench(getattr(arguments, version).resolve(), transport, arguments.tp):
                     for word in WORDS:
-                        key = (transport, row["candidate"], row["bytes"])
-                        times[key][f"{version}_{word}"].append(row[word])
+                        key = (transport, found["candidate"], found["bytes"])
+                        times[key][f"{version}_{word}"].append(found[word])
     rows = []
     for (transport, strategy, size), measured in times.items():
         row: dict[str, Any] = {"transport": transport, "strategy": strategy, "bytes": size}

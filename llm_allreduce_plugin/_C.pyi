@@ -53,6 +53,26 @@ PULL: int = 4
 
 STORE: int = 0
 
+RMS_NORM: int = 1
+
+QUANT_NONE: int = 0
+
+QUANT_FP8_TENSOR: int = 1
+
+QUANT_FP8_TOKEN: int = 2
+
+QUANT_FP8_GROUP: int = 3
+
+QUANT_NVFP4: int = 4
+
+SCALES_ROWS: int = 0
+
+SCALES_COLUMNS: int = 1
+
+SCALES_UE8M0: int = 2
+
+SCALES_SWIZZLED: int = 3
+
 WIRE_RAW: int = 0
 
 WIRE_FP8: int = 1
@@ -154,6 +174,22 @@ def encode(format: int, dtype: int, values: int, count: int, packets: int, strea
 def decode(format: int, dtype: int, packets: int, count: int, values: int, stream: int | None = None) -> None:
     """The other way round."""
 
+class Norm:
+    """What becomes of summed rows: lar_norm without addresses."""
+
+    def __init__(self, hidden: int, eps: float, *, weight_bias: float = 0.0, quant: int = 0, scales: int = 0) -> None:
+        """`quant`: one of QUANT_*. `scales`: one of SCALES_*."""
+
+class NormTensors:
+    """The tensors of a Norm by their addresses; 0: there is none."""
+
+    def __init__(self, *, residual: int = 0, weight: int, norm_out: int = 0, quant_out: int = 0, scale_out: int = 0, scale: int = 0) -> None: ...
+
+def rms_norm(norm: Norm, tensors: NormTensors, input: int, residual_out: int, count: int, dtype: int, device: int, stream: int = 0) -> None:
+    """
+    Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.
+    """
+
 def abi_version() -> int: ...
 
 def cuda_release() -> int:
@@ -199,15 +235,18 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = []) -> None:
+    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None) -> None:
         """
-        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's.
+        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:
         """
         Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).
         """
+
+    def normed(self, input: int, residual_out: int, stream: int, tensors: NormTensors) -> int:
+        """The same with RMS_NORM, whose output is the new residual."""
 
     def time_launches(self, input: int, output: int, stream: int, launches: int) -> float:
         """

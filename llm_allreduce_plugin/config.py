@@ -161,6 +161,11 @@ class AllReduceConfig(Settings):
         description="3 or more GPUs joined by PCIe peer access: TWOSHOT and LOWPRECISION keep each to one outbound "
         "and one inbound stream at a time; 'auto' for large messages where NVLink does not join all; 'on', 'off'",
     )
+    fuse_norm: bool = Field(
+        default=True,
+        description="residual, RMSNorm and quantization behind an all-reduce run in its kernel, with the same bits; "
+        "off: in a kernel of their own, and an engine's graph is left as it is",
+    )
     low_precision: Annotated[LowPrecisionConfig, BeforeValidator(mapping)] = Field(
         default=LowPrecisionConfig(),
         description=f"LOWPRECISION: wire_format ({', '.join(WireFormat)}), algorithm "

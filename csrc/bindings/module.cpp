@@ -57,6 +57,18 @@ lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t
   return layout;
 }
 
+void rms_norm(const lar_norm& norm, const NormTensors& tensors, uint64_t input, uint64_t residual_out, int64_t count,
+              int dtype, int device, uint64_t stream) {
+  const lar_message message{pointer(input), pointer(residual_out), count, static_cast<lar_dtype>(dtype)};
+  const lar_norm addressed = tensors.in(norm);
+  int status = LAR_OK;
+  {
+    const nb::gil_scoped_release release;
+    status = lar_rms_norm(&message, &addressed, device, pointer(stream));
+  }
+  throw_on_error(status, "rms_norm");
+}
+
 uint64_t host_register(uint64_t address, int64_t bytes) {
   void* seen = nullptr;
   throw_on_error(lar_host_register(pointer(address), bytes, &seen), "pinning host memory");
@@ -94,6 +106,16 @@ NB_MODULE(_C, module) {
   module.attr("STAGED") = static_cast<int>(LAR_STAGED);
   module.attr("PULL") = static_cast<int>(LAR_PULL);
   module.attr("STORE") = static_cast<int>(LAR_STORE);
+  module.attr("RMS_NORM") = static_cast<int>(LAR_RMS_NORM);
+  module.attr("QUANT_NONE") = static_cast<int>(LAR_QUANT_NONE);
+  module.attr("QUANT_FP8_TENSOR") = static_cast<int>(LAR_QUANT_FP8_TENSOR);
+  module.attr("QUANT_FP8_TOKEN") = static_cast<int>(LAR_QUANT_FP8_TOKEN);
+  module.attr("QUANT_FP8_GROUP") = static_cast<int>(LAR_QUANT_FP8_GROUP);
+  module.attr("QUANT_NVFP4") = static_cast<int>(LAR_QUANT_NVFP4);
+  module.attr("SCALES_ROWS") = static_cast<int>(LAR_SCALES_ROWS);
+  module.attr("SCALES_COLUMNS") = static_cast<int>(LAR_SCALES_COLUMNS);
+  module.attr("SCALES_UE8M0") = static_cast<int>(LAR_SCALES_UE8M0);
+  module.attr("SCALES_SWIZZLED") = static_cast<int>(LAR_SCALES_SWIZZLED);
   module.attr("WIRE_RAW") = static_cast<int>(LAR_WIRE_RAW);
   module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
   module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
@@ -140,6 +162,30 @@ NB_MODULE(_C, module) {
              "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
   module.def("decode", &decode, "format"_a, "dtype"_a, "packets"_a, "count"_a, "values"_a, "stream"_a = nb::none(),
              "The other way round.");
+  nb::class_<lar_norm>(module, "Norm", "What becomes of summed rows: lar_norm without addresses.")
+      .def(
+          "__init__",
+          [](lar_norm* self, int64_t hidden, float eps, float weight_bias, int quant, int scales) {
+            new (self) lar_norm{};
+            self->hidden = hidden;
+            self->eps = eps;
+            self->weight_bias = weight_bias;
+            self->quant = quant;
+            self->scales = scales;
+          },
+          "hidden"_a, "eps"_a, nb::kw_only(), "weight_bias"_a = 0.0F, "quant"_a = static_cast<int>(LAR_QUANT_NONE),
+          "scales"_a = static_cast<int>(LAR_SCALES_ROWS), "`quant`: one of QUANT_*. `scales`: one of SCALES_*.");
+  nb::class_<NormTensors>(module, "NormTensors", "The tensors of a Norm by their addresses; 0: there is none.")
+      .def(
+          "__init__",
+          [](NormTensors* self, uint64_t residual, uint64_t weight, uint64_t norm_out, uint64_t quant_out,
+             uint64_t scale_out,
+             uint64_t scale) { new (self) NormTensors{residual, weight, norm_out, quant_out, scale_out, scale}; },
+          nb::kw_only(), "residual"_a = 0, "weight"_a, "norm_out"_a = 0, "quant_out"_a = 0, "scale_out"_a = 0,
+          "scale"_a = 0);
+  module.def("rms_norm", &rms_norm, "norm"_a, "tensors"_a, "input"_a, "residual_out"_a, "count"_a, "dtype"_a,
+             "device"_a, "stream"_a = 0,
+             "Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.");
   module.def("abi_version", &lar_abi_version);
   module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
@@ -171,23 +217,26 @@ NB_MODULE(_C, module) {
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
              int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes, int epilogue,
-             const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances) {
+             const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances, int cluster,
+             const lar_norm* norm) {
             lar_call call{};
             call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
                          static_cast<uint8_t>(epilogue)};
             call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
-            call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes};
-            new (self) Plan(workspace, call, domains, peer_distances);
+            call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes, cluster};
+            new (self) Plan(workspace, call, domains, peer_distances, norm);
           },
           "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
           "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
           "epilogue"_a = static_cast<int>(LAR_STORE), "domains"_a = std::vector<int32_t>{},
-          "peer_distances"_a = std::vector<int64_t>{}, nb::keep_alive<1, 2>(),
+          "peer_distances"_a = std::vector<int64_t>{}, "cluster"_a = 1, "norm"_a = nb::none(), nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
-          "rank's input to where it sees each rank's.")
+          "rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; "
            "STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).")
+      .def("normed", &Plan::normed, "input"_a, "residual_out"_a, "stream"_a, "tensors"_a,
+           "The same with RMS_NORM, whose output is the new residual.")
       .def("time_launches", &Plan::time_launches, "input"_a, "output"_a, "stream"_a, "launches"_a,
            "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
       .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")

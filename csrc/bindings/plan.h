@@ -8,13 +8,36 @@
 
 #include "bindings/workspace.h"
 
+// The tensors of LAR_RMS_NORM by their addresses; 0: there is none.
+struct NormTensors {
+  uint64_t residual;
+  uint64_t weight;
+  uint64_t norm_out;
+  uint64_t quant_out;
+  uint64_t scale_out;
+  uint64_t scale;
+
+  lar_norm in(lar_norm norm) const {
+    norm.residual = pointer(residual);
+    norm.weight = pointer(weight);
+    norm.norm_out = pointer(norm_out);
+    norm.quant_out = pointer(quant_out);
+    norm.scale_out = pointer(scale_out);
+    norm.scale = static_cast<const float*>(pointer(scale));
+    return norm;
+  }
+};
+
 // All that does not change between all-reduces of one size and kind, so that a call is two addresses and a stream.
 class Plan {
  public:
   // `call`: its addresses come with every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
   // or the bytes from this rank's input to where it sees each rank's.
-  Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances)
+  // `norm`: null, or what LAR_RMS_NORM does, without addresses.
+  Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances,
+       const lar_norm* norm)
       : workspace_(workspace), call_(call), domains_(std::move(domains)), peer_distances_(std::move(peer_distances)) {
+    if (norm) norm_ = *norm;
     check("domains", domains_.size());
     check("peer_distances", peer_distances_.size());
     if (!domains_.empty()) call_.domains = domains_.data();
@@ -23,11 +46,15 @@ class Plan {
   Plan& operator=(const Plan&) = delete;
 
   int operator()(uint64_t input, uint64_t output, uint64_t stream) {
-    const Addressed addressed(*this, input, output);
-    bool captured = false;
-    const int status = workspace_.call(addressed.call, pointer(stream), &captured);
-    if (status == LAR_OK) ++(captured ? captured_ : calls_);
-    return status;
+    return run(Addressed(*this, input, output), stream);
+  }
+
+  // The same with LAR_RMS_NORM: the output is the new residual.
+  int normed(uint64_t input, uint64_t residual_out, uint64_t stream, const NormTensors& tensors) {
+    Addressed addressed(*this, input, residual_out);
+    const lar_norm norm = tensors.in(norm_);
+    addressed.call.norm = &norm;
+    return run(addressed, stream);
   }
 
   // Nanoseconds of host time per launch when nothing but launches is done: what a call's own cost is measured against.
@@ -40,6 +67,15 @@ class Plan {
   int64_t captured() const { return captured_; }
 
  private:
+  struct Addressed;
+
+  int run(const Addressed& addressed, uint64_t stream) {
+    bool captured = false;
+    const int status = workspace_.call(addressed.call, pointer(stream), &captured);
+    if (status == LAR_OK) ++(captured ? captured_ : calls_);
+    return status;
+  }
+
   void check(const char* name, size_t entries) const {
     if (entries != 0 && static_cast<int>(entries) != workspace_.world_size())
       throw std::invalid_argument(std::string(name) + ": must be empty or have one entry per rank");
@@ -62,7 +98,8 @@ class Plan {
   };
 
   Workspace& workspace_;
-  lar_call call_;  // without addresses
+  lar_call call_;    // without addresses
+  lar_norm norm_{};  // without addresses
   const std::vector<int32_t> domains_;
   const std::vector<int64_t> peer_distances_;
   int64_t calls_ = 0;

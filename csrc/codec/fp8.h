@@ -13,11 +13,7 @@
 #ifndef LLM_ALLREDUCE_CODEC_FP8_H_
 #define LLM_ALLREDUCE_CODEC_FP8_H_
 
-#include "codec/scalar.h"
-
-#if defined(__CUDACC__)
-#include <cuda_fp8.h>
-#endif
+#include "codec/e4m3.h"
 
 namespace lar::codec {
 
@@ -27,7 +23,7 @@ struct Fp8 {
   static constexpr int kValues = 496;
   static constexpr int kBytes = 512;
   static constexpr int kScaleByte = 496;
-  static constexpr float kLargest = 448.0f;        // of e4m3
+  static constexpr float kLargest = kLargestE4m3;
   static constexpr float kLeastScale = 0x1p-126f;  // a normal number, so that its inverse is finite
 
   // What a value adds to the maximum of its packet: values that are not finite add nothing.
@@ -47,11 +43,11 @@ struct Fp8 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     return __nv_cvt_float_to_fp8(scaled, __NV_SATFINITE, __NV_E4M3);
 #else
-    return encode_on_bits(scaled);
+    return e4m3_on_bits(scaled);
 #endif
   }
 
-  LAR_CODEC static float decode(uint8_t code, float scale) { return multiply(widen(code), scale); }
+  LAR_CODEC static float decode(uint8_t code, float scale) { return multiply(from_e4m3(code), scale); }
 
 #if defined(__CUDACC__)
   // Four values, the first in the lowest byte: the same codes by fewer instructions.
@@ -88,31 +84,6 @@ struct Fp8 {
 #endif
   }
 #endif
-
- private:
-  // One rounding to nearest even, of a value that does not round to zero.
-  LAR_CODEC static uint8_t encode_on_bits(float value) {
-    const uint32_t bits = bits_of(value);
-    const uint32_t sign = (bits >> 24) & 0x80u;
-    const uint32_t absolute = bits & kMagnitudeMask;
-    if (absolute > kInfinityBits) return 0x7f;
-    if (absolute < 0x3c800000u) {  // below 2^-6: subnormal, multiples of 2^-9
-      // Adding 2^14 aligns the last bit of the fp32 sum with 2^-9: the FPU rounds.
-      const uint32_t multiple = bits_of(add(from_bits(absolute), 0x1p14f)) - bits_of(0x1p14f);
-      return static_cast<uint8_t>(sign | multiple);
-    }
-    const uint32_t rounded = (absolute + 0x7ffffu + ((absolute >> 20) & 1u) - ((127u - 7u) << 23)) >> 20;
-    return static_cast<uint8_t>(sign | (rounded > 0x7eu ? 0x7eu : rounded));
-  }
-
-  LAR_CODEC static float widen(uint8_t code) {
-    const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
-    const uint32_t absolute = code & 0x7fu;
-    if (absolute == 0x7fu) return nan();
-    const float normal = from_bits((absolute << 20) + ((127u - 7u) << 23));
-    const float subnormal = multiply(static_cast<float>(static_cast<int>(absolute)), 0x1p-9f);
-    return from_bits(sign | bits_of(absolute < 8 ? subnormal : normal));
-  }
 };
 
 }  // namespace lar::codec

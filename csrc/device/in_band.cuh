@@ -103,12 +103,12 @@ __device__ __forceinline__ uint32_t slot_of_peer(const InBandArguments& argument
 }
 
 // Polls the wanted vectors, all in flight together, until each is complete. The others keep their values, which must
-// not be incomplete. rank_of(i) names the rank behind the i-th. False when the wait expired or the group is broken; the
-// caller must then return.
-template <int kCount, typename RankOf>
-__device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase,
-                                                    char* const (&from)[kCount], const bool (&wanted)[kCount],
-                                                    uint4 (&vectors)[kCount], RankOf rank_of) {
+// not be incomplete. from[i]: the address of the i-th; rank_of(i) names the rank behind it. False when the wait expired
+// or the group is broken; the caller must then return.
+template <int kCount, typename From, typename RankOf>
+__device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_phase phase, const From& from,
+                                                    const bool (&wanted)[kCount], uint4 (&vectors)[kCount],
+                                                    RankOf rank_of) {
   WaitClock clock(limit);
   do {
 #pragma unroll 1

@@ -149,6 +149,55 @@ __device__ __forceinline__ bool barrier_all(uint32_t threads, bool value) {
   return all != 0;
 }
 
+// -- clusters: blocks that run together and reach each other's shared memory (sm_90 and newer; elsewhere a block is
+// alone)
+
+__device__ __forceinline__ uint32_t cluster_size() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t size;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
+  return size;
+#else
+  return 1;
+#endif
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+#else
+  return 0;
+#endif
+}
+
+// The two halves of a barrier of all threads: what was stored before the first is seen behind the second.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// To where `shared`, of this block, lies in another block of the cluster.
+__device__ __forceinline__ void store_cluster(void* shared, uint32_t block, uint32_t word) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "st.shared::cluster.u32 [there], %2;\n\t}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "r"(block), "r"(word)
+      : "memory");
+#else
+  *static_cast<uint32_t*>(shared) = word;
+#endif
+}
+
 // -- bulk copies from shared memory, whose addresses have 32 bits
 
 #if LAR_HAS_BULK_COPIES

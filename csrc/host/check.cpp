@@ -1,5 +1,6 @@
 #include "host/check.h"
 
+#include "codec/norm.h"
 #include "host/layout.h"
 #include "protocol/hierarchy.h"
 
@@ -53,8 +54,9 @@ bool check_launch(const lar_layout& layout, const lar_launch& launch, bool in_ba
   const int most_threads = in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
   if (launch.threads < 32 || launch.threads > most_threads || launch.threads % 32 != 0) return false;
   // Some lane must be left for what the specialized ones do not do.
-  return launch.scatter_lanes >= 0 && launch.drain_lanes >= 0 &&
-         launch.scatter_lanes + launch.drain_lanes < launch.lanes;
+  if (launch.scatter_lanes < 0 || launch.drain_lanes < 0 || launch.scatter_lanes + launch.drain_lanes >= launch.lanes)
+    return false;
+  return launch.cluster >= 0 && launch.cluster <= kMostLanesOfARow && launch.lanes % lanes_of_a_row(launch) == 0;
 }
 
 // Beside the packets themselves.
@@ -83,6 +85,9 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
     return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
+  if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
+    return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;
   if (chunk < 1 || chunk > most_chunk_bytes(layout, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole packets to a slot. A CPU rank leaves the rest of a slot empty.
@@ -90,6 +95,30 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   const int64_t bytes = chunk * LAR_VECTOR_BYTES;
   if (workspace.device == LAR_CPU ? bytes < unit : bytes % unit != 0) return LAR_ERROR_INVALID_ARGUMENT;
   return LAR_OK;
+}
+
+bool check_norm(const lar_message& message, const lar_norm& norm) {
+  if (norm.hidden < 1 || norm.hidden % codec::kUnitElements != 0 || message.count % norm.hidden != 0) return false;
+  if (message.count == 0) return true;
+  if (!norm.weight || (!norm.norm_out && norm.quant == LAR_QUANT_NONE)) return false;
+  const bool rows = norm.scales == LAR_SCALES_ROWS;
+  if (norm.quant != LAR_QUANT_NONE && !norm.quant_out) return false;
+  switch (norm.quant) {
+    case LAR_QUANT_NONE:
+      return rows;
+    case LAR_QUANT_FP8_TENSOR:
+      return rows && norm.scale;
+    case LAR_QUANT_FP8_TOKEN:
+      return rows && norm.scale_out;
+    case LAR_QUANT_FP8_GROUP:
+      return (rows || norm.scales == LAR_SCALES_COLUMNS || norm.scales == LAR_SCALES_UE8M0) && norm.scale_out &&
+             norm.hidden % codec::kGroupElements == 0;
+    case LAR_QUANT_NVFP4:
+      return (rows || norm.scales == LAR_SCALES_SWIZZLED) && norm.scale && norm.scale_out &&
+             norm.hidden % codec::kFp4Elements == 0;
+    default:
+      return false;
+  }
 }
 
 int check_codec_call(lar_wire wire, lar_dtype dtype, const void* values, int64_t count, const void* packets,

@@ -20,6 +20,13 @@ struct WireUnit {
 // Of a kind that has passed check_call(). The ring's slots hold a packet's values as they are, too.
 WireUnit wire_unit(lar_kind kind, lar_dtype dtype);
 
+constexpr int kMostLanesOfARow = 8;
+
+constexpr int lanes_of_a_row(const lar_launch& launch) { return launch.cluster > 1 ? launch.cluster : 1; }
+
+// Whether a message may be normed so, wherever the tensors lie.
+bool check_norm(const lar_message& message, const lar_norm& norm);
+
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
 int check_call(const lar_workspace& workspace, const lar_call& call);
 

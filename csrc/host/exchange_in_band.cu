@@ -1,7 +1,9 @@
 // Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
 #include "device/in_band.cuh"
 #include "device/pull.cuh"
+#include "device/rows_in_band.cuh"
 #include "device/shared.cuh"
+#include "device/shared_rows.cuh"
 #include "host/launch.h"
 
 namespace lar {
@@ -63,7 +65,53 @@ Form form_of(const lar_call& call, const lar_message& round, bool aligned) {
   return shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads ? Form::kShort : Form::kAny;
 }
 
+// Calls of whole rows: whole vectors, 16-bit elements.
+bool has_aligned_rows(const lar_call& call) {
+  const lar_norm& norm = *call.norm;
+  for (const void* address : {call.message.input, static_cast<const void*>(call.message.output), norm.residual,
+                              norm.weight, static_cast<const void*>(norm.norm_out),
+                              static_cast<const void*>(norm.quant_out), static_cast<const void*>(norm.scale_out)})
+    if (!starts_on_a_vector(address)) return false;
+  return element_bytes(call.message.dtype) == 2;
+}
+
+// The rounds of a call of whole rows, of `parts` parts each: run(message of the round, its rows).
+template <typename Run>
+int in_rounds_of_rows(const lar_call& call, int parts, Run run) {
+  const int64_t row_vectors = call.norm->hidden / codec::kUnitElements;
+  const int64_t rows = call.message.count / call.norm->hidden;
+  if (call.launch.chunk_vectors % row_vectors != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  const int64_t most = call.launch.chunk_vectors / row_vectors * parts;
+  for (int64_t first = 0; first < rows; first += most) {
+    const int64_t number = std::min(most, rows - first);
+    lar_message round = call.message;
+    round.input = static_cast<const char*>(call.message.input) + first * row_vectors * LAR_VECTOR_BYTES;
+    round.count = number * call.norm->hidden;
+    if (const int status = run(round, norm_arguments(call.message, *call.norm, first, number)); status != LAR_OK)
+      return status;
+  }
+  return LAR_OK;
+}
+
+int push_rows(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const lar_launch& shape = call.launch;
+  const int64_t units = call.norm->hidden / codec::kUnitElements;
+  const int64_t threads = int64_t{shape.threads} * lanes_of_a_row(shape);
+  const bool split = shape.scatter_lanes > 0;
+  if (!has_aligned_rows(call) || ceil_div(units, threads) > 2 || units > int64_t{kMostTiles} * codec::kTileUnits ||
+      (lanes_of_a_row(shape) > 1 && split))
+    return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  const Form form = split ? Form::kSplit : units <= threads ? Form::kShort : Form::kAny;
+  const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
+  return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
+    RowsArguments<0> arguments{norm, in_band_arguments(workspace, call, round, use)};
+    return launch(row, workspace, shape, Start::kEarly, &arguments, stream);
+  });
+}
+
 int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  if (call.norm) return push_rows(workspace, call, stream);
   const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
   const bool split = call.launch.scatter_lanes > 0;
   if (call.kind.wire == LAR_WIRE_RAW ? split && !aligned : !split) return LAR_ERROR_INVALID_ARGUMENT;
@@ -91,18 +139,33 @@ int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
   });
 }
 
-int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
-  if (call.launch.scatter_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
+SharedArguments shared_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
+                                 const SlotUse& use) {
   const lar_layout& layout = workspace.layout;
-  const SlotUse use = slot_use(layout, call.kind);
-  const Row* row = find_row(call.kind, call.message.dtype, layout.world_size, Form::kAny);
+  SharedArguments out{};
+  for (int rank = 0; rank < layout.world_size; ++rank)
+    out.slots[rank] = static_cast<char*>(workspace.base[rank]) + use.shared_slots_offset;
+  out.slots_stride = static_cast<uint32_t>(use.bytes / LAR_VECTOR_BYTES);
+  out.lengths = length_words(workspace.local, layout, use.lengths);
+  out.in_band = in_band_arguments(workspace, call, round, use);
+  return out;
+}
+
+int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  if (call.launch.scatter_lanes > 0 || call.launch.cluster > 1) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, Form::kAny);
+  if (call.norm) {
+    const int64_t units = call.norm->hidden / codec::kUnitElements;
+    if (!has_aligned_rows(call) || units > int64_t{call.launch.threads} * kSharedUnits)
+      return LAR_ERROR_INVALID_ARGUMENT;
+    return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
+      SharedRowsArguments arguments{norm, shared_arguments(workspace, call, round, use)};
+      return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+    });
+  }
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
-    SharedArguments arguments{};
-    for (int rank = 0; rank < layout.world_size; ++rank)
-      arguments.slots[rank] = static_cast<char*>(workspace.base[rank]) + use.shared_slots_offset;
-    arguments.slots_stride = static_cast<uint32_t>(use.bytes / LAR_VECTOR_BYTES);
-    arguments.lengths = length_words(workspace.local, layout, use.lengths);
-    arguments.in_band = in_band_arguments(workspace, call, round, use);
+    SharedArguments arguments = shared_arguments(workspace, call, round, use);
     return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
   });
 }

@@ -29,22 +29,33 @@ int check_residency(const void* kernel, int lanes, int threads) {
 
 }  // namespace
 
+int launch_kernel(const void* kernel, int blocks, int threads, int cluster, bool early, void* argument, void* stream) {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = attributes;
+  if (early && has_dependent_launch()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (cluster > 1) {
+    if (!has_dependent_launch()) return LAR_ERROR_INVALID_ARGUMENT;  // which came with clusters
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  return cudaLaunchKernelExC(&config, kernel, &argument);
+}
+
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream) {
   if (!row || shape.threads > row->most_threads) return LAR_ERROR_INVALID_ARGUMENT;
   const int threads = shape.threads + row->extra_threads;
   if (row->resident)
     if (const int status = check_residency(row->kernel, shape.lanes, threads); status != LAR_OK) return status;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(shape.lanes);
-  config.blockDim = dim3(threads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = start == Start::kEarly && !workspace.starts_late && has_dependent_launch() ? 1 : 0;
-  return cudaLaunchKernelExC(&config, row->kernel, &argument);
+  const bool early = start == Start::kEarly && !workspace.starts_late;
+  return launch_kernel(row->kernel, shape.lanes, threads, lanes_of_a_row(shape), early, argument, stream);
 }
 
 }  // namespace lar

@@ -10,6 +10,9 @@
 
 namespace lar {
 
+// Starts a kernel with one argument. `cluster`: blocks that run together, 1 to 8.
+int launch_kernel(const void* kernel, int blocks, int threads, int cluster, bool early, void* argument, void* stream);
+
 // Programmatic dependent launch: blocks may be scheduled while the previous kernel of the stream drains, and wait
 // before they touch memory.
 enum class Start { kLate, kEarly };

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/norm.h"
 #include "host/capture.h"
 #include "host/check.h"
 #include "host/registry.h"
@@ -60,9 +61,19 @@ const Row* find(uint64_t wanted) {
   return at != all.end() && at->key == wanted ? &at->row : nullptr;
 }
 
+// Rows are normed behind the sum, where it lies: CPU ranks have nothing to win by doing both at once.
 int call_cpu(const lar_workspace& workspace, const lar_call& call) {
-  for (const auto& [kind, function] : cpu_functions())
-    if (kind == call.kind) return function(workspace, call);
+  lar_kind summing = call.kind;
+  summing.epilogue = LAR_STORE;
+  for (const auto& [kind, function] : cpu_functions()) {
+    if (!(kind == summing)) continue;
+    const int status = function(workspace, call);
+    if (status != LAR_OK || !call.norm || call.message.count == 0) return status;
+    lar_message sums = call.message;
+    sums.input = sums.output;
+    cpu::rms_norm(sums, *call.norm);
+    return LAR_OK;
+  }
   return LAR_ERROR_INVALID_ARGUMENT;
 }
 

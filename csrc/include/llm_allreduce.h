@@ -67,7 +67,32 @@ typedef enum lar_exchange {
 // csrc/codec/ says what each is. Raw: the elements as they are.
 typedef enum lar_wire { LAR_WIRE_RAW = 0, LAR_WIRE_FP8 = 1, LAR_WIRE_TQ3 = 2, LAR_WIRE_HADAMARD2 = 3 } lar_wire;
 
-typedef enum lar_epilogue { LAR_STORE = 0 } lar_epilogue;
+// What becomes of a reduced vector.
+typedef enum lar_epilogue {
+  LAR_STORE = 0,
+  LAR_RMS_NORM = 1,  // a residual is added, rows are normed and, where asked for, quantized; see lar_norm
+} lar_epilogue;
+
+// How normed rows are quantized. csrc/codec/norm.h has the arithmetic.
+typedef enum lar_quant {
+  LAR_QUANT_NONE = 0,
+  LAR_QUANT_FP8_TENSOR = 1,  // e4m3, one scale, which is given
+  LAR_QUANT_FP8_TOKEN = 2,   // e4m3, a scale for each row
+  LAR_QUANT_FP8_GROUP = 3,   // e4m3, a scale for each 128 elements of a row
+  LAR_QUANT_NVFP4 = 4,       // e2m1, an e4m3 scale for each 16 elements of a row, over one that is given
+} lar_quant;
+
+// How the scales of a matrix lie: [rows][scales of a row] or
+typedef enum lar_scales {
+  LAR_SCALES_ROWS = 0,
+  LAR_SCALES_COLUMNS = 1,  // FP8_GROUP: [scales of a row][rows]
+  // FP8_GROUP: powers of two, of which only the 8 bits of the exponent are kept, those of four neighbours in a word:
+  // uint32 [words of a row][rows, a multiple of 4]. Neighbours that there are not have the exponent 0.
+  LAR_SCALES_UE8M0 = 2,
+  // NVFP4: bytes in tiles of 128 rows by 4 scales, [tile of rows][tile of scales][row % 32][row % 128 / 32][scale % 4].
+  // Rows and scales that there are not are 0.
+  LAR_SCALES_SWIZZLED = 3,
+} lar_scales;
 
 typedef struct lar_kind {
   uint8_t algorithm;  // lar_algorithm
@@ -216,6 +241,25 @@ typedef struct lar_message {
   lar_dtype dtype;
 } lar_message;
 
+// What LAR_RMS_NORM does with a row s of the sum, `hidden` elements:
+//   r = s + residual, rounded, to lar_message.output;   y = r / sqrt(mean(r^2) + eps) * (weight + weight_bias),
+//   rounded.
+// csrc/codec/norm.h says which operations in which order: they depend on `hidden` alone. On GPUs all addresses are
+// multiples of 16.
+typedef struct lar_norm {
+  int64_t hidden;        // a multiple of 8; lar_message.count is a multiple of it
+  const void* residual;  // like the message; null: r = s
+  const void* weight;    // [hidden], of the message's type
+  void* norm_out;        // y; may be null where it is quantized
+  void* quant_out;       // a byte for each element; NVFP4: for each two, the first in the lower half
+  void* scale_out;       // of FP8_TOKEN and FP8_GROUP fp32, but see lar_scales; of NVFP4 e4m3
+  const float* scale;    // one, on the device: FP8_TENSOR, NVFP4
+  float eps;
+  float weight_bias;
+  int32_t quant;   // lar_quant
+  int32_t scales;  // lar_scales
+} lar_norm;
+
 // How a call is spread. Must be the same on every rank.
 typedef struct lar_launch {
   int32_t lanes;    // blocks; CPU ranks have one
@@ -228,6 +272,8 @@ typedef struct lar_launch {
   // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
   int32_t scatter_lanes;
   int32_t drain_lanes;
+  // LAR_RMS_NORM: lanes that share a row, 1 to 8, a cluster of blocks (sm_90 and newer); 0 counts as 1.
+  int32_t cluster;
 } lar_launch;
 
 // One all-reduce, the same on every rank but for addresses.
@@ -243,6 +289,7 @@ typedef struct lar_call {
   const void* const* inputs;
   // Where this rank sees each rank's output, for an exchange that stores there. Null: no exchange does yet.
   void* const* outputs;
+  const lar_norm* norm;  // LAR_RMS_NORM; otherwise null
 } lar_call;
 
 // What a workspace is to hold.
@@ -271,6 +318,11 @@ LAR_EXPORT int lar_load_kernels_cuda(int32_t world_size);
 // LAR_ERROR_INVALID_ARGUMENT when no kernel has this kind, or the call does not fit the workspace;
 // LAR_ERROR_NOT_RESIDENT; on CPU ranks, why the group is broken.
 LAR_EXPORT int lar_all_reduce(const lar_workspace* workspace, const lar_call* call, void* stream);
+
+// The same LAR_RMS_NORM of a message that has been summed already: no rank waits for another. `device`: LAR_CPU, where
+// `stream` is ignored, or any GPU. message.output may be message.input. LAR_ERROR_INVALID_ARGUMENT for what no kernel
+// takes.
+LAR_EXPORT int lar_rms_norm(const lar_message* message, const lar_norm* norm, int32_t device, void* stream);
 
 // Wire formats. Values travel in packets of `values` values in `bytes` bytes; what the last packet lacks counts as
 // zero. Packets lie at multiples of 16 bytes on the device. LAR_FLOAT32 values are taken too, which only tests need.

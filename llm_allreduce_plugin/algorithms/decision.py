@@ -38,6 +38,7 @@ class Epilogue(enum.IntEnum):
     """What becomes of a reduced vector, with the numbers of ``lar_epilogue``."""
 
     STORE = 0
+    RMS_NORM = 1  # + residual, RMSNorm, and a quantization where there is one
 
 
 _EXCHANGES = {
@@ -66,6 +67,7 @@ class Launch:
         wire_format: what values are sent as; None: as they are.
         domains: the domain of each rank, for HIERARCHICAL.
         epilogue: what becomes of a reduced vector.
+        cluster: RMS_NORM: blocks that share a row.
     """
 
     algorithm: Algorithm
@@ -79,6 +81,7 @@ class Launch:
     wire_format: WireFormat | None = None
     domains: tuple[int, ...] = ()
     epilogue: Epilogue = Epilogue.STORE
+    cluster: int = 1
 
     @property
     def in_band(self) -> bool:
@@ -110,6 +113,8 @@ class Launch:
         if self.scatter_lanes:
             words += f" ({self.scatter_lanes} only send"
             words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
+        if self.cluster > 1:
+            words += f" ({self.cluster} to a row)"
         spread = "per peer" if self.in_band else "per block and peer"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
@@ -170,4 +175,42 @@ class Decision:
         if self.launch is not None:
             lines.append(f"  launch: {self.launch}")
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedDecision:
+    """What happens to an all-reduce with residual, RMSNorm and quantization behind it.
+
+    Attributes:
+        launch: how the kernel is launched that does all of it; None: the all-reduce runs, then a kernel for the norm,
+            which give the same bits.
+        reason: why in one kernel, or why in two.
+        all_reduce: what happens to the all-reduce alone, and why.
+        by_design: nobody asked for one kernel, or there is nothing to do: two are no fallback.
+    """
+
+    launch: Launch | None
+    reason: str
+    all_reduce: Decision
+    by_design: bool = False
+
+    @property
+    def counted_as(self) -> str:
+        """What reports and metrics count it as: ``ONESHOT (fused norm)``, or ``ONESHOT, then norm``."""
+        if self.launch is None:
+            return f"{self.all_reduce.counted_as}, then norm"
+        kernel = self.launch.algorithm.name.replace("_", "")
+        names_kernel = self.all_reduce.strategy in {AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT}
+        return f"{kernel if names_kernel else self.all_reduce.strategy} (fused norm)"
+
+    def __str__(self) -> str:
+        if self.launch is None:
+            return f"all-reduce, then norm: two kernels\n  because {self.reason}\n{self.all_reduce}"
+        lines = [
+            f"{self.counted_as}: {self.launch.algorithm.in_words}; residual, norm and quantization in the same kernel",
+            f"  because {self.reason}",
+            f"  launch: {self.launch}",
+            f"  without the norm {self.all_reduce.strategy}, because {self.all_reduce.reason}",
+        ]
         return "\n".join(lines)

@@ -137,6 +137,43 @@ SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     },
 }
 
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+    """How a kernel deals the vectors of a row out, where the norm follows the all-reduce.
+
+    A block takes a row, or a cluster of blocks does. A thread has so many vectors of it as it takes for at most
+    ``most_threads``.
+
+    Attributes:
+        most_threads: of a block.
+        vectors: of a row that a thread may have, fewest first.
+        cluster: blocks that share a row where there are so few rows that most multiprocessors would idle, and at most
+            where a row is more than a block holds; 1: never.
+        cluster_rows: the most rows of a call for which they do.
+        cluster_vectors: the fewest vectors of a row for which they do.
+        split_bytes: the smallest message whose lanes have one task each, as in SPLITS.
+    """
+
+    most_threads: int
+    vectors: tuple[int, ...]
+    cluster: int = 1
+    cluster_rows: int = 0
+    cluster_vectors: int = 0
+    split_bytes: int | None = None
+
+
+# All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Estimates: of a prototype on 2 H100,
+# hidden 8192, 8 blocks to a row were best for one and four rows, one block from 16 on. The rest is not measured.
+ROW_SHAPES = {
+    "PUSH": RowShape(512, (1, 2), cluster=8, cluster_rows=4, cluster_vectors=256, split_bytes=2 * MIB),
+    "SHARED": RowShape(256, (1, 2, 4)),
+}
+CLUSTERS_FROM = 90  # architectures that have clusters of blocks
+# The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
+# larger one, or the last); None: no size is known for which it is not.
+FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
+
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
 # that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:
 # if stores of all to all at once lose half, stages are faster for more than that to each peer.

@@ -110,3 +110,8 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, s
     if scale != 1.0:
         source += f", scaled by {scale} for sm_{facts.architecture}"
     return int(sizes[tabulated] * scale), source
+
+
+def fused_pays_to(algorithm: str, world_size: int) -> int | None:
+    """The largest message for which one kernel for sum and norm is faster than two; None: there is no such size."""
+    return _of(measured.FUSED_PAYS_TO[algorithm], world_size)

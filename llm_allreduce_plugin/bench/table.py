@@ -23,9 +23,10 @@ def _half(payload_bytes: int, microseconds: float | None, wrong: int | None, wor
     return f"{microseconds:>8.2f}  {algorithm:>6.2f}  {bus:>6.2f}  {'N/A' if wrong is None else wrong:>6}"
 
 
-def line(row: Measurement, dtype: str, world_size: int) -> str:
-    """One row."""
-    start = f"{row.bytes:>12}  {row.count:>12}  {dtype:>9}    sum "
+def line(row: Measurement, dtype: str, world_size: int, hidden: int | None = None) -> str:
+    """One row. ``hidden``: elements of a row that is normed; None: only sums are made."""
+    count, does = (str(row.count), "sum") if hidden is None else (f"{row.count // hidden}x{hidden}", "norm")
+    start = f"{row.bytes:>12}  {count:>12}  {dtype:>9}  {does:>5} "
     if row.left_out:
         return f"{start} left out: {row.left_out}"
     eager = _half(row.bytes, row.eager_us, row.eager_wrong, world_size)

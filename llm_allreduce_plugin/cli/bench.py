@@ -11,11 +11,12 @@ import typer
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
 from llm_allreduce_plugin.base import processes
 from llm_allreduce_plugin.cli import options, outputs
+from llm_allreduce_plugin.cli.bench_subject import Norm, Subject, candidates, norm_of, subject
 from llm_allreduce_plugin.cli.options import parse_bytes, parse_dtype
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.bench.candidates import OurSettings
-    from llm_allreduce_plugin.bench.worker import Measurement, Options
+    from llm_allreduce_plugin.bench.worker import Measurement
     from llm_allreduce_plugin.measure.ranks import RankPool
 
 EPILOG = options.epilog(
@@ -23,6 +24,7 @@ EPILOG = options.epilog(
     "llm-allreduce bench --tp 2 --with ONESHOT,TWOSHOT,NCCL --json times.json --plot times.png",
     "llm-allreduce bench --transport host --with LOWPRECISION,NCCL",
     "llm-allreduce bench --cpu -b 1K -e 64K -f 8",
+    "llm-allreduce bench --fused --hidden 8192 --quant fp8 -b 16K -e 64M -f 4",
 )
 
 
@@ -60,10 +62,8 @@ def _devices(cpu: bool, ranks: int | None) -> tuple[str, int]:  # noqa: FBT001
     return "cuda", ranks or available
 
 
-def _chosen(with_: list[str] | None, device_type: str) -> tuple[str, ...]:
-    from llm_allreduce_plugin.bench.candidates import names
-
-    known = names(device_type)
+def _chosen(with_: list[str] | None, norm: Norm | None, device_type: str) -> tuple[str, ...]:
+    known = candidates(norm, device_type)
     if not with_:
         return known
     wanted = [name for text in with_ for name in text.split(",") if name]
@@ -122,6 +122,13 @@ def bench(
         str,
         typer.Option("--wire-format", help=options.WIRE_FORMAT_HELP, autocompletion=options.complete_wire_format),
     ] = "fp8",
+    fused: Annotated[bool, typer.Option("--fused", help=options.FUSED_HELP)] = False,
+    hidden: Annotated[
+        int | None, typer.Option("--hidden", min=1, max=1 << 20, help="With --fused, elements of a row; default: 8192.")
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help=options.QUANT_HELP, autocompletion=options.complete_quant)
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
@@ -130,7 +137,8 @@ def bench(
 
     Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph"
     the same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum;
-    others may be off by what rounding can cost.
+    others may be off by what rounding can cost. `--fused` measures all-reduces with residual and norm behind them, ours
+    in one kernel and in two; sizes are rounded down to whole rows.
     """
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
@@ -139,29 +147,31 @@ def bench(
         raise typer.BadParameter(message)
     settings = _settings(transport, wire_format)
     dtype = parse_dtype(datatype)
+    norm = norm_of(fused=fused, hidden=hidden, quant=options.parse_quant(quant, fused=fused))
     step = parse_bytes(stepbytes) if stepbytes else None
     sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
     element = ELEMENT_BYTES[dtype]
-    counts = [size // element for size in sizes if size >= element]
+    counts = norm.counts(sizes, dtype) if norm else [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)
-    wanted = _chosen(with_, device_type)
-
-    from llm_allreduce_plugin.bench import worker
-
-    options = worker.Options(dtype, iters, replays, warmup_iters, bool(check))
+    wanted = _chosen(with_, norm, device_type)
+    measured = subject(
+        norm, settings, dtype=dtype, calls=iters, replays=replays, warmup=warmup_iters, check=bool(check)
+    )
     where = _device_line(device_type, ranks)
     typer.echo(f"# llm-allreduce bench: {where}; {iters} calls x {replays} replays, median, slowest rank")
-    rows: list[worker.Measurement] = []
+    if norm is not None:
+        typer.echo(f"# with residual and norm, hidden size {norm.hidden}, {norm.quant or 'not quantized'}")
+    rows: list[Measurement] = []
 
     def save() -> None:
         """What there is, also when a rank fails or a signal ends this."""
         if json_file is not None and rows:
             with outputs.writing("--json", json_file):
-                _write(json_file, rows, where, ranks, options, settings)
+                _write(json_file, rows, where, ranks, measured)
 
     forget = processes.at_last(save)
     try:
-        names = _measure(ranks, device_type, wanted, counts, options, settings, rows)
+        names = _measure(ranks, device_type, wanted, counts, measured, rows)
     finally:
         save()
         forget()
@@ -173,8 +183,7 @@ def _measure(
     device_type: str,
     wanted: tuple[str, ...],
     counts: list[int],
-    options: Options,
-    settings: OurSettings,
+    measured: Subject,
     rows: list[Measurement],
 ) -> list[str]:
     """Fill ``rows``; the candidates that could be opened.
@@ -182,17 +191,16 @@ def _measure(
     Raises:
         typer.Exit: a rank failed.
     """
-    from llm_allreduce_plugin.bench import worker
     from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
 
     try:
         with RankPool(ranks, device_type) as pool:
-            refused: dict[str, str] = pool.run(worker.open_all, wanted, settings)[0]
+            refused: dict[str, str] = pool.run(measured.worker.open_all, wanted, *measured.opening)[0]
             for name, reason in refused.items():
                 typer.echo(f"# {name} is left out: {reason}")
             names = [name for name in wanted if name not in refused]
-            _run(pool, names, counts, options, ranks, rows)
-            pool.run(worker.close_all)
+            _run(pool, names, counts, measured, ranks, rows)
+            pool.run(measured.worker.close_all)
     except FAILURES as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
         raise typer.Exit(1) from None
@@ -208,14 +216,15 @@ def _device_line(device_type: str, ranks: int) -> str:
 
 
 def _run(
-    pool: RankPool, names: list[str], counts: list[int], options: Options, ranks: int, rows: list[Measurement]
+    pool: RankPool, names: list[str], counts: list[int], measured: Subject, ranks: int, rows: list[Measurement]
 ) -> None:
     """Measure everything, printing as it comes; a bar on stderr tells how far it is when a person watches."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from llm_allreduce_plugin.bench import table, worker
+    from llm_allreduce_plugin.bench import table
 
+    hidden = measured.norm.hidden if measured.norm else None
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -224,9 +233,9 @@ def _run(
             typer.echo(f"#\n# {name}\n{table.HEADER}")
             for count in counts:
                 progress.update(task, description=f"{name} {count}")
-                row = pool.run(worker.measure, name, count, options, timeout_s=300)[0]
+                row = pool.run(measured.worker.measure, name, count, measured.options, timeout_s=300)[0]
                 rows.append(row)
-                typer.echo(table.line(row, options.dtype, ranks))
+                typer.echo(table.line(row, measured.options.dtype, ranks, hidden))
                 progress.advance(task)
 
 
@@ -244,9 +253,7 @@ def _settings(transport: str, wire_format: str) -> OurSettings:
     return OurSettings(transport.lower(), WireFormat(wire_format.lower()))
 
 
-def _write(
-    path: Path, rows: list[Measurement], where: str, ranks: int, options: Options, settings: OurSettings
-) -> None:
+def _write(path: Path, rows: list[Measurement], where: str, ranks: int, subject_: Subject) -> None:
     from llm_allreduce_plugin.measure.environment import write_record
 
     measured = [dataclasses.asdict(row) for row in rows]
@@ -255,7 +262,7 @@ def _write(
         measured,
         where=where,
         world_size=ranks,
-        options=dataclasses.asdict(options) | dataclasses.asdict(settings),
+        options=dataclasses.asdict(subject_.options) | dataclasses.asdict(subject_.settings),
     )
 
 

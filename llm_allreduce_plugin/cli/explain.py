@@ -12,9 +12,10 @@ import typer
 
 from llm_allreduce_plugin.algorithms import pulling
 from llm_allreduce_plugin.algorithms.base import Message
-from llm_allreduce_plugin.algorithms.decision import Decision, Launch
+from llm_allreduce_plugin.algorithms.decision import Decision
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.cli import options, outputs
+from llm_allreduce_plugin.cli.decision_fields import decision_fields, fused_fields, range_fields
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
@@ -22,7 +23,7 @@ from llm_allreduce_plugin.group.facts import ASSUMED_MULTIPROCESSORS
 from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
 from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection import sweep as sweeps
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, View, view_of
 from llm_allreduce_plugin.topology.links import Transport
 
@@ -32,6 +33,7 @@ EPILOG = options.epilog(
     "llm-allreduce explain --tokens 8 --hidden 8192 --tp 4",
     "llm-allreduce explain --topology configs/topologies/l40s_x8_two_numa.json --strategy LOWPRECISION --sweep",
     "llm-allreduce explain --bytes 64K --transport host --json",
+    "llm-allreduce explain --fused --rows 16 --hidden 8192 --quant fp8-token",
 )
 
 
@@ -113,32 +115,6 @@ def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
     return notes
 
 
-def launch_fields(launch: Launch | None) -> dict[str, Any] | None:
-    """A launch for JSON."""
-    if launch is None:
-        return None
-    return dataclasses.asdict(launch) | {"algorithm": launch.algorithm.name, "exchange": launch.exchange.name}
-
-
-def decision_fields(decision: Decision) -> dict[str, Any]:
-    """A decision for JSON."""
-    fields = dataclasses.asdict(decision)
-    return fields | {"launch": launch_fields(decision.launch), "is_fallback": decision.is_fallback}
-
-
-def _range_fields(found: sweeps.SizeRange) -> dict[str, Any]:
-    return {
-        "first_bytes": found.first_bytes,
-        "last_bytes": found.last_bytes,
-        "runs": found.name,
-        "reason": found.decision.reason,
-        "is_fallback": found.decision.is_fallback,
-        "launch": found.launch_text,
-        "first_launch": launch_fields(found.launches[0] if found.launches else None),
-        "last_launch": launch_fields(found.launches[-1] if found.launches else None),
-    }
-
-
 def _why_sent(decision: Decision, message: Message) -> str | None:
     """Why an input is sent although peers could read it in place; None where they do."""
     if decision.launch is None:
@@ -150,7 +126,13 @@ def explain(
     *,
     tokens: Annotated[
         int,
-        typer.Option("--tokens", min=0, max=options.MOST_IN_A_ROW, help="Tokens in the batch (rows of the message)."),
+        typer.Option(
+            "--tokens",
+            "--rows",
+            min=0,
+            max=options.MOST_IN_A_ROW,
+            help="Tokens in the batch (rows of the message).",
+        ),
     ] = 8,
     hidden: Annotated[
         int, typer.Option("--hidden", min=1, max=options.MOST_IN_A_ROW, help="Hidden size of the model (columns).")
@@ -202,6 +184,10 @@ def explain(
     in_place: Annotated[
         bool, typer.Option("--in-place", help="The input lies in memory that peers see (`peer_visible_empty`).")
     ] = False,
+    fused: Annotated[bool, typer.Option("--fused", help=options.FUSED_HELP)] = False,
+    quant: Annotated[
+        str | None, typer.Option("--quant", help=options.QUANT_HELP, autocompletion=options.complete_quant)
+    ] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="What runs from which size to which, 16 bytes to 1 GiB.")
     ] = False,
@@ -221,6 +207,11 @@ def explain(
         low_precision=None if wire_format is None else {"wire_format": wire_format},
     )
     element_type = options.parse_dtype(dtype, OTHER_DTYPES)
+    kind = options.parse_quant(quant, fused=fused)
+    others = {"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": plot is not None}
+    if fused and any(others.values()):
+        message = f"{next(name for name, given in others.items() if given)}: not with --fused, which takes whole rows"
+        raise typer.BadParameter(message)
     element = (ELEMENT_BYTES | OTHER_DTYPES)[element_type]
     count = tokens * hidden if size is None else options.parse_bytes(size) // element
     what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
@@ -228,10 +219,12 @@ def explain(
         group = subject(topology, world_size, config, cpu=cpu)
         wanted = sweep or plot is not None
         ranges = sweeps.sweep(config, group.facts, element_type, readable_in_place=in_place) if wanted else []
+        normed = decide_fused(config, group.facts, tokens, hidden, element_type, kind) if fused else None
     except (ConfigError, TopologyError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     decision = decide(config, group.facts, count, element_type, readable_in_place=in_place)
+    shown = decision if normed is None else normed
     sent = _why_sent(decision, Message(count, element_type, element, in_place)) if in_place else None
     if as_json:
         document: dict[str, Any] = {
@@ -243,12 +236,14 @@ def explain(
             },
             "settings": config.model_dump(mode="json", exclude_unset=True),
             "message": {"count": count, "dtype": element_type, "bytes": count * element},
-            "decision": decision_fields(decision),
+            "decision": decision_fields(decision) if normed is None else fused_fields(normed),
         }
+        if fused:
+            document["message"] |= {"rows": tokens, "hidden": hidden, "quant": kind}
         if in_place:
             document["message"] |= {"readable_in_place": True, "why_sent": sent}
         if sweep:
-            document["ranges"] = [_range_fields(found) for found in ranges]
+            document["ranges"] = [range_fields(found) for found in ranges]
         typer.echo(json.dumps(document, indent=1))
     else:
         via = "" if group.facts.transport is Transport.NONE else f", {group.facts.transport} memory"
@@ -258,7 +253,8 @@ def explain(
         if sweep:
             typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}")
         else:
-            typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank\n{decision}")
+            behind = f", then residual, norm{f' and {kind}' if kind else ''}" if fused else ""
+            typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank{behind}\n{shown}")
             if sent is not None:
                 typer.echo(f"  the input is sent: {sent}")
     if plot is not None:

@@ -15,10 +15,13 @@ import typer
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
+from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size
 
 *_FIRST, _LAST = WireFormat
 WIRE_FORMAT_HELP = f"LOWPRECISION: {', '.join(_FIRST)} or {_LAST}."
+FUSED_HELP = "With residual and RMSNorm behind it, in one kernel where that can be."
+QUANT_HELP = f"With --fused, what the norm is quantized to: {', '.join(QuantKind)}; default: it is not."
 # nccl-tests' and the usual short names beside torch's.
 DTYPES = {
     "float": "float32",
@@ -65,6 +68,24 @@ def parse_dtype(text: str, others: Iterable[str] = ()) -> str:
     return DTYPES[name]
 
 
+def parse_quant(text: str | None, *, fused: bool) -> QuantKind | None:
+    """How a norm is quantized. ``fused``: there is a norm.
+
+    Raises:
+        typer.BadParameter: it is none of the known kinds, or there is no norm.
+    """
+    if text is None:
+        return None
+    if not fused:
+        message = f"--quant {text}: only norms are quantized: give --fused, too"
+        raise typer.BadParameter(message)
+    try:
+        return QuantKind(text.strip().lower())
+    except ValueError:
+        message = f"--quant {text}: must be one of {', '.join(QuantKind)}"
+        raise typer.BadParameter(message) from None
+
+
 # Bounds of numbers on the command line, far beyond what anybody has.
 MOST_RANKS = 1024
 MOST_TIMES = 1_000_000  # that something is measured
@@ -105,6 +126,7 @@ complete_strategy = _completing(AllReduceStrategy)
 complete_transport = _completing(TransportChoice)
 complete_wire_format = _completing(WireFormat)
 complete_dtype = _completing(DTYPES)
+complete_quant = _completing(QuantKind)
 
 
 def complete_topology(incomplete: str) -> list[str]:

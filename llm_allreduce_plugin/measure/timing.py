@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,14 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.measure.ranks import RankContext
 
 CALLS, REPLAYS, WARMUP = 20, 15, 3
+_POISON_BYTE = 0x5A
+
+# What a call returns: a tensor, a named tuple of tensors, or nothing.
+_Output = TypeVar("_Output")
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class Timing(Generic[_Output]):
     """Microseconds per call, the slowest rank's.
 
     Attributes:
@@ -31,16 +35,34 @@ class Timing:
 
     median: float
     fastest: float
-    output: torch.Tensor | None
+    output: _Output | None
 
 
-def _slowest(context: RankContext, samples: list[float], output: object) -> Timing:
+def _slowest(context: RankContext, samples: list[float], output: _Output | None) -> Timing[_Output]:
     both = context.gather((statistics.median(samples), min(samples)))
-    tensor = output if isinstance(output, torch.Tensor) else None
-    return Timing(max(median for median, _ in both), max(fastest for _, fastest in both), tensor)
+    return Timing(max(median for median, _ in both), max(fastest for _, fastest in both), output)
 
 
-class CapturedCalls:
+def _poison(output: object) -> None:
+    """Fill with what no call computes."""
+    if isinstance(output, tuple):
+        for part in output:
+            _poison(part)
+    elif isinstance(output, torch.Tensor):
+        if output.element_size() == 1:
+            output.view(torch.uint8).fill_(_POISON_BYTE)
+        else:
+            output.fill_(float("nan") if output.is_floating_point() else _POISON_BYTE)
+
+
+def _copy(output: Any) -> Any:  # noqa: ANN401
+    """Of what a graph owns, in memory of its own."""
+    if isinstance(output, tuple):
+        return type(output)(*map(_copy, output))
+    return output.clone() if isinstance(output, torch.Tensor) else output
+
+
+class CapturedCalls(Generic[_Output]):
     """Calls of one implementation, one after another in one CUDA graph. Collective, like all it does.
 
     ``capturing``: what the implementation wants around a capture.
@@ -49,7 +71,7 @@ class CapturedCalls:
     def __init__(
         self,
         context: RankContext,
-        call: Callable[[], object],
+        call: Callable[[], _Output],
         calls: int = CALLS,
         warmup: int = WARMUP,
         capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -63,7 +85,7 @@ class CapturedCalls:
                 call()
         self._stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
-        self._output: object = None
+        self._output: _Output | None = None
         with capturing(), torch.cuda.graph(self._graph, stream=self._stream):
             for _ in range(calls):
                 self._output = call()
@@ -87,25 +109,23 @@ class CapturedCalls:
         self._stream.synchronize()
         return [start.elapsed_time(end) * 1000 / self._calls for start, end in itertools.pairwise(ticks)]
 
-    def output(self) -> torch.Tensor | None:
+    def output(self) -> _Output | None:
         """What a replay computes into an output that was poisoned before."""
-        output = self._output if isinstance(self._output, torch.Tensor) else None
         with torch.cuda.stream(self._stream):
-            if output is not None:
-                output.fill_(float("nan"))
+            _poison(self._output)
             self._graph.replay()
         self._stream.synchronize()
-        return None if output is None else output.clone()  # the graph owns the memory
+        return cast("_Output | None", _copy(self._output))
 
 
 def time_graph(
     context: RankContext,
-    call: Callable[[], object],
+    call: Callable[[], _Output],
     calls: int = CALLS,
     replays: int = REPLAYS,
     warmup: int = WARMUP,
     capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
-) -> Timing:
+) -> Timing[_Output]:
     """``calls`` calls in one CUDA graph, replayed ``replays`` times; the output is that of one more replay."""
     captured = CapturedCalls(context, call, calls, warmup, capturing)
     samples = captured.samples(replays)
@@ -114,26 +134,25 @@ def time_graph(
 
 def time_eager(
     context: RankContext,
-    call: Callable[[], object],
+    call: Callable[[], _Output],
     calls: int = CALLS,
     replays: int = REPLAYS,
     warmup: int = WARMUP,
-) -> Timing:
+) -> Timing[_Output]:
     """``calls`` calls from the host in a row, ``replays`` times: what a program without graphs sees."""
-    output: object = None
     for _ in range(warmup):
-        output = call()
+        call()
     samples, output = eager_samples(context, call, calls, replays)
     return _slowest(context, samples, output)
 
 
 def eager_samples(
-    context: RankContext, call: Callable[[], object], calls: int, replays: int
-) -> tuple[list[float], object]:
+    context: RankContext, call: Callable[[], _Output], calls: int, replays: int
+) -> tuple[list[float], _Output | None]:
     """Microseconds per call of ``calls`` in a row, ``replays`` times, on this rank; and the last output."""
     samples = []
     on_gpu = context.device.type == "cuda"
-    output: object = None
+    output: _Output | None = None
     for _ in range(replays):
         if on_gpu:
             torch.cuda.synchronize(context.device)

@@ -20,7 +20,7 @@ DTYPE_CODES = {getattr(torch, name): code for name, code in facts.DTYPE_CODES.it
 
 # torch.cuda.current_stream() makes a Stream object first, which takes longer than the launch. Kept by torch for its
 # compiler; the public way where it is gone.
-_current_raw_stream: Callable[[int], int] = getattr(
+_current_raw_stream: Callable[[int | None], int] = getattr(
     torch._C,  # noqa: SLF001
     "_cuda_getCurrentRawStream",
     lambda index: torch.cuda.current_stream(index).cuda_stream,
@@ -56,12 +56,22 @@ def torch_all_reduce(group: dist.ProcessGroup) -> Call:
     return run
 
 
+def current_stream_of(device: torch.device) -> Callable[[int | None], int]:
+    """A function that gives the current stream of a device, whose index it takes; of a CPU rank, none."""
+    return _current_raw_stream if device.type == "cuda" else _no_stream
+
+
 def plan_of(
-    workspace: _C.Workspace, launch: Launch, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
+    workspace: _C.Workspace,
+    launch: Launch,
+    count: int,
+    dtype: torch.dtype,
+    peer_distances: Sequence[int] = (),
+    norm: _C.Norm | None = None,
 ) -> _C.Plan:
     """A launch for messages of ``count`` elements, ready to be called with addresses.
 
-    ``peer_distances``: PULL: bytes from this rank's input to where it sees each rank's.
+    ``peer_distances``: PULL: bytes from this rank's input to where it sees each rank's. ``norm``: RMS_NORM: which one.
     """
     return _C.Plan(
         workspace,
@@ -78,6 +88,8 @@ def plan_of(
         epilogue=int(launch.epilogue),
         domains=launch.domains,
         peer_distances=peer_distances,
+        cluster=launch.cluster,
+        norm=norm,
     )
 
 
@@ -86,7 +98,7 @@ def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.dev
     index = device.index
     must_be_aligned = launch.scatter_lanes > 0
     on_gpu = device.type == "cuda"
-    current_stream = _current_raw_stream if on_gpu else _no_stream
+    current_stream = current_stream_of(device)
 
     def run(input_: torch.Tensor) -> torch.Tensor:
         # Kernels see the elements in logical order, so that ranks agree whatever their strides.

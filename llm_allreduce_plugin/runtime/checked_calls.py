@@ -9,14 +9,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision, Launch
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import PeerTimeoutError, RankMismatchError, StartTimeoutError, ranks_text, ranks_with
-from llm_allreduce_plugin.runtime.calls import Call
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +33,17 @@ class Description:
 
 def describe(decision: Decision, count: int, dtype: str, place: str, *, captured: bool) -> Description:
     """Of one call. ``place``: where the input lies, if peers read it in place."""
-    launch = decision.launch
-    runs = str(decision.strategy) if launch is None else f"{decision.strategy} ({launch})"
-    return Description(f"{count} {dtype}{place}", captured, runs)
+    return Description(f"{count} {dtype}{place}", captured, _in_words(str(decision.strategy), decision.launch))
+
+
+def describe_fused(decision: FusedDecision, message: str, *, captured: bool) -> Description:
+    """Of one call with a norm behind it. ``message``: the rows, and what becomes of them."""
+    launch = decision.launch or decision.all_reduce.launch
+    return Description(message, captured, _in_words(decision.counted_as, launch))
+
+
+def _in_words(name: str, launch: Launch | None) -> str:
+    return name if launch is None else f"{name} ({launch})"
 
 
 def difference(number: int, found: list[Description]) -> str | None:
@@ -89,14 +100,16 @@ class CallChecker:
             message = f"{text}. Every rank must make the same calls in the same order (check_calls)"
             raise RankMismatchError(message)
 
-    def around(self, run: Call, describe_call: Callable[[bool], Description], *, on_gpu: bool) -> Call:
+    def around(
+        self, run: Callable[_Arguments, _Result], describe_call: Callable[[bool], Description], *, on_gpu: bool
+    ) -> Callable[_Arguments, _Result]:
         """``run``, compared before it runs. ``describe_call``: of it, captured or not."""
         check = self.check
         capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing if on_gpu else bool
 
-        def checked(input_: torch.Tensor) -> torch.Tensor:
+        def checked(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
             check(describe_call(capturing()))
-            return run(input_)
+            return run(*args, **kwargs)
 
         return checked
 

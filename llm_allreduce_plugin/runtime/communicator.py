@@ -10,19 +10,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.group.start import log_start, open_group
-from llm_allreduce_plugin.runtime import metrics, reports
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
+from llm_allreduce_plugin.runtime import metrics, norm_calls, reports
 from llm_allreduce_plugin.runtime.calls import Call, torch_all_reduce
 from llm_allreduce_plugin.runtime.checked_calls import CallChecker
 from llm_allreduce_plugin.runtime.closing import Held, end
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.monitor import Monitor
 from llm_allreduce_plugin.runtime.planner import Planner, dtype_name
-from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
 
@@ -98,6 +99,7 @@ class TensorParallelCommunicator:
         )  # fmt: skip
         # Looked at in every call.
         self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
+        self._normed = self._planner.normed
         self._tally = self._planner.tally
         self._sizes = describe(config, self.facts)
         if self.rank == 0:
@@ -145,6 +147,48 @@ class TensorParallelCommunicator:
             entry = self._planner.plan(*key)
         return entry[1](input_)
 
+    def all_reduce_residual_rms_norm(
+        self,
+        input_: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        weight_bias: float = 0.0,
+        quant: Quant | None = None,
+        return_norm: bool = False,
+    ) -> Normed:
+        """The sum of ``input_`` over all ranks, plus a residual, normed row by row, and quantized.
+
+        In one kernel where that can be and pays, otherwise in two, with the same bits: those of :meth:`all_reduce`,
+        then ``residual_out = sum + residual``, rounded, and ``norm_out = residual_out / sqrt(mean(residual_out ** 2) +
+        eps) * (weight + weight_bias)`` in fp32, rounded once. A row's result does not depend on the other rows.
+
+        Args:
+            input_: ``[..., hidden]``, fp32, fp16 or bf16, on this communicator's device; the same shape and dtype on
+                every rank. ``hidden`` is a multiple of 8 (NVFP4: of 16, fp8-group: of 128). Never written.
+            residual: like ``input_``, and equal on every rank; None: there is none, before a model's first layer.
+            weight: ``[hidden]``, of the same dtype, equal on every rank.
+            eps: added to the mean of squares.
+            weight_bias: added to the weight: 1 for Gemma.
+            quant: how the norm is quantized; None: it is not.
+            return_norm: give ``norm_out`` beside what it is quantized to.
+
+        Returns:
+            Fresh, contiguous tensors, bit-identical on every rank. ``norm_out``: like ``input_``, None where only its
+            quantization is wanted; ``residual_out``: like ``input_``; ``quant_out`` and ``scale_out``: see
+            :func:`~llm_allreduce_plugin.norm.empty_outputs`.
+
+        Raises:
+            ValueError: a tensor is on another device, or of another shape or dtype; or such rows cannot be normed.
+            PeerTimeoutError: a peer did not arrive within ``timeout_s``, in this call (CPU) or an earlier one (GPU).
+            RuntimeError: the communicator is closed, or CUDA failed.
+        """
+        norm_calls.check_tensors(self.device, input_, residual, weight, quant)
+        shape = norm_calls.shape_of(input_, residual, eps, weight_bias, quant, return_norm=return_norm)
+        planned = self._normed.get(shape) or self._planner.plan_normed(shape)
+        return planned.call(input_, residual, weight, quant)
+
     def peer_visible_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in memory that every peer can read: calls that would be two-shot read their input there in place.
 
@@ -179,6 +223,15 @@ class TensorParallelCommunicator:
         """
         count, name = math.prod(shape), dtype_name(dtype)
         return decide(self.config, self.facts, count, name, readable_in_place=readable_in_place)
+
+    def explain_fused(self, shape: Sequence[int], dtype: torch.dtype, quant: QuantKind | None = None) -> FusedDecision:
+        """What :meth:`all_reduce_residual_rms_norm` does with a tensor ``[..., hidden]``, and why. Pure: runs nothing.
+
+        Raises:
+            ValueError: rows of this size cannot be normed, or not quantized like this.
+        """
+        rows, hidden = math.prod(shape[:-1]), shape[-1]
+        return decide_fused(self.config, self.facts, rows, hidden, dtype_name(dtype), quant)
 
     def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make with messages of this size: what tuning compares.

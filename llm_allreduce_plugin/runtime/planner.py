@@ -9,16 +9,18 @@ from typing import Any
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Decision, Exchange
+from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDecision
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.runtime import norm_calls
 from llm_allreduce_plugin.runtime.calls import Call, kernel_call, plan_of
-from llm_allreduce_plugin.runtime.checked_calls import CallChecker, Description
+from llm_allreduce_plugin.runtime.checked_calls import CallChecker, Description, describe_fused
 from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
 from llm_allreduce_plugin.runtime.health import Health
+from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.runtime.plans import Planned, Plans
-from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, CountedCall, Tally, fallback_of
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, Counted, CountedCall, Tally, fallback_of
+from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
 
@@ -48,6 +50,7 @@ class Planner:
     Attributes:
         plans: by count and type of the message.
         pulls: of inputs that peers read in place; by number of the buffer, count and type.
+        normed: of messages with residual and norm behind them.
         buffers: memory that peers see.
         tally: of all calls that are planned here.
     """
@@ -72,10 +75,12 @@ class Planner:
         self._workspace = workspace
         self._health = health
         self._checker = checker
+        self._capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
         self._logged: set[str] = set()
         self._closed = False
-        self.plans: Plans[tuple[int, torch.dtype]] = Plans()
-        self.pulls: Plans[tuple[int, int, torch.dtype]] = Plans()
+        self.plans: Plans[tuple[int, torch.dtype], Call] = Plans()
+        self.pulls: Plans[tuple[int, int, torch.dtype], Call] = Plans()
+        self.normed: Plans[NormShape, NormCall] = Plans()
         self.buffers: list[PeerVisibleBuffer] = []
         self.tally = Tally()
 
@@ -87,6 +92,7 @@ class Planner:
         """Let go of all plans, and of the workspace."""
         self.plans.clear()
         self.pulls.clear()
+        self.normed.clear()
         self._workspace = self._health = None
 
     def log_missing_kernel(self) -> None:
@@ -107,16 +113,19 @@ class Planner:
             raise RuntimeError(decision.reason)
         return self._kernel_call(decision, count, dtype).call
 
-    def _decide(self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+    def _check_open(self) -> None:
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
+
+    def _decide(self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+        self._check_open()
         decision = decide(self._config, self._facts, count, dtype_name(dtype), readable_in_place=readable_in_place)
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
         return decision
 
-    def plan(self, count: int, dtype: torch.dtype) -> Planned:
+    def plan(self, count: int, dtype: torch.dtype) -> Planned[Call]:
         """What happens to messages of this size and type.
 
         Raises:
@@ -125,22 +134,24 @@ class Planner:
         decision = self._decide(count, dtype)
         is_ours = decision.launch is not None
         planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
-        planned = self._checked(planned, count, dtype)
+        planned = self._checked(planned, decision, count, dtype)
         self.plans.keep((count, dtype), planned)
         return planned
 
-    def _engine_call(self, decision: Decision) -> Planned:
+    def _engine_call(self, decision: Decision) -> Planned[Call]:
         """A function that runs what no kernel here can."""
-        capturing = torch.cuda.is_current_stream_capturing if self._device.type == "cuda" else bool
-        call = CountedCall(self._fallback, capturing)
+        call = CountedCall(self._fallback, self._capturing)
         self.tally.add(decision, call.made, call)
         return Planned(decision, call, call.made)
 
     def _log_fallback(self, decision: Decision) -> None:
         line = f"{decision.requested} falls back to {decision.strategy}: {decision.reason}"
+        self._log_once(logging.WARNING, line)
+
+    def _log_once(self, level: int, line: str) -> None:
         if self._rank == 0 and line not in self._logged and len(self._logged) < MOST_FALLBACKS:
             self._logged.add(line)
-            logger.warning("%s", line)
+            logger.log(level, "%s", line)
 
     def pull(self, input_: torch.Tensor) -> Call | None:
         """The call for an input that peers read in place; None where it lies elsewhere, or is sent all the same."""
@@ -153,17 +164,17 @@ class Planner:
             self.pulls.keep(key, planned)
         return None if planned is None else planned.call
 
-    def _plan_pull(self, found: int, count: int, dtype: torch.dtype) -> Planned | None:
+    def _plan_pull(self, found: int, count: int, dtype: torch.dtype) -> Planned[Call] | None:
         """For inputs in one of the buffers that peers see; None where they are sent as from anywhere else."""
         decision = self._decide(count, dtype, readable_in_place=True)
         if decision.launch is None or decision.launch.exchange is not Exchange.PULL:
             return None
         planned = self._kernel_call(decision, count, dtype, self.buffers[found].peer_distances)
-        return self._checked(planned, count, dtype, f" in memory {found} that peers see")
+        return self._checked(planned, decision, count, dtype, f" in memory {found} that peers see")
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
-    ) -> Planned:
+    ) -> Planned[Call]:
         """A function that launches this decision, with all that does not change bound."""
         launch, workspace, health = decision.launch, self._workspace, self._health
         assert workspace is not None
@@ -174,14 +185,60 @@ class Planner:
         self.tally.add(decision, plan, call)
         return Planned(decision, call, plan)
 
-    def _checked(self, planned: Planned, count: int, dtype: torch.dtype, place: str = "") -> Planned:
+    def _checked(
+        self, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype, place: str = ""
+    ) -> Planned[Call]:
         """The same, compared between ranks first where that is asked for."""
         if self._checker is None:
             return planned
-        decision = planned.decision
 
         def describe_call(captured: bool) -> Description:  # noqa: FBT001
             return describe_one(decision, count, dtype_name(dtype), place, captured=captured)
 
         on_gpu = self._device.type == "cuda"
         return planned._replace(call=self._checker.around(planned.call, describe_call, on_gpu=on_gpu))
+
+    # -- with a norm behind them ---------------------------------------------------------------------------------------
+
+    def plan_normed(self, shape: NormShape) -> Planned[NormCall]:
+        """What happens to messages with residual and norm behind them.
+
+        Raises:
+            RuntimeError: the communicator is closed.
+            ValueError: such rows cannot be normed, or not quantized like this.
+        """
+        self._check_open()
+        shape.check()
+        decision = decide_fused(
+            self._config, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant
+        )
+        if fallback_of(decision.all_reduce) is not None:
+            self._log_fallback(decision.all_reduce)
+        elif decision.launch is None and not decision.by_design:
+            self._log_once(logging.INFO, f"norms run in a kernel of their own: {decision.reason}")
+        call, counted = self._norm_call(decision, shape)
+        self.tally.add(decision, counted, call)
+        if self._checker is not None:
+
+            def describe_call(captured: bool) -> Description:  # noqa: FBT001
+                return describe_fused(decision, str(shape), captured=captured)
+
+            call = self._checker.around(call, describe_call, on_gpu=self._device.type == "cuda")
+        planned = Planned(decision, call, counted)
+        self.normed.keep(shape, planned)
+        return planned
+
+    def _norm_call(self, decision: FusedDecision, shape: NormShape) -> tuple[NormCall, Counted]:
+        """A function that does it, and what counts its calls."""
+        name, launch = decision.counted_as, decision.launch or decision.all_reduce.launch
+        if shape.rows == 0 or launch is None:
+            by_engine = norm_calls.engine_then_norm(self._fallback, shape, self._device)
+            call = CountedCall(by_engine if shape.rows else norm_calls.no_rows(shape), self._capturing)
+            return call, call.made
+        assert self._workspace is not None
+        assert self._health is not None
+        if decision.launch is not None:
+            plan = norm_calls.fused_plan(self._workspace, launch, shape)
+            return norm_calls.fused_call(plan, shape, self._health, self._device, name), plan
+        plan = plan_of(self._workspace, launch, shape.elements, shape.dtype)
+        return norm_calls.kernel_then_norm(plan, shape, self._health, self._device, name), plan

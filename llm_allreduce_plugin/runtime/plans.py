@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
-from llm_allreduce_plugin.algorithms.decision import Decision
-from llm_allreduce_plugin.runtime.calls import Call
+from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
 from llm_allreduce_plugin.runtime.tally import Counted
 
 # Engines call with some hundred sizes: one for each batch that they have a graph of, and those of prefill. A plan takes
@@ -14,9 +14,10 @@ from llm_allreduce_plugin.runtime.tally import Counted
 MOST_PLANS = 512
 
 _Key = TypeVar("_Key")
+_Call = TypeVar("_Call", bound=Callable[..., Any])
 
 
-class Planned(NamedTuple):
+class Planned(NamedTuple, Generic[_Call]):
     """What happens to one size and type.
 
     Attributes:
@@ -26,8 +27,8 @@ class Planned(NamedTuple):
         seen: calls that had been made when the plan's turn to go last came. At first the one that it is made for.
     """
 
-    decision: Decision
-    call: Call
+    decision: Decision | FusedDecision
+    call: _Call
     counted: Counted
     seen: int = 1
 
@@ -37,7 +38,7 @@ class Planned(NamedTuple):
         return self.counted.calls + self.counted.captured
 
 
-class Plans(dict[_Key, Planned | None]):
+class Plans(dict[_Key, Planned[_Call] | None], Generic[_Key, _Call]):
     """At most ``most`` entries. ``None`` is kept, too, for what has no plan.
 
     Looking one up is a dictionary's, and notes nothing down. What is in use shows in the counts that there are anyway:
@@ -49,7 +50,7 @@ class Plans(dict[_Key, Planned | None]):
         self._most = most
         self._lock = threading.Lock()
 
-    def keep(self, key: _Key, planned: Planned | None) -> None:
+    def keep(self, key: _Key, planned: Planned[_Call] | None) -> None:
         """Add an entry; others go where there are too many."""
         with self._lock:
             while len(self) >= self._most and key not in self:

@@ -7,15 +7,16 @@ import itertools
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
 from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.runtime.reports import Report
 
 MOST_FALLBACKS = 64  # kinds of them that are told apart
 OTHER_REASONS = "other reasons"
+FUSED = "fused norm"  # what is asked for where the norm behind an all-reduce is to be in its kernel
 
 
 class Counted(Protocol):
@@ -45,18 +46,18 @@ class CountedCall:
         made: the counts, which may outlive this.
     """
 
-    def __init__(self, run: Callable[[Any], Any], capturing: Callable[[], bool]) -> None:
+    def __init__(self, run: Callable[..., Any], capturing: Callable[[], bool]) -> None:
         self.made = Made()
         self._run = run
         self._capturing = capturing
 
-    def __call__(self, input_: Any) -> Any:  # noqa: ANN401
+    def __call__(self, *inputs: Any) -> Any:  # noqa: ANN401
         """Run it."""
         if self._capturing():
             self.made.captured += 1
         else:
             self.made.calls += 1
-        return self._run(input_)
+        return self._run(*inputs)
 
 
 class Fallback(NamedTuple):
@@ -75,6 +76,17 @@ def fallback_of(decision: Decision) -> Fallback | None:
     return Fallback(str(decision.requested), str(decision.strategy), decision.reason)
 
 
+def fallbacks_of(decision: Decision | FusedDecision) -> tuple[Fallback, ...]:
+    """All that ran otherwise than was asked for: the all-reduce, and the norm in a kernel of its own."""
+    if isinstance(decision, Decision):
+        found = fallback_of(decision)
+        return () if found is None else (found,)
+    of_sum = fallbacks_of(decision.all_reduce)
+    if decision.launch is not None or decision.by_design or decision.all_reduce.launch is None:
+        return of_sum
+    return (*of_sum, Fallback(FUSED, decision.counted_as, decision.reason))
+
+
 @dataclasses.dataclass
 class Counts:
     """Calls so far: eager and captured ones by strategy, and both by fallback."""
@@ -83,14 +95,14 @@ class Counts:
     captured: Counter[str] = dataclasses.field(default_factory=Counter)
     fallbacks: Counter[Fallback] = dataclasses.field(default_factory=Counter)
 
-    def add(self, strategy: str, fallback: Fallback | None, calls: int, captured: int) -> None:
-        """Count more calls of a strategy, and of a fallback. Only so many reasons are told apart."""
+    def add(self, strategy: str, fallbacks: Sequence[Fallback], calls: int, captured: int) -> None:
+        """Count more calls of a strategy, and of fallbacks. Only so many reasons are told apart."""
         self.calls[strategy] += calls
         self.captured[strategy] += captured
-        if fallback is not None:
-            if fallback not in self.fallbacks and len(self.fallbacks) >= MOST_FALLBACKS:
-                fallback = fallback._replace(reason=OTHER_REASONS)
-            self.fallbacks[fallback] += calls + captured
+        for fallback in fallbacks:
+            is_kept = fallback in self.fallbacks or len(self.fallbacks) < MOST_FALLBACKS
+            known = fallback if is_kept else fallback._replace(reason=OTHER_REASONS)
+            self.fallbacks[known] += calls + captured
 
     def copy(self) -> Counts:
         """The same counts, to add to."""
@@ -136,12 +148,12 @@ class _Part(NamedTuple):
     """Something that counts, and what its calls are counted as."""
 
     strategy: str
-    fallback: Fallback | None
+    fallbacks: tuple[Fallback, ...]
     counted: Counted
     ref: weakref.ref[Any] | None  # to what makes the calls, so that its end is heard of
 
     def add_to(self, counts: Counts) -> None:
-        counts.add(self.strategy, self.fallback, self.counted.calls, self.counted.captured)
+        counts.add(self.strategy, self.fallbacks, self.counted.calls, self.counted.captured)
 
 
 class Tally:
@@ -158,7 +170,7 @@ class Tally:
         self._lock = threading.Lock()
         self._over = False
 
-    def add(self, decision: Decision, counted: Counted, call: object = None) -> None:
+    def add(self, decision: Decision | FusedDecision, counted: Counted, call: object = None) -> None:
         """From now on the calls of ``counted`` are those of ``decision``.
 
         ``call``: what makes them. As soon as nobody holds that, so that no more can be made, they are folded into
@@ -166,7 +178,7 @@ class Tally:
         """
         number, ended = next(self._numbers), self._ended
         ref = None if call is None else weakref.ref(call, lambda _: ended.append(number))
-        part = _Part(decision.counted_as, fallback_of(decision), counted, ref)
+        part = _Part(decision.counted_as, fallbacks_of(decision), counted, ref)
         with self._lock:
             self._parts[number] = part
             self._fold()

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from llm_allreduce_plugin.algorithms import measured, staging, tables
+from llm_allreduce_plugin.algorithms import fused, measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import Message, Numerics
-from llm_allreduce_plugin.algorithms.decision import Decision, PassedOver
+from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision, PassedOver
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.quantization import QuantKind, check_hidden
 
 
 def _by_table(config: AllReduceConfig) -> TableStrategy | None:
@@ -100,6 +101,32 @@ def _passed_over(
         else:
             reasons[name] = f"allreduce_strategy is {requested}"
     return tuple(PassedOver(name, reason) for name, reason in reasons.items())
+
+
+def decide_fused(
+    config: AllReduceConfig, facts: GroupFacts, rows: int, hidden: int, dtype: str, quant: QuantKind | None = None
+) -> FusedDecision:
+    """What runs for ``rows`` rows of ``hidden`` elements with residual, RMSNorm and quantization behind the sum.
+
+    For all hidden sizes that can be normed there is a decision. The result has the same bits whatever it says.
+
+    Raises:
+        ValueError: rows of this size cannot be normed, or not quantized like this.
+    """
+    check_hidden(hidden, quant)
+    all_reduce = decide(config, facts, rows * hidden, dtype)
+    if rows == 0 or not config.fuse_norm:
+        reason = "there are no rows" if rows == 0 else "fuse_norm is off"
+        return FusedDecision(None, reason, all_reduce, by_design=True)
+    if all_reduce.launch is None:
+        return FusedDecision(None, "the engine's own all-reduce runs", all_reduce)
+    subject = fused.Rows(Message(rows * hidden, dtype, ELEMENT_BYTES[dtype]), rows, hidden)
+    carrier = fused.carrier(config, facts, subject.message, all_reduce.launch)
+    if (obstacle := fused.obstacle(facts, subject, carrier)) is not None:
+        return FusedDecision(None, obstacle, all_reduce)
+    if not (merit := fused.pays(facts, subject, carrier)).pays:
+        return FusedDecision(None, merit.reason, all_reduce)
+    return FusedDecision(fused.plan(facts, subject, carrier), merit.reason, all_reduce)
 
 
 def kernel_in_words(decision: Decision) -> str | None:

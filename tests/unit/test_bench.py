@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin.bench import table
 from llm_allreduce_plugin.bench.worker import Measurement
-from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.cli import app, bench_subject
 from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
-from llm_allreduce_plugin.measure import answers
+from llm_allreduce_plugin.measure import answers, norm_answers
+from llm_allreduce_plugin.norm import Normed, QuantKind
 
 RUNNER = CliRunner()
 
@@ -82,6 +83,54 @@ def test_table() -> None:
     assert cells.split() == ["4096", "2.00*", "9.00"]
 
 
+def test_rows_in_the_table() -> None:
+    row = Measurement("fused", 2 * 3 * 8192, 3 * 8192, eager_us=10.0, eager_wrong=0)
+    assert table.line(row, "bfloat16", 2, 8192).split()[:4] == ["49152", "3x8192", "bfloat16", "norm"]
+
+
+def test_sizes_are_rounded_down_to_whole_rows() -> None:
+    norm = bench_subject.norm_of(fused=True, hidden=2880, quant=None)
+    assert norm is not None
+    assert norm.counts([1024, 6000, 8192, 1 << 20], "bfloat16") == [2880, 182 * 2880]
+    with pytest.raises(typer.BadParameter, match="--maxbytes 1024: less than a row of 2880 bfloat16, 5760 bytes"):
+        norm.counts([1024], "bfloat16")
+    assert bench_subject.norm_of(fused=False, hidden=None, quant=None) is None
+    default = bench_subject.norm_of(fused=True, hidden=None, quant=QuantKind.NVFP4)
+    assert default == bench_subject.Norm(8192, QuantKind.NVFP4)
+
+
+def _norm_case(kind: QuantKind | None) -> tuple[Normed, Normed]:
+    """The same answer twice."""
+    cpu = torch.device("cpu")
+    total = answers.rank_ordered_sum(3, 2, 16 * 256, torch.bfloat16, cpu).view(16, 256)
+    residual, weight = norm_answers.make_beside(3, 16, 256, torch.bfloat16, cpu)
+    quant = norm_answers.make_quant(kind, cpu)
+    found = [norm_answers.expected(total, residual, weight, 1e-5, quant) for _ in range(2)]
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", (None, *QuantKind))
+def test_a_norm_is_right_to_the_bit_or_within_what_rounding_costs(kind: QuantKind | None) -> None:
+    answer, expected = _norm_case(kind)
+    for exact in (True, False):
+        assert norm_answers.wrong_elements(answer, expected, exact=exact, world_size=2) == 0
+    for number, tensor in enumerate(answer):
+        if tensor is None:
+            continue
+        other, _ = _norm_case(kind)
+        part = other[number]
+        assert part is not None
+        part.view(torch.uint8).view(-1)[17] ^= 1
+        assert norm_answers.wrong_elements(other, expected, exact=True, world_size=2) == 1, Normed._fields[number]
+    assert norm_answers.wrong_elements(
+        answer._replace(norm_out=answer.residual_out), expected, exact=False, world_size=2
+    )
+    if kind is QuantKind.FP8:
+        assert answer.quant_out is not None
+        off = answer._replace(quant_out=(answer.quant_out.float() * 1.6).to(torch.float8_e4m3fn))
+        assert norm_answers.wrong_elements(off, expected, exact=False, world_size=2) > 1000
+
+
 def test_exact_means_every_bit() -> None:
     expected = answers.rank_ordered_sum(7, 3, 1000, torch.bfloat16, torch.device("cpu"))
     output = expected.clone()
@@ -114,6 +163,10 @@ def test_reference_is_the_sum_of_the_inputs() -> None:
             "--with magic: must be one of ONESHOT, TWOSHOT, MINLATENCY",
         ),
         (["-b", "1M", "-e", "1K"], "is less than"),
+        (["--cpu", "--fused", "--with", "ONESHOT"], "--with ONESHOT: must be one of fused, then-norm"),
+        (["--hidden", "64"], "--hidden 64: messages have rows only with --fused"),
+        (["--fused", "--hidden", "100"], "--hidden 100: input: rows of 100 elements; RMSNorm needs a multiple of 8"),
+        (["--quant", "nvfp4"], "--quant nvfp4: only norms are quantized"),
     ],
 )
 def test_wrong_flags_are_named(arguments: list[str], complaint: str) -> None:

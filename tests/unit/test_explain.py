@@ -19,7 +19,8 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
 from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.quantization import QuantKind
+from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.selection.sweep import LARGEST_BYTES, SMALLEST_BYTES, name_of, size_text, sweep
 from llm_allreduce_plugin.topology.links import Transport
 
@@ -229,6 +230,54 @@ def test_a_type_without_a_kernel_is_explained() -> None:
     assert "no kernel for dtype int32" in document["decision"]["reason"]
 
 
+def test_norms_behind_an_all_reduce_are_explained() -> None:
+    """The same decision as the engine's, with the launch, or the reason for two kernels."""
+    code, output = run(
+        "--topology", H200, "--tp", "2", "--fused", "--rows", "4", "--hidden", "8192", "--quant", "NVFP4"
+    )
+    assert code == 0
+    lines = output.splitlines()
+    assert lines[2] == "# 4 x 8192 of bfloat16: 64 KiB per rank, then residual, norm and nvfp4"
+    decision = decide_fused(AllReduceConfig(), facts("h200_x4_nvswitch", 2), 4, 8192, "bfloat16", QuantKind.NVFP4)
+    assert decision.launch is not None
+    assert lines[3:5] == str(decision).splitlines()[:2]
+    assert f"  launch: {decision.launch}" in lines
+
+    code, output = run("--topology", H200, "--fused", "--dtype", "fp32")
+    assert code == 0
+    assert "all-reduce, then norm: two kernels\n  because only 16-bit types are fused, not float32\n" in output
+
+
+def test_json_has_both_decisions() -> None:
+    document = explained("--topology", H200, "--fused", "--tokens", "100", "--hidden", "2880", "--strategy", "oneshot")
+    assert document["message"] == {
+        "count": 288000, "dtype": "bfloat16", "bytes": 576000, "rows": 100, "hidden": 2880, "quant": None,
+    }  # fmt: skip
+    decision = document["decision"]
+    assert (decision["runs"], decision["by_design"]) == ("ONESHOT (fused norm)", False)
+    assert decision["launch"]["chunk_vectors"] == 100 * 360
+    assert decision["all_reduce"]["strategy"] == "ONESHOT"
+    off = explained("--topology", H200, "--fused", "--strategy", "NCCL")["decision"]
+    assert (off["runs"], off["launch"]) == ("NCCL, then norm", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--quant", "fp8"], "--quant fp8: only norms are quantized: give --fused, too"),
+        (["--fused", "--quant", "int4"], "--quant int4: must be one of fp8, fp8-token, fp8-group, nvfp4"),
+        (["--fused", "--sweep"], "--sweep: not with --fused, which takes whole rows"),
+        (["--fused", "--bytes", "64K"], "--bytes: not with --fused"),
+        (["--fused", "--hidden", "100"], "rows of 100 elements; RMSNorm needs a multiple of 8"),
+        (["--fused", "--hidden", "2880", "--quant", "fp8-group"], "quantization fp8-group needs a multiple of 128"),
+    ],
+)
+def test_what_does_not_go_with_a_norm_is_named(arguments: list[str], complaint: str) -> None:
+    result = RUNNER.invoke(app, ["explain", "--topology", H200, *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
 def test_the_sweep_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "sweep.png"
@@ -246,6 +295,7 @@ def test_no_torch_is_needed() -> None:
 import sys
 from llm_allreduce_plugin.cli import app
 app(["explain", "--topology", {H200!r}, "--sweep"], standalone_mode=False)
+app(["explain", "--topology", {H200!r}, "--fused"], standalone_mode=False)
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60, stdout=subprocess.DEVNULL)

@@ -19,6 +19,8 @@ ROOMS = (
     "settings",
     "config",
     "wire",
+    "quantization",
+    "norm",
     "topology",
     "transport",
     "algorithms",

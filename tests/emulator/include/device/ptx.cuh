@@ -102,6 +102,13 @@ bool barrier_all(uint32_t threads, bool value) {
   return emulator::machine.self->block->meet_at(kBarrier, emulator::Meeting::kBarrierAnd, threads, value, true) != 0;
 }
 
+// A block is alone.
+inline uint32_t cluster_size() { return 1; }
+inline uint32_t cluster_rank() { return 0; }
+inline void cluster_arrive() { emulator::fail("there are no clusters"); }
+inline void cluster_wait() { emulator::fail("there are no clusters"); }
+inline void store_cluster(void*, uint32_t, uint32_t) { emulator::fail("there are no clusters"); }
+
 inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(static_cast<const char*>(shared) - emulator::machine.self->block->shared_memory(0));
 }

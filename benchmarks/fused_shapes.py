@@ -1,0 +1,226 @@
+"""Launch shapes of fused calls (all-reduce, residual, RMSNorm, quantization), each verified, then timed in a graph.
+
+    python benchmarks/fused_shapes.py --gpus 2 --hidden 8192 --out benchmarks/h100/fused_shapes_tp2.json
+
+Beside them, for the same rows: the all-reduce alone, and our norm alone. The launch tables of the package come from
+these. Microseconds per call, bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.measure.answers import make_case
+from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.timing import time_graph
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
+from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
+
+DTYPE = torch.bfloat16
+EPS = 1e-5
+MOST_THREADS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    algorithm: int
+    lanes: int
+    threads: int
+    cluster: int = 1
+    scatter_lanes: int = 0
+    drain_lanes: int = 0
+
+
+def threads_for(units: int) -> int:
+    return max(32, math.ceil(units / 32) * 32)
+
+
+def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Shape]:
+    """A row to a cluster, with a unit of it to a thread, or to a block; lanes of one task for many rows."""
+    units = hidden // 8
+    shapes = []
+    for cluster in (1, 2, 4, 8):
+        for per_thread in (1, 2):
+            threads = threads_for(math.ceil(units / cluster / per_thread))
+            if threads > MOST_THREADS or (cluster > 1 and (per_thread > 1 or threads < 64)):
+                continue
+            for most in (132, 264):
+                lanes = min(rows * cluster, most // cluster * cluster)
+                shapes.append(Shape(_C.ONE_SHOT, lanes, threads, cluster))
+    if rows * hidden * 2 >= 1 << 20:
+        threads = threads_for(math.ceil(units / 2))
+        for lanes in (132, 264) if wide else (132,):
+            shapes += [Shape(_C.ONE_SHOT, lanes, threads, 1, scatter * lanes // 132) for scatter in (12, 16, 24, 32)]
+            if world_size > 2:
+                shapes += [
+                    Shape(_C.TWO_SHOT, lanes, threads, 1, scatter, drain) for scatter, drain in ((33, 33), (48, 40))
+                ]
+    if world_size > 2:
+        part = math.ceil(rows / world_size)
+        shapes += [
+            Shape(_C.TWO_SHOT, min(part, 132), threads_for(math.ceil(units / per_thread)))
+            for per_thread in (1, 2)
+            if threads_for(math.ceil(units / per_thread)) <= MOST_THREADS
+        ]
+    return list(dict.fromkeys(shapes))
+
+
+class Case:
+    """Rows of one size on this rank, and what they must become."""
+
+    def __init__(self, context: RankContext, rows: int, hidden: int, quant: Quant | None) -> None:
+        mine, sums = make_case(context, rows * hidden, DTYPE)
+        self.mine, self.sums = mine.view(rows, hidden), sums.view(rows, hidden).to(context.device)
+        generator = torch.Generator().manual_seed(rows)
+        self.residual = torch.randn(rows, hidden, generator=generator).to(DTYPE).to(context.device)
+        self.weight = torch.randn(hidden, generator=generator).to(DTYPE).to(context.device)
+        self.quant = quant
+        self.outputs = empty_outputs(self.mine, quant, return_norm=False)
+        self.expected = residual_rms_norm(self.sums, self.residual, self.weight, EPS, quant=quant)
+        self.norm = _C.Norm(hidden, EPS, quant=_C.QUANT_NONE if quant is None else quant.kind.code)
+        out = self.outputs
+        self.tensors = _C.NormTensors(
+            residual=self.residual.data_ptr(),
+            weight=self.weight.data_ptr(),
+            norm_out=0 if out.norm_out is None else out.norm_out.data_ptr(),
+            quant_out=0 if out.quant_out is None else out.quant_out.data_ptr(),
+            scale_out=0 if out.scale_out is None else out.scale_out.data_ptr(),
+            scale=0 if quant is None or quant.scale is None else quant.scale.data_ptr(),
+        )
+
+    def poison(self) -> None:
+        for output in self.outputs:
+            if output is not None:
+                output.view(torch.uint8).fill_(0xA5)
+
+    def wrong(self) -> int:
+        def bits(normed: Normed) -> list[torch.Tensor]:
+            return [t.contiguous().view(torch.uint8) for t in normed if t is not None]
+
+        return sum(int((a != b).sum()) for a, b in zip(bits(self.outputs), bits(self.expected), strict=True))
+
+
+def plan_of(workspace: _C.Workspace, layout: _C.Layout, case: Case, shape: Shape, world_size: int) -> _C.Plan:
+    rows, hidden = case.mine.shape
+    one_shot = shape.algorithm == _C.ONE_SHOT
+    slot = layout.in_band.one_shot_bytes if one_shot else layout.in_band.two_shot_bytes
+    units = hidden // 8
+    chunk = min(rows if one_shot else math.ceil(rows / world_size), slot // 16 // units) * units
+    return _C.Plan(
+        workspace, algorithm=shape.algorithm, exchange=_C.PUSH, count=case.mine.numel(), dtype=DTYPE_CODES[DTYPE],
+        lanes=shape.lanes, threads=shape.threads, chunk_vectors=chunk, scatter_lanes=shape.scatter_lanes,
+        drain_lanes=shape.drain_lanes, epilogue=_C.RMS_NORM, cluster=shape.cluster, norm=case.norm,
+    )  # fmt: skip
+
+
+def stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def measure(
+    context: RankContext,
+    hidden: int,
+    rows_list: list[int],
+    kinds: list[str],
+    workspace_bytes: int,
+    wide: bool,  # noqa: FBT001
+) -> list[dict[str, Any]]:
+    layout = _C.make_layout(context.world_size, 264, in_band_bytes=workspace_bytes, flagged_bytes=0)
+    memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
+    workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
+    _C.load_kernels(context.world_size)
+    results: list[dict[str, Any]] = []
+    for rows in rows_list:
+        for kind in kinds:
+            scale = torch.tensor([0.02], device=context.device)
+            quant = None
+            if kind != "none":
+                quant = Quant(QuantKind(kind), scale if QuantKind(kind).needs_scale else None)
+            case = Case(context, rows, hidden, quant)
+            row = {"hidden": hidden, "rows": rows, "bytes": rows * hidden * 2, "quant": kind}
+
+            def alone(case: Case = case) -> None:
+                _C.rms_norm(
+                    case.norm, case.tensors, case.sums.data_ptr(), case.outputs.residual_out.data_ptr(),
+                    case.mine.numel(), DTYPE_CODES[DTYPE], context.device.index, stream(),
+                )  # fmt: skip
+
+            case.poison()
+            alone()
+            torch.cuda.synchronize()
+            wrong = case.wrong()
+            timing = time_graph(context, alone)
+            results.append(row | {"what": "norm alone", "us": round(timing.median, 2), "wrong": wrong})
+            for shape in shapes_of(rows, hidden, context.world_size, wide=wide):
+                plan = plan_of(workspace, layout, case, shape, context.world_size)
+
+                def fused(plan: _C.Plan = plan, case: Case = case) -> None:
+                    status = plan.normed(
+                        case.mine.data_ptr(), case.outputs.residual_out.data_ptr(), stream(), case.tensors
+                    )
+                    assert status == 0
+
+                case.poison()
+                fused()
+                torch.cuda.synchronize()
+                wrong = case.wrong()
+                timing = time_graph(context, fused)
+                found = row | {"what": "fused"} | dataclasses.asdict(shape)
+                found |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
+                results.append(found | {"wrong": sum(context.gather(wrong))})
+    torch.cuda.synchronize()
+    memory.close()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--hidden", type=int, nargs="+", default=[8192])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 128, 256, 1024, 4096])
+    parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", *QuantKind])
+    parser.add_argument("--wide", action="store_true", help="two blocks to a multiprocessor, too")
+    parser.add_argument("--workspace-mib", type=int, default=512)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    pool = RankPool(arguments.gpus, "cuda")
+    results = []
+    try:
+        for hidden in arguments.hidden:
+            results += pool.run(
+                measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, arguments.wide,
+                timeout_s=500,
+            )[0]  # fmt: skip
+    finally:
+        pool.close()
+    write_record(arguments.out, results, world_size=arguments.gpus)
+    for hidden in arguments.hidden:
+        for rows in arguments.rows:
+            for kind in arguments.quant:
+                mine = [r for r in results if (r["hidden"], r["rows"], r["quant"]) == (hidden, rows, kind)]
+                fused = sorted((r for r in mine if r["what"] == "fused"), key=lambda r: r["us"])
+                best = ", ".join(
+                    f"{r['us']} ({'2' if r['algorithm'] else '1'}: {r['lanes']}x{r['threads']} c{r['cluster']} "
+                    f"s{r['scatter_lanes']})"
+                    for r in fused[:4]
+                )
+                alone = next(r["us"] for r in mine if r["what"] == "norm alone")
+                print(f"{hidden} x {rows} {kind}: norm {alone}; {best}; wrong {sum(r['wrong'] for r in mine)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+// Units of 8 elements, in which rows are normed: one vector of 16-bit elements, two of fp32.
+#ifndef LLM_ALLREDUCE_DEVICE_UNIT_CUH_
+#define LLM_ALLREDUCE_DEVICE_UNIT_CUH_
+
+#include "codec/norm.h"
+#include "device/vector.cuh"
+
+namespace lar {
+
+template <typename T>
+struct Unit {
+  static constexpr int kElements = codec::kUnitElements;
+  static constexpr int kVectors = kElements / Vector<T>::kElements;
+  uint4 raw[kVectors];
+
+  // In program order: with dependent launch the tensor may still be written when this kernel starts.
+  __device__ __forceinline__ static Unit load(const void* base, int64_t index) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i)
+      unit.raw[i] = load_in_order(static_cast<const uint4*>(base) + index * kVectors + i);
+    return unit;
+  }
+
+  __device__ __forceinline__ void store(void* base, int64_t index) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) static_cast<uint4*>(base)[index * kVectors + i] = raw[i];
+  }
+
+  __device__ __forceinline__ void widened(float (&x)[kElements]) const {
+    const T* values = reinterpret_cast<const T*>(raw);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) x[i] = widen(values[i]);
+  }
+
+  __device__ __forceinline__ static Unit rounded(const float (&x)[kElements]) {
+    Unit unit;
+    T* values = reinterpret_cast<T*>(unit.raw);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) values[i] = round_to<T>(x[i]);
+    return unit;
+  }
+};
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_DEVICE_UNIT_CUH_

@@ -1,0 +1,120 @@
+// ONESHOT in band with LAR_RMS_NORM: every rank stores its rows into slots of every peer, then sums, norms and
+// quantizes all rows itself. The exchange is that of one_shot_push.cu.
+//
+//     push     store my row into my slot at every peer
+//     prepare  load what the sink needs of the row beside the sums: it comes while the links are busy
+//     reduce   poll the vectors of all ranks, clear them, sum in rank order, round once
+//     sink     the row's threads meet once for the sum of squares, and once more for a scale of the whole row
+//
+// A row is a block's. While there are few rows, a cluster of blocks shares one (kShort): then all multiprocessors
+// store, and meeting in a cluster costs less than what one block would wait for its own stores. In large messages some
+// lanes only push, by bulk copies.
+#include "device/bulk_sender.cuh"
+#include "device/rows_in_band.cuh"
+
+namespace lar {
+namespace {
+
+template <typename T, int kWorldSize, int kUnits>
+using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kResidual>;
+
+template <typename T, int kWorldSize, int kUnits>
+__device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
+                                            uint32_t slots, uint32_t first, uint32_t stride) {
+  const PushArguments<kWorldSize>& arguments = all.in_band;
+  const uint32_t units = all.norm.units;
+#pragma unroll 1
+  for (uint32_t row = first; row < all.norm.rows; row += stride) {
+    uint4 mine[kUnits];
+    load_row(arguments.input, row * units, sink.rows(), mine);
+    sink.prepare(row);
+    Unit<T> sums[kUnits];
+    const PushedRow<kWorldSize> theirs{arguments, slots + row * units};
+    if (!poll_and_sum_row<T, kWorldSize, true>(arguments, LAR_PHASE_GATHER, sink.rows(), theirs, mine, sums)) return;
+    sink(row, sums);
+  }
+}
+
+template <typename T, int kWorldSize, int kUnits>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_push_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
+  const PushArguments<kWorldSize>& arguments = all.in_band;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const uint32_t units = all.norm.units;
+  LAR_BLOCK_VARIABLE(RowMemory, memory);
+  Sink<T, kWorldSize, kUnits> sink(all.norm, memory);
+  const Rows<kUnits>& rows = sink.rows();
+  const uint32_t group = rows.group();
+  const uint32_t groups = rows.groups(gridDim.x);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  // The first row's vectors and the epoch leave together; one of the last row is loaded for nothing rather than branch.
+  uint4 mine[kUnits];
+  load_row(arguments.input, min(group, all.norm.rows - 1) * units, rows, mine);
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  const auto push = [&](uint32_t row) {
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      if (!rows.has(k)) continue;
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+      for (int step = 1; step < world_size; ++step)
+        store_in_band(arguments.to[step], slots + row * units + rows.unit(k), mine[k]);
+    }
+  };
+  if (group < all.norm.rows) push(group);
+#pragma unroll 1
+  for (uint32_t row = group + groups; row < all.norm.rows; row += groups) {
+    load_row(arguments.input, row * units, rows, mine);
+    push(row);
+  }
+  advance_epoch(arguments, epoch);
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, group, groups);
+}
+
+template <typename T, int kWorldSize, int kUnits>
+__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+    one_shot_split_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
+  const PushArguments<kWorldSize>& arguments = all.in_band;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const uint32_t pushers = arguments.scatter_lanes;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const uint32_t epoch = epoch_of(arguments);
+  const uint32_t slots = slots_of_call(arguments, epoch);
+  advance_epoch(arguments, epoch);
+  LAR_SENDER_OR_ROW_MEMORY(memory, row_memory);
+  if (blockIdx.x < pushers) {
+    BulkSender sender(memory);
+    const uint32_t total_vectors = all.norm.rows * all.norm.units;
+    const Share share = share_of(0, pushers, total_vectors);
+    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
+      const uint4 mine = load_vector(arguments.input, min(tile + warp_thread(), total_vectors - 1));
+      sender.fill(without_marker(mine));
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+      for (int step = 1; step < world_size; ++step)
+        sender.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
+      sender.close();
+    }
+    sender.flush();
+    return;
+  }
+  Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, sink.rows().group(pushers),
+                                     sink.rows().groups(gridDim.x - pushers));
+}
+
+const Registration rows([] {
+  add_rows_in_band(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
+    using T = typename decltype(type)::type;
+    constexpr int kWorldSize = decltype(world)::value;
+    add(Form::kShort, one_shot_push_norm_kernel<T, kWorldSize, 1>);
+    add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
+    add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);
+  });
+});
+
+}  // namespace
+}  // namespace lar

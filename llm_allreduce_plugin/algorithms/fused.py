@@ -1,0 +1,175 @@
+"""All-reduce, residual, RMSNorm and quantization in one kernel: can it run, does it pay, and how is it launched. Pure.
+
+Rows stay whole: a block, or a cluster of them, sums a row, keeps it in registers and norms it. What cannot be fused
+runs as two kernels, which give the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.algorithms import measured, tables
+from llm_allreduce_plugin.algorithms.base import MAX_THREADS, MIN_SPLIT_LANES, VECTOR_BYTES, Merit, Message
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
+from llm_allreduce_plugin.algorithms.measured import RowShape
+from llm_allreduce_plugin.algorithms.one_shot import OneShot
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
+from llm_allreduce_plugin.topology.links import Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
+
+PAIR = 2
+MOST_RANKS = 8
+MOST_HIDDEN = 16384
+FUSED_BYTES = 2  # of an element
+WARP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A message whose rows are normed.
+
+    Attributes:
+        message: all of it.
+        rows: at least one.
+        hidden: elements of a row, a multiple of 8.
+    """
+
+    message: Message
+    rows: int
+    hidden: int
+
+    @property
+    def bytes(self) -> int:
+        """Of a row."""
+        return self.hidden * self.message.element_bytes
+
+    @property
+    def vectors(self) -> int:
+        """Of a row."""
+        return self.bytes // VECTOR_BYTES
+
+
+def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact: Launch) -> Launch:
+    """The launch of an all-reduce that the norm is put behind, given what the all-reduce alone would be.
+
+    Over two GPUs one step sends no more than two do, and its rows are whole everywhere.
+    """
+    if facts.world_size == PAIR and facts.transport is not Transport.SHM and exact.algorithm is Algorithm.TWO_SHOT:
+        return OneShot().plan(config, facts, message)
+    return exact
+
+
+def obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:
+    """Why the norm cannot be in the kernel of an all-reduce, or None when it can. ``launch``: of :func:`carrier`."""
+    if launch.wire_format is not None:
+        return "only exact sums are fused, and this one is compressed on the wire"
+    if rows.message.element_bytes != FUSED_BYTES:
+        return f"only 16-bit types are fused, not {rows.message.dtype}"
+    if facts.transport is Transport.SHM:
+        return None
+    if facts.world_size > MOST_RANKS:
+        return f"there are fused kernels for 2 to {MOST_RANKS} ranks, not for {facts.world_size}"
+    if rows.hidden > MOST_HIDDEN:
+        return f"a row of {rows.hidden} elements is more than a fused kernel takes, {MOST_HIDDEN}"
+    return _exchange_obstacle(facts, rows, launch)
+
+
+def _exchange_obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:
+    """The same for how a GPU's rows travel, and are kept."""
+    if launch.exchange not in {Exchange.PUSH, Exchange.SHARED}:
+        return f"only what travels in band is fused, and this message is {launch.exchange_in_words}"
+    if launch.exchange is Exchange.SHARED and launch.algorithm is not Algorithm.ONE_SHOT:
+        return "through host memory only one-shot is fused"
+    slot = _slot_bytes(facts, launch.algorithm)  # shared, the message fits it
+    if rows.bytes > slot:
+        return f"a row of {rows.bytes} bytes does not fit a slot of {slot} (workspace_bytes)"
+    shape = measured.ROW_SHAPES[launch.exchange.name]
+    if rows.vectors > (most := _block_vectors(shape)) and not _has_clusters(facts, shape):
+        most *= VECTOR_BYTES // FUSED_BYTES
+        return f"a row of {rows.hidden} elements is more than a block holds here, {most}"
+    return None
+
+
+def pays(facts: GroupFacts, rows: Rows, launch: Launch) -> Merit:
+    """Whether one kernel, which can run, does better than two."""
+    most = tables.fused_pays_to(launch.algorithm.name, facts.world_size)
+    if most is not None and rows.message.payload_bytes > most and facts.transport is not Transport.SHM:
+        return Merit(pays=False, reason=f"above {bytes_in_words(most)} two kernels are faster than one")
+    if facts.world_size == PAIR and facts.transport is not Transport.SHM:
+        return Merit(pays=True, reason="fuse_norm is on; over 2 ranks one step sends no more than two")
+    return Merit(pays=True, reason="fuse_norm is on")
+
+
+def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
+    """How a call is spread that is like ``launch``, of :func:`carrier`, with the norm behind it."""
+    if facts.transport is Transport.SHM:
+        return dataclasses.replace(launch, epilogue=Epilogue.RMS_NORM)
+    shape = measured.ROW_SHAPES[launch.exchange.name]
+    parts = facts.world_size if launch.algorithm is Algorithm.TWO_SHOT else 1
+    own = math.ceil(rows.rows / parts)  # of the rank that has most
+    capacity = _slot_bytes(facts, launch.algorithm) // rows.bytes
+    in_a_round = math.ceil(own / math.ceil(own / capacity))  # alike, so that no rank has more to do in the last
+    cluster = _cluster(facts, rows, launch, shape)
+    spread = Launch(
+        launch.algorithm,
+        launch.exchange,
+        lanes=min(in_a_round * cluster, facts.lanes // cluster * cluster),
+        threads=_threads(math.ceil(rows.vectors / cluster), shape),
+        chunk_vectors=in_a_round * rows.vectors,
+        rounds=math.ceil(rows.rows / (in_a_round * parts)),
+        epilogue=Epilogue.RMS_NORM,
+        cluster=cluster,
+    )
+    return spread if cluster > 1 else _split(facts, rows, spread, shape)
+
+
+def _slot_bytes(facts: GroupFacts, algorithm: Algorithm) -> int:
+    return facts.in_band.one_shot if algorithm is Algorithm.ONE_SHOT else facts.in_band.two_shot
+
+
+def _whole_warps(threads: int) -> int:
+    return math.ceil(threads / WARP) * WARP
+
+
+def _threads(vectors: int, shape: RowShape) -> int:
+    """Of a block that takes a row: as few vectors to a thread as there can be."""
+    choices = (_whole_warps(math.ceil(vectors / each)) for each in shape.vectors)
+    return next(threads for threads in choices if threads <= shape.most_threads)
+
+
+def _block_vectors(shape: RowShape) -> int:
+    """The most vectors of a row that a block holds."""
+    return shape.most_threads * max(shape.vectors)
+
+
+def _cluster(facts: GroupFacts, rows: Rows, launch: Launch, shape: RowShape) -> int:
+    """Blocks that share a row: as many as hold it, or as find work where there are few rows."""
+    few = launch.algorithm is Algorithm.ONE_SHOT and rows.rows <= shape.cluster_rows
+    if few and rows.vectors >= shape.cluster_vectors and _has_clusters(facts, shape):
+        return shape.cluster
+    return 1 << (math.ceil(rows.vectors / _block_vectors(shape)) - 1).bit_length()
+
+
+def _has_clusters(facts: GroupFacts, shape: RowShape) -> bool:
+    return shape.cluster > 1 and (facts.architecture or 0) >= measured.CLUSTERS_FROM and facts.lanes >= shape.cluster
+
+
+def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> Launch:
+    """The same with one task to a lane, where the message is large enough for it."""
+    payload = rows.message.payload_bytes
+    if shape.split_bytes is None or payload < shape.split_bytes or facts.lanes < MIN_SPLIT_LANES:
+        return spread
+    split = tables.split(spread.algorithm.name.replace("_", ""), facts.world_size, payload)
+    if split is None:
+        return spread
+    lanes = facts.lanes * split.lanes // measured.LARGEST_GRID
+    scatter = max(1, facts.lanes * split.scatter // measured.LARGEST_GRID)
+    drain = facts.lanes * split.drain // measured.LARGEST_GRID
+    if spread.chunk_vectors // rows.vectors < lanes - scatter - drain:  # a row to each lane that sums, at least
+        return spread
+    return dataclasses.replace(spread, lanes=lanes, threads=MAX_THREADS, scatter_lanes=scatter, drain_lanes=drain)

@@ -1,0 +1,86 @@
+"""How the answer of an all-reduce with a norm behind it is judged: what goes in beside the sum, what must come out."""
+
+from __future__ import annotations
+
+import torch
+
+from llm_allreduce_plugin.measure import answers
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
+from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+
+# Of values like these, about: what a model would be calibrated to.
+LARGEST_NORM = 6.0
+FP8_LARGEST, FP4_LARGEST = 448.0, 6.0
+FP8_STEP = 1 / 8  # between two neighbours in e4m3, relative to the smaller one
+SMALLEST_FP8 = 2.0**-9
+
+
+def make_beside(
+    seed: int, rows: int, hidden: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Residual ``[rows, hidden]`` and weight ``[hidden]``, the same on every rank."""
+    generator = torch.Generator(device).manual_seed(seed)
+    residual = torch.randn(rows, hidden, generator=generator, device=device)
+    weight = 1 + torch.randn(hidden, generator=generator, device=device) / 4
+    return residual.to(dtype), weight.to(dtype)
+
+
+def make_quant(kind: QuantKind | None, device: torch.device) -> Quant | None:
+    """How norms are quantized, with the scale that a model would have been calibrated to."""
+    if kind is None:
+        return None
+    largest = {QuantKind.FP8: LARGEST_NORM / FP8_LARGEST, QuantKind.NVFP4: FP8_LARGEST * FP4_LARGEST / LARGEST_NORM}
+    scale = torch.tensor([largest[kind]], device=device) if kind in largest else None
+    return Quant(kind, scale)
+
+
+def expected(
+    total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, quant: Quant | None
+) -> Normed:
+    """What must come out of a sum, ``norm_out`` included."""
+    return residual_rms_norm(total, residual, weight, eps, quant=quant, return_norm=True)
+
+
+def wrong_elements(answer: Normed, expected_: Normed, *, exact: bool, world_size: int) -> int:
+    """Elements of an answer that are not what they must be.
+
+    Exact implementations must give the very bits. Others, whose sums, roundings and order of additions differ, are held
+    to what that can cost: ``residual_out`` as the sum alone, ``norm_out`` to a few roundings of each element, and what
+    is quantized to the next value.
+    """
+    pairs = [(got, want) for got, want in zip(answer, expected_, strict=True) if got is not None and want is not None]
+    if exact:
+        return sum(_differing(got, want) for got, want in pairs)
+    wrong = answers.wrong_elements(answer.residual_out, expected_.residual_out, exact=False, world_size=world_size + 1)
+    if answer.norm_out is not None and expected_.norm_out is not None:
+        wrong += _wrong_norms(answer.norm_out.float(), expected_.norm_out.float(), answer.norm_out.dtype, world_size)
+    if answer.quant_out is not None and expected_.quant_out is not None:
+        wrong += _wrong_fp8(answer, expected_)
+    return wrong
+
+
+def _differing(got: torch.Tensor, want: torch.Tensor) -> int:
+    """Elements whose bits differ; all, where shapes or types do."""
+    if got.shape != want.shape or got.dtype != want.dtype:
+        return max(got.numel(), want.numel())
+    size = got.element_size()
+    left, right = (tensor.contiguous().view(torch.uint8).reshape(-1, size) for tensor in (got, want))
+    return int((left != right).any(dim=1).sum())
+
+
+def _wrong_norms(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype, world_size: int) -> int:
+    allowed = (world_size + 4) * torch.finfo(dtype).eps * (want.abs() + 1)
+    return int(((got - want).abs() > allowed).sum()) + int(got.isnan().sum())
+
+
+def _wrong_fp8(answer: Normed, expected_: Normed) -> int:
+    """By values: codes times their scales, where there are."""
+    assert answer.quant_out is not None
+    assert expected_.quant_out is not None
+    got, want = answer.quant_out.float(), expected_.quant_out.float()
+    if answer.scale_out is not None and expected_.scale_out is not None:
+        got, want = got * answer.scale_out.float(), want * expected_.scale_out.float()
+        least = SMALLEST_FP8 * expected_.scale_out.float()
+    else:
+        least = torch.tensor(SMALLEST_FP8, device=got.device)
+    return int(((got - want).abs() > 1.5 * FP8_STEP * want.abs() + 2 * least).sum()) + int(got.isnan().sum())

@@ -1,0 +1,165 @@
+"""Checks of norms behind all-reduces that run on every rank, CPU or GPU: bits of the oracle, and alike on all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.norm import Normed
+from llm_allreduce_plugin.runtime import norm_calls
+from tests.support.checks import communicator
+from tests.support.norm_group import Boundary, assert_same, every_quant, poison, random_boundary
+from tests.support.reference import bits, rank_input, rank_ordered_sum, special_inputs
+
+
+@contextlib.contextmanager
+def poisoned_outputs() -> Iterator[None]:
+    """Every output is filled with garbage first, so unwritten elements cannot pass by luck."""
+    empty_outputs = norm_calls.empty_outputs
+    with mock.patch.object(norm_calls, "empty_outputs", lambda *args, **kw: poison(empty_outputs(*args, **kw))):
+        yield
+
+
+def digest(outputs: Normed) -> str:
+    """Equal exactly when all bits are."""
+    found = hashlib.sha256()
+    for output in outputs:
+        if output is not None:
+            found.update(output.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def run(group: TensorParallelCommunicator, input_: torch.Tensor, boundary: Boundary) -> Normed:
+    return group.all_reduce_residual_rms_norm(
+        input_,
+        boundary.residual,
+        boundary.weight,
+        boundary.eps,
+        weight_bias=boundary.weight_bias,
+        quant=boundary.quant,
+        return_norm=boundary.return_norm,
+    )
+
+
+def norm_and_compare(
+    context: RankContext,
+    group: TensorParallelCommunicator,
+    inputs: Sequence[torch.Tensor],
+    boundary: Boundary,
+    what: str,
+) -> Normed:
+    """Norm the sum of ``inputs`` (all on the CPU, all ranks' alike) and check everything promised."""
+    there = boundary.on(context.device)
+    given = [inputs[context.rank].to(context.device), there.weight]
+    given += [] if there.residual is None else [there.residual]
+    before = [tensor.clone() for tensor in given]
+    with poisoned_outputs():
+        outputs = run(group, given[0], there)
+    assert_same(outputs, boundary.expected(rank_ordered_sum(inputs)), what)
+    for tensor, copy in zip(given, before, strict=True):
+        assert torch.equal(bits(tensor), bits(copy)), f"{what}: an input was written"
+    addresses = [tensor.data_ptr() for tensor in (*given, *outputs) if tensor is not None and tensor.numel()]
+    assert len(set(addresses)) == len(addresses), f"{what}: tensors share memory"
+    return outputs
+
+
+def check_shapes(
+    context: RankContext,
+    strategy: str,
+    dtype: torch.dtype,
+    shapes: Sequence[tuple[int, int]],
+    settings: dict[str, Any],
+    name: str,
+) -> list[str]:
+    """Rows and hidden sizes with every quantization by turns; digests of all outputs. ``name``: what is counted."""
+    digests = []
+    with communicator(context, strategy, **settings) as group:
+        for number, (rows, hidden) in enumerate(shapes):
+            quants = every_quant(hidden)
+            for turn in range(2):
+                seed = 1000 * number + turn  # the same for every strategy and setting that is compared
+                quant = quants[(number + turn * 3) % len(quants)]
+                boundary = random_boundary(seed, rows, hidden, dtype, quant, residual=(number + turn) % 4 > 0)
+                inputs = [
+                    rank_input(seed, rank, rows * hidden, dtype).view(rows, hidden)
+                    for rank in range(context.world_size)
+                ]
+                what = f"{strategy} {settings} {dtype} {rows} x {hidden}, {quant}, rank {context.rank}"
+                digests.append(digest(norm_and_compare(context, group, inputs, boundary, what)))
+        assert set(group.report()["calls"]) == {name}, group.report()
+        everyone = context.gather(digests)
+    assert all(other == everyone[0] for other in everyone), f"ranks differ: {everyone}"
+    return digests
+
+
+def check_specials(context: RankContext, strategy: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """NaN, infinities, subnormals and signed zeros, a value with a value to a row of eight."""
+    with communicator(context, strategy, **settings) as group:
+        inputs = [part.repeat_interleave(8).view(-1, 8) for part in special_inputs(context.world_size, dtype)]
+        rows = inputs[0].shape[0]
+        for quant in every_quant(8):
+            boundary = random_boundary(5, rows, 8, dtype, quant)
+            norm_and_compare(context, group, inputs, boundary, f"{strategy} {dtype} special values, {quant}")
+        context.gather(None)
+
+
+BATCHES = (1, 2, 3, 5, 8, 31, 64, 257)
+
+
+def check_batches(context: RankContext, hidden: int, settings: dict[str, Any]) -> None:
+    """A row's result has the same bits whatever batch it comes in, and wherever in it."""
+    dtype, most = torch.bfloat16, BATCHES[-1]
+    inputs = [rank_input(7, rank, most * hidden, dtype).view(most, hidden) for rank in range(context.world_size)]
+    boundary = random_boundary(7, most, hidden, dtype)
+    assert boundary.residual is not None
+    expected = boundary.expected(rank_ordered_sum(inputs))
+    there = boundary.on(context.device)
+    mine = inputs[context.rank].to(context.device)
+    with communicator(context, "AUTO", **settings) as group, poisoned_outputs():
+        for rows in BATCHES:
+            for first in {0, most - rows}:
+                part = slice(first, first + rows)
+                assert there.residual is not None
+                outputs = group.all_reduce_residual_rms_norm(
+                    mine[part], there.residual[part], there.weight, there.eps, weight_bias=there.weight_bias
+                )
+                wanted = Normed(*(None if whole is None else whole[part] for whole in expected))
+                assert_same(outputs, wanted, f"{rows} rows from {first}")
+
+
+def check_views(context: RankContext, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    """Many dimensions, strides, unaligned starts: values in logical order, contiguous results of the input's shape."""
+    hidden = 48
+    storages = [rank_input(11, rank, 2 * 6 * hidden * 5 + 1, dtype) for rank in range(context.world_size)]
+    views = {
+        "three dimensions": lambda t: t[: 6 * 5 * hidden].view(6, 5, hidden),
+        "one row": lambda t: t[:hidden],
+        "odd start": lambda t: t[1 : 1 + 4 * hidden].view(4, hidden),
+        "every other row": lambda t: t[: 10 * hidden].view(10, hidden)[::2],
+        "transposed": lambda t: t[: 5 * hidden].view(hidden, 5).t(),
+        "every other column": lambda t: t[: 8 * hidden].view(4, 2 * hidden)[:, ::2],
+        "expanded": lambda t: t[:hidden].view(1, hidden).expand(3, hidden),
+    }
+    with communicator(context, "AUTO", **settings) as group:
+        for name, view in views.items():
+            parts = [view(storage) for storage in storages]
+            residual, weight = view(rank_input(12, 0, storages[0].numel(), dtype)), rank_input(13, 0, hidden, dtype)
+            moved = view(storages[context.rank].to(context.device))
+            there = view(rank_input(12, 0, storages[0].numel(), dtype).to(context.device))
+            with poisoned_outputs():
+                outputs = group.all_reduce_residual_rms_norm(moved, there, weight.to(context.device), 1e-6)
+            total = rank_ordered_sum([part.contiguous() for part in parts])
+            expected = Boundary(residual, weight, 1e-6).expected(total)
+            assert_same(outputs, expected, f"{dtype} {name}")
+            for output in outputs[:2]:
+                assert output is not None
+                assert output.is_contiguous()
+                assert output.shape == moved.shape
+        context.gather(None)
