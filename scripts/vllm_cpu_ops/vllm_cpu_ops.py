@@ -5,8 +5,8 @@ code is complete but a handful of operators is missing. This general plugin supp
 decoder-only model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does
 nothing.
 
-With VLLM_CPU_OPS_COMPILE=1, graphs are compiled as on GPUs, piece by piece and through vLLM's passes, where the model is
-compiled at all: vLLM's CPU platform leaves both out.
+With VLLM_CPU_OPS_COMPILE=1, models that are compiled at all are compiled as on GPUs: piece by piece, and through vLLM's
+passes. vLLM's CPU platform leaves both out.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def register() -> None:
     cpu_triton_utils._compute_slot_mapping_kernel_impl = _slot_mapping_by_position  # noqa: SLF001
 
 
-def _compile_as_on_gpus(platform: Any, library: torch.library.Library) -> None:
+def _compile_as_on_gpus(platform: Any, library: torch.library.Library) -> None:  # noqa: ANN401
     """Keep the mode of compilation, which vLLM's CPU platform changes, and all-reduces as operators of the graph."""
     # Of the operators that vLLM's passes look up by name, those that they look up in every graph. No graph calls them.
     library.define(
@@ -70,7 +70,7 @@ def _compile_as_on_gpus(platform: Any, library: torch.library.Library) -> None:
     )
     stock = platform.check_and_update_config
 
-    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ARG001
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
         compilation = vllm_config.compilation_config
         kept = {name: getattr(compilation, name) for name in ("mode", "backend", "ir_enable_torch_wrap")}
         stock(vllm_config)

@@ -1,7 +1,7 @@
 """Layer boundaries as engines write them, fused by our pass: ``python -m tests.support.fusion_cases`` runs them all.
 
-In a process of its own, so that it can be any version of vLLM: the one that is found first. Prints JSON: of every case, its
-fault, or null.
+In a process of its own, so that it can be any version of vLLM: the one that is found first. Prints JSON: of every case,
+its fault, or null.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,7 +63,9 @@ class TwoRanks:
         quant: Quant | None = None,
         return_norm: bool = False,
     ) -> Normed:
-        return residual_rms_norm(input_ + input_, residual, weight, eps, weight_bias, quant, return_norm)
+        return residual_rms_norm(
+            input_ + input_, residual, weight, eps, weight_bias=weight_bias, quant=quant, return_norm=return_norm
+        )
 
     def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
         return input_ + input_
@@ -279,14 +282,190 @@ def same_layout(got: torch.Tensor, want: torch.Tensor, where: str) -> None:
     assert layouts[0] == layouts[1], f"{layouts[0]} is not {layouts[1]}: {where}"
 
 
-def all_cases() -> list[Case]:
+# -- what must be left alone -------------------------------------------------------------------------------------------
+
+
+def _sum_used(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    total = all_reduce(x)
+    return (*layer(total, weight, residual), total * 3)
+
+
+def _other_group(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    return layer(all_reduce(x, "ep:0"), weight, residual)
+
+
+def _wide_weight(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    return layer(all_reduce(x), weight.float() * 2, residual)
+
+
+def _part_of_variance(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    return ir.ops.fused_add_rms_norm(all_reduce(x), residual, weight, EPS, 64)
+
+
+def _residual_of_sum(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    total = all_reduce(x)
+    return layer(total, weight, residual + total.relu())
+
+
+def _weighted_sum(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    return native(torch.add(residual, all_reduce(x), alpha=2), weight, None)
+
+
+def _no_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    return all_reduce(x) + residual
+
+
+ALONE = (
+    _sum_used, _other_group, _wide_weight, _part_of_variance, _residual_of_sum, _weighted_sum, _no_norm,
+)  # fmt: skip
+
+
+def _normed(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Any:
+    return layer(all_reduce(x), weight, residual)
+
+
+def _scale_of_tensor(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    wide = y.abs().max().to(torch.float32) / 448
+    return total, (y.float() * wide.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn), wide
+
+
+def _other_limits(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    return total, (y.float() * scale.reciprocal()).clamp(-240, 240).to(torch.float8_e4m3fn)
+
+
+def _scale_of_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    given = residual[:, :1].float().abs() + 1
+    return total, (y.float() * given.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _groups_of_64(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    return total, *fp8_utils.per_token_group_quant_fp8(y, 64, use_ue8m0=False)
+
+
+def _powers_of_two(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    return total, *fp8_utils.per_token_group_quant_fp8(y, 128, use_ue8m0=True)
+
+
+def _bounded_scale(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    return total, *_custom_ops.scaled_fp8_quant(y, scale_ub=scale, use_per_token_if_dynamic=True)
+
+
+def _padded_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    return total, *_custom_ops.scaled_fp8_quant(y, scale, num_token_padding=17)
+
+
+NORM_ONLY = (
+    _scale_of_tensor, _other_limits, _scale_of_rows, _groups_of_64, _powers_of_two, _bounded_scale, _padded_rows,
+)  # fmt: skip
+
+
+def check_left_alone(model: Callable[..., Any], expected: fusion.Fused, *, hidden: int = 768) -> None:
+    """What cannot be fused gives what it gave before, from operators of plain torch bit for bit."""
+    inputs = make_inputs(torch.bfloat16, hidden)
+    with _OnGpus(), torch.inference_mode():
+        unfused = model(*(tensor.clone() for tensor in inputs))
+        done, outputs, graph = run(model, inputs)
+    assert done == expected, f"{done}\n{graph}"
+    for got, want in zip(outputs, unfused, strict=True) if isinstance(unfused, tuple) else ((outputs, unfused),):
+        same_layout(got, want, graph)
+        if expected.count == 0 and "_C." not in graph:
+            torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.02)
+
+
+def check_odd_width() -> None:
+    check_left_alone(
+        lambda x, residual, weight, scale: _normed(x, residual, weight), fusion.Fused(1, Counter()), hidden=12
+    )
+
+
+# -- whole models, and the place among vLLM's passes -------------------------------------------------------------------
+
+
+def check_layers(norm: Norm) -> None:
+    """Three boundaries one after the other: a first norm, one in the middle and a last one. Same values as before."""
+
+    def model(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        y, total = norm(all_reduce(x), weight, None)
+        y, total = norm(all_reduce(torch.sin(y) + scale), weight, total)
+        return norm(all_reduce(torch.sin(y) * residual), weight, total)[0]
+
+    inputs = make_inputs(torch.float32, 64)
+    with torch.inference_mode():
+        before = model(*inputs)
+        done, after, graph = run(model, inputs)
+    assert done == fusion.Fused(3, Counter({"": 3})), graph
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def check_batch_dimension() -> None:
+    """Hugging Face's models under vLLM have rows [1, tokens, hidden], and their linear layers [tokens, hidden]."""
+
+    def model(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+        return transformers(all_reduce(x).view(1, -1, 64), weight, residual.unsqueeze(0))
+
+    inputs = make_inputs(torch.bfloat16, 64)
+    with torch.inference_mode():
+        before = model(*inputs)
+        done, after, graph = run(model, inputs)
+    assert done == fusion.Fused(1, Counter({"": 1})), graph
+    for got, want in zip(after, before, strict=True):
+        same_layout(got, want, graph)
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+
+
+def _passes(tp: int = 2, **settings: Any) -> list[str]:
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.config import CompilationConfig, CompilationMode, ParallelConfig
+    from vllm.config.utils import Range
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    config = VllmConfig(
+        compilation_config=CompilationConfig(custom_ops=["none"]), additional_config={"allreduce": settings}
+    )
+    config.parallel_config = ParallelConfig(tensor_parallel_size=tp)
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    config.compilation_config.pass_config.eliminate_noops = True
+    manager = resolve_obj_by_qualname(current_platform.get_pass_manager_cls())()
+    manager.configure(config)
+    with pass_context(Range(1, 8)):
+        assert manager.uuid() == manager.uuid()
+    return [type(pass_).__name__ for pass_ in manager.passes]
+
+
+def check_pass_manager() -> None:
+    from llm_allreduce_plugin.engines.vllm import register
+
+    register()
+    stock = ["NoOpEliminationPass"]
+    assert _passes() == [*stock, "AllReduceNormFusionPass"]
+    assert _passes(fuse_norm=False) == stock
+    assert _passes(tp=1) == stock
+    assert _passes(allreduce_strategy="NCCL") == stock
+
+
+def all_checks() -> dict[str, Callable[[], None]]:
     cases = [Case(norm, place) for norm in NORMS for place in ("first", "middle", "last")]
     cases += [Case(norm, place, dtype=torch.float32) for norm in NORMS for place in ("first", "middle")]
     cases += [Case("layer", place, quant) for quant in QUANTS for place in ("first", "middle")]
     cases += [Case(norm, "middle", "static") for norm in NORMS if norm != "layer"]
     cases += [Case("native", "last", quant) for quant in ("token", "native group")]
     cases += [Case("layer", "middle", quant, norm_too=True) for quant in QUANTS]
-    return cases
+    checks: dict[str, Callable[[], None]] = {case.name: case.check for case in cases}
+    alone = partial(check_left_alone, expected=fusion.Fused(1, Counter()))
+    checks |= {f"left alone: {model.__name__}": partial(alone, model) for model in ALONE if model is not _other_group}
+    checks["left alone: _other_group"] = partial(check_left_alone, _other_group, fusion.Fused(0, Counter()))
+    checks["left alone: odd width"] = check_odd_width
+    norm_only = fusion.Fused(1, Counter({"": 1}))
+    checks |= {f"norm only: {model.__name__}": partial(check_left_alone, model, norm_only) for model in NORM_ONLY}
+    checks |= {f"layers: {norm}": partial(check_layers, NORMS[norm]) for norm in ("layer", "native", "transformers")}
+    return checks | {"batch dimension": check_batch_dimension, "pass manager": check_pass_manager}
 
 
 def main() -> int:
@@ -295,16 +474,16 @@ def main() -> int:
     fusion_ops.serve(GROUP, RANKS)  # type: ignore[arg-type]
     wanted = sys.argv[1:]
     faults: dict[str, str | None] = {}
-    for case in all_cases():
-        if wanted and not any(part in case.name for part in wanted):
+    for name, check in all_checks().items():
+        if wanted and not any(part in name for part in wanted):
             continue
         try:
-            case.check()
+            check()
         except Exception:
-            faults[case.name] = traceback.format_exc()
+            faults[name] = traceback.format_exc()
         else:
-            faults[case.name] = None
-    print(json.dumps(faults))
+            faults[name] = None
+    sys.stdout.write(json.dumps(faults) + "\n")
     return 0
 
 

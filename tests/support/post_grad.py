@@ -1,4 +1,4 @@
-"""Graphs as vLLM's post-grad passes see them, without code generation: traced, functional, and after Inductor's passes."""
+"""Graphs as vLLM's passes see them: traced, functional, and after Inductor's own. No code is generated."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The operator that stands in an engine's compiled graph for a fused layer boundary.
 
-It is functional, and finds the communicator by the name of the group, so a graph from a compile cache works in any process.
+It is functional, and finds the communicator by the name of the group: graphs from a compile cache work in any process.
 """
 
 from __future__ import annotations
@@ -74,12 +74,12 @@ def is_served(group: object) -> bool:
 @functools.cache
 def register_operator() -> torch.library.Library:
     """``torch.ops.llm_allreduce.all_reduce_rms_norm``, in every process that may load a compiled graph. Idempotent."""
-    library = torch.library.Library("llm_allreduce", "FRAGMENT")
+    library = torch.library.Library("llm_allreduce", "FRAGMENT")  # type: ignore[no-untyped-call]
     # Kernels read rows as they lie: Inductor must not choose other strides.
-    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))
+    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
     for key in ("CPU", "CUDA"):
-        library.impl("all_reduce_rms_norm", all_reduce_rms_norm, key)
-    library._register_fake("all_reduce_rms_norm", all_reduce_rms_norm_fake)  # noqa: SLF001  (as torch.library does)
+        library.impl("all_reduce_rms_norm", all_reduce_rms_norm, key)  # type: ignore[no-untyped-call]
+    library._register_fake("all_reduce_rms_norm", all_reduce_rms_norm_fake)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return library
 
 
@@ -156,7 +156,7 @@ def all_reduce_rms_norm_fake(  # noqa: PLR0917
     group: str,  # noqa: ARG001
 ) -> list[torch.Tensor]:
     """The shapes, types and strides of :func:`all_reduce_rms_norm`."""
-    normed = empty_outputs(input, _quant(quant, scales, scale), return_norm)
+    normed = empty_outputs(input, _quant(quant, scales, scale), return_norm=return_norm)
     return _results(normed, quant, scales, return_norm=return_norm)
 
 
@@ -177,8 +177,8 @@ def _results(normed: Normed, quant: str, scales: str, *, return_norm: bool) -> l
 def _aligned(scale: torch.Tensor) -> torch.Tensor:
     """Columns ``[rows, groups]`` whose beginnings are aligned; they are copied where the number of rows is not."""
     rows, groups = scale.shape
-    if torch.compiler.is_compiling() or not isinstance(rows, int) or rows % _ALIGNED_ROWS:
-        stride = (rows + _ALIGNED_ROWS - 1) // _ALIGNED_ROWS * _ALIGNED_ROWS
+    if not isinstance(rows, int) or rows % _ALIGNED_ROWS:  # no int while it is traced
+        stride = -(-rows // _ALIGNED_ROWS) * _ALIGNED_ROWS
         aligned = torch.empty_strided((rows, groups), (1, stride), dtype=scale.dtype, device=scale.device)
         return aligned.copy_(scale)
     return scale

@@ -35,10 +35,10 @@ _NVFP4_BLOCK = 16
 class Quantization:
     """What becomes of a norm: ``quant_out`` and, where scales are computed, ``scale_out``."""
 
-    kind: str
+    kind: QuantKind
     quant_out: tuple[Node, ...]
     scale_out: tuple[Node, ...] = ()
-    layout: str = ScaleLayout.ROWS
+    layout: str = ScaleLayout.ROWS  # or ALIGNED_COLUMNS
     scale: Node | None = None  # that is given
     inside: frozenset[Node] = field(default_factory=frozenset)
 
@@ -107,7 +107,7 @@ def _group(node: Node) -> Quantization | None:
     given = node.kwargs
     if not _is_group_of_e4m3(given) or given["scale_ue8m0"]:  # powers of two as fp32: no layout of ours
         return None
-    layout = ScaleLayout.ROWS
+    layout: str = ScaleLayout.ROWS
     if given["dummy_is_scale_transposed"]:
         layout = ALIGNED_COLUMNS if given["dummy_is_tma_aligned"] else ScaleLayout.COLUMNS
     scale = value(given["output_s"])
@@ -135,7 +135,10 @@ def _nvfp4(node: Node) -> Quantization | None:
     layout = ScaleLayout.SWIZZLED if given["is_sf_swizzled_layout"] else ScaleLayout.ROWS
     outputs = tuple(mutated(node, "output")), tuple(mutated(node, "output_scale"))
     inside = _buffers(given["output"], given["output_scale"])
-    return Quantization(QuantKind.NVFP4, *outputs, layout, scale=given["input_scale"], inside=inside)
+    scale = given["input_scale"]
+    if not isinstance(scale, Node):
+        return None
+    return Quantization(QuantKind.NVFP4, *outputs, layout, scale=scale, inside=inside)
 
 
 def _is_e4m3(result: Any, source: Any) -> bool:  # noqa: ANN401

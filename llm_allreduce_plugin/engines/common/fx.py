@@ -68,9 +68,9 @@ def is_view(node: object) -> bool:
 
 def keeps_rows(node: object) -> bool:
     """Whether a node gives the rows of its input as they are: their last dimension stays."""
-    if not is_view(node):
+    if not isinstance(node, Node) or not is_view(node):
         return False
-    before, after = value(node.args[0]), value(node)  # type: ignore[union-attr]
+    before, after = value(node.args[0]), value(node)
     return before is not None and after is not None and before.shape[-1] == after.shape[-1]
 
 
@@ -80,7 +80,13 @@ def factors(node: Node) -> tuple[Any, Any]:
 
 
 def needed_beside(node: Node, replaced: Collection[Node], inside: Collection[Node]) -> bool:
-    """Whether ``node`` is still needed once ``replaced`` have other values, and those ``inside`` nobody else asks for."""
+    """Whether ``node`` is still needed once ``replaced`` have other values.
+
+    Args:
+        node: what may be needed.
+        replaced: users that take their values from elsewhere.
+        inside: users that are there only for those.
+    """
     for user in node.users:
         if user in replaced:
             continue

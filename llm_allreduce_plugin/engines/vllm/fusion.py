@@ -35,7 +35,7 @@ def make_pass_manager() -> Any:  # noqa: ANN401
 
 @functools.cache
 def _pass_manager_class(stock: type) -> type:
-    """The subclass for one stock class. vLLM asks whether an object is one, and has no hook for a pass in the middle."""
+    """The subclass for one stock class: vLLM has no hook for a pass among its own."""
 
     class FusingPassManager(stock):  # type: ignore[misc]
         """``stock`` with our pass before vLLM's own that look for norms."""
@@ -68,7 +68,7 @@ def _pass_class() -> type:
     class AllReduceNormFusionPass(VllmInductorPass):  # type: ignore[misc]
         """Fuses all-reduce, residual, RMSNorm and quantization."""
 
-        @VllmInductorPass.time_and_log
+        @VllmInductorPass.time_and_log  # type: ignore[untyped-decorator]
         def __call__(self, graph: Graph) -> None:
             fused = fusion.fuse(graph, is_all_reduce)
             self.matched_count = fused.count

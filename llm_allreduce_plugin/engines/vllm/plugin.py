@@ -25,7 +25,7 @@ from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings
 logger = logging.getLogger("llm_allreduce_plugin")
 
 FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicator"
-PASS_MANAGER = "llm_allreduce_plugin.engines.vllm.fusion.make_pass_manager"
+PASS_MANAGER = "llm_allreduce_plugin.engines.vllm.fusion.make_pass_manager"  # noqa: S105
 _PATCHED = "_llm_allreduce_patched"
 
 
@@ -115,10 +115,8 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
     if settings.report_dir is not None:
         read_reports(settings.report_dir, _use_vllm_logging)
     if isinstance(vllm_config.additional_config, dict):
-        # Graphs compiled with and without our pass are different ones, wherever the setting came from.
-        vllm_config.additional_config[STAMP] = (
-            __version__ if getattr(settings, "fuse_norm", True) else f"{__version__} unfused"
-        )
+        # Graphs compiled with our pass and without it are different ones, wherever the setting came from.
+        vllm_config.additional_config[STAMP] = __version__ if settings.fuse_norm else f"{__version__} unfused"
 
 
 def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
@@ -134,7 +132,7 @@ def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
         )
     else:
         logger.info(
-            "compilation pass fuse_allreduce_rms left on, because ours does not replace it: %s. The all-reduces that it "
-            "fuses go past allreduce_strategy",
+            "compilation pass fuse_allreduce_rms left on, because ours does not replace it: %s; the all-reduces that "
+            "it fuses go past allreduce_strategy",
             reason,
         )

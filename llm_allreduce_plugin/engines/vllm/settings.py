@@ -69,7 +69,7 @@ def unfused(vllm_config: Any, settings: AllReduceConfig, *, compiled: bool | Non
 
     ``compiled``: whether vLLM's passes run; by default, what the configuration says.
     """
-    if not getattr(settings, "fuse_norm", True):
+    if not settings.fuse_norm:
         return "fuse_norm is off"
     compilation = vllm_config.compilation_config
     pass_config = getattr(compilation, "pass_config", None)
