@@ -1,7 +1,8 @@
 """A real `vllm serve` at tensor parallel 2 with this package's all-reduce; the driver behind serve_demo.sh.
 
 Writes a small model with seeded random weights, serves it, asks for a completion over HTTP, compares the tokens with
-Hugging Face's on the same weights, and prints what the workers report. Leaves no process behind, whatever happens.
+Hugging Face's on the same weights, and prints what the workers report, and how many layer boundaries were fused (in
+compiled graphs: on GPUs, and with --compile). Leaves no process behind, whatever happens.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "The quick brown fox jumps over the lazy dog."
 NEW_TOKENS = 24
+LAYERS = 4
+# Each layer has two all-reduces before a norm; the sum over the vocabulary's parts comes before the first one.
+BOUNDARIES = 2 * LAYERS + 1
 STARTUP_LIMIT_S = 600
 STOP_LIMIT_S = 30
 
@@ -39,7 +43,7 @@ def say(text: str) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """A Llama of 4 layers, 256 wide, with weights from a fixed seed and a byte-level tokenizer."""
+    """A small Llama, 256 wide, with weights from a fixed seed and a byte-level tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -58,7 +62,7 @@ def make_model(folder: Path) -> None:
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=4,
+        num_hidden_layers=LAYERS,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -168,7 +172,9 @@ def two_gpus() -> bool:
     return len(NodeTopology.detect().gpus) >= 2  # noqa: PLR2004
 
 
-def server_setup(strategy: str, work: Path, model: Path, port: int) -> tuple[list[str], dict[str, str]]:
+def server_setup(
+    strategy: str, work: Path, model: Path, port: int, *, compiled: bool
+) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the server: the YAML of configs/vllm with the strategy written into it."""
     import yaml
 
@@ -176,6 +182,8 @@ def server_setup(strategy: str, work: Path, model: Path, port: int) -> tuple[lis
     template = ROOT / "configs" / "vllm" / ("demo_gpu.yaml" if gpus else "demo_cpu.yaml")
     settings = yaml.safe_load(template.read_text())
     settings["additional-config"]["allreduce"] |= {"allreduce_strategy": strategy, "report_dir": str(work / "report")}
+    if compiled:
+        settings.pop("enforce-eager", None)
     config = work / "serve.yaml"
     config.write_text(yaml.safe_dump(settings))
     say(f"{'two GPUs' if gpus else 'two CPU ranks'}; settings from configs/vllm/{template.name}, strategy {strategy}")
@@ -188,6 +196,8 @@ def server_setup(strategy: str, work: Path, model: Path, port: int) -> tuple[lis
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }
+        if compiled:
+            environment |= {"VLLM_CPU_OPS_COMPILE": "1", "VLLM_CACHE_ROOT": str(work / "cache")}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     return command, environment
@@ -222,17 +232,29 @@ def check_reports(strategy: str, reports: list[dict[str, Any]]) -> None:
         raise DemoError(message)
     if strategy in ("ONESHOT", "TWOSHOT"):
         for report in reports:
-            if not (report["calls"].get(strategy, 0) + report.get("captured", {}).get(strategy, 0)):
+            # With norms fused, too: "ONESHOT (fused norm)".
+            ran = {**report.get("captured", {}), **report["calls"]}
+            if not any(name.split(" ")[0].rstrip(",") == strategy for name in ran):
                 message = f"rank {report['rank']} never ran {strategy}: {report}"
                 raise DemoError(message)
 
 
-def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
+def check_fusion(strategy: str, log: str, *, compiled: bool) -> None:
+    """Say what the log says about layer boundaries; in compiled graphs, all of them must have been fused."""
+    lines = [line[line.index("all-reduce fusion: ") :] for line in log.splitlines() if "all-reduce fusion: " in line]
+    for line in dict.fromkeys(lines):
+        say(f"the log says: {line}")
+    if compiled and strategy != "NCCL" and not any(f" {BOUNDARIES} layer boundaries fused" in line for line in lines):
+        message = f"not all of the {BOUNDARIES} layer boundaries were fused"
+        raise DemoError(message)
+
+
+def run(strategy: str, work: Path, tokens_file: Path | None, *, compiled: bool) -> None:
     model = work / "model"
     say("writing a small Llama with seeded random weights")
     make_model(model)
     port = free_port()
-    command, environment = server_setup(strategy, work, model, port)
+    command, environment = server_setup(strategy, work, model, port, compiled=compiled)
     log = work / "server.log"
     say(f"vllm serve on port {port}; log: {log}")
     started = time.monotonic()
@@ -262,6 +284,7 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
     for sample, value in counters.items():
         if "_total{" in sample:
             say(f"/metrics: {sample} {value:g}")
+    check_fusion(strategy, log.read_text(errors="replace"), compiled=compiled or two_gpus())
     for line in log.read_text(errors="replace").splitlines():
         if "all-reduce summary: " in line:
             say(f"at the end, the log says: {line[line.index('all-reduce summary: ') :]}")
@@ -276,6 +299,7 @@ def run(strategy: str, work: Path, tokens_file: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("strategy", nargs="?", default="ONESHOT")
+    parser.add_argument("--compile", action="store_true", help="compile the model on CPU ranks, too, as on GPUs")
     parser.add_argument("--tokens", type=Path, help="write the generated token ids to this file")
     parser.add_argument("--keep", action="store_true", help="keep model, log and reports")
     arguments = parser.parse_args()
@@ -290,7 +314,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     work = Path(tempfile.mkdtemp(prefix="llm-allreduce-demo-"))
     try:
-        run(strategy, work, arguments.tokens)
+        run(strategy, work, arguments.tokens, compiled=arguments.compile)
     except DemoError as error:
         say(f"FAILED: {error}")
         arguments.keep = True

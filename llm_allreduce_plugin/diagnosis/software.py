@@ -24,7 +24,7 @@ Version = tuple[int, ...]
 
 PYTHONS = ((3, 11), (3, 13))  # tested
 OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
-VLLMS = ((0, 26), (0, 32))  # tested
+VLLMS = ((0, 26), (0, 33))  # tested
 ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "llm_allreduce"
 
 
@@ -122,7 +122,7 @@ def vllm(
 ) -> list[Finding]:
     """Which vLLM there is, and whether it loads the plugin. ``entry_points``: those of vLLM's group; None: look."""
     if version is None:
-        return [warn("vLLM", "not installed", "install vLLM 0.26 to 0.32 into this environment to serve with it")]
+        return [warn("vLLM", "not installed", "install vLLM 0.26 to 0.33 into this environment to serve with it")]
     known = f"{dotted(VLLMS[0])} to {dotted(VLLMS[1])}"
     if VLLMS[0] <= parsed(version)[:2] <= VLLMS[1]:
         findings = [ok("vLLM", version)]

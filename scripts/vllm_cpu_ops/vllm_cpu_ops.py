@@ -4,9 +4,15 @@ vLLM publishes its CPU build apart from the wheel on the package index, so on a 
 code is complete but a handful of operators is missing. This general plugin supplies just those that a dense
 decoder-only model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does
 nothing.
+
+With VLLM_CPU_OPS_COMPILE=1, models that are compiled at all are compiled as on GPUs: piece by piece, and through vLLM's
+passes. vLLM's CPU platform leaves both out.
 """
 
 from __future__ import annotations
+
+import os
+from typing import Any
 
 import torch
 
@@ -31,6 +37,8 @@ def register() -> None:
     from vllm.utils import cpu_triton_utils
 
     _library = torch.library.Library("_C", "FRAGMENT")
+    if os.environ.get("VLLM_CPU_OPS_COMPILE") == "1":
+        _compile_as_on_gpus(type(current_platform), _library)
     for schema, function in (
         ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),
         (
@@ -51,6 +59,27 @@ def register() -> None:
     # vLLM's replacement lists its parameters in another order than the kernel that it replaces and is called by
     # position.
     cpu_triton_utils._compute_slot_mapping_kernel_impl = _slot_mapping_by_position  # noqa: SLF001
+
+
+def _compile_as_on_gpus(platform: Any, library: torch.library.Library) -> None:  # noqa: ANN401
+    """Keep the mode of compilation, which vLLM's CPU platform changes, and all-reduces as operators of the graph."""
+    # Of the operators that vLLM's passes look up by name, those that they look up in every graph. No graph calls them.
+    library.define(
+        "rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, "
+        "bool is_neox, int rope_dim_offset=0, bool inverse=False) -> ()"
+    )
+    stock = platform.check_and_update_config
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401, ARG001
+        compilation = vllm_config.compilation_config
+        kept = {name: getattr(compilation, name) for name in ("mode", "backend", "ir_enable_torch_wrap")}
+        stock(vllm_config)
+        for name, value in kept.items():
+            setattr(compilation, name, value)
+        compilation.compile_sizes = compilation.compile_sizes or []  # None: the mode has none
+
+    platform.check_and_update_config = classmethod(check_and_update_config)
+    platform.use_custom_op_collectives = classmethod(lambda cls: True)  # noqa: ARG005
 
 
 def _init_cpu_memory_env(nodes: list[int]) -> None:

@@ -87,7 +87,7 @@ def test_vllm() -> None:
     here = ["llm_allreduce", "other"]
     assert [found.verdict for found in software.vllm("0.32.0", here, {})] == [OK, OK]
     version, plugin = software.vllm("0.25.1", here, {"VLLM_PLUGINS": "other,vllm_cpu_ops"})
-    assert said(version) == (WARN, "0.25.1", "tested are 0.26 to 0.32; look for our lines in the log when it starts")
+    assert said(version) == (WARN, "0.25.1", "tested are 0.26 to 0.33; look for our lines in the log when it starts")
     assert said(plugin) == (
         WARN,
         "not loaded: VLLM_PLUGINS='other,vllm_cpu_ops' does not name it",

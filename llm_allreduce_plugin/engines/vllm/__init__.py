@@ -1,4 +1,4 @@
-"""vLLM 0.26 to 0.32: the entry point of the ``vllm.general_plugins`` group."""
+"""vLLM 0.26 to 0.33: the entry point of the ``vllm.general_plugins`` group."""
 
 from llm_allreduce_plugin.engines.vllm.plugin import register
 

@@ -6,8 +6,9 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_communicator_path
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +39,16 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         communicator = stock(*args, **kwargs)
         _report_stock(communicator, settings, reason, _name_of(config))
         return communicator
-    return _communicator_class(stock)(
+    communicator = _communicator_class(stock)(
         *args, llm_allreduce_settings=settings, llm_allreduce_name=_name_of(config), **kwargs
     )
+    if (
+        communicator.llm_allreduce.rank == 0
+        and config is not None
+        and (reason := unfused(config, settings)) is not None
+    ):
+        logger.info("all-reduce fusion: layer boundaries are not fused: %s", reason)
+    return communicator
 
 
 def _name_of(config: Any) -> str:  # noqa: ANN401
@@ -84,6 +92,7 @@ def _communicator_class(stock: type) -> type:
                 fallback=self._stock_all_reduce,
                 name=llm_allreduce_name,
             )
+            fusion_ops.serve(kwargs["unique_name"], self.llm_allreduce)
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
             return self.llm_allreduce.all_reduce(input_)

@@ -2,10 +2,12 @@
 
 1. ``Platform.get_device_communicator_cls`` returns our factory. vLLM resolves that string and calls it for every group;
    there is no registry for communicators (a hook was asked for in vLLM issue 22319, closed).
-2. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off
-   the FlashInfer all-reduce fusion, which would take matched all-reduces away from the communicator, and stamps the
-   plugin's version into ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general
-   plugins would replace it.
+2. ``Platform.get_pass_manager_cls`` returns our factory: the stock pass manager with our fusion pass in it, before the
+   passes that would take the norms away. A place in the order of passes, for passes of plugins, would replace it
+   (``inductor_compile_config["post_grad_custom_post_pass"]`` has the last one).
+3. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off
+   FlashInfer's fusion of all-reduces where ours replaces it, and stamps what compiled graphs depend on into
+   ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general plugins would replace it.
 """
 
 from __future__ import annotations
@@ -14,14 +16,16 @@ import logging
 from typing import Any
 
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.engines.common.fusion_ops import register_operator
 from llm_allreduce_plugin.engines.common.logs import use_logging_of
 from llm_allreduce_plugin.engines.common.reports import read_reports
 from llm_allreduce_plugin.engines.common.settings import STAMP
-from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings_of, stands_aside
+from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings_of, stands_aside, unfused
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
 FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicator"
+PASS_MANAGER = "llm_allreduce_plugin.engines.vllm.fusion.make_pass_manager"  # noqa: S105
 _PATCHED = "_llm_allreduce_patched"
 
 
@@ -37,7 +41,9 @@ def register() -> None:
     platform = type(current_platform)
     if platform.__dict__.get(_PATCHED, False):
         return
+    register_operator()
     _patch_communicator(platform)
+    _patch_pass_manager(platform)
     _patch_config(platform)
     setattr(platform, _PATCHED, True)
 
@@ -45,6 +51,11 @@ def register() -> None:
 def stock_communicator_path(platform: type) -> str:
     """The dotted path that vLLM would have used."""
     return str(platform._llm_allreduce_stock_path())  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def stock_pass_manager_path(platform: type) -> str:
+    """The dotted path that vLLM would have used."""
+    return str(platform._llm_allreduce_stock_pass_manager_path())  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _patch_communicator(platform: type) -> None:
@@ -61,6 +72,12 @@ def _patch_communicator(platform: type) -> None:
 
     platform._llm_allreduce_stock_path = staticmethod(stock)  # type: ignore[attr-defined]  # noqa: SLF001
     platform.get_device_communicator_cls = classmethod(get_device_communicator_cls)  # type: ignore[attr-defined]
+
+
+def _patch_pass_manager(platform: type) -> None:
+    stock = platform.get_pass_manager_cls  # type: ignore[attr-defined]
+    platform._llm_allreduce_stock_pass_manager_path = staticmethod(stock)  # type: ignore[attr-defined]  # noqa: SLF001
+    platform.get_pass_manager_cls = classmethod(lambda cls: PASS_MANAGER)  # type: ignore[attr-defined]  # noqa: ARG005
 
 
 def _patch_config(platform: type) -> None:
@@ -94,14 +111,28 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
     if (line := flag_overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce)) is not None:
         logger.warning("%s", line)
     settings.check_world_size(vllm_config.parallel_config.tensor_parallel_size)
-    pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
-    if pass_config is not None and getattr(pass_config, "fuse_allreduce_rms", False):
-        pass_config.fuse_allreduce_rms = False
-        logger.info(
-            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
-            "from allreduce_strategy"
-        )
+    _apply_fusion(vllm_config, unfused(vllm_config, settings))
     if settings.report_dir is not None:
         read_reports(settings.report_dir, _use_vllm_logging)
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config[STAMP] = __version__
+        # Graphs compiled with our pass and without it are different ones, wherever the setting came from.
+        vllm_config.additional_config[STAMP] = __version__ if settings.fuse_norm else f"{__version__} unfused"
+
+
+def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
+    """Turn FlashInfer's fusion off where ours replaces it. ``reason``: of :func:`unfused`."""
+    pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
+    if pass_config is None or not getattr(pass_config, "fuse_allreduce_rms", False):
+        return
+    if reason is None:
+        pass_config.fuse_allreduce_rms = False
+        logger.info(
+            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
+            "from allreduce_strategy; ours fuses them instead"
+        )
+    else:
+        logger.info(
+            "compilation pass fuse_allreduce_rms left on, because ours does not replace it: %s; the all-reduces that "
+            "it fuses go past allreduce_strategy",
+            reason,
+        )

@@ -62,3 +62,24 @@ def stands_aside(
     if SHORTHAND not in settings.model_fields_set and flag_given(vllm_config, custom_all_reduce=custom_all_reduce):
         return f"{_FLAG} was given ({SHORTHAND}, set by name, would come over it)"
     return None
+
+
+def unfused(vllm_config: Any, settings: AllReduceConfig, *, compiled: bool | None = None) -> str | None:  # noqa: ANN401
+    """Why layer boundaries are not fused under this configuration, or None: they are, in the graphs that vLLM compiles.
+
+    ``compiled``: whether vLLM's passes run; by default, what the configuration says.
+    """
+    if not settings.fuse_norm:
+        return "fuse_norm is off"
+    compilation = vllm_config.compilation_config
+    pass_config = getattr(compilation, "pass_config", None)
+    if getattr(pass_config, "enable_sp", False):
+        return "sequence parallelism splits the all-reduces up"
+    mode = getattr(compilation, "mode", None)
+    if compiled is None:
+        compiled = mode is None or getattr(mode, "name", "") == "VLLM_COMPILE"
+    if compiled:
+        return None
+    if getattr(getattr(vllm_config, "model_config", None), "enforce_eager", False):
+        return "enforce_eager is on, so no graph is compiled"
+    return f"compilation mode {getattr(mode, 'name', mode)} has no passes of vLLM's; VLLM_COMPILE has"

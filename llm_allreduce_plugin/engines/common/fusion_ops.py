@@ -1,0 +1,184 @@
+"""The operator that stands in an engine's compiled graph for a fused layer boundary.
+
+It is functional, and finds the communicator by the name of the group: graphs from a compile cache work in any process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout, empty_outputs
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+# Columns of scales that begin at multiples of 16 bytes each, as TMA reads them: a layout of the operator alone.
+ALIGNED_COLUMNS = "aligned-columns"
+_ALIGNED_ROWS = 4  # fp32 scales in 16 bytes
+
+_SCHEMA = (
+    "all_reduce_rms_norm(Tensor input, Tensor? residual, Tensor weight, float eps, float weight_bias, str quant, "
+    "str scales, Tensor? scale, bool return_norm, str group) -> Tensor[]"
+)
+
+
+class Boundaries:
+    """How many different boundaries the fused calls of a group are, told once a model has run through."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, str] = {}
+        self._told = 0
+
+    def count(self, weight: torch.Tensor, kind: str) -> None:
+        """Note a call. Every boundary has a weight of its own: one that comes again belongs to the next run."""
+        key = weight.data_ptr()
+        if key not in self._seen:
+            self._seen[key] = kind
+        elif self._told != len(self._seen):
+            self._told = len(self._seen)
+            logger.info("%s", self.line())
+
+    def line(self) -> str:
+        """``all-reduce fusion: 9 layer boundaries fused (all-reduce + residual + RMSNorm: 1; with fp8: 8)``."""
+        kinds = Counter(self._seen.values())
+        parts = [f"with {kind}: {count}" if kind else f"alone: {count}" for kind, count in sorted(kinds.items())]
+        what = "all-reduce + residual + RMSNorm"
+        return f"all-reduce fusion: {len(self._seen)} layer boundaries fused ({what} {'; '.join(parts)})"
+
+
+_communicators: weakref.WeakValueDictionary[str, TensorParallelCommunicator] = weakref.WeakValueDictionary()
+_boundaries: dict[str, Boundaries] = {}
+
+
+def serve(group: str, communicator: TensorParallelCommunicator) -> None:
+    """Let fused calls of ``group``, as the engine names it in its graphs, run on ``communicator`` while that lives."""
+    _communicators[group] = communicator
+    _boundaries.pop(group, None)
+    if communicator.rank == 0:  # one line a group
+        _boundaries[group] = Boundaries()
+
+
+def is_served(group: object) -> bool:
+    """Whether fused calls of ``group`` have a communicator in this process."""
+    return group in _communicators
+
+
+@functools.cache
+def register_operator() -> torch.library.Library:
+    """``torch.ops.llm_allreduce.all_reduce_rms_norm``, in every process that may load a compiled graph. Idempotent."""
+    library = torch.library.Library("llm_allreduce", "FRAGMENT")  # type: ignore[no-untyped-call]
+    # Kernels read rows as they lie: Inductor must not choose other strides.
+    library.define(_SCHEMA, tags=(torch.Tag.needs_fixed_stride_order,))  # type: ignore[no-untyped-call]
+    for key in ("CPU", "CUDA"):
+        library.impl("all_reduce_rms_norm", all_reduce_rms_norm, key)  # type: ignore[no-untyped-call]
+    library._register_fake("all_reduce_rms_norm", all_reduce_rms_norm_fake)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return library
+
+
+def result_names(quant: str, *, return_norm: bool) -> tuple[str, ...]:
+    """What the operator returns, in order: fields of :class:`llm_allreduce_plugin.norm.Normed`."""
+    names = ["residual_out"]
+    if return_norm or not quant:
+        names.append("norm_out")
+    if quant:
+        names.append("quant_out")
+        if quant != QuantKind.FP8:  # whose scale is given
+            names.append("scale_out")
+    return tuple(names)
+
+
+def all_reduce_rms_norm(  # noqa: PLR0917  (an operator's arguments have an order)
+    input: torch.Tensor,  # noqa: A002
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_bias: float,
+    quant: str,
+    scales: str,
+    scale: torch.Tensor | None,
+    return_norm: bool,  # noqa: FBT001
+    group: str,
+) -> list[torch.Tensor]:
+    """See :meth:`TensorParallelCommunicator.all_reduce_residual_rms_norm`.
+
+    Args:
+        input: this rank's part of the sum, ``[..., hidden]``.
+        residual: what is added to the sum, like ``input``.
+        weight: ``[hidden]``.
+        eps: added to the mean of squares.
+        weight_bias: added to the weight.
+        quant: a :class:`QuantKind`, or empty: none.
+        scales: a :class:`ScaleLayout`, or ``ALIGNED_COLUMNS``.
+        scale: the scale of kinds to which it is given.
+        return_norm: return the norm beside what it is quantized to.
+        group: a name of :func:`serve`.
+
+    Returns:
+        The fields of :func:`result_names`.
+
+    Raises:
+        RuntimeError: no communicator serves the group.
+    """
+    communicator = _communicators.get(group)
+    if communicator is None:
+        message = (
+            f"fused all-reduce of group {group!r}: no communicator of this process serves it; served are "
+            f"{sorted(_communicators) or 'none'}; clear the engine's compile cache if its settings have changed"
+        )
+        raise RuntimeError(message)
+    if (boundaries := _boundaries.get(group)) is not None:
+        boundaries.count(weight, quant)
+    normed = communicator.all_reduce_residual_rms_norm(
+        input, residual, weight, eps,
+        weight_bias=weight_bias, quant=_quant(quant, scales, scale), return_norm=return_norm,
+    )  # fmt: skip
+    return _results(normed, quant, scales, return_norm=return_norm)
+
+
+def all_reduce_rms_norm_fake(  # noqa: PLR0917
+    input: torch.Tensor,  # noqa: A002
+    residual: torch.Tensor | None,  # noqa: ARG001
+    weight: torch.Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+    weight_bias: float,  # noqa: ARG001
+    quant: str,
+    scales: str,
+    scale: torch.Tensor | None,
+    return_norm: bool,  # noqa: FBT001
+    group: str,  # noqa: ARG001
+) -> list[torch.Tensor]:
+    """The shapes, types and strides of :func:`all_reduce_rms_norm`."""
+    normed = empty_outputs(input, _quant(quant, scales, scale), return_norm=return_norm)
+    return _results(normed, quant, scales, return_norm=return_norm)
+
+
+def _quant(quant: str, scales: str, scale: torch.Tensor | None) -> Quant | None:
+    if not quant:
+        return None
+    layout = ScaleLayout.COLUMNS if scales == ALIGNED_COLUMNS else ScaleLayout(scales)
+    return Quant(QuantKind(quant), scale, layout)
+
+
+def _results(normed: Normed, quant: str, scales: str, *, return_norm: bool) -> list[torch.Tensor]:
+    results = [getattr(normed, name) for name in result_names(quant, return_norm=return_norm)]
+    if scales == ALIGNED_COLUMNS:
+        results[-1] = _aligned(results[-1])
+    return results
+
+
+def _aligned(scale: torch.Tensor) -> torch.Tensor:
+    """Columns ``[rows, groups]`` whose beginnings are aligned; they are copied where the number of rows is not."""
+    rows, groups = scale.shape
+    if not isinstance(rows, int) or rows % _ALIGNED_ROWS:  # no int while it is traced
+        stride = -(-rows // _ALIGNED_ROWS) * _ALIGNED_ROWS
+        aligned = torch.empty_strided((rows, groups), (1, stride), dtype=scale.dtype, device=scale.device)
+        return aligned.copy_(scale)
+    return scale

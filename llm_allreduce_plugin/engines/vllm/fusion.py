@@ -1,0 +1,86 @@
+"""Our pass among vLLM's: layer boundaries of compiled graphs become one call each."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.engines.common import fusion, fusion_norms, fusion_ops, fusion_quants, fx
+from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_pass_manager_path
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+# Passes that come before ours: what they leave is what it knows.
+_BEFORE = ("NoOpEliminationPass", "AddRMSNormFusionPass")
+
+
+def is_all_reduce(node: Node) -> bool:
+    """Whether a node is vLLM's all-reduce of a group that has a communicator of ours."""
+    return fx.operator_of(node) == "vllm::all_reduce" and fusion_ops.is_served(fx.arguments(node)["group_name"])
+
+
+def make_pass_manager() -> Any:  # noqa: ANN401
+    """What vLLM calls for every model that it compiles, in the place of its pass manager's class."""
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return _pass_manager_class(resolve_obj_by_qualname(stock_pass_manager_path(type(current_platform))))()
+
+
+@functools.cache
+def _pass_manager_class(stock: type) -> type:
+    """The subclass for one stock class: vLLM has no hook for a pass among its own."""
+
+    class FusingPassManager(stock):  # type: ignore[misc]
+        """``stock`` with our pass before vLLM's own that look for norms."""
+
+        def configure(self, config: Any) -> None:  # noqa: ANN401
+            super().configure(config)
+            if fuses(config):
+                names = [type(pass_).__name__ for pass_ in self.passes]
+                place = max((names.index(name) + 1 for name in _BEFORE if name in names), default=0)
+                self.passes.insert(place, _pass_class()(config))
+
+    FusingPassManager.__qualname__ = f"FusingPassManager[{stock.__name__}]"
+    return FusingPassManager
+
+
+def fuses(config: Any) -> bool:  # noqa: ANN401
+    """Whether graphs that are compiled under this configuration get our pass."""
+    from vllm.platforms import current_platform
+
+    settings = settings_of(config.additional_config)
+    if config.parallel_config.tensor_parallel_size == 1 or unfused(config, settings, compiled=True) is not None:
+        return False
+    return stands_aside(config, settings, custom_all_reduce=has_custom_all_reduce(current_platform)) is None
+
+
+@functools.cache
+def _pass_class() -> type:
+    from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
+
+    class AllReduceNormFusionPass(VllmInductorPass):  # type: ignore[misc]
+        """Fuses all-reduce, residual, RMSNorm and quantization."""
+
+        @VllmInductorPass.time_and_log  # type: ignore[untyped-decorator]
+        def __call__(self, graph: Graph) -> None:
+            fused = fusion.fuse(graph, is_all_reduce)
+            self.matched_count = fused.count
+            if fused.all_reduces:
+                logger.debug(
+                    "all-reduce fusion: %d of %d all-reduces of a graph fused with what follows %s",
+                    fused.count, fused.all_reduces, dict(fused.boundaries),
+                )  # fmt: skip
+
+        def uuid(self) -> str:
+            """What compiled graphs depend on: our version, and how graphs are searched."""
+            modules = (fusion, fusion_norms, fusion_ops, fusion_quants, fx)
+            return str(VllmInductorPass.hash_source(__version__, *map(inspect.getsource, modules)))
+
+    return AllReduceNormFusionPass
