@@ -238,6 +238,20 @@ def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, 
     assert tokens["NCCL"] == tokens["ONESHOT"] == tokens["TWOSHOT"]
 
 
+def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, str], str]) -> None:
+    """Through vLLM's compiler and passes: the demo fails where a boundary is missing, or a token is another one."""
+    environment, _ = marked
+    result = subprocess.run(
+        [*DEMO, "ONESHOT", "--compile"], capture_output=True, text=True, timeout=400, env=environment
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "the log says: all-reduce fusion: 9 layer boundaries fused (9 with RMSNorm)" in result.stdout
+    assert "Hugging Face generates the same tokens from the same weights" in result.stdout
+    # 24 tokens and the run that compiles, each with 9 sums; CPU ranks serve fp32, which is normed in a kernel of its own.
+    for rank in (0, 1):
+        assert f"rank {rank} reports: ONESHOT, then norm 225 calls" in result.stdout
+
+
 def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:
     environment, mark = marked
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.vllm.plugin import apply_settings
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
 
 
 def vllm_config(
@@ -220,3 +221,59 @@ def test_reasons_to_stand_aside() -> None:
     assert stands_aside(vllm_config({}), one_shot) is None
     assert stands_aside(vllm_config({}), nccl) == "allreduce_strategy is NCCL"
     assert "elastic" in str(stands_aside(vllm_config({}, elastic=True), one_shot))
+
+
+# -- fusion ------------------------------------------------------------------------------------------------------------
+
+MODES = {"VLLM_COMPILE": 3, "DYNAMO_TRACE_ONCE": 2, "NONE": 0}
+CompilationMode = enum.IntEnum("CompilationMode", MODES)
+
+
+def compiled_config(mode: str, *, sp: bool = False, eager: bool = False, **settings: Any) -> Any:
+    config = vllm_config({"allreduce": {"allreduce_strategy": "ONESHOT", **settings}})
+    config.compilation_config.mode = CompilationMode[mode]
+    config.compilation_config.pass_config.enable_sp = sp
+    config.model_config = SimpleNamespace(enforce_eager=eager)
+    return config
+
+
+def test_ours_replaces_flashinfers_fusion(caplog: pytest.LogCaptureFixture) -> None:
+    config = compiled_config("VLLM_COMPILE")
+    assert unfused(config, settings_of(config.additional_config)) is None
+    with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
+        apply_settings(config)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is False
+    assert [record.getMessage() for record in caplog.records] == [
+        "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away from "
+        "allreduce_strategy; ours fuses them instead"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (compiled_config("VLLM_COMPILE", fuse_norm=False), "fuse_norm is off"),
+        (compiled_config("VLLM_COMPILE", sp=True), "sequence parallelism"),
+        (compiled_config("NONE", eager=True), "enforce_eager is on"),
+        (compiled_config("DYNAMO_TRACE_ONCE"), "compilation mode DYNAMO_TRACE_ONCE has no passes of vLLM's"),
+    ],
+    ids=("fuse_norm", "sequence parallelism", "enforce_eager", "another mode"),
+)
+def test_where_ours_cannot_nothing_is_taken_away(config: Any, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    said = unfused(config, settings_of(config.additional_config))
+    assert said is not None
+    assert reason in said
+    with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
+        apply_settings(config)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is True
+    assert f"fuse_allreduce_rms left on, because ours does not replace it: {said}" in caplog.text
+
+
+def test_compile_cache_tells_fused_graphs_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, unfused_ = compiled_config("VLLM_COMPILE"), compiled_config("VLLM_COMPILE")
+    apply_settings(fused)
+    monkeypatch.setenv("LLM_ALLREDUCE_FUSE_NORM", "false")  # which vLLM does not hash
+    apply_settings(unfused_)
+    assert fused.additional_config["llm_allreduce_plugin"] == __version__
+    assert unfused_.additional_config["llm_allreduce_plugin"] == f"{__version__} unfused"
+    apply_settings(unfused_)  # the stamp is no unknown key

@@ -47,11 +47,10 @@ class Boundaries:
             logger.info("%s", self.line())
 
     def line(self) -> str:
-        """``all-reduce fusion: 9 layer boundaries fused (all-reduce + residual + RMSNorm: 1; with fp8: 8)``."""
+        """``all-reduce fusion: 9 layer boundaries fused (1 with RMSNorm, 8 with RMSNorm and fp8)``."""
         kinds = Counter(self._seen.values())
-        parts = [f"with {kind}: {count}" if kind else f"alone: {count}" for kind, count in sorted(kinds.items())]
-        what = "all-reduce + residual + RMSNorm"
-        return f"all-reduce fusion: {len(self._seen)} layer boundaries fused ({what} {'; '.join(parts)})"
+        parts = [f"{count} with RMSNorm{kind and f' and {kind}'}" for kind, count in sorted(kinds.items())]
+        return f"all-reduce fusion: {len(self._seen)} layer boundaries fused ({', '.join(parts)})"
 
 
 _communicators: weakref.WeakValueDictionary[str, TensorParallelCommunicator] = weakref.WeakValueDictionary()
