@@ -151,14 +151,15 @@ def test_every_usual_message_on_peers_memory_is_fused(world_size: int, hidden: i
 
 
 def test_few_rows_are_shared_by_a_cluster() -> None:
+    """Smaller ones the more rows there are, none where rows are short or nothing has clusters."""
     group = facts(2)
     one = launch_of(group, 1, 8192)
     assert (one.lanes, one.cluster, one.threads) == (8, 8, 128)
     assert "(8 to a row)" in str(one)
-    assert launch_of(group, 4, 8192).lanes == 32
-    assert launch_of(group, 5, 8192).cluster == 1
-    assert launch_of(group, 1, 2880).threads == 64, "360 vectors, 45 to a block, in whole warps"
-    assert launch_of(group, 1, 1024).cluster == 1, "too short a row"
+    clusters = [launch_of(group, rows, 8192).cluster for rows in (4, 5, 64, 65, 128, 256)]
+    assert clusters == [8, 4, 4, 2, 2, 1]
+    assert [launch_of(group, rows, 4096).cluster for rows in (1, 16, 17)] == [4, 4, 1]
+    assert launch_of(group, 1, 2880).cluster == 1, "too short a row"
     assert launch_of(facts(2, architecture=80), 1, 8192).cluster == 1
     assert launch_of(facts(2, architecture=None), 1, 8192).cluster == 1
     assert launch_of(facts(2, Transport.HOST), 1, 8192).cluster == 1
@@ -173,33 +174,38 @@ def test_a_block_has_as_few_vectors_to_a_thread_as_it_can() -> None:
         (4104, 288, 160),
         (8192, 512, 256),
     ):
-        assert launch_of(facts(2), 16, hidden).threads == pushed
+        assert launch_of(facts(2, architecture=80), 16, hidden).threads == pushed
         assert launch_of(facts(2, Transport.HOST), 4, hidden).threads == shared
 
 
-def test_a_row_that_is_more_than_a_block_holds_is_shared_by_two() -> None:
-    for world_size, rows in ((2, 16), (2, 4096), (4, 512)):
+def test_a_row_that_is_more_than_a_block_holds_is_shared() -> None:
+    for world_size, rows, cluster in ((2, 16, 4), (2, 4096, 2), (4, 512, 2), (2, 1, 8)):
         launch = launch_of(facts(world_size), rows, 16384)
-        assert (launch.cluster, launch.threads, launch.scatter_lanes) == (2, 512, 0)
-        assert launch.lanes == min(LANES, 2 * (rows if world_size == 2 else rows // 4))
-    assert launch_of(facts(2), 16, 8200).threads == 288
+        own = rows if world_size == 2 else rows // 4
+        assert (launch.cluster, launch.scatter_lanes) == (cluster, 0)
+        assert launch.lanes == min(LANES, cluster * own)
+        assert launch.threads == min(512, 2048 // cluster)
+    assert launch_of(facts(2), 300, 8200).cluster == 2
 
 
 def test_large_messages_give_lanes_one_task_each() -> None:
     assert launch_of(facts(2), 127, 8192).scatter_lanes == 0
+    assert launch_of(facts(2), 256, 8192).scatter_lanes == 16
     pushed = launch_of(facts(2), 1024, 8192)
-    assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (512, 132, 16, 0)
+    assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (512, 132, 32, 0)
     both = launch_of(facts(4), 4096, 8192)
-    assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 48, 33)
+    assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 48, 40)
     assert launch_of(facts(4), 128, 8192).scatter_lanes == 0, "fewer rows than lanes that would sum"
+    assert launch_of(facts(2), 264, 4096).scatter_lanes == 0, "short rows, a lane for each"
+    assert launch_of(facts(2), 265, 4096).threads == 256, "two vectors to a thread"
 
 
 def test_rows_of_a_two_shot_belong_to_ranks() -> None:
     launch = launch_of(facts(4), 30, 8192, "TWOSHOT")
     assert launch.algorithm is Algorithm.TWO_SHOT
-    assert (launch.chunk_vectors, launch.lanes, launch.rounds) == (8 * 1024, 8, 1)
+    assert (launch.chunk_vectors, launch.lanes, launch.rounds) == (8 * 1024, 8 * launch.cluster, 1)
     few = launch_of(facts(8), 3, 8192, "TWOSHOT")
-    assert (few.chunk_vectors, few.lanes) == (1024, 1)
+    assert (few.chunk_vectors, few.lanes) == (1024, few.cluster)
 
 
 def test_messages_beyond_a_slot_take_rounds_of_whole_rows() -> None:
