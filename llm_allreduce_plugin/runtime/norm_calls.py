@@ -88,28 +88,27 @@ def check_tensors(
     Raises:
         ValueError: naming the tensor, what it is and what it must be.
     """
+    shape, dtype = input_.shape, input_.dtype
     if input_.device != device:
         message = f"input is on {input_.device}, this communicator on {device}"
         raise ValueError(message)
-    if input_.dim() == 0:
+    if not shape:
         message = "input has no dimensions: must be [..., hidden]"
         raise ValueError(message)
-    if residual is not None:
-        _check_like("residual", residual, input_, tuple(input_.shape))
-    _check_like("weight", weight, input_, (input_.shape[-1],))
+    if residual is not None and (residual.shape != shape or residual.dtype is not dtype or residual.device != device):
+        raise ValueError(_unlike("residual", residual, input_, shape))
+    if weight.shape != shape[-1:] or weight.dtype is not dtype or weight.device != device:
+        raise ValueError(_unlike("weight", weight, input_, shape[-1:]))
     if quant is not None and quant.scale is not None and quant.scale.device != device:
         message = f"quant.scale is on {quant.scale.device}, this communicator on {device}"
         raise ValueError(message)
 
 
-def _check_like(name: str, tensor: torch.Tensor, input_: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.dtype is input_.dtype and tensor.device == input_.device and tensor.shape == shape:
-        return
-    message = (
+def _unlike(name: str, tensor: torch.Tensor, input_: torch.Tensor, shape: torch.Size) -> str:
+    return (
         f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}: must be {list(shape)} {input_.dtype} on "
         f"{input_.device}, for an input of {list(input_.shape)}"
     )
-    raise ValueError(message)
 
 
 def shape_of(
@@ -223,7 +222,11 @@ def kernel_then_norm(plan: _C.Plan, shape: NormShape, health: Health, device: to
         status = plan(tensors.input.data_ptr(), tensors.sum, current_stream(index))
         if status != 0:
             raise_refused(status, health, name)
-        norm_in_place(tensors, tensors.sum)
+        try:
+            norm_in_place(tensors, tensors.sum)
+        except RuntimeError:
+            health.raise_error()  # what CUDA says of a context that an expired wait has ended is not the cause
+            raise
         return tensors.outputs
 
     return run
