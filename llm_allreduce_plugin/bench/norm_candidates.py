@@ -17,7 +17,7 @@ import torch.distributed as dist
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench.candidates import MIB, OurSettings
 from llm_allreduce_plugin.measure.ranks import RankContext
-from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
 
 EPS = 1e-5
 
@@ -149,31 +149,30 @@ def _flashinfer(context: RankContext, _settings: OurSettings, hidden: int) -> No
         comm_backend=TorchDistBackend(group=context.control_group),
         group=context.control_group,
     )
-    patterns = comm.AllReduceFusionPattern
+    known = comm.AllReduceFusionPattern
+    patterns = {None: known.kARResidualRMSNorm, QuantKind.FP8: known.kARResidualRMSNormFP8Quant}
+    if hasattr(known, "kARResidualRMSNormDynamicFP8Quant"):
+        patterns[QuantKind.FP8_TOKEN] = known.kARResidualRMSNormDynamicFP8Quant
 
     def bind(case: NormCase) -> Bound:
         def call() -> Normed:
-            residual = torch.empty_like(case.residual)
-            norm = quantized = None
-            if case.quant is None:
-                norm = torch.empty_like(case.input)
-            else:
-                quantized = torch.empty_like(case.input, dtype=torch.float8_e4m3fn)
+            outputs = empty_outputs(case.input, case.quant, return_norm=False)
             comm.allreduce_fusion(
                 input=case.input,
                 workspace=workspace,
-                pattern=patterns.kARResidualRMSNorm if case.quant is None else patterns.kARResidualRMSNormFP8Quant,
+                pattern=patterns[case.kind],
                 launch_with_pdl=True,
                 residual_in=case.residual,
-                residual_out=residual,
-                norm_out=norm,
-                quant_out=quantized,
+                residual_out=outputs.residual_out,
+                norm_out=outputs.norm_out,
+                quant_out=outputs.quant_out,
+                scale_out=outputs.scale_out,
                 rms_gamma=case.weight,
                 rms_eps=EPS,
                 scale_factor=None if case.quant is None else case.quant.scale,
                 fp32_acc=True,
             )
-            return Normed(norm, residual, quantized, None)
+            return outputs
 
         return call
 
@@ -182,7 +181,7 @@ def _flashinfer(context: RankContext, _settings: OurSettings, hidden: int) -> No
             return f"takes at most {most_rows} rows here"
         if case.input.dtype is not torch.bfloat16:
             return "is opened for bfloat16"
-        return _only(None, QuantKind.FP8)(case)
+        return _only(*patterns)(case)
 
     return NormCandidate(bind, refusal, close=workspace.destroy)
 
