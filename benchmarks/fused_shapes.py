@@ -37,6 +37,8 @@ MOST_THREADS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
+    """How a call is spread."""
+
     algorithm: int
     lanes: int
     threads: int
@@ -64,7 +66,9 @@ def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Sh
     if rows * hidden * 2 >= 1 << 20:
         threads = threads_for(math.ceil(units / 2))
         for lanes in (132, 264) if wide else (132,):
-            shapes += [Shape(_C.ONE_SHOT, lanes, threads, 1, scatter * lanes // 132) for scatter in (12, 16, 24, 32)]
+            shapes += [
+                Shape(_C.ONE_SHOT, lanes, threads, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)
+            ]
             if world_size > 2:
                 shapes += [
                     Shape(_C.TWO_SHOT, lanes, threads, 1, scatter, drain) for scatter, drain in ((33, 33), (48, 40))
@@ -103,11 +107,14 @@ class Case:
         )
 
     def poison(self) -> None:
+        """Fill the outputs."""
         for output in self.outputs:
             if output is not None:
                 output.view(torch.uint8).fill_(0xA5)
 
     def wrong(self) -> int:
+        """Bytes of the outputs that are not as they must be."""
+
         def bits(normed: Normed) -> list[torch.Tensor]:
             return [t.contiguous().view(torch.uint8) for t in normed if t is not None]
 

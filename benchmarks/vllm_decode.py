@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_decode.py --tp 4 --width 8192 --out benchmarks/h200/vllm_tp4.json
     python benchmarks/vllm_decode.py --tp 4 --variants default ONESHOT TWOSHOT
+    python benchmarks/vllm_decode.py --tp 2 --variants default MINLATENCY-unfused MINLATENCY
 
 A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
@@ -9,7 +10,7 @@ of its own, one after another. ms per token at a batch size: the median time bet
 jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the same
 tokens for the same 256 requests. ``--no-peer-access``: as on a node whose GPUs do not see each other: NCCL with
 NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median time of 32 prompts of 1024 tokens with
-one new token each.
+one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ BATCHES = (1, 8, 32, 128)
 STEPS = 200
 PREFILLS = 3
 NOT_COUNTED = 10  # steps at either end of a run
+UNFUSED = "unfused"
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:
@@ -69,7 +71,8 @@ def run_variant(arguments: argparse.Namespace) -> None:
     if arguments.no_peer_access:
         extra["disable_custom_all_reduce"] = True
     if arguments.variant != "default":
-        settings = {"allreduce_strategy": arguments.variant, "report_dir": arguments.report}
+        strategy, _, norm = arguments.variant.partition("-")
+        settings = {"allreduce_strategy": strategy, "report_dir": arguments.report, "fuse_norm": norm != UNFUSED}
         settings |= {"transport": "host"} if arguments.no_peer_access else {}
         extra["additional_config"] = {"allreduce": settings}
     llm = LLM(

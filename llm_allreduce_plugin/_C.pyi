@@ -209,15 +209,15 @@ class Workspace:
 
     def probe_check(self, nonce: int, verdict: int, stream: int) -> None: ...
 
-    def failure(self) -> tuple[int, int, tuple[int, int, int], int, int, int, int, float] | None:
+    def failure(self) -> tuple[int, int, tuple[int, int, int, int], int, int, int, int, float] | None:
         """
-        None, or (rank, peer, kind, phase, lane, expected_round, seen_round, waited_s); kind: (algorithm, exchange, wire).
+        None, or (rank, peer, kind, phase, lane, expected_round, seen_round, waited_s); kind: (algorithm, exchange, wire, epilogue).
         """
 
     def reason(self) -> int:
         """Of a failure, one of REASON_*."""
 
-    def mismatch(self) -> tuple[tuple[tuple[int, int, int], int, int], tuple[tuple[int, int, int], int, int]]:
+    def mismatch(self) -> tuple[tuple[tuple[int, int, int, int], int, int], tuple[tuple[int, int, int, int], int, int]]:
         """
         Of a mismatch, this rank's call and its peer's, each (kind, dtype, count).
         """

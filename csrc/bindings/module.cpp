@@ -204,7 +204,7 @@ NB_MODULE(_C, module) {
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,
            "None, or (rank, peer, kind, phase, lane, expected_round, seen_round, waited_s); kind: (algorithm, "
-           "exchange, wire).")
+           "exchange, wire, epilogue).")
       .def("reason", &Workspace::reason, "Of a failure, one of REASON_*.")
       .def("mismatch", &Workspace::mismatch,
            "Of a mismatch, this rank's call and its peer's, each (kind, dtype, count).")

@@ -115,8 +115,8 @@ class Workspace {
                [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
   }
 
-  // Algorithm, exchange and wire format.
-  using Kind = std::tuple<int, int, int>;
+  // Algorithm, exchange, wire format and epilogue.
+  using Kind = std::tuple<int, int, int, int>;
   using Failure = std::tuple<int, int, Kind, int, int, uint32_t, uint32_t, double>;
   std::optional<Failure> failure() const {
     if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
@@ -154,7 +154,7 @@ class Workspace {
   }
 
  private:
-  static Kind kind(const lar_kind& kind) { return {kind.algorithm, kind.exchange, kind.wire}; }
+  static Kind kind(const lar_kind& kind) { return {kind.algorithm, kind.exchange, kind.wire, kind.epilogue}; }
 
   int call_on_cpu(const lar_call& call, bool is_first) {
     // A second thread's call could meet another call of the peers than the one it is for.

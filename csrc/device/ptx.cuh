@@ -149,52 +149,89 @@ __device__ __forceinline__ bool barrier_all(uint32_t threads, bool value) {
   return all != 0;
 }
 
-// -- clusters: blocks that run together and reach each other's shared memory (sm_90 and newer; elsewhere a block is
-// alone)
+// -- clusters: blocks that run together and reach each other's shared memory (sm_90 and newer; elsewhere a block is a
+// cluster of its own)
 
-__device__ __forceinline__ uint32_t cluster_size() {
+struct Cluster {
+  uint32_t size;    // blocks
+  uint32_t block;   // this one's place in it
+  uint32_t index;   // in the grid
+  uint32_t number;  // of the grid's clusters
+};
+
+__device__ __forceinline__ Cluster cluster() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t size;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(size));
-  return size;
+  Cluster of;
+  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(of.size));
+  asm("mov.u32 %0, %%cluster_ctaid.x;" : "=r"(of.block));
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(of.index));
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(of.number));
+  return of;
 #else
-  return 1;
+  return {1, 0, blockIdx.x, gridDim.x};
 #endif
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() {
+// Words that blocks of a cluster store into each other's shared memory, and a barrier there that counts their bytes: it
+// completes a phase when as many have arrived as this block expects. No fence: the bytes bring their own news.
 #if __CUDA_ARCH__ >= 900
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-#else
-  return 0;
-#endif
+__device__ __forceinline__ uint32_t in_shared(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
+#endif
 
-// The two halves of a barrier of all threads: what was stored before the first is seen behind the second.
-__device__ __forceinline__ void cluster_arrive() {
+// For one thread of each block, before let_cluster_in().
+__device__ __forceinline__ void begin_byte_barrier(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(in_shared(barrier))
+      : "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_wait() {
+// For all threads: this block's barriers are ready; and: those of all blocks are.
+__device__ __forceinline__ void let_cluster_in() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_cluster() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
-// To where `shared`, of this block, lies in another block of the cluster.
-__device__ __forceinline__ void store_cluster(void* shared, uint32_t block, uint32_t word) {
+// To where `shared` lies in block `block` of the cluster, whose `barrier` counts 4 bytes.
+__device__ __forceinline__ void store_in_cluster(void* shared, uint64_t* barrier, uint32_t block, uint32_t word) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "st.shared::cluster.u32 [there], %2;\n\t}" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-      "r"(block), "r"(word)
+      "{\n\t.reg .b32 there, counts;\n\tmapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 counts, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counts];\n\t}" ::"r"(in_shared(shared)),
+      "r"(in_shared(barrier)), "r"(block), "r"(word)
       : "memory");
-#else
-  *static_cast<uint32_t*>(shared) = word;
+#endif
+}
+
+// For one thread of the block, in every phase, before or after the bytes come.
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Until the phase of this parity is complete: a block that has not stored its words ends with the kernel, too.
+__device__ __forceinline__ void wait_for_bytes(uint64_t* barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t done = 0;
+  while (!done)
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(in_shared(barrier)), "r"(parity)
+        : "memory");
 #endif
 }
 

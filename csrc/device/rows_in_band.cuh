@@ -109,11 +109,11 @@ __device__ __forceinline__ bool poll_and_sum_row(const InBandArguments& argument
 }
 
 // The in-band kernels of an algorithm that take rows: calls body(Type<T>, integral_constant<world size>, add) for each
-// combination, where add(form, kernel) adds a row of the registry. kShort: a unit of a row to a thread; kAny: two;
-// kSplit: two, and lanes with one task each.
-template <typename Body>
+// type and each of `Worlds`, where add(form, kernel) adds a row of the registry. kShort: a unit of a row to a thread;
+// kAny: two; kSplit: two, and lanes with one task each.
+template <typename Worlds, typename Body>
 void add_rows_in_band(lar_algorithm algorithm, lar_exchange exchange, Body body) {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Types<Store>>([&](auto type, auto world, auto) {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds, Types<Store>>([&](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     body(type, world, [&](Form form, auto kernel) {
       add_row({kind_of(algorithm, exchange, LAR_WIRE_RAW, LAR_RMS_NORM), dtype_of<T>(), decltype(world)::value, form,

@@ -2,6 +2,8 @@
 #ifndef LLM_ALLREDUCE_DEVICE_UNIT_CUH_
 #define LLM_ALLREDUCE_DEVICE_UNIT_CUH_
 
+#include <type_traits>
+
 #include "codec/norm.h"
 #include "device/vector.cuh"
 
@@ -31,6 +33,24 @@ struct Unit {
     const T* values = reinterpret_cast<const T*>(raw);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) x[i] = widen(values[i]);
+  }
+
+  // The sum, rounded. Of 16-bit elements in one step: fp32 has more than twice their bits, so that rounding to it first
+  // would change nothing (Figueroa, "When is double rounding innocuous?", 1995).
+  __device__ __forceinline__ Unit plus(const Unit& other) const {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      if constexpr (std::is_same_v<T, float>) {
+        reinterpret_cast<float*>(unit.raw)[i] =
+            codec::add(reinterpret_cast<const float*>(raw)[i], reinterpret_cast<const float*>(other.raw)[i]);
+      } else if (i % 2 == 0) {
+        using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+        reinterpret_cast<Pair*>(unit.raw)[i / 2] =
+            __hadd2_rn(reinterpret_cast<const Pair*>(raw)[i / 2], reinterpret_cast<const Pair*>(other.raw)[i / 2]);
+      }
+    }
+    return unit;
   }
 
   __device__ __forceinline__ static Unit rounded(const float (&x)[kElements]) {

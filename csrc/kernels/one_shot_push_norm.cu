@@ -16,7 +16,7 @@ namespace lar {
 namespace {
 
 template <typename T, int kWorldSize, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kResidual>;
+using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kNothing>;
 
 template <typename T, int kWorldSize, int kUnits>
 __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   Sink<T, kWorldSize, kUnits> sink(all.norm, memory);
   const Rows<kUnits>& rows = sink.rows();
   const uint32_t group = rows.group();
-  const uint32_t groups = rows.groups(gridDim.x);
+  const uint32_t groups = rows.groups();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -102,17 +102,19 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, sink.rows().group(pushers),
-                                     sink.rows().groups(gridDim.x - pushers));
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
+// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters.
 const Registration rows([] {
-  add_rows_in_band(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
+  add_rows_in_band<Worlds<2, 4, 8, 0>>(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add(Form::kShort, one_shot_push_norm_kernel<T, kWorldSize, 1>);
-    add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
-    add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);
+    if constexpr (kWorldSize == 2 || kWorldSize == 0) {
+      add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
+      add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);
+    }
   });
 });
 

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   wait_for_previous_kernel();
   let_next_kernel_start();
 #pragma unroll 1
-  for (uint32_t row = rows.group(); row < arguments.norm.rows; row += rows.groups(gridDim.x)) {
+  for (uint32_t row = rows.group(); row < arguments.norm.rows; row += rows.groups()) {
     Unit<T> sums[kUnits];
 #pragma unroll
     for (int k = 0; k < kUnits; ++k)
@@ -58,14 +58,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       float squares = 0.0f;
       if (unit < norm.units) {
         Unit<T> r = Unit<T>::load(arguments.input, first + unit);
-        if (norm.residual) {
-          float residual[codec::kUnitElements];
-          r.widened(x);
-          Unit<T>::load(norm.residual, first + unit).widened(residual);
-#pragma unroll
-          for (int i = 0; i < codec::kUnitElements; ++i) x[i] = codec::add(x[i], residual[i]);
-          r = Unit<T>::rounded(x);
-        }
+        if (norm.residual) r = r.plus(Unit<T>::load(norm.residual, first + unit));
         r.store(norm.residual_out, first + unit);
         r.widened(x);
         squares = codec::sum_of_squares(x);
@@ -101,7 +94,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       peak = max(peak, peak_of(x));
       if (norm.norm_out) y.store(norm.norm_out, first + unit);
     }
-    rows.next_row();
     if (norm.quant != LAR_QUANT_NONE)
       quantize_long(norm, row, given, rows.largest(peak), whole,
                     [&](uint32_t unit, float (&y)[codec::kUnitElements]) { y_of(unit, y); });

@@ -14,7 +14,7 @@ namespace lar {
 namespace {
 
 template <typename T, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kResidual>;
+using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing>;
 
 // What a lane needs to know of the call.
 template <typename T, int kWorldSize, int kUnits>
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   LAR_BLOCK_VARIABLE(RowMemory, memory);
   Sink<T, kUnits> sink(all.norm, memory);
   const uint32_t group = sink.rows().group();
-  const uint32_t groups = sink.rows().groups(gridDim.x);
+  const uint32_t groups = sink.rows().groups();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -192,13 +192,16 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     if (!rows.drain(i)) return;
 }
 
+// Two ranks sum by ONESHOT at every size.
 const Registration rows([] {
-  add_rows_in_band(LAR_TWO_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
+  add_rows_in_band<Worlds<4, 8, 0>>(LAR_TWO_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add(Form::kShort, two_shot_push_norm_kernel<T, kWorldSize, 1>);
-    add(Form::kAny, two_shot_push_norm_kernel<T, kWorldSize, 2>);
-    add(Form::kSplit, two_shot_split_norm_kernel<T, kWorldSize, 2>);
+    if constexpr (kWorldSize == 0) {
+      add(Form::kAny, two_shot_push_norm_kernel<T, kWorldSize, 2>);
+      add(Form::kSplit, two_shot_split_norm_kernel<T, kWorldSize, 2>);
+    }
   });
 });
 

@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.algorithms import measured, tables
-from llm_allreduce_plugin.algorithms.base import MAX_THREADS, MIN_SPLIT_LANES, VECTOR_BYTES, Merit, Message
+from llm_allreduce_plugin.algorithms.base import MIN_SPLIT_LANES, VECTOR_BYTES, Merit, Message
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
 from llm_allreduce_plugin.algorithms.measured import RowShape
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
@@ -114,7 +114,7 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     own = math.ceil(rows.rows / parts)  # of the rank that has most
     capacity = _slot_bytes(facts, launch.algorithm) // rows.bytes
     in_a_round = math.ceil(own / math.ceil(own / capacity))  # alike, so that no rank has more to do in the last
-    cluster = _cluster(facts, rows, launch, shape)
+    cluster = _cluster(facts, rows, in_a_round, shape)
     spread = Launch(
         launch.algorithm,
         launch.exchange,
@@ -147,16 +147,23 @@ def _block_vectors(shape: RowShape) -> int:
     return shape.most_threads * max(shape.vectors)
 
 
-def _cluster(facts: GroupFacts, rows: Rows, launch: Launch, shape: RowShape) -> int:
-    """Blocks that share a row: as many as hold it, or as find work where there are few rows."""
-    few = launch.algorithm is Algorithm.ONE_SHOT and rows.rows <= shape.cluster_rows
-    if few and rows.vectors >= shape.cluster_vectors and _has_clusters(facts, shape):
-        return shape.cluster
+def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape) -> int:
+    """Blocks that share a row: as many as find work where there are few rows, or as hold it.
+
+    ``in_a_round``: rows that a rank takes at once.
+    """
+    if _has_clusters(facts, shape):
+        is_short = rows.vectors <= shape.most_threads
+        for sharing in shape.sharing:
+            most = min(facts.lanes, sharing.most_lanes_of_short if is_short else sharing.most_lanes)
+            if rows.vectors >= sharing.least_vectors * sharing.blocks and in_a_round * sharing.blocks <= most:
+                return sharing.blocks
     return 1 << (math.ceil(rows.vectors / _block_vectors(shape)) - 1).bit_length()
 
 
 def _has_clusters(facts: GroupFacts, shape: RowShape) -> bool:
-    return shape.cluster > 1 and (facts.architecture or 0) >= measured.CLUSTERS_FROM and facts.lanes >= shape.cluster
+    has_any = bool(shape.sharing) and facts.lanes >= measured.MOST_SHARING
+    return has_any and (facts.architecture or 0) >= measured.CLUSTERS_FROM
 
 
 def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> Launch:
@@ -164,12 +171,16 @@ def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> La
     payload = rows.message.payload_bytes
     if shape.split_bytes is None or payload < shape.split_bytes or facts.lanes < MIN_SPLIT_LANES:
         return spread
-    split = tables.split(spread.algorithm.name.replace("_", ""), facts.world_size, payload)
+    in_a_round = spread.chunk_vectors // rows.vectors
+    if rows.vectors <= shape.most_threads and in_a_round <= facts.lanes:  # a block to a row is faster
+        return spread
+    split = tables.fused_split(spread.algorithm.name, facts.world_size, payload)
     if split is None:
         return spread
     lanes = facts.lanes * split.lanes // measured.LARGEST_GRID
     scatter = max(1, facts.lanes * split.scatter // measured.LARGEST_GRID)
     drain = facts.lanes * split.drain // measured.LARGEST_GRID
-    if spread.chunk_vectors // rows.vectors < lanes - scatter - drain:  # a row to each lane that sums, at least
+    if in_a_round < lanes - scatter - drain:  # a row to each lane that sums, at least
         return spread
-    return dataclasses.replace(spread, lanes=lanes, threads=MAX_THREADS, scatter_lanes=scatter, drain_lanes=drain)
+    threads = _whole_warps(math.ceil(rows.vectors / max(shape.vectors)))
+    return dataclasses.replace(spread, lanes=lanes, threads=threads, scatter_lanes=scatter, drain_lanes=drain)

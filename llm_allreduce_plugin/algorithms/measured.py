@@ -139,6 +139,23 @@ SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Blocks that share a row, a cluster of them.
+
+    Attributes:
+        blocks: of a row.
+        least_vectors: of a row that each has, where it is worth it.
+        most_lanes: of all rows together.
+        most_lanes_of_short: the same where one block would hold a row at a vector to a thread.
+    """
+
+    blocks: int
+    least_vectors: int
+    most_lanes: int
+    most_lanes_of_short: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class RowShape:
     """How a kernel deals the vectors of a row out, where the norm follows the all-reduce.
 
@@ -148,26 +165,32 @@ class RowShape:
     Attributes:
         most_threads: of a block.
         vectors: of a row that a thread may have, fewest first.
-        cluster: blocks that share a row where there are so few rows that most multiprocessors would idle, and at most
-            where a row is more than a block holds; 1: never.
-        cluster_rows: the most rows of a call for which they do.
-        cluster_vectors: the fewest vectors of a row for which they do.
-        split_bytes: the smallest message whose lanes have one task each, as in SPLITS.
+        sharing: clusters that are worth it, the first that fits; empty: there are none.
+        split_bytes: the smallest message whose lanes have one task each, as in FUSED_SPLITS.
     """
 
     most_threads: int
     vectors: tuple[int, ...]
-    cluster: int = 1
-    cluster_rows: int = 0
-    cluster_vectors: int = 0
+    sharing: tuple[Sharing, ...] = ()
     split_bytes: int | None = None
 
 
-# All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Estimates: of a prototype on 2 H100,
-# hidden 8192, 8 blocks to a row were best for one and four rows, one block from 16 on. The rest is not measured.
+# All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
+# (benchmarks/h100/fused_shapes_tp2.json); for more ranks, and through host memory, an estimate from it.
 ROW_SHAPES = {
-    "PUSH": RowShape(512, (1, 2), cluster=8, cluster_rows=4, cluster_vectors=256, split_bytes=2 * MIB),
+    "PUSH": RowShape(
+        512,
+        (1, 2),
+        (Sharing(8, 128, 32), Sharing(4, 128, 256, most_lanes_of_short=64), Sharing(2, 256, 264)),
+        split_bytes=2 * MIB,
+    ),
     "SHARED": RowShape(256, (1, 2, 4)),
+}
+MOST_SHARING = 8  # blocks of a cluster
+# As SPLITS, of fused calls: two ranks measured (the same file), more an estimate.
+FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
+    "ONE_SHOT": {2: (Split(0, 132, 16, 0), Split(8 * MIB, 132, 32, 0)), 3: ()},
+    "TWO_SHOT": {2: (), 3: (Split(0, 132, 48, 40),)},
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next

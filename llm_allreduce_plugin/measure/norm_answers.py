@@ -45,8 +45,8 @@ def wrong_elements(answer: Normed, expected_: Normed, *, exact: bool, world_size
     """Elements of an answer that are not what they must be.
 
     Exact implementations must give the very bits. Others, whose sums, roundings and order of additions differ, are held
-    to what that can cost: ``residual_out`` as the sum alone, ``norm_out`` to a few roundings of each element, and what
-    is quantized to the next value.
+    to what that can cost: ``residual_out`` as the sum alone, ``norm_out`` to a few roundings of each element, and FP8
+    by tensor or by token to the next value; of what is quantized otherwise, all bits count.
     """
     pairs = [(got, want) for got, want in zip(answer, expected_, strict=True) if got is not None and want is not None]
     if exact:
@@ -54,9 +54,12 @@ def wrong_elements(answer: Normed, expected_: Normed, *, exact: bool, world_size
     wrong = answers.wrong_elements(answer.residual_out, expected_.residual_out, exact=False, world_size=world_size + 1)
     if answer.norm_out is not None and expected_.norm_out is not None:
         wrong += _wrong_norms(answer.norm_out.float(), expected_.norm_out.float(), answer.norm_out.dtype, world_size)
-    if answer.quant_out is not None and expected_.quant_out is not None:
-        wrong += _wrong_fp8(answer, expected_)
-    return wrong
+    if answer.quant_out is None or expected_.quant_out is None:
+        return wrong
+    scales = answer.scale_out
+    if answer.quant_out.dtype == torch.float8_e4m3fn and (scales is None or scales.shape[1] == 1):
+        return wrong + _wrong_fp8(answer, expected_)
+    return wrong + sum(_differing(got, want) for got, want in pairs[-2:])
 
 
 def _differing(got: torch.Tensor, want: torch.Tensor) -> int:
@@ -64,7 +67,8 @@ def _differing(got: torch.Tensor, want: torch.Tensor) -> int:
     if got.shape != want.shape or got.dtype != want.dtype:
         return max(got.numel(), want.numel())
     size = got.element_size()
-    left, right = (tensor.contiguous().view(torch.uint8).reshape(-1, size) for tensor in (got, want))
+    plain = (tensor.clone(memory_format=torch.contiguous_format).reshape(-1) for tensor in (got, want))
+    left, right = (tensor.view(torch.uint8).view(-1, size) for tensor in plain)
     return int((left != right).any(dim=1).sum())
 
 
@@ -78,9 +82,7 @@ def _wrong_fp8(answer: Normed, expected_: Normed) -> int:
     assert answer.quant_out is not None
     assert expected_.quant_out is not None
     got, want = answer.quant_out.float(), expected_.quant_out.float()
+    least = torch.tensor(SMALLEST_FP8, device=got.device)
     if answer.scale_out is not None and expected_.scale_out is not None:
-        got, want = got * answer.scale_out.float(), want * expected_.scale_out.float()
-        least = SMALLEST_FP8 * expected_.scale_out.float()
-    else:
-        least = torch.tensor(SMALLEST_FP8, device=got.device)
+        got, want, least = got * answer.scale_out, want * expected_.scale_out, least * expected_.scale_out
     return int(((got - want).abs() > 1.5 * FP8_STEP * want.abs() + 2 * least).sum()) + int(got.isnan().sum())

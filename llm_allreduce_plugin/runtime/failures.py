@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Algorithm
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue
 from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES
 from llm_allreduce_plugin.errors import AllReduceError, GroupBrokenError, PeerTimeoutError, RankMismatchError
 from llm_allreduce_plugin.group.board import Board, Row, State
@@ -17,19 +17,21 @@ _EXACT = {int(algorithm): algorithm.name.replace("_", "") for algorithm in Algor
 PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
 
 
-Kind = tuple[int, int, int]  # algorithm, exchange and wire format of a call, as the library numbers them
+# Algorithm, exchange, wire format and epilogue of a call, as the library numbers them.
+Kind = tuple[int, int, int, int]
 
 
 def name_of_kind(kind: Kind) -> str:
     """The strategy that makes calls of a kind."""
-    algorithm, _exchange, wire = kind
+    algorithm, _exchange, wire, _epilogue = kind
     return _EXACT.get(algorithm, "LOWPRECISION") if wire == _C.WIRE_RAW else "LOWPRECISION"
 
 
 def _made(call: tuple[Kind, int, int]) -> str:
     kind, dtype, count = call
     wire = f" as {WIRE_FORMATS[kind[2]]}" if kind[2] in WIRE_FORMATS else ""
-    return f"{count} {DTYPES.get(dtype, dtype)} ({name_of_kind(kind)}{wire})"
+    norm = ", with a norm" if kind[3] == Epilogue.RMS_NORM else ""
+    return f"{count} {DTYPES.get(dtype, dtype)} ({name_of_kind(kind)}{wire}{norm})"
 
 
 def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
@@ -79,7 +81,7 @@ def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeo
         return PeerTimeoutError(rank, peer, *where, waited_s)
     if row.state is State.GAVE_UP:
         ago = max(0.0, time.time() - row.wall_s)
-        gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire))}/{PHASES.get(row.phase)}"
+        gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire, Epilogue.STORE))}/{PHASES.get(row.phase)}"
         before = f"{row.waited_s:.3g} s for rank {row.peer} in {gave_up_in}"
         if row.peer == rank and _is_later(board, rank, row):
             text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"

@@ -53,7 +53,7 @@ class Health:
         record = self._workspace.failure()
         if record is not None and not self._has_given_up:
             self._has_given_up = True
-            _rank, peer, (algorithm, _exchange, wire), phase, _lane, _expected, _seen, waited_s = record
+            _rank, peer, (algorithm, _exchange, wire, _epilogue), phase, _lane, _expected, _seen, waited_s = record
             state = State.GAVE_UP if self._workspace.reason() == _C.REASON_EXPIRED else State.BROKEN
             board.write(Row(board.process, state, time.time(), waited_s, peer, algorithm, phase, wire))
         for peer in range(board.world_size):

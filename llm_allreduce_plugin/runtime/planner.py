@@ -217,7 +217,8 @@ class Planner:
         elif decision.launch is None and not decision.by_design:
             self._log_once(logging.INFO, f"norms run in a kernel of their own: {decision.reason}")
         call, counted = self._norm_call(decision, shape)
-        self.tally.add(decision, counted, call)
+        if shape.rows:  # without rows nothing runs
+            self.tally.add(decision, counted, call)
         if self._checker is not None:
 
             def describe_call(captured: bool) -> Description:  # noqa: FBT001

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import worker
+from llm_allreduce_plugin.bench import norm_worker, worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
+from llm_allreduce_plugin.bench.norm_candidates import NormCase
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.norm import Normed, QuantKind
 from tests.conftest import PoolFor
 
 RUNNER = CliRunner()
@@ -102,3 +106,83 @@ def test_plot_of_records(tmp_path: Path) -> None:
         code, output = run("--out", str(picture), *arguments)
         assert code == 2
         assert text in " ".join(output.replace("│", " ").split()), output
+
+
+# -- with a norm behind the sum ----------------------------------------------------------------------------------------
+
+
+def test_fused_bench_on_cpu_ranks(tmp_path: Path) -> None:
+    record = tmp_path / "bench.json"
+    flags = [
+        "--cpu",
+        "-g",
+        "2",
+        "--fused",
+        "--hidden",
+        "512",
+        "--quant",
+        "fp8-group",
+        "-b",
+        "1K",
+        "-e",
+        "64K",
+        "-f",
+        "8",
+    ]
+    result = RUNNER.invoke(app, ["bench", *flags, "-n", "3", "-m", "2", "--json", str(record)])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert "# with residual and norm, hidden size 512, fp8-group" in lines
+    for name in ("fused", "then-norm"):
+        assert f"# {name}" in lines
+    assert any(line.split()[:4] == ["65536", "64x512", "bfloat16", "norm"] for line in lines)
+    assert "# Out of bounds values : 0 OK" in lines
+    answer = json.loads(record.read_text())
+    assert answer["options"]["hidden"] == 512
+    assert answer["options"]["quant"] == "fp8-group"
+    assert [(row["candidate"], row["count"] // 512) for row in answer["rows"]] == [
+        (name, rows) for name in ("fused", "then-norm") for rows in (1, 8, 64)
+    ]
+    for row in answer["rows"]:
+        assert row["eager_us"] > 0
+        assert row["eager_wrong"] == 0
+
+
+def test_what_takes_two_kernels_is_not_measured_as_one() -> None:
+    flags = ["--cpu", "--fused", "--hidden", "64", "-d", "float", "-b", "1K", "-e", "1K", "-n", "2", "-m", "2"]
+    result = RUNNER.invoke(app, ["bench", *flags])
+    assert result.exit_code == 0, result.output
+    assert "left out: only 16-bit types are fused, not float32" in result.output
+
+
+def _measure_norm_with_a_fault(context: RankContext) -> list[int | None]:
+    """One element of one rank's answer off by a bit: of each tensor in turn."""
+    options = norm_worker.Options("bfloat16", calls=2, replays=2, hidden=256, quant=QuantKind.FP8_TOKEN)
+    assert norm_worker.open_all(context, ("then-norm",), OurSettings(), options) == {}
+    candidate = norm_worker._open["then-norm"]
+    bind = candidate.bind
+    found = []
+
+    def bad_bind(case: NormCase, field: str) -> Callable[[], Normed]:
+        call = bind(case)
+
+        def bad_call() -> Normed:
+            output = call()
+            if context.rank == 1:
+                getattr(output, field).view(torch.uint8).view(-1)[9] ^= 1
+            return output
+
+        return bad_call
+
+    try:
+        for field in ("residual_out", "quant_out", "scale_out"):
+            candidate.bind = functools.partial(bad_bind, field=field)
+            found.append(norm_worker.measure(context, "then-norm", 4 * 256, options).eager_wrong)
+    finally:
+        norm_worker.close_all(context)
+    return found
+
+
+def test_fused_bench_sees_a_wrong_answer(cpu_pool: PoolFor) -> None:
+    for found in cpu_pool(2).run(_measure_norm_with_a_fault):
+        assert found == [1, 1, 1]

@@ -50,7 +50,7 @@ def shapes_for(algorithm: Algorithm, hidden: int, world_size: int) -> list[Shape
     ]
     if hidden <= 512 * 8:
         shapes.append(Shape(lanes, threads_for(hidden, 1)))
-    if algorithm is ONE and hidden >= 512:
+    if hidden >= 512:
         shapes += [
             Shape(2 * cluster, threads_for(hidden, 1, cluster), cluster) for cluster in (2, 4, 8) if world_size < 5
         ]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
 from tests.gpu.test_low_precision import compare
 from tests.gpu.test_staged import check_streams
@@ -20,9 +21,11 @@ from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
+from tests.support.norm_group import Shape, check, every_quant, random_boundary
 
 pytestmark = emulator.needs_emulator
 
+ROW = 384  # elements of a row that is normed
 SEEDS = 12  # in which an error must show at least once
 IN_BAND = {"workspace_mib": 0.25}
 SPLIT = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5}
@@ -43,6 +46,7 @@ FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
+ROWS: dict[str, Any] = {"rows": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
@@ -267,6 +271,42 @@ MUTATIONS: dict[str, Mutation] = {
         "return fixed ? fixed : {} ? nullptr : find(key(kind, dtype, 0, form));",
         REGISTRY,
     ),
+    "words of the next row are stored over those of this one": (
+        "device/schedule/rows.cuh",
+        "    ++exchange_;\n",
+        "    if (!{}) ++exchange_;\n",
+        ROWS,
+    ),
+    "nobody waits for the other warps of a row": (
+        "device/schedule/rows.cuh",
+        "    } else if (threads_ == blockDim.x) {\n      __syncthreads();",
+        "    }} else if (threads_ == blockDim.x) {{\n      if (!{}) __syncthreads();",
+        ROWS,
+    ),
+    "drained rows are not cleared": (
+        "kernels/two_shot_push_norm.cu",
+        "        clear_in_band_if(wanted[k], from[k]);\n",
+        "        clear_in_band_if(wanted[k] && !{}, from[k]);\n",
+        ROWS,
+    ),
+    "reduced rows are not cleared": (
+        "device/rows_in_band.cuh",
+        "    if (kClears) {\n",
+        "    if (kClears && !{}) {{\n",
+        ROWS,
+    ),
+    "only the last row of a lane is pushed": (
+        "kernels/one_shot_push_norm.cu",
+        "  if (group < all.norm.rows) push(group);\n",
+        "  if (group < all.norm.rows && !{}) push(group);\n",
+        ROWS,
+    ),
+    "rows of scales that there are not are left as they were": (
+        "device/sink/quantize.cuh",
+        "    if (rows.is_first_block()) clear_absent_rows(norm, row, rows.threads());\n",
+        "    if (rows.is_first_block() && !{}) clear_absent_rows(norm, row, rows.threads());\n",
+        ROWS,
+    ),
 }
 
 
@@ -284,6 +324,9 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     if kind is REGISTRY:
         for world_size in WORLD_SIZES:
             compare_rows(mutated(), world_size)
+        return
+    if "rows" in kind:
+        norm_rows(seed)
         return
     kind = dict(kind)
     ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
@@ -310,6 +353,17 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     marker = torch.full((512,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32).view(torch.bfloat16)
     for output in group.all_reduce("TWOSHOT", [marker] * ranks):
         assert (output == 0).all()
+
+
+def norm_rows(seed: int) -> None:
+    """Fused calls in which a lane has several rows."""
+    group = LocalGroup(3, machine=EmulatedGpus(seed, library=mutated()), lanes=3, workspace_mib=0.5)
+    quants = every_quant(ROW)
+    for call in range(6):
+        algorithm, shape = ((Algorithm.ONE_SHOT, Shape(2, 64)), (Algorithm.TWO_SHOT, Shape(1, 64)))[call % 2]
+        inputs = [part.view(7, ROW) for part in inputs_of(seed + call, 3, 7 * ROW, torch.bfloat16)]
+        boundary = random_boundary(seed + call, 7, ROW, torch.bfloat16, (quants[2], quants[-1])[call // 2 % 2])
+        check(group, algorithm, _C.PUSH, shape, inputs, boundary, f"rows, call {call}, {seed=}")
 
 
 def start_without_the_last(group: LocalGroup) -> None:
@@ -341,6 +395,7 @@ KINDS = {
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,
     "registry": REGISTRY,
+    "rows": ROWS,
 }
 
 

@@ -98,6 +98,11 @@ def poison(outputs: Normed) -> Normed:
     return outputs
 
 
+def outputs_for(rows: torch.Tensor, boundary: Boundary) -> Normed:
+    """Poisoned room for what comes out for these rows."""
+    return poison(empty_outputs(rows, boundary.quant, return_norm=boundary.return_norm))
+
+
 def tensors_of(outputs: Normed, boundary: Boundary, native: Any = _C) -> _C.NormTensors:
     def address(tensor: torch.Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
@@ -150,7 +155,7 @@ class FusedCall:
         assert status == 0
 
     def outputs(self, like: torch.Tensor) -> Normed:
-        return poison(empty_outputs(like, self.boundary.quant, return_norm=self.boundary.return_norm))
+        return outputs_for(like, self.boundary)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[Normed]:
         """Every rank's results, poisoned before; afterwards slots and epochs are as they must be."""

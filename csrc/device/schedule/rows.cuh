@@ -1,7 +1,9 @@
-// How rows are dealt out: each to a block or, a row in few vectors per block, to a cluster of blocks. A warp has 32
-// neighbouring units of a row at a time, a tile; a thread has a unit of up to kUnits tiles.
+// How rows are dealt out: each to a cluster of blocks, of one block or more. A warp has 32 neighbouring units of a row
+// at a time, a tile; a thread has a unit of up to kUnits tiles.
 //
-// What a row's threads have to tell each other goes through shared memory: every block of the cluster has a copy.
+// What a row's threads have to tell each other are words in shared memory, of which every block has a copy. Blocks of a
+// cluster store them there with a count of bytes, not behind a barrier of the cluster: its release would wait until all
+// that was stored before has arrived, at peers too.
 #ifndef LLM_ALLREDUCE_DEVICE_SCHEDULE_ROWS_CUH_
 #define LLM_ALLREDUCE_DEVICE_SCHEDULE_ROWS_CUH_
 
@@ -11,13 +13,14 @@
 namespace lar {
 
 constexpr uint32_t kMostTiles = 64;  // of a row that is kept in registers: 16384 elements
-constexpr uint32_t kMostRowWarps = 128;
+constexpr uint32_t kMostRowWords = 128;
 
-// What the blocks of a row tell each other. Two of each, used by turns: a warp that is ahead writes for the next row
-// while others read for this one. It cannot be two ahead, since all meet in every row.
+// What a row's threads tell each other: words of one exchange, and the bytes of it that have come. Two of each, used by
+// turns. A block, or a warp, that is one exchange ahead stores for the next while others read this one's; it cannot be
+// two ahead, because in each it waits for words of all.
 struct RowMemory {
-  float squares[2][kMostTiles];
-  uint32_t peaks[2][kMostRowWarps];
+  uint64_t bytes[2];
+  uint32_t words[2][kMostRowWords];
 };
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
@@ -40,26 +43,28 @@ class Rows {
   // `units`: of a row. `threads`: the first of each block, whole warps, that handle rows; for all of them, once, before
   // anything else.
   __device__ __forceinline__ Rows(uint32_t units, RowMemory& memory, uint32_t threads)
-      : units_(units), threads_(threads), cluster_(cluster_size()), block_(cluster_rank()), memory_(memory) {
-    if (cluster_ > 1) cluster_arrive();  // what tell() waits for: all blocks have begun
+      : units_(units), threads_(threads), cluster_(cluster()), memory_(memory) {
+    if (cluster_.size == 1) return;
+    if (threadIdx.x == 0) {
+      begin_byte_barrier(&memory.bytes[0]);
+      begin_byte_barrier(&memory.bytes[1]);
+    }
+    let_cluster_in();
   }
 
-  // Which rows are this block's: every groups()-th from group() on, of `lanes` lanes from `first_lane` on.
-  __device__ __forceinline__ uint32_t group(uint32_t first_lane = 0) const {
-    return (blockIdx.x - first_lane) / cluster_;
-  }
-  __device__ __forceinline__ uint32_t groups(uint32_t lanes) const { return lanes / cluster_; }
+  // Which rows of a grid are this block's: every groups()-th from group() on.
+  __device__ __forceinline__ uint32_t group() const { return cluster_.index; }
+  __device__ __forceinline__ uint32_t groups() const { return cluster_.number; }
 
   // The k-th unit of this thread in its row, and whether there is one.
-  __device__ __forceinline__ uint32_t unit(int k) const { return (k * cluster_ + block_) * threads_ + threadIdx.x; }
+  __device__ __forceinline__ uint32_t unit(int k) const {
+    return (k * cluster_.size + cluster_.block) * threads_ + threadIdx.x;
+  }
   __device__ __forceinline__ bool has(int k) const { return unit(k) < units_; }
 
   __device__ __forceinline__ uint32_t threads() const { return threads_; }
-  __device__ __forceinline__ bool is_first_block() const { return block_ == 0; }
-  __device__ __forceinline__ bool is_first_thread() const { return block_ == 0 && threadIdx.x == 0; }
-
-  // Begins a row.
-  __device__ __forceinline__ void next_row() { turn_ ^= 1; }
+  __device__ __forceinline__ bool is_first_block() const { return cluster_.block == 0; }
+  __device__ __forceinline__ bool is_first_thread() const { return is_first_block() && threadIdx.x == 0; }
 
   // The sum of all units' `squares`, as codec/norm.h has it; 0 for units that there are not. For all threads of the
   // row.
@@ -74,58 +79,60 @@ class Rows {
     const uint32_t number = (units_ + 31) / 32;
 #pragma unroll
     for (int k = 0; k < kUnits; ++k)
-      if (unit(k) / 32 < number) tell(&memory_.squares[turn_][unit(k) / 32], __float_as_uint(tiles[k]));
-    meet();
+      if (unit(k) / 32 < number) tell(unit(k) / 32, __float_as_uint(tiles[k]));
+    const uint32_t* words = exchanged(number);
     const uint32_t lane = threadIdx.x % 32;
-    const float* row = memory_.squares[turn_];
-    if (number <= 32) return tree_of_warp(lane < number ? row[lane] : 0.0f);
-    const float first = 2 * lane < number ? row[2 * lane] : 0.0f;
-    return tree_of_warp(codec::add(first, 2 * lane + 1 < number ? row[2 * lane + 1] : 0.0f));
+    const auto tile = [&](uint32_t i) { return i < number ? __uint_as_float(words[i]) : 0.0f; };
+    return tree_of_warp(number <= 32 ? tile(lane) : codec::add(tile(2 * lane), tile(2 * lane + 1)));
   }
 
-  // The largest of all threads' `peak`. After sum() of the same row, and for all threads.
+  // The largest of all threads' `peak`. For all threads of the row.
   __device__ __forceinline__ uint32_t largest(uint32_t peak) {
-    peak = __reduce_max_sync(0xffffffffu, peak);
     const uint32_t warps = threads_ / 32;
-    tell(&memory_.peaks[turn_][block_ * warps + threadIdx.x / 32], peak);
-    meet();
+    tell(cluster_.block * warps + threadIdx.x / 32, __reduce_max_sync(0xffffffffu, peak));
+    const uint32_t number = warps * cluster_.size;
+    const uint32_t* words = exchanged(number);
     uint32_t most = 0;
-    for (uint32_t i = threadIdx.x % 32; i < warps * cluster_; i += 32) most = max(most, memory_.peaks[turn_][i]);
+    for (uint32_t i = threadIdx.x % 32; i < number; i += 32) most = max(most, words[i]);
     return __reduce_max_sync(0xffffffffu, most);
   }
 
  private:
-  // For a warp: stores a word to the same place in every block of the row.
-  __device__ __forceinline__ void tell(void* place, uint32_t word) {
+  // For a warp: a word of this exchange, for every block of the row.
+  __device__ __forceinline__ void tell(uint32_t place, uint32_t word) {
     const uint32_t lane = threadIdx.x % 32;
-    if (cluster_ == 1) {
-      if (lane == 0) *static_cast<uint32_t*>(place) = word;
+    const uint32_t turn = exchange_ % 2;
+    if (cluster_.size == 1) {
+      if (lane == 0) memory_.words[turn][place] = word;
       return;
     }
-    if (!begun_) cluster_wait();
-    begun_ = true;
-    if (lane < cluster_) store_cluster(place, lane, word);
+    if (!is_let_in_) wait_for_cluster();
+    is_let_in_ = true;
+    if (lane < cluster_.size) store_in_cluster(&memory_.words[turn][place], &memory_.bytes[turn], lane, word);
   }
 
-  __device__ __forceinline__ void meet() {
+  // Ends an exchange of `number` words, once all are there.
+  __device__ __forceinline__ const uint32_t* exchanged(uint32_t number) {
     constexpr int kBarrier = 2;  // 0 is that of __syncthreads(), 1 that of device/shared.cuh
-    if (cluster_ > 1) {
-      cluster_arrive();
-      cluster_wait();
+    const uint32_t turn = exchange_ % 2;
+    if (cluster_.size > 1) {
+      if (threadIdx.x == 0) expect_bytes(&memory_.bytes[turn], number * sizeof(uint32_t));
+      wait_for_bytes(&memory_.bytes[turn], exchange_ / 2 % 2);
     } else if (threads_ == blockDim.x) {
       __syncthreads();
     } else {
       barrier_sync<kBarrier>(threads_);
     }
+    ++exchange_;
+    return memory_.words[turn];
   }
 
   const uint32_t units_;
   const uint32_t threads_;
-  const uint32_t cluster_;
-  const uint32_t block_;  // in the cluster
+  const Cluster cluster_;
   RowMemory& memory_;
-  uint32_t turn_ = 0;
-  bool begun_ = false;  // all blocks of the cluster have
+  uint32_t exchange_ = 0;
+  bool is_let_in_ = false;  // all blocks of the cluster have begun
 };
 
 }  // namespace lar

@@ -35,7 +35,6 @@ class RmsNorm {
   // Takes the sums of the row that was prepared. For all threads of the row.
   __device__ __forceinline__ void operator()(uint32_t row, const Unit<T> (&sums)[kUnits]) {
     row += norm_.first_row;
-    rows_.next_row();
     const int64_t first = int64_t{row} * norm_.units;
     Unit<T> r[kUnits];
     float squares[kUnits];
@@ -45,15 +44,10 @@ class RmsNorm {
       if (!rows_.has(k)) continue;
       float x[Unit<T>::kElements];
       r[k] = sums[k];
-      r[k].widened(x);
       if (norm_.residual) {
-        float residual[Unit<T>::kElements];
-        (kHoldsResidual ? residual_[k] : Unit<T>::load(norm_.residual, first + rows_.unit(k))).widened(residual);
-#pragma unroll
-        for (int i = 0; i < Unit<T>::kElements; ++i) x[i] = codec::add(x[i], residual[i]);
-        r[k] = Unit<T>::rounded(x);
-        r[k].widened(x);
+        r[k] = r[k].plus(kHoldsResidual ? residual_[k] : Unit<T>::load(norm_.residual, first + rows_.unit(k)));
       }
+      r[k].widened(x);
       squares[k] = codec::sum_of_squares(x);
     }
     const float total = rows_.sum(squares);

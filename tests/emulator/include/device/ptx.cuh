@@ -102,12 +102,20 @@ bool barrier_all(uint32_t threads, bool value) {
   return emulator::machine.self->block->meet_at(kBarrier, emulator::Meeting::kBarrierAnd, threads, value, true) != 0;
 }
 
-// A block is alone.
-inline uint32_t cluster_size() { return 1; }
-inline uint32_t cluster_rank() { return 0; }
-inline void cluster_arrive() { emulator::fail("there are no clusters"); }
-inline void cluster_wait() { emulator::fail("there are no clusters"); }
-inline void store_cluster(void*, uint32_t, uint32_t) { emulator::fail("there are no clusters"); }
+// Every block is a cluster of its own.
+struct Cluster {
+  uint32_t size;
+  uint32_t block;
+  uint32_t index;
+  uint32_t number;
+};
+inline Cluster cluster() { return {1, 0, blockIdx.x, gridDim.x}; }
+inline void begin_byte_barrier(uint64_t*) { emulator::fail("there are no clusters"); }
+inline void let_cluster_in() { emulator::fail("there are no clusters"); }
+inline void wait_for_cluster() { emulator::fail("there are no clusters"); }
+inline void store_in_cluster(void*, uint64_t*, uint32_t, uint32_t) { emulator::fail("there are no clusters"); }
+inline void expect_bytes(uint64_t*, uint32_t) { emulator::fail("there are no clusters"); }
+inline void wait_for_bytes(uint64_t*, uint32_t) { emulator::fail("there are no clusters"); }
 
 inline uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(static_cast<const char*>(shared) - emulator::machine.self->block->shared_memory(0));
