@@ -197,7 +197,7 @@ def server_setup(
             "CUDA_VISIBLE_DEVICES": "",
         }
         if compiled:
-            environment |= {"VLLM_CPU_OPS_COMPILE": "1", "VLLM_CACHE_ROOT": str(work / "cache")}
+            environment |= {"CPU_OPS_COMPILE": "1", "VLLM_CACHE_ROOT": str(work / "cache")}
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(config)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
     return command, environment

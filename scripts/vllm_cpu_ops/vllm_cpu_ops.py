@@ -5,7 +5,7 @@ code is complete but a handful of operators is missing. This general plugin supp
 decoder-only model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does
 nothing.
 
-With VLLM_CPU_OPS_COMPILE=1, models that are compiled at all are compiled as on GPUs: piece by piece, and through vLLM's
+With CPU_OPS_COMPILE=1, models that are compiled at all are compiled as on GPUs: piece by piece, and through vLLM's
 passes. vLLM's CPU platform leaves both out.
 """
 
@@ -37,7 +37,7 @@ def register() -> None:
     from vllm.utils import cpu_triton_utils
 
     _library = torch.library.Library("_C", "FRAGMENT")
-    if os.environ.get("VLLM_CPU_OPS_COMPILE") == "1":
+    if os.environ.get("CPU_OPS_COMPILE") == "1":
         _compile_as_on_gpus(type(current_platform), _library)
     for schema, function in (
         ("init_cpu_memory_env(int[] nodes) -> ()", _init_cpu_memory_env),

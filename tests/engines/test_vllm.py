@@ -247,7 +247,7 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert "the log says: all-reduce fusion: 9 layer boundaries fused (9 with RMSNorm)" in result.stdout
     assert "Hugging Face generates the same tokens from the same weights" in result.stdout
-    # 24 tokens and the run that compiles, each with 9 sums; CPU ranks serve fp32, which is normed in a kernel of its own.
+    # 24 tokens and the run that compiles, each with 9 sums; norms of fp32 have a kernel of their own.
     for rank in (0, 1):
         assert f"rank {rank} reports: ONESHOT, then norm 225 calls" in result.stdout
 

@@ -69,6 +69,12 @@ def _scale_of_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor
     return total, (y.float() * given.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn)
 
 
+def _narrow_scale(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    narrow = y.abs().amax(dim=-1, keepdim=True) / 448
+    return total, (y.float() / narrow.float()).clamp(-448, 448).to(torch.float8_e4m3fn), narrow
+
+
 def _groups_of_64(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
     y, total = _normed(x, residual, weight)
     return total, *fp8_utils.per_token_group_quant_fp8(y, 64, use_ue8m0=False)
@@ -90,7 +96,8 @@ def _padded_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
 
 
 NORM_ONLY = (
-    _scale_of_tensor, _other_limits, _scale_of_rows, _groups_of_64, _powers_of_two, _bounded_scale, _padded_rows,
+    _scale_of_tensor, _other_limits, _scale_of_rows, _narrow_scale, _groups_of_64, _powers_of_two, _bounded_scale,
+    _padded_rows,
 )  # fmt: skip
 
 

@@ -24,6 +24,8 @@ logger = logging.getLogger("llm_allreduce_plugin")
 ALIGNED_COLUMNS = "aligned-columns"
 _ALIGNED_ROWS = 4  # fp32 scales in 16 bytes
 
+_MOST_BOUNDARIES = 1024  # that are counted: an engine may move weights again and again
+
 _SCHEMA = (
     "all_reduce_rms_norm(Tensor input, Tensor? residual, Tensor weight, float eps, float weight_bias, str quant, "
     "str scales, Tensor? scale, bool return_norm, str group) -> Tensor[]"
@@ -41,7 +43,8 @@ class Boundaries:
         """Note a call. Every boundary has a weight of its own: one that comes again belongs to the next run."""
         key = weight.data_ptr()
         if key not in self._seen:
-            self._seen[key] = kind
+            if len(self._seen) < _MOST_BOUNDARIES:
+                self._seen[key] = kind
         elif self._told != len(self._seen):
             self._told = len(self._seen)
             logger.info("%s", self.line())

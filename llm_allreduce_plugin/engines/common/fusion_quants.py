@@ -14,6 +14,7 @@ from llm_allreduce_plugin.engines.common.fx import (
     arguments,
     depends_on,
     factors,
+    has_one_element,
     is_convert,
     is_view,
     keeps_rows,
@@ -64,9 +65,7 @@ def _is_free(found: Quantization, all_reduce: Node) -> bool:
     """Whether a scale that is given comes from elsewhere: one made from the sum cannot be known before it."""
     if found.scale is None:
         return True
-    scale = value(found.scale)
-    one = scale is not None and scale.dtype == torch.float32 and scale.numel() == 1
-    return one and not depends_on((found.scale,), all_reduce)
+    return has_one_element(found.scale) and not depends_on((found.scale,), all_reduce)
 
 
 def _with(found: Quantization, inside: set[Node]) -> Quantization:
@@ -203,13 +202,11 @@ def _decomposed(root: Node, norm_out: Node) -> Quantization | None:
     if not isinstance(divisor, Node) or _strip(dividend, inside) is not norm_out:
         return None
     scale = _strip_converts_only(divisor, inside)
-    found = value(scale)
-    if found is None or found.dtype != torch.float32:
-        return None
     if not depends_on((scale,), norm_out):
-        return (
-            Quantization(QuantKind.FP8, (root,), scale=scale, inside=frozenset(inside)) if found.numel() == 1 else None
-        )
+        given = Quantization(QuantKind.FP8, (root,), scale=scale, inside=frozenset(inside))
+        return given if has_one_element(scale) else None
+    if scale.meta["val"].dtype != torch.float32:
+        return None
     width = _width_of_maximum(scale, norm_out, inside)
     hidden = norm_out.meta["val"].shape[-1]
     kind = {hidden: QuantKind.FP8_TOKEN, _GROUP: QuantKind.FP8_GROUP}.get(width)

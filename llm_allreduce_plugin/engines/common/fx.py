@@ -139,6 +139,12 @@ def erase_unused(graph: Graph, nodes: Collection[Node]) -> None:
             graph.erase_node(node)
 
 
+def has_one_element(node: object) -> bool:
+    """Whether a node is known to be a tensor of one fp32 element, without a guard on sizes that are open."""
+    found = value(node)
+    return found is not None and found.dtype == torch.float32 and statically_known_true(found.numel() == 1)
+
+
 def same_sizes(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Whether two shapes are known to be the same, without a guard on sizes that are open."""
     return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
