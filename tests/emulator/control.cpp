@@ -42,10 +42,10 @@ EMULATOR_EXPORT void emulator_mutate(int number) { emulator::mutation = number; 
 EMULATOR_EXPORT int64_t emulator_now() { return machine.now_ns(); }
 
 // The row of the registry that runs such a call: {world size, threads at most, threads beside, resident}. 0: none.
-EMULATOR_EXPORT int emulator_row(int algorithm, int exchange, int wire, int dtype, int world_size, int form,
-                                 int* found) {
+EMULATOR_EXPORT int emulator_row(int algorithm, int exchange, int wire, int epilogue, int dtype, int world_size,
+                                 int form, int* found) {
   const lar_kind kind = lar::kind_of(static_cast<lar_algorithm>(algorithm), static_cast<lar_exchange>(exchange),
-                                     static_cast<lar_wire>(wire));
+                                     static_cast<lar_wire>(wire), static_cast<lar_epilogue>(epilogue));
   const lar::Row* row = lar::find_row(kind, static_cast<lar_dtype>(dtype), world_size, static_cast<lar::Form>(form));
   if (!row) return 0;
   const int values[] = {row->world_size, row->most_threads, row->extra_threads, row->resident};

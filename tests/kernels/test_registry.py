@@ -12,6 +12,7 @@ from tests.support import emulator, kernel_list
 pytestmark = emulator.needs_emulator
 
 ALGORITHMS = (_C.ONE_SHOT, _C.TWO_SHOT, _C.RING, _C.HIERARCHICAL)
+EPILOGUES = (_C.STORE, _C.RMS_NORM)
 EXCHANGES = (_C.PUSH, _C.SHARED, _C.FLAGS, _C.STAGED, _C.PULL)
 
 
@@ -24,23 +25,24 @@ def compare_rows(library: emulator.Library, world_size: int) -> None:
     for kernel, of in kernel_list.expected():
         if kernel.world_size not in (world_size, kernel_list.ANY):
             continue
-        key = (of.algorithm, of.exchange, kernel.wire, kernel.type, of.form)
+        key = (of.algorithm, of.exchange, kernel.wire, of.epilogue, kernel.type, of.form)
         row = (kernel.world_size, of.most_threads, of.extra_threads, of.resident)
         rows[key] = max(row, rows.get(key, row))
     found = {}
-    for algorithm, exchange, wire, dtype, form in itertools.product(
-        ALGORITHMS, EXCHANGES, kernel_list.WIRES, kernel_list.TYPE_CODES, kernel_list.FORMS
+    for algorithm, exchange, wire, epilogue, dtype, form in itertools.product(
+        ALGORITHMS, EXCHANGES, kernel_list.WIRES, EPILOGUES, kernel_list.TYPE_CODES, kernel_list.FORMS
     ):
         row = library.row(
             algorithm,
             exchange,
             kernel_list.WIRES[wire],
+            epilogue,
             kernel_list.TYPE_CODES[dtype],
             world_size,
             kernel_list.FORMS.index(form),
         )
         if row is not None:
-            found[algorithm, exchange, wire, dtype, form] = row
+            found[algorithm, exchange, wire, epilogue, dtype, form] = row
     assert found == rows
     assert len(rows) > 30
 

@@ -238,12 +238,12 @@ class Library:
         self._c.emulator_mutate(number)
 
     def row(
-        self, algorithm: int, exchange: int, wire: int, dtype: int, world_size: int, form: int
+        self, algorithm: int, exchange: int, wire: int, epilogue: int, dtype: int, world_size: int, form: int
     ) -> tuple[int, int, int, bool] | None:
         """What the registry runs such a call with: the world size that the kernel is compiled for (0: any), the threads
         of a launch at most, those of a block beside them, and whether all blocks must run together."""
         found = (ctypes.c_int * 4)()
-        if not self._c.emulator_row(algorithm, exchange, wire, dtype, world_size, form, found):
+        if not self._c.emulator_row(algorithm, exchange, wire, epilogue, dtype, world_size, form, found):
             return None
         return found[0], found[1], found[2], bool(found[3])
 

@@ -33,6 +33,8 @@ class Kernels:
     most_threads: int = _C.MAX_FLAGGED_THREADS
     extra_threads: int = RELEASER
     resident: bool = False
+    epilogue: int = _C.STORE
+    units: int = 0  # of a row to a thread, where the kernel is compiled for it
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -54,6 +56,21 @@ def _in_band(name: str, algorithm: int, exchange: int = _C.PUSH, **what: str | t
         most_threads=_C.MAX_THREADS,
         extra_threads=0,
         **what,  # type: ignore[arg-type]
+    )
+
+
+def _rows(name: str, algorithm: int, units: int, form: str, world_sizes: tuple[int, ...]) -> Kernels:
+    return Kernels(
+        name,
+        algorithm,
+        _C.PUSH,
+        form=form,
+        types=SIXTEEN_BITS,
+        world_sizes=world_sizes,
+        most_threads=_C.MAX_THREADS,
+        extra_threads=0,
+        epilogue=_C.RMS_NORM,
+        units=units,
     )
 
 
@@ -88,7 +105,18 @@ ALL = (
     ),
     Kernels("ring_flags_kernel", _C.RING, _C.FLAGS, extra_threads=0, **_PACKETS),
     Kernels("hierarchical_flags_kernel", _C.HIERARCHICAL, _C.FLAGS, **_PACKETS),
+    _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 1, "short", (*FIXED, ANY)),
+    _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 2, "any", (2, ANY)),
+    _rows("one_shot_split_norm_kernel", _C.ONE_SHOT, 2, "split", (2, ANY)),
+    _rows("two_shot_push_norm_kernel", _C.TWO_SHOT, 1, "short", (4, 8, ANY)),
+    _rows("two_shot_push_norm_kernel", _C.TWO_SHOT, 2, "any", (ANY,)),
+    _rows("two_shot_split_norm_kernel", _C.TWO_SHOT, 2, "split", (ANY,)),
+    Kernels("one_shot_shared_norm_kernel", _C.ONE_SHOT, _C.SHARED, types=SIXTEEN_BITS, epilogue=_C.RMS_NORM),
 )
+
+
+def _with_units(name: str, units: int) -> str:
+    return f"{name}<{units}>" if units else name
 
 
 def expected() -> Iterator[tuple[Kernel, Kernels]]:
@@ -97,14 +125,14 @@ def expected() -> Iterator[tuple[Kernel, Kernels]]:
         for wire in kernels.wires:
             for dtype in kernels.types:
                 for world_size in kernels.world_sizes:
-                    yield Kernel(kernels.name, wire, dtype, world_size), kernels
+                    yield Kernel(_with_units(kernels.name, kernels.units), wire, dtype, world_size), kernels
 
 
 _MANGLED_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _MANGLED_WIRES = {"Fp8Packet": "fp8", "Tq3": "tq3", "Hadamard2": "hadamard2", "_fp8_kernel": "fp8"}
 _NAME = re.compile(
     r"(?P<name>(?:one_shot|two_shot|ring|hierarchical)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
-    r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?"
+    r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?(?:Li(?P<units>\d+)E)?"
 )
 
 
@@ -115,4 +143,5 @@ def kernel_of(mangled: str) -> Kernel | None:
         return None
     found = mangled[match.start() :]
     wire = next((wire for part, wire in _MANGLED_WIRES.items() if part in found), "raw")
-    return Kernel(match["name"], wire, _MANGLED_TYPES[match["type"]], int(match["ranks"] or ANY))
+    name = _with_units(match["name"], int(match["units"] or 0))
+    return Kernel(name, wire, _MANGLED_TYPES[match["type"]], int(match["ranks"] or ANY))
