@@ -194,7 +194,8 @@ FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
-# larger one, or the last); None: no size is known for which it is not.
+# larger one, or the last); None: no size is known for which it is not. Over 2 H200 it is faster from 16 KiB to 64 MiB
+# (benchmarks/h200/bench_fused_tp2.json); over more it was not measured.
 FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
 
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
