@@ -248,7 +248,7 @@ typedef struct lar_message {
 // multiples of 16.
 typedef struct lar_norm {
   int64_t hidden;        // a multiple of 8; lar_message.count is a multiple of it
-  const void* residual;  // like the message; null: r = s
+  const void* residual;  // like the message, and not where its output is; null: r = s
   const void* weight;    // [hidden], of the message's type
   void* norm_out;        // y; may be null where it is quantized
   void* quant_out;       // a byte for each element; NVFP4: for each two, the first in the lower half

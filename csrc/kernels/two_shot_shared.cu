@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 }
 
 const Registration rows([] {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 0>, Epilogues>(
       [](auto type, auto world, auto epilogue) {
         using T = typename decltype(type)::type;
         using Epilogue = typename decltype(epilogue)::type;

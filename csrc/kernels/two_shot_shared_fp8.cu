@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 }
 
 const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Types<Store>>([](auto type, auto world, auto) {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 0>, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_FP8), dtype_of<T>(), kWorldSize, Form::kAny,
