@@ -173,7 +173,7 @@ def two_gpus() -> bool:
 
 
 def server_setup(
-    strategy: str, work: Path, model: Path, port: int, *, compiled: bool
+    strategy: str, work: Path, model: Path, port: int, *, compiled: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """Command and environment of the server: the YAML of configs/vllm with the strategy written into it."""
     import yaml

@@ -174,8 +174,8 @@ __device__ __forceinline__ Cluster cluster() {
 
 // Words that blocks of a cluster store into each other's shared memory, and a barrier there that counts their bytes: it
 // completes a phase when as many have arrived as this block expects. No fence: the bytes bring their own news.
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ uint32_t in_shared(const void* shared) {
+#if LAR_HAS_BULK_COPIES
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 #endif
@@ -184,7 +184,7 @@ __device__ __forceinline__ uint32_t in_shared(const void* shared) {
 __device__ __forceinline__ void begin_byte_barrier(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(in_shared(barrier))
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier))
       : "memory");
 #endif
 }
@@ -208,8 +208,9 @@ __device__ __forceinline__ void store_in_cluster(void* shared, uint64_t* barrier
   asm volatile(
       "{\n\t.reg .b32 there, counts;\n\tmapa.shared::cluster.u32 there, %0, %2;\n\t"
       "mapa.shared::cluster.u32 counts, %1, %2;\n\t"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counts];\n\t}" ::"r"(in_shared(shared)),
-      "r"(in_shared(barrier)), "r"(block), "r"(word)
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %3, [counts];\n\t}" ::"r"(
+          shared_address(shared)),
+      "r"(shared_address(barrier)), "r"(block), "r"(word)
       : "memory");
 #endif
 }
@@ -217,7 +218,7 @@ __device__ __forceinline__ void store_in_cluster(void* shared, uint64_t* barrier
 // For one thread of the block, in every phase, before or after the bytes come.
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(in_shared(barrier)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 #endif
 }
@@ -230,7 +231,7 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* barrier, uint32_t parit
     asm volatile(
         "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(done)
-        : "r"(in_shared(barrier)), "r"(parity)
+        : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
 #endif
 }
@@ -238,10 +239,6 @@ __device__ __forceinline__ void wait_for_bytes(uint64_t* barrier, uint32_t parit
 // -- bulk copies from shared memory, whose addresses have 32 bits
 
 #if LAR_HAS_BULK_COPIES
-__device__ __forceinline__ uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-}
-
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& raw) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
                : "memory");

@@ -67,9 +67,10 @@ def test_lanes_with_one_task_each(world_size: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(measured.ROW_SHAPES, "PUSH", shape)
     seed = fresh_seed()
     group = LocalGroup(world_size, lanes=LANES, workspace_mib=1, machine=EmulatedGpus(seed))
-    launch = _launch(group, 20, 512, "TWOSHOT", host=False)
+    rows = 10 * world_size  # more of a rank than there are lanes
+    launch = _launch(group, rows, 512, "TWOSHOT", host=False)
     assert launch.scatter_lanes == 1
-    _run(group, launch, 20, 512, seed)
+    _run(group, launch, rows, 512, seed)
 
 
 @pytest.mark.parametrize("world_size", (2, 3))

@@ -224,8 +224,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "one peer's shared scatter slot is not cleared": (
         "device/shared.cuh",
-        "for (int peer = 0; peer < in_band.world_size - 1; ++peer) {",
-        "for (int peer = 0; peer < in_band.world_size - ({} ? 2 : 1); ++peer) {{",
+        "for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {",
+        "for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - ({} ? 2 : 1); ++peer) {{",
         HOST | {"ranks": 5},
     ),
     "owners behind the first group are not sent to": (
@@ -270,12 +270,6 @@ MUTATIONS: dict[str, Mutation] = {
         "return fixed ? fixed : find(key(kind, dtype, 0, form));",
         "return fixed ? fixed : {} ? nullptr : find(key(kind, dtype, 0, form));",
         REGISTRY,
-    ),
-    "words of the next row are stored over those of this one": (
-        "device/schedule/rows.cuh",
-        "    ++exchange_;\n",
-        "    if (!{}) ++exchange_;\n",
-        ROWS,
     ),
     "nobody waits for the other warps of a row": (
         "device/schedule/rows.cuh",
