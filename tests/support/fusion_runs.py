@@ -18,10 +18,14 @@ from tests.support.post_grad import traced
 Output = Any
 
 
-class TwoRanks:
-    """A communicator of two ranks that always have the same to add, and vLLM's group of them."""
+class OneRank:
+    """A communicator whose sums are its inputs."""
 
-    rank = 0
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+
+    def total(self, input_: torch.Tensor) -> torch.Tensor:
+        return input_.clone()
 
     def all_reduce_residual_rms_norm(
         self,
@@ -35,11 +39,18 @@ class TwoRanks:
         return_norm: bool = False,
     ) -> Normed:
         return residual_rms_norm(
-            input_ + input_, residual, weight, eps, weight_bias=weight_bias, quant=quant, return_norm=return_norm
+            self.total(input_), residual, weight, eps, weight_bias=weight_bias, quant=quant, return_norm=return_norm
         )
 
-    def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
+
+class TwoRanks(OneRank):
+    """A communicator of two ranks that always have the same to add, and vLLM's group of them."""
+
+    def total(self, input_: torch.Tensor) -> torch.Tensor:
         return input_ + input_
+
+    def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
+        return self.total(input_)
 
 
 RANKS = TwoRanks()

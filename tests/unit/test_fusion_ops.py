@@ -9,33 +9,11 @@ import pytest
 import torch
 
 from llm_allreduce_plugin.engines.common import fusion_ops
-from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout
-from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+from llm_allreduce_plugin.norm import QuantKind, ScaleLayout
+from tests.support.fusion_runs import OneRank
 
 GROUP = "tp:7"
 HIDDEN = 768
-
-
-class OneRank:
-    """A communicator whose sums are its inputs."""
-
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
-
-    def all_reduce_residual_rms_norm(
-        self,
-        input_: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-        quant: Quant | None = None,
-        return_norm: bool = False,
-    ) -> Normed:
-        return residual_rms_norm(
-            input_.clone(), residual, weight, eps, weight_bias=weight_bias, quant=quant, return_norm=return_norm
-        )
 
 
 @pytest.fixture
