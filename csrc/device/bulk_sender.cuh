@@ -79,6 +79,26 @@ class BulkSender {
 #endif
 };
 
+// For the first `scatter_lanes` blocks: this rank's vectors, whole and aligned, into its slot at every peer, from
+// `slots` on.
+template <int kWorldSize>
+__device__ __forceinline__ void push_in_bulk(const PushArguments<kWorldSize>& arguments, uint4* memory, uint32_t slots,
+                                             uint32_t total_vectors) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const uint32_t pushers = arguments.scatter_lanes;
+  BulkSender sender(memory);
+  const Share share = share_of(0, pushers, total_vectors);
+  for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
+    const uint4 mine = load_vector(arguments.input, min(tile + warp_thread(), total_vectors - 1));
+    sender.fill(without_marker(mine));
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+    for (int step = 1; step < world_size; ++step)
+      sender.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
+    sender.close();
+  }
+  sender.flush();
+}
+
 #if LAR_HAS_BULK_COPIES
 #define LAR_BULK_SENDER_MEMORY(name) \
   LAR_BLOCK_ARRAY(uint4, name, LAR_MAX_THREADS / kWarpThreads * kTilesUnderWay * kTileVectors)

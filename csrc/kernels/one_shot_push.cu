@@ -82,7 +82,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_split_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t pushers = arguments.scatter_lanes;
   const typename Epilogue::Whole sink(arguments.output);
@@ -94,17 +93,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
   if (blockIdx.x < pushers) {
     LAR_BULK_SENDER_MEMORY(memory);
-    BulkSender sender(memory);
-    const Share share = share_of(0, pushers, total_vectors);
-    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
-      const uint4 mine = load_vector(arguments.input, min(tile + warp_thread(), total_vectors - 1));
-      sender.fill(without_marker(mine));
-#pragma unroll World < kWorldSize> ::kPeersAtOnce
-      for (int step = 1; step < world_size; ++step)
-        sender.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
-      sender.close();
-    }
-    sender.flush();
+    push_in_bulk(arguments, memory, slots, total_vectors);
     return;
   }
   const Share share = share_of(pushers, gridDim.x - pushers, total_vectors);

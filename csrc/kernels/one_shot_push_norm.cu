@@ -77,7 +77,6 @@ template <typename T, int kWorldSize, int kUnits>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_split_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
   const PushArguments<kWorldSize>& arguments = all.in_band;
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
   const uint32_t pushers = arguments.scatter_lanes;
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -87,18 +86,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
   LAR_SENDER_OR_ROW_MEMORY(memory, row_memory);
   if (blockIdx.x < pushers) {
-    BulkSender sender(memory);
-    const uint32_t total_vectors = all.norm.rows * all.norm.units;
-    const Share share = share_of(0, pushers, total_vectors);
-    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
-      const uint4 mine = load_vector(arguments.input, min(tile + warp_thread(), total_vectors - 1));
-      sender.fill(without_marker(mine));
-#pragma unroll World < kWorldSize> ::kPeersAtOnce
-      for (int step = 1; step < world_size; ++step)
-        sender.send(arguments.to[step], slots + tile, min(kTileVectors, share.end - tile));
-      sender.close();
-    }
-    sender.flush();
+    push_in_bulk(arguments, memory, slots, all.norm.rows * all.norm.units);
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
