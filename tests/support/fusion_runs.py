@@ -10,37 +10,11 @@ from vllm.distributed import parallel_state
 
 from llm_allreduce_plugin.engines.common import fusion, fusion_ops
 from llm_allreduce_plugin.engines.vllm.fusion import is_all_reduce
-from llm_allreduce_plugin.norm import Normed, Quant
-from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+from tests.support.fusion_ranks import OneRank
 from tests.support.fusion_spellings import GROUP
 from tests.support.post_grad import traced
 
 Output = Any
-
-
-class OneRank:
-    """A communicator whose sums are its inputs."""
-
-    def __init__(self, rank: int = 0) -> None:
-        self.rank = rank
-
-    def total(self, input_: torch.Tensor) -> torch.Tensor:
-        return input_.clone()
-
-    def all_reduce_residual_rms_norm(
-        self,
-        input_: torch.Tensor,
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        *,
-        weight_bias: float = 0.0,
-        quant: Quant | None = None,
-        return_norm: bool = False,
-    ) -> Normed:
-        return residual_rms_norm(
-            self.total(input_), residual, weight, eps, weight_bias=weight_bias, quant=quant, return_norm=return_norm
-        )
 
 
 class TwoRanks(OneRank):

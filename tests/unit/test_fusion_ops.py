@@ -10,7 +10,7 @@ import torch
 
 from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.norm import QuantKind, ScaleLayout
-from tests.support.fusion_runs import OneRank
+from tests.support.fusion_ranks import OneRank
 
 GROUP = "tp:7"
 HIDDEN = 768
