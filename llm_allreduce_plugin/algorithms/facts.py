@@ -59,7 +59,7 @@ class GroupFacts:
         flagged: slots with flags that tell when they may be read.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
-        nodes: hosts that the ranks run on.
+        hosts: the host of each rank, numbered as ranks first name them: (0, 0, 1, 1) for two hosts of two.
         nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
         topology_class: what the bytes travel over, as far as the first rank knows.
@@ -75,7 +75,7 @@ class GroupFacts:
     flagged: SlotBytes = SlotBytes()
     architecture: int | None = None
     multiprocessors: int | None = None
-    nodes: int = 1
+    hosts: tuple[int, ...] = ()
     nvlink: bool = True
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN

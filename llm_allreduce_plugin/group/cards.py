@@ -94,6 +94,12 @@ def host_identity(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> st
         return socket.gethostname()
 
 
+def hosts_of(cards: Sequence[RankCard]) -> tuple[int, ...]:
+    """The host of each rank, numbered as ranks first name them."""
+    numbers: dict[str, int] = {}
+    return tuple(numbers.setdefault(card.host, len(numbers)) for card in cards)
+
+
 def domains(cards: Sequence[RankCard]) -> tuple[int, ...]:
     """The NUMA node of each rank's GPU; empty when it is not known of all."""
     nodes = tuple(card.numa_node for card in cards if card.numa_node is not None)

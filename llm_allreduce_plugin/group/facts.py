@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.group.cards import RankCard, domains, peer_refusal_of
+from llm_allreduce_plugin.group.cards import RankCard, domains, hosts_of, peer_refusal_of
 from llm_allreduce_plugin.group.layouts import transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.topology.identity import positions_of, topology_class
 from llm_allreduce_plugin.topology.links import Transport
@@ -83,7 +83,7 @@ def reach_of(
         transport=Transport.NONE,
         architecture=architectures.pop() if len(architectures) == 1 else None,
         multiprocessors=multiprocessors,
-        nodes=len({card.host for card in cards}),
+        hosts=hosts_of(cards),
         nvlink=not topology.nvlink_gap(members),
         domains=domains(cards),
     )
@@ -111,7 +111,7 @@ def reach_of(
 
 def _obstacle(cards: Sequence[RankCard], settings: AllReduceConfig) -> str | None:
     """Why not to try to share memory at all, or None."""
-    hosts = len({card.host for card in cards})
+    hosts = len(set(hosts_of(cards)))
     if (reason := transport_obstacle(settings, len(cards), hosts, cards[0].device)) is not None:
         return reason
     gpus = [card.gpu for card in cards if card.gpu is not None]
