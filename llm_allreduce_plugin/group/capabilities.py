@@ -19,12 +19,14 @@ def group_facts(
     world_size: int | None = None,
     config: AllReduceConfig | None = None,
     refusal: str | None = None,
+    no_domain: str | None = None,
 ) -> GroupFacts:
     """The facts of a group on the first ``world_size`` GPUs (default: all) of ``topology``.
 
     They are those that a communicator with ``config`` (default: no settings) agrees on there, as long as the topology
     tells the truth: that bytes do arrive is proved only where there are GPUs. ``refusal``: what
-    :func:`~llm_allreduce_plugin.group.layouts.peer_refusal` says where they are to run.
+    :func:`~llm_allreduce_plugin.group.layouts.peer_refusal` says where they are to run. ``no_domain``: why they are in
+    no NVLink domain over several hosts, whatever the topology says.
 
     Raises:
         ValueError: there are fewer GPUs.
@@ -47,6 +49,8 @@ def group_facts(
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             peer_refusal=refusal,
+            domain_refusal=no_domain,
+            fabric=gpu.fabric,
         )
         for gpu in members.gpus
     ]
