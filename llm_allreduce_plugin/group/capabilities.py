@@ -57,10 +57,14 @@ def group_facts(
     return facts_of(members, cards, settings)
 
 
-def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFacts:
-    """The facts of a group of CPU ranks."""
+def cpu_facts(world_size: int, config: AllReduceConfig | None = None, hosts: int = 1) -> GroupFacts:
+    """The facts of a group of CPU ranks, as many on each of ``hosts``."""
     settings = config or AllReduceConfig()
-    return facts_of(NodeTopology(), [RankCard.of_rank(settings, "cpu")] * world_size, settings)
+    card = RankCard.of_rank(settings, "cpu")
+    names = [card.host] if hosts == 1 else [f"host {host}" for host in range(hosts)]
+    each = world_size // len(names)
+    cards = [dataclasses.replace(card, host=name) for name in names for _ in range(each)]
+    return facts_of(NodeTopology(), cards, settings)
 
 
 def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:

@@ -70,6 +70,8 @@ def domain_fault(cards: Sequence[RankCard]) -> str | None:
     """Why ranks are not in one NVLink domain over several hosts, by what their cards say; None: they are, or on one."""
     if len(set(hosts_of(cards))) <= 1:
         return None
+    if cards[0].device == "cpu" and not any(card.fabric for card in cards):
+        return "CPU ranks have no NVLink"
     refusals = [card.domain_refusal for card in cards]
     if (refusal := next(filter(None, refusals), None)) is not None:
         return refusal if all(refusals) else f"{refusal} on rank {refusals.index(refusal)}"
@@ -152,8 +154,8 @@ def _obstacle(cards: Sequence[RankCard], settings: AllReduceConfig, facts: Group
     """Why not to try to share memory at all, or None."""
     hosts = 1 if facts.fabric else len(set(facts.hosts))
     if (reason := transport_obstacle(settings, len(cards), hosts, cards[0].device)) is not None:
-        no_domain = f" without a common NVLink domain ({facts.no_fabric_reason})"
-        return reason + no_domain if reason == hosts_obstacle(hosts) and facts.no_fabric_reason else reason
+        of_hosts = facts.no_fabric_reason and reason == hosts_obstacle(hosts)
+        return f"{reason}; no NVLink domain joins them: {facts.no_fabric_reason}" if of_hosts else reason
     gpus = [card.gpu for card in cards if card.gpu is not None]
     return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
 

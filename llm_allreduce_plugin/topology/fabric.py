@@ -91,10 +91,10 @@ def domain_notes(fabrics: Sequence[Fabric | None]) -> tuple[str, ...]:
     if known[0].clique_id == PLACEHOLDER_CLIQUE:
         notes.append(f"clique {PLACEHOLDER_CLIQUE} is a placeholder: only the cluster UUID tells this domain apart")
     for what, values in (
-        ("fabric handles", [fabric.handles for fabric in known]),
-        ("an IMEX channel", [fabric.imex_channel for fabric in known]),
+        ("the driver has fabric handles", [fabric.handles for fabric in known]),
+        ("there is an IMEX channel", [fabric.imex_channel for fabric in known]),
     ):
         if None in values:
             unknown = [rank for rank, value in enumerate(values) if value is None]
-            notes.append(f"not known whether there is {what} for {ranks_in_words(unknown)}")
+            notes.append(f"not known whether {what} for {ranks_in_words(unknown)}")
     return tuple(notes)

@@ -299,7 +299,7 @@ def test_notes_say_what_is_open() -> None:
         "clique 32766 is a placeholder: only the cluster UUID tells this domain apart",
     )
     assert domain_notes([gpu.fabric for gpu in domain("completed_without_domain").gpus])[1:] == (
-        "not known whether there is fabric handles for ranks 0-3",
+        "not known whether the driver has fabric handles for ranks 0-3",
         "not known whether there is an IMEX channel for ranks 0-3",
     )
 
