@@ -6,14 +6,18 @@ agreement, so that every step has its deadline, and what one rank cannot do stop
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.base.attempt import Attempt
 from llm_allreduce_plugin.base.cleanup import quietly
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
@@ -32,6 +36,11 @@ def open_driver(device: torch.device) -> Driver:
         raise RuntimeError(message)
     torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
     return Driver(device.index)
+
+
+logger = logging.getLogger(__name__)
+
+CLOSE_WAIT_S = 10.0
 
 
 class Segment:
@@ -71,23 +80,62 @@ class Segment:
 
 
 class Mapped:
-    """The memory of all ranks, as this one sees it."""
+    """The memory of all ranks, as this one sees it.
 
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
+    It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
+    way in the driver, or never return.
+    """
+
+    def __init__(self) -> None:
+        self.driver: Driver | None = None
         self.segments: list[Segment] = []  # as they were made; in rank order in the end
+        self._lock = threading.Lock()
+        self._users = 0
+        self._over = False
 
     @property
     def bases(self) -> list[int]:
         """The address of each rank's, in rank order."""
         return [segment.address for segment in self.segments]
 
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Until its end, nothing is let go of.
+
+        Raises:
+            RuntimeError: it has been closed already.
+        """
+        with self._lock:
+            if self._over:
+                message = "this rank has given up before"
+                raise RuntimeError(message)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                is_last = self._over and not self._users
+            if is_last:
+                self._let_go()
+
     def close(self) -> None:
-        """Unmap all of it. No kernel may be running on it. Idempotent."""
+        """Unmap all of it, as soon as nothing uses it, and wait for that for a while. No kernel may be running on it.
+
+        Idempotent.
+        """
+        with self._lock:
+            is_last = not self._over and not self._users
+            self._over = True
+        if is_last and not Attempt(self._let_go, "fabric").wait(CLOSE_WAIT_S):
+            logger.warning("the driver has not let go of memory of an NVLink domain after %g s", CLOSE_WAIT_S)
+
+    def _let_go(self) -> None:
         for segment in self.segments:
             segment.close()
         self.segments.clear()
-        quietly(self.driver.close, "let go of a CUDA context")
+        if self.driver is not None:
+            quietly(self.driver.close, "let go of a CUDA context")
 
 
 def share(agreement: Agreement, device: torch.device, size: int, prepare: Callable[[Driver, int], None]) -> Mapped:
@@ -102,12 +150,35 @@ def share(agreement: Agreement, device: torch.device, size: int, prepare: Callab
     Raises:
         TransportError: on every rank alike, when a rank cannot allocate, export, import or map.
     """
-    made: list[Mapped] = []
+    mapped = Mapped()
+    try:
+        own = agreement.on_every_rank(
+            lambda: _export(mapped, device, size, prepare),
+            "to export memory",
+            TransportError,
+            "cannot export memory to other hosts",
+            may_block=True,
+        )
+        exported = agreement.gather(own, "to exchange fabric handles")
+        agreement.on_every_rank(
+            lambda: _import(mapped, agreement.rank, exported),
+            "to import memory",
+            TransportError,
+            "cannot map",
+            may_block=True,
+        )
+    except BaseException:
+        mapped.close()
+        raise
+    return mapped
 
-    def make() -> tuple[bytes, int]:
-        driver = open_driver(device)
-        mapped = Mapped(driver)
-        made.append(mapped)
+
+def _export(
+    mapped: Mapped, device: torch.device, size: int, prepare: Callable[[Driver, int], None]
+) -> tuple[bytes, int]:
+    """Make this rank's memory: what others need to map it, and its bytes."""
+    with mapped.in_use():
+        driver = mapped.driver = open_driver(device)
         if not driver.has_fabric_handles:
             message = "the driver has no fabric handles for this GPU"
             raise RuntimeError(message)
@@ -118,16 +189,19 @@ def share(agreement: Agreement, device: torch.device, size: int, prepare: Callab
         prepare(driver, own.address)
         return own.export(), length
 
-    def take(exported: list[tuple[bytes, int]]) -> None:
-        mapped = made[0]
-        (own,) = mapped.segments
+
+def _import(mapped: Mapped, own_rank: int, exported: Sequence[tuple[bytes, int]]) -> None:
+    """Map the memory of all other ranks."""
+    with mapped.in_use():
+        driver, (own,) = mapped.driver, mapped.segments
+        assert driver is not None
         found = []
         for rank, (handle, length) in enumerate(exported):
-            if rank == agreement.rank:
+            if rank == own_rank:
                 found.append(own)
                 continue
             try:
-                segment = Segment(mapped.driver, mapped.driver.take(handle), length)
+                segment = Segment(driver, driver.take(handle), length)
                 mapped.segments.append(segment)
                 segment.map()
             except RuntimeError as error:
@@ -135,23 +209,6 @@ def share(agreement: Agreement, device: torch.device, size: int, prepare: Callab
                 raise RuntimeError(message) from error
             found.append(segment)
         mapped.segments[:] = found
-
-    try:
-        exported = agreement.gather(
-            agreement.on_every_rank(
-                make, "to export memory", TransportError, "cannot export memory to other hosts", may_block=True
-            ),
-            "to exchange fabric handles",
-        )
-        agreement.on_every_rank(
-            lambda: take(exported), "to import memory", TransportError, "cannot map", may_block=True
-        )
-    except BaseException:
-        # What has not ended may still use what it was given: then it stays until the process ends.
-        if made and not agreement.abandoned:
-            made[0].close()
-        raise
-    return made[0]
 
 
 class FabricMemory:

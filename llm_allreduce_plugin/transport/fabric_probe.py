@@ -56,24 +56,27 @@ def _probe(agreement: Agreement, device: torch.device) -> None:
     mapped = share(agreement, device, len(zeros), lambda driver, address: driver.write(address, zeros))
 
     def write() -> None:
-        for peer, base in enumerate(mapped.bases):
-            mapped.driver.write(base + rank * _WORD.size, _WORD.pack(nonce, rank, peer))
+        with mapped.in_use():
+            assert mapped.driver is not None
+            for peer, base in enumerate(mapped.bases):
+                mapped.driver.write(base + rank * _WORD.size, _WORD.pack(nonce, rank, peer))
 
     def check() -> None:
-        here = mapped.driver.read(mapped.bases[rank], len(zeros))
-        for peer, base in enumerate(mapped.bases):
-            if here[peer * _WORD.size :][: _WORD.size] != _WORD.pack(nonce, peer, rank):
-                message = f"what rank {peer} wrote to rank {rank}'s memory over the NVLink domain did not arrive"
-                raise TransportError(message)
-            if mapped.driver.read(base + rank * _WORD.size, _WORD.size) != _WORD.pack(nonce, rank, peer):
-                message = f"rank {rank} reads something else from rank {peer}'s memory than it wrote there"
-                raise TransportError(message)
+        with mapped.in_use():
+            assert mapped.driver is not None
+            here = mapped.driver.read(mapped.bases[rank], len(zeros))
+            for peer, base in enumerate(mapped.bases):
+                if here[peer * _WORD.size :][: _WORD.size] != _WORD.pack(nonce, peer, rank):
+                    message = f"what rank {peer} wrote to rank {rank}'s memory over the NVLink domain did not arrive"
+                    raise TransportError(message)
+                if mapped.driver.read(base + rank * _WORD.size, _WORD.size) != _WORD.pack(nonce, rank, peer):
+                    message = f"rank {rank} reads something else from rank {peer}'s memory than it wrote there"
+                    raise TransportError(message)
 
     try:
         step = "to prove that the NVLink domain carries bytes"
         agreement.on_every_rank(write, step, TransportError, "cannot write to its peers' memory", may_block=True)
+        # Nobody unmaps before all have looked.
         agreement.on_every_rank(check, step, TransportError, "cannot use its peers' memory", may_block=True)
-        # Peers may still read: nobody unmaps before all have looked. The step above has seen to that.
     finally:
-        if not agreement.abandoned:
-            mapped.close()
+        mapped.close()

@@ -193,7 +193,7 @@ class FakeEntryPoints:
         listener.bind(f"\0fake-fabric-{name[:16].decode()}")
         listener.listen(128)
         self._listeners.append(listener)
-        threading.Thread(target=_hand_out, args=(listener, os.dup(self._files[handle.value])), daemon=True).start()
+        threading.Thread(target=hand_out, args=(listener, os.dup(self._files[handle.value])), daemon=True).start()
         ctypes.memmove(target(data), name.ljust(FABRIC_HANDLE_BYTES, b"\0"), FABRIC_HANDLE_BYTES)
         return SUCCESS
 
@@ -263,7 +263,7 @@ class FakeEntryPoints:
         )
 
 
-def _hand_out(listener: socket.socket, file: int) -> None:
+def hand_out(listener: socket.socket, file: int) -> None:
     try:
         while True:
             peer, _ = listener.accept()

@@ -9,6 +9,7 @@ import pytest
 
 from llm_allreduce_plugin.transport import driver as drivers
 from llm_allreduce_plugin.transport.driver import FABRIC_HANDLE_BYTES, Access, Driver, DriverError, Properties
+from llm_allreduce_plugin.transport.fabric import Mapped, Segment
 from tests.support.fake_fabric import GRANULARITY, UNKNOWN, FakeEntryPoints, Truth
 
 
@@ -104,6 +105,35 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drivers.ctypes, "CDLL", none)
     with pytest.raises(DriverError, match="there is no CUDA driver: libcuda"):
         Driver(0)
+
+
+def test_memory_that_is_still_in_use_ends_with_its_last_user() -> None:
+    """A step that ranks have given up may be on its way still: what it makes is let go of where it ends."""
+    entry_points = FakeEntryPoints(Truth())
+    mapped = Mapped()
+    with mapped.in_use():
+        with mapped.in_use():
+            mapped.driver = Driver(0, entry_points)
+            mapped.close()
+            mapped.close()
+        segment = Segment(mapped.driver, mapped.driver.create(GRANULARITY), GRANULARITY)
+        mapped.segments.append(segment)
+        segment.map()
+        assert entry_points.left() == {"handles": 1, "reserved": 1, "mapped": 1, "contexts": 1}
+    assert set(entry_points.left().values()) == {0}
+    with pytest.raises(RuntimeError, match="given up before"), mapped.in_use():
+        pass
+
+
+def test_memory_that_nothing_uses_ends_at_once_and_once() -> None:
+    entry_points = FakeEntryPoints(Truth())
+    mapped = Mapped()
+    with mapped.in_use():
+        mapped.driver = Driver(0, entry_points)
+    assert entry_points.left()["contexts"] == 1
+    mapped.close()
+    mapped.close()
+    assert entry_points.left()["contexts"] == 0
 
 
 def test_nothing_asks_for_multicast() -> None:
