@@ -111,6 +111,10 @@ def reach_of(
     multiprocessors = min(card.multiprocessors for card in cards) or None
     hosts = hosts_of(cards)
     spread = len(set(hosts)) > 1
+    refusal = peer_refusal_of(cards)
+    ways = transports(settings, device, refusal)
+    if spread and ways == (Transport.HOST,):
+        no_domain = no_domain or f"{refusal or 'transport host'} keeps ranks to host memory, which is of one host"
     no_domain = (domain_fault(cards) or no_domain) if spread else None
     facts = GroupFacts(
         world_size=size,
@@ -130,7 +134,7 @@ def reach_of(
     if (fault := p2p_fault(topology)) is not None:
         faults.setdefault(Transport.SYMMETRIC, fault)
     reasons: list[str] = []
-    for transport in transports(settings, device, peer_refusal_of(cards)):
+    for transport in ways:
         if transport in faults:
             reasons.append(faults[transport])
             continue

@@ -110,7 +110,7 @@ def test_who_may_use_a_domain_and_what_the_others_say(name: str) -> None:
             assert not decision.is_fallback
             assert decision.launch is not None
             assert decision.strategy in {strategy, S.ONESHOT}
-        else:
+        elif strategy is S.MNNVL or decision.launch is None:
             assert verdict in decision.reason, "the verdict is what explain says"
     against = {
         passed.strategy: passed.reason for passed in decide(AllReduceConfig(), facts, 4096, "bfloat16").passed_over
@@ -159,7 +159,13 @@ def test_a_rack(world_size: int) -> None:
 def test_host_memory_is_of_one_host() -> None:
     settings = AllReduceConfig(transport="host")
     facts = group_facts(domain("one_domain"), config=settings)
-    assert (facts.transport, facts.no_transport_reason) == (Transport.NONE, "host memory is of one host")
+    reason = "keeps ranks to host memory, which is of one host"
+    assert (facts.fabric, facts.no_fabric_reason) == (False, f"transport host {reason}")
+    facts = group_facts(domain("one_domain"), refusal="NCCL_P2P_DISABLE=1")
+    assert (facts.fabric, facts.no_fabric_reason) == (False, f"NCCL_P2P_DISABLE=1 {reason}")
+    assert group_facts(
+        domain("one_domain"), config=AllReduceConfig(transport="peer"), refusal="NCCL_P2P_DISABLE=1"
+    ).fabric
 
 
 def test_what_was_proved_wrong_counts_whatever_cards_say() -> None:
@@ -169,8 +175,8 @@ def test_what_was_proved_wrong_counts_whatever_cards_say() -> None:
     facts = reach_of(gpus_of(ranks, refused), ranks, settings, no_domain=refused).facts
     assert not facts.fabric
     assert facts.no_fabric_reason == refused
-    assert facts.transport is Transport.NONE
-    assert refused in facts.no_transport_reason
+    mnnvl = AllReduceConfig(allreduce_strategy=S.MNNVL)
+    assert decide(mnnvl, facts, 4096, "bfloat16").reason == refused
 
 
 def test_the_user_refuses_a_domain_as_nccl_knows_it() -> None:
