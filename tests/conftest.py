@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -15,6 +16,9 @@ from llm_allreduce_plugin.measure.ranks import RankPool
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
 
+# A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _all_pools: list[_Pools] = []
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import norm_worker, worker
+from llm_allreduce_plugin.bench import worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.norm_candidates import NormCase
 from llm_allreduce_plugin.cli import app
@@ -157,9 +157,9 @@ def test_what_takes_two_kernels_is_not_measured_as_one() -> None:
 
 def _measure_norm_with_a_fault(context: RankContext) -> list[int | None]:
     """One element of one rank's answer off by a bit: of each tensor in turn."""
-    options = norm_worker.Options("bfloat16", calls=2, replays=2, hidden=256, quant=QuantKind.FP8_TOKEN)
-    assert norm_worker.open_all(context, ("then-norm",), OurSettings(), options) == {}
-    candidate = norm_worker._open["then-norm"]
+    options = worker.Options("bfloat16", calls=2, replays=2, hidden=256, quant=QuantKind.FP8_TOKEN)
+    assert worker.open_all(context, ("then-norm",), OurSettings(), options) == {}
+    candidate = worker._open["then-norm"]
     bind = candidate.bind
     found = []
 
@@ -177,9 +177,9 @@ def _measure_norm_with_a_fault(context: RankContext) -> list[int | None]:
     try:
         for field in ("residual_out", "quant_out", "scale_out"):
             candidate.bind = functools.partial(bad_bind, field=field)
-            found.append(norm_worker.measure(context, "then-norm", 4 * 256, options).eager_wrong)
+            found.append(worker.measure(context, "then-norm", 4 * 256, options).eager_wrong)
     finally:
-        norm_worker.close_all(context)
+        worker.close_all(context)
     return found
 
 

@@ -19,13 +19,14 @@ ENDING = "processes.end_on_signals(lambda: 'the test')\n"
 ONE_LINE = "the test: ended by {}\n"
 
 
-def python(script: str, **options: object) -> subprocess.Popen[str]:
+def python(script: str, hang_up: signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    """``hang_up``: what it has been told of SIGHUP, whatever whoever runs the tests was told: nohup ignores it."""
     return subprocess.Popen(
         [sys.executable, "-c", HEAD + script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,  # type: ignore[call-overload]
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),  # noqa: PLW1509  (no threads here)
     )
 
 
@@ -109,10 +110,7 @@ time.sleep(60)
 
 
 def test_what_whoever_started_it_has_ignored_stays_ignored() -> None:
-    process = python(
-        ENDING + "print('ready', flush=True)\ntime.sleep(1)\nprint('done')",
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )
+    process = python(ENDING + "print('ready', flush=True)\ntime.sleep(1)\nprint('done')", signal.SIG_IGN)
     ready(process)
     process.send_signal(signal.SIGHUP)
     output, errors = process.communicate(timeout=10)
