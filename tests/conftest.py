@@ -1,4 +1,4 @@
-"""Pools of ranks shared by the tests of a session, and markers."""
+"""Pools of ranks shared by the tests of a session, markers, and which tests may run beside others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llm_allreduce_plugin.measure.ranks import RankPool
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
+LONGEST_FIRST = ("cpu", "gpu", "engines", "kernels", "unit")
 
 # A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -65,6 +66,18 @@ def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
     pools.close()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test leaves in the environment, or what it imports does, reaches no other: vLLM sets LD_PRELOAD."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if os.environ != before:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """No idle ranks beside the tests of another folder, which may start servers."""
     if nextitem is None or nextitem.path.parent != item.path.parent:
@@ -77,16 +90,33 @@ def _world_size(item: pytest.Item) -> int:
     return int(callspec.params.get("world_size", 0)) if callspec is not None else 0
 
 
-def _order(item: pytest.Item) -> tuple[str, int, str, int]:
-    """Tests that share a pool follow each other: those of a large one across the files of a folder."""
+def _order(item: pytest.Item) -> tuple[int, str, int, str, int]:
+    """Tests that share a pool follow each other: those of a large one across the files of a folder.
+
+    With several workers, which take tests in this order, what takes long comes first, so that all end together.
+    """
     world_size = _world_size(item)
     uses_large = world_size > SMALL and "cpu_pool" in getattr(item, "fixturenames", ())
-    return str(item.path.parent), world_size if uses_large else 0, str(item.path), world_size
+    folder = item.path.parent
+    place = LONGEST_FIRST.index(folder.name) if folder.name in LONGEST_FIRST else len(LONGEST_FIRST)
+    return place, str(folder), world_size if uses_large else 0, str(item.path), world_size
+
+
+def _group(item: pytest.Item) -> str | None:
+    """Which tests one worker must run one after the other, where there are several (pytest-xdist); None: any.
+
+    Tests of CPU ranks share pools, look for what was left in shared memory, and have deadlines of a second or two.
+    Those on GPUs share the GPUs.
+    """
+    return item.path.parent.name if item.path.parent.name in {"cpu", "gpu"} else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
     items.sort(key=_order)
+    for item in items:
+        if (group := _group(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         marker = item.get_closest_marker("gpu")
