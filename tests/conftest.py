@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankPool
+from tests.support.pool import ForkedPool
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
@@ -30,9 +30,8 @@ class _Pools:
     ``small``: the largest world size of a pool that stays.
     """
 
-    def __init__(self, device_type: str, cache: Path, small: int) -> None:
-        self._device_type = device_type
-        self._cache = cache  # an empty one: no profile of whoever runs the tests decides anything
+    def __init__(self, make: PoolFor, small: int) -> None:
+        self._make = make
         self._small = small
         self._pools: dict[int, RankPool] = {}
         _all_pools.append(self)
@@ -43,8 +42,7 @@ class _Pools:
             if not all(p.is_alive() for p in pool.processes) or (is_large and other != world_size):
                 self._pools.pop(other).close()
         if world_size not in self._pools:
-            with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self._cache)}):
-                self._pools[world_size] = RankPool(world_size, self._device_type)
+            self._pools[world_size] = self._make(world_size)
         return self._pools[world_size]
 
     def close(self) -> None:
@@ -52,16 +50,24 @@ class _Pools:
             self._pools.popitem()[1].close()
 
 
+# Caches are empty: no profile of whoever runs the tests decides anything.
 @pytest.fixture(scope="session")
 def cpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cpu", tmp_path_factory.mktemp("cache"), SMALL)
+    cache = tmp_path_factory.mktemp("cache")
+    pools = _Pools(lambda world_size: ForkedPool(world_size, cache), SMALL)
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="session")
 def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cuda", tmp_path_factory.mktemp("cache"), 0)
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(world_size: int) -> RankPool:
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)}):
+            return RankPool(world_size, "cuda")
+
+    pools = _Pools(make, 0)
     yield pools
     pools.close()
 
@@ -111,6 +117,7 @@ def _group(item: pytest.Item) -> str | None:
     return item.path.parent.name if item.path.parent.name in {"cpu", "gpu"} else None
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
     items.sort(key=_order)

@@ -15,9 +15,11 @@ from llm_allreduce_plugin.bench import worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.norm_candidates import NormCase
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.measure import ranks as rank_pools
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed, QuantKind
 from tests.conftest import PoolFor
+from tests.support.pool import ForkedPool
 
 RUNNER = CliRunner()
 
@@ -111,6 +113,18 @@ def test_plot_of_records(tmp_path: Path) -> None:
 # -- with a norm behind the sum ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fast_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a command that start in a moment; :func:`test_bench_on_cpu_ranks` has those that users have."""
+
+    def make(world_size: int, device_type: str) -> ForkedPool:
+        assert device_type == "cpu"
+        return ForkedPool(world_size, tmp_path / "cache")
+
+    monkeypatch.setattr(rank_pools, "RankPool", make)
+
+
+@pytest.mark.usefixtures("fast_ranks")
 def test_fused_bench_on_cpu_ranks(tmp_path: Path) -> None:
     record = tmp_path / "bench.json"
     flags = [
@@ -148,6 +162,7 @@ def test_fused_bench_on_cpu_ranks(tmp_path: Path) -> None:
         assert row["eager_wrong"] == 0
 
 
+@pytest.mark.usefixtures("fast_ranks")
 def test_what_takes_two_kernels_is_not_measured_as_one() -> None:
     flags = ["--cpu", "--fused", "--hidden", "64", "-d", "float", "-b", "1K", "-e", "1K", "-n", "2", "-m", "2"]
     result = RUNNER.invoke(app, ["bench", *flags])

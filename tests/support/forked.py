@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.measure.ranks import RankContext
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
     ["llm_allreduce_plugin.runtime.communicator", "llm_allreduce_plugin.profiles.search", __name__]
 )
 
@@ -84,8 +84,8 @@ class ForkedRanks:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = _server.Pipe()
-            process = _server.Process(
+            ours, theirs = server.Pipe()
+            process = server.Process(
                 target=_run,
                 args=(rank, world_size, Path(self._folder.name), method, theirs, function, rest),
                 daemon=True,
