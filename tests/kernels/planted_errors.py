@@ -280,4 +280,10 @@ MUTATIONS: dict[str, Mutation] = {
         "    if (rows.is_first_block() && !{}) clear_absent_rows(norm, row, rows.threads());\n",
         ROWS,
     ),
+    "words of the next exchange lie over those of this one": (
+        "device/schedule/rows.cuh",
+        "    ++exchange_;\n",
+        "    exchange_ += {} ? 2 : 1;\n",
+        ROWS,
+    ),
 }
