@@ -36,6 +36,8 @@ H200 = {
     7: changeover(64 * KIB, _ESTIMATE),
     8: changeover(52 * KIB, _ESTIMATE),
     16: changeover(20 * KIB, _ESTIMATE),
+    32: changeover(9 * KIB, _ESTIMATE),
+    72: changeover(4 * KIB, _ESTIMATE),
 }
 
 # How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.

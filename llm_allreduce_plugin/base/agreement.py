@@ -74,6 +74,10 @@ class Agreement:
         self._over = False
         self.abandoned = False
 
+    def nested(self, wait_s: float, setting: str, when: str) -> Agreement:
+        """Another series of the same ranks, with a deadline of its own: what fails there ends nothing here."""
+        return Agreement(self._group, wait_s, setting=setting, when=when)
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any, step: str) -> list[Any]:  # noqa: ANN401

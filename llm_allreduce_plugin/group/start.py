@@ -31,6 +31,8 @@ from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.fabric import FabricMemory
+from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.transport.shm import ShmMemory
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory, prove_peer_access
@@ -99,6 +101,7 @@ class _Start:
         self._device = device
         self._config = config
         self._cards = found
+        self._over_fabric = False  # the memory that is opened is of an NVLink domain over several hosts
 
     def open(self) -> Opened:
         opened = self._open_workspace()
@@ -116,6 +119,7 @@ class _Start:
         """Set up shared memory if the strategy can use it; the facts say what came of it."""
         agreement, config, topology = self._agreement, self._config, gpus_of(self._cards)
         failed: dict[Transport, str] = {}
+        no_domain: str | None = None
         reach = reach_of(topology, self._cards, config)
         # All ranks have the same cards. Should one nevertheless come to another result, none may go on alone.
         obstacle = agreement.first_fault(
@@ -126,13 +130,21 @@ class _Start:
         note = refusal_note(config.transport, cards.peer_refusal_of(self._cards))
         if agreement.rank == 0 and note is not None:
             logger.info("%s", note)
+        if reach.facts.fabric and (no_domain := domain_fault(agreement, self._device)) is not None:
+            topology = gpus_of(self._cards, no_domain)
+            reach = reach_of(topology, self._cards, config, failed, no_domain)
         while reach.layout is not None:
             transport = reach.facts.transport
+            self._over_fabric = reach.facts.fabric
             try:
                 memory, workspace = self._connect(transport, reach.layout)
             except TransportError as error:
-                failed[transport] = str(error)
-                reach = reach_of(topology, self._cards, config, failed)
+                if reach.facts.fabric:
+                    no_domain = str(error)
+                    topology = gpus_of(self._cards, no_domain)
+                else:
+                    failed[transport] = str(error)
+                reach = reach_of(topology, self._cards, config, failed, no_domain)
                 continue
             if reach.passed_over and agreement.rank == 0:
                 logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reach.passed_over))
@@ -147,7 +159,9 @@ class _Start:
         """
         agreement, device, config = self._agreement, self._device, self._config
         memory: SharedMemory
-        if transport is Transport.SHM:
+        if self._over_fabric:
+            memory = FabricMemory.open(agreement, device, layout, transport)
+        elif transport is Transport.SHM:
             memory = ShmMemory.open(agreement, layout.total_bytes)
         elif transport is Transport.HOST:
             memory = HostMemory.open(agreement, device, layout)
@@ -220,6 +234,11 @@ class _Start:
 
 def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
     """What runs and why, for the log of the first rank."""
+    if (hosts := len(set(facts.hosts))) > 1:
+        if facts.fabric:
+            logger.info("ranks on %d hosts are in one NVLink domain, as was proved with real bytes", hosts)
+        else:
+            logger.info("NVLink does not join the %d hosts: %s", hosts, facts.no_fabric_reason)
     if facts.transport is Transport.NONE:
         logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
         return

@@ -200,13 +200,14 @@ class TensorParallelCommunicator:
             dtype: of its elements.
 
         Returns:
-            An uninitialized tensor; where ranks do not share GPU memory, an ordinary one.
+            An uninitialized tensor; where ranks do not share GPU memory, or are on several hosts, an ordinary one.
 
         Raises:
             TransportError: the memory cannot be allocated or mapped.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
-        if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band.two_shot:
+        shares = self.facts.transport is Transport.SYMMETRIC and not self.facts.fabric
+        if not shares or not self.facts.in_band.two_shot:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for memory that peers see")
         try:
