@@ -11,6 +11,7 @@ import torch
 
 from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.engines.sglang import fusion, hooks
+from llm_allreduce_plugin.engines.sglang.boundaries import ATTRIBUTE
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
 from llm_allreduce_plugin.engines.sglang.settings import settings_of, stands_aside
 
@@ -29,7 +30,7 @@ _GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
 
 def communicator_in(group: Any) -> TensorParallelCommunicator | None:  # noqa: ANN401
     """Our communicator of a group, or None."""
-    found: TensorParallelCommunicator | None = getattr(group, fusion.ATTRIBUTE, None)
+    found: TensorParallelCommunicator | None = getattr(group, ATTRIBUTE, None)
     return found
 
 
@@ -73,7 +74,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
         fallback=_stock(group),
         name=name,
     )
-    setattr(group, fusion.ATTRIBUTE, communicator)
+    setattr(group, ATTRIBUTE, communicator)
     fusion_ops.serve(group.unique_name, communicator)
     fusion.install(server_args, settings, talks=group.rank_in_group == 0)
 
@@ -118,7 +119,7 @@ def close(group: Any, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
     communicator = communicator_in(group)
     if communicator is None:
         return
-    delattr(group, fusion.ATTRIBUTE)
+    delattr(group, ATTRIBUTE)
     try:
         communicator.close()
     except Exception:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llm_allreduce_plugin.engines.sglang import hooks
+from llm_allreduce_plugin.engines.sglang import boundaries, hooks
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
 
 # Module: its layer, attention, MLP, and model.
@@ -120,6 +120,4 @@ def forward(
 
 
 def _fuses(rows: int) -> bool:
-    from llm_allreduce_plugin.engines.sglang.fusion import applies_to
-
-    return applies_to(lambda _rows: False, rows)
+    return boundaries.applies_to(lambda _rows: False, rows)

@@ -131,6 +131,9 @@ def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa:
         return f"{_FUSION} was given ({SHORTHAND}, set by name, would come over it)"
     if getattr(server_args, "enable_deterministic_inference", False):
         return "deterministic inference asks for SGLang's own norm"
+    exchange = getattr(server_args, "moe_a2a_backend", None)
+    if exchange not in (None, "none"):
+        return f"experts exchange tokens by --moe-a2a-backend {exchange}"
     if getattr(server_args, "enable_dp_attention", False) or getattr(server_args, "attn_dp_size", None) not in (
         None,
         1,
