@@ -27,7 +27,7 @@ prepare() {
   if [[ -n ${DEMO_PYTHON:-} ]]; then
     python=$DEMO_PYTHON
   else
-    make_environment .venv
+    make_environment .venv vllm
     python=.venv/bin/python
     install_tools .venv
   fi

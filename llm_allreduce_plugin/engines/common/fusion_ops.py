@@ -73,6 +73,11 @@ def is_served(group: object) -> bool:
     return group in _communicators
 
 
+def communicator_of(group: str) -> TensorParallelCommunicator | None:
+    """What :func:`serve` was given for ``group``, if that still lives."""
+    return _communicators.get(group)
+
+
 @functools.cache
 def register_operator() -> torch.library.Library:
     """``torch.ops.llm_allreduce.all_reduce_rms_norm``, in every process that may load a compiled graph. Idempotent."""
