@@ -111,10 +111,10 @@ def reach_of(
 
 def _obstacle(cards: Sequence[RankCard], settings: AllReduceConfig) -> str | None:
     """Why not to try to share memory at all, or None."""
-    hosts = len(set(hosts_of(cards)))
+    hosts = hosts_of(cards)
     if (reason := transport_obstacle(settings, len(cards), hosts, cards[0].device)) is not None:
         return reason
-    gpus = [card.gpu for card in cards if card.gpu is not None]
+    gpus = [(card.gpu, card.host) for card in cards if card.gpu is not None]
     return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
 
 
