@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
-from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
@@ -108,8 +108,7 @@ class _Start:
         self._device = device
         self._config = config
         self._cards = found
-        hosts = cards.hosts_of(found)
-        self._places = Places.of(hosts, agreement.rank) if hosts_obstacle(hosts) is None else None
+        self._places: Places | None = None  # of ranks that run on several hosts
 
     def open(self) -> Opened:
         opened = self._open_workspace()
@@ -128,6 +127,8 @@ class _Start:
         agreement, config, topology = self._agreement, self._config, gpus_of(self._cards)
         failed: dict[Transport, str] = {}
         reach = reach_of(topology, self._cards, config)
+        if reach.layout is not None and reach.facts.crosses_network:
+            self._places = Places.of(reach.facts.hosts, agreement.rank)
         # All ranks have the same cards. Should one nevertheless come to another result, none may go on alone.
         obstacle = agreement.first_fault(
             reach.facts.no_transport_reason or None, "to agree on whether they can share memory"
@@ -140,29 +141,28 @@ class _Start:
         while reach.layout is not None:
             transport = reach.facts.transport
             try:
-                opened = self._connect(reach.facts, reach.layout)
+                memory, workspace = self._connect(transport, reach.layout)
+                rail = self._open_rail(memory, workspace)
             except TransportError as error:
                 failed[transport] = str(error)
                 reach = reach_of(topology, self._cards, config, failed)
                 continue
             if reach.passed_over and agreement.rank == 0:
                 logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reach.passed_over))
-            return opened
+            return Opened(reach.facts, memory, workspace, places=self._places, rail=rail)
         return Opened(reach.facts)
 
-    def _connect(self, facts: GroupFacts, layout: _C.Layout) -> Opened:
-        """Share memory of this layout and prove that it is shared; connect hosts, if there are several. Collective.
+    def _connect(self, transport: Transport, layout: _C.Layout) -> tuple[SharedMemory, _C.Workspace]:
+        """Share memory of this layout, of each host, and prove that it is shared. Collective.
 
         Raises:
             TransportError: on every rank alike, with the reason.
         """
-        agreement, group, transport = self._agreement, self._group, facts.transport
-        device, config = self._device, self._config
-        places = self._places if facts.crosses_network else None
-        if places is not None:
-            agreement = HostAgreement(agreement, places)
+        agreement, group, device, config = self._agreement, self._group, self._device, self._config
+        if self._places is not None:
+            agreement = HostAgreement(agreement, self._places)
             if transport is Transport.SYMMETRIC:
-                group = self._group_of_host(places)
+                group = self._group_of_host(self._places)
         memory: SharedMemory
         if transport is Transport.SHM:
             memory = ShmMemory.open(agreement, layout.total_bytes)
@@ -196,14 +196,25 @@ class _Start:
             )
             if transport is not Transport.SHM:
                 prove_peer_access(workspace, agreement, device)
-            rail = None if places is None else self._open_rail(places)
         except BaseException:
             let_go(memory, *made, in_use=agreement.abandoned)
             raise
-        return Opened(facts, memory, workspace, places=places, rail=rail)
+        return memory, workspace
 
-    def _open_rail(self, places: Places) -> Rail:
-        return Rail.open(self._agreement, self._group, self._device, places.rail, self._cards[0].member)
+    def _open_rail(self, memory: SharedMemory, workspace: _C.Workspace) -> Rail | None:
+        """Connect hosts; None: there is one. Collective.
+
+        Raises:
+            TransportError: on every rank alike, once it has let go of ``memory``.
+        """
+        places, agreement = self._places, self._agreement
+        if places is None:
+            return None
+        try:
+            return Rail.open(agreement, self._group, self._device, places.rail, self._cards[0].member)
+        except BaseException:
+            let_go(memory, workspace, in_use=agreement.abandoned)
+            raise
 
     def _group_of_host(self, places: Places) -> dist.ProcessGroup:
         """On which torch maps memory between the ranks of a host. Collective.

@@ -1,4 +1,4 @@
-"""The sum over several hosts, in plain torch: the oracle of csrc/cpu/hosts_flags.cpp and csrc/kernels/hosts_flags.cu."""
+"""The sum over several hosts, in plain torch: the oracle of csrc/{cpu,kernels}/hosts_flags.*."""
 
 from __future__ import annotations
 

@@ -16,9 +16,12 @@ from llm_allreduce_plugin.config import WireFormat
 from tests.gpu.test_low_precision import compare
 from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
+from tests.kernels.test_hosts import compare as compare_hosts
 from tests.kernels.test_protocol import run_queued
 from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
+from tests.support.host_group import HostGroup
+from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
@@ -47,6 +50,7 @@ FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
+HOSTS: dict[str, Any] = {"hosts": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
@@ -154,6 +158,42 @@ MUTATIONS: dict[str, Mutation] = {
         "return lane_.wait(FlagPlane::kTwoShotGather,",
         "return ({} && hop < hops_ - 1) || lane_.wait(FlagPlane::kTwoShotGather,",
         RING,
+    ),
+    "a half does not wait": (
+        "kernels/hosts_flags.cu",
+        "    if (!lane_.wait(FlagPlane::kOneShot, kPhase,",
+        "    if (!{} && !lane_.wait(FlagPlane::kOneShot, kPhase,",
+        HOSTS,
+    ),
+    "halves have one generation of slots": (
+        "kernels/hosts_flags.cu",
+        "reader, source, round(chunk), lane_",
+        "reader, source, {} ? 4 : round(chunk), lane_",
+        HOSTS,
+    ),
+    "parts in host memory lie in one place": (
+        "kernels/hosts_flags.cu",
+        "lane_.index(), chunk_bytes_);",
+        "lane_.index(), {} ? 0 : chunk_bytes_);",
+        HOSTS,
+    ),
+    "hosts are summed from the last on": (
+        "kernels/hosts_flags.cu",
+        "Sums<T>::add(sums_ + host * bytes_,",
+        "Sums<T>::add(sums_ + ({} ? hosts_ - 1 - host : host) * bytes_,",
+        HOSTS,
+    ),
+    "sums are rounded before they travel": (
+        "kernels/hosts_flags.cu",
+        "to[i] = {sum.sum[4 * i], ",
+        "to[i] = {{{} ? widen(round_to<T>(sum.sum[4 * i])) : sum.sum[4 * i], ",
+        HOSTS,
+    ),
+    "a host's ranks are summed from this one on": (
+        "kernels/hosts_flags.cu",
+        "loaded[i] = part(first + i);",
+        "loaded[i] = part({} ? rotated(workspace_.rank, first + i, world_size) : first + i);",
+        HOSTS,
     ),
     "the counterpart is not waited for": (
         "kernels/hierarchical_flags.cu",
@@ -322,6 +362,9 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     if "rows" in kind:
         norm_rows(seed)
         return
+    if "hosts" in kind:
+        over_hosts(seed)
+        return
     kind = dict(kind)
     ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
     machine = EmulatedGpus(seed, library=mutated())
@@ -347,6 +390,15 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     marker = torch.full((512,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32).view(torch.bfloat16)
     for output in group.all_reduce("TWOSHOT", [marker] * ranks):
         assert (output == 0).all()
+
+
+def over_hosts(seed: int) -> None:
+    """Three hosts of three: two hosts may be swapped, as two ranks, and the sum is the same."""
+    for shared in (False, True):
+        group = HostGroup(EmulatedGpus(seed, library=mutated()), 3, 3, shared=shared)
+        for call, two_steps in enumerate((False, True, True, False)):
+            inputs = telling_inputs(seed + call, group.world_size, 777, torch.bfloat16)
+            compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
 
 
 def norm_rows(seed: int) -> None:
@@ -389,6 +441,7 @@ KINDS = {
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,
     "registry": REGISTRY,
+    "hosts": HOSTS,
     "rows": ROWS,
 }
 
