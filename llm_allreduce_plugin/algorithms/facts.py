@@ -6,6 +6,8 @@ What is wanted, the settings, is no part of it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -28,9 +30,13 @@ def world_size_obstacle(world_size: int) -> str | None:
     return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for 2 to {LARGEST_WORLD_SIZE})"
 
 
-def hosts_obstacle(hosts: int) -> str | None:
-    """Why ranks on this many hosts cannot share memory, or None."""
-    return f"ranks run on {hosts} hosts, and kernels here reach one" if hosts > 1 else None
+def hosts_obstacle(hosts: Sequence[int]) -> str | None:
+    """Why ranks on these hosts, that of each rank, have no kernels together, or None: each needs as many ranks."""
+    ranks = Counter(hosts)
+    if len(set(ranks.values())) <= 1:
+        return None
+    each = ", ".join(f"{number} on host {host}" for host, number in sorted(ranks.items()))
+    return f"ranks run on {len(ranks)} hosts, which must have as many each: there are {each}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +90,21 @@ class GroupFacts:
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN
     tuned: Tuned | None = None
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts that ranks run on; 1 where that is not known."""
+        return len(set(self.hosts)) or 1
+
+    @property
+    def crosses_network(self) -> bool:
+        """Ranks run on several hosts that share no memory: sums are exchanged between them."""
+        return self.num_hosts > 1 and not self.fabric
+
+    @property
+    def local_size(self) -> int:
+        """Ranks that share memory: those of a host."""
+        return self.world_size // self.num_hosts if self.crosses_network else self.world_size
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

@@ -218,3 +218,11 @@ LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]]
     (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
     (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }
+
+# Between hosts, modelled and not measured: what a GPU's share of the network carries, what a second step inside the
+# host costs beside its bytes, and pieces in which summing and sending go on at the same time.
+NETWORK_BYTES_PER_S = 46e9
+NETWORK_SECOND_STEP_S = 6e-6
+NETWORK_PIECE_BYTES = 16 << 20
+NETWORK_MOST_PIECES = 4
+NETWORK_SOURCE = "46 GB/s to each GPU, 6 us for a second step inside the host"

@@ -94,8 +94,11 @@ class RankCard:
 def host_identity(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
     """Equal for processes on one kernel, whatever containers call themselves.
 
-    Whether they can share memory is another question, which only sharing answers.
+    ``NCCL_HOSTID``, where it is set, is what NCCL tells hosts apart by, and so it is here. Whether processes can share
+    memory is another question, which only sharing answers.
     """
+    if host := os.environ.get("NCCL_HOSTID", "").strip():
+        return host
     try:
         return boot_id.read_text().strip() or socket.gethostname()
     except OSError:

@@ -156,11 +156,11 @@ def reach_of(
 
 def _obstacle(cards: Sequence[RankCard], settings: AllReduceConfig, facts: GroupFacts) -> str | None:
     """Why not to try to share memory at all, or None."""
-    hosts = 1 if facts.fabric else len(set(facts.hosts))
+    hosts = () if facts.fabric else facts.hosts
     if (reason := transport_obstacle(settings, len(cards), hosts, cards[0].device)) is not None:
         of_hosts = facts.no_fabric_reason and reason == hosts_obstacle(hosts)
         return f"{reason}; no NVLink domain joins them: {facts.no_fabric_reason}" if of_hosts else reason
-    gpus = [card.gpu for card in cards if card.gpu is not None]
+    gpus = [(card.gpu, card.host) for card in cards if card.gpu is not None]
     return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
 
 

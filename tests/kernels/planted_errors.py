@@ -26,6 +26,7 @@ FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
+HOSTS: dict[str, Any] = {"hosts": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
@@ -133,6 +134,42 @@ MUTATIONS: dict[str, Mutation] = {
         "return lane_.wait(FlagPlane::kTwoShotGather,",
         "return ({} && hop < hops_ - 1) || lane_.wait(FlagPlane::kTwoShotGather,",
         RING,
+    ),
+    "a half does not wait": (
+        "kernels/hosts_flags.cu",
+        "    if (!lane_.wait(FlagPlane::kOneShot, kPhase,",
+        "    if (!{} && !lane_.wait(FlagPlane::kOneShot, kPhase,",
+        HOSTS,
+    ),
+    "halves have one generation of slots": (
+        "kernels/hosts_flags.cu",
+        "reader, source, round(chunk), lane_",
+        "reader, source, {} ? 4 : round(chunk), lane_",
+        HOSTS,
+    ),
+    "parts in host memory lie in one place": (
+        "kernels/hosts_flags.cu",
+        "lane_.index(), chunk_bytes_);",
+        "lane_.index(), {} ? 0 : chunk_bytes_);",
+        HOSTS,
+    ),
+    "hosts are summed from the last on": (
+        "kernels/hosts_flags.cu",
+        "Sums<T>::add(sums_ + host * bytes_,",
+        "Sums<T>::add(sums_ + ({} ? hosts_ - 1 - host : host) * bytes_,",
+        HOSTS,
+    ),
+    "sums are rounded before they travel": (
+        "kernels/hosts_flags.cu",
+        "to[i] = {sum.sum[4 * i], ",
+        "to[i] = {{{} ? widen(round_to<T>(sum.sum[4 * i])) : sum.sum[4 * i], ",
+        HOSTS,
+    ),
+    "a host's ranks are summed from this one on": (
+        "kernels/hosts_flags.cu",
+        "loaded[i] = part(first + i);",
+        "loaded[i] = part({} ? rotated(workspace_.rank, first + i, world_size) : first + i);",
+        HOSTS,
     ),
     "the counterpart is not waited for": (
         "kernels/hierarchical_flags.cu",

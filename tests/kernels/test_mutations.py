@@ -19,6 +19,7 @@ from tests.kernels.planted_errors import (
     FP8,
     HIERARCHICAL,
     HOST,
+    HOSTS,
     IN_BAND,
     MANY,
     MUTATIONS,
@@ -29,9 +30,12 @@ from tests.kernels.planted_errors import (
     STAGED,
 )
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
+from tests.kernels.test_hosts import compare as compare_hosts
 from tests.kernels.test_protocol import run_queued
 from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
+from tests.support.host_group import HostGroup
+from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
@@ -60,6 +64,9 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     if "rows" in kind:
         norm_rows(seed)
         return
+    if "hosts" in kind:
+        over_hosts(seed)
+        return
     kind = dict(kind)
     ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
     machine = EmulatedGpus(seed, library=mutated())
@@ -85,6 +92,15 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     marker = torch.full((512,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32).view(torch.bfloat16)
     for output in group.all_reduce("TWOSHOT", [marker] * ranks):
         assert (output == 0).all()
+
+
+def over_hosts(seed: int) -> None:
+    """Three hosts of three: two hosts may be swapped, as two ranks, and the sum is the same."""
+    for shared in (False, True):
+        group = HostGroup(EmulatedGpus(seed, library=mutated()), 3, 3, shared=shared)
+        for call, two_steps in enumerate((False, True, True, False)):
+            inputs = telling_inputs(seed + call, group.world_size, 777, torch.bfloat16)
+            compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
 
 
 def norm_rows(seed: int) -> None:
@@ -127,6 +143,7 @@ KINDS = {
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,
     "registry": REGISTRY,
+    "hosts": HOSTS,
     "rows": ROWS,
 }
 
