@@ -19,9 +19,11 @@ import torch
 
 from llm_allreduce_plugin import NodeTopology
 from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.diagnosis.across import order_of
 from llm_allreduce_plugin.errors import StartTimeoutError
-from llm_allreduce_plugin.measure.answers import make_case, wrong_elements
+from llm_allreduce_plugin.measure.answers import wrong_elements
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 from llm_allreduce_plugin.topology.fabric import domain_obstacle
 from llm_allreduce_plugin.transport import fabric
 from llm_allreduce_plugin.transport.fabric import FabricMemory
@@ -29,6 +31,7 @@ from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from tests.support.fabric_ranks import fabric_of, placed
 from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
 from tests.support.forked import forked, wait_until
+from tests.support.hosts import telling_inputs
 
 DOMAINS = Path(__file__).parents[2] / "configs" / "topologies" / "domains"
 RANKS = 3
@@ -255,10 +258,12 @@ def run_group(context: RankContext, name: str, truths: list[Truth], strategies: 
             group = context.communicator(strategy, timeout_s=20.0)
             wrong, bits = 0, []
             for count in (0, 1, 1000, 70_001):
-                mine, expected = make_case(context, count, torch.bfloat16)
-                result = group.all_reduce(mine)
-                if group.facts.fabric:
-                    wrong += wrong_elements(result, expected, exact=True, world_size=context.world_size)
+                seed = context.shared_seed()
+                inputs = telling_inputs(seed, context.world_size, count, torch.bfloat16)
+                result = group.all_reduce(inputs[context.rank])
+                # Over a network, the ranks of each host first.
+                expected = host_ordered_sum(inputs, order_of(group.facts))
+                wrong += wrong_elements(result, expected, exact=True, world_size=context.world_size)
                 bits.append(result.view(torch.int16).numpy().tobytes())
             decision = group.explain((4096,), torch.bfloat16)
             against = {passed.strategy: passed.reason for passed in decision.passed_over}
@@ -316,6 +321,8 @@ def test_every_fact_about_a_fabric_has_one_verdict(name: str) -> None:
             continue
         assert not one.fabric
         assert not one.over_fabric
+        assert one.transport == "shm", "over a network instead"
+        assert one.wrong == 0
         if name == "completed_without_domain":
             assert said is None
             assert "cuMemCreate: CUDA_ERROR_NOT_SUPPORTED (801)" in one.reason
@@ -341,4 +348,5 @@ def test_nvml_calls_two_racks_one_domain() -> None:
         )
         assert one.reason == of_ranks[0].reason
         assert one.left == 0
+        assert one.wrong == 0, "over a network instead"
         assert one.bits == of_ranks[0].bits
