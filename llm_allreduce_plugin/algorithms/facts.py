@@ -66,6 +66,8 @@ class GroupFacts:
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         hosts: the host of each rank, numbered as ranks first name them: (0, 0, 1, 1) for two hosts of two.
+        fabric: ranks on several hosts form one NVLink domain: they reach each other's GPU memory as on one host.
+        no_fabric_reason: of ranks on several hosts, why they do not.
         nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
         topology_class: what the bytes travel over, as far as the first rank knows.
@@ -82,6 +84,8 @@ class GroupFacts:
     architecture: int | None = None
     multiprocessors: int | None = None
     hosts: tuple[int, ...] = ()
+    fabric: bool = False
+    no_fabric_reason: str = ""
     nvlink: bool = True
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN
@@ -95,7 +99,7 @@ class GroupFacts:
     @property
     def crosses_network(self) -> bool:
         """Ranks run on several hosts that share no memory: sums are exchanged between them."""
-        return self.num_hosts > 1
+        return self.num_hosts > 1 and not self.fabric
 
     @property
     def local_size(self) -> int:

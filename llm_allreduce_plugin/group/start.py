@@ -127,8 +127,6 @@ class _Start:
         agreement, config, topology = self._agreement, self._config, gpus_of(self._cards)
         failed: dict[Transport, str] = {}
         reach = reach_of(topology, self._cards, config)
-        if reach.layout is not None and reach.facts.crosses_network:
-            self._places = Places.of(reach.facts.hosts, agreement.rank)
         # All ranks have the same cards. Should one nevertheless come to another result, none may go on alone.
         obstacle = agreement.first_fault(
             reach.facts.no_transport_reason or None, "to agree on whether they can share memory"
@@ -140,6 +138,8 @@ class _Start:
             logger.info("%s", note)
         while reach.layout is not None:
             transport = reach.facts.transport
+            crosses = reach.facts.crosses_network
+            self._places = Places.of(reach.facts.hosts, agreement.rank) if crosses else None
             try:
                 memory, workspace = self._connect(transport, reach.layout)
                 rail = self._open_rail(memory, workspace)
