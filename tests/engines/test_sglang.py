@@ -82,7 +82,7 @@ def faults_of(package: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("what", ["question", "group", "norm, ", "model, "])
+@pytest.mark.parametrize("what", ["arguments", "question", "group", "norm, ", "model, "])
 def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     found = faults_of(package)
     of_these = {name: fault for name, fault in found["faults"].items() if name.startswith(what)}

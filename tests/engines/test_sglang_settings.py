@@ -218,6 +218,14 @@ def test_reasons_to_stand_aside(fields: dict[str, Any], text: str) -> None:
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
 
 
+def test_groups_without_a_server_have_the_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_ALLREDUCE_STRATEGY", "UB")
+    settings = settings_of(None)
+    assert settings.allreduce_strategy == "UB"
+    assert stands_aside(None, settings, "cuda") is None
+    assert unfused(None, settings) is None
+
+
 def test_nccl_is_stock() -> None:
     arguments = server_args({"allreduce_strategy": "nccl"}, enable_mscclpp=True)
     assert stands_aside(arguments, settings_of(arguments)) == "allreduce_strategy is NCCL"
