@@ -111,4 +111,4 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 9; }
+extern "C" int lar_abi_version(void) { return 10; }
