@@ -55,7 +55,7 @@ def close_all(context: RankContext) -> None:
     _open.clear()
 
 
-def _first_call(candidate: NormCandidate, case: NormCase) -> tuple[Bound, Normed]:
+def first_call(candidate: NormCandidate, case: NormCase) -> tuple[Bound, Normed]:
     """The call for one case, and its answer, in memory that was poisoned first; see ``worker.first_call``."""
     call = candidate.bind(case)
     poison = [torch.full_like(case.input, float("nan")) for _ in range(2)]
@@ -63,27 +63,34 @@ def _first_call(candidate: NormCandidate, case: NormCase) -> tuple[Bound, Normed
     return call, call()
 
 
+def make_case(
+    context: RankContext, rows: int, hidden: int, dtype: torch.dtype, quant: QuantKind | None, *, check: bool = True
+) -> tuple[NormCase, Normed | None]:
+    """This rank's arguments from a fresh seed; and, with ``check``, what must come out. Collective."""
+    seed, count = context.shared_seed(), rows * hidden
+    mine = answers.make_input(seed, context.rank, count, dtype, context.device).view(rows, hidden)
+    residual, weight = norm_answers.make_beside(seed, rows, hidden, dtype, context.device)
+    case = NormCase(mine, residual, weight, norm_answers.make_quant(quant, context.device))
+    if not check:
+        return case, None
+    total = answers.rank_ordered_sum(seed, context.world_size, count, dtype, context.device).view_as(mine)
+    return case, norm_answers.expected(total, residual, weight, EPS, case.quant)
+
+
 def measure(context: RankContext, name: str, count: int, options: Options) -> Measurement:
     """Collective. The same on every rank."""
     candidate = _open[name]
     dtype: torch.dtype = getattr(torch, options.dtype)
     row = Measurement(name, count * dtype.itemsize, count)
-    seed = context.shared_seed()
     rows = count // options.hidden
-    mine = answers.make_input(seed, context.rank, count, dtype, context.device).view(rows, options.hidden)
-    residual, weight = norm_answers.make_beside(seed, rows, options.hidden, dtype, context.device)
-    case = NormCase(mine, residual, weight, norm_answers.make_quant(options.quant, context.device))
+    case, expected = make_case(context, rows, options.hidden, dtype, options.quant, check=options.check)
     if (refusal := candidate.refusal(case)) is not None:
         return dataclasses.replace(row, left_out=refusal)
     try:
-        call, output = on_every_rank(lambda: _first_call(candidate, case), context.control_group, RuntimeError)
+        call, output = on_every_rank(lambda: first_call(candidate, case), context.control_group, RuntimeError)
     except RuntimeError as error:
         return dataclasses.replace(row, left_out=str(error))
-    expected = None
-    if options.check:
-        total = answers.rank_ordered_sum(seed, context.world_size, count, dtype, context.device).view_as(mine)
-        expected = norm_answers.expected(total, residual, weight, EPS, case.quant)
-    wrong = functools.partial(_wrong, context, candidate, expected)
+    wrong = functools.partial(wrong_elements, context, candidate, expected)
     eager_wrong = wrong(output)
     eager = timing.time_eager(context, call, options.calls, options.replays, options.warmup)
     if not candidate.in_place and options.check:
@@ -96,7 +103,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     return dataclasses.replace(row, graph_us=round(graph.median, 2), graph_wrong=graph_wrong)
 
 
-def _wrong(
+def wrong_elements(
     context: RankContext, candidate: NormCandidate, expected: Normed | None, answer: Normed | None
 ) -> int | None:
     """Elements of an answer that are not what they must be, over all ranks; None when nobody looks. Collective."""

@@ -25,12 +25,14 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts, SlotBytes
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import load_config
 from llm_allreduce_plugin.profiles import search
-from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Entry, Profile, read, store
-from llm_allreduce_plugin.selection.policy import decide, describe, table_of
+from llm_allreduce_plugin.profiles.entry import Entry
+from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Profile, read, store
+from llm_allreduce_plugin.runtime.tally import fallbacks_of
+from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe, table_of
 from llm_allreduce_plugin.selection.sweep import sweep
 from llm_allreduce_plugin.topology import NodeIdentity, fingerprint
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
-from tests.support.profiles import entry, node
+from tests.support.profiles import entry, fused, node
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 H200 = node("NVIDIA H200")
@@ -53,6 +55,10 @@ def any_ranges(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [{"max_bytes": bound, "strategy": draw(st.sampled_from(("ONESHOT", "TWOSHOT")))} for bound in bounds]
 
 
+any_fused_ranges = st.tuples(
+    limits, st.sampled_from(("fused", "then-norm")), st.sampled_from(("fused", "then-norm"))
+).map(lambda drawn: [(bound, drawn[1]) for bound in drawn[0]] + [(None, drawn[2])])
+
 any_entry = st.builds(
     lambda graph, eager, measured, **fields: entry(graph=graph, eager=eager, measured=measured, **fields),
     graph=any_ranges(),
@@ -72,6 +78,7 @@ any_entry = st.builds(
     element_bytes=st.sampled_from((2, 4)),
     in_band=st.booleans(),
     dtype=st.text(max_size=8),
+    fused=st.none() | st.builds(fused, any_fused_ranges, any_fused_ranges),
 )
 
 
@@ -140,7 +147,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     entries = json.loads(path.read_text())["entries"]
     assert fault(changed(path, schema_version=SCHEMA_VERSION + 1)) == (
-        "its schema version is 2, and this package reads 1 (written by a newer version of this package)"
+        "its schema version is 3, and this package reads 1 to 2 (written by a newer version of this package)"
     )
     assert fault(changed(path, schema="something else")) == "it is no tuning profile"
     for wrong, text in (
@@ -158,6 +165,47 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         assert text in fault(changed(path, entries=broken))
     store(path, H200, [entry()], force=True)
     assert "two are for the same kind of group" in fault(changed(path, entries=entries * 2))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ({"graph": [{"max_bytes": None, "runs": "NCCL"}]}, "entries.0.fused.graph.0.runs: Input should be 'fused' or"),
+        ({"graph": [{"max_bytes": 7, "runs": "fused"}]}, "graph: the last range, and no other, has max_bytes null"),
+        (
+            {"eager": [{"max_bytes": size, "runs": "fused"} for size in (9, 8, None)]},
+            "eager: max_bytes must rise, not [9, 8]",
+        ),
+        ({"hidden": 4}, "entries.0.fused.hidden: Input should be greater than or equal to 8"),
+        ({"other": 1}, "entries.0.fused.other: Extra inputs are not permitted"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_about_fused_calls_is_named(tmp_path: Path, spoil: dict[str, Any], text: str) -> None:
+    path = written(tmp_path, fused=fused())
+    entries = json.loads(path.read_text())["entries"]
+    entries[0]["fused"] |= spoil
+    with pytest.raises(ProfileError) as caught:
+        read(changed(path, entries=entries))
+    assert text in caught.value.reason
+
+
+def test_profiles_of_the_first_version_still_load(tmp_path: Path) -> None:
+    """They say nothing of fused calls; where an entry is added, the file becomes one of this version."""
+    path = written(tmp_path)
+    document = json.loads(path.read_text())
+    assert "fused" not in document["entries"][0]
+    changed(path, schema_version=1)
+    (old,) = read(path).entries
+    assert old.fused is None
+    assert old.ranges().fused == ()
+    store(path, H200, [entry(world_size=2, fused=fused())])
+    assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
+    two, four = sorted(read(path).entries, key=lambda made: made.world_size)
+    assert four == old
+    assert [(found.max_bytes, found.strategy) for found in two.ranges().fused] == [
+        (1 << 20, "fused"), (None, "then-norm"),
+    ]  # fmt: skip
 
 
 def test_entries_of_other_groups_are_kept_and_the_same_replaced(tmp_path: Path) -> None:
@@ -337,6 +385,48 @@ def test_the_reason_names_the_profile_and_what_was_measured() -> None:
         # What was not measured for 32-bit elements goes by those of 16 bits.
         assert decide(config, facts, 2048, "float32").launch == decision.launch or strategy == "AUTO"
     assert decide(AllReduceConfig(), facts, 2048, "float32").strategy == "TWOSHOT"
+
+
+def with_fused(made: Entry, **fields: Any) -> GroupFacts:
+    group = dataclasses.replace(FACTS, **fields)
+    tuned = search._tuned(Profile.of(H200, [made]), group, "profile x", anywhere=True)
+    assert tuned is not None
+    return dataclasses.replace(group, tuned=tuned)
+
+
+def test_a_profile_says_up_to_which_size_one_kernel_is_faster() -> None:
+    group = with_fused(entry(fused=fused()))
+    small = decide_fused(AllReduceConfig(), group, 64, 8192, "bfloat16")
+    assert small.launch is not None
+    source = "(profile x, measured 2025-01-02 in CUDA graphs)"
+    assert small.reason == f"1 MiB are within 1 MiB, where one kernel is faster than two {source}"
+    large = decide_fused(AllReduceConfig(), group, 65, 8192, "bfloat16")
+    assert (large.launch, large.by_design) == (None, True), "the faster of two is no fallback"
+    assert large.reason == f"1.016 MiB are more than 1 MiB, where two kernels are faster than one {source}"
+    assert fallbacks_of(large) == ()
+    # What can only run in two is so for that reason; what is not wanted, too.
+    assert decide_fused(AllReduceConfig(), group, 2, 8192, "float32").reason.startswith("only 16-bit types")
+    assert decide_fused(AllReduceConfig(fuse_norm=False), group, 2, 8192, "bfloat16").reason == "fuse_norm is off"
+    # Tuning itself compares both at every size.
+    forced = decide_fused(AllReduceConfig(), group, 65, 8192, "bfloat16", however_slow=True)
+    assert forced.launch is not None
+
+
+def test_without_fused_times_the_seeds_decide() -> None:
+    for made in (entry(), entry(element_bytes=4, fused=fused([(None, "then-norm")]))):
+        decision = decide_fused(AllReduceConfig(), with_fused(made), 4096, 8192, "bfloat16")
+        assert decision.launch is not None
+        assert "one kernel or two was not measured for 4 ranks" in decision.reason
+
+
+def test_cpu_ranks_go_by_eager_calls() -> None:
+    """And in graphs or not, all ranks alike: one of the two decides for every call."""
+    made = entry(transport=Transport.SHM, in_band=False, fused=fused([(None, "then-norm")], [(None, "fused")]))
+    flagged = SlotBytes(1 << 20, 1 << 20)
+    shared = with_fused(made, transport=Transport.SHM, device="cpu", lanes=1, in_band=SlotBytes(), flagged=flagged)
+    decision = decide_fused(AllReduceConfig(), shared, 4, 8192, "bfloat16")
+    assert decision.launch is not None
+    assert "where one kernel is faster than two (profile x, measured 2025-01-02 in eager calls)" in decision.reason
 
 
 @pytest.mark.parametrize(
