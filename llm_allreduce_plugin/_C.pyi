@@ -194,8 +194,10 @@ def decode(format: int, dtype: int, packets: int, count: int, values: int, strea
 class Norm:
     """What becomes of summed rows: lar_norm without addresses."""
 
-    def __init__(self, hidden: int, eps: float, *, weight_bias: float = 0.0, quant: int = 0, scales: int = 0) -> None:
-        """`quant`: one of QUANT_*. `scales`: one of SCALES_*."""
+    def __init__(self, hidden: int, eps: float, *, weight_bias: float = 0.0, quant: int = 0, scales: int = 0, scale_stride: int = 0) -> None:
+        """
+        `quant`: one of QUANT_*. `scales`: one of SCALES_*. `scale_stride`: of SCALES_COLUMNS, scales from one column to the next; 0: as many as there are rows.
+        """
 
 class NormTensors:
     """The tensors of a Norm by their addresses; 0: there is none."""

@@ -173,16 +173,20 @@ NB_MODULE(_C, module) {
   nb::class_<lar_norm>(module, "Norm", "What becomes of summed rows: lar_norm without addresses.")
       .def(
           "__init__",
-          [](lar_norm* self, int64_t hidden, float eps, float weight_bias, int quant, int scales) {
+          [](lar_norm* self, int64_t hidden, float eps, float weight_bias, int quant, int scales,
+             int64_t scale_stride) {
             new (self) lar_norm{};
             self->hidden = hidden;
             self->eps = eps;
             self->weight_bias = weight_bias;
             self->quant = quant;
             self->scales = scales;
+            self->scale_stride = scale_stride;
           },
           "hidden"_a, "eps"_a, nb::kw_only(), "weight_bias"_a = 0.0F, "quant"_a = static_cast<int>(LAR_QUANT_NONE),
-          "scales"_a = static_cast<int>(LAR_SCALES_ROWS), "`quant`: one of QUANT_*. `scales`: one of SCALES_*.");
+          "scales"_a = static_cast<int>(LAR_SCALES_ROWS), "scale_stride"_a = 0,
+          "`quant`: one of QUANT_*. `scales`: one of SCALES_*. `scale_stride`: of SCALES_COLUMNS, scales from one "
+          "column to the next; 0: as many as there are rows.");
   nb::class_<NormTensors>(module, "NormTensors", "The tensors of a Norm by their addresses; 0: there is none.")
       .def(
           "__init__",

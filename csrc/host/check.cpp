@@ -116,6 +116,9 @@ bool check_norm(const lar_message& message, const lar_norm& norm) {
   if (message.count == 0) return true;
   if (!norm.weight || (!norm.norm_out && norm.quant == LAR_QUANT_NONE)) return false;
   const bool rows = norm.scales == LAR_SCALES_ROWS;
+  if (norm.scale_stride != 0 && (norm.scales != LAR_SCALES_COLUMNS || norm.scale_stride < message.count / norm.hidden ||
+                                 norm.scale_stride > UINT32_MAX))
+    return false;
   if (norm.quant != LAR_QUANT_NONE && !norm.quant_out) return false;
   switch (norm.quant) {
     case LAR_QUANT_NONE:

@@ -92,7 +92,7 @@ typedef enum lar_quant {
 // How the scales of a matrix lie: [rows][scales of a row] or
 typedef enum lar_scales {
   LAR_SCALES_ROWS = 0,
-  LAR_SCALES_COLUMNS = 1,  // FP8_GROUP: [scales of a row][rows]
+  LAR_SCALES_COLUMNS = 1,  // FP8_GROUP: [scales of a row][rows], or as far apart as lar_norm.scale_stride says
   // FP8_GROUP: powers of two, of which only the 8 bits of the exponent are kept, those of four neighbours in a word:
   // uint32 [words of a row][rows, a multiple of 4]. Neighbours that there are not have the exponent 0.
   LAR_SCALES_UE8M0 = 2,
@@ -268,6 +268,9 @@ typedef struct lar_norm {
   void* quant_out;       // a byte for each element; NVFP4: for each two, the first in the lower half
   void* scale_out;       // of FP8_TOKEN and FP8_GROUP fp32, but see lar_scales; of NVFP4 e4m3
   const float* scale;    // one, on the device: FP8_TENSOR, NVFP4
+  // LAR_SCALES_COLUMNS: scales from the start of one column to that of the next, at least as many as there are rows;
+  // what lies between is not written. 0: as many as there are rows. Of other layouts 0.
+  int64_t scale_stride;
   float eps;
   float weight_bias;
   int32_t quant;   // lar_quant

@@ -201,7 +201,7 @@ class FusedDecision:
             which give the same bits.
         reason: why in one kernel, or why in two.
         all_reduce: what happens to the all-reduce alone, and why.
-        by_design: nobody asked for one kernel, or there is nothing to do: two are no fallback.
+        by_design: nobody asked for one kernel, two are faster, or there is nothing to do: two are no fallback.
     """
 
     launch: Launch | None

@@ -196,9 +196,12 @@ FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
-# larger one, or the last); None: no size is known for which it is not. Over 2 H200 it is faster from 16 KiB to 64 MiB
-# (benchmarks/h200/bench_fused_tp2.json); over more it was not measured.
+# larger one, or the last); None: no size is known for which it is not. A profile comes before it.
 FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
+# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json); of others nobody knows.
+FUSED_SOURCES: dict[tuple[Transport, int], str] = {
+    (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, rows of 8192)",
+}
 
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
 # that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:

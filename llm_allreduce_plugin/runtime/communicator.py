@@ -266,6 +266,14 @@ class TensorParallelCommunicator:
         """
         return self._planner.call_of(strategy, count, dtype)
 
+    def norm_call_of(self, strategy: str, shape: norm_calls.NormShape, *, fused: bool) -> norm_calls.NormCall:
+        """The same with a norm behind the sum, in one kernel (``fused``) or in two, whichever is faster.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+        """
+        return self._planner.norm_call_of(strategy, shape, fused=fused)
+
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
 

@@ -246,6 +246,27 @@ class Planner:
         self.normed.keep(shape, planned)
         return planned
 
+    def norm_call_of(self, strategy: str, shape: NormShape, *, fused: bool) -> NormCall:
+        """The call that another strategy would make, with the norm in the kernel of the sum or in one of its own.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+            ValueError: such rows cannot be normed, or not quantized like this.
+        """
+        settings = self._config.model_copy(
+            update={"allreduce_strategy": AllReduceStrategy.parse(strategy), "fuse_norm": fused}
+        )
+        decision = decide_fused(
+            settings, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant, however_slow=True
+        )
+        if decision.all_reduce.launch is None or decision.all_reduce.runs_another:
+            raise RuntimeError(decision.all_reduce.reason)
+        if fused and decision.launch is None:
+            raise RuntimeError(decision.reason)
+        call, counted = self._norm_call(decision, shape)
+        self.tally.add(decision, counted, call)
+        return call
+
     def _norm_call(self, decision: FusedDecision, shape: NormShape) -> tuple[NormCall, Counted]:
         """A function that does it, and what counts its calls."""
         name, launch = decision.counted_as, decision.launch or decision.all_reduce.launch

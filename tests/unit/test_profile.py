@@ -19,9 +19,10 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import ProfileError
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Entry, Profile, read, store
+from llm_allreduce_plugin.profiles.entry import Entry
+from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Profile, read, store
 from llm_allreduce_plugin.topology.links import Transport
-from tests.support.profiles import entry, node
+from tests.support.profiles import entry, fused, node
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 H200 = node("NVIDIA H200")
@@ -33,6 +34,10 @@ def any_ranges(draw: st.DrawFn) -> list[dict[str, Any]]:
     bounds = [*draw(limits), None]
     return [{"max_bytes": bound, "strategy": draw(st.sampled_from(("ONESHOT", "TWOSHOT")))} for bound in bounds]
 
+
+any_fused_ranges = st.tuples(
+    limits, st.sampled_from(("fused", "then-norm")), st.sampled_from(("fused", "then-norm"))
+).map(lambda drawn: [(bound, drawn[1]) for bound in drawn[0]] + [(None, drawn[2])])
 
 any_entry = st.builds(
     lambda graph, eager, measured, **fields: entry(graph=graph, eager=eager, measured=measured, **fields),
@@ -53,6 +58,7 @@ any_entry = st.builds(
     element_bytes=st.sampled_from((2, 4)),
     in_band=st.booleans(),
     dtype=st.text(max_size=8),
+    fused=st.none() | st.builds(fused, any_fused_ranges, any_fused_ranges),
 )
 
 
@@ -121,7 +127,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     entries = json.loads(path.read_text())["entries"]
     assert fault(changed(path, schema_version=SCHEMA_VERSION + 1)) == (
-        "its schema version is 2, and this package reads 1 (written by a newer version of this package)"
+        "its schema version is 3, and this package reads 1 to 2 (written by a newer version of this package)"
     )
     assert fault(changed(path, schema="something else")) == "it is no tuning profile"
     for wrong, text in (
@@ -139,6 +145,47 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         assert text in fault(changed(path, entries=broken))
     store(path, H200, [entry()], force=True)
     assert "two are for the same kind of group" in fault(changed(path, entries=entries * 2))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ({"graph": [{"max_bytes": None, "runs": "NCCL"}]}, "entries.0.fused.graph.0.runs: Input should be 'fused' or"),
+        ({"graph": [{"max_bytes": 7, "runs": "fused"}]}, "graph: the last range, and no other, has max_bytes null"),
+        (
+            {"eager": [{"max_bytes": size, "runs": "fused"} for size in (9, 8, None)]},
+            "eager: max_bytes must rise, not [9, 8]",
+        ),
+        ({"hidden": 4}, "entries.0.fused.hidden: Input should be greater than or equal to 8"),
+        ({"other": 1}, "entries.0.fused.other: Extra inputs are not permitted"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_about_fused_calls_is_named(tmp_path: Path, spoil: dict[str, Any], text: str) -> None:
+    path = written(tmp_path, fused=fused())
+    entries = json.loads(path.read_text())["entries"]
+    entries[0]["fused"] |= spoil
+    with pytest.raises(ProfileError) as caught:
+        read(changed(path, entries=entries))
+    assert text in caught.value.reason
+
+
+def test_profiles_of_the_first_version_still_load(tmp_path: Path) -> None:
+    """They say nothing of fused calls; where an entry is added, the file becomes one of this version."""
+    path = written(tmp_path)
+    document = json.loads(path.read_text())
+    assert "fused" not in document["entries"][0]
+    changed(path, schema_version=1)
+    (old,) = read(path).entries
+    assert old.fused is None
+    assert old.ranges().fused == ()
+    store(path, H200, [entry(world_size=2, fused=fused())])
+    assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
+    two, four = sorted(read(path).entries, key=lambda made: made.world_size)
+    assert four == old
+    assert [(found.max_bytes, found.strategy) for found in two.ranges().fused] == [
+        (1 << 20, "fused"), (None, "then-norm"),
+    ]  # fmt: skip
 
 
 def test_entries_of_other_groups_are_kept_and_the_same_replaced(tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.algorithms.facts import GroupFacts, SlotBytes
 from llm_allreduce_plugin.config import load_config
 from llm_allreduce_plugin.profiles import search
+from llm_allreduce_plugin.profiles.entry import Entry
 from llm_allreduce_plugin.profiles.file import Profile, read, store
-from llm_allreduce_plugin.selection.policy import decide, describe, table_of
+from llm_allreduce_plugin.runtime.tally import fallbacks_of
+from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe, table_of
 from llm_allreduce_plugin.selection.sweep import sweep
 from llm_allreduce_plugin.topology import NodeIdentity, fingerprint
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
-from tests.support.profiles import entry, node
+from tests.support.profiles import entry, fused, node
 from tests.unit.test_profile import H200, changed
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
@@ -157,6 +159,48 @@ def test_the_reason_names_the_profile_and_what_was_measured() -> None:
         # What was not measured for 32-bit elements goes by those of 16 bits.
         assert decide(config, facts, 2048, "float32").launch == decision.launch or strategy == "AUTO"
     assert decide(AllReduceConfig(), facts, 2048, "float32").strategy == "TWOSHOT"
+
+
+def with_fused(made: Entry, **fields: Any) -> GroupFacts:
+    group = dataclasses.replace(FACTS, **fields)
+    tuned = search._tuned(Profile.of(H200, [made]), group, "profile x", anywhere=True)
+    assert tuned is not None
+    return dataclasses.replace(group, tuned=tuned)
+
+
+def test_a_profile_says_up_to_which_size_one_kernel_is_faster() -> None:
+    group = with_fused(entry(fused=fused()))
+    small = decide_fused(AllReduceConfig(), group, 64, 8192, "bfloat16")
+    assert small.launch is not None
+    source = "(profile x, measured 2025-01-02 in CUDA graphs)"
+    assert small.reason == f"1 MiB are within 1 MiB, where one kernel is faster than two {source}"
+    large = decide_fused(AllReduceConfig(), group, 65, 8192, "bfloat16")
+    assert (large.launch, large.by_design) == (None, True), "the faster of two is no fallback"
+    assert large.reason == f"1.016 MiB are more than 1 MiB, where two kernels are faster than one {source}"
+    assert fallbacks_of(large) == ()
+    # What can only run in two is so for that reason; what is not wanted, too.
+    assert decide_fused(AllReduceConfig(), group, 2, 8192, "float32").reason.startswith("only 16-bit types")
+    assert decide_fused(AllReduceConfig(fuse_norm=False), group, 2, 8192, "bfloat16").reason == "fuse_norm is off"
+    # Tuning itself compares both at every size.
+    forced = decide_fused(AllReduceConfig(), group, 65, 8192, "bfloat16", however_slow=True)
+    assert forced.launch is not None
+
+
+def test_without_fused_times_the_seeds_decide() -> None:
+    for made in (entry(), entry(element_bytes=4, fused=fused([(None, "then-norm")]))):
+        decision = decide_fused(AllReduceConfig(), with_fused(made), 4096, 8192, "bfloat16")
+        assert decision.launch is not None
+        assert "one kernel or two was not measured for 4 ranks" in decision.reason
+
+
+def test_cpu_ranks_go_by_eager_calls() -> None:
+    """And in graphs or not, all ranks alike: one of the two decides for every call."""
+    made = entry(transport=Transport.SHM, in_band=False, fused=fused([(None, "then-norm")], [(None, "fused")]))
+    flagged = SlotBytes(1 << 20, 1 << 20)
+    shared = with_fused(made, transport=Transport.SHM, device="cpu", lanes=1, in_band=SlotBytes(), flagged=flagged)
+    decision = decide_fused(AllReduceConfig(), shared, 4, 8192, "bfloat16")
+    assert decision.launch is not None
+    assert "where one kernel is faster than two (profile x, measured 2025-01-02 in eager calls)" in decision.reason
 
 
 @pytest.mark.parametrize(
