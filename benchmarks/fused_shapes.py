@@ -2,8 +2,11 @@
 
     python benchmarks/fused_shapes.py --gpus 2 --hidden 8192 --out benchmarks/h100/fused_shapes_tp2.json
 
-Beside them, for the same rows: the all-reduce alone, and our norm alone. The launch tables of the package come from
-these. Microseconds per call, bf16.
+Beside them, for the same rows: the all-reduce and then our norm, and our norm alone. The launch tables of the package
+come from these. Microseconds per call, bf16.
+
+With ``--between 4096`` each call stands behind a matrix product of that inner dimension, as in a model: calls in a row
+flatter kernels that start while the one before them ends. ``us`` is then what the call adds to the product's own time.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llm_allreduce_plugin import _C
+from llm_allreduce_plugin import _C, AllReduceConfig
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.answers import make_case
 from llm_allreduce_plugin.measure.environment import write_record
@@ -27,7 +34,9 @@ from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import time_graph
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
 from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+from llm_allreduce_plugin.runtime import calls
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
@@ -134,8 +143,54 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, case: Case, shape: Shape
     )  # fmt: skip
 
 
+def two_kernels(
+    workspace: _C.Workspace, layout: _C.Layout, case: Case, norm: Callable[[], None], world_size: int
+) -> Callable[[], None]:
+    """ONESHOT as the policy launches it, and ``norm`` behind it."""
+    multiprocessors = torch.cuda.get_device_properties(case.mine.device).multi_processor_count
+    facts = GroupFacts(world_size, "cuda", Transport.SYMMETRIC, architecture=90, multiprocessors=multiprocessors)
+    message = Message(count=case.mine.numel(), dtype="bfloat16", element_bytes=2)
+    launch = OneShot().plan(AllReduceConfig(), facts.with_layout(Transport.SYMMETRIC, layout), message)
+    plan = calls.plan_of(workspace, launch, case.mine.numel(), DTYPE)
+
+    def both() -> None:
+        assert plan(case.mine.data_ptr(), case.sums.data_ptr(), stream()) == 0
+        norm()
+
+    return both
+
+
 def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
+
+
+class Between:
+    """A matrix product before each call; ``inner`` 0: there is none."""
+
+    def __init__(self, context: RankContext, rows: int, hidden: int, inner: int) -> None:
+        self.us = 0.0
+        self._context = context
+        self._factors: tuple[torch.Tensor, ...] | None = None
+        if inner:
+            a = torch.randn(rows, inner, device=context.device, dtype=DTYPE)
+            b = torch.randn(inner, hidden, device=context.device, dtype=DTYPE)
+            self._factors = a, b, torch.empty(rows, hidden, device=context.device, dtype=DTYPE)
+            self.us = time_graph(context, self._product).median
+
+    def _product(self) -> None:
+        if self._factors is not None:
+            a, b, out = self._factors
+            torch.mm(a, b, out=out)
+
+    def time(self, call: Callable[[], None]) -> dict[str, float]:
+        """Microseconds that ``call`` adds to the product."""
+
+        def both() -> None:
+            self._product()
+            call()
+
+        timing = time_graph(self._context, both)
+        return {"us": round(timing.median - self.us, 2), "fastest_us": round(timing.fastest - self.us, 2)}
 
 
 def measure(
@@ -145,6 +200,7 @@ def measure(
     kinds: list[str],
     workspace_bytes: int,
     wide: bool,  # noqa: FBT001
+    inner: int,
 ) -> list[dict[str, Any]]:
     layout = _C.make_layout(context.world_size, 264, in_band_bytes=workspace_bytes, flagged_bytes=0)
     memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
@@ -158,7 +214,10 @@ def measure(
             if kind != "none":
                 quant = Quant(QuantKind(kind), scale if QuantKind(kind).needs_scale else None)
             case = Case(context, rows, hidden, quant)
+            between = Between(context, rows, hidden, inner)
             row = {"hidden": hidden, "rows": rows, "bytes": rows * hidden * 2, "quant": kind}
+            if inner:
+                row |= {"between": inner, "product_us": round(between.us, 2)}
 
             def alone(case: Case = case) -> None:
                 _C.rms_norm(
@@ -170,8 +229,12 @@ def measure(
             alone()
             torch.cuda.synchronize()
             wrong = case.wrong()
-            timing = time_graph(context, alone)
-            results.append(row | {"what": "norm alone", "us": round(timing.median, 2), "wrong": wrong})
+            results.append(row | {"what": "norm alone"} | between.time(alone) | {"wrong": wrong})
+            results.append(
+                row
+                | {"what": "sum, then norm"}
+                | between.time(two_kernels(workspace, layout, case, alone, context.world_size))
+            )
             for shape in shapes_of(rows, hidden, context.world_size, wide=wide):
                 plan = plan_of(workspace, layout, case, shape, context.world_size)
 
@@ -185,9 +248,7 @@ def measure(
                 fused()
                 torch.cuda.synchronize()
                 wrong = case.wrong()
-                timing = time_graph(context, fused)
-                found = row | {"what": "fused"} | dataclasses.asdict(shape)
-                found |= {"us": round(timing.median, 2), "fastest_us": round(timing.fastest, 2)}
+                found = row | {"what": "fused"} | dataclasses.asdict(shape) | between.time(fused)
                 results.append(found | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
     memory.close()
@@ -201,6 +262,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 128, 256, 1024, 4096])
     parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", *QuantKind])
     parser.add_argument("--wide", action="store_true", help="two blocks to a multiprocessor, too")
+    parser.add_argument(
+        "--between", type=int, default=0, metavar="K", help="a matrix product of inner dimension K before each call"
+    )
     parser.add_argument("--workspace-mib", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -210,7 +274,7 @@ def main() -> None:
         for hidden in arguments.hidden:
             results += pool.run(
                 measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, arguments.wide,
-                timeout_s=500,
+                arguments.between, timeout_s=500,
             )[0]  # fmt: skip
     finally:
         pool.close()
@@ -225,8 +289,9 @@ def main() -> None:
                     f"s{r['scatter_lanes']})"
                     for r in fused[:4]
                 )
-                alone = next(r["us"] for r in mine if r["what"] == "norm alone")
-                print(f"{hidden} x {rows} {kind}: norm {alone}; {best}; wrong {sum(r['wrong'] for r in mine)}")
+                alone, two = (next(r["us"] for r in mine if r["what"] == w) for w in ("norm alone", "sum, then norm"))
+                wrong = sum(r.get("wrong", 0) for r in mine)
+                print(f"{hidden} x {rows} {kind}: norm {alone}, sum and norm {two}; {best}; wrong {wrong}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,10 @@ git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-r
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests"
-"$python" -m pytest "$@"
+# All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
+workers=()
+(($# > 0)) || workers=(--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
+"$python" -m pytest "${workers[@]}" "$@"
 
 if (($# == 0)); then
   echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"

@@ -31,6 +31,7 @@ class TableStrategy(KernelStrategy):
     """
 
     numerics = Numerics.EXACT
+    spans_hosts = True
     among: ClassVar[dict[AllReduceStrategy, KernelStrategy]] = {
         kernel.name: kernel for kernel in (OneShot(), TwoShot())
     }

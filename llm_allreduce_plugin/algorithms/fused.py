@@ -66,6 +66,8 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
 
 def obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:
     """Why the norm cannot be in the kernel of an all-reduce, or None when it can. ``launch``: of :func:`carrier`."""
+    if launch.hosts > 1:
+        return f"only sums inside one host are fused, and this one is over {launch.hosts}"
     if launch.wire_format is not None:
         return "only exact sums are fused, and this one is compressed on the wire"
     if rows.message.element_bytes != FUSED_BYTES:

@@ -36,6 +36,8 @@ H200 = {
     7: changeover(64 * KIB, _ESTIMATE),
     8: changeover(52 * KIB, _ESTIMATE),
     16: changeover(20 * KIB, _ESTIMATE),
+    32: changeover(9 * KIB, _ESTIMATE),
+    72: changeover(4 * KIB, _ESTIMATE),
 }
 
 # How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
@@ -216,3 +218,11 @@ LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]]
     (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
     (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }
+
+# Between hosts, modelled and not measured: what a GPU's share of the network carries, what a second step inside the
+# host costs beside its bytes, and pieces in which summing and sending go on at the same time.
+NETWORK_BYTES_PER_S = 46e9
+NETWORK_SECOND_STEP_S = 6e-6
+NETWORK_PIECE_BYTES = 16 << 20
+NETWORK_MOST_PIECES = 4
+NETWORK_SOURCE = "46 GB/s to each GPU, 6 us for a second step inside the host"

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms import measured, network
 from llm_allreduce_plugin.algorithms.measured import Split
 from llm_allreduce_plugin.algorithms.ranges import Table
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -51,6 +51,8 @@ def table_of(facts: GroupFacts, element_bytes: int) -> Table:
     """The table for a group, measured or seed; its source says which."""
     if facts.tuned is not None:
         return facts.tuned.table(element_bytes)
+    if facts.crosses_network:
+        return network.table(facts, element_bytes)
     if facts.transport is Transport.HOST:
         table = _of(measured.HOST, facts.world_size)
     else:

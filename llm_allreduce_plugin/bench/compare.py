@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.base.agreement import on_every_rank
-from llm_allreduce_plugin.bench import worker
+from llm_allreduce_plugin.bench import messages, worker
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
 from llm_allreduce_plugin.measure import answers, timing
 from llm_allreduce_plugin.measure.ranks import RankContext
@@ -103,7 +103,7 @@ def _obstacle(group: TensorParallelCommunicator) -> str:
 def _bind(
     context: RankContext, candidate: Candidate, mine: torch.Tensor
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    return on_every_rank(lambda: worker.first_call(candidate, mine), context.control_group, RuntimeError)
+    return on_every_rank(lambda: messages.first_call(candidate, mine), context.control_group, RuntimeError)
 
 
 def compare(
@@ -124,7 +124,7 @@ def compare(
     wrong: dict[str, int] = {}
     for name, candidate in candidates.items():
         calls[name], answer = _bind(context, candidate, mine)
-        wrong[name] = worker.wrong_elements(context, candidate, answer, expected)
+        wrong[name] = messages.wrong_elements(context, candidate, answer, expected)
     size = count * dtype.itemsize
     if any(wrong.values()):
         return Comparison(size, {}, {}, 0.0, 0.0, wrong)
@@ -150,7 +150,7 @@ def compare(
         answer_of_graph = made.output()
         # In place, the answer of one call is the input of the next: what was checked is the first.
         if answer_of_graph is not None and not candidates[name].in_place:
-            wrong[name] += worker.wrong_elements(context, candidates[name], answer_of_graph, expected)
+            wrong[name] += messages.wrong_elements(context, candidates[name], answer_of_graph, expected)
     return Comparison(size, graph, eager, graph_noise, eager_noise, wrong)
 
 

@@ -60,6 +60,7 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
     if gpus > 1:
         found += guarded("links", lambda: hardware.links(topology))
         found += guarded("fabric", lambda: hardware.multicast(topology))
+        found += guarded("NVLink domain", lambda: list(filter(None, [hardware.domain(topology)])))
         found += guarded("PCIe path", lambda: hardware.peer_path(topology))
     found += guarded("shared memory", lambda: limits.shared_memory(wanted, needed=needed))
     found += guarded("locked memory", lambda: limits.pinned_memory(wanted, needed=needed and gpus > 0))

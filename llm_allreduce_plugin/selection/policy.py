@@ -72,6 +72,7 @@ def decide(
             reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(config, facts, message, name, why, against),
             by_design=bool(against) and can_run,
+            numerics=str(strategy.numerics_of(facts)),
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
 

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
+from llm_allreduce_plugin.algorithms.fused import MOST_RANKS
 from llm_allreduce_plugin.algorithms.low_precision import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import DOMAINS, expected_sum
+from tests.support.norm_group import Shape, check, every_quant, random_boundary
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 WORLD_SIZES = (2, 4, 16)
@@ -81,6 +85,28 @@ def compressed(world_size: int, wire: WireFormat, kind: dict[str, Any]) -> None:
             assert_same_bits(output, expected, f"{wire} x {size}")
 
 
+def normed(world_size: int) -> None:
+    """The sum with a norm behind it: a block or a cluster to a row, lanes of one task, host memory; the norm alone."""
+    push = LocalGroup(world_size, lanes=8, workspace_mib=8, timeout_s=30.0)
+    host = LocalGroup(world_size, lanes=4, workspace_mib=8, timeout_s=30.0, host=True)
+    one, two = Algorithm.ONE_SHOT, Algorithm.TWO_SHOT
+    shapes = (
+        (push, one, _C.PUSH, Shape(4, 512)),
+        (push, one, _C.PUSH, Shape(4, 512, scatter_lanes=1)),
+        (push, one, _C.PUSH, Shape(4, 256, cluster=4)),
+        (push, two, _C.PUSH, Shape(4, 512, rows_at_once=3)),
+        (push, two, _C.PUSH, Shape(4, 512, scatter_lanes=1, drain_lanes=1)),
+        (host, one, _C.SHARED, Shape(4, 256)),
+    )
+    for hidden, rows in ((512, 7), (2880, 3)):
+        for quant, (group, algorithm, exchange, shape) in itertools.product(every_quant(hidden), shapes):
+            inputs = [
+                rank_input(rows, rank, rows * hidden, torch.bfloat16).view(rows, hidden) for rank in range(world_size)
+            ]
+            boundary = random_boundary(rows, rows, hidden, torch.bfloat16, quant)
+            check(group, algorithm, exchange, shape, inputs, boundary, f"{algorithm.name} {shape} {quant}")
+
+
 IN_BAND: dict[str, Any] = {"in_band": True}
 SPLIT: dict[str, Any] = {"in_band": True, "split": (1, 1)}
 FLAGGED: dict[str, Any] = {"in_band": False}
@@ -97,6 +123,9 @@ def main(world_sizes: tuple[int, ...]) -> None:
         for kind in (IN_BAND, SPLIT, FLAGGED, HOST):
             exact(world_size, kind)
             tell(f"{world_size} ranks, {kind}")
+        if world_size <= MOST_RANKS:
+            normed(world_size)
+            tell(f"{world_size} ranks, with a norm")
         if world_size > LARGEST_WORLD_SIZE:
             continue
         for wire in WireFormat:

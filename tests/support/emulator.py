@@ -25,6 +25,8 @@ from pathlib import Path
 import filelock
 import pytest
 
+from tests.support import kept
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ROOT / "csrc"
 EMULATOR = ROOT / "tests" / "emulator"
@@ -124,7 +126,9 @@ def _compile(source: Path, includes: Sequence[Path], domain: str) -> Path:
     command += ["-x", "c++", str(source)]
     seen = _run([*command, "-E", "-P"], source.name)
     made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, seen)}.o"
-    if not made.exists():
+    if made.exists():
+        kept.use(made)
+    else:
         made.parent.mkdir(parents=True, exist_ok=True)
         partial = made.with_suffix(f".{os.getpid()}")
         _run([*command, "-c", "-o", str(partial)], source.name)
@@ -158,12 +162,15 @@ def build(patches: Patches | None = None) -> Path:
     made.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(made.with_suffix(".lock")):
         if made.exists():
+            kept.use(made)
             return made
-        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-            folder = Path(scratch)
-            sources = patched_sources(folder, patches) if patches else SOURCES
-            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", folder / "_C.so")
-            (folder / "_C.so").rename(made)
+        for folder in (_cache() / "objects", _cache()):
+            kept.prune(folder)
+        with tempfile.TemporaryDirectory(dir=made.parent) as name:
+            scratch = Path(name)
+            sources = patched_sources(scratch, patches) if patches else SOURCES
+            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", scratch / "_C.so")
+            (scratch / "_C.so").rename(made)
     return made
 
 

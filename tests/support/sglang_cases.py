@@ -162,6 +162,34 @@ def other_norm_case(what: str) -> None:
     assert torch.equal(residual, before)
 
 
+def compiled_norm_case(name: str) -> None:
+    """A boundary in a graph: SGLang's question and the operator, without a break."""
+    import pkgutil
+
+    from sglang.srt.layers import layernorm
+
+    from llm_allreduce_plugin.engines.sglang import fusion
+
+    _, communicator = group_of_two()
+    norm = getattr(layernorm, name)(HIDDEN, eps=1e-5)
+    ask = pkgutil.resolve_name(fusion._hooks()[0].target)
+
+    def boundary(x: torch.Tensor, residual: torch.Tensor) -> Any:
+        x = x + 1
+        if ask(x.shape[0]):
+            return norm.forward_with_allreduce_fusion(x, residual, use_attn_tp_group=False)
+        return x, residual
+
+    x, residual = tensors(5, torch.float32)
+    compiled = torch.compile(boundary, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (5, 3):
+        norm_out, residual_out = compiled(x[:rows], residual[:rows])
+        expected = boundary(x[:rows], residual[:rows])
+        assert torch.equal(norm_out, expected[0])
+        assert torch.equal(residual_out, expected[1])
+    assert communicator.fused == 4
+
+
 def first_norm_case() -> None:
     """Without a residual there is nothing to sum."""
     from sglang.srt.layers.layernorm import RMSNorm
@@ -294,6 +322,7 @@ def cases() -> dict[str, Case]:
                     found[label] = lambda name=name, dtype=dtype, attention=attention, more=more: norm_case(
                         name, dtype, attention=attention, more=more
                     )
+        found[f"norm, compiled, {name}"] = lambda name=name: compiled_norm_case(name)
     for what in ("cast", "types"):
         found[f"norm, other, {what}"] = lambda what=what: other_norm_case(what)
     for hook in dense_layers.our_hooks():

@@ -91,6 +91,8 @@ def forward(
     """Around a layer's forward."""
     from sglang.srt.runtime_context import get_forward, get_parallel
 
+    if torch.compiler.is_compiling():  # in which a mark on a tensor and a weak reference have no place
+        return original(layer, positions, hidden_states, forward_batch, residual)
     is_part = getattr(hidden_states, _PART, False)
     if not _is_plain(layer) or not _fuses(hidden_states.shape[0]):
         if is_part:
