@@ -119,13 +119,15 @@ def _group(item: pytest.Item) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
+    """Tests that share a pool follow each other. What needs more GPUs, or is slow and not asked for, is skipped."""
     items.sort(key=_order)
     for item in items:
         if (group := _group(item)) is not None:
             item.add_marker(pytest.mark.xdist_group(group))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
+        if item.get_closest_marker("slow") is not None and os.environ.get("ALLREDUCE_TEST_SLOW", "0") in ("", "0"):
+            item.add_marker(pytest.mark.skip(reason="slow: ALLREDUCE_TEST_SLOW=1 runs it"))
         marker = item.get_closest_marker("gpu")
         if marker is None:
             continue

@@ -150,9 +150,9 @@ class HalfLane {
       const Payload<T> input(message_.input, message_.count);
 #pragma unroll 1
       for (int64_t i = threadIdx.x; i < own.span; i += lane_.workers()) {
-        const Accumulator<T> sum = sum_in_order([&](int source) {
-          return source == rank ? input.load(own.first + i) : load_slot(slot(rank, source, chunk), i);
-        });
+        const uint4 mine = input.load(own.first + i);
+        const Accumulator<T> sum =
+            sum_in_order([&](int source) { return source == rank ? mine : load_slot(slot(rank, source, chunk), i); });
         Sums<T>::store(message_.output, own.first - part * cut_.part + i, sum);
       }
     }
@@ -188,13 +188,20 @@ class HalfLane {
     return sum;
   }
 
+  // Two loads of each thread in flight: more would not fit the registers beside what a lane keeps.
   template <typename Store>
   __device__ __forceinline__ void move_input(const Piece& piece, Store store) const {
     const Payload<T> input(message_.input, message_.count);
-    const int64_t spans[] = {piece.span};
-    move_vectors(
-        spans, lane_.workers(), [&](int, int64_t i) { return input.load(piece.first + i); },
-        [&](int, int64_t i, const uint4& mine) { store(i, mine); });
+    const int64_t stride = lane_.workers();
+#pragma unroll 1
+    for (int64_t i = threadIdx.x; i < piece.span; i += 2 * stride) {
+      const bool has_next = i + stride < piece.span;
+      const uint4 mine = input.load(piece.first + i);
+      uint4 next = {0u, 0u, 0u, 0u};
+      if (has_next) next = input.load(piece.first + i + stride);
+      store(i, mine);
+      if (has_next) store(i + stride, next);
+    }
   }
 
   __device__ __forceinline__ uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }

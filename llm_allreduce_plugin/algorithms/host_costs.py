@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.tables import link_scale
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.topology.links import TopologyClass
@@ -26,8 +27,6 @@ PCIE_BYTES_PER_S = 20e9
 STEP_S = 5e-6  # a step inside the host: a kernel and a barrier of its ranks
 NETWORK_STEP_S = 10e-6  # NCCL's exchange of a small message between two hosts
 ADD_S = 3e-6  # the kernel that sums over hosts
-PIECES = 4
-PIECE_BYTES = 4 << 20  # smaller ones are not worth another exchange
 SOURCE = (
     f"{STEP_S * 1e6:g} us for a step inside a host, {NETWORK_STEP_S * 1e6:g} us for an exchange, "
     f"{ADD_S * 1e6:g} us for the sum over hosts"
@@ -92,7 +91,7 @@ def cost(hosts: int, ranks: int, payload_bytes: int, network: Network, inside: f
     steps = 2 * STEP_S if ranks > 1 else 0.0
     sent = (hosts - 1) * elements / ranks * SUM_BYTES / rate
     one_step = STEP_S + payload_bytes * (ranks - 1) / inside + NETWORK_STEP_S + ranks * sent + ADD_S
-    pieces = int(min(PIECES, max(1, payload_bytes // PIECE_BYTES)))
+    pieces = int(min(measured.NETWORK_MOST_PIECES, max(1, payload_bytes // measured.NETWORK_PIECE_BYTES)))
 
     def staged(network_s: float, number: int) -> float:
         # What is longer goes on all the time, and the first and last piece of the other have nothing to hide behind.

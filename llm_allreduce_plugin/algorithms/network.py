@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
 
 SUM_BYTES = 4  # of an element of a sum
+MOST_LANES = 128  # more blocks only add flags
 PIECE_ELEMENTS = 64  # pieces begin on whole cache lines of every type
 
 
@@ -70,5 +71,5 @@ def plan(facts: GroupFacts, message: Message, form: Algorithm) -> Launch:
     slot = facts.flagged.one_shot
     if facts.transport is not Transport.SYMMETRIC:  # what differs by reader lies in one slot, one part after another
         slot //= parts
-    launch = spread(vectors, form, slot, facts.lanes, parts)
+    launch = spread(vectors, form, slot, min(facts.lanes, MOST_LANES), parts)
     return dataclasses.replace(launch, hosts=facts.num_hosts, pieces=len(found))

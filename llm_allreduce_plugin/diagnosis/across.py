@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime as dt
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.base.attempt import Attempt
@@ -18,8 +18,6 @@ from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.diagnosis.proof import COUNTS, DTYPE, WAIT_S
 
 if TYPE_CHECKING:
-    import torch
-
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
     from llm_allreduce_plugin.measure.ranks import RankContext
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
@@ -118,31 +116,19 @@ def _wrong(context: RankContext, group: TensorParallelCommunicator, count: int) 
     import torch
 
     from llm_allreduce_plugin.measure.answers import make_input, wrong_elements
+    from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 
-    dtype, seed = getattr(torch, DTYPE), context.shared_seed()
-    mine = make_input(seed, context.rank, count, dtype, context.device)
+    dtype, seed, device = getattr(torch, DTYPE), context.shared_seed(), context.device
+    inputs = [make_input(seed, rank, count, dtype, device) for rank in range(context.world_size)]
+    mine = inputs[context.rank]
     ours = group.explain(mine.shape, dtype).launch is not None
-    hosts = tuple(0 for _ in group.facts.hosts) if group.facts.fabric else group.facts.hosts
-    expected = sum_by_hosts(seed, hosts, count, dtype, context.device)
+    expected = host_ordered_sum(inputs, order_of(group.facts))
     return wrong_elements(group.all_reduce(mine), expected, exact=ours, world_size=context.world_size)
 
 
-def sum_by_hosts(seed: int, hosts: Sequence[int], count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What an exact all-reduce of ``make_input`` gives: in fp32, the ranks of each host in order, then hosts in order.
-
-    ``hosts``: of each rank; all alike for ranks of one NVLink domain.
-    """
-    import torch
-
-    from llm_allreduce_plugin.measure.answers import make_input
-
-    total = torch.zeros(count, dtype=torch.float32, device=device)
-    for host in sorted(set(hosts)):
-        partial = torch.zeros_like(total)
-        for rank in (rank for rank, of in enumerate(hosts) if of == host):
-            partial += make_input(seed, rank, count, dtype, device).float()
-        total += partial
-    return total.to(dtype)
+def order_of(facts: GroupFacts) -> tuple[int, ...]:
+    """The host of each rank, as sums are ordered by it: in one NVLink domain there is only one."""
+    return facts.hosts if facts.crosses_network else (0,) * facts.world_size
 
 
 def of_hosts(facts: GroupFacts) -> list[Finding]:

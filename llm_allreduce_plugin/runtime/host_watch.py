@@ -77,7 +77,7 @@ class HostWatch:
         self._signs = {peer: _Sign(heard_s=time.monotonic()) for peer in places.rail if peer != places.rank}
         self._answered_s = time.monotonic()
         self._pending_since: float | None = None
-        self._last_ended = -1
+        self._last_ended = self._captured_at = -1
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._wake = threading.Event()
@@ -89,8 +89,13 @@ class HostWatch:
 
     @property
     def limit_s(self) -> float:
-        """How long the exchange that is under way, or comes next, may last."""
-        return self._timeout_s if self._workspace.exchanges()[1] else self._first_timeout_s
+        """How long the exchange that is under way, or comes next, may last: before the first, ranks may compile."""
+        ended = self._workspace.exchanges()[1]
+        return self._first_timeout_s if ended in (0, self._captured_at) else self._timeout_s
+
+    def note_capture(self) -> None:
+        """A graph is captured: before its first exchange, too, ranks may be busy with other things."""
+        self._captured_at = self._workspace.exchanges()[1]
 
     def look(self) -> None:
         """Find out whether an exchange takes too long, and end it then: now and then."""

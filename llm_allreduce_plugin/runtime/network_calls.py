@@ -154,6 +154,7 @@ def network_call(
     pieces, hosts, is_empty = _pieces(workspace, shape), shape.launch.hosts, shape.count == 0
     current_stream, index, size = current_stream_of(device), device.index, shape.dtype.itemsize
     rail, watch = between.rail, between.watch
+    capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
 
     def check(status: int) -> None:
         if status == 0:
@@ -187,6 +188,8 @@ def network_call(
         if is_empty:
             return output if input_.is_contiguous() else torch.empty_like(input_)
         from_, to, stream = source.data_ptr(), output.data_ptr(), current_stream(index)
+        if capturing():
+            watch.note_capture()
         under_way: list[tuple[_Piece, torch.Tensor, torch.Tensor, dist.Work, float]] = []
         for piece in pieces:
             mine = torch.empty(piece.sum_elements, dtype=torch.float32, device=device)

@@ -53,9 +53,8 @@ FUSED, PLAIN = 2 * serve_demo.LAYERS - 1, 2
 # -- in one process ----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def faults_of(package: str) -> dict[str, Any]:
-    """The faults of every case of ``tests.support.sglang_cases``, in one process of that version."""
+def run_module(package: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A module of ``tests.support`` with that version of SGLang."""
     paths = [
         *([] if package == INSTALLED else [str(Path(package).resolve())]),
         str(ROOT),
@@ -63,26 +62,48 @@ def faults_of(package: str) -> dict[str, Any]:
     ]
     environment = {name: value for name, value in CPU.items() if name != "TORCHDYNAMO_DISABLE"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.sglang_cases"],
+        [sys.executable, "-m", *words],
         capture_output=True,
         text=True,
         timeout=500,
         cwd=ROOT,
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env={**os.environ, **environment, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+@functools.cache
+def faults_of(package: str) -> dict[str, Any]:
+    """The faults of every case of ``tests.support.sglang_cases``, in one process of that version."""
+    result = run_module(package, "tests.support.sglang_cases")
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("what", ["question", "group", "norm, ", "model, "])
+@pytest.mark.parametrize("what", ["arguments", "question", "group", "norm, ", "model, "])
 def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     found = faults_of(package)
     of_these = {name: fault for name, fault in found["faults"].items() if name.startswith(what)}
     by_itself = tuple(map(int, found["version"].split(".")[:3])) >= (0, 5, 22)
     assert of_these or (what == "model, " and by_itself), "from 0.5.22 on models have boundaries: servers show them"
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
+    """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone."""
+    variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
+    result = run_module(package, "tests.support.sglang_groups", str(tmp_path / "store"), **variables)
+    seen = sorted(
+        (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")), key=lambda of: of["rank"]
+    )
+    calls = {"tp": {"TWOSHOT": 3, "NCCL": 1}, "pdmux_prefill_tp": {"TWOSHOT": 3}, "attention_tp": None, "pp": None}
+    assert seen == [{"rank": rank, "groups": calls} for rank in (0, 1)]
+    names = {report["group"].split(".")[0] for report in reports(tmp_path / "reports")}
+    assert names == {"tp0", "pdmux-prefill-tp0"}
+    assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
 
 
 def test_plugin_not_named_leaves_sglang_alone() -> None:
@@ -254,6 +275,7 @@ def kill_a_rank(server: Server) -> None:
         server.process.wait(30)
     assert server.process.poll() is not None, "the server still runs"
     assert time.monotonic() - started < 45
+    assert "all-reduce summary: ONESHOT " in server.log, "SGLang kills itself, and our line comes before"
     assert re.search(r"rank 0 waited 4(\.\d+)? s for rank 1 in ONESHOT", server.log), server.log[-3000:]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, load_config
+from llm_allreduce_plugin.engines.common import summary
 from llm_allreduce_plugin.engines.sglang import flags, own_kernels, plugin
 from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside, unfused
 
@@ -216,6 +218,14 @@ def test_reasons_to_stand_aside(fields: dict[str, Any], text: str) -> None:
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
 
 
+def test_groups_without_a_server_have_the_other_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_ALLREDUCE_STRATEGY", "UB")
+    settings = settings_of(None)
+    assert settings.allreduce_strategy == "UB"
+    assert stands_aside(None, settings, "cuda") is None
+    assert unfused(None, settings) is None
+
+
 def test_nccl_is_stock() -> None:
     arguments = server_args({"allreduce_strategy": "nccl"}, enable_mscclpp=True)
     assert stands_aside(arguments, settings_of(arguments)) == "allreduce_strategy is NCCL"
@@ -316,3 +326,24 @@ def test_kernels_of_a_model_are_named_once(caplog: pytest.LogCaptureFixture, mon
         "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, past "
         "allreduce_strategy: kimi_k3.all_reduce"
     ]
+
+
+# -- the end -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_comes_before_a_server_kills_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(summary, "_untold", [lambda: told.append("summary")])
+    plugin.before_kill(os.getpid(), include_parent=False)
+    plugin.before_kill(os.getpid() + 1)
+    plugin.before_kill(None)
+    assert told == []
+    plugin.before_kill(os.getpid())
+    plugin.before_kill(os.getpid())
+    assert told == ["summary"]
+
+
+def test_a_summary_that_fails_stops_no_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(summary, "_untold", [lambda: 1 / 0])
+    plugin.before_kill(os.getpid())
+    assert "there is no summary" in caplog.text

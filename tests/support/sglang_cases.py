@@ -115,6 +115,32 @@ def tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(rows, HIDDEN).to(dtype), torch.randn(rows, HIDDEN).to(dtype)
 
 
+def arguments_case() -> None:
+    """Our flags among SGLang's; bad settings are refused while it looks at its own; FlashInfer's fusion goes off."""
+    from sglang.srt.server_args import prepare_server_args
+
+    from llm_allreduce_plugin.errors import ConfigError
+
+    def resolved(*words: str) -> Any:
+        arguments = prepare_server_args(["--model-path", "dummy", "--device", "cpu", "--tp-size", "2", *words])
+        if hasattr(arguments, "resolve_once"):
+            arguments.resolve_once()
+        return arguments
+
+    for strategy, off in (("twoshot", True), ("nccl", False)):
+        given = resolved("--allreduce-strategy", strategy, "--allreduce-config", '{"timeout_s": 5}')
+        assert given.enforce_disable_flashinfer_allreduce_fusion is off
+        assert os.environ["LLM_ALLREDUCE_STRATEGY"] == strategy.upper()
+        assert os.environ["LLM_ALLREDUCE_TIMEOUT_S"] == "5.0"
+    try:
+        resolved("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}')
+    except ConfigError as error:
+        assert "SGLang json_model_override_args: timeout=3: unknown key" in str(error)
+    else:
+        message = "a bad setting was taken"
+        raise AssertionError(message)
+
+
 # -- norms -------------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +333,7 @@ def cases() -> dict[str, Case]:
     from llm_allreduce_plugin.engines.sglang import dense_layers
 
     found: dict[str, Case] = {
+        "arguments": arguments_case,
         "question": question_case,
         "group": group_case,
         "group, second": second_group_case,

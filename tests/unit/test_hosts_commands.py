@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.algorithms import host_costs
-from llm_allreduce_plugin.algorithms.host_costs import PIECE_BYTES, Network, cost, inside_bytes_per_s
+from llm_allreduce_plugin.algorithms import host_costs, network
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.host_costs import Network, cost, inside_bytes_per_s
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.cli.hosts import Hosts, parse_hosts, parse_link
 from llm_allreduce_plugin.config import WireFormat
@@ -76,7 +77,7 @@ def test_the_model_has_the_order_of_things(
     found = cost(hosts, ranks, payload, Network(rate, of_host), inside)
     assert 0 < found.best <= found.two_steps
     assert found.in_pieces <= found.two_steps
-    assert found.pieces == 1 or payload >= 2 * PIECE_BYTES
+    assert found.pieces == network.pieces(Message(payload // 2, "bfloat16", 2)), "as they are run"
     assert all(seconds <= found.in_pieces for seconds in found.compressed.values()), "less is sent"
     assert cost(hosts + 1, ranks, payload, Network(rate, of_host), inside).best >= found.best
     assert cost(hosts, ranks, payload, Network(2 * rate, of_host), inside).best <= found.best

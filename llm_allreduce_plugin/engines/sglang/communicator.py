@@ -50,9 +50,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
                 "all-reduce: group %s is a part of the tensor-parallel one and keeps SGLang's own", group.unique_name
             )
         return
-    from sglang.srt.runtime_context import get_server_args
-
-    server_args = get_server_args()
+    server_args = _server_args()
     settings = settings_of(server_args)
     name = f"{kind}{number}"
     reason = stands_aside(server_args, settings, group.device.type)
@@ -77,6 +75,16 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     setattr(group, ATTRIBUTE, communicator)
     fusion_ops.serve(group.unique_name, communicator)
     fusion.install(server_args, settings, talks=group.rank_in_group == 0)
+
+
+def _server_args() -> Any:  # noqa: ANN401
+    """SGLang's arguments; None where somebody uses its groups without a server."""
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return get_server_args()
+    except ValueError:
+        return None
 
 
 def _stock(group: Any) -> Call:  # noqa: ANN401

@@ -10,6 +10,8 @@
    several parts of SGLang ask whether it is their own class, and which CPU ranks do not look at.
 5. ``GroupCoordinator.destroy``, before it: the communicator is closed while its ranks can still talk.
    A registry of device communicators, asked when a group is made, would replace 3 to 5.
+6. ``kill_process_tree``, before it, where a server ends itself so: the summary, which otherwise comes at its exit.
+   It runs no exit handlers; an orderly end would replace this.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import os
 import re
 from typing import Any
 
 from llm_allreduce_plugin.engines.common.fusion_ops import register_operator as register_fused_operator
 from llm_allreduce_plugin.engines.common.reports import read_reports
+from llm_allreduce_plugin.engines.common.summary import tell_now
 from llm_allreduce_plugin.engines.sglang import all_reduce_op, communicator, flags, hooks
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
 from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside, unfused
@@ -30,6 +34,7 @@ logger = logging.getLogger("llm_allreduce_plugin")
 
 TRIED = ((0, 5, 17), (0, 5, 23))
 _ARGUMENTS = "sglang.srt.server_args.ServerArgs"
+_KILL = "sglang.srt.utils.common.kill_process_tree"
 
 
 @functools.cache
@@ -50,6 +55,7 @@ def register() -> None:
     register_fused_operator()
     all_reduce_op.register_operator()
     hooks.add(wanted)
+    hooks.add(hook for hook in [Hook(_KILL, before_kill, "BEFORE")] if hooks.exists(hook.target))
 
 
 def untried(version: str) -> str | None:
@@ -99,6 +105,15 @@ def check_arguments(server_args: Any, *_args: Any, **_kwargs: Any) -> None:  # n
     if settings.report_dir is not None:
         # With --enable-metrics ranks count in Prometheus' multi-process mode; without it there is no endpoint.
         read_reports(settings.report_dir, _log_as_it_is, metrics=False)
+
+
+def before_kill(parent_pid: int | None, include_parent: bool = True, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401, FBT001, FBT002
+    """Before SGLang kills processes, this one perhaps among them."""
+    if include_parent and parent_pid == os.getpid():
+        try:
+            tell_now()
+        except Exception:
+            logger.exception("all-reduce: there is no summary")  # and SGLang's end goes on
 
 
 def _log_as_it_is() -> None:
