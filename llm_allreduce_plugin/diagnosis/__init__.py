@@ -66,8 +66,9 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
     found += guarded("locked memory", lambda: limits.pinned_memory(wanted, needed=needed and gpus > 0))
     found += guarded("memory limit", lambda: limits.memory_limit(wanted))
     found += guarded("container", limits.container)
-    found += guarded("vLLM", lambda: software.vllm(software.installed("vllm")))
-    found += guarded("SGLang", lambda: software.sglang(software.installed("sglang")))
+    other = software.installed("sglang")
+    found += guarded("vLLM", lambda: software.vllm(software.installed("vllm"), needed=other is None))
+    found += guarded("SGLang", lambda: software.sglang(other))
     found.append(setting)
     found += guarded("environment", lambda: software.variables(transport=str(config.transport)))
     if ranks < 2 or setting.verdict is not Verdict.OK:  # noqa: PLR2004

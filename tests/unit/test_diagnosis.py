@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,13 +87,40 @@ def test_vllm() -> None:
     assert [found.verdict for found in software.vllm(None, here, {})] == [WARN]
 
 
-def test_sglang_is_said_plainly_to_have_no_integration() -> None:
-    assert said(software.sglang("0.5.23")) == (
+def test_sglang() -> None:
+    here = ["llm_allreduce", "other"]
+    assert [found.verdict for found in software.sglang("0.5.17", here, {})] == [OK, OK]
+    assert [found.verdict for found in software.sglang("0.5.23.post1", here, {"SGLANG_PLUGINS": ""})] == [OK, OK]
+    version, plugin = software.sglang("0.5.16", here, {"SGLANG_PLUGINS": "other"})
+    assert said(version) == (
         WARN,
-        "0.5.23: this release has no integration for it; its all-reduce stays as it is",
-        "use vLLM, or TensorParallelCommunicator from your own code",
+        "0.5.16",
+        "tested are 0.5.17 to 0.5.23; look for our lines in the log when it starts",
     )
-    assert software.sglang(None).verdict is OK
+    assert said(plugin) == (
+        WARN,
+        "not loaded: SGLANG_PLUGINS='other' does not name it",
+        "add llm_allreduce to SGLANG_PLUGINS, or unset it",
+    )
+    assert software.sglang("0.5.24", here, {"SGLANG_PLUGINS": "other, llm_allreduce"})[1].verdict is OK
+    assert said(software.sglang("0.5.23", ["other"], {})[1]) == (
+        FAIL,
+        "this environment has no entry point llm_allreduce in sglang.srt.plugins",
+        "install the package with pip into SGLang's environment",
+    )
+
+
+def test_one_engine_is_enough() -> None:
+    assert [said(found) for found in software.sglang(None)] == [(OK, "not installed", "")]
+    assert [said(found) for found in software.vllm(None, needed=False)] == [(OK, "not installed", "")]
+    # VLLM_PLUGINS= names no plugin; SGLang takes an empty variable for none.
+    assert software.vllm("0.32.0", ["llm_allreduce"], {"VLLM_PLUGINS": ""})[1].verdict is WARN
+
+
+def test_this_environment_has_both_entry_points() -> None:
+    groups = (software.VLLM_GROUP, software.SGLANG_GROUP)
+    for group in groups:
+        assert software.ENTRY_POINT in {found.name for found in importlib.metadata.entry_points(group=group)}, group
 
 
 def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:

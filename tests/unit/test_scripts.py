@@ -122,6 +122,53 @@ def test_what_is_compiled_anew(checkout: Checkout, changed: str, compiled: bool)
         assert any("./scripts/vllm_cpu_ops" in call for call in calls)
 
 
+def test_each_engine_is_installed_for_who_asks_for_it(checkout: Checkout) -> None:
+    def named(calls: list[str]) -> list[str]:
+        return [engine for engine in ("torch==2.13.0", "vllm==", "sglang==") if any(engine in call for call in calls)]
+
+    first = checkout.run("scripts/serve_demo.sh", "sglang", "TWOSHOT")
+    assert named(first) == ["torch==2.13.0", "sglang=="]
+    assert any(call.endswith("./scripts/sglang_cpu_ops") for call in first)
+    assert first[-1] == "scripts/serve_demo.py sglang TWOSHOT"
+    second = checkout.run("scripts/serve_demo.sh", "TWOSHOT")
+    assert named(second) == ["torch==2.13.0", "vllm=="]
+    assert compiles(second) == [], "one compile for both"
+    assert [call for call in checkout.run("scripts/serve_demo.sh", "TWOSHOT", "SGLang") if " install " in call] == []
+
+
+def test_on_gpus_sglang_has_an_environment_of_its_own(checkout: Checkout) -> None:
+    gpu = '#!/bin/sh\nif [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"; else echo 9.0; fi\n'
+    Checkout.program(checkout.folder / "bin" / "nvidia-smi", gpu)
+    own = STAND_IN.replace("{python}", sys.executable).replace("'%s\\n'", "'sglang: %s\\n'", 1)
+    Checkout.program(checkout.folder / ".venv-sglang" / "bin" / "python", own)
+    calls = checkout.run("scripts/serve_demo.sh", "sglang")
+    assert calls, "the demo ran"
+    assert all(call.startswith("sglang: ") for call in calls), calls
+    assert any("torch==2.14.1" in call for call in calls)
+    assert any("sglang==" in call and "--no-deps" not in call for call in calls), "with all that it needs"
+    others = checkout.run("scripts/serve_demo.sh")
+    assert not any(call.startswith("sglang: ") or "sglang" in call for call in others), others
+    assert any("torch==2.13.0" in call for call in others)
+
+
+def test_pip_speaks_when_it_fails(checkout: Checkout) -> None:
+    noisy = STAND_IN.replace("{python}", sys.executable).replace("for word", "echo noise of pip\nfor word", 1)
+    Checkout.program(checkout.folder / ".venv" / "bin" / "python", noisy.replace("for word", "CODE\nfor word", 1))
+    python = checkout.folder / ".venv" / "bin" / "python"
+    text = python.read_text()
+    for code, heard in (('[[ "$*" == *--editable* ]] && exit 1', True), ("true", False)):
+        Checkout.program(python, text.replace("CODE", code))
+        environment = {**os.environ, "CALLS": str(checkout.calls_file)}
+        environment["PATH"] = f"{checkout.folder / 'bin'}:{os.environ['PATH']}"
+        command = "source scripts/environment.sh && set -e && make_environment .venv vllm"
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=checkout.folder, env=environment, capture_output=True, text=True
+        )
+        assert (result.returncode != 0) is heard
+        assert ("noise of pip" in result.stdout + result.stderr) is heard
+        assert "building and installing llm_allreduce_plugin" in result.stdout
+
+
 def test_a_failed_step_is_done_again(checkout: Checkout) -> None:
     python = checkout.folder / ".venv" / "bin" / "python"
     text = python.read_text()
