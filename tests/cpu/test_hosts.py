@@ -121,7 +121,7 @@ def _pieces(context: RankContext, hosts: Sequence[int], seed: int) -> list[int]:
     for strategy in ("ONESHOT", "TWOSHOT"):
         for piece_bytes in (1 << 30, 200_000, 1):
             measured.NETWORK_PIECE_BYTES = piece_bytes
-            for workspace in (1 << 18, 4 << 20):
+            for workspace in (2 << 20, 8 << 20):
                 with communicator(context, hosts, strategy, timeout_s=30, workspace_bytes=workspace) as group:
                     launch = group.explain((size,), torch.bfloat16).launch
                     assert launch is not None
