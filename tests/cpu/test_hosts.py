@@ -186,7 +186,10 @@ def test_who_runs_instead(cpu_pool: PoolFor) -> None:
 def test_hosts_of_different_size_have_the_reason(cpu_pool: PoolFor) -> None:
     for strategy, reason, numerics in cpu_pool(3).run(_decision, (0, 0, 1), "AUTO"):
         assert strategy == "NCCL"
-        assert reason == "ranks run on 2 hosts, which must have as many each: there are 2 on host 0, 1 on host 1"
+        assert reason == (
+            "ranks run on 2 hosts, which must have as many each: there are 2 on host 0, 1 on host 1; "
+            "no NVLink domain joins them: CPU ranks have no NVLink"
+        )
         assert "engine" in numerics
 
 
