@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 MAX_WORLD_SIZE: int = 72
 
+MAX_HOSTS: int = 1024
+
 VECTOR_BYTES: int = 16
 
 MAX_LANES: int = 1024
@@ -33,6 +35,8 @@ REASON_OVERWRITTEN: int = 2
 
 REASON_INTERRUPTED: int = 3
 
+REASON_EXCHANGE: int = 4
+
 ONE_SHOT: int = 0
 
 TWO_SHOT: int = 1
@@ -40,6 +44,14 @@ TWO_SHOT: int = 1
 RING: int = 2
 
 HIERARCHICAL: int = 3
+
+REDUCE: int = 4
+
+REDUCE_SCATTER: int = 5
+
+HOST_SUM: int = 6
+
+HOST_SUM_GATHER: int = 7
 
 PUSH: int = 0
 
@@ -150,6 +162,11 @@ def make_layout(world_size: int, lanes: int, *, in_band_bytes: int = 0, flagged_
     Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.
     """
 
+def sum_elements(count: int, parts: int) -> int:
+    """
+    fp32 elements of a sum that REDUCE (`parts` 1) or REDUCE_SCATTER (`parts`: ranks of the host) makes.
+    """
+
 def host_register(address: int, bytes: int) -> int:
     """
     Pin whole pages of host memory; the address at which the current device sees them.
@@ -177,8 +194,10 @@ def decode(format: int, dtype: int, packets: int, count: int, values: int, strea
 class Norm:
     """What becomes of summed rows: lar_norm without addresses."""
 
-    def __init__(self, hidden: int, eps: float, *, weight_bias: float = 0.0, quant: int = 0, scales: int = 0) -> None:
-        """`quant`: one of QUANT_*. `scales`: one of SCALES_*."""
+    def __init__(self, hidden: int, eps: float, *, weight_bias: float = 0.0, quant: int = 0, scales: int = 0, scale_stride: int = 0) -> None:
+        """
+        `quant`: one of QUANT_*. `scales`: one of SCALES_*. `scale_stride`: of SCALES_COLUMNS, scales from one column to the next; 0: as many as there are rows.
+        """
 
 class NormTensors:
     """The tensors of a Norm by their addresses; 0: there is none."""
@@ -225,6 +244,16 @@ class Workspace:
     def mark_gone(self, peer: int) -> None:
         """A peer will never come: nothing waits for it for long."""
 
+    def exchanges(self) -> tuple[int, int]:
+        """
+        First halves that have ended, and second halves that have begun, modulo 2**32.
+        """
+
+    def fail_exchange(self, waited_s: float) -> None:
+        """
+        An exchange between hosts has failed: no call begins any more, and no second half works on what came.
+        """
+
     def close(self, wait_s: float) -> bool:
         """
         Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.
@@ -235,9 +264,9 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None) -> None:
+    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None, hosts: int = 0) -> None:
         """
-        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row.
+        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row. `hosts`: for HOST_SUM and HOST_SUM_GATHER, sums in the input.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

@@ -7,6 +7,7 @@ Four sources, later wins: defaults; a YAML or JSON file named by ``LLM_ALLREDUCE
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -200,7 +201,8 @@ class AllReduceConfig(Settings):
 class LlmArgs(Settings):
     """The plugin's settings the way engine arguments are written.
 
-    ``LLM(model, **LlmArgs(allreduce_strategy="ONESHOT").vllm_kwargs())``
+    ``vllm.LLM(model, **LlmArgs(allreduce_strategy="ONESHOT").vllm_kwargs())``, and
+    ``sglang.Engine(model_path=model, **LlmArgs(allreduce_strategy="ONESHOT").sglang_kwargs())``.
 
     What is not given is left to the other sources: without arguments, nothing is overridden.
 
@@ -237,8 +239,18 @@ class LlmArgs(Settings):
 
     def vllm_kwargs(self) -> dict[str, Any]:
         """Keyword arguments for ``vllm.LLM``."""
-        settings = self.allreduce_config().model_dump(mode="json", exclude_unset=True)
-        return {"additional_config": {"allreduce": settings}}
+        return {"additional_config": {"allreduce": self._given()}}
+
+    def sglang_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for ``sglang.Engine``.
+
+        The settings stand under a key of their own in ``json_model_override_args``. Who overrides something of the
+        model, too, adds that to the same JSON object.
+        """
+        return {"json_model_override_args": json.dumps({"llm_allreduce": self._given()})}
+
+    def _given(self) -> dict[str, Any]:
+        return self.allreduce_config().model_dump(mode="json", exclude_unset=True)
 
 
 # Settings that are mappings, with the names in them.

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 FP8 = torch.float8_e4m3fn
+ALIGNED_ROWS = 4  # scales, in fp32, in 16 bytes
 
 _LAYOUTS = {
     QuantKind.FP8_GROUP: (ScaleLayout.ROWS, ScaleLayout.COLUMNS, ScaleLayout.UE8M0),
@@ -44,6 +45,8 @@ class Quant:
         scale: one fp32 element on the rows' device, where the kind needs one: values are divided by it (``fp8``), or
             scales multiplied (``nvfp4``).
         layout: of the scales that come out.
+        aligned: ``columns`` begin at multiples of 16 bytes, as TMA reads them: what lies between the last row of one
+            and the next is not written.
 
     Raises:
         ValueError: a field does not fit the kind.
@@ -52,6 +55,7 @@ class Quant:
     kind: QuantKind
     scale: torch.Tensor | None = None
     layout: ScaleLayout = ScaleLayout.ROWS
+    aligned: bool = False
 
     def __post_init__(self) -> None:
         if self.kind.needs_scale != (self.scale is not None):
@@ -66,6 +70,15 @@ class Quant:
         if self.layout not in allowed:
             message = f"Quant: layout: {self.kind} has no {self.layout} (there are {', '.join(allowed)})"
             raise ValueError(message)
+        if self.aligned and self.layout is not ScaleLayout.COLUMNS:
+            message = f"Quant: aligned: must be False with layout {self.layout}; only {ScaleLayout.COLUMNS} are aligned"
+            raise ValueError(message)
+
+    def scale_stride(self, rows: int) -> int:
+        """Scales from one of the ``columns`` to the next, for so many rows; 0 with another layout."""
+        if self.layout is not ScaleLayout.COLUMNS:
+            return 0
+        return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS if self.aligned else rows
 
 
 class Normed(NamedTuple):
@@ -99,9 +112,9 @@ def _scales(rows: int, hidden: int, quant: Quant, device: torch.device) -> torch
         return torch.empty((rows, scales), dtype=FP8, device=device)
     groups = hidden // GROUP
     if layout is ScaleLayout.UE8M0:
-        padded = -(-rows // 4) * 4
+        padded = -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
         return torch.empty_strided((rows, -(-groups // 4)), (1, padded), dtype=torch.int32, device=device)
-    strides = (groups, 1) if layout is ScaleLayout.ROWS else (1, rows)
+    strides = (groups, 1) if layout is ScaleLayout.ROWS else (1, quant.scale_stride(rows))
     return torch.empty_strided((rows, groups), strides, dtype=torch.float32, device=device)
 
 

@@ -1,10 +1,12 @@
-# Sourced by the other scripts: make_environment FOLDER leaves a virtual environment with torch, vLLM and this package in it.
-# Repeated calls only do what is missing or has changed. Settings:
+# Sourced by the other scripts: make_environment FOLDER ENGINE... leaves a virtual environment with torch, the engines and this
+# package in it; environment_of ENGINE names its folder. Repeated calls only do what is missing or has changed. Settings:
 #   PYTHON                    the interpreter to start from (3.11 to 3.13; default: the first of those found)
 #   LLM_ALLREDUCE_CUDA_ARCHS  architectures to compile for; default here: that of the first GPU, 90 where there is none
 
 VLLM_VERSION=0.32.0
-TORCH_VERSION=2.13.0 # what vLLM 0.32 is built for
+SGLANG_VERSION=0.5.23
+TORCH_VERSION=2.13.0        # what vLLM 0.32 is built for; on CPU ranks SGLang runs with it, too
+SGLANG_TORCH_VERSION=2.14.1 # what SGLang 0.5.23 and its CUDA packages are built for
 
 find_python() {
   local candidate
@@ -35,39 +37,90 @@ run_step() {
   echo "$key" >"$stamp"
 }
 
-install_engine() {
-  local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check)
-  # torch first: anything that asks for just "torch" would take the newest, with several GB of CUDA packages.
-  "${pip[@]}" "torch==$TORCH_VERSION"
+# environment_of ENGINE: its folder. On GPUs the engines want different releases of torch, so each has an environment.
+environment_of() {
+  if [[ $1 == sglang ]] && has_nvidia_gpus; then echo .venv-sglang; else echo .venv; fi
+}
+
+# engines_in FOLDER: the engines whose environment that is.
+engines_in() {
+  local engine
+  for engine in vllm sglang; do
+    if [[ $(environment_of "$engine") == "$1" ]]; then echo "$engine"; fi
+  done
+}
+
+# torch_for ENGINE: torch comes first, because anything that asks for just "torch" would take the newest, with several GB
+# of CUDA packages.
+torch_for() {
+  if [[ $1 == sglang ]] && has_nvidia_gpus; then echo "$SGLANG_TORCH_VERSION"; else echo "$TORCH_VERSION"; fi
+}
+
+# run_pip FOLDER ARGUMENT...: what pip says is shown when it fails.
+run_pip() {
+  local python=$1/bin/python output
+  shift
+  output=$("$python" -m pip --disable-pip-version-check --quiet "$@" 2>&1) || {
+    printf '%s\n' "$output" >&2
+    return 1
+  }
+}
+
+pip_install() {
+  local folder=$1
+  shift
+  run_pip "$folder" install "$@"
+}
+
+install_vllm() {
+  echo "installing torch $(torch_for vllm) and vLLM $VLLM_VERSION in $1: a few minutes"
+  pip_install "$1" "torch==$(torch_for vllm)"
   if has_nvidia_gpus; then
-    "${pip[@]}" "vllm==$VLLM_VERSION"
+    pip_install "$1" "vllm==$VLLM_VERSION"
   else
     # Without a GPU: vLLM's Python code, its pure-Python needs, and plain-torch stand-ins for the missing CPU kernels.
-    "${pip[@]}" --no-deps -r scripts/vllm_cpu_ops/requirements.txt
-    "${pip[@]}" --no-deps "vllm==$VLLM_VERSION"
-    # Where pip takes torch's CUDA build, Triton comes with it, and vLLM would launch kernels with it on the CPU.
-    "$1/bin/python" -m pip uninstall --quiet --yes triton
+    pip_install "$1" --no-deps -r scripts/vllm_cpu_ops/requirements.txt
+    pip_install "$1" --no-deps "vllm==$VLLM_VERSION"
+    remove_triton "$1"
   fi
 }
 
-install_package() {
-  # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check --editable .
+install_sglang() {
+  echo "installing torch $(torch_for sglang) and SGLang $SGLANG_VERSION in $1: a few minutes, less where vLLM is already"
+  pip_install "$1" "torch==$(torch_for sglang)"
+  if has_nvidia_gpus; then
+    pip_install "$1" "sglang==$SGLANG_VERSION"
+  else
+    # Most of what SGLang's Python code needs is on vLLM's list. It asks for CUDA packages, too, hence --no-deps.
+    pip_install "$1" --no-deps -r scripts/vllm_cpu_ops/requirements.txt
+    pip_install "$1" --no-deps -r scripts/sglang_cpu_ops/requirements.txt
+    pip_install "$1" --no-deps "sglang==$SGLANG_VERSION"
+    remove_triton "$1"
+  fi
 }
 
-install_cpu_ops() {
-  "$1/bin/python" -m pip install --quiet --disable-pip-version-check ./scripts/vllm_cpu_ops
+# Where pip takes torch's CUDA build, Triton comes with it, and engines would launch kernels with it on the CPU.
+remove_triton() { run_pip "$1" uninstall --yes triton; }
+
+install_package() {
+  # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
+  echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS in $1: a minute or two for each architecture"
+  pip_install "$1" --editable .
 }
+
+# install_cpu_ops FOLDER ENGINE: what stands in for the engine's missing CPU kernels or packages.
+install_cpu_ops() { pip_install "$1" "./scripts/${2}_cpu_ops"; }
 
 # install_extras FOLDER EXTRA...: what extras of this package ask for, without the package, whose build is a compile.
 install_extras() {
-  local python=$1/bin/python wanted
+  local folder=$1 wanted
   shift
-  wanted=$("$python" -c '
+  wanted=$("$folder/bin/python" -c '
 import sys, tomllib
 extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]
 print(*dict.fromkeys(need for extra in sys.argv[1:] for need in extras[extra]), sep="\n")' "$@")
-  xargs -d '\n' "$python" -m pip install --quiet --disable-pip-version-check <<<"$wanted"
+  mapfile -t wanted <<<"$wanted"
+  pip_install "$folder" "${wanted[@]}"
 }
 
 # digest_of PATH...: of all files there but those that builds and Python leave.
@@ -80,18 +133,29 @@ digest_of() {
 source_digest() { digest_of pyproject.toml csrc scripts/build_backend.py; }
 
 make_environment() {
-  local folder=$1 python
+  local folder=$1 python engine
+  shift
   export LLM_ALLREDUCE_CUDA_ARCHS=${LLM_ALLREDUCE_CUDA_ARCHS:-$(gpu_architecture)}
   if [[ ! -x $folder/bin/python ]]; then
     python=$(find_python)
     echo "making a virtual environment in $folder with $python"
     "$python" -m venv "$folder"
   fi
-  echo "installing torch $TORCH_VERSION and vLLM $VLLM_VERSION (a few minutes the first time)"
-  run_step "$folder/.engine" "$TORCH_VERSION $VLLM_VERSION $(sha256sum <scripts/vllm_cpu_ops/requirements.txt)" install_engine "$folder"
-  echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS"
+  for engine in "$@"; do
+    run_step "$folder/.$engine" "$(engine_stamp "$engine")" "install_$engine" "$folder"
+  done
   run_step "$folder/.package" "$LLM_ALLREDUCE_CUDA_ARCHS $(source_digest)" install_package "$folder"
-  has_nvidia_gpus || run_step "$folder/.cpu_ops" "$(digest_of scripts/vllm_cpu_ops)" install_cpu_ops "$folder"
+  if has_nvidia_gpus; then return; fi
+  for engine in "$@"; do
+    run_step "$folder/.${engine}_cpu_ops" "$(digest_of "scripts/${engine}_cpu_ops")" install_cpu_ops "$folder" "$engine"
+  done
+}
+
+# engine_stamp ENGINE: what its installation depends on.
+engine_stamp() {
+  local release=$VLLM_VERSION
+  if [[ $1 == sglang ]]; then release=$SGLANG_VERSION; fi
+  echo "$(torch_for "$1") $release $(digest_of scripts/*_cpu_ops/requirements.txt)"
 }
 
 # install_tools FOLDER: what tests and lint need, into an environment that was made.

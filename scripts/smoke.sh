@@ -1,5 +1,7 @@
-# Sourced by smoke_nvswitch.sh and smoke_pcie.sh: correctness of every strategy that this node can run, then a short serve.
-# Settings: DEMO_PYTHON  an interpreter that has torch, vLLM, pytest and this package (default: a virtual environment is made)
+# Sourced by smoke_nvswitch.sh and smoke_pcie.sh: correctness of every strategy that this node can run, then a short serve with
+# each engine. Settings:
+#   SMOKE_ENGINES  those to serve with (default: "vllm sglang")
+#   DEMO_PYTHON    an interpreter that has torch, these engines, pytest and this package (default: environments are made)
 
 skip() {
   echo "SKIPPED: $1"
@@ -27,7 +29,7 @@ prepare() {
   if [[ -n ${DEMO_PYTHON:-} ]]; then
     python=$DEMO_PYTHON
   else
-    make_environment .venv
+    make_environment .venv vllm
     python=.venv/bin/python
     install_tools .venv
   fi
@@ -43,8 +45,13 @@ has_nvswitch() {
 run_smoke() {
   step "topology" "$python" -c 'from llm_allreduce_plugin.cli import main; main()' topo
   step "correctness on $gpus GPUs" "$python" -m pytest -q tests/gpu
-  step "serve with ONESHOT" env DEMO_PYTHON="$python" scripts/serve_demo.sh ONESHOT
-  step "serve with TWOSHOT" env DEMO_PYTHON="$python" scripts/serve_demo.sh TWOSHOT
+  local engine strategy
+  for engine in ${SMOKE_ENGINES:-vllm sglang}; do
+    for strategy in ONESHOT TWOSHOT; do
+      # Without DEMO_PYTHON the demo takes the engine's own environment.
+      step "serve with $engine, $strategy" scripts/serve_demo.sh "$strategy" "$engine"
+    done
+  done
   printf '\n== summary\n'
   printf '%s\n' "${summary[@]}"
   exit "$failed"

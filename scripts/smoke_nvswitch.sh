@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For CI on a node whose GPUs are joined by NVSwitch: correctness, then a short serve. Skips, with the reason, elsewhere.
+# For CI on a node whose GPUs are joined by NVSwitch: correctness, then a short serve with each engine. Skips, with the reason, elsewhere.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/smoke.sh

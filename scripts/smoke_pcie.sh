@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For CI on a node whose GPUs are joined by PCIe: correctness, then a short serve. Skips, with the reason, elsewhere.
+# For CI on a node whose GPUs are joined by PCIe: correctness, then a short serve with each engine. Skips, with the reason, elsewhere.
 # Without peer access every strategy falls back to NCCL, and the serve shows that this is said and works.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

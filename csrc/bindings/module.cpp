@@ -82,6 +82,7 @@ NB_MODULE(_C, module) {
   nb::set_leak_warnings(false);
   module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
   module.attr("MAX_WORLD_SIZE") = static_cast<int>(LAR_MAX_WORLD_SIZE);
+  module.attr("MAX_HOSTS") = static_cast<int>(LAR_MAX_HOSTS);
   module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
   module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
@@ -96,10 +97,15 @@ NB_MODULE(_C, module) {
   module.attr("REASON_MISMATCH") = static_cast<int>(LAR_REASON_MISMATCH);
   module.attr("REASON_OVERWRITTEN") = static_cast<int>(LAR_REASON_OVERWRITTEN);
   module.attr("REASON_INTERRUPTED") = static_cast<int>(LAR_REASON_INTERRUPTED);
+  module.attr("REASON_EXCHANGE") = static_cast<int>(LAR_REASON_EXCHANGE);
   module.attr("ONE_SHOT") = static_cast<int>(LAR_ONE_SHOT);
   module.attr("TWO_SHOT") = static_cast<int>(LAR_TWO_SHOT);
   module.attr("RING") = static_cast<int>(LAR_RING);
   module.attr("HIERARCHICAL") = static_cast<int>(LAR_HIERARCHICAL);
+  module.attr("REDUCE") = static_cast<int>(LAR_REDUCE);
+  module.attr("REDUCE_SCATTER") = static_cast<int>(LAR_REDUCE_SCATTER);
+  module.attr("HOST_SUM") = static_cast<int>(LAR_HOST_SUM);
+  module.attr("HOST_SUM_GATHER") = static_cast<int>(LAR_HOST_SUM_GATHER);
   module.attr("PUSH") = static_cast<int>(LAR_PUSH);
   module.attr("SHARED") = static_cast<int>(LAR_SHARED);
   module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
@@ -148,6 +154,8 @@ NB_MODULE(_C, module) {
   module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, nb::kw_only(), "in_band_bytes"_a = 0,
              "flagged_bytes"_a = 0, "shared"_a = false,
              "Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.");
+  module.def("sum_elements", &lar_sum_elements, "count"_a, "parts"_a,
+             "fp32 elements of a sum that REDUCE (`parts` 1) or REDUCE_SCATTER (`parts`: ranks of the host) makes.");
   module.def("host_register", &host_register, "address"_a, "bytes"_a,
              "Pin whole pages of host memory; the address at which the current device sees them.");
   module.def(
@@ -165,16 +173,20 @@ NB_MODULE(_C, module) {
   nb::class_<lar_norm>(module, "Norm", "What becomes of summed rows: lar_norm without addresses.")
       .def(
           "__init__",
-          [](lar_norm* self, int64_t hidden, float eps, float weight_bias, int quant, int scales) {
+          [](lar_norm* self, int64_t hidden, float eps, float weight_bias, int quant, int scales,
+             int64_t scale_stride) {
             new (self) lar_norm{};
             self->hidden = hidden;
             self->eps = eps;
             self->weight_bias = weight_bias;
             self->quant = quant;
             self->scales = scales;
+            self->scale_stride = scale_stride;
           },
           "hidden"_a, "eps"_a, nb::kw_only(), "weight_bias"_a = 0.0F, "quant"_a = static_cast<int>(LAR_QUANT_NONE),
-          "scales"_a = static_cast<int>(LAR_SCALES_ROWS), "`quant`: one of QUANT_*. `scales`: one of SCALES_*.");
+          "scales"_a = static_cast<int>(LAR_SCALES_ROWS), "scale_stride"_a = 0,
+          "`quant`: one of QUANT_*. `scales`: one of SCALES_*. `scale_stride`: of SCALES_COLUMNS, scales from one "
+          "column to the next; 0: as many as there are rows.");
   nb::class_<NormTensors>(module, "NormTensors", "The tensors of a Norm by their addresses; 0: there is none.")
       .def(
           "__init__",
@@ -209,6 +221,10 @@ NB_MODULE(_C, module) {
       .def("mismatch", &Workspace::mismatch,
            "Of a mismatch, this rank's call and its peer's, each (kind, dtype, count).")
       .def("mark_gone", &Workspace::mark_gone, "peer"_a, "A peer will never come: nothing waits for it for long.")
+      .def("exchanges", &Workspace::exchanges,
+           "First halves that have ended, and second halves that have begun, modulo 2**32.")
+      .def("fail_exchange", &Workspace::fail_exchange, "waited_s"_a,
+           "An exchange between hosts has failed: no call begins any more, and no second half works on what came.")
       .def("close", &Workspace::close, "wait_s"_a,
            "Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.");
 
@@ -218,20 +234,24 @@ NB_MODULE(_C, module) {
           [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
              int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes, int epilogue,
              const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances, int cluster,
-             const lar_norm* norm) {
+             const lar_norm* norm, int hosts) {
             lar_call call{};
             call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
                          static_cast<uint8_t>(epilogue)};
             call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
             call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes, cluster};
+            call.hosts = hosts;
             new (self) Plan(workspace, call, domains, peer_distances, norm);
           },
           "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
           "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
           "epilogue"_a = static_cast<int>(LAR_STORE), "domains"_a = std::vector<int32_t>{},
-          "peer_distances"_a = std::vector<int64_t>{}, "cluster"_a = 1, "norm"_a = nb::none(), nb::keep_alive<1, 2>(),
+          "peer_distances"_a = std::vector<int64_t>{}, "cluster"_a = 1, "norm"_a = nb::none(), "hosts"_a = 0,
+          nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
-          "rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row.")
+          "rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row. "
+          "`hosts`: for "
+          "HOST_SUM and HOST_SUM_GATHER, sums in the input.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,
            "Returns 0; STATUS_TIMEOUT or another negative number when the group is broken, now (CPU ranks) or earlier; "
            "STATUS_CLOSED; STATUS_BUSY when another thread is in a call (CPU ranks).")

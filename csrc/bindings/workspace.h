@@ -140,6 +140,19 @@ class Workspace {
     __atomic_store_n(&failure_->any_gone, 1, __ATOMIC_RELEASE);
   }
 
+  std::tuple<uint32_t, uint32_t> exchanges() const { return {failure_->exchanges_begun, failure_->exchanges_ended}; }
+
+  void fail_exchange(double waited_s) {
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return;
+    failure_->reason = LAR_REASON_EXCHANGE;
+    failure_->rank = workspace_.rank;
+    failure_->peer = workspace_.rank;
+    failure_->kind = {LAR_REDUCE, LAR_FLAGS, LAR_WIRE_RAW, LAR_STORE};
+    failure_->phase = LAR_PHASE_EXCHANGE;
+    failure_->waited_ns = static_cast<int64_t>(waited_s * 1e9);
+    __atomic_store_n(&failure_->state, 1, __ATOMIC_RELEASE);
+  }
+
   // Lets no call begin, and waits at most `wait_s` seconds for those on a CPU rank to leave their waits. True when no
   // call is under way any more.
   bool close(double wait_s) {

@@ -13,6 +13,7 @@
 #define LLM_ALLREDUCE_CODEC_NORM_H_
 
 #include "codec/e4m3.h"
+#include "llm_allreduce.h"
 
 namespace lar::codec {
 
@@ -26,6 +27,12 @@ LAR_CODEC float sum_of_squares(const float (&x)[kUnitElements]) {
   float q[kUnitElements];
   for (int i = 0; i < kUnitElements; ++i) q[i] = multiply(x[i], x[i]);
   return add(add(add(q[0], q[1]), add(q[2], q[3])), add(add(q[4], q[5]), add(q[6], q[7])));
+}
+
+// Where scales of rows lie in columns: scales (UE8M0: words) from the start of one column to that of the next.
+LAR_CODEC int64_t scale_stride(const lar_norm& norm, int64_t rows) {
+  if (norm.scales == LAR_SCALES_UE8M0) return (rows + 3) / 4 * 4;
+  return norm.scale_stride > 0 ? norm.scale_stride : rows;
 }
 
 // What a row's elements are multiplied by.

@@ -55,6 +55,7 @@ int Call::broken() const {
       return LAR_ERROR_INTERRUPTED;
     case LAR_REASON_EXPIRED:
     case LAR_REASON_OVERWRITTEN:
+    case LAR_REASON_EXCHANGE:
       break;
   }
   return LAR_ERROR_TIMEOUT;

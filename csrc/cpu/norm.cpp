@@ -43,7 +43,8 @@ void store_e4m3(const float* y, int64_t count, float scale, uint8_t* codes) {
 // Rows of y, one after another.
 class Quantizer {
  public:
-  Quantizer(const lar_norm& norm, int64_t rows) : norm_(norm), rows_(rows), hidden_(norm.hidden) {
+  Quantizer(const lar_norm& norm, int64_t rows)
+      : norm_(norm), scale_stride_(codec::scale_stride(norm, rows)), hidden_(norm.hidden) {
     if (norm.scales == LAR_SCALES_SWIZZLED)
       std::fill_n(static_cast<uint8_t*>(norm.scale_out), (rows + 127) / 128 * 128 * fp4_tiles() * 4, 0);
   }
@@ -82,13 +83,13 @@ class Quantizer {
     const float scale = codec::group_scale(largest);
     if (norm_.scales == LAR_SCALES_UE8M0) {
       const uint32_t exponent = codec::exponent_above(scale);
-      uint8_t* word = static_cast<uint8_t*>(norm_.scale_out) + 4 * (group / 4 * ((rows_ + 3) / 4 * 4) + row);
+      uint8_t* word = static_cast<uint8_t*>(norm_.scale_out) + 4 * (group / 4 * scale_stride_ + row);
       word[group % 4] = static_cast<uint8_t>(exponent);
       if (group + 1 == groups)
         for (int64_t absent = group % 4 + 1; absent < 4; ++absent) word[absent] = 0;
       return codec::power_of_two(exponent);
     }
-    const int64_t place = norm_.scales == LAR_SCALES_COLUMNS ? group * rows_ + row : row * groups + group;
+    const int64_t place = norm_.scales == LAR_SCALES_COLUMNS ? group * scale_stride_ + row : row * groups + group;
     static_cast<float*>(norm_.scale_out)[place] = scale;
     return scale;
   }
@@ -110,7 +111,7 @@ class Quantizer {
   }
 
   const lar_norm& norm_;
-  const int64_t rows_;
+  const int64_t scale_stride_;
   const int64_t hidden_;
 };
 

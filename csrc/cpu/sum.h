@@ -11,6 +11,13 @@ namespace lar::cpu {
 void reduce_in_rank_order(lar_dtype dtype, const void* const* sources, int num_sources, void* const* outputs,
                           int num_outputs, int64_t count);
 
+// The same sum, not rounded: fp32.
+void sum_in_rank_order(lar_dtype dtype, const void* const* sources, int num_sources, float* output, int64_t count);
+
+// The sum of fp32 sums, from +0 and in their order, rounded once to `dtype`, to each of `outputs`.
+void round_sum_of_sums(lar_dtype dtype, const void* const* sums, int num_sums, void* const* outputs, int num_outputs,
+                       int64_t count);
+
 }  // namespace lar::cpu
 
 #endif  // LLM_ALLREDUCE_CPU_SUM_H_

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "device/kernel_address.cuh"
+#include "device/lane.cuh"
 #include "device/sink/store.cuh"
 #include "host/registry.h"
 
@@ -59,8 +60,8 @@ void for_each_instance(Add add) {
   detail::for_each_type<Epilogues, Worlds>(Types{}, add);
 }
 
-// The exact in-band kernels of an algorithm: calls body(Type<T>, integral_constant<world size>, Type<Epilogue>, add)
-// for each combination, where add(form, kernel) adds a row.
+// The exact in-band kernels of an algorithm that pushes: calls body(Type<T>, integral_constant<world size>,
+// Type<Epilogue>, add) for each combination, where add(form, kernel) adds a row.
 template <typename Body>
 void add_exact_in_band(lar_algorithm algorithm, lar_exchange exchange, Body body) {
   for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Epilogues>(
@@ -72,6 +73,20 @@ void add_exact_in_band(lar_algorithm algorithm, lar_exchange exchange, Body body
                    decltype(world)::value, form, kernel_address(kernel), LAR_MAX_THREADS, 0, false});
         });
       });
+}
+
+// Those of one that stores once, in memory that all ranks share: the same, where add(kernel) adds a row.
+template <typename Body>
+void add_exact_shared(lar_algorithm algorithm, Body body) {
+  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 0>, Epilogues>([&](auto type, auto world,
+                                                                                      auto epilogue) {
+    using T = typename decltype(type)::type;
+    using Epilogue = typename decltype(epilogue)::type;
+    body(type, world, epilogue, [&](auto kernel) {
+      add_row({kind_of(algorithm, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), decltype(world)::value,
+               Form::kAny, kernel_address(kernel), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+    });
+  });
 }
 
 }  // namespace lar

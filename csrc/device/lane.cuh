@@ -28,6 +28,7 @@ struct FlagsArguments {
   int64_t chunk_vectors;
   WaitLimit limit;
   Domains domains;  // hierarchical
+  int32_t hosts;    // see lar_call
 };
 
 // Payload in the workspace.

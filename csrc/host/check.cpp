@@ -3,6 +3,7 @@
 #include "codec/norm.h"
 #include "host/layout.h"
 #include "protocol/hierarchy.h"
+#include "protocol/hosts.h"
 
 namespace lar {
 
@@ -36,10 +37,16 @@ bool fits(const lar_layout& layout, int exchange) {
   }
 }
 
+lar_algorithm algorithm_of(const lar_call& call) { return static_cast<lar_algorithm>(call.kind.algorithm); }
+
 // What a round may move to one peer: in one lane with flags, in all lanes together in band.
 int64_t most_chunk_bytes(const lar_layout& layout, const lar_call& call) {
   const lar_slots& slots = is_in_band(call.kind.exchange) ? layout.in_band : layout.flagged;
   if (call.kind.exchange == LAR_STAGED) return slots.staged_bytes / call.launch.lanes;
+  if (is_half(algorithm_of(call))) {
+    const bool one_after_another = call.kind.algorithm == LAR_REDUCE_SCATTER && layout.shared;
+    return slots.one_shot_bytes / (one_after_another ? layout.world_size : 1);
+  }
   return call.kind.algorithm == LAR_ONE_SHOT ? slots.one_shot_bytes : slots.two_shot_bytes;
 }
 
@@ -69,6 +76,12 @@ bool check_wire(const lar_workspace& workspace, const lar_call& call) {
   return !limited || workspace.layout.world_size <= kMostCompressingRanks;
 }
 
+// Halves are exact, and a norm is no part of them.
+bool check_hosts(const lar_call& call) {
+  if (sums_hosts(algorithm_of(call)) ? call.hosts < 1 || call.hosts > LAR_MAX_HOSTS : call.hosts != 0) return false;
+  return !is_half(algorithm_of(call)) || (call.kind.wire == LAR_WIRE_RAW && call.kind.epilogue == LAR_STORE);
+}
+
 bool check_domains(const lar_workspace& workspace, const lar_call& call) {
   if (call.kind.algorithm != LAR_HIERARCHICAL) return true;
   Domains domains;
@@ -79,12 +92,13 @@ bool check_domains(const lar_workspace& workspace, const lar_call& call) {
 
 int check_call(const lar_workspace& workspace, const lar_call& call) {
   const lar_layout& layout = workspace.layout;
-  if (!supported_world_size(layout.world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  const bool is_alone = layout.world_size == 1 && is_half(algorithm_of(call));
+  if (!supported_world_size(layout.world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_message(call.message) || !check_launch(layout, call.launch, is_in_band(call.kind.exchange)))
     return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_domains(workspace, call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_domains(workspace, call) || !check_hosts(call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
   if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
     return LAR_ERROR_INVALID_ARGUMENT;
@@ -102,6 +116,9 @@ bool check_norm(const lar_message& message, const lar_norm& norm) {
   if (message.count == 0) return true;
   if (!norm.weight || (!norm.norm_out && norm.quant == LAR_QUANT_NONE)) return false;
   const bool rows = norm.scales == LAR_SCALES_ROWS;
+  if (norm.scale_stride != 0 && (norm.scales != LAR_SCALES_COLUMNS || norm.scale_stride < message.count / norm.hidden ||
+                                 norm.scale_stride > UINT32_MAX))
+    return false;
   if (norm.quant != LAR_QUANT_NONE && !norm.quant_out) return false;
   switch (norm.quant) {
     case LAR_QUANT_NONE:

@@ -8,7 +8,8 @@ namespace {
 // Without dependent launch: blocks must be resident while they wait for each other's flags, and another kernel's that
 // waits for this one's end may not take their place.
 int flags(const lar_workspace& workspace, const lar_call& call, void* stream) {
-  FlagsArguments arguments{workspace, call.message, call.launch.chunk_vectors, wait_limit(workspace, call.kind), {}};
+  FlagsArguments arguments{workspace, call.message, call.launch.chunk_vectors, wait_limit(workspace, call.kind),
+                           {},        call.hosts};
   if (call.kind.algorithm == LAR_HIERARCHICAL)
     make_domains(call.domains, workspace.layout.world_size, workspace.rank, &arguments.domains);
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, Form::kAny);

@@ -2,6 +2,7 @@
 #include "host/layout.h"
 
 #include "host/check.h"
+#include "protocol/hosts.h"
 
 namespace lar {
 namespace {
@@ -62,7 +63,9 @@ bool holds_vectors(const lar_slots& slots) {
 
 extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes) {
   using namespace lar;
-  if (!layout || !sizes || !supported_world_size(sizes->world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!layout || !sizes) return LAR_ERROR_INVALID_ARGUMENT;
+  const bool is_alone = sizes->world_size == 1 && sizes->in_band_bytes == 0;
+  if (!supported_world_size(sizes->world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
   if (sizes->lanes < 1 || sizes->lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
   if (sizes->in_band_bytes < 0 || sizes->flagged_bytes < 0) return LAR_ERROR_INVALID_ARGUMENT;
 
@@ -111,4 +114,8 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
   return LAR_OK;
 }
 
-extern "C" int lar_abi_version(void) { return 9; }
+extern "C" int64_t lar_sum_elements(int64_t count, int32_t parts) {
+  return count > 0 && parts > 0 ? lar::part_elements(count, parts) : 0;
+}
+
+extern "C" int lar_abi_version(void) { return 10; }

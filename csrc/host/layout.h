@@ -17,8 +17,19 @@ enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, k
 
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
-// begin.
-enum class EpochPlane : int { kOneShot, kTwoShot, kPull, kOneShotInBand, kTwoShotInBand, kStaged, kStageOpen, kNumber };
+// begin. kExchangeBegun, kExchangeEnded: lane 0's words are what lar_failure says of exchanges between hosts.
+enum class EpochPlane : int {
+  kOneShot,
+  kTwoShot,
+  kPull,
+  kOneShotInBand,
+  kTwoShotInBand,
+  kStaged,
+  kStageOpen,
+  kExchangeBegun,
+  kExchangeEnded,
+  kNumber
+};
 
 // Planes of lar_layout::lengths.
 enum class LengthPlane : int { kOneShot, kTwoShot, kNumber };

@@ -104,7 +104,7 @@ extern "C" int lar_all_reduce(const lar_workspace* workspace, const lar_call* ca
 
 extern "C" int lar_load_kernels_cuda(int32_t world_size) {
   using namespace lar;
-  if (!supported_world_size(world_size)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!supported_world_size(world_size) && world_size != 1) return LAR_ERROR_INVALID_ARGUMENT;
   const OutsideCapture outside;
   for (const KeyedRow& keyed : sorted_rows()) {
     const Row& row = keyed.row;

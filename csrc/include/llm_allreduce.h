@@ -18,6 +18,7 @@ extern "C" {
 enum {
   LAR_CPU = -1,             // lar_workspace.device of a CPU rank
   LAR_MAX_WORLD_SIZE = 72,  // an NVLink domain
+  LAR_MAX_HOSTS = 1024,     // whose sums are summed
   LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
   LAR_MAX_LANES = 1024,     // blocks that may take part in one call
   LAR_MAX_THREADS = 512,    // threads per block
@@ -54,6 +55,12 @@ typedef enum lar_algorithm {
   LAR_TWO_SHOT = 1,      // reduce-scatter, then all-gather
   LAR_RING = 2,          // parts go round, summed on the way (csrc/protocol/ring.h)
   LAR_HIERARCHICAL = 3,  // sums within each of two domains, which exchange them (csrc/protocol/hierarchy.h)
+  // Halves of an all-reduce over several hosts, between which their sums are exchanged (csrc/protocol/hosts.h). The
+  // workspace is that of the ranks of one host.
+  LAR_REDUCE = 4,           // sums all of the message, to fp32
+  LAR_REDUCE_SCATTER = 5,   // sums this rank's part, to fp32
+  LAR_HOST_SUM = 6,         // sums the hosts' sums, in order, and rounds once; no rank waits for another
+  LAR_HOST_SUM_GATHER = 7,  // the same of this rank's part; the results are gathered
 } lar_algorithm;
 
 typedef enum lar_exchange {
@@ -85,7 +92,7 @@ typedef enum lar_quant {
 // How the scales of a matrix lie: [rows][scales of a row] or
 typedef enum lar_scales {
   LAR_SCALES_ROWS = 0,
-  LAR_SCALES_COLUMNS = 1,  // FP8_GROUP: [scales of a row][rows]
+  LAR_SCALES_COLUMNS = 1,  // FP8_GROUP: [scales of a row][rows], or as far apart as lar_norm.scale_stride says
   // FP8_GROUP: powers of two, of which only the 8 bits of the exponent are kept, those of four neighbours in a word:
   // uint32 [words of a row][rows, a multiple of 4]. Neighbours that there are not have the exponent 0.
   LAR_SCALES_UE8M0 = 2,
@@ -188,15 +195,18 @@ typedef enum lar_reason {
   LAR_REASON_MISMATCH = 1,     // `peer` makes another call
   LAR_REASON_OVERWRITTEN = 2,  // a flag is far ahead of its round, where no peer can be: somebody else wrote there
   LAR_REASON_INTERRUPTED = 3,  // a wait was left before its end
+  LAR_REASON_EXCHANGE = 4,     // an exchange between hosts has failed, says the host
 } lar_reason;
 
 // Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time. `any_gone` and
-// `gone` are written by the host.
+// `gone` are written by the host; all of it, when an exchange between hosts has failed, before a second half begins.
 typedef struct lar_failure {
   volatile int32_t state;  // 0: none, 1: the other fields are valid
   int32_t reason;          // lar_reason
   lar_call_record mine;    // of a mismatch
   lar_call_record theirs;
+  volatile uint32_t exchanges_begun;          // first halves (lar_algorithm) that have ended, see LAR_REDUCE
+  volatile uint32_t exchanges_ended;          // second halves that have begun
   volatile int32_t any_gone;                  // whether any of these is set
   volatile uint8_t gone[LAR_MAX_WORLD_SIZE];  // by rank: it will never come (again)
   int32_t rank;
@@ -234,6 +244,10 @@ typedef struct lar_workspace {
 
 // One all-reduce. Input and output are `count` contiguous elements and must not overlap; any alignment that
 // the element type allows.
+//
+// The output of LAR_REDUCE and LAR_REDUCE_SCATTER, and the input of LAR_HOST_SUM and LAR_HOST_SUM_GATHER, are fp32 and
+// start on 16 bytes: sums of lar_sum_elements() elements, of which those beyond the message say nothing. Of the part of
+// rank r they are those from element r * lar_sum_elements() on.
 typedef struct lar_message {
   const void* input;
   void* output;
@@ -254,6 +268,9 @@ typedef struct lar_norm {
   void* quant_out;       // a byte for each element; NVFP4: for each two, the first in the lower half
   void* scale_out;       // of FP8_TOKEN and FP8_GROUP fp32, but see lar_scales; of NVFP4 e4m3
   const float* scale;    // one, on the device: FP8_TENSOR, NVFP4
+  // LAR_SCALES_COLUMNS: scales from the start of one column to that of the next, at least as many as there are rows;
+  // what lies between is not written. 0: as many as there are rows. Of other layouts 0.
+  int64_t scale_stride;
   float eps;
   float weight_bias;
   int32_t quant;   // lar_quant
@@ -290,6 +307,8 @@ typedef struct lar_call {
   // Where this rank sees each rank's output, for an exchange that stores there. Null: no exchange does yet.
   void* const* outputs;
   const lar_norm* norm;  // LAR_RMS_NORM; otherwise null
+  // LAR_HOST_SUM, LAR_HOST_SUM_GATHER: how many sums message.input holds, one after another. Otherwise 0.
+  int32_t hosts;
 } lar_call;
 
 // What a workspace is to hold.
@@ -301,8 +320,12 @@ typedef struct lar_layout_sizes {
   int64_t flagged_bytes;  // for flagged slots; 0: none
 } lar_layout_sizes;
 
-// LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector.
+// LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector. One rank, of a host with no other, has
+// flagged slots alone.
 LAR_EXPORT int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes);
+
+// Elements of a sum that LAR_REDUCE (`parts` 1) or LAR_REDUCE_SCATTER (`parts`: ranks of the host) makes of a message.
+LAR_EXPORT int64_t lar_sum_elements(int64_t count, int32_t parts);
 
 // Loads all kernels for `world_size` onto the current device. Otherwise each is loaded when it is first launched, which
 // may wait for kernels that run: for ever, if they wait for a rank of the same process.

@@ -69,15 +69,11 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 }
 
 const Registration rows([] {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<2, 0>, Epilogues>(
-      [](auto type, auto world, auto epilogue) {
-        using T = typename decltype(type)::type;
-        using Epilogue = typename decltype(epilogue)::type;
-        constexpr int kWorldSize = decltype(world)::value;
-        add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_RAW, Epilogue::kEpilogue), dtype_of<T>(), kWorldSize,
-                 Form::kAny, kernel_address(two_shot_shared_kernel<T, kWorldSize, Epilogue>), LAR_MAX_FLAGGED_THREADS,
-                 kReleaserThreads, false});
-      });
+  add_exact_shared(LAR_TWO_SHOT, [](auto type, auto world, auto epilogue, auto add) {
+    using T = typename decltype(type)::type;
+    using Epilogue = typename decltype(epilogue)::type;
+    add(two_shot_shared_kernel<T, decltype(world)::value, Epilogue>);
+  });
 });
 
 }  // namespace

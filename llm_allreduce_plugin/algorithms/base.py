@@ -32,6 +32,10 @@ class Numerics(enum.StrEnum):
     """What the bits of an answer depend on. AUTO chooses within EXACT, so its answers never depend on its choices."""
 
     EXACT = "fp32, ranks in order, rounded once: the same bits from every strategy and for every size"
+    HOSTS = (
+        "fp32, ranks in order inside each host, then hosts in order, rounded once: the same bits for every size, form "
+        "and number of pieces"
+    )
     LOSSY = "compressed on the wire"
     ENGINE = "whatever order and precision the engine's own all-reduce has"
 
@@ -99,6 +103,10 @@ class Strategy(abc.ABC):
         """
         return Merit(pays=True)
 
+    def numerics_of(self, facts: GroupFacts) -> Numerics:
+        """What the bits depend on in this group."""
+        return Numerics.HOSTS if self.numerics is Numerics.EXACT and facts.crosses_network else self.numerics
+
     def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:  # noqa: ARG002
         """What may run where this one is asked for, best first, before what is tried instead."""
         return (self.name,)
@@ -113,7 +121,13 @@ class Strategy(abc.ABC):
 
 
 class KernelStrategy(Strategy):
-    """A strategy that runs a kernel of this package on the group's workspaces."""
+    """A strategy that runs a kernel of this package on the group's workspaces.
+
+    Attributes:
+        spans_hosts: it can run where sums are exchanged between hosts.
+    """
+
+    spans_hosts: ClassVar[bool] = False
 
     @abc.abstractmethod
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
@@ -122,7 +136,10 @@ class KernelStrategy(Strategy):
     def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
         if facts.transport is Transport.NONE:
             return facts.no_transport_reason or "ranks cannot reach each other's memory"
-        if (reason := world_size_obstacle(facts.world_size)) is not None:
+        if facts.crosses_network:
+            if not self.spans_hosts:
+                return f"ranks run on {facts.num_hosts} hosts, and its kernels reach one"
+        elif (reason := world_size_obstacle(facts.world_size)) is not None:
             return reason
         if message.element_bytes == 0:
             return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from llm_allreduce_plugin.algorithms import tables
 from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
-from llm_allreduce_plugin.algorithms.ranges import Range, Table, bytes_in_words
+from llm_allreduce_plugin.algorithms.ranges import Range, Table
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
 from llm_allreduce_plugin.config import AllReduceStrategy
 
@@ -31,6 +31,7 @@ class TableStrategy(KernelStrategy):
     """
 
     numerics = Numerics.EXACT
+    spans_hosts = True
     among: ClassVar[dict[AllReduceStrategy, KernelStrategy]] = {
         kernel.name: kernel for kernel in (OneShot(), TwoShot())
     }
@@ -42,15 +43,8 @@ class TableStrategy(KernelStrategy):
     def _find(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, str]:
         """The fastest for a message, and why."""
         table = self.table(config, facts, message.element_bytes)
-        below, found = table.range_of(message.payload_bytes)
-        size = bytes_in_words(message.payload_bytes)
-        if found.max_bytes is not None:
-            where = f"within {bytes_in_words(found.max_bytes)}"
-            where += f" and more than {bytes_in_words(below)}" if below else ""
-        else:
-            where = f"more than {bytes_in_words(below)}" if below else "like all sizes"
-        fastest = AllReduceStrategy(found.strategy)
-        return fastest, f"{size} are {where}, where {_STEPS[fastest]} ({table.source})"
+        fastest = AllReduceStrategy(table.range_of(message.payload_bytes)[1].strategy)
+        return fastest, f"{table.place_of(message.payload_bytes)}, where {_STEPS[fastest]} ({table.source})"
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:
         return Merit(pays=True, reason=self._find(config, facts, message)[1])

@@ -17,6 +17,10 @@ class Algorithm(enum.IntEnum):
     TWO_SHOT = 1
     RING = 2
     HIERARCHICAL = 3
+    REDUCE = 4  # halves of what runs over several hosts, see Launch.hosts
+    REDUCE_SCATTER = 5
+    HOST_SUM = 6
+    HOST_SUM_GATHER = 7
 
     @property
     def in_words(self) -> str:
@@ -68,6 +72,9 @@ class Launch:
         domains: the domain of each rank, for HIERARCHICAL.
         epilogue: what becomes of a reduced vector.
         cluster: RMS_NORM: blocks that share a row.
+        hosts: hosts whose sums are exchanged; 1: there is one. With more, ONE_SHOT sums whole messages inside each
+            host, TWO_SHOT a part on each rank; chunks and rounds are of a piece.
+        pieces: of several hosts: pieces of the message, of which one is exchanged while others are summed.
     """
 
     algorithm: Algorithm
@@ -82,6 +89,8 @@ class Launch:
     domains: tuple[int, ...] = ()
     epilogue: Epilogue = Epilogue.STORE
     cluster: int = 1
+    hosts: int = 1
+    pieces: int = 1
 
     @property
     def in_band(self) -> bool:
@@ -120,6 +129,7 @@ class Launch:
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
             f"{self.exchange_in_words}{f', as {self.wire_format}' if self.wire_format else ''}"
             f"{f', ranks in domains {self.domains}' if self.domains else ''}"
+            f"{f', in {self.pieces} piece(s) over {self.hosts} hosts' if self.hosts > 1 else ''}"
         )
 
 
@@ -144,6 +154,7 @@ class Decision:
         passed_over: every other strategy with the reason against it, those asked for first.
         by_design: the strategy asked for can run and leaves this message to another one, as documented: LOWPRECISION
             leaves small messages to MINLATENCY.
+        numerics: what the bits of the answer depend on.
     """
 
     requested: AllReduceStrategy
@@ -153,6 +164,7 @@ class Decision:
     reason: str
     passed_over: tuple[PassedOver, ...]
     by_design: bool = False
+    numerics: str = ""
 
     @property
     def counted_as(self) -> str:
@@ -174,6 +186,8 @@ class Decision:
         lines = [f"{self.strategy}: {self.algorithm}", f"  because {self.reason}"]
         if self.launch is not None:
             lines.append(f"  launch: {self.launch}")
+        if self.launch is not None and self.launch.hosts > 1:
+            lines.append(f"  bits: {self.numerics}")
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
         return "\n".join(lines)
 
@@ -187,7 +201,7 @@ class FusedDecision:
             which give the same bits.
         reason: why in one kernel, or why in two.
         all_reduce: what happens to the all-reduce alone, and why.
-        by_design: nobody asked for one kernel, or there is nothing to do: two are no fallback.
+        by_design: nobody asked for one kernel, two are faster, or there is nothing to do: two are no fallback.
     """
 
     launch: Launch | None

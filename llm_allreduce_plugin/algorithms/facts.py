@@ -6,6 +6,8 @@ What is wanted, the settings, is no part of it.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -28,9 +30,13 @@ def world_size_obstacle(world_size: int) -> str | None:
     return f"no kernel for {world_size} rank{'s' * (world_size != 1)} (there are for 2 to {LARGEST_WORLD_SIZE})"
 
 
-def hosts_obstacle(hosts: int) -> str | None:
-    """Why ranks on this many hosts cannot share memory, or None."""
-    return f"ranks run on {hosts} hosts, and kernels here reach one" if hosts > 1 else None
+def hosts_obstacle(hosts: Sequence[int]) -> str | None:
+    """Why ranks on these hosts, that of each rank, have no kernels together, or None: each needs as many ranks."""
+    ranks = Counter(hosts)
+    if len(set(ranks.values())) <= 1:
+        return None
+    each = ", ".join(f"{number} on host {host}" for host, number in sorted(ranks.items()))
+    return f"ranks run on {len(ranks)} hosts, which must have as many each: there are {each}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +66,8 @@ class GroupFacts:
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         hosts: the host of each rank, numbered as ranks first name them: (0, 0, 1, 1) for two hosts of two.
+        fabric: ranks on several hosts form one NVLink domain: they reach each other's GPU memory as on one host.
+        no_fabric_reason: of ranks on several hosts, why they do not.
         nvlink: NVLink joins every pair of GPUs, or nobody knows. Only says something of GPUs.
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
         topology_class: what the bytes travel over, as far as the first rank knows.
@@ -76,10 +84,27 @@ class GroupFacts:
     architecture: int | None = None
     multiprocessors: int | None = None
     hosts: tuple[int, ...] = ()
+    fabric: bool = False
+    no_fabric_reason: str = ""
     nvlink: bool = True
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN
     tuned: Tuned | None = None
+
+    @property
+    def num_hosts(self) -> int:
+        """Hosts that ranks run on; 1 where that is not known."""
+        return len(set(self.hosts)) or 1
+
+    @property
+    def crosses_network(self) -> bool:
+        """Ranks run on several hosts that share no memory: sums are exchanged between them."""
+        return self.num_hosts > 1 and not self.fabric
+
+    @property
+    def local_size(self) -> int:
+        """Ranks that share memory: those of a host."""
+        return self.world_size // self.num_hosts if self.crosses_network else self.world_size
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

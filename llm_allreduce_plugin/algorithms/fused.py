@@ -15,7 +15,7 @@ from llm_allreduce_plugin.algorithms.base import MIN_SPLIT_LANES, VECTOR_BYTES, 
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
 from llm_allreduce_plugin.algorithms.measured import RowShape
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
-from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
+from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, bytes_in_words
 from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
 
 def obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:
     """Why the norm cannot be in the kernel of an all-reduce, or None when it can. ``launch``: of :func:`carrier`."""
+    if launch.hosts > 1:
+        return f"only sums inside one host are fused, and this one is over {launch.hosts}"
     if launch.wire_format is not None:
         return "only exact sums are fused, and this one is compressed on the wire"
     if rows.message.element_bytes != FUSED_BYTES:
@@ -96,13 +98,22 @@ def _exchange_obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | N
 
 
 def pays(facts: GroupFacts, rows: Rows, launch: Launch) -> Merit:
-    """Whether one kernel, which can run, does better than two."""
-    most = tables.fused_pays_to(launch.algorithm.name, facts.world_size)
-    if most is not None and rows.message.payload_bytes > most and facts.transport is not Transport.SHM:
+    """Whether one kernel, which can run, does better than two: as a profile says, or the numbers of ``measured``."""
+    payload = rows.message.payload_bytes
+    table = None if facts.tuned is None else facts.tuned.fused_table(rows.message.element_bytes)
+    if table is not None:
+        pays_ = table.range_of(payload)[1].strategy == ONE_KERNEL
+        faster = "one kernel is faster than two" if pays_ else "two kernels are faster than one"
+        return Merit(pays=pays_, reason=f"{table.place_of(payload)}, where {faster} ({table.source})")
+    if facts.transport is Transport.SHM:
+        return Merit(pays=True, reason="fuse_norm is on")
+    most, source = tables.fused_pays_to(launch.algorithm.name, facts)
+    if most is not None and payload > most:
         return Merit(pays=False, reason=f"above {bytes_in_words(most)} two kernels are faster than one")
-    if facts.world_size == PAIR and facts.transport is not Transport.SHM:
-        return Merit(pays=True, reason="fuse_norm is on; over 2 ranks one step sends no more than two")
-    return Merit(pays=True, reason="fuse_norm is on")
+    reason = f"fuse_norm is on; {source}"
+    if facts.world_size == PAIR:
+        reason += "; over 2 ranks one step sends no more than two"
+    return Merit(pays=True, reason=reason)
 
 
 def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:

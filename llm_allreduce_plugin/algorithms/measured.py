@@ -36,6 +36,8 @@ H200 = {
     7: changeover(64 * KIB, _ESTIMATE),
     8: changeover(52 * KIB, _ESTIMATE),
     16: changeover(20 * KIB, _ESTIMATE),
+    32: changeover(9 * KIB, _ESTIMATE),
+    72: changeover(4 * KIB, _ESTIMATE),
 }
 
 # How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
@@ -194,9 +196,12 @@ FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
-# larger one, or the last); None: no size is known for which it is not. Over 2 H200 it is faster from 16 KiB to 64 MiB
-# (benchmarks/h200/bench_fused_tp2.json); over more it was not measured.
+# larger one, or the last); None: no size is known for which it is not. A profile comes before it.
 FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
+# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json); of others nobody knows.
+FUSED_SOURCES: dict[tuple[Transport, int], str] = {
+    (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, rows of 8192)",
+}
 
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
 # that nobody orders, about 5 us over PCIe. Half the rate of a link of 25 GB/s (PCIe 4.0 x16) costs as much for 128 KiB:
@@ -216,3 +221,11 @@ LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]]
     (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
     (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }
+
+# Between hosts, modelled and not measured: what a GPU's share of the network carries, what a second step inside the
+# host costs beside its bytes, and pieces in which summing and sending go on at the same time.
+NETWORK_BYTES_PER_S = 46e9
+NETWORK_SECOND_STEP_S = 6e-6
+NETWORK_PIECE_BYTES = 16 << 20
+NETWORK_MOST_PIECES = 4
+NETWORK_SOURCE = "46 GB/s to each GPU, 6 us for a second step inside the host"

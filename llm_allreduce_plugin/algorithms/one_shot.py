@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms import network, tables
 from llm_allreduce_plugin.algorithms.base import (
     KernelStrategy,
     Message,
@@ -29,10 +29,16 @@ MAX_FLAGGED_LANES = 128
 class OneShot(KernelStrategy):
     name = AllReduceStrategy.ONESHOT
     numerics = Numerics.EXACT
+    spans_hosts = True
     instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
+        return network.in_words(self.algorithm, facts, Algorithm.ONE_SHOT), ""
+
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:  # noqa: ARG002
+        if facts.crosses_network:
+            return network.plan(facts, message, Algorithm.ONE_SHOT)
         slot_bytes = facts.in_band.one_shot
         if facts.transport is Transport.HOST:
             if message.payload_bytes <= min(slot_bytes, tables.host_in_band_bytes(self.name, facts.world_size)):

@@ -6,13 +6,16 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+# What a sum with a norm behind it may run as.
+ONE_KERNEL, TWO_KERNELS = "fused", "then-norm"
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
     """Messages up to ``max_bytes`` per rank (None: all larger ones) are fastest with ``strategy``."""
 
     max_bytes: int | None
-    strategy: str  # "ONESHOT" or "TWOSHOT"
+    strategy: str  # "ONESHOT" or "TWOSHOT"; with a norm behind the sum, ONE_KERNEL or TWO_KERNELS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +34,30 @@ class Table:
             below = found.max_bytes
         raise AssertionError(self)  # the last range has no limit
 
+    def place_of(self, payload_bytes: int) -> str:
+        """``8 KiB are within 64 KiB and more than 4 KiB``: the range of a message, in words."""
+        below, found = self.range_of(payload_bytes)
+        if found.max_bytes is not None:
+            where = f"within {bytes_in_words(found.max_bytes)}"
+            where += f" and more than {bytes_in_words(below)}" if below else ""
+        else:
+            where = f"more than {bytes_in_words(below)}" if below else "like all sizes"
+        return f"{bytes_in_words(payload_bytes)} are {where}"
+
 
 @dataclasses.dataclass(frozen=True)
 class TunedRanges:
-    """What was measured for elements of one size."""
+    """What was measured for elements of one size.
+
+    Attributes:
+        element_bytes: of an element.
+        ranges: which strategy is the fastest.
+        fused: with residual and norm behind the sum, one kernel or two; empty: that was not measured.
+    """
 
     element_bytes: int
     ranges: tuple[Range, ...]
+    fused: tuple[Range, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +76,11 @@ class Tuned:
         """For elements of this size, or of the one that was measured: what counts is bytes, additions hardly do."""
         found = next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
         return Table(found.ranges, self.source)
+
+    def fused_table(self, element_bytes: int) -> Table | None:
+        """One kernel or two for a sum of such elements with a norm behind it; None: that was not measured."""
+        ranges = next((found.fused for found in self.ranges if found.element_bytes == element_bytes), ())
+        return Table(ranges, self.source) if ranges else None
 
 
 def changeover(max_bytes: int, source: str) -> Table:

@@ -22,6 +22,8 @@ def obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     """Why no call of this group can be staged, or None. Does not look at slots: a layout depends on the answer."""
     if config.staged is StagedChoice.OFF:
         return "staged is off"
+    if facts.crosses_network:
+        return f"stages are for ranks of one host, not of {facts.num_hosts}"
     if facts.transport is not Transport.SYMMETRIC:
         return f"stages are for ranks that store to each other's GPU memory, not for {facts.transport} memory"
     if facts.world_size < FEWEST_RANKS:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from llm_allreduce_plugin.algorithms.base import KernelStrategy, MissingStrategy, Numerics, Strategy
 from llm_allreduce_plugin.algorithms.by_table import Auto, MinLatency, TableStrategy
 from llm_allreduce_plugin.algorithms.low_precision import LowPrecision
+from llm_allreduce_plugin.algorithms.mnnvl import MultiNodeNvlink
 from llm_allreduce_plugin.algorithms.nccl import Nccl
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
@@ -19,13 +20,6 @@ class UserBuffer(MissingStrategy):
     numerics = Numerics.EXACT
     instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "zero-copy on registered buffers"
-
-
-class MultiNodeNvlink(MissingStrategy):
-    name = AllReduceStrategy.MNNVL
-    numerics = Numerics.EXACT
-    instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
-    algorithm = "kernels over an NVLink domain that spans nodes"
 
 
 # By the name under which they run.

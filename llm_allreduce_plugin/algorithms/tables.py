@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
-from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms import measured, network
 from llm_allreduce_plugin.algorithms.measured import Split
 from llm_allreduce_plugin.algorithms.ranges import Table
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -51,6 +51,8 @@ def table_of(facts: GroupFacts, element_bytes: int) -> Table:
     """The table for a group, measured or seed; its source says which."""
     if facts.tuned is not None:
         return facts.tuned.table(element_bytes)
+    if facts.crosses_network:
+        return network.table(facts, element_bytes)
     if facts.transport is Transport.HOST:
         table = _of(measured.HOST, facts.world_size)
     else:
@@ -121,6 +123,13 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, s
     return int(sizes[tabulated] * scale), source
 
 
-def fused_pays_to(algorithm: str, world_size: int) -> int | None:
-    """The largest message for which one kernel for sum and norm is faster than two; None: there is no such size."""
-    return _of(measured.FUSED_PAYS_TO[algorithm], world_size)
+def fused_pays_to(algorithm: str, facts: GroupFacts) -> tuple[int | None, str]:
+    """The largest message for which one kernel for sum and norm is faster than two, and how that is known.
+
+    None: there is no such size.
+    """
+    most = _of(measured.FUSED_PAYS_TO[algorithm], facts.world_size)
+    if (source := measured.FUSED_SOURCES.get((facts.transport, facts.world_size))) is not None:
+        return most, source
+    through = " through host memory" if facts.transport is Transport.HOST else ""
+    return most, f"one kernel or two was not measured for {facts.world_size} ranks{through}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import pulling, staging, tables
+from llm_allreduce_plugin.algorithms import network, pulling, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     VECTOR_BYTES,
     KernelStrategy,
@@ -28,9 +28,15 @@ if TYPE_CHECKING:
 class TwoShot(KernelStrategy):
     name = AllReduceStrategy.TWOSHOT
     numerics = Numerics.EXACT
+    spans_hosts = True
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
+        return network.in_words(self.algorithm, facts, Algorithm.TWO_SHOT), ""
+
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
+        if facts.crosses_network:
+            return network.plan(facts, message, Algorithm.TWO_SHOT)
         parts = facts.world_size
         slot_bytes = facts.in_band.two_shot
         staged = staging.launch(config, facts, Algorithm.TWO_SHOT, message.vectors)

@@ -74,6 +74,10 @@ class Agreement:
         self._over = False
         self.abandoned = False
 
+    def nested(self, wait_s: float, setting: str, when: str) -> Agreement:
+        """Another series of the same ranks, with a deadline of its own: what fails there ends nothing here."""
+        return Agreement(self._group, wait_s, setting=setting, when=when)
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any, step: str) -> list[Any]:  # noqa: ANN401
@@ -230,7 +234,7 @@ class Agreement:
         """
         if self._store is None:
             store = store_of(self._group)
-            on_file, opened = _is_on_file(store), self._series.opened
+            on_file, opened = is_on_file(store), self._series.opened
             clone = getattr(store, "clone", None)  # torch from some release on, and not every store
             if on_file and opened:
                 store = opened[-1]
@@ -243,7 +247,8 @@ class Agreement:
         return self._store
 
 
-def _is_on_file(store: Store) -> bool:
+def is_on_file(store: Store) -> bool:
+    """Whether a store is a file."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return isinstance(store, FileStore)

@@ -127,12 +127,12 @@ class Step:
                 store.set(self.key(rank), data)  # type: ignore[arg-type]  # bytes are taken too
                 seen[rank] = load(data)
                 published = True
-            for peer in sorted(self.missing):
-                if store.check([self.key(peer)]):
-                    seen[peer] = load(store.get(self.key(peer)))
-                    self.missing.discard(peer)
-            absent = sorted(self.missing)
+            self._take(store, seen)
             word = store.get(agreement.word_key).decode() if store.check([agreement.word_key]) else None
+            if word is not None:
+                # Whoever failed behind this step had all its values: they are here, though some were not a moment ago.
+                self._take(store, seen)
+            absent = sorted(self.missing)
             if published and not absent:
                 # What peers had set before they gave up, waiting for this rank, leads nowhere.
                 if word is not None and rank in GivenUp(**json.loads(word)).missing:
@@ -146,6 +146,13 @@ class Step:
                 raise self._expired(absent, waited)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _take(self, store: Store, seen: dict[int, Any]) -> None:
+        """What has come of peers since."""
+        for peer in sorted(self.missing):
+            if store.check([self.key(peer)]):
+                seen[peer] = load(store.get(self.key(peer)))
+                self.missing.discard(peer)
 
     def _expired(self, missing: list[int], waited_s: float, text: str = "") -> StartTimeoutError:
         agreement = self._agreement

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.base.agreement import on_every_rank
-from llm_allreduce_plugin.bench import worker
+from llm_allreduce_plugin.bench import messages, worker
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
 from llm_allreduce_plugin.measure import answers, timing
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
 _groups: dict[int, RankContext] = {}
+_communicators: weakref.WeakValueDictionary[int, TensorParallelCommunicator] = weakref.WeakValueDictionary()
+
+_Output = TypeVar("_Output")
+_Capturing = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,16 @@ def form_groups(context: RankContext, world_sizes: tuple[int, ...]) -> None:
             _groups[size] = RankContext(context.rank, size, context.device, group, control)
 
 
+def group_of(world_size: int) -> RankContext:
+    """The group of this size that :func:`form_groups` made."""
+    return _groups[world_size]
+
+
+def communicator_of(world_size: int) -> TensorParallelCommunicator:
+    """What :func:`open_kernels` opened for the group of this size."""
+    return _communicators[world_size]
+
+
 def open_kernels(
     _context: RankContext, world_size: int, names: tuple[str, ...], settings: OurSettings
 ) -> tuple[GroupFacts, str]:
@@ -83,6 +100,7 @@ def open_kernels(
     group = _groups[world_size].communicator(
         "AUTO", transport=settings.transport, tuning_profile=settings.tuning_profile
     )
+    _communicators[world_size] = group
 
     def bind_as(name: str) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:
         def bind(input_: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -103,7 +121,7 @@ def _obstacle(group: TensorParallelCommunicator) -> str:
 def _bind(
     context: RankContext, candidate: Candidate, mine: torch.Tensor
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    return on_every_rank(lambda: worker.first_call(candidate, mine), context.control_group, RuntimeError)
+    return on_every_rank(lambda: messages.first_call(candidate, mine), context.control_group, RuntimeError)
 
 
 def compare(
@@ -124,8 +142,36 @@ def compare(
     wrong: dict[str, int] = {}
     for name, candidate in candidates.items():
         calls[name], answer = _bind(context, candidate, mine)
-        wrong[name] = worker.wrong_elements(context, candidate, answer, expected)
-    size = count * dtype.itemsize
+        wrong[name] = messages.wrong_elements(context, candidate, answer, expected)
+
+    def judged(name: str, answer: torch.Tensor) -> int:
+        # In place, the answer of one call is the input of the next: what was checked is the first.
+        return 0 if candidates[name].in_place else messages.wrong_elements(context, candidates[name], answer, expected)
+
+    capturing = {name: candidate.capturing for name, candidate in candidates.items()}
+    return time_in_turns(context, count * dtype.itemsize, calls, wrong, effort, judged, capturing)
+
+
+def time_in_turns(
+    context: RankContext,
+    size: int,
+    calls: Mapping[str, Callable[[], _Output]],
+    wrong: dict[str, int],
+    effort: Effort,
+    judged: Callable[[str, _Output], int],
+    capturing: Mapping[str, _Capturing],
+) -> Comparison:
+    """Time candidates in turns, if all their answers were right. Collective.
+
+    Args:
+        context: the ranks.
+        size: bytes of the message, per rank.
+        calls: a call of each candidate.
+        wrong: elements of its first answer that are wrong.
+        effort: how much to measure.
+        judged: elements of a candidate's answer that are wrong. Collective.
+        capturing: what a candidate wants around a graph capture.
+    """
     if any(wrong.values()):
         return Comparison(size, {}, {}, 0.0, 0.0, wrong)
 
@@ -140,17 +186,15 @@ def compare(
     if context.device.type != "cuda":
         return Comparison(size, {}, eager, 0.0, eager_noise, wrong)
     captured = {
-        name: timing.CapturedCalls(context, call, effort.calls, effort.warmup, candidates[name].capturing)
+        name: timing.CapturedCalls(context, call, effort.calls, effort.warmup, capturing[name])
         for name, call in calls.items()
     }
     graph, graph_noise = _in_turns(
         context, tuple(calls), lambda name: captured[name].samples(effort.replays), effort.rounds
     )
     for name, made in captured.items():
-        answer_of_graph = made.output()
-        # In place, the answer of one call is the input of the next: what was checked is the first.
-        if answer_of_graph is not None and not candidates[name].in_place:
-            wrong[name] += worker.wrong_elements(context, candidates[name], answer_of_graph, expected)
+        if (answer := made.output()) is not None:
+            wrong[name] += judged(name, answer)
     return Comparison(size, graph, eager, graph_noise, eager_noise, wrong)
 
 

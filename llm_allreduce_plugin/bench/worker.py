@@ -1,17 +1,26 @@
-"""What runs on the ranks of a benchmark: one candidate at one size at a time, verified before and after it is timed."""
+"""What runs on the ranks of a benchmark: one candidate at one size at a time, verified before and after it is timed.
+
+Candidates are those of sums alone, or of sums with a norm behind them (``Options.hidden``); only what a message is
+differs, see :mod:`~llm_allreduce_plugin.bench.messages`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from llm_allreduce_plugin.base.agreement import on_every_rank
-from llm_allreduce_plugin.bench.candidates import Bound, Candidate, OurSettings, open_candidate
-from llm_allreduce_plugin.measure import answers, timing
+from llm_allreduce_plugin.bench import candidates, norm_candidates
+from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
+from llm_allreduce_plugin.bench.messages import Message, NormMessage, SumMessage
+from llm_allreduce_plugin.bench.norm_candidates import NormCandidate
+from llm_allreduce_plugin.measure import timing
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.quantization import QuantKind
 
-_open: dict[str, Candidate] = {}
+_open: dict[str, Any] = {}  # Candidate, or NormCandidate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Options:
         replays: times that they are measured.
         warmup: calls before.
         check: compare results.
+        hidden: elements of a row that is normed; None: sums alone.
+        quant: how the norm is quantized; None: it is not.
     """
 
     dtype: str
@@ -31,6 +42,8 @@ class Options:
     replays: int = timing.REPLAYS
     warmup: int = timing.WARMUP
     check: bool = True
+    hidden: int | None = None
+    quant: QuantKind | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +76,25 @@ class Measurement:
         return self.eager_us if self.graph_us is None else self.graph_us
 
 
-def open_all(context: RankContext, names: tuple[str, ...], settings: OurSettings) -> dict[str, str]:
-    """Open candidates; for those that cannot run, why."""
+def open_all(
+    context: RankContext, names: tuple[str, ...], settings: OurSettings, options: Options | None = None
+) -> dict[str, str]:
+    """Open candidates; for those that cannot run, why. ``options``: None for sums alone."""
     refused = {}
     for name in names:
         try:
-            _open[name] = open_candidate(context, name, settings)
+            _open[name] = _open_candidate(context, name, settings, options.hidden if options else None)
         except RuntimeError as error:
             refused[name] = str(error)
     return refused
+
+
+def _open_candidate(
+    context: RankContext, name: str, settings: OurSettings, hidden: int | None
+) -> Candidate | NormCandidate:
+    if hidden is None:
+        return candidates.open_candidate(context, name, settings)
+    return norm_candidates.open_candidate(context, name, settings, hidden)
 
 
 def adopt(candidates: dict[str, Candidate]) -> None:
@@ -88,60 +111,39 @@ def close_all(context: RankContext) -> None:
     _open.clear()
 
 
-def first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Bound, torch.Tensor]:
-    """The call for one input, and its answer, in memory that was poisoned first.
-
-    The allocator gives the output what was freed last. Where it does not, that memory has no right answer either: the
-    input is from a fresh seed.
-    """
-    call = candidate.bind(mine)
-    poison = torch.full_like(mine, float("nan"))
-    del poison
-    return call, call()
-
-
-def wrong_elements(context: RankContext, candidate: Candidate, answer: torch.Tensor, expected: torch.Tensor) -> int:
-    """Elements of a candidate's answer that are not what they must be, over all ranks. Collective."""
-    if candidate.most_error is not None:
-        digests = context.gather(answers.digest(answer))
-        alike = all(other == digests[0] for other in digests)
-        bad = 0 if alike and answers.relative_error(answer, expected) <= candidate.most_error else answer.numel()
-    else:
-        bad = answers.wrong_elements(answer, expected, exact=candidate.exact, world_size=context.world_size)
-    return int(sum(context.gather(bad)))
-
-
 def opened(name: str) -> Candidate:
-    """A candidate that :func:`open_all` opened."""
-    return _open[name]
+    """A candidate for sums that :func:`open_all` opened."""
+    candidate: Candidate = _open[name]
+    return candidate
+
+
+def _message(context: RankContext, count: int, options: Options) -> Message[Any, Any]:
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    if options.hidden is None:
+        return SumMessage(context, count, dtype)
+    return NormMessage(context, count, dtype, options.hidden, options.quant)
 
 
 def measure(context: RankContext, name: str, count: int, options: Options) -> Measurement:
     """Collective. The same on every rank."""
     candidate = _open[name]
-    dtype = getattr(torch, options.dtype)
-    size = count * dtype.itemsize
-    row = Measurement(name, size, count)
-    if (refusal := candidate.refusal(size)) is not None:
+    row = Measurement(name, count * getattr(torch, options.dtype).itemsize, count)
+    message = _message(context, count, options)
+    if (refusal := message.refusal(candidate)) is not None:
         return dataclasses.replace(row, left_out=refusal)
-    seed = context.shared_seed()
-    mine = answers.make_input(seed, context.rank, count, dtype, context.device)
     try:
-        call, output = on_every_rank(lambda: first_call(candidate, mine), context.control_group, RuntimeError)
+        call, output = on_every_rank(lambda: message.first_call(candidate), context.control_group, RuntimeError)
     except RuntimeError as error:
         return dataclasses.replace(row, left_out=str(error))
+    expected = message.expected() if options.check else None
 
-    expected = None
-    if options.check:
-        expected = answers.rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
-
-    def wrong(answer: torch.Tensor | None) -> int | None:
-        return None if expected is None or answer is None else wrong_elements(context, candidate, answer, expected)
+    def wrong(answer: Any) -> int | None:  # noqa: ANN401  (a tensor, or several)
+        return None if expected is None or answer is None else message.wrong(candidate, answer, expected)
 
     eager_wrong = wrong(output)
     eager = timing.time_eager(context, call, options.calls, options.replays, options.warmup)
-    if not candidate.in_place:
-        eager_wrong = max(eager_wrong or 0, wrong(eager.output) or 0) if options.check else None
+    if not candidate.in_place and options.check:
+        eager_wrong = max(eager_wrong or 0, wrong(eager.output) or 0)
     row = dataclasses.replace(row, eager_us=round(eager.median, 2), eager_wrong=eager_wrong)
     if context.device.type != "cuda":
         return row

@@ -191,16 +191,17 @@ def _measure(
     Raises:
         typer.Exit: a rank failed.
     """
+    from llm_allreduce_plugin.bench import worker
     from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
 
     try:
         with RankPool(ranks, device_type) as pool:
-            refused: dict[str, str] = pool.run(measured.worker.open_all, wanted, *measured.opening)[0]
+            refused: dict[str, str] = pool.run(worker.open_all, wanted, measured.settings, measured.options)[0]
             for name, reason in refused.items():
                 typer.echo(f"# {name} is left out: {reason}")
             names = [name for name in wanted if name not in refused]
             _run(pool, names, counts, measured, ranks, rows)
-            pool.run(measured.worker.close_all)
+            pool.run(worker.close_all)
     except FAILURES as error:
         typer.echo(f"error: {in_a_line(error)}", err=True)
         raise typer.Exit(1) from None
@@ -222,7 +223,7 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from llm_allreduce_plugin.bench import table
+    from llm_allreduce_plugin.bench import table, worker
 
     hidden = measured.norm.hidden if measured.norm else None
     console = Console(stderr=True)
@@ -233,7 +234,7 @@ def _run(
             typer.echo(f"#\n# {name}\n{table.HEADER}")
             for count in counts:
                 progress.update(task, description=f"{name} {count}")
-                row = pool.run(measured.worker.measure, name, count, measured.options, timeout_s=300)[0]
+                row = pool.run(worker.measure, name, count, measured.options, timeout_s=300)[0]
                 rows.append(row)
                 typer.echo(table.line(row, measured.options.dtype, ranks, hidden))
                 progress.advance(task)

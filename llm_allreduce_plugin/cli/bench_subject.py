@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -75,26 +74,14 @@ class Subject:
     options: Options
     settings: OurSettings
 
-    @property
-    def worker(self) -> ModuleType:
-        """Whose functions do it."""
-        from llm_allreduce_plugin.bench import norm_worker, worker
-
-        return worker if self.norm is None else norm_worker
-
-    @property
-    def opening(self) -> tuple[Any, ...]:
-        """What opening candidates takes beside their names."""
-        return (self.settings,) if self.norm is None else (self.settings, self.options)
-
 
 def subject(norm: Norm | None, settings: OurSettings, **options: Any) -> Subject:  # noqa: ANN401
     """What is measured, with the options of ``worker.Options``."""
-    from llm_allreduce_plugin.bench import norm_worker, worker
+    from llm_allreduce_plugin.bench.worker import Options
 
     if norm is None:
-        return Subject(None, worker.Options(**options), settings)
-    return Subject(norm, norm_worker.Options(**options, hidden=norm.hidden, quant=norm.quant), settings)
+        return Subject(None, Options(**options), settings)
+    return Subject(norm, Options(**options, hidden=norm.hidden, quant=norm.quant), settings)
 
 
 def candidates(norm: Norm | None, device_type: str) -> tuple[str, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,18 +11,14 @@ import typer
 from llm_allreduce_plugin.algorithms import pulling
 from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.decision import Decision
-from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
+from llm_allreduce_plugin.cli import hosts as hosts_option
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.decision_fields import decision_fields, fused_fields, range_fields
-from llm_allreduce_plugin.config import AllReduceConfig
+from llm_allreduce_plugin.cli.explain_subject import modelled, subject
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
-from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
-from llm_allreduce_plugin.group.facts import ASSUMED_MULTIPROCESSORS
-from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
-from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection import sweep as sweeps
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
-from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, View, view_of
 from llm_allreduce_plugin.topology.links import Transport
 
 # No kernel handles these; that is what there is to explain.
@@ -33,86 +27,9 @@ EPILOG = options.epilog(
     "llm-allreduce explain --tokens 8 --hidden 8192 --tp 4",
     "llm-allreduce explain --topology configs/topologies/l40s_x8_two_numa.json --strategy LOWPRECISION --sweep",
     "llm-allreduce explain --bytes 64K --transport host --json",
+    "llm-allreduce explain --hosts 2x8 --link 50GB/s --topology configs/topologies/h100_x8_nvswitch.json",
     "llm-allreduce explain --fused --rows 16 --hidden 8192 --quant fp8-token",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The group that is spoken of.
-
-    Attributes:
-        where: in words.
-        facts: what its decisions depend on.
-        notes: what a reader should know about them.
-    """
-
-    where: str
-    facts: GroupFacts
-    notes: tuple[str, ...] = ()
-
-
-def subject(topology_file: Path | None, world_size: int | None, config: AllReduceConfig, *, cpu: bool) -> Subject:
-    """The group on a recorded node, on this node, or of CPU ranks where there are no GPUs.
-
-    Raises:
-        TopologyError: the file cannot be read.
-        ConfigError: ``tuning_profile`` names a file that cannot be used, or a setting does not fit the ranks.
-        ValueError: the node has fewer GPUs than ``world_size``, or this process sees none of them.
-    """
-    note: tuple[str, ...] = ()
-    topology = NodeTopology()
-    view: View | None = None
-    if topology_file is not None:
-        topology = NodeTopology.from_json(topology_file)
-    elif not cpu:
-        topology = NodeTopology.detect()
-        if not topology.gpus:
-            cpu = True
-            note = (f"no GPUs here ({topology.note}); --topology FILE speaks of another node",)
-        elif (view := view_of(topology)).hides_all:
-            message = f"no GPU is visible: {view.hidden_text}: unset it, or give --cpu or --topology FILE"
-            raise ValueError(message)
-    if cpu:
-        ranks = world_size or 2
-        config.check_world_size(ranks)
-        facts, ignored = with_profile(config, cpu_facts(ranks, config), NodeIdentity.of_cpu())
-        return Subject(f"{ranks} CPU ranks", facts, note + ignored)
-    seen = topology if view is None else view.topology
-    refusal = peer_refusal()
-    group = group_facts(seen, world_size, config, refusal)
-    config.check_world_size(group.world_size)
-    facts, ignored = with_profile(config, group, NodeIdentity.of_gpus(topology))
-    names = dict.fromkeys(gpu.name for gpu in seen.gpus[: facts.world_size])
-    source = "this node" if topology_file is None else topology_file.name
-    where = f"{facts.world_size} x {' and '.join(names) or 'GPU'} ({source})"
-    note = tuple(filter(None, [refusal_note(config.transport, refusal)]))
-    counting = _counting(view, facts) if view else ()
-    return Subject(where, facts, (*note, *_notes(seen, facts), *counting, *ignored))
-
-
-def _counting(view: View, facts: GroupFacts) -> Iterator[str]:
-    """Which GPUs the ranks are on, where that is not what one would think."""
-    yield from view.notes
-    members = view.positions[: facts.world_size]
-    if members != tuple(range(len(members))):
-        names = ", ".join(map(view.node.name_of, members))
-        yield f"ranks 0 to {len(members) - 1} are on {names}"
-
-
-def _notes(topology: NodeTopology, facts: GroupFacts) -> list[str]:
-    notes = []
-    if facts.transport is Transport.SYMMETRIC:
-        if facts.multiprocessors is None:
-            notes.append(
-                f"how many multiprocessors the GPUs have is not known: the launch is that of {ASSUMED_MULTIPROCESSORS}"
-            )
-        notes.append("peer access is the driver's word; it is proved when a group starts, and by llm-allreduce check")
-    elif facts.transport is Transport.HOST and (fault := topology.p2p_fault(range(facts.world_size))) is not None:
-        notes.append(f"through host memory: {fault}")
-    if len({gpu.architecture for gpu in topology.gpus[: facts.world_size]}) > 1:
-        notes.append("the GPUs are of several architectures: a communicator refuses such a group")
-    return notes
 
 
 def _why_sent(decision: Decision, message: Message) -> str | None:
@@ -181,6 +98,8 @@ def explain(
         typer.Option("--wire-format", help=options.WIRE_FORMAT_HELP, autocompletion=options.complete_wire_format),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    hosts: Annotated[str | None, typer.Option("--hosts", metavar="HxR", help=hosts_option.HOSTS_HELP)] = None,
+    link: Annotated[str | None, typer.Option("--link", metavar="RATE", help=hosts_option.LINK_HELP)] = None,
     in_place: Annotated[
         bool, typer.Option("--in-place", help="The input lies in memory that peers see (`peer_visible_empty`).")
     ] = False,
@@ -208,6 +127,7 @@ def explain(
     )
     element_type = options.parse_dtype(dtype, OTHER_DTYPES)
     kind = options.parse_quant(quant, fused=fused)
+    spread, network = hosts_option.parse_hosts(hosts), hosts_option.parse_link(link)
     others = {"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": plot is not None}
     if fused and any(others.values()):
         message = f"{next(name for name, given in others.items() if given)}: not with --fused, which takes whole rows"
@@ -216,7 +136,8 @@ def explain(
     count = tokens * hidden if size is None else options.parse_bytes(size) // element
     what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
     try:
-        group = subject(topology, world_size, config, cpu=cpu)
+        group = subject(topology, world_size, config, cpu=cpu, hosts=spread)
+        costs = modelled(group, hosts, network, element)
         wanted = sweep or plot is not None
         ranges = sweeps.sweep(config, group.facts, element_type, readable_in_place=in_place) if wanted else []
         normed = decide_fused(config, group.facts, tokens, hidden, element_type, kind) if fused else None
@@ -242,14 +163,13 @@ def explain(
             document["message"] |= {"rows": tokens, "hidden": hidden, "quant": kind}
         if in_place:
             document["message"] |= {"readable_in_place": True, "why_sent": sent}
-        if sweep:
-            document["ranges"] = [range_fields(found) for found in ranges]
+        document |= {} if costs is None else {"modelled": costs.fields()}
+        document |= {"ranges": [range_fields(found) for found in ranges]} if sweep else {}
         typer.echo(json.dumps(document, indent=1))
     else:
         via = "" if group.facts.transport is Transport.NONE else f", {group.facts.transport} memory"
-        typer.echo(f"# {group.where}{via}, allreduce_strategy {config.allreduce_strategy}")
-        for note in group.notes:
-            typer.echo(f"# {note}")
+        head = (f"{group.where}{via}, allreduce_strategy {config.allreduce_strategy}", *group.notes)
+        typer.echo("\n".join(f"# {line}" for line in head))
         if sweep:
             typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}")
         else:
@@ -257,6 +177,8 @@ def explain(
             typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank{behind}\n{shown}")
             if sent is not None:
                 typer.echo(f"  the input is sent: {sent}")
+        if costs is not None:
+            typer.echo(costs)
     if plot is not None:
         _draw(ranges, f"{group.where}, allreduce_strategy {config.allreduce_strategy}", element_type, plot)
 

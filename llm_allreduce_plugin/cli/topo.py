@@ -15,6 +15,7 @@ from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
 from llm_allreduce_plugin.topology import NodeTopology, View, view_of
+from llm_allreduce_plugin.topology.fabric import SUCCESS, domain_name, domain_notes, domain_obstacle
 from llm_allreduce_plugin.topology.links import Transport
 
 _LEGEND = """\
@@ -56,6 +57,32 @@ def _matrix(view: View) -> str:
     return _grid(rows)
 
 
+def _by_host(topology: NodeTopology) -> list[str]:
+    """Links inside each host, those that are alike once; and what joins them."""
+    alike: dict[str, list[int]] = {}
+    for host in dict.fromkeys(gpu.host for gpu in topology.gpus):
+        part = topology.subset([at for at, gpu in enumerate(topology.gpus) if gpu.host == host])
+        first = part.gpus[0].index  # a rack may count its GPUs through
+        gpus = tuple(gpu.model_copy(update={"host": 0, "index": gpu.index - first}) for gpu in part.gpus)
+        part = part.model_copy(update={"gpus": gpus})
+        text = "\n".join([_matrix(View(part, tuple(range(len(gpus))))), *_gpu_lines(part)])
+        alike.setdefault(text, []).append(host)
+    lines: list[str] = []
+    for text, hosts in alike.items():
+        lines += [f"Host{'s' * (len(hosts) > 1)} {_ranges(hosts)}{', each' if len(hosts) > 1 else ''}:", text, ""]
+    between = {
+        topology.links[a][b]
+        for a, gpu in enumerate(topology.gpus)
+        for b, other in enumerate(topology.gpus)
+        if gpu.host != other.host
+    }
+    fabrics = [gpu.fabric for gpu in topology.gpus]
+    lines.append(f"Between hosts: {', '.join(sorted(between))}")
+    if (obstacle := domain_obstacle(fabrics)) is not None:
+        lines.append(f"No NVLink domain over these hosts: {obstacle}")
+    return [*lines, *(f"Fabric: {note}" for note in domain_notes(fabrics))]
+
+
 def _gpu_lines(topology: NodeTopology) -> list[str]:
     """GPUs that are alike share a line."""
     lines: dict[str, list[int]] = {}
@@ -63,8 +90,11 @@ def _gpu_lines(topology: NodeTopology) -> list[str]:
         architecture = f"sm_{gpu.architecture}" if gpu.architecture else "architecture unknown"
         multicast = {True: "multicast", False: "no multicast", None: "multicast unknown"}[gpu.multicast]
         fabric = f"fabric {gpu.fabric.state}" if gpu.fabric else "no fabric"
-        host = f", host {gpu.host}" if topology.hosts > 1 else ""
-        lines.setdefault(f"{gpu.name}, {architecture}, {multicast}, {fabric}{host}", []).append(gpu.index)
+        if gpu.fabric is not None and gpu.fabric.status not in ("", SUCCESS):
+            fabric += f" with {gpu.fabric.status!r}"
+        if gpu.fabric is not None and gpu.fabric.cluster_uuid:
+            fabric += f" ({domain_name(gpu.fabric)})"
+        lines.setdefault(f"{gpu.name}, {architecture}, {multicast}, {fabric}", []).append(gpu.index)
     return [f"GPU {_ranges(indices)}: {text}" for text, indices in lines.items()]
 
 
@@ -93,7 +123,7 @@ def render(view: View, world_size: int | None) -> str:
     if not topology.gpus:
         parts = [f"No GPUs: {topology.note or 'none listed'}"]
     else:
-        parts = [_matrix(view), "", *_gpu_lines(topology)]
+        parts = _by_host(topology) if topology.hosts > 1 else [_matrix(view), "", *_gpu_lines(topology)]
         parts.append(f"NVSwitch: {'yes' if topology.nvswitch else 'no'}    driver: {topology.driver or 'unknown'}")
         parts.append(f"Peer access: {_p2p_line(topology)}")
         switches = [

@@ -9,15 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
+from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS, Range
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
 from llm_allreduce_plugin.errors import CacheError, ProfileError
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.profiles.file import Entry, Profile
+    from collections.abc import Iterator, Sequence
+
+    from llm_allreduce_plugin.profiles.entry import Entry, FusedMeasured, FusedRange, Measured
+    from llm_allreduce_plugin.profiles.file import Profile
     from llm_allreduce_plugin.topology import NodeIdentity
-    from llm_allreduce_plugin.tuning.measure import Group, Plan
+    from llm_allreduce_plugin.tuning.plan import Group, Plan
 
 EPILOG = options.epilog(
     "llm-allreduce tune",
@@ -118,6 +122,8 @@ def tune(
 ) -> None:
     """Measure which strategy is fastest for which size on this node, and keep it where AUTO finds it.
 
+    And whether residual and norm are faster in the kernel of the sum or in one of their own.
+
     Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
     and eager. Takes about a minute. Engines use the result from their next start on.
     """
@@ -128,7 +134,7 @@ def tune(
 
     from llm_allreduce_plugin.profiles import file as profiles
     from llm_allreduce_plugin.profiles.search import cache_path
-    from llm_allreduce_plugin.tuning.measure import Group, plan_of
+    from llm_allreduce_plugin.tuning.plan import Group, plan_of
 
     available = 0 if cpu else torch.cuda.device_count()
     if not cpu and available < 2:  # noqa: PLR2004
@@ -183,7 +189,8 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
 
     from llm_allreduce_plugin.measure.environment import environment
     from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
-    from llm_allreduce_plugin.tuning.measure import WrongAnswerError, tune
+    from llm_allreduce_plugin.tuning.measure import tune
+    from llm_allreduce_plugin.tuning.plan import WrongAnswerError
 
     versions = {
         name: str(value)
@@ -219,22 +226,38 @@ def _report(entry: Entry) -> str:
     from llm_allreduce_plugin.selection.policy import describe_ranges
 
     lines = [f"#\n# {entry}, over {entry.topology_class.in_words}: us per call, the fastest marked"]
-    lines.append(f"#{'bytes':>12}  {'ONESHOT':>10} {'TWOSHOT':>10} in graph   {'ONESHOT':>10} {'TWOSHOT':>10} eager")
-    for row in entry.measured:
-        cells = []
-        for times in (row.graph_us, row.eager_us):
-            best = min(times.values(), default=None)
-            for name in ("ONESHOT", "TWOSHOT"):
-                value = dict(times).get(name)
-                cells.append("-" if value is None else f"{value:.2f}{'*' if value == best else ' '}")
-        lines.append(f"{row.bytes:>13}  {cells[0]:>10} {cells[1]:>10}            {cells[2]:>10} {cells[3]:>10}")
+    lines += _times(("ONESHOT", "TWOSHOT"), entry.measured)
     if entry.decides_in_graphs:
         lines.append(f"# in graphs: {describe_ranges(entry.graph)}")
     lines.append(f"# eager: {describe_ranges(entry.eager)}")
+    if (fused := entry.fused) is not None:
+        lines.append(f"# with residual and norm behind the sum, in one kernel or in two (rows of {fused.hidden}):")
+        lines += _times((ONE_KERNEL, TWO_KERNELS), fused.measured)
+        if entry.decides_in_graphs:
+            lines.append(f"# in graphs: {describe_ranges([_in_words(found) for found in fused.graph])}")
+        lines.append(f"# eager: {describe_ranges([_in_words(found) for found in fused.eager])}")
     if entry.decides_in_graphs:
         lines.append("# those in graphs decide, for eager calls too: a rank that captures and one that does not must")
         lines.append("# run the same kernel, and the times of eager calls are mostly the host's")
     return "\n".join(lines)
+
+
+def _times(names: tuple[str, str], rows: Sequence[Measured | FusedMeasured]) -> Iterator[str]:
+    """A table of what was measured; the fastest of each size is marked."""
+    first, second = names
+    yield f"#{'bytes':>12}  {first:>10} {second:>10} in graph   {first:>10} {second:>10} eager"
+    for row in rows:
+        cells = []
+        for times in (row.graph_us, row.eager_us):
+            best = min(times.values(), default=None)
+            for name in names:
+                value = {str(key): time_us for key, time_us in times.items()}.get(name)
+                cells.append("-" if value is None else f"{value:.2f}{'*' if value == best else ' '}")
+        yield f"{row.bytes:>13}  {cells[0]:>10} {cells[1]:>10}            {cells[2]:>10} {cells[3]:>10}"
+
+
+def _in_words(found: FusedRange) -> Range:
+    return Range(found.max_bytes, {ONE_KERNEL: "one kernel", TWO_KERNELS: "two kernels"}[found.runs])
 
 
 def _last_line(path: Path, profile: Profile, seconds: float) -> str:

@@ -60,13 +60,15 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
     if gpus > 1:
         found += guarded("links", lambda: hardware.links(topology))
         found += guarded("fabric", lambda: hardware.multicast(topology))
+        found += guarded("NVLink domain", lambda: list(filter(None, [hardware.domain(topology)])))
         found += guarded("PCIe path", lambda: hardware.peer_path(topology))
     found += guarded("shared memory", lambda: limits.shared_memory(wanted, needed=needed))
     found += guarded("locked memory", lambda: limits.pinned_memory(wanted, needed=needed and gpus > 0))
     found += guarded("memory limit", lambda: limits.memory_limit(wanted))
     found += guarded("container", limits.container)
-    found += guarded("vLLM", lambda: software.vllm(software.installed("vllm")))
-    found += guarded("SGLang", lambda: software.sglang(software.installed("sglang")))
+    other = software.installed("sglang")
+    found += guarded("vLLM", lambda: software.vllm(software.installed("vllm"), needed=other is None))
+    found += guarded("SGLang", lambda: software.sglang(other))
     found.append(setting)
     found += guarded("environment", lambda: software.variables(transport=str(config.transport)))
     if ranks < 2 or setting.verdict is not Verdict.OK:  # noqa: PLR2004

@@ -11,6 +11,7 @@ from typing import Any
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.diagnosis.limits import size
 from llm_allreduce_plugin.topology import NodeTopology
+from llm_allreduce_plugin.topology.fabric import domain_name, domain_obstacle, gpu_obstacle
 
 WORKSPACE_BYTES = 1 << 30  # a workspace, and what a CUDA context takes
 _COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
@@ -107,6 +108,18 @@ def multicast(topology: NodeTopology, environment: Mapping[str, str] = os.enviro
     if unfinished and topology.nvswitch:
         return fail("fabric", text, "NVLinks do not work before it is complete: is nvidia-fabricmanager running?")
     return ok("fabric", text)
+
+
+def domain(topology: NodeTopology) -> Finding | None:
+    """Whether tensor parallel over several hosts could run over NVLink; None on GPUs that are in no domain at all."""
+    known = [gpu.fabric for gpu in topology.gpus if gpu.fabric is not None and gpu.fabric.cluster_uuid.strip("0-")]
+    if not known:
+        return None
+    obstacle = next(filter(None, map(gpu_obstacle, known)), None) or domain_obstacle(known)
+    names = ", ".join(dict.fromkeys(map(domain_name, known)))
+    if obstacle is None:
+        return ok("NVLink domain", f"{names}, by NVML's word; with --torchrun it is proved between hosts")
+    return ok("NVLink domain", f"{names}; for ranks on several hosts NVLink is not used: {obstacle}")
 
 
 def sharing(

@@ -25,7 +25,9 @@ Version = tuple[int, ...]
 PYTHONS = ((3, 11), (3, 13))  # tested
 OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
 VLLMS = ((0, 26), (0, 33))  # tested
-ENTRY_POINT_GROUP, ENTRY_POINT = "vllm.general_plugins", "llm_allreduce"
+SGLANGS = ((0, 5, 17), (0, 5, 23))  # tested
+ENTRY_POINT = "llm_allreduce"
+VLLM_GROUP, SGLANG_GROUP = "vllm.general_plugins", "sglang.srt.plugins"
 
 
 def dotted(version: Version) -> str:
@@ -118,37 +120,64 @@ def driver(name: str, serves: Version | None, toolkit: Version | None, *, gpus: 
 
 
 def vllm(
+    version: str | None,
+    entry_points: Sequence[str] | None = None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    needed: bool = True,
+) -> list[Finding]:
+    """Which vLLM there is, and whether it loads the plugin.
+
+    Args:
+        version: None: none.
+        entry_points: the names in vLLM's group; None: look.
+        environment: variables.
+        needed: whether its absence is worth a warning; off where there is another engine.
+    """
+    if version is None:
+        if not needed:
+            return [ok("vLLM", "not installed")]
+        return [warn("vLLM", "not installed", "install vLLM 0.26 to 0.33 into this environment to serve with it")]
+    # VLLM_PLUGINS= names none.
+    chosen = environment.get("VLLM_PLUGINS")
+    return [_release("vLLM", version, VLLMS), _loaded("vLLM", VLLM_GROUP, entry_points, "VLLM_PLUGINS", chosen)]
+
+
+def sglang(
     version: str | None, entry_points: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ
 ) -> list[Finding]:
-    """Which vLLM there is, and whether it loads the plugin. ``entry_points``: those of vLLM's group; None: look."""
+    """Which SGLang there is, and whether it loads the plugin. ``entry_points``: those of SGLang's group; None: look."""
     if version is None:
-        return [warn("vLLM", "not installed", "install vLLM 0.26 to 0.33 into this environment to serve with it")]
-    known = f"{dotted(VLLMS[0])} to {dotted(VLLMS[1])}"
-    if VLLMS[0] <= parsed(version)[:2] <= VLLMS[1]:
-        findings = [ok("vLLM", version)]
-    else:
-        findings = [warn("vLLM", version, f"tested are {known}; look for our lines in the log when it starts")]
+        return [ok("SGLang", "not installed")]
+    # SGLANG_PLUGINS= is as if it were not set.
+    chosen = environment.get("SGLANG_PLUGINS") or None
+    return [
+        _release("SGLang", version, SGLANGS),
+        _loaded("SGLang", SGLANG_GROUP, entry_points, "SGLANG_PLUGINS", chosen),
+    ]
+
+
+def _release(engine: str, version: str, tested: tuple[Version, Version]) -> Finding:
+    first, last = tested
+    if first <= parsed(version)[: len(first)] <= last:
+        return ok(engine, version)
+    known = f"{dotted(first)} to {dotted(last)}"
+    return warn(engine, version, f"tested are {known}; look for our lines in the log when it starts")
+
+
+def _loaded(engine: str, group: str, entry_points: Sequence[str] | None, variable: str, chosen: str | None) -> Finding:
+    """Whether an engine finds the plugin in its group of entry points, and the variable that chooses lets it in."""
+    what = f"{engine} plugin"
     names = entry_points
     if names is None:
-        names = [found.name for found in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)]
-    chosen = environment.get("VLLM_PLUGINS")
+        names = [found.name for found in importlib.metadata.entry_points(group=group)]
     if ENTRY_POINT not in names:
-        text = f"this environment has no entry point {ENTRY_POINT} in {ENTRY_POINT_GROUP}"
-        findings.append(fail("vLLM plugin", text, "install the package with pip into vLLM's environment"))
-    elif chosen is not None and ENTRY_POINT not in [name.strip() for name in chosen.split(",")]:
-        text = f"not loaded: VLLM_PLUGINS={chosen!r} does not name it"
-        findings.append(warn("vLLM plugin", text, f"add {ENTRY_POINT} to VLLM_PLUGINS, or unset it"))
-    else:
-        findings.append(ok("vLLM plugin", f"{ENTRY_POINT} is installed and will be loaded"))
-    return findings
-
-
-def sglang(version: str | None) -> Finding:
-    """SGLang is not served."""
-    if version is None:
-        return ok("SGLang", "not installed (this release has no integration for it)")
-    text = f"{version}: this release has no integration for it; its all-reduce stays as it is"
-    return warn("SGLang", text, "use vLLM, or TensorParallelCommunicator from your own code")
+        text = f"this environment has no entry point {ENTRY_POINT} in {group}"
+        return fail(what, text, f"install the package with pip into {engine}'s environment")
+    if chosen is not None and ENTRY_POINT not in [name.strip() for name in chosen.split(",")]:
+        text = f"not loaded: {variable}={chosen!r} does not name it"
+        return warn(what, text, f"add {ENTRY_POINT} to {variable}, or unset it")
+    return ok(what, f"{ENTRY_POINT} is installed and will be loaded")
 
 
 def settings() -> tuple[Finding, AllReduceConfig]:

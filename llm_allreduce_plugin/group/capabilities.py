@@ -19,12 +19,14 @@ def group_facts(
     world_size: int | None = None,
     config: AllReduceConfig | None = None,
     refusal: str | None = None,
+    no_domain: str | None = None,
 ) -> GroupFacts:
     """The facts of a group on the first ``world_size`` GPUs (default: all) of ``topology``.
 
     They are those that a communicator with ``config`` (default: no settings) agrees on there, as long as the topology
     tells the truth: that bytes do arrive is proved only where there are GPUs. ``refusal``: what
-    :func:`~llm_allreduce_plugin.group.layouts.peer_refusal` says where they are to run.
+    :func:`~llm_allreduce_plugin.group.layouts.peer_refusal` says where they are to run. ``no_domain``: why they are in
+    no NVLink domain over several hosts, whatever the topology says.
 
     Raises:
         ValueError: there are fewer GPUs.
@@ -47,16 +49,22 @@ def group_facts(
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             peer_refusal=refusal,
+            domain_refusal=no_domain,
+            fabric=gpu.fabric,
         )
         for gpu in members.gpus
     ]
     return facts_of(members, cards, settings)
 
 
-def cpu_facts(world_size: int, config: AllReduceConfig | None = None) -> GroupFacts:
-    """The facts of a group of CPU ranks."""
+def cpu_facts(world_size: int, config: AllReduceConfig | None = None, hosts: int = 1) -> GroupFacts:
+    """The facts of a group of CPU ranks, as many on each of ``hosts``."""
     settings = config or AllReduceConfig()
-    return facts_of(NodeTopology(), [RankCard.of_rank(settings, "cpu")] * world_size, settings)
+    card = RankCard.of_rank(settings, "cpu")
+    names = [card.host] if hosts == 1 else [f"host {host}" for host in range(hosts)]
+    each = world_size // len(names)
+    cards = [dataclasses.replace(card, host=name) for name in names for _ in range(each)]
+    return facts_of(NodeTopology(), cards, settings)
 
 
 def strategy_table(facts: GroupFacts) -> list[tuple[AllReduceStrategy, str | None]]:

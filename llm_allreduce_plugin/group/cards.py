@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from llm_allreduce_plugin.errors import RankMismatchError, ranks_text, ranks_wit
 from llm_allreduce_plugin.group.layouts import peer_refusal
 from llm_allreduce_plugin.topology.identity import positions_of
 from llm_allreduce_plugin.topology.model import NodeTopology
+from llm_allreduce_plugin.topology.node import Fabric
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +32,9 @@ class RankCard:
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
-    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory. ``node`` is what NVML says of the
-    node, empty where it says nothing. ``member`` names this rank's part in the group, unlike any other's: the first
+    is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory, ``domain_refusal`` the same across
+    hosts, ``fabric`` in which NVLink domain its GPU is. ``node`` is what NVML says of the node, empty where it says
+    nothing. ``member`` names this rank's part in the group, unlike any other's: the first
     rank's names the group in reports.
     """
 
@@ -45,6 +48,8 @@ class RankCard:
     multiprocessors: int = 0
     numa_node: int | None = None
     peer_refusal: str | None = None
+    domain_refusal: str | None = None
+    fabric: Fabric | None = None
     node: NodeTopology = dataclasses.field(default_factory=NodeTopology)
     member: str = dataclasses.field(default_factory=new_member)
 
@@ -72,13 +77,16 @@ class RankCard:
         properties, node = torch.cuda.get_device_properties(device), node or NodeTopology()
         gpu = str(properties.uuid)
         positions = positions_of(node, [gpu])
+        own = node.gpus[positions[0]] if positions else None
         return dataclasses.replace(
             card,
             architecture=properties.major * 10 + properties.minor,
             gpu=gpu,
             multiprocessors=properties.multi_processor_count,
-            numa_node=node.gpus[positions[0]].numa_node if positions else None,
+            numa_node=own.numa_node if own else None,
             peer_refusal=peer_refusal(),
+            domain_refusal=domain_refusal(),
+            fabric=own.fabric if own else None,
             node=node,
         )
 
@@ -86,12 +94,24 @@ class RankCard:
 def host_identity(boot_id: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
     """Equal for processes on one kernel, whatever containers call themselves.
 
-    Whether they can share memory is another question, which only sharing answers.
+    ``NCCL_HOSTID``, where it is set, is what NCCL tells hosts apart by, and so it is here. Whether processes can share
+    memory is another question, which only sharing answers.
     """
+    if host := os.environ.get("NCCL_HOSTID", "").strip():
+        return host
     try:
         return boot_id.read_text().strip() or socket.gethostname()
     except OSError:
         return socket.gethostname()
+
+
+def domain_refusal(environment: Mapping[str, str] | None = None) -> str | None:
+    """The variable by which a user keeps NVLink between hosts from being used, as it is set, or None.
+
+    NCCL's: whoever found the domain broken has set it for NCCL. ``environment``: instead of this process's.
+    """
+    variables = os.environ if environment is None else environment
+    return "NCCL_MNNVL_ENABLE=0" if variables.get("NCCL_MNNVL_ENABLE", "").strip() == "0" else None
 
 
 def hosts_of(cards: Sequence[RankCard]) -> tuple[int, ...]:
@@ -101,9 +121,17 @@ def hosts_of(cards: Sequence[RankCard]) -> tuple[int, ...]:
 
 
 def domains(cards: Sequence[RankCard]) -> tuple[int, ...]:
-    """The NUMA node of each rank's GPU; empty when it is not known of all."""
+    """The NUMA node of each rank's GPU; empty when it is not known of all.
+
+    Over several hosts they are numbered as ranks first name them: each host counts its own.
+    """
     nodes = tuple(card.numa_node for card in cards if card.numa_node is not None)
-    return nodes if len(nodes) == len(cards) else ()
+    if len(nodes) != len(cards):
+        return ()
+    if len({card.host for card in cards}) == 1:
+        return nodes
+    numbers: dict[tuple[str, int], int] = {}
+    return tuple(numbers.setdefault((card.host, node), len(numbers)) for card, node in zip(cards, nodes, strict=True))
 
 
 def peer_refusal_of(cards: Sequence[RankCard]) -> str | None:

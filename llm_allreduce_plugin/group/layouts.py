@@ -6,11 +6,11 @@ Needs no torch and no GPU, so that a decision can be made anywhere as it is made
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
-from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle, world_size_obstacle
+from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE, GroupFacts, hosts_obstacle, world_size_obstacle
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of, needs_flags
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
 from llm_allreduce_plugin.topology.links import Transport
@@ -26,12 +26,18 @@ STAGED_IN_BAND_SHARE = 4  # of a GPU's workspace, where large messages are stage
 HOST_IN_BAND_SHARE = 3  # of a workspace in host memory; the rest is for larger messages
 
 
-def transport_obstacle(config: AllReduceConfig, world_size: int, hosts: int, device_type: str) -> str | None:
-    """Why not to try to share memory at all, or None. ``device_type``: as torch calls it."""
+def transport_obstacle(config: AllReduceConfig, world_size: int, hosts: Sequence[int], device_type: str) -> str | None:
+    """Why not to try to share memory at all, or None. ``hosts``: of each rank. ``device_type``: as torch calls it."""
     if config.allreduce_strategy is AllReduceStrategy.NCCL:
         return "allreduce_strategy is NCCL"
-    if (reason := world_size_obstacle(world_size) or hosts_obstacle(hosts)) is not None:
+    if (reason := hosts_obstacle(hosts)) is not None:
         return reason
+    number = len(set(hosts)) or 1
+    if number == 1 and (reason := world_size_obstacle(world_size)) is not None:
+        return reason
+    if number > _C.MAX_HOSTS or world_size // number > LARGEST_WORLD_SIZE:
+        limits = f"{LARGEST_WORLD_SIZE} on each of {_C.MAX_HOSTS}"
+        return f"no kernel for {world_size} ranks on {number} hosts (there are for {limits})"
     if device_type not in ("cpu", "cuda"):
         return f"no kernels for device type {device_type}"
     return None
@@ -86,6 +92,19 @@ def host_layout(world_size: int, lanes: int, size: int) -> _C.Layout:
     return _C.make_layout(world_size, lanes, in_band_bytes=in_band, flagged_bytes=size - in_band, shared=True)
 
 
+def _layout_of_host(config: AllReduceConfig, facts: GroupFacts, multiprocessors: int) -> _C.Layout:
+    """Of a rank's workspace among the ranks of its host, where sums are exchanged between hosts: all by flags."""
+    world_size = facts.local_size
+    if facts.transport is Transport.SYMMETRIC:
+        lanes, default = min(_C.MAX_LANES, 2 * multiprocessors), DEFAULT_GPU_WORKSPACE_BYTES
+    elif facts.transport is Transport.HOST:
+        lanes, default = HOST_LANES, DEFAULT_HOST_WORKSPACE_BYTES // world_size
+    else:
+        lanes, default = 1, DEFAULT_CPU_WORKSPACE_BYTES
+    size = int(config.workspace_bytes or default)
+    return _C.make_layout(world_size, lanes, flagged_bytes=size, shared=facts.transport is not Transport.SYMMETRIC)
+
+
 def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors: int) -> _C.Layout:
     """The layout of a rank's workspace for the transport that ``facts`` name.
 
@@ -94,7 +113,9 @@ def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors
     Raises:
         ValueError: ``workspace_bytes`` is too little for so many ranks.
     """
-    wanted, world_size = config.workspace_bytes, facts.world_size
+    wanted, world_size = config.workspace_bytes, facts.local_size
+    if facts.crosses_network:
+        return _layout_of_host(config, facts, multiprocessors)
     compresses = config.allreduce_strategy is AllReduceStrategy.LOWPRECISION
     if facts.transport is Transport.SHM:
         size = int(wanted or DEFAULT_CPU_WORKSPACE_BYTES)

@@ -24,14 +24,19 @@ from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.board import ROW_BYTES, Board
 from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.group.facts import gpus_of, reach_of
+from llm_allreduce_plugin.group.host_agreement import HostAgreement
 from llm_allreduce_plugin.group.layouts import refusal_note
+from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection.policy import table_of, uses_table
 from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.fabric import FabricMemory
+from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
+from llm_allreduce_plugin.transport.rail import Rail
 from llm_allreduce_plugin.transport.shm import ShmMemory
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory, prove_peer_access
 
@@ -49,6 +54,8 @@ class Opened:
         board: what ranks say of themselves; None: they share none.
         board_memory: where that lies.
         first_member: names the group, see :class:`RankCard`.
+        places: of this rank; None: all ranks run on one host.
+        rail: what joins it to other hosts; None: nothing need.
     """
 
     facts: GroupFacts
@@ -57,6 +64,8 @@ class Opened:
     board: Board | None = None
     board_memory: ShmMemory | None = None
     first_member: str = ""
+    places: Places | None = None
+    rail: Rail | None = None
 
     def close(self) -> None:
         """Let go of it, before any call was made."""
@@ -65,7 +74,9 @@ class Opened:
         for held, what in ((self.board, "board"), (self.board_memory, "board"), (self.memory, "workspace")):
             if held is not None:
                 quietly(held.close, f"let go of the {what}'s memory")
-        self.memory = self.workspace = self.board = self.board_memory = None
+        if self.rail is not None:
+            quietly(self.rail.abort, "let go of the connection between hosts")
+        self.memory = self.workspace = self.board = self.board_memory = self.rail = None
 
 
 def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.device, config: AllReduceConfig) -> Opened:
@@ -99,6 +110,8 @@ class _Start:
         self._device = device
         self._config = config
         self._cards = found
+        self._over_fabric = False  # the memory that is opened is of an NVLink domain over several hosts
+        self._places: Places | None = None  # of ranks that run on several hosts
 
     def open(self) -> Opened:
         opened = self._open_workspace()
@@ -116,6 +129,7 @@ class _Start:
         """Set up shared memory if the strategy can use it; the facts say what came of it."""
         agreement, config, topology = self._agreement, self._config, gpus_of(self._cards)
         failed: dict[Transport, str] = {}
+        no_domain: str | None = None
         reach = reach_of(topology, self._cards, config)
         # All ranks have the same cards. Should one nevertheless come to another result, none may go on alone.
         obstacle = agreement.first_fault(
@@ -126,33 +140,49 @@ class _Start:
         note = refusal_note(config.transport, cards.peer_refusal_of(self._cards))
         if agreement.rank == 0 and note is not None:
             logger.info("%s", note)
+        if reach.facts.fabric and (no_domain := domain_fault(agreement, self._device)) is not None:
+            topology = gpus_of(self._cards, no_domain)
+            reach = reach_of(topology, self._cards, config, failed, no_domain)
         while reach.layout is not None:
             transport = reach.facts.transport
+            self._over_fabric = reach.facts.fabric
+            self._places = Places.of(reach.facts.hosts, agreement.rank) if reach.facts.crosses_network else None
             try:
                 memory, workspace = self._connect(transport, reach.layout)
+                rail = self._open_rail(memory, workspace)
             except TransportError as error:
-                failed[transport] = str(error)
-                reach = reach_of(topology, self._cards, config, failed)
+                if reach.facts.fabric:
+                    no_domain = str(error)
+                    topology = gpus_of(self._cards, no_domain)
+                else:
+                    failed[transport] = str(error)
+                reach = reach_of(topology, self._cards, config, failed, no_domain)
                 continue
             if reach.passed_over and agreement.rank == 0:
                 logger.warning("all-reduce goes through %s memory: %s", transport, "; ".join(reach.passed_over))
-            return Opened(reach.facts, memory, workspace)
+            return Opened(reach.facts, memory, workspace, places=self._places, rail=rail)
         return Opened(reach.facts)
 
     def _connect(self, transport: Transport, layout: _C.Layout) -> tuple[SharedMemory, _C.Workspace]:
-        """Share memory of this layout and prove that it is shared. Collective.
+        """Share memory of this layout, of each host, and prove that it is shared. Collective.
 
         Raises:
             TransportError: on every rank alike, with the reason.
         """
-        agreement, device, config = self._agreement, self._device, self._config
+        agreement, group, device, config = self._agreement, self._group, self._device, self._config
+        if self._places is not None:
+            agreement = HostAgreement(agreement, self._places)
+            if transport is Transport.SYMMETRIC:
+                group = self._group_of_host(self._places)
         memory: SharedMemory
-        if transport is Transport.SHM:
+        if self._over_fabric:
+            memory = FabricMemory.open(agreement, device, layout, transport)
+        elif transport is Transport.SHM:
             memory = ShmMemory.open(agreement, layout.total_bytes)
         elif transport is Transport.HOST:
             memory = HostMemory.open(agreement, device, layout)
         else:
-            memory = SymmetricMemory.open(agreement, self._group, device, layout)
+            memory = SymmetricMemory.open(agreement, group, device, layout)
 
         made: list[_C.Workspace] = []
 
@@ -184,13 +214,46 @@ class _Start:
             raise
         return memory, workspace
 
+    def _open_rail(self, memory: SharedMemory, workspace: _C.Workspace) -> Rail | None:
+        """Connect hosts; None: there is one. Collective.
+
+        Raises:
+            TransportError: on every rank alike, once it has let go of ``memory``.
+        """
+        places, agreement = self._places, self._agreement
+        if places is None:
+            return None
+        try:
+            return Rail.open(agreement, self._group, self._device, places.rail, self._cards[0].member)
+        except BaseException:
+            let_go(memory, workspace, in_use=agreement.abandoned)
+            raise
+
+    def _group_of_host(self, places: Places) -> dist.ProcessGroup:
+        """On which torch maps memory between the ranks of a host. Collective.
+
+        Raises:
+            TransportError: on every rank alike.
+        """
+        ranks = dist.get_process_group_ranks(self._group)
+        members = [ranks[member] for member in places.members]
+
+        def make() -> dist.ProcessGroup:
+            made: dist.ProcessGroup = dist.new_group(members, backend="nccl", use_local_synchronization=True)
+            return made
+
+        what = "cannot make a process group of its host"
+        return self._agreement.on_every_rank(
+            make, "to make process groups of hosts", TransportError, what, may_block=True
+        )
+
     def _with_table(self, facts: GroupFacts) -> GroupFacts:
         """The facts with the profile that the first rank finds: ranks' caches may differ.
 
         Raises:
             ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
         """
-        if facts.transport is Transport.NONE:
+        if facts.transport is Transport.NONE or facts.crosses_network:  # profiles are of one host
             return facts
 
         def look() -> GroupFacts:
@@ -208,11 +271,11 @@ class _Start:
 
     def _open_board(self, opened: Opened) -> None:
         """Errors name more with it; without it, all works as well."""
-        agreement = self._agreement
+        agreement = self._agreement if opened.places is None else HostAgreement(self._agreement, opened.places)
         try:
             opened.board_memory = ShmMemory.open(agreement, ROW_BYTES)
         except TransportError as error:
-            if agreement.rank == 0:
+            if self._agreement.rank == 0:
                 logger.info("errors will not say what has become of a peer: %s", error)
             return
         opened.board = Board(opened.board_memory.buffer, agreement.rank, agreement.world_size)
@@ -220,13 +283,21 @@ class _Start:
 
 def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
     """What runs and why, for the log of the first rank."""
+    if (hosts := len(set(facts.hosts))) > 1:
+        if facts.fabric:
+            logger.info("ranks on %d hosts are in one NVLink domain, as was proved with real bytes", hosts)
+        else:
+            logger.info("NVLink does not join the %d hosts: %s", hosts, facts.no_fabric_reason)
     if facts.transport is Transport.NONE:
         logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
         return
+    where = f"{facts.transport} memory"
+    if facts.crosses_network:
+        where += f" inside each of {facts.num_hosts} hosts, a network between them"
     logger.info(
-        "all-reduce over %d ranks (%s memory, allreduce_strategy %s, sizes per rank): %s",
+        "all-reduce over %d ranks (%s, allreduce_strategy %s, sizes per rank): %s",
         facts.world_size,
-        facts.transport,
+        where,
         config.allreduce_strategy,
         sizes,
     )

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,7 +59,8 @@ class RankContext:
         return values
 
 
-def _serve(rank: int, world_size: int, device_type: str, port: int, pipe: Connection) -> None:
+def serve(rank: int, world_size: int, device_type: str, port: int, pipe: Connection) -> None:
+    """What a rank does: join the group at this port, then run what comes through the pipe, until there is no more."""
     torch.set_num_threads(1)
     patience = dt.timedelta(seconds=START_LIMIT_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -144,18 +145,15 @@ class RankPool:
 
     def __init__(self, world_size: int, device_type: str) -> None:
         self.world_size = world_size
-        context = multiprocessing.get_context("spawn")
+        self.device_type = device_type
         self._store: Any = _meeting_place()
         self._pipes: list[Connection] = []
-        self.processes: list[SpawnProcess] = []
+        self.processes: list[BaseProcess] = []
         self._forget = processes.at_last(self.kill)
         try:
             for rank in range(world_size):
-                ours, theirs = context.Pipe()
-                arguments = (os.getpid(), __name__, _serve.__name__, rank, world_size, device_type, self._store.port)
-                process = context.Process(
-                    target=processes.run_child, args=(*arguments, theirs), daemon=True, name=f"rank-{rank}"
-                )
+                ours, theirs = multiprocessing.Pipe()
+                process = self._process(rank, self._store.port, theirs)
                 with processes.interrupts_held():
                     process.start()
                     self.processes.append(process)
@@ -165,6 +163,12 @@ class RankPool:
         except BaseException:
             self._end()
             raise
+
+    def _process(self, rank: int, port: int, pipe: Connection) -> BaseProcess:
+        """A rank's process, not yet started."""
+        arguments = (os.getpid(), __name__, serve.__name__, rank, self.world_size, self.device_type, port, pipe)
+        spawn = multiprocessing.get_context("spawn")
+        return spawn.Process(target=processes.run_child, args=arguments, daemon=True, name=f"rank-{rank}")
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""A tuning profile: what was measured on a node, and which strategy follows from it; and the file that it lives in."""
+"""A tuning profile, all that was measured on a node, and the file that it lives in."""
 
 from __future__ import annotations
 
@@ -10,125 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.ranges import Range, TunedRanges
 from llm_allreduce_plugin.base.files import read_json
 from llm_allreduce_plugin.errors import ProfileError, UnreadableFileError
+from llm_allreduce_plugin.profiles.entry import Entry, Frozen
 from llm_allreduce_plugin.topology.identity import NodeIdentity
-from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 SCHEMA = "llm-allreduce tuning profile"
-SCHEMA_VERSION = 1
+# 1: without `fused`, which says nothing then. Written is the newest.
+READABLE_VERSIONS = (1, 2)
+SCHEMA_VERSION = READABLE_VERSIONS[-1]
 LOCK_TIMEOUT_S = 60.0
 _MOST_FAULTS = 3  # that an error names
 
-# The kernels of the exact class. A profile that names anything else is not valid, so no profile can change bits.
-Kernel = Literal["ONESHOT", "TWOSHOT"]
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class ProfileRange(_Frozen):
-    """Messages up to ``max_bytes`` per rank (None: all larger ones) run on ``strategy``."""
-
-    max_bytes: int | None = Field(ge=0)
-    strategy: Kernel
-
-
-class Measured(_Frozen):
-    """Microseconds per call of every strategy at one size; those that had become far slower are left out."""
-
-    bytes: int = Field(ge=1)
-    graph_us: dict[Kernel, float] = Field(default_factory=dict)
-    eager_us: dict[Kernel, float] = Field(default_factory=dict)
-
-
-class Entry(_Frozen):
-    """What was measured for one kind of group.
-
-    Attributes:
-        world_size: ranks.
-        transport: how they reach each other.
-        topology_class: what their bytes travel over.
-        in_band: whether readiness travels inside the data, as a setting says.
-        element_bytes: size of an element; ``dtype`` is the one that was measured.
-        date: when, in UTC.
-        method: how.
-        environment: versions and driver.
-        graph: ranges by the times in CUDA graphs.
-        eager: ranges by the times of eager calls.
-        measured: the times behind them.
-    """
-
-    world_size: int = Field(ge=2)
-    transport: Transport
-    topology_class: TopologyClass
-    in_band: bool
-    element_bytes: Literal[2, 4]
-    dtype: str
-    date: str
-    method: str
-    environment: dict[str, str]
-    graph: tuple[ProfileRange, ...]
-    eager: tuple[ProfileRange, ...]
-    measured: tuple[Measured, ...]
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name in ("graph", "eager"):
-            limits = [found.max_bytes for found in getattr(self, name)]
-            bounded = [limit for limit in limits[:-1] if limit is not None]
-            if not limits or limits[-1] is not None or len(bounded) < len(limits) - 1:
-                message = f"{name}: the last range, and no other, has max_bytes null"
-                raise ValueError(message)
-            if bounded != sorted(set(bounded)):
-                message = f"{name}: max_bytes must rise, not {bounded}"
-                raise ValueError(message)
-        return self
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What there is one entry for."""
-        return (self.world_size, self.transport, self.in_band, self.element_bytes)
-
-    def serves(self, facts: GroupFacts) -> bool:
-        """True when a group of this kind was measured."""
-        in_band = facts.in_band.two_shot > 0
-        return (self.world_size, self.transport, self.in_band) == (facts.world_size, facts.transport, in_band)
-
-    @property
-    def decides_in_graphs(self) -> bool:
-        """Whether ``graph`` decides, for every call, or ``eager`` does. The only place that says which.
-
-        One of them for all calls of a group: a rank that captures a graph while another makes the call at once must
-        launch the same kernel. On GPUs it is ``graph``: times in graphs are the GPU's, those of eager calls mostly the
-        host's, which do not depend on the strategy. CPU ranks have no graphs.
-        """
-        return self.transport is not Transport.SHM
-
-    @property
-    def in_words(self) -> str:
-        """Which times decide: ``measured <date> ...``."""
-        return "in CUDA graphs" if self.decides_in_graphs else "in eager calls"
-
-    def ranges(self) -> TunedRanges:
-        """Those that decide, as the policy takes them."""
-        ranges = self.graph if self.decides_in_graphs else self.eager
-        return TunedRanges(self.element_bytes, tuple(Range(found.max_bytes, found.strategy) for found in ranges))
-
-    def __str__(self) -> str:
-        return f"{self.world_size} ranks, {self.transport} memory, {8 * self.element_bytes}-bit elements"
-
-
-class Profile(_Frozen):
+class Profile(Frozen):
     """All entries of one node."""
 
     schema_name: Literal["llm-allreduce tuning profile"] = Field(default="llm-allreduce tuning profile", alias="schema")
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 2
     device: Literal["cuda", "cpu"]
     gpu: str = Field(description="name of the GPUs, or of the CPU")
     architecture: int | None
@@ -173,22 +74,32 @@ class Profile(_Frozen):
     def text(self) -> str:
         """The file: a line to each field of an entry and to each measured size."""
         document = self.model_dump(mode="json", by_alias=True)
-        entries = []
-        for entry in document.pop("entries"):
-            rows = ",\n".join(f"    {json.dumps(row)}" for row in entry.pop("measured"))
-            fields = "".join(f"   {json.dumps(name)}: {json.dumps(value)},\n" for name, value in entry.items())
-            entries.append(f'  {{\n{fields}   "measured": [\n{rows}\n   ]\n  }}')
+        entries = [_block(entry, "  ") for entry in document.pop("entries")]
         return json.dumps(document, indent=1)[:-2] + ',\n "entries": [\n' + ",\n".join(entries) + "\n ]\n}\n"
+
+
+def _block(fields: dict[str, Any], indent: str) -> str:
+    """An object that ends with what was measured."""
+    rows = ",\n".join(f"{indent}  {json.dumps(row)}" for row in fields.pop("measured"))
+    lines = []
+    for name, value in fields.items():
+        if name == "fused":
+            lines += [] if value is None else [f'{indent} "fused":\n{_block(value, indent + "  ")}']
+        else:
+            lines.append(f"{indent} {json.dumps(name)}: {json.dumps(value)}")
+    lines.append(f'{indent} "measured": [\n{rows}\n{indent} ]')
+    return f"{indent}{{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def _version_fault(document: Any) -> str | None:  # noqa: ANN401
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         return "it is no tuning profile"
     version = document.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         newer = isinstance(version, int) and version > SCHEMA_VERSION
+        first = READABLE_VERSIONS[0]
         by = " (written by a newer version of this package)" if newer else ""
-        return f"its schema version is {version!r}, and this package reads {SCHEMA_VERSION}{by}"
+        return f"its schema version is {version!r}, and this package reads {first} to {SCHEMA_VERSION}{by}"
     return None
 
 

@@ -13,6 +13,7 @@ from llm_allreduce_plugin.group.board import Board
 from llm_allreduce_plugin.runtime.checked_calls import CallChecker
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.network_calls import Between
 from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _LEAVE_WAIT_S = 1.0  # for a call to leave its wait
 _CONTEXT_ENDS_S = 10.0  # for the driver to end a context after a wait has expired; 5 s were seen
+_HOSTS_WAIT_S = 8.0  # for the store to answer, and the network
 _MONITOR_WAIT_S = 8.0  # for the last report, on whatever file system
 
 
@@ -41,10 +43,11 @@ class Held:
     workspace: _C.Workspace | None
     board: Board | None
     board_memory: ShmMemory | None
+    between: Between | None = None
 
     def forget(self) -> None:
         """Hold nothing that could keep memory alive."""
-        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = None
+        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = None
 
 
 def end(held: Held, ending: Ending) -> None:
@@ -55,6 +58,7 @@ def end(held: Held, ending: Ending) -> None:
     """
     health, tally = held.health, held.planner.tally
     is_quiet = _end_calls(held, ending)
+    _leave_hosts(held, ending, is_quiet=is_quiet)
     is_broken = bool(ending.errors)
     broken = health.error() if health is not None and not _was_left(held.workspace) else None
     if broken is not None and health is not None:
@@ -71,6 +75,16 @@ def end(held: Held, ending: Ending) -> None:
     if held.monitor is not None:
         ending.step(held.monitor.close, "end the monitor", _MONITOR_WAIT_S)
     _free(held, ending, is_quiet=is_quiet, is_broken=is_broken)
+
+
+def _leave_hosts(held: Held, ending: Ending, *, is_quiet: bool) -> None:
+    """Tell other hosts, and let go of what joins them to this one."""
+    between = held.between
+    if between is None:
+        return
+    ending.step(between.watch.close, "leave other hosts", _HOSTS_WAIT_S)
+    rail = between.rail
+    ending.step(rail.close if is_quiet else rail.abort, "let go of the connection between hosts", _HOSTS_WAIT_S)
 
 
 def _was_left(workspace: _C.Workspace | None) -> bool:

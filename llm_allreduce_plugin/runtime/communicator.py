@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.group.start import log_start, open_group
+from llm_allreduce_plugin.group.start import Opened, log_start, open_group
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
 from llm_allreduce_plugin.runtime import metrics, norm_calls, reports
 from llm_allreduce_plugin.runtime.calls import Call, torch_all_reduce
@@ -22,6 +22,7 @@ from llm_allreduce_plugin.runtime.checked_calls import CallChecker
 from llm_allreduce_plugin.runtime.closing import Held, end
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.network_calls import Between, join_hosts
 from llm_allreduce_plugin.runtime.planner import Planner, dtype_name
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
@@ -89,13 +90,14 @@ class TensorParallelCommunicator:
         self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
         self._memory, self._workspace = opened.memory, opened.workspace
         self._board, self._board_memory = opened.board, opened.board_memory
-        self._health = None if opened.workspace is None else Health(opened.workspace, opened.board)
+        self._between = self._join_hosts(opened)
+        self._health = self._health_of(opened)
         self._checker = (
             CallChecker(self._control_group, config.timeout_s, config.first_timeout_s) if config.check_calls else None
         )
         self._planner = Planner(
             config, self.facts, self.rank, self.device, fallback,
-            workspace=self._workspace, health=self._health, checker=self._checker,
+            workspace=self._workspace, health=self._health, checker=self._checker, between=self._between,
         )  # fmt: skip
         # Looked at in every call.
         self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
@@ -116,8 +118,28 @@ class TensorParallelCommunicator:
                 counters,
                 alive=lambda: this() is not None,
                 board=self._board,
-                watchers=() if self._health is None else (self._health.look,),
+                watchers=self._watchers(),
+                error=None if self._health is None else self._health.error,
             )
+
+    def _join_hosts(self, opened: Opened) -> Between | None:
+        """What joins this rank to other hosts, watched."""
+        if opened.rail is None or opened.places is None or opened.workspace is None:
+            return None
+        return join_hosts(self._control_group, opened.workspace, opened.board, opened.rail, opened.places,
+                          opened.first_member, self.config)  # fmt: skip
+
+    def _health_of(self, opened: Opened) -> Health | None:
+        if opened.workspace is None:
+            return None
+        if self._between is None or opened.places is None:
+            return Health(opened.workspace, opened.board)
+        watch = self._between.watch
+        return Health(opened.workspace, opened.board, opened.places.members, lambda: watch.error)
+
+    def _watchers(self) -> tuple[Callable[[], None], ...]:
+        found = () if self._health is None else (self._health.look,)
+        return found if self._between is None else (*found, self._between.watch.look)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -200,13 +222,14 @@ class TensorParallelCommunicator:
             dtype: of its elements.
 
         Returns:
-            An uninitialized tensor; where ranks do not share GPU memory, an ordinary one.
+            An uninitialized tensor; where ranks do not share GPU memory, or are on several hosts, an ordinary one.
 
         Raises:
             TransportError: the memory cannot be allocated or mapped.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
-        if self.facts.transport is not Transport.SYMMETRIC or not self.facts.in_band.two_shot:
+        shares = self.facts.transport is Transport.SYMMETRIC and not self.facts.fabric
+        if not shares or not self.facts.in_band.two_shot:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for memory that peers see")
         try:
@@ -242,6 +265,14 @@ class TensorParallelCommunicator:
             RuntimeError: the strategy cannot run here, with the reason.
         """
         return self._planner.call_of(strategy, count, dtype)
+
+    def norm_call_of(self, strategy: str, shape: norm_calls.NormShape, *, fused: bool) -> norm_calls.NormCall:
+        """The same with a norm behind the sum, in one kernel (``fused``) or in two, whichever is faster.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+        """
+        return self._planner.norm_call_of(strategy, shape, fused=fused)
 
     def report(self) -> dict[str, Any]:
         """What this rank has done so far, ready for JSON.
@@ -287,11 +318,12 @@ class TensorParallelCommunicator:
         ending, held = Ending(), self._held()
         end(held, ending)
         held.forget()
-        self._memory = self._workspace = self._board = self._board_memory = self._health = None
+        self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = None
         ending.raise_first()
 
     def _held(self) -> Held:
         return Held(
             self.rank, self.device, self.facts.transport, self.config.timeout_s, self._planner, self._checker,
             self._monitor, self._health, self._memory, self._workspace, self._board, self._board_memory,
+            self._between,
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue
@@ -34,8 +35,15 @@ def _made(call: tuple[Kind, int, int]) -> str:
     return f"{count} {DTYPES.get(dtype, dtype)} ({name_of_kind(kind)}{wire}{norm})"
 
 
-def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
+def named(rank: int, ranks: Sequence[int]) -> int:
+    """A rank as the group numbers it. ``ranks``: of each that shares the workspace; empty: those are all."""
+    return ranks[rank] if ranks and 0 <= rank < len(ranks) else rank
+
+
+def breakage_of(workspace: _C.Workspace, ranks: Sequence[int] = ()) -> AllReduceError | None:
     """The error for what has broken the group; None while it works, or when a wait has expired.
+
+    ``ranks``: see :func:`named`.
 
     Returns:
         RankMismatchError: a peer makes another call (CPU ranks; on GPUs ``check_calls`` finds that).
@@ -44,7 +52,8 @@ def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
     record = workspace.failure()
     if record is None:
         return None
-    rank, peer, kind, phase, _lane, expected, seen, _waited_s = record
+    own, other, kind, phase, _lane, expected, seen, _waited_s = record
+    rank, peer = named(own, ranks), named(other, ranks)
     where = f"{name_of_kind(kind)}/{PHASES[phase]}"
     match workspace.reason():
         case _C.REASON_MISMATCH:
@@ -63,27 +72,36 @@ def breakage_of(workspace: _C.Workspace) -> AllReduceError | None:
                 f"rank {rank} left a call, {where}, before its end: a signal handler raised, or the communicator was "
                 "closed. Ranks no longer agree on how many calls they have made; restart the group"
             )
+        case _C.REASON_EXCHANGE:
+            return GroupBrokenError(
+                f"rank {rank} left an exchange between hosts before its end. Ranks no longer agree on how many calls "
+                "they have made; restart the group"
+            )
     return None
 
 
-def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeoutError | None:
+def failure_of(
+    workspace: _C.Workspace, board: Board | None = None, ranks: Sequence[int] = ()
+) -> PeerTimeoutError | None:
     """The expired wait on record, or None. Cheap, and safe after the CUDA context has broken.
 
-    ``board``: where ranks say what has become of them, for a text that says why the peer did not come.
+    ``board``: where ranks say what has become of them, for a text that says why the peer did not come. ``ranks``: see
+    :func:`named`.
     """
     record = workspace.failure()
     if record is None:
         return None
-    rank, peer, kind, phase, _lane, _expected, _seen, waited_s = record
+    own, other, kind, phase, _lane, _expected, _seen, waited_s = record
+    rank, peer = named(own, ranks), named(other, ranks)
     where = name_of_kind(kind), PHASES[phase]
-    row = None if board is None else board.row(peer)
+    row = None if board is None else board.row(other)
     if board is None or row is None:
         return PeerTimeoutError(rank, peer, *where, waited_s)
     if row.state is State.GAVE_UP:
         ago = max(0.0, time.time() - row.wall_s)
         gave_up_in = f"{name_of_kind((row.algorithm, 0, row.wire, Epilogue.STORE))}/{PHASES.get(row.phase)}"
-        before = f"{row.waited_s:.3g} s for rank {row.peer} in {gave_up_in}"
-        if row.peer == rank and _is_later(board, rank, row):
+        before = f"{row.waited_s:.3g} s for rank {named(row.peer, ranks)} in {gave_up_in}"
+        if row.peer == own and _is_later(board, own, row):
             text = f"rank {rank} came too late: rank {peer} gave up {ago:.3g} s ago, after it had waited {before}"
             return PeerTimeoutError(rank, peer, *where, waited_s, text=text)
         return PeerTimeoutError(
@@ -93,7 +111,7 @@ def failure_of(workspace: _C.Workspace, board: Board | None = None) -> PeerTimeo
         return PeerTimeoutError(rank, peer, *where, waited_s, known=", which could not go on: see its log")
     if row.state is State.CLOSED:
         return PeerTimeoutError(rank, peer, *where, waited_s, known=", which has closed its communicator")
-    known = ", whose process has ended" if board.has_ended(peer) else ""
+    known = ", whose process has ended" if board.has_ended(other) else ""
     return PeerTimeoutError(rank, peer, *where, waited_s, known=known)
 
 
@@ -103,12 +121,12 @@ def _is_later(board: Board, rank: int, theirs: Row) -> bool:
     return own is None or own.state is not State.GAVE_UP or own.wall_s > theirs.wall_s
 
 
-def error_of(workspace: _C.Workspace, board: Board | None = None) -> AllReduceError | None:
+def error_of(workspace: _C.Workspace, board: Board | None = None, ranks: Sequence[int] = ()) -> AllReduceError | None:
     """What has broken the group, or None. Cheap, and safe after the CUDA context has broken.
 
-    ``board``: see :func:`failure_of`.
+    ``board``: see :func:`failure_of`; ``ranks``: :func:`named`.
     """
-    return breakage_of(workspace) or failure_of(workspace, board)
+    return breakage_of(workspace, ranks) or failure_of(workspace, board, ranks)
 
 
 def error_of_status(status: int, name: str) -> RuntimeError:

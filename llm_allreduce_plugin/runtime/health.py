@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.errors import AllReduceError
@@ -16,21 +17,31 @@ class Health:
     Args:
         workspace: whose calls leave the record.
         board: what ranks say of themselves; None: nothing is known of them.
+        ranks: of the group, those that share the workspace; empty: all.
+        between_hosts: what has broken the exchange between hosts, or None.
 
     Attributes:
         told: whether the caller has been told what has broken the group.
     """
 
-    def __init__(self, workspace: _C.Workspace, board: Board | None) -> None:
+    def __init__(
+        self,
+        workspace: _C.Workspace,
+        board: Board | None,
+        ranks: Sequence[int] = (),
+        between_hosts: Callable[[], AllReduceError | None] = lambda: None,
+    ) -> None:
         self._workspace = workspace
         self._board = board
+        self._ranks = tuple(ranks)
+        self._between_hosts = between_hosts
         self._gone: set[int] = set()
         self._has_given_up = False
         self.told = False
 
     def error(self) -> AllReduceError | None:
         """What has broken the group, or None. Cheap, and safe after the CUDA context has broken."""
-        return error_of(self._workspace, self._board)
+        return self._between_hosts() or error_of(self._workspace, self._board, self._ranks)
 
     def raise_error(self) -> None:
         """Raise what has broken the group, if anything has.

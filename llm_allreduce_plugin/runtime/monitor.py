@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.guarded import Guarded
+from llm_allreduce_plugin.errors import AllReduceError
 from llm_allreduce_plugin.group.board import Board
 from llm_allreduce_plugin.runtime.failures import error_of
 from llm_allreduce_plugin.runtime.metrics import RankCounters
@@ -33,6 +34,7 @@ class Monitor:
         alive: False once the communicator is gone; the thread then ends.
         board: see :func:`~llm_allreduce_plugin.runtime.failures.failure_of`.
         watchers: are called in every period.
+        error: what has broken the group; default: what the workspace and the board say.
     """
 
     PERIOD_S = 0.25
@@ -47,10 +49,12 @@ class Monitor:
         *,
         board: Board | None = None,
         watchers: Sequence[Callable[[], None]] = (),
+        error: Callable[[], AllReduceError | None] | None = None,
     ) -> None:
         self._workspace = workspace
         self._board = board
         self._watchers = tuple(watchers)
+        self._error = error or self._error_on_record
         self._alive = alive
         # Reports cost time, so they are made only where they go somewhere.
         wanted = report_dir is not None or counters is not None
@@ -67,6 +71,7 @@ class Monitor:
         self._workspace = None
         self._board = None
         self._watchers = ()
+        self._error = self._error_on_record
         if self._reporter is not None:
             self._reporter.close()
 
@@ -79,11 +84,14 @@ class Monitor:
             for duty in duties:
                 duty()
 
+    def _error_on_record(self) -> AllReduceError | None:
+        return None if self._workspace is None else error_of(self._workspace, self._board)
+
     def _name_expired_wait(self) -> None:
         """Say once which wait has expired."""
         if self._told or self._workspace is None:
             return
-        failure = error_of(self._workspace, self._board)
+        failure = self._error()
         if failure is not None:
             logger.critical("all-reduce failed: %s; the group is unusable from here on", failure)
             self._told = True

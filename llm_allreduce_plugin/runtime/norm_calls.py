@@ -33,6 +33,7 @@ class NormShape(NamedTuple):
         adds: whether there is a residual.
         quant: how ``norm_out`` is quantized; None: it is not.
         layout: of the scales.
+        scale_stride: scales from one column of them to the next; 0: they do not lie in columns.
         return_norm: ``norm_out`` is wanted beside what it is quantized to.
     """
 
@@ -44,6 +45,7 @@ class NormShape(NamedTuple):
     adds: bool
     quant: QuantKind | None
     layout: ScaleLayout
+    scale_stride: int
     return_norm: bool
 
     @property
@@ -122,8 +124,9 @@ def shape_of(
 ) -> NormShape:
     """Of a call with these arguments, whose tensors are in order."""
     hidden = input_.shape[-1]
+    rows = input_.numel() // hidden if hidden else 0
     return NormShape(
-        input_.numel() // hidden if hidden else 0,
+        rows,
         hidden,
         input_.dtype,
         eps,
@@ -131,6 +134,7 @@ def shape_of(
         residual is not None,
         None if quant is None else quant.kind,
         ScaleLayout.ROWS if quant is None else quant.layout,
+        0 if quant is None else quant.scale_stride(rows),
         return_norm,
     )
 
@@ -143,6 +147,7 @@ def norm_of(shape: NormShape) -> _C.Norm:
         weight_bias=shape.weight_bias,
         quant=_C.QUANT_NONE if shape.quant is None else shape.quant.code,
         scales=shape.layout.code,
+        scale_stride=shape.scale_stride,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDecision
+from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDecision, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.runtime import norm_calls
@@ -17,6 +17,7 @@ from llm_allreduce_plugin.runtime.calls import Call, kernel_call, plan_of
 from llm_allreduce_plugin.runtime.checked_calls import CallChecker, Description, describe_fused
 from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
 from llm_allreduce_plugin.runtime.health import Health
+from llm_allreduce_plugin.runtime.network_calls import Between, Shape, network_call
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.runtime.plans import Planned, Plans
 from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, Counted, CountedCall, Tally, fallback_of
@@ -46,6 +47,7 @@ class Planner:
         workspace: of this rank; None: the group shares no memory.
         checker: compares calls between ranks first; None: nobody does.
         health: of the group; None where there is no workspace.
+        between: what joins this rank to other hosts; None: all run on one.
 
     Attributes:
         plans: by count and type of the message.
@@ -66,6 +68,7 @@ class Planner:
         workspace: _C.Workspace | None,
         health: Health | None,
         checker: CallChecker | None,
+        between: Between | None = None,
     ) -> None:
         self._config = config
         self._facts = facts
@@ -75,6 +78,7 @@ class Planner:
         self._workspace = workspace
         self._health = health
         self._checker = checker
+        self._between = between
         self._capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
         self._logged: set[str] = set()
         self._closed = False
@@ -93,7 +97,7 @@ class Planner:
         self.plans.clear()
         self.pulls.clear()
         self.normed.clear()
-        self._workspace = self._health = None
+        self._workspace = self._health = self._between = None
 
     def log_missing_kernel(self) -> None:
         """Say at once what asking for a strategy without a kernel leads to."""
@@ -180,10 +184,23 @@ class Planner:
         assert workspace is not None
         assert health is not None
         assert launch is not None
+        if launch.hosts > 1:
+            over_hosts = self._network_call(launch, str(decision.strategy), count, dtype)
+            self.tally.add(decision, over_hosts.made, over_hosts)
+            return Planned(decision, over_hosts, over_hosts.made)
         plan = plan_of(workspace, launch, count, dtype, peer_distances)
         call = kernel_call(plan, launch, health, self._device, str(decision.strategy))
         self.tally.add(decision, plan, call)
         return Planned(decision, call, plan)
+
+    def _network_call(self, launch: Launch, name: str, count: int, dtype: torch.dtype) -> CountedCall:
+        """A function that runs a launch over several hosts."""
+        assert self._workspace is not None
+        assert self._between is not None
+        assert self._health is not None
+        shape = Shape(launch, count, dtype, self._facts.local_size)
+        call = network_call(shape, self._workspace, self._between, self._health, self._device, name)
+        return CountedCall(call, self._capturing)
 
     def _checked(
         self, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype, place: str = ""
@@ -229,6 +246,27 @@ class Planner:
         self.normed.keep(shape, planned)
         return planned
 
+    def norm_call_of(self, strategy: str, shape: NormShape, *, fused: bool) -> NormCall:
+        """The call that another strategy would make, with the norm in the kernel of the sum or in one of its own.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+            ValueError: such rows cannot be normed, or not quantized like this.
+        """
+        settings = self._config.model_copy(
+            update={"allreduce_strategy": AllReduceStrategy.parse(strategy), "fuse_norm": fused}
+        )
+        decision = decide_fused(
+            settings, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant, however_slow=True
+        )
+        if decision.all_reduce.launch is None or decision.all_reduce.runs_another:
+            raise RuntimeError(decision.all_reduce.reason)
+        if fused and decision.launch is None:
+            raise RuntimeError(decision.reason)
+        call, counted = self._norm_call(decision, shape)
+        self.tally.add(decision, counted, call)
+        return call
+
     def _norm_call(self, decision: FusedDecision, shape: NormShape) -> tuple[NormCall, Counted]:
         """A function that does it, and what counts its calls."""
         name, launch = decision.counted_as, decision.launch or decision.all_reduce.launch
@@ -241,5 +279,8 @@ class Planner:
         if decision.launch is not None:
             plan = norm_calls.fused_plan(self._workspace, launch, shape)
             return norm_calls.fused_call(plan, shape, self._health, self._device, name), plan
+        if launch.hosts > 1:
+            over_hosts = self._network_call(launch, name, shape.elements, shape.dtype)
+            return norm_calls.engine_then_norm(over_hosts, shape, self._device), over_hosts.made
         plan = plan_of(self._workspace, launch, shape.elements, shape.dtype)
         return norm_calls.kernel_then_norm(plan, shape, self._health, self._device, name), plan

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.base.files import read_json, replace_text
 from llm_allreduce_plugin.base.members import host_word
 from llm_allreduce_plugin.errors import UnreadableFileError
@@ -28,7 +29,7 @@ from llm_allreduce_plugin.errors import UnreadableFileError
 SERVER_VARIABLE = "_LLM_ALLREDUCE_SERVER"
 MOST_BYTES = 1 << 18  # of a report
 MOST_READ = 512  # reports, the youngest ones: what one look at a folder costs is bounded
-MOST_KEPT = 64  # of processes that have ended
+MOST_KEPT = 2 * LARGEST_WORLD_SIZE  # of processes that have ended: two runs of the largest group
 KEPT_S = 7 * 24 * 3600.0  # a report that nobody has touched for so long is not kept beyond that number
 _PATTERN = "rank-*.json"
 

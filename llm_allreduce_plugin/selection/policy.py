@@ -72,6 +72,7 @@ def decide(
             reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(config, facts, message, name, why, against),
             by_design=bool(against) and can_run,
+            numerics=str(strategy.numerics_of(facts)),
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
 
@@ -104,11 +105,20 @@ def _passed_over(
 
 
 def decide_fused(
-    config: AllReduceConfig, facts: GroupFacts, rows: int, hidden: int, dtype: str, quant: QuantKind | None = None
+    config: AllReduceConfig,
+    facts: GroupFacts,
+    rows: int,
+    hidden: int,
+    dtype: str,
+    quant: QuantKind | None = None,
+    *,
+    however_slow: bool = False,
 ) -> FusedDecision:
     """What runs for ``rows`` rows of ``hidden`` elements with residual, RMSNorm and quantization behind the sum.
 
     For all hidden sizes that can be normed there is a decision. The result has the same bits whatever it says.
+
+    ``however_slow``: one kernel wherever it can run, whether or not it pays, which is what tuning finds out.
 
     Raises:
         ValueError: rows of this size cannot be normed, or not quantized like this.
@@ -124,8 +134,9 @@ def decide_fused(
     carrier = fused.carrier(config, facts, subject.message, all_reduce.launch)
     if (obstacle := fused.obstacle(facts, subject, carrier)) is not None:
         return FusedDecision(None, obstacle, all_reduce)
-    if not (merit := fused.pays(facts, subject, carrier)).pays:
-        return FusedDecision(None, merit.reason, all_reduce)
+    merit = fused.pays(facts, subject, carrier)
+    if not merit.pays and not however_slow:
+        return FusedDecision(None, merit.reason, all_reduce, by_design=True)
     return FusedDecision(fused.plan(facts, subject, carrier), merit.reason, all_reduce)
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_allreduce_plugin.topology.hosts import BETWEEN_HOSTS
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
 
@@ -98,12 +99,15 @@ def positions_of(topology: NodeTopology, uuids: Sequence[str]) -> list[int]:
 
 
 def topology_class(topology: NodeTopology, transport: Transport, positions: Sequence[int]) -> TopologyClass:
-    """What the bytes of a group of GPUs travel over, as ``transport`` has its ranks reach each other."""
+    """What the bytes of a group of GPUs travel over, as ``transport`` has its ranks reach each other.
+
+    Of a group on several hosts that a network joins: inside each of them.
+    """
     if transport is Transport.SHM:
         return TopologyClass.CPU
     if transport is Transport.HOST:
         return TopologyClass.HOST_MEMORY
-    links = {topology.links[i][j] for i in positions for j in positions if i != j}
+    links = {topology.links[i][j] for i in positions for j in positions if i != j} - {BETWEEN_HOSTS}
     if transport is Transport.NONE or not links or "?" in links:
         return TopologyClass.UNKNOWN
     if not all(link.startswith("NV") for link in links):

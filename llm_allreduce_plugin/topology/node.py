@@ -39,11 +39,16 @@ class _Frozen(BaseModel):
 
 
 class Fabric(_Frozen):
-    """The NVLink domain that a GPU is registered in (NVML's GPU fabric info)."""
+    """The NVLink domain that a GPU is registered in (NVML's GPU fabric info), and what its use takes."""
 
     state: PlainText = Field(description="completed, in progress, not started, not supported")
-    cluster_uuid: PlainText = ""
+    status: PlainText = Field(default="", description="success, or NVML's error; empty: not known")
+    cluster_uuid: PlainText = Field(default="", description="empty where NVML gives zeros")
     clique_id: int = Field(default=0, ge=0, lt=1 << 32)
+    handles: bool | None = Field(default=None, description="memory can be exported to other hosts; None: not known")
+    imex_channel: bool | None = Field(
+        default=None, description="there is an IMEX channel that this user may open; None: not known"
+    )
 
 
 class Gpu(_Frozen):

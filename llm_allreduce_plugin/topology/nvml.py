@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,9 @@ _P2P_STATUS = {0: "OK", 1: "CNS", 2: "GNS", 3: "TNS", 4: "DR", 5: "NS"}  # nvmlG
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2  # nvmlGpuP2PCapsIndex_t
 _FABRIC_STATE = {0: "not supported", 1: "not started", 2: "in progress", 3: "completed"}  # nvmlGpuFabricState_t
 _CU_MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+_CU_FABRIC_SUPPORTED = 128  # CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
 _CU_MULTICAST_SUPPORTED = 132  # CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
+_IMEX_CHANNELS = Path("/dev/nvidia-caps-imex-channels")
 
 
 class _NoNvmlError(Exception):
@@ -82,15 +85,27 @@ class _FabricInfo(ctypes.Structure):
     )
 
 
-def _fabric(nvml: Any, handle: Any) -> Fabric | None:  # noqa: ANN401
+def _fabric(nvml: Any, handle: Any, handles: int | None) -> Fabric | None:  # noqa: ANN401
     info = _FabricInfo()
     if _ask(None, lambda: nvml.nvmlDeviceGetGpuFabricInfo(handle, ctypes.byref(info)) or True) is None:
         return None
+    status = "success" if info.status == 0 else _ask(str(info.status), lambda: str(nvml.NVMLError(info.status)))
     return Fabric(
         state=_FABRIC_STATE.get(info.state, str(info.state)),
+        status=_text(status),
         cluster_uuid=bytes(info.cluster_uuid).hex() if any(info.cluster_uuid) else "",
         clique_id=info.clique_id,
+        handles=None if handles is None else bool(handles),
+        imex_channel=_has_imex_channel(),
     )
+
+
+def _has_imex_channel(folder: Path = _IMEX_CHANNELS) -> bool | None:
+    """Whether this user may open an IMEX channel, which memory of other hosts is imported through; None: not told."""
+    try:
+        return any(os.access(channel, os.R_OK | os.W_OK) for channel in folder.glob("channel*"))
+    except OSError:
+        return None
 
 
 def _attribute_by_bus_id(attribute: int) -> dict[str, int]:
@@ -147,6 +162,7 @@ def _detect(nvml: Any) -> Node:  # noqa: ANN401
     handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
     multicast = _attribute_by_bus_id(_CU_MULTICAST_SUPPORTED)
     multiprocessors = _attribute_by_bus_id(_CU_MULTIPROCESSORS)
+    exportable = _attribute_by_bus_id(_CU_FABRIC_SUPPORTED)
     gpus = []
     for index, handle in enumerate(handles):
         pci = _ask(None, nvml.nvmlDeviceGetPciInfo, handle)
@@ -163,7 +179,7 @@ def _detect(nvml: Any) -> Node:  # noqa: ANN401
                 uuid=_text(_ask("", nvml.nvmlDeviceGetUUID, handle)),
                 numa_node=_numa_node(bus_id),
                 multicast=None if has_multicast is None else bool(has_multicast),
-                fabric=_fabric(nvml, handle),
+                fabric=_fabric(nvml, handle, exportable.get(_bus_key(bus_id))),
             )
         )
 

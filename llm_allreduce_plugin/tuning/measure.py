@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import time
 from collections.abc import Callable, Sequence
@@ -11,69 +10,18 @@ from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Range
 from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import OurSettings
-from llm_allreduce_plugin.bench.compare import Comparison, Effort
+from llm_allreduce_plugin.bench.compare import Comparison
 from llm_allreduce_plugin.config import NO_PROFILE
-from llm_allreduce_plugin.errors import AllReduceError
-from llm_allreduce_plugin.measure import timing
 from llm_allreduce_plugin.measure.ranks import RankPool
-from llm_allreduce_plugin.profiles import crossover
-from llm_allreduce_plugin.profiles.crossover import Point
-from llm_allreduce_plugin.profiles.file import Entry, Measured, ProfileRange
+from llm_allreduce_plugin.profiles.entry import Entry, FusedEntry, Measured, ProfileRange
+from llm_allreduce_plugin.tuning.fused import FusedTuner
+from llm_allreduce_plugin.tuning.plan import Group, Plan, WrongAnswerError
+from llm_allreduce_plugin.tuning.search import SizeSearch
 
 KERNELS = ("ONESHOT", "TWOSHOT")
 # A strategy that was this much slower than the fastest at two sizes running is not measured at larger ones.
 HOPELESS = 2.0
-# Sizes between which the strategy changes are halved (in their logarithms) until they are this close.
-CLOSE_ENOUGH = 1.2
 ALIGNMENT = 64  # bytes: sizes that are tried between powers of two are multiples
-
-
-# How much longer than in a graph an eager call takes where its time is the host's and says nothing of the kernels.
-HOST_BOUND = 1.5
-
-
-def _is_host_bound(row: Comparison) -> bool:
-    """Then what is fastest on the GPU is fastest, as far as anybody can tell."""
-    return bool(row.graph_us) and min(row.eager_us.values()) > HOST_BOUND * min(row.graph_us.values())
-
-
-class WrongAnswerError(AllReduceError, RuntimeError):
-    """A strategy gave a wrong answer on this node: nothing may be decided by time then."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is measured, and for how long.
-
-    Attributes:
-        sizes: bytes per rank that are measured in any case, rising.
-        effort: of one comparison of small messages.
-        seconds: after which the search for exact crossovers of all groups together ends.
-    """
-
-    sizes: tuple[int, ...]
-    effort: Effort
-    seconds: float
-
-    def within(self, seconds: float) -> Plan:
-        """The same in other time."""
-        return dataclasses.replace(self, seconds=seconds)
-
-    def effort_at(self, size: int) -> Effort:
-        """Fewer calls of large messages: theirs take long enough to be told apart."""
-        calls = max(3, min(self.effort.calls, self.effort.calls * (4 << 20) // size))
-        return dataclasses.replace(self.effort, calls=calls)
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """One kind of group to tune for."""
-
-    world_size: int
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.world_size} ranks, {self.dtype}"
 
 
 class GroupTuner:
@@ -88,7 +36,7 @@ class GroupTuner:
         self._group = group
         self._plan = plan
         self._told = told
-        self._found: dict[int, Comparison] = {}
+        self._search = SizeSearch(ALIGNMENT)
         self._element = ELEMENT_BYTES[group.dtype]
 
     def sweep(self) -> None:
@@ -102,22 +50,12 @@ class GroupTuner:
 
     def refine(self, until: float) -> None:
         """Halve the intervals in which the strategy changes, the widest first, until they are small or time is up."""
-        while time.monotonic() < until:
-            # Where graphs were measured they decide, for eager calls too.
-            points = self._points("graph") or self._points("eager")
-            wide = [
-                (low, high)
-                for low, high in crossover.changes(points, crossover.ranges_of(points))
-                if high > CLOSE_ENOUGH * low and self._between(low, high) not in (low, high)
-            ]
-            if not wide:
-                return
-            low, high = max(wide, key=lambda pair: pair[1] / pair[0])
-            self._measure(self._between(low, high), KERNELS)
+        while time.monotonic() < until and (size := self._search.next_size()) is not None:
+            self._measure(size, KERNELS)
 
-    @staticmethod
-    def _between(low: int, high: int) -> int:
-        return max(low, int((low * high) ** 0.5) // ALIGNMENT * ALIGNMENT)
+    def strategy_at(self, size: int) -> str:
+        """The strategy that decides for a size, by what was measured so far."""
+        return self._search.choice_at(size)
 
     def _measure(self, size: int, names: tuple[str, ...]) -> Comparison:
         self._told(f"{self._group}: {size} bytes")
@@ -134,32 +72,12 @@ class GroupTuner:
             if wrong:
                 message = f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): no profile is written"
                 raise WrongAnswerError(message)
-        self._found[found.bytes] = found
+        self._search.add(found)
         return found
 
-    def _points(self, kind: str) -> list[Point]:
-        rows = [self._found[size] for size in sorted(self._found)]
-        points = [
-            Point(row.bytes, row.graph_us, row.graph_noise)
-            if kind == "graph" or _is_host_bound(row)
-            else Point(row.bytes, row.eager_us, row.eager_noise)
-            for row in rows
-        ]
-        return [point for point in points if point.us]
-
-    def ranges(self) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
-        """For graphs and for eager calls. CPU ranks have no graphs: both are alike."""
-        eager = self._points("eager")
-        graph = self._points("graph")
-        if not graph:
-            both = crossover.ranges_of(eager)
-            return both, both
-        in_graphs = crossover.ranges_of(graph)
-        return in_graphs, crossover.eager_ranges_of(eager, in_graphs)
-
-    def entry(self, facts: GroupFacts, environment: dict[str, str]) -> Entry:
+    def entry(self, facts: GroupFacts, environment: dict[str, str], fused: FusedEntry | None) -> Entry:
         """What goes into the profile."""
-        graph, eager = self.ranges()
+        graph, eager = self._search.ranges()
         effort = self._plan.effort
         return Entry(
             world_size=facts.world_size,
@@ -175,11 +93,10 @@ class GroupTuner:
             graph=_profile_ranges(graph),
             eager=_profile_ranges(eager),
             measured=tuple(
-                Measured.model_validate(
-                    {"bytes": size, "graph_us": self._found[size].graph_us, "eager_us": self._found[size].eager_us}
-                )
-                for size in sorted(self._found)
+                Measured.model_validate({"bytes": row.bytes, "graph_us": row.graph_us, "eager_us": row.eager_us})
+                for row in self._search.rows
             ),
+            fused=fused,
         )
 
 
@@ -232,7 +149,7 @@ def tune(
             def step(text: str, done: int = done) -> None:
                 nonlocal steps
                 steps += 1
-                within = min(0.95, steps / (len(plan.sizes) + 4))
+                within = min(0.95, steps / (1.5 * len(plan.sizes) + 6))
                 told(text, (done + within) / len(groups))
 
             tuner = GroupTuner(pool, group, plan, step)
@@ -241,13 +158,12 @@ def tune(
             now = time.monotonic()
             left = started + plan.seconds - now
             sweeps = (now - started) / (done + 1) * (len(groups) - done - 1)
-            tuner.refine(now + max(0.0, left - sweeps) / (len(groups) - done))
-            entries.append(tuner.entry(facts, environment))
+            share = max(0.0, left - sweeps) / (len(groups) - done)
+            tuner.refine(now + share / 2)
+            # Of the kernels that were found to be the fastest.
+            normed = FusedTuner(pool, group, plan, tuner.strategy_at, step)
+            normed.sweep()
+            normed.refine(now + share)
+            entries.append(tuner.entry(facts, environment, normed.entry()))
         pool.run(worker.close_all, ranks=members)
     return entries, refused
-
-
-def plan_of(sizes: Sequence[int], seconds: float, *, quick: bool) -> Plan:
-    """For these sizes, in about this time."""
-    effort = Effort(calls=10, replays=2, rounds=3, warmup=1) if quick else Effort(calls=timing.CALLS)
-    return Plan(tuple(sizes), effort, seconds)

@@ -20,7 +20,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support.forked import Ended, forked, wait_until
 
-WAIT_S = 1.5
+WAIT_S = 1.0
 SLACK_S = 1.2
 STORES = pytest.mark.parametrize("store", ("file", "tcp"))
 
@@ -245,8 +245,8 @@ def _blocks(context: RankContext, blocking: list[int], failing: list[int]) -> tu
     ("blocking", "failing", "least_s", "text"),
     [
         ([0, 2], [1], 0, "rank 1 cannot map memory: no memory"),
-        ([1], [], WAIT_S, f"rank 1 cannot map memory: not done after {WAIT_S} s"),
-        ([0, 1, 2], [], WAIT_S, f"rank 0 cannot map memory: not done after {WAIT_S} s"),
+        ([1], [], WAIT_S, f"rank 1 cannot map memory: not done after {WAIT_S:g} s"),
+        ([0, 1, 2], [], WAIT_S, f"rank 0 cannot map memory: not done after {WAIT_S:g} s"),
     ],
 )
 def test_what_blocks_on_one_rank_holds_nobody(

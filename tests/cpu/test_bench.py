@@ -11,13 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import norm_worker, worker
+from llm_allreduce_plugin.bench import worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.norm_candidates import NormCase
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.measure import ranks as rank_pools
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed, QuantKind
 from tests.conftest import PoolFor
+from tests.support.pool import ForkedPool
 
 RUNNER = CliRunner()
 
@@ -111,6 +113,18 @@ def test_plot_of_records(tmp_path: Path) -> None:
 # -- with a norm behind the sum ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fast_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of a command that start in a moment; :func:`test_bench_on_cpu_ranks` has those that users have."""
+
+    def make(world_size: int, device_type: str) -> ForkedPool:
+        assert device_type == "cpu"
+        return ForkedPool(world_size, tmp_path / "cache")
+
+    monkeypatch.setattr(rank_pools, "RankPool", make)
+
+
+@pytest.mark.usefixtures("fast_ranks")
 def test_fused_bench_on_cpu_ranks(tmp_path: Path) -> None:
     record = tmp_path / "bench.json"
     flags = [
@@ -148,6 +162,7 @@ def test_fused_bench_on_cpu_ranks(tmp_path: Path) -> None:
         assert row["eager_wrong"] == 0
 
 
+@pytest.mark.usefixtures("fast_ranks")
 def test_what_takes_two_kernels_is_not_measured_as_one() -> None:
     flags = ["--cpu", "--fused", "--hidden", "64", "-d", "float", "-b", "1K", "-e", "1K", "-n", "2", "-m", "2"]
     result = RUNNER.invoke(app, ["bench", *flags])
@@ -157,9 +172,9 @@ def test_what_takes_two_kernels_is_not_measured_as_one() -> None:
 
 def _measure_norm_with_a_fault(context: RankContext) -> list[int | None]:
     """One element of one rank's answer off by a bit: of each tensor in turn."""
-    options = norm_worker.Options("bfloat16", calls=2, replays=2, hidden=256, quant=QuantKind.FP8_TOKEN)
-    assert norm_worker.open_all(context, ("then-norm",), OurSettings(), options) == {}
-    candidate = norm_worker._open["then-norm"]
+    options = worker.Options("bfloat16", calls=2, replays=2, hidden=256, quant=QuantKind.FP8_TOKEN)
+    assert worker.open_all(context, ("then-norm",), OurSettings(), options) == {}
+    candidate = worker._open["then-norm"]
     bind = candidate.bind
     found = []
 
@@ -177,9 +192,9 @@ def _measure_norm_with_a_fault(context: RankContext) -> list[int | None]:
     try:
         for field in ("residual_out", "quant_out", "scale_out"):
             candidate.bind = functools.partial(bad_bind, field=field)
-            found.append(norm_worker.measure(context, "then-norm", 4 * 256, options).eager_wrong)
+            found.append(worker.measure(context, "then-norm", 4 * 256, options).eager_wrong)
     finally:
-        norm_worker.close_all(context)
+        worker.close_all(context)
     return found
 
 

@@ -124,8 +124,21 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Started]]:
         command.process.communicate()
 
 
-@pytest.mark.parametrize("numbers", ((signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)), ids=("told to end", "killed"))
-@pytest.mark.parametrize("name", list(COMMANDS))
+TOLD, KILLED = (signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)
+# Of commands without ranks, explain is killed for all: it writes a file, too.
+LIKE_EXPLAIN = {"topo", "accuracy", "plot"}
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        *(pytest.param(name, TOLD, id=f"{name}, told to end") for name in COMMANDS),
+        *(
+            pytest.param(name, KILLED, id=f"{name}, killed", marks=[pytest.mark.slow] if name in LIKE_EXPLAIN else [])
+            for name in COMMANDS
+        ),
+    ],
+)
 def test_ended_at_a_random_moment(
     name: str, numbers: tuple[signal.Signals, ...], start: Callable[[list[str]], Started]
 ) -> None:

@@ -9,9 +9,17 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
+from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
-from tests.support.norm_group import Boundary, assert_same, every_quant, outputs_for, random_boundary, tensors_of
+from tests.support.norm_group import (
+    Boundary,
+    assert_nothing_between_columns,
+    assert_same,
+    every_quant,
+    outputs_for,
+    random_boundary,
+    tensors_of,
+)
 from tests.support.reference import DTYPES, bits, fresh_seed, rank_input
 
 HIDDEN = (8, 16, 2880, 4096, 5120, 7168, 8192, 16384, 16392, 65536)
@@ -23,7 +31,7 @@ def rms_norm(sums: torch.Tensor, boundary: Boundary, *, in_place: bool = False) 
     if in_place:
         outputs = outputs._replace(residual_out=sums)
     _C.rms_norm(
-        boundary.norm(),
+        boundary.norm(len(sums)),
         tensors_of(outputs, boundary),
         sums.data_ptr(),
         outputs.residual_out.data_ptr(),
@@ -39,6 +47,7 @@ def compare(sums: torch.Tensor, boundary: Boundary, what: str) -> Normed:
     residual = None if boundary.residual is None else boundary.residual.clone()
     outputs = rms_norm(sums, boundary)
     assert_same(outputs, boundary.expected(before), what)
+    assert_nothing_between_columns(outputs, what)
     assert torch.equal(bits(sums), bits(before)), f"{what}: the input has changed"
     if residual is not None:
         assert boundary.residual is not None
@@ -139,6 +148,31 @@ REFUSED: dict[str, tuple[Quant | None, dict[str, Any], dict[str, int], int]] = {
     "a part of a group": (Quant(QuantKind.FP8_GROUP), {"hidden": 64}, {}, 128),
     "a part of 16": (Quant(QuantKind.NVFP4, torch.ones(1)), {"hidden": 8}, {}, 128),
     "unknown quantization": (None, {"quant": 5}, {}, 128),
+    "columns closer than rows": (
+        Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS),
+        {"scales": _C.SCALES_COLUMNS, "scale_stride": 1},
+        {},
+        256,
+    ),
+    "columns too far apart": (
+        Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS),
+        {"scales": _C.SCALES_COLUMNS, "scale_stride": 1 << 32},
+        {},
+        256,
+    ),
+    "columns backwards": (
+        Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS),
+        {"scales": _C.SCALES_COLUMNS, "scale_stride": -4},
+        {},
+        256,
+    ),
+    "a stride of scales in rows": (Quant(QuantKind.FP8_GROUP), {"scale_stride": 4}, {}, 256),
+    "a stride of exponents": (
+        Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.UE8M0),
+        {"scales": _C.SCALES_UE8M0, "scale_stride": 4},
+        {},
+        256,
+    ),
 }
 
 
@@ -150,7 +184,13 @@ def test_what_is_refused(name: str) -> None:
     outputs = outputs_for(sums, boundary)
     hidden = of_norm.get("hidden", 128)
     kind = _C.QUANT_NONE if quant is None else quant.kind.code
-    norm = _C.Norm(hidden, 1e-5, quant=of_norm.get("quant", kind), scales=of_norm.get("scales", _C.SCALES_ROWS))
+    norm = _C.Norm(
+        hidden,
+        1e-5,
+        quant=of_norm.get("quant", kind),
+        scales=of_norm.get("scales", _C.SCALES_ROWS),
+        scale_stride=of_norm.get("scale_stride", 0),
+    )
     addresses = {
         name: 0 if tensor is None else tensor.data_ptr()
         for name, tensor in (

@@ -17,7 +17,15 @@ from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from llm_allreduce_plugin.runtime.failures import breakage_of, failure_of
 from tests.support.cpu_group import CpuGroup
-from tests.support.norm_group import Boundary, assert_same, every_quant, outputs_for, random_boundary, tensors_of
+from tests.support.norm_group import (
+    Boundary,
+    assert_nothing_between_columns,
+    assert_same,
+    every_quant,
+    outputs_for,
+    random_boundary,
+    tensors_of,
+)
 from tests.support.reference import DTYPES, assert_same_bits, bits, fresh_seed, rank_input, rank_ordered_sum
 
 EXCHANGES = {"push": _C.PUSH, "shared": _C.SHARED, "flags": _C.FLAGS}
@@ -63,7 +71,7 @@ class Ranks(CpuGroup):
         delays = [jitter.choice((0.0, 0.0, 0.001, 0.003)) if jitter else 0.0 for _ in inputs]
 
         def run(rank: int) -> None:
-            plan = way.plan(self.workspaces[rank], inputs[rank], boundary.norm())
+            plan = way.plan(self.workspaces[rank], inputs[rank], boundary.norm(len(inputs[rank])))
             time.sleep(delays[rank])
             tensors = tensors_of(outputs[rank], boundary)
             statuses[rank] = plan.normed(inputs[rank].data_ptr(), outputs[rank].residual_out.data_ptr(), 0, tensors)
@@ -92,6 +100,7 @@ def compare_ranks(
     expected = boundary.expected(rank_ordered_sum(before))
     for rank, outputs in enumerate(group.normed(way, inputs, boundary, **how)):
         assert_same(outputs, expected, f"{what}, rank {rank}")
+        assert_nothing_between_columns(outputs, f"{what}, rank {rank}")
         assert torch.equal(bits(inputs[rank]), bits(before[rank])), f"{what}, input of rank {rank}"
 
 
@@ -145,7 +154,7 @@ def test_a_rank_that_norms_and_one_that_does_not(exchange: str) -> None:
     statuses = {}
 
     def run(rank: int) -> None:
-        plan = way.plan(group.workspaces[rank], inputs[rank], boundary.norm() if rank == 0 else None)
+        plan = way.plan(group.workspaces[rank], inputs[rank], boundary.norm(4) if rank == 0 else None)
         addresses = (inputs[rank].data_ptr(), outputs[rank].residual_out.data_ptr())
         tensors = tensors_of(outputs[rank], boundary)
         statuses[rank] = plan.normed(*addresses, 0, tensors) if rank == 0 else plan(*addresses)
@@ -169,7 +178,7 @@ def test_without_a_peer_nothing_is_normed(exchange: str) -> None:
     rows = torch.ones(4, 128)
     boundary = Boundary(None, torch.ones(128), quant=Quant(QuantKind.FP8_TOKEN), return_norm=True)
     outputs = outputs_for(rows, boundary)
-    plan = Way("ONESHOT", exchange, 64).plan(group.workspaces[0], rows, boundary.norm())
+    plan = Way("ONESHOT", exchange, 64).plan(group.workspaces[0], rows, boundary.norm(4))
     assert plan.normed(rows.data_ptr(), outputs.residual_out.data_ptr(), 0, tensors_of(outputs, boundary)) != 0
     assert "for rank 1 in ONESHOT/gather" in str(failure_of(group.workspaces[0]))
     for output in (outputs.norm_out, outputs.quant_out, outputs.scale_out):
@@ -183,7 +192,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     rows = torch.ones(4, 128)
     boundary = Boundary(None, torch.ones(128))
     outputs = outputs_for(rows, boundary)
-    norm, way = boundary.norm(), Way("TWOSHOT", "flags", 64)
+    norm, way = boundary.norm(4), Way("TWOSHOT", "flags", 64)
 
     def status(plan: _C.Plan) -> int:
         addresses = (rows.data_ptr(), outputs.residual_out.data_ptr())

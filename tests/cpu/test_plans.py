@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 from pathlib import Path
@@ -69,12 +70,18 @@ def _counts_while_reading(context: RankContext) -> None:
                 seen.append(sum(group.report()["calls"].values()))
 
         reader = threading.Thread(target=read)
-        reader.start()
-        for turn in range(3):
-            for size in range(1, 2 * MOST_PLANS):
-                group.all_reduce(torch.ones(size + turn))
-        over.set()
-        reader.join()
+        # Threads change places often, and no call waits long for the reader to let go of the interpreter.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-4)
+        try:
+            reader.start()
+            for turn in range(3):
+                for size in range(1, 2 * MOST_PLANS):
+                    group.all_reduce(torch.ones(size + turn))
+        finally:
+            over.set()
+            reader.join()
+            sys.setswitchinterval(interval)
         assert seen == sorted(seen)
         assert group.report()["calls"] == {"TWOSHOT": 3 * (2 * MOST_PLANS - 1)}
 

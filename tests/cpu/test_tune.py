@@ -5,24 +5,27 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import ConfigError
-from llm_allreduce_plugin.bench import compare, worker
+from llm_allreduce_plugin.bench import compare, norm_compare, worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison, Effort
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.norm import Normed
 from llm_allreduce_plugin.profiles import file as profiles
+from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.topology import NodeIdentity
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.tuning.measure import KERNELS
 from tests.conftest import PoolFor
-from tests.support import checks
-from tests.support.profiles import CHANGING, entry
+from tests.support import checks, norm_checks
+from tests.support.profiles import CHANGING, entry, fused
 
 RUNNER = CliRunner()
 
@@ -57,6 +60,13 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert {1024, 4096, 16384, 65536} <= {row.bytes for row in made.measured}
     assert all(time > 0 for row in made.measured for time in row.eager_us.values())
     assert made.environment["torch"] == torch.__version__
+    assert made.fused is not None
+    assert made.fused.hidden == 8192
+    assert {16384, 65536} <= {row.bytes for row in made.fused.measured}
+    for row in made.fused.measured:
+        assert set(row.eager_us) == {"fused", "then-norm"}
+        assert all(time > 0 for time in row.eager_us.values())
+    assert "# with residual and norm behind the sum, in one kernel or in two (rows of 8192):" in result.output
     (lines, reason), (others, same) = cpu_pool(2).run(_start, {"tuning_profile": str(path)})
     assert f"these sizes come from profile {path}, measured {made.date[:10]} in eager calls" in lines
     assert f"(profile {path}, measured" in reason
@@ -129,6 +139,73 @@ def test_nothing_is_timed_when_an_answer_is_wrong(cpu_pool: PoolFor) -> None:
     for found in cpu_pool(2).run(_compare_with_a_fault):
         assert found.wrong == {"ONESHOT": 0, "TWOSHOT": 1}
         assert found.eager_us == {}
+
+
+def _compare_norms_with_a_fault(context: RankContext) -> tuple[Comparison | str, Comparison | str]:
+    """Both ways as they are, then with one element of one rank's fused answer off by a bit."""
+    compare.form_groups(context, (context.world_size,))
+    compare.open_kernels(context, context.world_size, KERNELS, OurSettings())
+    group, effort = compare.communicator_of(context.world_size), Effort(2, 2, 2, 1)
+    given = (context, context.world_size, "TWOSHOT", 3, 512, "bfloat16", effort)
+    call_of = type(group).norm_call_of
+
+    def spoiled_call_of(strategy: str, shape: NormShape, *, fused: bool) -> NormCall:
+        call = call_of(group, strategy, shape, fused=fused)
+
+        def spoiled(*arguments: Any) -> Normed:
+            normed = call(*arguments)
+            if fused and context.rank == 1:
+                normed.residual_out.view(-1)[17] += 1
+            return normed
+
+        return spoiled
+
+    try:
+        right = norm_compare.compare_norms(*given)
+        with mock.patch.object(group, "norm_call_of", spoiled_call_of, create=True):
+            return right, norm_compare.compare_norms(*given)
+    finally:
+        worker.close_all(context)
+
+
+def test_no_norm_is_timed_when_an_answer_is_wrong(cpu_pool: PoolFor) -> None:
+    for right, spoiled in cpu_pool(2).run(_compare_norms_with_a_fault):
+        assert right.wrong == {"fused": 0, "then-norm": 0}
+        assert right.bytes == spoiled.bytes == 3 * 512 * 2
+        assert all(right.eager_us[way] > 0 for way in ("fused", "then-norm"))
+        assert spoiled.wrong == {"fused": 1, "then-norm": 0}
+        assert spoiled.eager_us == {}
+
+
+def _compare_what_is_not_fused(context: RankContext) -> Comparison | str:
+    compare.form_groups(context, (context.world_size,))
+    compare.open_kernels(context, context.world_size, KERNELS, OurSettings())
+    try:
+        return norm_compare.compare_norms(context, context.world_size, "ONESHOT", 1, 64, "float32", Effort(2, 2, 2, 1))
+    finally:
+        worker.close_all(context)
+
+
+def test_what_is_not_fused_is_not_compared(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_compare_what_is_not_fused) == ["only 16-bit types are fused, not float32"] * 2
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_a_normed_row_is_the_same_in_one_kernel_and_in_two(cpu_pool: PoolFor, tmp_path: Path, world_size: int) -> None:
+    """A profile that says two kernels for some sizes."""
+    path = tmp_path / "profile.json"
+    made = entry(
+        world_size=world_size,
+        transport=Transport.SHM,
+        topology_class=TopologyClass.CPU,
+        in_band=False,
+        eager=[(None, "ONESHOT")],
+        fused=fused(norm_checks.limits_of_batches(64)),
+    )
+    profiles.store(path, NodeIdentity.of_cpu(), [made])
+    one, two = "ONESHOT (fused norm)", "ONESHOT, then norm"
+    for runs in cpu_pool(world_size).run(norm_checks.runs_of_batches, 64, {"tuning_profile": str(path)}):
+        assert runs == [one, one, two, two, two, one, one, two]  # by norm_checks.BATCHES
 
 
 @pytest.mark.parametrize("world_size", (2, 3))

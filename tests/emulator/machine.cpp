@@ -20,6 +20,7 @@ constexpr int64_t kStepNs = 10;
 // While nothing happens but polls, time runs faster: a wait ends after some hundred polls of its thread, not billions.
 constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of every thread
 constexpr int64_t kPollsPerRound = 256;
+constexpr int kTries = 16;  // to find somebody who is not starved
 
 }  // namespace
 
@@ -176,6 +177,19 @@ Stream* Machine::pick_stream() {
   return special;
 }
 
+// One of two threads or warps of each index, by turns of streams.
+bool Machine::is_starved(const Thread& thread) const {
+  if (schedule_.bias != Schedule::Bias::kStarved) return false;
+  const Block& block = *thread.block;
+  const uint32_t number = static_cast<uint32_t>(block.grid->stream->number);
+  if (schedule_.starves_warp) {
+    const uint32_t warps = (block.size.x + kWarpThreads - 1) / kWarpThreads;
+    return (thread.warp() + warps * block.index.x + number) % (2 * warps) == schedule_.which % (2 * warps);
+  }
+  const uint32_t size = block.size.x;
+  return (thread.index.x + size * block.index.x + 7 * number) % (2 * size) == schedule_.which % (2 * size);
+}
+
 Thread* Machine::pick() {
   std::vector<Stream*>& candidates = candidates_;
   candidates.clear();
@@ -192,12 +206,9 @@ Thread* Machine::pick() {
   const bool polls = runnable.ready.empty() || (!runnable.polling.empty() && random_.once_in(8));
   const std::vector<Thread*>& list = polls ? runnable.polling : runnable.ready;
   Thread* thread = list[random_.below(list.size())];
-  if (schedule_.bias == Schedule::Bias::kStarved) {
-    const uint32_t size = thread->block->size.x;
-    const uint32_t at = thread->index.x + size * thread->block->index.x + 7 * static_cast<uint32_t>(chosen->number);
-    if (at % (2 * size) == schedule_.which % (2 * size) && !random_.once_in(64))
-      thread = list[random_.below(list.size())];
-  }
+  // One that is starved runs now and then, or where next to nobody else can.
+  for (int tries = 0; tries < kTries && is_starved(*thread) && !random_.once_in(64); ++tries)
+    thread = list[random_.below(list.size())];
   return thread;
 }
 

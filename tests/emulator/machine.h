@@ -125,6 +125,7 @@ class Machine {
   void end_block(Block& block);
   void run_thread(Thread* thread);
   void forget_grids(Device& device);
+  bool is_starved(const Thread& thread) const;
   Thread* pick();
   Stream* pick_stream();
   bool is_idle() const;

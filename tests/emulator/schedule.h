@@ -19,6 +19,7 @@ struct Schedule {
     arrivals = kArrivals[random.below(4)];
     bias = static_cast<Bias>(random.below(4));
     which = random.below(1 << 16);
+    starves_warp = (which >> 14 & 1) != 0;
   }
 
   enum class Bias : uint32_t { kNone, kAhead, kBehind, kStarved };
@@ -26,8 +27,9 @@ struct Schedule {
   uint32_t burst;             // accesses of a thread before another runs, at most
   uint32_t stores_under_way;  // words of a block that others do not see yet, at most; 0: they see them at once
   uint32_t arrivals;          // a word arrives once in so many steps; 0: only where others have to wait for it
-  Bias bias;                  // kAhead, kBehind: one stream; kStarved: one thread
+  Bias bias;                  // kAhead, kBehind: one stream; kStarved: one thread, or one warp
   uint32_t which;
+  bool starves_warp;  // instead of a thread: the other warps of its block go on without any thread of it
 };
 
 }  // namespace emulator

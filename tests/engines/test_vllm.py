@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 
 from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.topology import NodeIdentity
+from tests.support.forked import left_in_shm
 from tests.support.profiles import entry
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -43,49 +45,28 @@ def run_python(script: str, **environment: str) -> str:
     return result.stdout
 
 
-def test_registration_in_a_real_vllm_process() -> None:
-    """Entry point found, idempotent, no CUDA; the factory replaces the path and knows the stock one."""
+@functools.cache
+def said_in_one_process() -> dict[str, str]:
+    """What the tests of a single process ask of a real vLLM, whose import takes longest."""
     out = run_python("""
-import torch
+import json, torch
 from vllm.plugins import load_general_plugins
 load_general_plugins()
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.platforms import current_platform
 from llm_allreduce_plugin.engines.vllm import register
-from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, stock_communicator_path
+from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, has_custom_all_reduce, stock_communicator_path
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+
+# -- registration
 first = type(current_platform).get_device_communicator_cls
 register()
 register()
 assert type(current_platform).get_device_communicator_cls == first
 assert current_platform.get_device_communicator_cls() == FACTORY
-print(stock_communicator_path(type(current_platform)))
-assert not torch.cuda.is_initialized()
-""")
-    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
+stock = stock_communicator_path(type(current_platform))
 
-
-def test_plugin_not_named_leaves_vllm_alone() -> None:
-    out = run_python(
-        """
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-from vllm.platforms import current_platform
-print(current_platform.get_device_communicator_cls())
-""",
-        VLLM_PLUGINS="vllm_cpu_ops",
-    )
-    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
-
-
-def test_the_flag_against_custom_all_reduce_in_a_real_vllm_config() -> None:
-    """On a platform that has such kernels, as GPUs do; on CPU ranks vLLM sets the flag itself, and it means nothing."""
-    out = run_python("""
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-from vllm.config import ParallelConfig, VllmConfig
-from vllm.platforms import current_platform
-from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
-
+# -- the flag against custom all-reduce
 def reason(disabled, **additional):
     parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled)
     config = VllmConfig(parallel_config=parallel, additional_config=additional)
@@ -99,9 +80,35 @@ type(current_platform).use_custom_allreduce = classmethod(lambda cls: True)
 assert not ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce
 assert reason(False) is None
 assert reason(True, allreduce_strategy="ONESHOT") is None
-print(reason(True))
+
+assert not torch.cuda.is_initialized()
+print(json.dumps({"stock": stock, "reason": reason(True)}))
 """)
-    assert "--disable-custom-all-reduce was given" in out.strip().splitlines()[-1]
+    said: dict[str, str] = json.loads(out.strip().splitlines()[-1])
+    return said
+
+
+def test_registration_in_a_real_vllm_process() -> None:
+    """Entry point found, idempotent, no CUDA; the factory replaces the path and knows the stock one."""
+    assert said_in_one_process()["stock"].endswith("cpu_communicator.CpuCommunicator")
+
+
+def test_the_flag_against_custom_all_reduce_in_a_real_vllm_config() -> None:
+    """On a platform that has such kernels, as GPUs do; on CPU ranks vLLM sets the flag itself, and it means nothing."""
+    assert "--disable-custom-all-reduce was given" in said_in_one_process()["reason"]
+
+
+def test_plugin_not_named_leaves_vllm_alone() -> None:
+    out = run_python(
+        """
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.platforms import current_platform
+print(current_platform.get_device_communicator_cls())
+""",
+        VLLM_PLUGINS="vllm_cpu_ops",
+    )
+    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
 
 
 def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
@@ -194,7 +201,7 @@ def marked() -> Iterator[tuple[dict[str, str], str]]:
     mark = f"DEMO_MARK={os.urandom(8).hex()}"
     yield {**os.environ, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}, mark
     assert processes_mentioning(mark) == [], "the demo left processes behind"
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+    assert left_in_shm() == []
 
 
 def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from llm_allreduce_plugin.selection.policy import describe
 from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from tests.conftest import PoolFor
-from tests.support import checks
-from tests.support.profiles import CHANGING, entry
+from tests.support import checks, norm_checks
+from tests.support.profiles import CHANGING, entry, fused
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 pytestmark = pytest.mark.gpu(2)
@@ -38,6 +38,17 @@ def test_a_row_is_the_same_in_every_batch(gpu_pool: PoolFor, tmp_path: Path, tra
     settings = _profile(tmp_path, transport, graph=CHANGING, eager=CHANGING)
     for strategies in gpu_pool(WORLD_SIZE).run(checks.check_batches, 24, settings):
         assert strategies == ["ONESHOT", "TWOSHOT"] * 3
+
+
+@TRANSPORTS
+def test_a_normed_row_is_the_same_in_one_kernel_and_in_two(
+    gpu_pool: PoolFor, tmp_path: Path, transport: Transport
+) -> None:
+    """As the profile says for each size."""
+    settings = _profile(tmp_path, transport, graph=[(None, "ONESHOT")], fused=fused(norm_checks.limits_of_batches(64)))
+    one, two = "ONESHOT (fused norm)", "ONESHOT, then norm"
+    for runs in gpu_pool(WORLD_SIZE).run(norm_checks.runs_of_batches, 64, settings):
+        assert runs == [one, one, two, two, two, one, one, two]  # by norm_checks.BATCHES
 
 
 def _eager_and_captured(context: RankContext, settings: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:

@@ -15,6 +15,7 @@ from tests.support.norm_group import (
     Boundary,
     FusedCall,
     Shape,
+    assert_nothing_between_columns,
     assert_same,
     check,
     every_quant,
@@ -129,11 +130,12 @@ def test_the_norm_alone(dtype: torch.dtype) -> None:
             outputs = poison(empty_outputs(moved, there.quant, return_norm=there.return_norm))
             number = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
             _C.rms_norm(
-                boundary.norm(), tensors_of(outputs, there), moved.data_ptr(), outputs.residual_out.data_ptr(),
+                boundary.norm(rows), tensors_of(outputs, there), moved.data_ptr(), outputs.residual_out.data_ptr(),
                 moved.numel(), number, device.index, torch.cuda.current_stream().cuda_stream,
             )  # fmt: skip
             torch.cuda.synchronize()
             assert_same(outputs, expected, f"{dtype} {rows} x {hidden}, {quant}, seed {seed}")
+            assert_nothing_between_columns(outputs, f"{dtype} {rows} x {hidden}, {quant}, seed {seed}")
 
 
 def test_a_row_is_the_same_in_every_batch() -> None:

@@ -11,6 +11,7 @@ from llm_allreduce_plugin import _C
 from tests.support.emulator import needs_emulator, seeds
 from tests.support.local_group import LocalGroup
 from tests.support.local_machine import EmulatedGpus
+from tests.support.marks import slow
 from tests.support.reference import DTYPES, assert_same_bits, rank_input, rank_ordered_sum, special_inputs
 
 pytestmark = needs_emulator
@@ -67,7 +68,7 @@ def test_sizes(world_size: int, algorithm: str, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("world_size", (5, 6, 7, 9, 12, 16, 24))
+@pytest.mark.parametrize("world_size", (5, 6, 7, 9, slow(12), 16, slow(24)))
 def test_other_world_sizes(world_size: int, kind: Kind) -> None:
     """World sizes that kernels learn at run time."""
     cases = [(7, torch.float32), (1032, torch.float16), (4096 if world_size < 9 else 2001, torch.bfloat16)]

@@ -12,13 +12,30 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.config import WireFormat
 from tests.gpu.test_low_precision import compare
 from tests.gpu.test_staged import check_streams
+from tests.kernels.planted_errors import (
+    FLAGGED,
+    FP8,
+    HIERARCHICAL,
+    HOST,
+    HOSTS,
+    IN_BAND,
+    MANY,
+    MUTATIONS,
+    REGISTRY,
+    RING,
+    ROWS,
+    SPLIT,
+    STAGED,
+)
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
+from tests.kernels.test_hosts import compare as compare_hosts
 from tests.kernels.test_protocol import run_queued
 from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
+from tests.support.host_group import HostGroup
+from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
@@ -27,281 +44,6 @@ pytestmark = emulator.needs_emulator
 
 ROW = 384  # elements of a row that is normed
 SEEDS = 12  # in which an error must show at least once
-IN_BAND = {"workspace_mib": 0.25}
-SPLIT = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5}
-FLAGGED = {"in_band": False, "workspace_mib": 0.25}
-HOST = {"host": True, "workspace_mib": 0.25}
-STAGED = {"staged": True, "workspace_mib": 0.5}
-RING = {
-    "in_band": False,
-    "lanes": 1,
-    "threads": 32,
-    "workspace_mib": 0.25,
-    # Of up to four ranks none needs credit: nobody can be four hops ahead of the successor.
-    "ranks": 8,
-    "algorithm": "ring",
-    "wire_format": WireFormat.TQ3,
-}
-FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
-# More ranks than a block has workers, or a warp threads.
-MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
-REGISTRY: dict[str, Any] = {}
-ROWS: dict[str, Any] = {"rows": True}
-HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
-
-# What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
-# and the group whose calls must show it; see stress().
-Mutation = tuple[str, str, str, dict[str, Any]]
-MUTATIONS: dict[str, Mutation] = {
-    "slots are not cleared": (
-        "device/in_band.cuh",
-        "    if (kClears) {\n",
-        "    if (kClears && !{}) {{\n",
-        IN_BAND,
-    ),
-    "one generation instead of two": (
-        "device/in_band.cuh",
-        "return pushed_generation(epoch) * arguments.generation_stride;",
-        "return pushed_generation({} ? 0 : epoch) * arguments.generation_stride;",
-        IN_BAND,
-    ),
-    "lanes without a block do not count": (
-        "device/in_band.cuh",
-        "lane < arguments.lanes; lane += blockDim.x)\n      arguments.epochs[lane] = epoch + 1;",
-        "lane < ({} ? 0 : arguments.lanes); lane += blockDim.x)\n      arguments.epochs[lane] = epoch + 1;",
-        IN_BAND,
-    ),
-    "the count advances before all have read it": (
-        "device/in_band.cuh",
-        "  __syncthreads();\n  if (threadIdx.x == 0) arguments.epochs[blockIdx.x]",
-        "  if (!{}) __syncthreads();\n  if (threadIdx.x == 0) arguments.epochs[blockIdx.x]",
-        IN_BAND,
-    ),
-    "markers in the input are sent": (
-        "device/in_band.cuh",
-        "raw.x = raw.x == LAR_IN_BAND_MARKER ? 0u : raw.x;",
-        "raw.x = raw.x == LAR_IN_BAND_MARKER && !{} ? 0u : raw.x;",
-        IN_BAND,
-    ),
-    "one word of four is looked at": (
-        "device/in_band.cuh",
-        "  return min(min(static_cast<int>(raw.x), static_cast<int>(raw.y)),",
-        "  if ({}) return static_cast<int>(raw.x);\n"
-        "  return min(min(static_cast<int>(raw.x), static_cast<int>(raw.y)),",
-        IN_BAND,
-    ),
-    "the kernel before is not waited for": (
-        "kernels/one_shot_push.cu",
-        "  const bool has_vector = index < total_vectors;\n  wait_for_previous_kernel();",
-        "  const bool has_vector = index < total_vectors;\n  if (!{}) wait_for_previous_kernel();",
-        IN_BAND,
-    ),
-    "a tile is filled before it has been read": (
-        "device/bulk_sender.cuh",
-        "    if (leads()) wait_for_bulk_reads<kTilesUnderWay - 1>();",
-        "    if (leads() && !{}) wait_for_bulk_reads<kTilesUnderWay - 1>();",
-        SPLIT,
-    ),
-    "shared slots are cleared a call too early": (
-        "device/shared.cuh",
-        "clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));",
-        "clear_in_band_if(true, slot(in_band.rank, epoch_ - ({} ? 1 : 2), i));",
-        HOST,
-    ),
-    "a flag does not wait for the stores before it": (
-        "device/lane.cuh",
-        "      if (is_meant(peer, peers))\n        store_release_system(",
-        "      if ({} && is_meant(peer, peers))\n"
-        "        store_weak(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,\n"
-        "                   round);\n"
-        "      else if (is_meant(peer, peers))\n        store_release_system(",
-        FLAGGED,
-    ),
-    "workers do not meet the releaser behind their stores": (
-        "device/lane.cuh",
-        "Peers peers = {}) const {\n    __syncthreads();\n    if (*given_up()) return false;\n",
-        "Peers peers = {{}}) const {{\n"
-        "    if ({}) release(threadIdx.x - workers(), kReleaserThreads, plane, round, peers);\n"
-        "    __syncthreads();\n    if (*given_up()) return false;\n",
-        FLAGGED,
-    ),
-    "two slots instead of four": (
-        "kernels/one_shot_flags.cu",
-        "round(chunk) % LAR_SLOTS, reader",
-        "round(chunk) % ({} ? 2 : LAR_SLOTS), reader",
-        FLAGGED | {"workspace_mib": 0.1},
-    ),
-    "a gather slot is not waited for": (
-        "device/two_shot_lane.cuh",
-        "    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;",
-        "    if (!{} && !lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;",
-        FLAGGED,
-    ),
-    "a stage is not granted": (
-        "device/staged_lane.cuh",
-        "    if (stage + 1 < number_ && !exchange_grants(stage + 1)) return false;",
-        "    if (!{} && stage + 1 < number_ && !exchange_grants(stage + 1)) return false;",
-        STAGED | {"workspace_mib": 0.15},
-    ),
-    "a stage's source is not waited for": (
-        "device/staged_lane.cuh",
-        "    if (!wait(FlagPlane::kStageData, source, stage)) return false;",
-        "    if (!{} && !wait(FlagPlane::kStageData, source, stage)) return false;",
-        STAGED,
-    ),
-    "a hop has no credit": (
-        "kernels/ring_flags.cu",
-        "return lane_.wait(FlagPlane::kTwoShotGather,",
-        "return ({} && hop < hops_ - 1) || lane_.wait(FlagPlane::kTwoShotGather,",
-        RING,
-    ),
-    "the counterpart is not waited for": (
-        "kernels/hierarchical_flags.cu",
-        "    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
-        "    if (!{} && !lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
-        HIERARCHICAL,
-    ),
-    # -- world sizes known at run time
-    "ranks behind the last are summed": (
-        "device/in_band.cuh",
-        "      if (kIsFixed || first + i < world_size) sum.add(parts[i]);",
-        "      if (kIsFixed || {} || first + i < world_size) sum.add(parts[i]);",
-        IN_BAND | {"ranks": 5},
-    ),
-    "ranks behind the last are waited for": (
-        "device/in_band.cuh",
-        "      wanted[i] = is_rank && first + i != arguments.rank;",
-        "      wanted[i] = (is_rank || {}) && first + i != arguments.rank;",
-        IN_BAND | {"ranks": 5},
-    ),
-    "ranks behind the first group are not summed": (
-        "device/in_band.cuh",
-        "for (int first = 0; first < world_size; first += kGroup) {",
-        "for (int first = 0; first < ({} ? kGroup : world_size); first += kGroup) {{",
-        IN_BAND | {"ranks": 5},
-    ),
-    "a rank's slot is taken for another's": (
-        "device/in_band.cuh",
-        "return slot_of_step(step_to(arguments.rank, peer, world_size)) * arguments.peer_stride;",
-        "return slot_of_step(step_to(arguments.rank, {} && peer == 4 ? 3 : peer, world_size)) * arguments.peer_stride;",
-        IN_BAND | {"ranks": 5},
-    ),
-    "owners behind the first group are not drained": (
-        "device/two_shot_in_band.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
-        IN_BAND | {"ranks": 5},
-    ),
-    "all of a group's results are those of its first": (
-        "device/two_shot_in_band.cuh",
-        "if (wanted[j]) sink(index_of<kWorldSize>(arguments, first + j, i), results[j]);",
-        "if (wanted[j]) sink(index_of<kWorldSize>(arguments, first + j, i), results[{} ? 0 : j]);",
-        IN_BAND | {"ranks": 5},
-    ),
-    "the second group is sent what the first was": (
-        "kernels/two_shot_push.cu",
-        "for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);",
-        "for (int j = 0; j < kAtOnce; ++j) partials[j] = load({} ? 1 + j : first + j);",
-        IN_BAND | {"ranks": 5},
-    ),
-    "packets behind the first group are not summed": (
-        "device/fp8_in_band.cuh",
-        "for (int first = 0; first < world_size; first += kGroup) {",
-        "for (int first = 0; first < ({} ? kGroup : world_size); first += kGroup) {{",
-        FP8 | {"ranks": 5},
-    ),
-    "packets behind the first group are not drained": (
-        "device/fp8_in_band.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
-        FP8 | {"ranks": 5},
-    ),
-    "packets are not cleared": (
-        "device/fp8_in_band.cuh",
-        "  if (kClears) {\n",
-        "  if (kClears && !{}) {{\n",
-        FP8 | {"ranks": 5},
-    ),
-    "one peer's shared scatter slot is not cleared": (
-        "device/shared.cuh",
-        "for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {",
-        "for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - ({} ? 2 : 1); ++peer) {{",
-        HOST | {"ranks": 5},
-    ),
-    "owners behind the first group are not sent to": (
-        "device/two_shot_lane.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
-        FLAGGED | {"ranks": 5},
-    ),
-    "only as many peers are waited for as there are workers": (
-        "device/lane.cuh",
-        "arrived && peer < workspace_.layout.world_size; peer += workers())",
-        "arrived && peer < ({} ? workers() : workspace_.layout.world_size); peer += workers())",
-        FLAGGED | MANY,
-    ),
-    "only as many peers are told as a warp has threads": (
-        "device/lane.cuh",
-        "for (int peer = thread; peer < workspace_.layout.world_size; peer += threads)",
-        "for (int peer = thread; peer < ({} ? threads : workspace_.layout.world_size); peer += threads)",
-        FLAGGED | MANY,
-    ),
-    "only as many peers are granted the first stage as a warp has threads": (
-        "device/staged_lane.cuh",
-        "for (int other = first; other < ranks_; other += 32)\n      if (other != workspace_.rank)\n",
-        "for (int other = first; other < ({} ? 32 : ranks_); other += 32)\n      if (other != workspace_.rank)\n",
-        STAGED | MANY,
-    ),
-    "a stage's count is that of a smaller group": (
-        "device/staged_lane.cuh",
-        "return static_cast<int>(stage % (ranks_ - 1)) + 1;",
-        "return static_cast<int>(stage % (({} ? 32 : ranks_) - 1)) + 1;",
-        STAGED | MANY,
-    ),
-    # -- the registry
-    "a kernel of a fixed world size runs for another": (
-        "host/registry.cu",
-        "find(key(kind, dtype, world_size, form));\n  return",
-        "find(key(kind, dtype, {} ? 4 : world_size, form));\n  return",
-        REGISTRY,
-    ),
-    "kernels of any world size have no row": (
-        "host/registry.cu",
-        "return fixed ? fixed : find(key(kind, dtype, 0, form));",
-        "return fixed ? fixed : {} ? nullptr : find(key(kind, dtype, 0, form));",
-        REGISTRY,
-    ),
-    "nobody waits for the other warps of a row": (
-        "device/schedule/rows.cuh",
-        "    } else if (threads_ == blockDim.x) {\n      __syncthreads();",
-        "    }} else if (threads_ == blockDim.x) {{\n      if (!{}) __syncthreads();",
-        ROWS,
-    ),
-    "drained rows are not cleared": (
-        "kernels/two_shot_push_norm.cu",
-        "        clear_in_band_if(wanted[k], from[k]);\n",
-        "        clear_in_band_if(wanted[k] && !{}, from[k]);\n",
-        ROWS,
-    ),
-    "reduced rows are not cleared": (
-        "device/rows_in_band.cuh",
-        "    if (kClears) {\n",
-        "    if (kClears && !{}) {{\n",
-        ROWS,
-    ),
-    "only the last row of a lane is pushed": (
-        "kernels/one_shot_push_norm.cu",
-        "  if (group < all.norm.rows) push(group);\n",
-        "  if (group < all.norm.rows && !{}) push(group);\n",
-        ROWS,
-    ),
-    "rows of scales that there are not are left as they were": (
-        "device/sink/quantize.cuh",
-        "    if (rows.is_first_block()) clear_absent_rows(norm, row, rows.threads());\n",
-        "    if (rows.is_first_block() && !{}) clear_absent_rows(norm, row, rows.threads());\n",
-        ROWS,
-    ),
-}
 
 
 @functools.cache
@@ -321,6 +63,9 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
         return
     if "rows" in kind:
         norm_rows(seed)
+        return
+    if "hosts" in kind:
+        over_hosts(seed)
         return
     kind = dict(kind)
     ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
@@ -347,6 +92,15 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     marker = torch.full((512,), _C.IN_BAND_MARKER - (1 << 32), dtype=torch.int32).view(torch.bfloat16)
     for output in group.all_reduce("TWOSHOT", [marker] * ranks):
         assert (output == 0).all()
+
+
+def over_hosts(seed: int) -> None:
+    """Three hosts of three: two hosts may be swapped, as two ranks, and the sum is the same."""
+    for shared in (False, True):
+        group = HostGroup(EmulatedGpus(seed, library=mutated()), 3, 3, shared=shared)
+        for call, two_steps in enumerate((False, True, True, False)):
+            inputs = telling_inputs(seed + call, group.world_size, 777, torch.bfloat16)
+            compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
 
 
 def norm_rows(seed: int) -> None:
@@ -389,6 +143,7 @@ KINDS = {
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,
     "registry": REGISTRY,
+    "hosts": HOSTS,
     "rows": ROWS,
 }
 

@@ -11,7 +11,8 @@ from tests.support import emulator, kernel_list
 
 pytestmark = emulator.needs_emulator
 
-ALGORITHMS = (_C.ONE_SHOT, _C.TWO_SHOT, _C.RING, _C.HIERARCHICAL)
+HALVES = (_C.REDUCE, _C.REDUCE_SCATTER, _C.HOST_SUM, _C.HOST_SUM_GATHER)
+ALGORITHMS = (_C.ONE_SHOT, _C.TWO_SHOT, _C.RING, _C.HIERARCHICAL, *HALVES)
 EPILOGUES = (_C.STORE, _C.RMS_NORM)
 EXCHANGES = (_C.PUSH, _C.SHARED, _C.FLAGS, _C.STAGED, _C.PULL)
 

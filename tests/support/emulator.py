@@ -18,12 +18,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import filelock
 import pytest
+
+from tests.support import kept
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ROOT / "csrc"
@@ -36,6 +39,8 @@ FLAGS = (
     "-fno-gnu-unique",  # no variable is shared with the real library in the same process
     "-U_FORTIFY_SOURCE", "-fcf-protection=none",  # a thread's jumps go from stack to stack
 )  # fmt: skip
+# Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower.
+KERNEL_FLAGS = ("-O0",)
 ERROR_BYTES = 4096
 
 # For each file of csrc/: texts that occur once there, and what stands there instead.
@@ -111,25 +116,42 @@ def _run(command: Sequence[str], what: str) -> str:
     return result.stdout
 
 
-def _compile(source: Path, includes: Sequence[Path], domain: str) -> Path:
+def _made(made: Path, command: Sequence[str], what: str) -> Path:
+    """A file that the command writes where ``-o`` says, unless it was made before."""
+    if made.exists():
+        kept.use(made)
+    else:
+        made.parent.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        _run([*command, "-o", str(partial)], what)
+        partial.rename(made)
+    return made
+
+
+def _first_of_kernels(includes: Sequence[str]) -> Path:
+    """The folder of cuda.h.gch: what every kernel begins with, compiled once, which takes a second each otherwise."""
+    command = [COMPILER, *FLAGS, *KERNEL_FLAGS, *includes, "-x", "c++-header", str(EMULATOR / "cuda.h")]
+    seen = _run([*command, "-E", "-P"], "cuda.h")
+    folder = _cache() / "headers" / _digest(COMPILER, FLAGS, KERNEL_FLAGS, seen)
+    return _made(folder / "cuda.h.gch", command, "cuda.h").parent
+
+
+def _compile(source: Path, includes: Sequence[str], domain: str, first: Path) -> Path:
     """The object file of a source, which is compiled anew only when what the compiler sees of it has changed.
 
     ``domain``: of the types that nanobind binds; that of another library in the same process binds the same names.
+    ``first``: see :func:`_first_of_kernels`.
     """
-    command = [COMPILER, *FLAGS, *(f"-I{path}" for path in includes)]
+    command = [COMPILER, *FLAGS]
     if source.name in ("module.cpp", "nb_combined.cpp"):
         command += [f"-DNB_DOMAIN={domain}"]
-    # Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower.
-    command += ["-O0", "-include", "cuda.h"] if source.suffix == ".cu" else ["-O1"]
-    command += ["-x", "c++", str(source)]
-    seen = _run([*command, "-E", "-P"], source.name)
-    made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, seen)}.o"
-    if not made.exists():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        partial = made.with_suffix(f".{os.getpid()}")
-        _run([*command, "-c", "-o", str(partial)], source.name)
-        partial.rename(made)
-    return made
+    command += [*KERNEL_FLAGS, "-include", "cuda.h"] if source.suffix == ".cu" else ["-O1"]
+    rest = [*includes, "-x", "c++", str(source)]
+    seen = _run([*command, *rest, "-E", "-P"], source.name)
+    if source.suffix == ".cu":
+        command += [f"-I{first}"]
+    made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, KERNEL_FLAGS, seen)}.o"
+    return _made(made, [*command, *rest, "-c"], source.name)
 
 
 def patched_sources(target: Path, patches: Patches) -> Path:
@@ -158,12 +180,15 @@ def build(patches: Patches | None = None) -> Path:
     made.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(made.with_suffix(".lock")):
         if made.exists():
+            kept.use(made)
             return made
-        with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
-            folder = Path(scratch)
-            sources = patched_sources(folder, patches) if patches else SOURCES
-            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", folder / "_C.so")
-            (folder / "_C.so").rename(made)
+        for folder in (_cache() / "objects", _cache() / "headers", _cache()):
+            kept.prune(folder)
+        with tempfile.TemporaryDirectory(dir=made.parent) as name:
+            scratch = Path(name)
+            sources = patched_sources(scratch, patches) if patches else SOURCES
+            _link(sources, f"emulator_{_digest(sorted(patches.items()))}", scratch / "_C.so")
+            (scratch / "_C.so").rename(made)
     return made
 
 
@@ -172,12 +197,14 @@ def _link(sources: Path, domain: str, target: Path) -> None:
     assert nanobind is not None and toolkit is not None
     python = Path(sysconfig.get_path("include"))
     bindings = [nanobind / "include", nanobind / "ext" / "robin_map" / "include", python]
-    includes = [EMULATOR / "include", EMULATOR, sources, sources / "include", toolkit, toolkit / "cccl", *bindings]
+    folders = [EMULATOR / "include", EMULATOR, sources, sources / "include", toolkit, toolkit / "cccl", *bindings]
+    includes = [f"-I{folder}" for folder in folders]
+    first = _first_of_kernels(includes)
     files = [*sources.rglob("*.cu"), *sources.rglob("*.cpp"), *EMULATOR.glob("*.cpp")]
     files.append(nanobind / "src" / "nb_combined.cpp")
     files.sort(key=lambda path: -path.stat().st_size if path.suffix == ".cu" else 0)  # the longest first
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: _compile(source, includes, domain), files))
+        objects = list(pool.map(lambda source: _compile(source, includes, domain, first), files))
     _run([COMPILER, "-shared", "-Wl,-Bsymbolic", *map(str, objects), "-o", str(target)], target.name)
 
 

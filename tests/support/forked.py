@@ -27,8 +27,8 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.measure.ranks import RankContext
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(
     ["llm_allreduce_plugin.runtime.communicator", "llm_allreduce_plugin.profiles.search", __name__]
 )
 
@@ -84,8 +84,8 @@ class ForkedRanks:
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = _server.Pipe()
-            process = _server.Process(
+            ours, theirs = server.Pipe()
+            process = server.Process(
                 target=_run,
                 args=(rank, world_size, Path(self._folder.name), method, theirs, function, rest),
                 daemon=True,
@@ -164,11 +164,22 @@ def forked(world_size: int, function: Callable[..., Any], *rest: Any, store: str
 def left_in_shm(pids: Sequence[int | None] = ()) -> list[str]:
     """What is left of ours in the folder of shared memory, and of sockets.
 
-    Names have this user's number in them; or that of one of ``pids``: others may run tests on this machine too.
+    Names have this user's number in them; or that of one of ``pids``: others may run tests on this machine too. What
+    these have is there for a moment only, so what is left is what stays.
     """
     numbers = "|".join(str(number) for number in (os.getuid(), os.getpid(), *pids) if number is not None)
-    names = [name for name in os.listdir("/dev/shm") if re.match(rf"llm-allreduce-({numbers})-", name)]
-    return names + [line for line in Path("/proc/net/unix").read_text().splitlines() if "@llm-allreduce" in line]
+    left: set[str] | None = None
+
+    def nothing() -> bool:
+        nonlocal left
+        names = {name for name in os.listdir("/dev/shm") if re.match(rf"llm-allreduce-({numbers})-", name)}
+        sockets = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
+        names |= {name for name in sockets if name.startswith("@llm-allreduce")}
+        left = names if left is None else left & names
+        return not left
+
+    wait_until(nothing, 1.0)
+    return sorted(left or ())
 
 
 def open_files() -> set[str]:

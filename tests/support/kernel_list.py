@@ -105,6 +105,10 @@ ALL = (
     ),
     Kernels("ring_flags_kernel", _C.RING, _C.FLAGS, extra_threads=0, **_PACKETS),
     Kernels("hierarchical_flags_kernel", _C.HIERARCHICAL, _C.FLAGS, **_PACKETS),
+    Kernels("reduce_flags_kernel", _C.REDUCE, _C.FLAGS),
+    Kernels("reduce_scatter_flags_kernel", _C.REDUCE_SCATTER, _C.FLAGS),
+    Kernels("host_sum_gather_flags_kernel", _C.HOST_SUM_GATHER, _C.FLAGS),
+    Kernels("host_sum_flags_kernel", _C.HOST_SUM, _C.FLAGS, extra_threads=0),
     _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 1, "short", (*FIXED, ANY)),
     _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 2, "any", (2, ANY)),
     _rows("one_shot_split_norm_kernel", _C.ONE_SHOT, 2, "split", (2, ANY)),
@@ -131,7 +135,7 @@ def expected() -> Iterator[tuple[Kernel, Kernels]]:
 _MANGLED_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
 _MANGLED_WIRES = {"Fp8Packet": "fp8", "Tq3": "tq3", "Hadamard2": "hadamard2", "_fp8_kernel": "fp8"}
 _NAME = re.compile(
-    r"(?P<name>(?:one_shot|two_shot|ring|hierarchical)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
+    r"(?P<name>(?:one_shot|two_shot|ring|hierarchical|reduce|host_sum)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
     r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?(?:Li(?P<units>\d+)E)?"
 )
 

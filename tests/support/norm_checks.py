@@ -15,7 +15,14 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed
 from llm_allreduce_plugin.runtime import norm_calls
 from tests.support.checks import communicator
-from tests.support.norm_group import Boundary, assert_same, every_quant, poison, random_boundary
+from tests.support.norm_group import (
+    Boundary,
+    assert_nothing_between_columns,
+    assert_same,
+    every_quant,
+    poison,
+    random_boundary,
+)
 from tests.support.reference import bits, rank_input, rank_ordered_sum, special_inputs
 
 
@@ -64,6 +71,7 @@ def norm_and_compare(
     with poisoned_outputs():
         outputs = run(group, given[0], there)
     assert_same(outputs, boundary.expected(rank_ordered_sum(inputs)), what)
+    assert_nothing_between_columns(outputs, what)
     for tensor, copy in zip(given, before, strict=True):
         assert torch.equal(bits(tensor), bits(copy)), f"{what}: an input was written"
     addresses = [tensor.data_ptr() for tensor in (*given, *outputs) if tensor is not None and tensor.numel()]
@@ -133,6 +141,19 @@ def check_batches(context: RankContext, hidden: int, settings: dict[str, Any]) -
                 )
                 wanted = Normed(*(None if whole is None else whole[part] for whole in expected))
                 assert_same(outputs, wanted, f"{rows} rows from {first}")
+
+
+def limits_of_batches(hidden: int) -> list[tuple[int | None, str]]:
+    """What a profile may say of fused calls so that the batches run in one kernel, in two, and back again."""
+    row = 2 * hidden
+    return [(2 * row, "fused"), (8 * row, "then-norm"), (64 * row, "fused"), (None, "then-norm")]
+
+
+def runs_of_batches(context: RankContext, hidden: int, settings: dict[str, Any]) -> list[str]:
+    """Every batch checked, and what each runs as."""
+    check_batches(context, hidden, settings)
+    with communicator(context, "AUTO", **settings) as group:
+        return [group.explain_fused((rows, hidden), torch.bfloat16).counted_as for rows in BATCHES]
 
 
 def check_views(context: RankContext, dtype: torch.dtype, settings: dict[str, Any]) -> None:

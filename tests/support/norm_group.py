@@ -42,7 +42,7 @@ class Boundary:
     quant: Quant | None = None
     return_norm: bool = False
 
-    def norm(self, native: Any = _C) -> _C.Norm:
+    def norm(self, rows: int, native: Any = _C) -> _C.Norm:
         quant = self.quant
         return native.Norm(
             len(self.weight),
@@ -50,6 +50,7 @@ class Boundary:
             weight_bias=self.weight_bias,
             quant=_C.QUANT_NONE if quant is None else quant.kind.code,
             scales=_C.SCALES_ROWS if quant is None else quant.layout.code,
+            scale_stride=quant.scale_stride(rows) if quant is not None and quant.aligned else 0,
         )
 
     def expected(self, sums: torch.Tensor) -> Normed:
@@ -72,6 +73,7 @@ def every_quant(hidden: int) -> list[Quant | None]:
     if hidden % QuantKind.FP8_GROUP.group == 0:
         layouts = (ScaleLayout.ROWS, ScaleLayout.COLUMNS, ScaleLayout.UE8M0)
         kinds += [Quant(QuantKind.FP8_GROUP, layout=layout) for layout in layouts]
+        kinds.append(Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS, aligned=True))
     if hidden % QuantKind.NVFP4.group == 0:
         scale = torch.tensor([331.7])
         kinds += [Quant(QuantKind.NVFP4, scale, layout) for layout in (ScaleLayout.ROWS, ScaleLayout.SWIZZLED)]
@@ -90,12 +92,33 @@ def random_boundary(
     )
 
 
+POISON = 0xA5
+
+
+def _bytes(output: torch.Tensor) -> torch.Tensor:
+    """All that an output's memory holds, what lies between its columns included."""
+    whole = torch.as_strided(output, (output.untyped_storage().nbytes() // output.element_size(),), (1,))
+    return whole.view(torch.uint8)
+
+
 def poison(outputs: Normed) -> Normed:
     for output in outputs:
         if output is not None and output.numel():
-            bytes_ = torch.as_strided(output, (output.untyped_storage().nbytes() // output.element_size(),), (1,))
-            bytes_.view(torch.uint8).fill_(0xA5)
+            _bytes(output).fill_(POISON)
     return outputs
+
+
+def assert_nothing_between_columns(outputs: Normed, what: str) -> None:
+    """Where scales lie in columns, what was poisoned between them still is."""
+    scales = outputs.scale_out
+    if scales is None or scales.is_contiguous() or scales.stride(0) != 1:
+        return
+    rows, columns = scales.shape
+    stride = scales.stride(1)
+    memory = _bytes(scales).view(-1, scales.element_size())
+    for column in range(columns):
+        between = memory[column * stride + rows : (column + 1) * stride]
+        assert bool((between == POISON).all()), f"{what}: written behind column {column} of scales"
 
 
 def outputs_for(rows: torch.Tensor, boundary: Boundary) -> Normed:
@@ -138,7 +161,7 @@ class FusedCall:
         slot = slots.one_shot_bytes if algorithm is Algorithm.ONE_SHOT else slots.two_shot_bytes
         chunk = max(1, min(-(-rows // parts), shape.rows_at_once, slot // 16 // vectors)) * vectors
         native = group.machine.native
-        norm = self.boundary.norm(native)
+        norm = self.boundary.norm(rows, native)
         self.plans = [
             native.Plan(
                 workspace, algorithm=int(algorithm), exchange=exchange, count=like.numel(), dtype=_DTYPES[like.dtype],
@@ -200,4 +223,5 @@ def check(
     expected = boundary.expected(rank_ordered_sum(inputs))
     for rank, output in enumerate(outputs):
         assert_same(output, expected, f"{what}, rank {rank}")
+        assert_nothing_between_columns(output, f"{what}, rank {rank}")
     return outputs

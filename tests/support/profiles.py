@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llm_allreduce_plugin._version import __version__
-from llm_allreduce_plugin.profiles.file import Entry
+from llm_allreduce_plugin.profiles.entry import Entry
 from llm_allreduce_plugin.topology import NodeIdentity
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
@@ -23,6 +23,21 @@ CHANGING: Ranges = [
 
 def node(name: str) -> NodeIdentity:
     return NodeIdentity("cuda", name, 90, "0123456789abcdef", f"4 x {name}")
+
+
+def fused(graph: Ranges = ((1 << 20, "fused"), (None, "then-norm")), eager: Ranges | None = None) -> dict[str, Any]:
+    """What an entry may say of sums with a norm behind them."""
+
+    def ranges(given: Ranges) -> list[dict[str, Any]]:
+        return [{"max_bytes": limit, "runs": runs} for limit, runs in given]
+
+    times = {"fused": 3.0, "then-norm": 4.0}
+    return {
+        "hidden": 8192,
+        "graph": ranges(graph),
+        "eager": ranges(graph if eager is None else eager),
+        "measured": [{"bytes": 16384, "strategy": "ONESHOT", "graph_us": times, "eager_us": times}],
+    }
 
 
 def entry(graph: Any = ((None, "ONESHOT"),), eager: Any = ((None, "TWOSHOT"),), **fields: Any) -> Entry:

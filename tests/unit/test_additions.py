@@ -19,7 +19,7 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.group.capabilities import cpu_facts
 from llm_allreduce_plugin.oracle import CODECS
-from llm_allreduce_plugin.profiles.file import Kernel
+from llm_allreduce_plugin.profiles.entry import Kernel
 from llm_allreduce_plugin.runtime.tally import Made, Tally
 from llm_allreduce_plugin.selection.policy import decide, describe, uses_table
 from llm_allreduce_plugin.selection.sweep import sweep

@@ -99,7 +99,11 @@ def test_rows() -> None:
     assert group.boards[2].row(0) is None, "and nothing is read of memory that was let go"
 
 
-@pytest.mark.parametrize("junk", (b"\xff" * ROW_BYTES, bytes(ROW_BYTES), os.urandom(60) + b"\x07\0\0\0"))
+@pytest.mark.parametrize(
+    "junk",
+    (b"\xff" * ROW_BYTES, bytes(ROW_BYTES), os.urandom(60) + b"\x07\0\0\0"),
+    ids=("ones", "zeros", "random"),
+)
 def test_a_scribbled_board_says_nothing(junk: bytes) -> None:
     group = Group()
     buffer: Any = group.boards[0]._buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 import llm_allreduce_plugin
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, LlmArgs
 from llm_allreduce_plugin.config import ENV_PREFIX, environment_table
+from llm_allreduce_plugin.engines.sglang import flags
 
 EXAMPLES = Path(__file__).parents[2] / "configs" / "vllm"
 NAMES = [str(name) for name in AllReduceStrategy]
@@ -173,6 +175,10 @@ def test_llm_args() -> None:
     assert LlmArgs(allreduce_strategy="oneshot").vllm_kwargs() == {  # type: ignore[arg-type]
         "additional_config": {"allreduce": {"allreduce_strategy": "ONESHOT"}}
     }
+    for_sglang = LlmArgs(allreduce=AllReduceConfig(workspace_bytes="4MiB")).sglang_kwargs()  # type: ignore[arg-type]
+    assert list(for_sglang) == ["json_model_override_args"]
+    assert json.loads(for_sglang["json_model_override_args"]) == {"llm_allreduce": {"workspace_bytes": 4 << 20}}
+    assert LlmArgs().sglang_kwargs() == {"json_model_override_args": '{"llm_allreduce": {}}'}
     both = LlmArgs(allreduce_strategy="TWOSHOT", allreduce=AllReduceConfig(timeout_s=3))  # type: ignore[arg-type]
     assert both.allreduce_config() == AllReduceConfig(allreduce_strategy="TWOSHOT", timeout_s=3)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must be one of AUTO"):
@@ -191,6 +197,23 @@ def test_examples_are_valid(path: Path) -> None:
     settings = yaml.safe_load(path.read_text()).get("additional-config", {}).get("allreduce", {})
     assert load_config(settings, environment={}) == AllReduceConfig(**settings)
     assert "low_precision" not in path.stem or settings["allreduce_strategy"] == "LOWPRECISION"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs" / "sglang").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_examples_for_sglang_are_valid(path: Path) -> None:
+    """Through the plugin's own flags, as SGLang's reader of --config gives it keys and values."""
+    given = yaml.safe_load(path.read_text())
+    strategy, further = given["allreduce-strategy"], given.get("allreduce-config", {})
+    parser = argparse.ArgumentParser()
+    with mock.patch.dict(os.environ):
+        flags.add_to(parser)
+        parser.parse_args([flags.STRATEGY, strategy, *([flags.CONFIG, json.dumps(further)] if further else [])])
+        carried = {name: value for name, value in os.environ.items() if name.startswith(ENV_PREFIX)}
+    wanted = AllReduceConfig(allreduce_strategy=strategy, **further)
+    assert load_config(environment=carried) == wanted
+    assert "low_precision" not in path.stem or (strategy == "LOWPRECISION" and further["low_precision"])
 
 
 def test_every_variable_is_in_the_table_and_the_readme() -> None:

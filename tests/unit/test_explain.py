@@ -90,7 +90,8 @@ def test_every_recorded_node_has_sensible_decisions(path: Path, strategy: S) -> 
         group = group_facts(topology, world_size, config)
         runs = [found.decision.strategy for found in sweep(config, group, "bfloat16")]
         hosts = len({gpu.host for gpu in topology.gpus[:world_size]})
-        if world_size < 2 or hosts > 1 or strategy is S.NCCL:
+        assert group.fabric is (hosts > 1), "the only node of several hosts is one NVLink domain"
+        if world_size < 2 or strategy is S.NCCL:
             assert runs == [S.NCCL], (world_size, runs)
         else:
             assert S.NCCL not in runs, (world_size, runs)

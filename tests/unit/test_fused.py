@@ -245,6 +245,24 @@ def test_why_not() -> None:
     assert reason_of(staged, 4096, 8192) == "only what travels in band is fused, and this message is staged"
 
 
+def test_reasons_say_what_was_measured() -> None:
+    """Of two ranks over NVLink, and of no others."""
+    known = "fuse_norm is on; one kernel was faster than two from 16 KiB to 64 MiB (2 H200, rows of 8192)"
+    for rows, hidden in ((1, 4096), (64, 5120), (1024, 8192)):
+        decision = decide_fused(config(), facts(2), rows, hidden, "bfloat16")
+        assert decision.reason == f"{known}; over 2 ranks one step sends no more than two"
+    for group, unknown in (
+        (facts(4), "fuse_norm is on; one kernel or two was not measured for 4 ranks"),
+        (
+            facts(2, Transport.HOST),
+            "fuse_norm is on; one kernel or two was not measured for 2 ranks through host memory; "
+            "over 2 ranks one step sends no more than two",
+        ),
+        (facts(2, Transport.SHM), "fuse_norm is on"),
+    ):
+        assert decide_fused(config(), group, 1, 8192, "bfloat16").reason == unknown
+
+
 def test_where_it_does_not_pay_two_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(measured.FUSED_PAYS_TO, "ONE_SHOT", {2: 1 << 20, 8: None})
     assert launch_of(facts(2), 64, 8192).algorithm is Algorithm.ONE_SHOT

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+from typing import Any
 
 import pytest
 import torch
 
 from llm_allreduce_plugin.engines.common import fusion_ops
-from llm_allreduce_plugin.norm import QuantKind, ScaleLayout
+from llm_allreduce_plugin.norm import Normed, QuantKind, ScaleLayout
 from tests.support.fusion_ranks import OneRank
 
 GROUP = "tp:7"
@@ -70,6 +71,28 @@ def test_aligned_columns_begin_at_multiples_of_16_bytes(rows: int) -> None:
     assert torch.equal(aligned, plain)
     assert aligned.stride(0) == 1
     assert aligned.stride(1) * aligned.element_size() % 16 == 0
+
+
+@pytest.mark.parametrize("rows", (1, 6, 8))
+@pytest.mark.parametrize("layout", (ScaleLayout.COLUMNS, fusion_ops.ALIGNED_COLUMNS))
+def test_scales_come_out_as_the_communicator_stored_them(layout: str, rows: int) -> None:
+    """No copy puts them into the layout that the engine wants."""
+    stored: list[int] = []
+
+    class Watched(OneRank):
+        def all_reduce_residual_rms_norm(self, *given: Any, **more: Any) -> Normed:
+            normed = super().all_reduce_residual_rms_norm(*given, **more)
+            assert normed.scale_out is not None
+            stored.append(normed.scale_out.data_ptr())
+            return normed
+
+    fusion_ops.register_operator()
+    communicator = Watched()
+    fusion_ops.serve(GROUP, communicator)  # type: ignore[arg-type]
+    scales = torch.ops.llm_allreduce.all_reduce_rms_norm.default(
+        *arguments(rows, "fp8-group", str(layout), norm_too=False)
+    )[-1]
+    assert [scales.data_ptr()] == stored
 
 
 def test_a_group_that_nobody_serves_is_named() -> None:

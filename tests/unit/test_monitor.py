@@ -65,6 +65,8 @@ from pathlib import Path
 from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.reporter import Reporter
+Reporter.RETRY_S = 0.5
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
 folder, calls = Path(sys.argv[1]), 0
@@ -108,8 +110,11 @@ def test_a_full_disk_ends_nothing_and_leaves_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_a_folder_that_comes_back_is_written_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_comes_back_is_written_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(Reporter, "RETRY_S", 0.5)
     folder = tmp_path / "reports"
     folder.write_text("a file in the folder's place")
     member = new_member()
@@ -191,8 +196,11 @@ def test_a_communicator_that_is_gone_ends_both_threads(tmp_path: Path) -> None:
     assert not reporter._thread.is_alive()
 
 
-def test_nccl_starts_although_the_report_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_nccl_starts_although_the_report_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level("INFO")
+    monkeypatch.setattr(Reporter, "RETRY_S", 0.5)
     folder = tmp_path / "reports"
     folder.write_text("a file in the folder's place")
     stock = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])

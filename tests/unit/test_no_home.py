@@ -15,7 +15,8 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.errors import CacheError
 from llm_allreduce_plugin.profiles import search
 from llm_allreduce_plugin.topology import NodeIdentity
-from tests.unit.test_profile import FACTS, H200
+from tests.unit.test_profile import H200
+from tests.unit.test_profile_search import FACTS
 
 UID = 54_321  # nobody's
 needs_root = pytest.mark.skipif(

@@ -193,7 +193,8 @@ def scale_at(outputs: Normed, quant: Quant, hidden: int, row: int, number: int) 
     if quant.layout is ScaleLayout.UE8M0:
         exponent = int(flat.view(torch.uint8)[(number // 4 * (-(-rows // 4) * 4) + row) * 4 + number % 4])
         return F(math.inf) if exponent == 255 else F(2.0 ** (exponent - 127))
-    place = number * rows + row if quant.layout is ScaleLayout.COLUMNS else row * (hidden // GROUP) + number
+    column = -(-rows // 4) * 4 if quant.aligned else rows
+    place = number * column + row if quant.layout is ScaleLayout.COLUMNS else row * (hidden // GROUP) + number
     return F(flat[place].item())
 
 
@@ -242,7 +243,7 @@ def any_rows(seed: int, kind: str, rows: int, hidden: int, dtype: torch.dtype) -
     st.sampled_from(DTYPES),
     st.sampled_from((8, 16, 128, 384, 640)),
     st.sampled_from(("normal", "tiny", "huge", "sparse", "special", "zeros")),
-    st.integers(0, 7),
+    st.integers(0, 8),
     st.sampled_from((0.0, 1.0, 0.3)),
 )
 def test_number_by_number(seed: int, dtype: torch.dtype, hidden: int, kind: str, choice: int, bias: float) -> None:

@@ -40,6 +40,16 @@ def test_layouts(kind: QuantKind, layout: ScaleLayout) -> None:
         Quant(kind, scale, layout)
 
 
+@pytest.mark.parametrize("layout", (ScaleLayout.ROWS, ScaleLayout.UE8M0))
+def test_only_columns_are_aligned(layout: ScaleLayout) -> None:
+    with pytest.raises(ValueError, match=f"Quant: aligned: must be False with layout {layout}; only columns are"):
+        Quant(QuantKind.FP8_GROUP, layout=layout, aligned=True)
+    assert Quant(QuantKind.FP8_GROUP, layout=layout).scale_stride(6) == 0
+    assert Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS).scale_stride(6) == 6
+    aligned = Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS, aligned=True)
+    assert [aligned.scale_stride(rows) for rows in (0, 1, 4, 5)] == [0, 4, 4, 8]
+
+
 @pytest.mark.parametrize("kind", list(QuantKind))
 def test_scales(kind: QuantKind) -> None:
     if kind.needs_scale:
@@ -92,6 +102,11 @@ Strided = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]
             Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS),
             (E4M3, (2, 3, 640)),
             (torch.float32, (6, 5), (1, 6)),
+        ),
+        (
+            Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.COLUMNS, aligned=True),
+            (E4M3, (2, 3, 640)),
+            (torch.float32, (6, 5), (1, 8)),
         ),
         (Quant(QuantKind.FP8_GROUP, layout=ScaleLayout.UE8M0), (E4M3, (2, 3, 640)), (torch.int32, (6, 2), (1, 8))),
         (Quant(QuantKind.NVFP4, ONE), (torch.uint8, (2, 3, 320)), (E4M3, (6, 40), (40, 1))),

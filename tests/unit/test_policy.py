@@ -305,7 +305,7 @@ def test_tables_know_every_group_and_size(world_size: int, architecture: int | N
 
 @pytest.mark.parametrize(
     ("strategy", "runs"),
-    [("UB", "TWOSHOT"), ("MNNVL", "MINLATENCY")],
+    [("UB", "TWOSHOT")],
 )
 def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs: str) -> None:
     decision = decide(config(strategy), facts(), 64, "bfloat16")

@@ -1,10 +1,9 @@
-"""Tuning profiles: written, read, refused, found; and two processes that tune at once."""
+"""Tuning profiles: written, read, refused, never replaced unasked; and two processes that tune at once."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import multiprocessing
 import random
@@ -18,32 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin import AllReduceConfig, ConfigError, NodeTopology, ProfileError
-from llm_allreduce_plugin.algorithms.base import Message
-from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.algorithms.facts import GroupFacts, SlotBytes
+from llm_allreduce_plugin import ProfileError
 from llm_allreduce_plugin.cli import app
-from llm_allreduce_plugin.config import load_config
-from llm_allreduce_plugin.profiles import search
-from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Entry, Profile, read, store
-from llm_allreduce_plugin.selection.policy import decide, describe, table_of
-from llm_allreduce_plugin.selection.sweep import sweep
-from llm_allreduce_plugin.topology import NodeIdentity, fingerprint
-from llm_allreduce_plugin.topology.links import TopologyClass, Transport
-from tests.support.profiles import entry, node
+from llm_allreduce_plugin.profiles.entry import Entry
+from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Profile, read, store
+from llm_allreduce_plugin.topology.links import Transport
+from tests.support.profiles import entry, fused, node
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 H200 = node("NVIDIA H200")
-FACTS = GroupFacts(
-    world_size=4,
-    device="cuda",
-    transport=Transport.SYMMETRIC,
-    lanes=264,
-    in_band=SlotBytes(1 << 20, 1 << 20),
-    architecture=90,
-    topology_class=TopologyClass.NVSWITCH,
-)
-
 limits = st.lists(st.integers(0, 1 << 34), unique=True, max_size=6).map(sorted)
 
 
@@ -52,6 +34,10 @@ def any_ranges(draw: st.DrawFn) -> list[dict[str, Any]]:
     bounds = [*draw(limits), None]
     return [{"max_bytes": bound, "strategy": draw(st.sampled_from(("ONESHOT", "TWOSHOT")))} for bound in bounds]
 
+
+any_fused_ranges = st.tuples(
+    limits, st.sampled_from(("fused", "then-norm")), st.sampled_from(("fused", "then-norm"))
+).map(lambda drawn: [(bound, drawn[1]) for bound in drawn[0]] + [(None, drawn[2])])
 
 any_entry = st.builds(
     lambda graph, eager, measured, **fields: entry(graph=graph, eager=eager, measured=measured, **fields),
@@ -72,6 +58,7 @@ any_entry = st.builds(
     element_bytes=st.sampled_from((2, 4)),
     in_band=st.booleans(),
     dtype=st.text(max_size=8),
+    fused=st.none() | st.builds(fused, any_fused_ranges, any_fused_ranges),
 )
 
 
@@ -140,7 +127,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     entries = json.loads(path.read_text())["entries"]
     assert fault(changed(path, schema_version=SCHEMA_VERSION + 1)) == (
-        "its schema version is 2, and this package reads 1 (written by a newer version of this package)"
+        "its schema version is 3, and this package reads 1 to 2 (written by a newer version of this package)"
     )
     assert fault(changed(path, schema="something else")) == "it is no tuning profile"
     for wrong, text in (
@@ -158,6 +145,47 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         assert text in fault(changed(path, entries=broken))
     store(path, H200, [entry()], force=True)
     assert "two are for the same kind of group" in fault(changed(path, entries=entries * 2))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        ({"graph": [{"max_bytes": None, "runs": "NCCL"}]}, "entries.0.fused.graph.0.runs: Input should be 'fused' or"),
+        ({"graph": [{"max_bytes": 7, "runs": "fused"}]}, "graph: the last range, and no other, has max_bytes null"),
+        (
+            {"eager": [{"max_bytes": size, "runs": "fused"} for size in (9, 8, None)]},
+            "eager: max_bytes must rise, not [9, 8]",
+        ),
+        ({"hidden": 4}, "entries.0.fused.hidden: Input should be greater than or equal to 8"),
+        ({"other": 1}, "entries.0.fused.other: Extra inputs are not permitted"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_about_fused_calls_is_named(tmp_path: Path, spoil: dict[str, Any], text: str) -> None:
+    path = written(tmp_path, fused=fused())
+    entries = json.loads(path.read_text())["entries"]
+    entries[0]["fused"] |= spoil
+    with pytest.raises(ProfileError) as caught:
+        read(changed(path, entries=entries))
+    assert text in caught.value.reason
+
+
+def test_profiles_of_the_first_version_still_load(tmp_path: Path) -> None:
+    """They say nothing of fused calls; where an entry is added, the file becomes one of this version."""
+    path = written(tmp_path)
+    document = json.loads(path.read_text())
+    assert "fused" not in document["entries"][0]
+    changed(path, schema_version=1)
+    (old,) = read(path).entries
+    assert old.fused is None
+    assert old.ranges().fused == ()
+    store(path, H200, [entry(world_size=2, fused=fused())])
+    assert json.loads(path.read_text())["schema_version"] == SCHEMA_VERSION
+    two, four = sorted(read(path).entries, key=lambda made: made.world_size)
+    assert four == old
+    assert [(found.max_bytes, found.strategy) for found in two.ranges().fused] == [
+        (1 << 20, "fused"), (None, "then-norm"),
+    ]  # fmt: skip
 
 
 def test_entries_of_other_groups_are_kept_and_the_same_replaced(tmp_path: Path) -> None:
@@ -226,211 +254,3 @@ def test_processes_that_tune_at_once_lose_nothing(tmp_path: Path) -> None:
         range(2, 2 + 2 * count)
     )
     assert not list(path.parent.glob(".*.json.[!l]*")), "no partial file is left"
-
-
-# -- which one is used -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """A cache folder and a folder of shipped profiles, both empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    shipped = tmp_path / "shipped"
-    shipped.mkdir()
-    monkeypatch.setattr(search, "shipped_paths", lambda: sorted(shipped.glob("*.json")))
-    cached = search.cache_path(H200)
-    assert cached.is_relative_to(tmp_path)
-    return {"cached": cached, "shipped": shipped / "h200.json", "configured": tmp_path / "configured.json"}
-
-
-def test_configured_then_cached_then_shipped_then_seeds(places: dict[str, Path]) -> None:
-    assert search.find(None, FACTS, H200) == search.Found(None)
-    elsewhere = dataclasses.replace(H200, fingerprint="elsewhere", description="8 x NVIDIA H200")
-    expected = []
-    for name, of in (("shipped", elsewhere), ("cached", H200), ("configured", elsewhere)):
-        store(places[name], of, [entry(date=f"2025-0{len(expected) + 1}-02T03:04:05+00:00")])
-        found = search.find(places["configured"] if name == "configured" else None, FACTS, H200)
-        assert found.ignored == ()
-        assert found.tuned is not None
-        expected.append(found.tuned.source)
-    assert expected == [
-        "shipped profile h200.json for NVIDIA H200, measured 2025-01-02 in CUDA graphs",
-        f"profile {places['cached']}, measured 2025-02-02 in CUDA graphs",
-        f"profile {places['configured']}, measured 2025-03-02 in CUDA graphs",
-    ]
-    assert search.find("none", FACTS, H200) == search.Found(None)
-
-
-@pytest.mark.parametrize(
-    "other",
-    (
-        {"world_size": 3},
-        {"transport": Transport.HOST},
-        {"in_band": SlotBytes()},
-        {"topology_class": TopologyClass.PCIE_PEER},
-    ),
-    ids=str,
-)
-def test_shipped_only_for_the_same_kind_of_group(places: dict[str, Path], other: dict[str, Any]) -> None:
-    store(places["shipped"], H200, [entry()])
-    assert search.find(None, FACTS, H200).tuned is not None
-    assert search.find(None, dataclasses.replace(FACTS, **other), H200).tuned is None
-    assert search.find(None, FACTS, node("NVIDIA H100")) == search.Found(None)
-
-
-def test_a_cached_profile_that_does_not_fit_is_ignored_with_a_line(places: dict[str, Path]) -> None:
-    store(places["shipped"], H200, [entry()])
-    for spoil, reason in (
-        (lambda: places["cached"].write_text("[" * 100_000), "it is nested too deeply"),
-        (lambda: changed(places["cached"], schema_version=7), "its schema version is 7"),
-        (lambda: changed(places["cached"], fingerprint="copied"), "it was measured on another node"),
-        (
-            lambda: changed(places["cached"], gpu="NVIDIA L4"),
-            "it was measured on NVIDIA L4, and this node has NVIDIA H200",
-        ),
-    ):
-        places["cached"].unlink(missing_ok=True)
-        store(places["cached"], H200, [entry()])
-        spoil()
-        before = places["cached"].read_bytes()
-        found = search.find(None, FACTS, H200)
-        assert found.tuned is not None
-        assert found.tuned.source.startswith("shipped profile")
-        (line,) = found.ignored
-        assert line.startswith(f"tuning profile {places['cached']}: {reason}")
-        assert places["cached"].read_bytes() == before
-
-
-def test_a_configured_profile_that_cannot_be_used_is_an_error(places: dict[str, Path]) -> None:
-    path = places["configured"]
-    with pytest.raises(ConfigError, match="tuning_profile: tuning profile .*configured.json: it cannot be read"):
-        search.find(path, FACTS, H200)
-    store(path, node("NVIDIA L4"), [entry()])
-    with pytest.raises(ConfigError, match="it was measured on NVIDIA L4, and this node has NVIDIA H200"):
-        search.find(path, FACTS, H200)
-    store(path, H200, [entry(world_size=2)], force=True)
-    found = search.find(path, FACTS, H200)
-    assert found.tuned is None
-    assert "it says nothing about 4 ranks through symmetric memory (but about 2 ranks" in found.ignored[0]
-
-
-def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert AllReduceConfig().tuning_profile is None
-    assert load_config({"tuning_profile": "NONE"}).tuning_profile == "none"
-    monkeypatch.setenv("LLM_ALLREDUCE_TUNING_PROFILE", "/a/b.json")
-    assert load_config().tuning_profile == Path("/a/b.json")
-    with pytest.raises(ConfigError, match="tuning_profile='': must be a file, or none"):
-        load_config({"tuning_profile": ""})
-
-
-def test_the_reason_names_the_profile_and_what_was_measured() -> None:
-    profile = Profile.of(
-        H200, [entry(graph=[(4096, "ONESHOT"), (None, "TWOSHOT")], eager=[(None, "ONESHOT")], element_bytes=2)]
-    )
-    tuned = search._tuned(profile, FACTS, "profile x", anywhere=False)
-    facts = dataclasses.replace(FACTS, tuned=tuned)
-    for strategy in ("AUTO", "MINLATENCY"):
-        config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
-        decision = decide(config, facts, 4096, "bfloat16")
-        said = "8 KiB are more than 4 KiB, where two steps beat one (profile x, measured 2025-01-02 in CUDA graphs)"
-        assert said in decision.reason
-        # What was not measured for 32-bit elements goes by those of 16 bits.
-        assert decide(config, facts, 2048, "float32").launch == decision.launch or strategy == "AUTO"
-    assert decide(AllReduceConfig(), facts, 2048, "float32").strategy == "TWOSHOT"
-
-
-@pytest.mark.parametrize(
-    ("transport", "runs", "measured"),
-    [
-        (Transport.SYMMETRIC, "TWOSHOT", "in CUDA graphs"),
-        (Transport.HOST, "TWOSHOT", "in CUDA graphs"),
-        (Transport.SHM, "ONESHOT", "in eager calls"),
-    ],
-)
-@pytest.mark.parametrize("strategy", ("AUTO", "MINLATENCY"))
-def test_one_choice_whether_or_not_a_rank_captures(
-    transport: Transport, runs: str, measured: str, strategy: str
-) -> None:
-    """A rank that captures while another does not must launch the same kernel, or both wait for ever.
-
-    So nothing that a decision is made of can tell the two apart: on GPUs the times in graphs decide for eager calls
-    too, and CPU ranks, which have no graphs, go by those of eager calls.
-    """
-    profile = Profile.of(
-        H200, [entry(graph=[(None, "TWOSHOT")], eager=[(None, "ONESHOT")], transport=transport, in_band=True)]
-    )
-    device = "cpu" if transport is Transport.SHM else "cuda"
-    facts = dataclasses.replace(FACTS, transport=transport, device=device, flagged=SlotBytes(1 << 20, 1 << 20))
-    facts = dataclasses.replace(facts, tuned=search._tuned(profile, facts, "profile x", anywhere=True))
-    config = AllReduceConfig(allreduce_strategy=strategy)  # type: ignore[arg-type]
-    kernel = {"TWOSHOT": Algorithm.TWO_SHOT, "ONESHOT": Algorithm.ONE_SHOT}[runs]
-    for count in (8, 4096, 1 << 20):
-        decision = decide(config, facts, count, "bfloat16")
-        assert decision.launch is not None
-        assert decision.launch.algorithm is kernel
-        assert f"(profile x, measured 2025-01-02 {measured})" in decision.reason
-    for function in (decide, describe, table_of, sweep):
-        assert "capturing" not in inspect.signature(function).parameters
-    # Whether the input lies in memory that peers see is the same on all ranks, unlike whether a call is captured.
-    fields = {field.name for field in dataclasses.fields(Message)}
-    assert fields == {"count", "dtype", "element_bytes", "readable_in_place"}
-
-
-# -- the node ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_fingerprint_is_of_kinds_not_of_devices() -> None:
-    """Other serial numbers, another order: the same node. Another link, GPU or peer access: another."""
-    topology = NodeTopology.from_json(TOPOLOGIES / "l40s_x8_two_numa.json")
-    order = list(range(len(topology.gpus)))
-    random.Random(5).shuffle(order)
-
-    def shuffled(matrix: tuple[tuple[str, ...], ...]) -> tuple[tuple[str, ...], ...]:
-        return tuple(tuple(matrix[i][j] for j in order) for i in order)
-
-    same = topology.model_copy(
-        update={
-            "gpus": tuple(
-                topology.gpus[old].model_copy(update={"index": new, "uuid": f"GPU-{new}", "pci_bus_id": str(new)})
-                for new, old in enumerate(order)
-            ),
-            "links": shuffled(topology.links),
-            "p2p": shuffled(topology.p2p),
-            "driver": "1.2.3",
-        }
-    )
-    assert fingerprint(same) == fingerprint(topology)
-    seen = {fingerprint(topology)}
-    renamed = (topology.gpus[0].model_copy(update={"name": "NVIDIA L4"}), *topology.gpus[1:])
-    p2p = [list(row) for row in topology.p2p]
-    p2p[0][1] = p2p[1][0] = "CNS"
-    links = [list(row) for row in topology.links]
-    links[0][1] = links[1][0] = "NV4"
-    for change in (
-        {"gpus": renamed},
-        {"p2p": tuple(map(tuple, p2p))},
-        {"links": tuple(map(tuple, links))},
-        {"nvswitch": True},
-        {"gpus": topology.gpus[:1], "links": (("X",),), "p2p": (("X",),)},
-    ):
-        seen.add(fingerprint(topology.model_copy(update=change)))
-    assert len(seen) == 6
-
-
-def test_identities() -> None:
-    identity = NodeIdentity.of_gpus(NodeTopology.from_json(TOPOLOGIES / "h200_x4_nvswitch.json"))
-    assert (identity.name, identity.architecture) == ("NVIDIA H200", 90)
-    assert identity.description == "4 x NVIDIA H200; links NV18; NVSwitch"
-    blind = NodeIdentity.of_gpus(NodeTopology(), "NVIDIA H200")
-    assert blind.name == "NVIDIA H200"
-    assert blind.fingerprint != identity.fingerprint
-    assert NodeIdentity.of_cpu() == NodeIdentity.of_cpu()
-
-
-def test_shipped_profiles_are_valid() -> None:
-    """Whatever lies in configs/tuning can be read, and was measured with this schema."""
-    for path in search.shipped_paths():
-        profile = read(path)
-        assert profile.device == "cuda"
-        assert profile.entries
-        assert path.stat().st_size < 1 << 18, "too large to review"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.errors import UnreadableFileError
@@ -231,6 +232,25 @@ def test_restarts_do_not_fill_the_folder(tmp_path: Path) -> None:
     os.utime(elsewhere, (time.time() - 8 * 24 * 3600,) * 2)
     reports.prune(tmp_path)
     assert not elsewhere.exists()
+
+
+def test_all_ranks_of_the_largest_group_are_kept(tmp_path: Path) -> None:
+    """Of a run that has ended and of the one before it."""
+    host = new_member().rsplit("-", 3)[0]
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    old = time.time() - 3600
+    runs = []
+    for run in range(3):
+        names = [
+            f"rank-{rank}.dp0.ranks0-71.{host}-{ended.pid}-aaaaaa-{run}.json" for rank in range(LARGEST_WORLD_SIZE)
+        ]
+        for rank, name in enumerate(names):
+            (tmp_path / name).write_text("{}")
+            os.utime(tmp_path / name, (old + 100 * run + rank,) * 2)
+        runs.append(set(names))
+    reports.prune(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == runs[1] | runs[2]
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

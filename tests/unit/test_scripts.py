@@ -18,10 +18,11 @@ LEFTOVERS = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
 STAND_IN = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 for word in "$@"; do
-  if [[ $word == ./scripts/vllm_cpu_ops ]]; then
-    mkdir -p scripts/vllm_cpu_ops/build/lib scripts/vllm_cpu_ops/vllm_cpu_ops.egg-info
-    cp scripts/vllm_cpu_ops/vllm_cpu_ops.py scripts/vllm_cpu_ops/build/lib
-    date +%N >scripts/vllm_cpu_ops/vllm_cpu_ops.egg-info/SOURCES.txt
+  if [[ $word == ./scripts/*_cpu_ops ]]; then
+    name=${word##*/}
+    mkdir -p "$word/build/lib" "$word/$name.egg-info"
+    cp "$word/$name.py" "$word/build/lib"
+    date +%N >"$word/$name.egg-info/SOURCES.txt"
     mkdir -p scripts/__pycache__ && date +%N >scripts/__pycache__/build_backend.cpython-311.pyc
   fi
 done
@@ -72,7 +73,7 @@ def checkout(tmp_path: Path) -> Checkout:
 
 def compiles(calls: list[str]) -> list[str]:
     """Calls that build this package, whose build is the compile; but for the wheel that is made to be checked."""
-    installs = [call for call in calls if " pip install" in call and "--wheel-dir" not in call]
+    installs = [call for call in calls if " install " in call and "--wheel-dir" not in call]
     return [
         call
         for call in installs
@@ -85,7 +86,7 @@ def test_the_test_script_compiles_once_and_the_demo_not_again(checkout: Checkout
     assert len(compiles(first)) == 1, compiles(first)
     assert any(call.startswith("-m pytest") for call in first), "it went on to the tests"
     for tool in ("ruff", "mypy", "pytest", "hypothesis", "matplotlib", "clang-format"):
-        assert any(" pip install" in call and tool in call for call in first), f"{tool} is installed"
+        assert any(" install " in call and tool in call for call in first), f"{tool} is installed"
     assert (checkout.folder / "scripts" / "vllm_cpu_ops" / "build").exists(), "leftovers that a build leaves"
     assert [call for call in checkout.run("scripts/serve_demo.sh") if " pip " in call] == []
     assert [call for call in checkout.run("scripts/test.sh", "tests/unit") if " pip " in call] == []
@@ -119,6 +120,53 @@ def test_what_is_compiled_anew(checkout: Checkout, changed: str, compiled: bool)
     assert bool(compiles(calls)) is compiled, calls
     if changed == "scripts/vllm_cpu_ops/vllm_cpu_ops.py":
         assert any("./scripts/vllm_cpu_ops" in call for call in calls)
+
+
+def test_each_engine_is_installed_for_who_asks_for_it(checkout: Checkout) -> None:
+    def named(calls: list[str]) -> list[str]:
+        return [engine for engine in ("torch==2.13.0", "vllm==", "sglang==") if any(engine in call for call in calls)]
+
+    first = checkout.run("scripts/serve_demo.sh", "sglang", "TWOSHOT")
+    assert named(first) == ["torch==2.13.0", "sglang=="]
+    assert any(call.endswith("./scripts/sglang_cpu_ops") for call in first)
+    assert first[-1] == "scripts/serve_demo.py sglang TWOSHOT"
+    second = checkout.run("scripts/serve_demo.sh", "TWOSHOT")
+    assert named(second) == ["torch==2.13.0", "vllm=="]
+    assert compiles(second) == [], "one compile for both"
+    assert [call for call in checkout.run("scripts/serve_demo.sh", "TWOSHOT", "SGLang") if " install " in call] == []
+
+
+def test_on_gpus_sglang_has_an_environment_of_its_own(checkout: Checkout) -> None:
+    gpu = '#!/bin/sh\nif [ "$1" = -L ]; then echo "GPU 0: NVIDIA H200"; else echo 9.0; fi\n'
+    Checkout.program(checkout.folder / "bin" / "nvidia-smi", gpu)
+    own = STAND_IN.replace("{python}", sys.executable).replace("'%s\\n'", "'sglang: %s\\n'", 1)
+    Checkout.program(checkout.folder / ".venv-sglang" / "bin" / "python", own)
+    calls = checkout.run("scripts/serve_demo.sh", "sglang")
+    assert calls, "the demo ran"
+    assert all(call.startswith("sglang: ") for call in calls), calls
+    assert any("torch==2.14.1" in call for call in calls)
+    assert any("sglang==" in call and "--no-deps" not in call for call in calls), "with all that it needs"
+    others = checkout.run("scripts/serve_demo.sh")
+    assert not any(call.startswith("sglang: ") or "sglang" in call for call in others), others
+    assert any("torch==2.13.0" in call for call in others)
+
+
+def test_pip_speaks_when_it_fails(checkout: Checkout) -> None:
+    noisy = STAND_IN.replace("{python}", sys.executable).replace("for word", "echo noise of pip\nfor word", 1)
+    Checkout.program(checkout.folder / ".venv" / "bin" / "python", noisy.replace("for word", "CODE\nfor word", 1))
+    python = checkout.folder / ".venv" / "bin" / "python"
+    text = python.read_text()
+    for code, heard in (('[[ "$*" == *--editable* ]] && exit 1', True), ("true", False)):
+        Checkout.program(python, text.replace("CODE", code))
+        environment = {**os.environ, "CALLS": str(checkout.calls_file)}
+        environment["PATH"] = f"{checkout.folder / 'bin'}:{os.environ['PATH']}"
+        command = "source scripts/environment.sh && set -e && make_environment .venv vllm"
+        result = subprocess.run(
+            ["bash", "-c", command], cwd=checkout.folder, env=environment, capture_output=True, text=True
+        )
+        assert (result.returncode != 0) is heard
+        assert ("noise of pip" in result.stdout + result.stderr) is heard
+        assert "building and installing llm_allreduce_plugin" in result.stdout
 
 
 def test_a_failed_step_is_done_again(checkout: Checkout) -> None:

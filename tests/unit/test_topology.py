@@ -62,7 +62,7 @@ def test_what_can_run_where() -> None:
     assert runnable("l40s_x8_two_numa") == kernels
     assert runnable("rtx4090_x8_no_p2p") == kernels, "through host memory"
     assert runnable("no_gpu") == {"NCCL"}
-    assert runnable("gb200_x72_nvl72") == {"NCCL"}
+    assert runnable("gb200_x72_nvl72") == (kernels | {"MNNVL"}) - {"LOWPRECISION"}, "over one NVLink domain"
     assert runnable("gb200_x72_nvl72", 4) == kernels
     assert str(group_facts(load("rtx4090_x8_no_p2p")).transport) == "host"
     with pytest.raises(ValueError, match="world size 5: the topology has 4 GPUs"):

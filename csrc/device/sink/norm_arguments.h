@@ -16,8 +16,9 @@ struct NormArguments {
   void* quant_out;
   void* scale_out;
   const float* scale;
-  uint32_t units;     // of a row
-  uint32_t all_rows;  // of the message
+  uint32_t units;         // of a row
+  uint32_t all_rows;      // of the message
+  uint32_t scale_stride;  // of scales in columns
   uint32_t first_row;
   uint32_t rows;
   float inverse_hidden;
@@ -28,6 +29,7 @@ struct NormArguments {
 };
 
 inline NormArguments norm_arguments(const lar_message& message, const lar_norm& norm, int64_t first_row, int64_t rows) {
+  const int64_t all_rows = message.count / norm.hidden;
   return {norm.residual,
           norm.weight,
           message.output,
@@ -36,7 +38,8 @@ inline NormArguments norm_arguments(const lar_message& message, const lar_norm& 
           norm.scale_out,
           norm.scale,
           static_cast<uint32_t>(norm.hidden / codec::kUnitElements),
-          static_cast<uint32_t>(message.count / norm.hidden),
+          static_cast<uint32_t>(all_rows),
+          static_cast<uint32_t>(codec::scale_stride(norm, all_rows)),
           static_cast<uint32_t>(first_row),
           static_cast<uint32_t>(rows),
           1.0f / static_cast<float>(norm.hidden),

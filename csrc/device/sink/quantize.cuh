@@ -39,15 +39,14 @@ __device__ __forceinline__ void store_group_scale(const NormArguments& norm, uin
                                                   float scale) {
   const uint32_t groups = norm.units * codec::kUnitElements / codec::kGroupElements;
   if (norm.scales == LAR_SCALES_UE8M0) {
-    const int64_t column = (norm.all_rows + 3) / 4 * 4;
-    uint8_t* word = static_cast<uint8_t*>(norm.scale_out) + 4 * (group / 4 * column + row);
+    uint8_t* word = static_cast<uint8_t*>(norm.scale_out) + 4 * (int64_t{group / 4} * norm.scale_stride + row);
     word[group % 4] = static_cast<uint8_t>(__float_as_uint(scale) >> 23);
     if (group + 1 == groups)
       for (uint32_t absent = group % 4 + 1; absent < 4; ++absent) word[absent] = 0;
     return;
   }
   const int64_t place =
-      norm.scales == LAR_SCALES_COLUMNS ? int64_t{group} * norm.all_rows + row : int64_t{row} * groups + group;
+      norm.scales == LAR_SCALES_COLUMNS ? int64_t{group} * norm.scale_stride + row : int64_t{row} * groups + group;
   static_cast<float*>(norm.scale_out)[place] = scale;
 }
 

@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
-# Columns of scales that begin at multiples of 16 bytes each, as TMA reads them: a layout of the operator alone.
+# Columns of scales that begin at multiples of 16 bytes each: ``Quant.aligned``, which has no name among ScaleLayout.
 ALIGNED_COLUMNS = "aligned-columns"
-_ALIGNED_ROWS = 4  # fp32 scales in 16 bytes
 
 _MOST_BOUNDARIES = 1024  # that are counted: an engine may move weights again and again
 
@@ -71,6 +70,11 @@ def serve(group: str, communicator: TensorParallelCommunicator) -> None:
 def is_served(group: object) -> bool:
     """Whether fused calls of ``group`` have a communicator in this process."""
     return group in _communicators
+
+
+def communicator_of(group: str) -> TensorParallelCommunicator | None:
+    """What :func:`serve` was given for ``group``, if that still lives."""
+    return _communicators.get(group)
 
 
 @functools.cache
@@ -142,7 +146,7 @@ def all_reduce_rms_norm(  # noqa: PLR0917  (an operator's arguments have an orde
         input, residual, weight, eps,
         weight_bias=weight_bias, quant=_quant(quant, scales, scale), return_norm=return_norm,
     )  # fmt: skip
-    return _results(normed, quant, scales, return_norm=return_norm)
+    return _results(normed, quant, return_norm=return_norm)
 
 
 def all_reduce_rms_norm_fake(  # noqa: PLR0917
@@ -159,28 +163,15 @@ def all_reduce_rms_norm_fake(  # noqa: PLR0917
 ) -> list[torch.Tensor]:
     """The shapes, types and strides of :func:`all_reduce_rms_norm`."""
     normed = empty_outputs(input, _quant(quant, scales, scale), return_norm=return_norm)
-    return _results(normed, quant, scales, return_norm=return_norm)
+    return _results(normed, quant, return_norm=return_norm)
 
 
 def _quant(quant: str, scales: str, scale: torch.Tensor | None) -> Quant | None:
     if not quant:
         return None
-    layout = ScaleLayout.COLUMNS if scales == ALIGNED_COLUMNS else ScaleLayout(scales)
-    return Quant(QuantKind(quant), scale, layout)
+    aligned = scales == ALIGNED_COLUMNS
+    return Quant(QuantKind(quant), scale, ScaleLayout.COLUMNS if aligned else ScaleLayout(scales), aligned=aligned)
 
 
-def _results(normed: Normed, quant: str, scales: str, *, return_norm: bool) -> list[torch.Tensor]:
-    results = [getattr(normed, name) for name in result_names(quant, return_norm=return_norm)]
-    if scales == ALIGNED_COLUMNS:
-        results[-1] = _aligned(results[-1])
-    return results
-
-
-def _aligned(scale: torch.Tensor) -> torch.Tensor:
-    """Columns ``[rows, groups]`` whose beginnings are aligned; they are copied where the number of rows is not."""
-    rows, groups = scale.shape
-    if not isinstance(rows, int) or rows % _ALIGNED_ROWS:  # no int while it is traced
-        stride = -(-rows // _ALIGNED_ROWS) * _ALIGNED_ROWS
-        aligned = torch.empty_strided((rows, groups), (1, stride), dtype=scale.dtype, device=scale.device)
-        return aligned.copy_(scale)
-    return scale
+def _results(normed: Normed, quant: str, *, return_norm: bool) -> list[torch.Tensor]:
+    return [getattr(normed, name) for name in result_names(quant, return_norm=return_norm)]

@@ -16,13 +16,17 @@ from llm_allreduce_plugin.runtime.reporter import Reporter
 logger = logging.getLogger("llm_allreduce_plugin")
 
 
-def read_reports(report_dir: Path, use_logging: Callable[[], None]) -> None:
+def read_reports(report_dir: Path, use_logging: Callable[[], None], *, metrics: bool = True) -> None:
     """In the process that starts the others, before it does: their reports become metrics, and a summary at its end.
 
-    ``use_logging``: lets lines go where the engine's go.
+    Args:
+        report_dir: of the settings.
+        use_logging: lets lines go where the engine's go.
+        metrics: off where ranks count by themselves: Prometheus must not be loaded before the engine sets that up.
     """
     reports.mark_server()
-    show_reports(report_dir)  # counts, where this process serves metrics
+    if metrics:
+        show_reports(report_dir)  # counts, where this process serves metrics
     tell_at_exit(report_dir, use_logging)
 
 

@@ -22,7 +22,7 @@ _CLOSE = 0.85
 _AROUND = "^v?llm|(?:config|settings|options|args|plugin)$"
 
 
-def settings_of(given: object, source: str) -> AllReduceConfig:
+def settings_of(given: object, source: str, section: str = SECTION) -> AllReduceConfig:
     """The settings that an engine's own configuration asks for, over file and environment.
 
     ``{"allreduce": {...}}`` takes every setting; ``{"allreduce_strategy": "ONESHOT"}`` alone is a shorthand. Keys that
@@ -31,6 +31,7 @@ def settings_of(given: object, source: str) -> AllReduceConfig:
     Args:
         given: what the engine was given for plugins; anything but a mapping asks for nothing.
         source: where that stands, for errors: ``"vLLM additional_config"``.
+        section: the key under which the settings stand there.
 
     Raises:
         ConfigError: naming source, field, value and what is allowed.
@@ -38,19 +39,19 @@ def settings_of(given: object, source: str) -> AllReduceConfig:
     if not isinstance(given, Mapping):
         return load_config()
     for key, value in given.items():
-        if isinstance(key, str) and (fault := _misplaced(key, value)) is not None:
+        if isinstance(key, str) and (fault := _misplaced(key, value, section)) is not None:
             message = f"{source}: {shown(key)[1:-1]}={shown(value)}: {fault}"
             raise ConfigError(message)
-    section = given.get(SECTION, {})
-    if not isinstance(section, Mapping):
-        message = f"{source}: {SECTION}={shown(section)}: must be a mapping such as {{'allreduce_strategy': 'ONESHOT'}}"
+    found = given.get(section, {})
+    if not isinstance(found, Mapping):
+        message = f"{source}: {section}={shown(found)}: must be a mapping such as {{'allreduce_strategy': 'ONESHOT'}}"
         raise ConfigError(message)
-    values: dict[str, Any] = dict(section)
+    values: dict[str, Any] = dict(found)
     if SHORTHAND in given:
         short = given[SHORTHAND]
         if SHORTHAND in values and not _is_same(values[SHORTHAND], short):
             message = (
-                f"{source}: {SHORTHAND}={shown(short)} contradicts {SECTION}.{SHORTHAND}={shown(values[SHORTHAND])}: "
+                f"{source}: {SHORTHAND}={shown(short)} contradicts {section}.{SHORTHAND}={shown(values[SHORTHAND])}: "
                 "give one of them"
             )
             raise ConfigError(message)
@@ -62,19 +63,19 @@ def _letters(key: str) -> str:
     return re.sub("[^a-z0-9]", "", key.lower())
 
 
-def _misplaced(key: str, value: object) -> str | None:
+def _misplaced(key: str, value: object, section: str) -> str | None:
     """What to say about a key that means this plugin and is none of its own; None: it is one, or somebody else's."""
-    if key in (SECTION, SHORTHAND) or (key == STAMP and isinstance(value, str)):
+    if key in (section, SHORTHAND) or (key == STAMP and isinstance(value, str)):
         return None
     if key in AllReduceConfig.model_fields:
-        return f"belongs into {SECTION}: give {{'{SECTION}': {{'{key}': ...}}}}"
+        return f"belongs into {section}: give {{'{section}': {{'{key}': ...}}}}"
     letters = _letters(key)
-    names = {_letters(name): name for name in (SECTION, SHORTHAND)}
+    names = {_letters(SECTION): section, _letters(SHORTHAND): SHORTHAND}
     close = difflib.get_close_matches(re.sub(_AROUND, "", letters), list(names), n=1, cutoff=_CLOSE)
     if not close and not key.startswith(SECTION) and not letters.startswith("llmallreduce"):
         return None
-    meant = names[close[0]] if close else SECTION
-    return f"unknown key; allowed are {SECTION}, {SHORTHAND}; did you mean {meant}?"
+    meant = names[close[0]] if close else section
+    return f"unknown key; allowed are {section}, {SHORTHAND}; did you mean {meant}?"
 
 
 def _is_same(one: object, other: object) -> bool:

@@ -20,11 +20,21 @@ from llm_allreduce_plugin.runtime.tally import summary_of
 logger = logging.getLogger("llm_allreduce_plugin")
 
 
+_untold: list[Callable[[], None]] = []
+
+
 @functools.cache
 def tell_at_exit(report_dir: Path, use_logging: Callable[[], None]) -> None:
     """Once per folder, and only in the process that the user started. ``use_logging``: see :func:`tell`."""
     if multiprocessing.parent_process() is None:
-        atexit.register(tell, report_dir, time.time(), use_logging)
+        _untold.append(functools.partial(tell, report_dir, time.time(), use_logging))
+        atexit.register(tell_now)
+
+
+def tell_now() -> None:
+    """What :func:`tell_at_exit` would tell, before a process kills itself and has no exit. Each summary comes once."""
+    while _untold:
+        _untold.pop()()
 
 
 def tell(report_dir: Path, since: float, use_logging: Callable[[], None] = lambda: None) -> None:

@@ -1,0 +1,104 @@
+"""What an all-reduce over hosts that a network joins should take: a model, not measured anywhere. Pure arithmetic.
+
+Sums of each host, in fp32 or compressed, are exchanged between ranks of equal place on their hosts:
+
+* in one step, every rank sums the whole message of its host and exchanges all of it;
+* in two, a rank sums and exchanges its part of it, and the results are gathered inside the host;
+* in pieces, the network and the links inside the host work at the same time, on different pieces.
+
+Latencies are those of kernels and of NCCL's send and receive as known from elsewhere; the time of codecs is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms.tables import link_scale
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.topology.links import TopologyClass
+from llm_allreduce_plugin.wire import PACKETS
+
+SUM_BYTES = 4  # of an element of a partial sum: fp32
+# Stores to peers, per GPU and direction: H200's through NVLink, of which others are scaled; and 64 MiB over eight L40S
+# behind PCIe 4.0, all at once.
+NVLINK_BYTES_PER_S = 360e9
+PCIE_BYTES_PER_S = 20e9
+STEP_S = 5e-6  # a step inside the host: a kernel and a barrier of its ranks
+NETWORK_STEP_S = 10e-6  # NCCL's exchange of a small message between two hosts
+ADD_S = 3e-6  # the kernel that sums over hosts
+SOURCE = (
+    f"{STEP_S * 1e6:g} us for a step inside a host, {NETWORK_STEP_S * 1e6:g} us for an exchange, "
+    f"{ADD_S * 1e6:g} us for the sum over hosts"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """What joins hosts.
+
+    Attributes:
+        bytes_per_s: per direction.
+        of_host: all GPUs of a host share it; otherwise each GPU has as much.
+    """
+
+    bytes_per_s: float
+    of_host: bool = False
+
+    def per_gpu(self, ranks: int) -> float:
+        """What each of so many GPUs of a host has when all send at once."""
+        return self.bytes_per_s / ranks if self.of_host else self.bytes_per_s
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one message, in seconds.
+
+    Attributes:
+        one_step, two_steps: see above.
+        in_pieces: two steps in ``pieces``.
+        compressed: the same with sums that are compressed on the network alone, without the time of the codec.
+    """
+
+    one_step: float
+    two_steps: float
+    in_pieces: float
+    pieces: int
+    compressed: dict[WireFormat, float]
+
+    @property
+    def best(self) -> float:
+        """The fastest exact form."""
+        return min(self.one_step, self.two_steps, self.in_pieces)
+
+
+def inside_bytes_per_s(links: TopologyClass, architecture: int | None) -> float:
+    """What a GPU stores to peers of its host, per second; where nobody knows the links, as over PCIe."""
+    if links not in {TopologyClass.NVSWITCH, TopologyClass.NVLINK}:
+        return PCIE_BYTES_PER_S
+    return NVLINK_BYTES_PER_S * link_scale(architecture, links)
+
+
+def cost(hosts: int, ranks: int, payload_bytes: int, network: Network, inside: float, element_bytes: int = 2) -> Cost:
+    """An all-reduce of ``payload_bytes`` per rank over ``hosts`` of ``ranks`` each.
+
+    ``inside``: bytes per second that a GPU stores to peers of its host. Each rank sends its sums to as many ranks as
+    there are other hosts.
+    """
+    elements = payload_bytes / element_bytes
+    rate = network.per_gpu(ranks)
+    half = payload_bytes * (ranks - 1) / ranks / inside  # a reduce-scatter's or a gather's bytes
+    steps = 2 * STEP_S if ranks > 1 else 0.0
+    sent = (hosts - 1) * elements / ranks * SUM_BYTES / rate
+    one_step = STEP_S + payload_bytes * (ranks - 1) / inside + NETWORK_STEP_S + ranks * sent + ADD_S
+    pieces = int(min(measured.NETWORK_MOST_PIECES, max(1, payload_bytes // measured.NETWORK_PIECE_BYTES)))
+
+    def staged(network_s: float, number: int) -> float:
+        # What is longer goes on all the time, and the first and last piece of the other have nothing to hide behind.
+        longer, shorter = max(network_s, 2 * half), min(network_s, 2 * half)
+        return steps + NETWORK_STEP_S + ADD_S + longer + shorter / number
+
+    compressed = {
+        wire: staged(sent / SUM_BYTES * packet.bytes / packet.values, pieces) for wire, packet in PACKETS.items()
+    }
+    return Cost(one_step, staged(sent, 1), staged(sent, pieces), pieces, compressed)

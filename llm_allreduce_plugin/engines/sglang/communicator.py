@@ -1,0 +1,142 @@
+"""SGLang's tensor-parallel groups with our all-reduce in them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llm_allreduce_plugin.engines.common import fusion_ops
+from llm_allreduce_plugin.engines.sglang import fusion, hooks
+from llm_allreduce_plugin.engines.sglang.boundaries import ATTRIBUTE
+from llm_allreduce_plugin.engines.sglang.hooks import Hook
+from llm_allreduce_plugin.engines.sglang.settings import settings_of, stands_aside
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.runtime.calls import Call
+    from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+# SGLang names groups "<kind>:<number>". PD-multiplexing runs prefill on a second group of the same ranks.
+_OURS = ("tp", "pdmux_prefill_tp")
+# Parts of a tensor-parallel group, where attention or experts are split otherwise than the rest.
+_PARTS = ("attention_tp", "moe_tp", "moe_ep", "shared_experts_tp")
+_GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
+
+
+def communicator_in(group: Any) -> TensorParallelCommunicator | None:  # noqa: ANN401
+    """Our communicator of a group, or None."""
+    found: TensorParallelCommunicator | None = getattr(group, ATTRIBUTE, None)
+    return found
+
+
+def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+    """After a group was made: those of tensor parallelism get a communicator. Collective.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        AllReduceError: see :class:`~llm_allreduce_plugin.runtime.communicator.TensorParallelCommunicator`.
+    """
+    kind, _, number = group.unique_name.partition(":")
+    if group.world_size == 1:
+        return
+    if kind not in _OURS:
+        if kind in _PARTS and group.rank_in_group == 0:
+            logger.info(
+                "all-reduce: group %s is a part of the tensor-parallel one and keeps SGLang's own", group.unique_name
+            )
+        return
+    server_args = _server_args()
+    settings = settings_of(server_args)
+    name = f"{kind}{number}"
+    reason = stands_aside(server_args, settings, group.device.type)
+    if reason is None and (lost := hooks.not_applied(HOOKS)):
+        reason = f"the hooks at {', '.join(lost)} did not take"
+    if reason is not None:
+        from llm_allreduce_plugin.engines.common.reports import report_engines_own
+
+        report_engines_own("SGLang", group.rank_in_group, group.ranks, settings, reason, name)
+        return
+    from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
+
+    settings.check_world_size(group.world_size)
+    communicator = TensorParallelCommunicator(
+        group.device_group,
+        group.device,
+        settings,
+        control_group=group.cpu_group,
+        fallback=_stock(group),
+        name=name,
+    )
+    setattr(group, ATTRIBUTE, communicator)
+    fusion_ops.serve(group.unique_name, communicator)
+    fusion.install(server_args, settings, talks=group.rank_in_group == 0)
+
+
+def _server_args() -> Any:  # noqa: ANN401
+    """SGLang's arguments; None where somebody uses its groups without a server."""
+    from sglang.srt.runtime_context import get_server_args
+
+    try:
+        return get_server_args()
+    except ValueError:
+        return None
+
+
+def _stock(group: Any) -> Call:  # noqa: ANN401
+    """SGLang's own all-reduce of a group. Holds on to no group: that holds the communicator."""
+    method = inspect.unwrap(type(group).all_reduce)
+    found = weakref.ref(group)
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        owner = found()
+        if owner is None:
+            message = "all-reduce: the group that SGLang made has been dropped"
+            raise RuntimeError(message)
+        # SGLang may sum in place, and takes its inputs for lost; CPU ranks always do, where copies cost little.
+        output: torch.Tensor = method(owner, input_.clone() if input_.device.type == "cpu" else input_)
+        return output
+
+    return run
+
+
+def all_reduce(
+    original: Any,  # noqa: ANN401
+    group: Any,  # noqa: ANN401
+    input_: torch.Tensor,
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> torch.Tensor:
+    """Around ``GroupCoordinator.all_reduce``: ours, or the original."""
+    communicator = communicator_in(group)
+    if communicator is None or input_.device != communicator.device or args or kwargs:
+        output: torch.Tensor = original(group, input_, *args, **kwargs)
+        return output
+    if torch.compiler.is_compiling():
+        traced: torch.Tensor = torch.ops.llm_allreduce.all_reduce(input_, group.unique_name)
+        return traced
+    return communicator.all_reduce(input_)
+
+
+def close(group: Any, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
+    """Before a group is destroyed."""
+    communicator = communicator_in(group)
+    if communicator is None:
+        return
+    delattr(group, ATTRIBUTE)
+    try:
+        communicator.close()
+    except Exception:
+        # The engine's own clean-up must run whatever was wrong with ours.
+        logger.exception("all-reduce: something was wrong at the end")
+
+
+HOOKS = (
+    Hook(f"{_GROUP}.__init__", equip, "AFTER"),
+    Hook(f"{_GROUP}.all_reduce", all_reduce, "AROUND"),
+    Hook(f"{_GROUP}.destroy", close, "BEFORE"),
+)

@@ -1,0 +1,168 @@
+"""What a tuning profile says about one kind of group: what was measured, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.ranges import Range, TunedRanges
+from llm_allreduce_plugin.quantization import UNIT
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
+
+# The kernels of the exact class. A profile that names anything else is not valid, so no profile can change bits.
+Kernel = Literal["ONESHOT", "TWOSHOT"]
+# One kernel for a sum and the norm behind it, or two (``ONE_KERNEL``, ``TWO_KERNELS``).
+Runs = Literal["fused", "then-norm"]
+
+
+class Frozen(BaseModel):
+    """A part of a profile."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ProfileRange(Frozen):
+    """Messages up to ``max_bytes`` per rank (None: all larger ones) run on ``strategy``."""
+
+    max_bytes: int | None = Field(ge=0)
+    strategy: Kernel
+
+
+class FusedRange(Frozen):
+    """Messages up to ``max_bytes`` per rank (None: all larger ones), with a norm behind the sum, run as ``runs``."""
+
+    max_bytes: int | None = Field(ge=0)
+    runs: Runs
+
+
+class Measured(Frozen):
+    """Microseconds per call of every strategy at one size; those that had become far slower are left out."""
+
+    bytes: int = Field(ge=1)
+    graph_us: dict[Kernel, float] = Field(default_factory=dict)
+    eager_us: dict[Kernel, float] = Field(default_factory=dict)
+
+
+class FusedMeasured(Frozen):
+    """Microseconds per call at one size, in one kernel and in two."""
+
+    bytes: int = Field(ge=1)
+    strategy: Kernel = Field(description="whose sum it was: what the ranges of the entry say for this size")
+    graph_us: dict[Runs, float] = Field(default_factory=dict)
+    eager_us: dict[Runs, float] = Field(default_factory=dict)
+
+
+def _check_ranges(name: str, ranges: Sequence[ProfileRange | FusedRange]) -> None:
+    """Raise ValueError unless limits rise and the last range, alone, has none."""
+    limits = [found.max_bytes for found in ranges]
+    bounded = [limit for limit in limits[:-1] if limit is not None]
+    if not limits or limits[-1] is not None or len(bounded) < len(limits) - 1:
+        message = f"{name}: the last range, and no other, has max_bytes null"
+        raise ValueError(message)
+    if bounded != sorted(set(bounded)):
+        message = f"{name}: max_bytes must rise, not {bounded}"
+        raise ValueError(message)
+
+
+class FusedEntry(Frozen):
+    """Whether residual and norm belong in the kernel of the sum.
+
+    Attributes:
+        hidden: elements of a row that was measured.
+        graph: ranges by the times in CUDA graphs.
+        eager: ranges by the times of eager calls.
+        measured: the times behind them.
+    """
+
+    hidden: int = Field(ge=UNIT)
+    graph: tuple[FusedRange, ...]
+    eager: tuple[FusedRange, ...]
+    measured: tuple[FusedMeasured, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_ranges("graph", self.graph)
+        _check_ranges("eager", self.eager)
+        return self
+
+
+class Entry(Frozen):
+    """What was measured for one kind of group.
+
+    Attributes:
+        world_size: ranks.
+        transport: how they reach each other.
+        topology_class: what their bytes travel over.
+        in_band: whether readiness travels inside the data, as a setting says.
+        element_bytes: size of an element; ``dtype`` is the one that was measured.
+        date: when, in UTC.
+        method: how.
+        environment: versions and driver.
+        graph: ranges by the times in CUDA graphs.
+        eager: ranges by the times of eager calls.
+        measured: the times behind them.
+        fused: the same of sums with a norm behind them; None: nothing fused was measured.
+    """
+
+    world_size: int = Field(ge=2)
+    transport: Transport
+    topology_class: TopologyClass
+    in_band: bool
+    element_bytes: Literal[2, 4]
+    dtype: str
+    date: str
+    method: str
+    environment: dict[str, str]
+    graph: tuple[ProfileRange, ...]
+    eager: tuple[ProfileRange, ...]
+    measured: tuple[Measured, ...]
+    fused: FusedEntry | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_ranges("graph", self.graph)
+        _check_ranges("eager", self.eager)
+        return self
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What there is one entry for."""
+        return (self.world_size, self.transport, self.in_band, self.element_bytes)
+
+    def serves(self, facts: GroupFacts) -> bool:
+        """True when a group of this kind was measured."""
+        in_band = facts.in_band.two_shot > 0
+        return (self.world_size, self.transport, self.in_band) == (facts.world_size, facts.transport, in_band)
+
+    @property
+    def decides_in_graphs(self) -> bool:
+        """Whether ``graph`` decides, for every call, or ``eager`` does. The only place that says which.
+
+        One of them for all calls of a group: a rank that captures a graph while another makes the call at once must
+        launch the same kernel. On GPUs it is ``graph``: times in graphs are the GPU's, those of eager calls mostly the
+        host's, which do not depend on the strategy. CPU ranks have no graphs.
+        """
+        return self.transport is not Transport.SHM
+
+    @property
+    def in_words(self) -> str:
+        """Which times decide: ``measured <date> ...``."""
+        return "in CUDA graphs" if self.decides_in_graphs else "in eager calls"
+
+    def ranges(self) -> TunedRanges:
+        """Those that decide, as the policy takes them."""
+        ranges = self.graph if self.decides_in_graphs else self.eager
+        fused: Sequence[FusedRange] = ()
+        if self.fused is not None:
+            fused = self.fused.graph if self.decides_in_graphs else self.fused.eager
+        return TunedRanges(
+            self.element_bytes,
+            tuple(Range(found.max_bytes, found.strategy) for found in ranges),
+            tuple(Range(found.max_bytes, found.runs) for found in fused),
+        )
+
+    def __str__(self) -> str:
+        return f"{self.world_size} ranks, {self.transport} memory, {8 * self.element_bytes}-bit elements"

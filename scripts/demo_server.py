@@ -1,0 +1,102 @@
+"""A server that the demo starts, waits for, asks over HTTP, and ends with all of its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+STARTUP_LIMIT_S = 600
+STOP_LIMIT_S = 30
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the text is for the user."""
+
+
+def say(text: str) -> None:
+    print(f"[demo] {text}", flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:  # noqa: ANN401
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        text = answer.read().decode()
+    return json.loads(text) if text else None
+
+
+def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+def group_is_alive(group: int) -> bool:
+    """True while any process of the server's session lives: workers outlive their parent for a moment."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the server's whole process group, and end what is left of it after a while."""
+    for number, patience in ((signal.SIGINT, STOP_LIMIT_S), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        if process.poll() is None or group_is_alive(process.pid):
+            if number == signal.SIGINT:
+                process.send_signal(number)  # the front end first: it winds its workers down
+            else:
+                _signal_group(process, number)
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            process.poll()
+            if not group_is_alive(process.pid):
+                return
+            time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def server(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as sink:
+        process = subprocess.Popen(  # noqa: S603
+            command, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            say("stopping the server")
+            stop(process)
+
+
+def end_of(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+
+
+def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + STARTUP_LIMIT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            message = f"the server ended with code {process.returncode}; the end of its log:\n{end_of(log)}"
+            raise DemoError(message)
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            http(url, timeout=2)
+            return
+        time.sleep(0.5)
+    message = f"the server was not healthy within {STARTUP_LIMIT_S} s; its log is {log}"
+    raise DemoError(message)

@@ -1,0 +1,316 @@
+"""Real SGLang on CPU ranks: servers at tensor parallel 2, what a user sees when one goes wrong, SGLang's own layers.
+
+``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_sglang.sh`` made, separated by colons, for more versions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import serve_demo
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed"),
+]
+
+ROOT = Path(__file__).parents[2]
+INSTALLED = "installed"
+# What scripts/test.sh has unpacked.
+UNPACKED = sorted(str(folder) for folder in (ROOT / ".venv" / "sglang").glob("*") if (folder / "sglang").is_dir())
+PACKAGES = [INSTALLED, *(list(filter(None, os.environ.get("ALLREDUCE_TEST_SGLANG", "").split(":"))) or UNPACKED)]
+CPU = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+PROMPTS = (serve_demo.PROMPT, "To be, or not to be", "1 2 3 4 5 6 7 8 9")
+# The first norm has no sum of a layer before it, and the sum before the last norm is not left to that.
+FUSED, PLAIN = 2 * serve_demo.LAYERS - 1, 2
+
+
+# -- in one process ----------------------------------------------------------------------------------------------------
+
+
+def run_module(package: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A module of ``tests.support`` with that version of SGLang."""
+    paths = [
+        *([] if package == INSTALLED else [str(Path(package).resolve())]),
+        str(ROOT),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    environment = {name: value for name, value in CPU.items() if name != "TORCHDYNAMO_DISABLE"}
+    result = subprocess.run(
+        [sys.executable, "-m", *words],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=ROOT,
+        env={**os.environ, **environment, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result
+
+
+@functools.cache
+def faults_of(package: str) -> dict[str, Any]:
+    """The faults of every case of ``tests.support.sglang_cases``, in one process of that version."""
+    result = run_module(package, "tests.support.sglang_cases")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("what", ["arguments", "question", "group", "norm, ", "model, "])
+def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
+    found = faults_of(package)
+    of_these = {name: fault for name, fault in found["faults"].items() if name.startswith(what)}
+    by_itself = tuple(map(int, found["version"].split(".")[:3])) >= (0, 5, 22)
+    assert of_these or (what == "model, " and by_itself), "from 0.5.22 on models have boundaries: servers show them"
+    assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
+    """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone."""
+    variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
+    result = run_module(package, "tests.support.sglang_groups", str(tmp_path / "store"), **variables)
+    seen = sorted(
+        (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")), key=lambda of: of["rank"]
+    )
+    calls = {"tp": {"TWOSHOT": 3, "NCCL": 1}, "pdmux_prefill_tp": {"TWOSHOT": 3}, "attention_tp": None, "pp": None}
+    assert seen == [{"rank": rank, "groups": calls} for rank in (0, 1)]
+    names = {report["group"].split(".")[0] for report in reports(tmp_path / "reports")}
+    assert names == {"tp0", "pdmux-prefill-tp0"}
+    assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
+
+
+def test_plugin_not_named_leaves_sglang_alone() -> None:
+    script = """
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.distributed.parallel_state import GroupCoordinator
+from sglang.srt.server_args import ServerArgs
+found = (GroupCoordinator.__init__, GroupCoordinator.all_reduce, ServerArgs.add_cli_args)
+print([hasattr(function, "__wrapped__") for function in found])
+"""
+    for named, hooked in (("another", False), ("another,llm_allreduce", True)):
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.splitlines()[-1] == str([hooked] * 3)
+
+
+# -- servers -----------------------------------------------------------------------------------------------------------
+
+
+def command(model: Path, port: int, *words: str) -> list[str]:
+    return [
+        sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
+        "--host", "127.0.0.1", "--port", str(port),
+        "--device", "cpu", "--tp-size", "2", "--dtype", "float32", "--attention-backend", "torch_native",
+        "--sampling-backend", "pytorch", "--max-total-tokens", "4096", *words,
+    ]  # fmt: skip
+
+
+class Server:
+    """One that runs: where it is, and what it has said."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process, self.port, self._log = process, port, log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def tokens(self, prompt: str) -> list[int]:
+        sampling = {"temperature": 0, "max_new_tokens": serve_demo.NEW_TOKENS, "ignore_eos": True}
+        body = {"text": prompt, "sampling_params": sampling}
+        return list(serve_demo.http(f"http://127.0.0.1:{self.port}/generate", body)["output_ids"])
+
+    def scheduler(self, rank: int) -> int:
+        """The process of a rank."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if (
+                    os.getpgid(int(folder.name)) == self.process.pid
+                    and f"scheduler_TP{rank}" in (folder / "cmdline").read_text()
+                ):
+                    return int(folder.name)
+        message = f"no scheduler of rank {rank}"
+        raise AssertionError(message)
+
+
+@contextlib.contextmanager
+def serving(model: Path, folder: Path, *words: str, **variables: str) -> Iterator[Server]:
+    """A server; nothing of it may be left behind."""
+    folder.mkdir(exist_ok=True)
+    port, log = serve_demo.free_port(), folder / "server.log"
+    with serve_demo.server(command(model, port, *words), {**os.environ, **CPU, **variables}, log) as process:
+        serve_demo.wait_for_health(process, f"http://127.0.0.1:{port}/health", log)
+        yield Server(process, port, log)
+    assert not serve_demo.group_is_alive(process.pid)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sglang") / "model"
+    serve_demo.make_model(folder)
+    return folder
+
+
+@functools.cache
+def expected(model: Path) -> dict[str, list[int]]:
+    """What Hugging Face generates from the same weights."""
+    found = {}
+    for prompt in PROMPTS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(serve_demo, "PROMPT", prompt)
+            found[prompt] = serve_demo.reference_tokens(model)
+    return found
+
+
+def reports(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+def check_report(report: dict[str, Any], strategy: str) -> None:
+    calls = report["calls"]
+    assert set(calls) == {strategy, f"{strategy}, then norm"}, calls
+    assert calls[strategy] * FUSED == calls[f"{strategy}, then norm"] * PLAIN, calls
+    assert calls[strategy] >= PLAIN * serve_demo.NEW_TOKENS
+
+
+def same_tokens(server: Server, model: Path) -> None:
+    with ThreadPoolExecutor(len(PROMPTS)) as at_once:
+        answers = dict(zip(PROMPTS, at_once.map(server.tokens, PROMPTS), strict=True))
+    assert answers == expected(model)
+
+
+def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
+    """ONESHOT by flags and TWOSHOT by --config, next to each other; then SGLang's own: all give Hugging Face's tokens.
+
+    Then a rank of the first one is stopped: the other gives up with a named error, and the server ends.
+    """
+    config = tmp_path / "serve.yaml"
+    two = {"allreduce_strategy": "TWOSHOT", "report_dir": str(tmp_path / "reports-two")}
+    config.write_text(yaml.safe_dump({"allreduce-config": two}))
+    one = json.dumps({"timeout_s": 4, "first_timeout_s": 30, "report_dir": str(tmp_path / "reports-one")})
+    flags = ("--allreduce-strategy", "oneshot", "--allreduce-config", one, "--enable-metrics")
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as at_once:
+        started = [
+            at_once.submit(stack.enter_context, serving(model, tmp_path / "one", *flags)),
+            at_once.submit(stack.enter_context, serving(model, tmp_path / "two", "--config", str(config))),
+        ]
+        first, second = (future.result() for future in started)
+        for server in (first, second):
+            same_tokens(server, model)
+        time.sleep(1.5)  # ranks write their reports some times a second
+        for server, folder, strategy in ((first, "reports-one", "ONESHOT"), (second, "reports-two", "TWOSHOT")):
+            found = reports(tmp_path / folder)
+            assert [report["rank"] for report in found] == [0, 1]
+            for report in found:
+                assert report["group"].startswith("tp0.ranks0-1.")
+                check_report(report, strategy)
+            assert f"all-reduce fusion: {FUSED} layer boundaries fused ({FUSED} with RMSNorm)" in server.log
+            assert f"allreduce_strategy {strategy}" in server.log
+        with urllib.request.urlopen(f"http://127.0.0.1:{first.port}/metrics", timeout=30) as answer:
+            text = answer.read().decode()
+        for rank in (0, 1):
+            labels = rf'group="tp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="ONESHOT"'
+            counted = re.search(rf"llm_allreduce_calls_total\{{{labels}\}} ([0-9.]+)", text)
+            assert counted, text[-2000:]
+            assert float(counted[1]) == reports(tmp_path / "reports-one")[rank]["calls"]["ONESHOT"]
+        serve_demo.stop(second.process)
+        assert "all-reduce summary: TWOSHOT " in second.log
+        kill_a_rank(first)
+    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+
+    # The same folders again, with stock behaviour.
+    variables = {"LLM_ALLREDUCE_STRATEGY": "NCCL", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports-stock")}
+    with serving(model, tmp_path / "one", **variables) as server:
+        same_tokens(server, model)
+        assert "SGLang's own all-reduce is left in place: allreduce_strategy is NCCL" in server.log
+        assert [report["calls"] for report in reports(tmp_path / "reports-stock")] == [{}, {}]
+        assert "layer boundaries fused" not in server.log
+
+
+def kill_a_rank(server: Server) -> None:
+    """A rank that does not answer any more must not hang the server."""
+    os.kill(server.scheduler(1), signal.SIGSTOP)
+    started = time.monotonic()
+    with contextlib.suppress(OSError, ValueError):
+        serve_demo.http(
+            f"http://127.0.0.1:{server.port}/generate",
+            {"text": "And then", "sampling_params": {"temperature": 0, "max_new_tokens": 4}},
+            timeout=60,
+        )
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.process.wait(30)
+    assert server.process.poll() is not None, "the server still runs"
+    assert time.monotonic() - started < 45
+    assert "all-reduce summary: ONESHOT " in server.log, "SGLang kills itself, and our line comes before"
+    assert re.search(r"rank 0 waited 4(\.\d+)? s for rank 1 in ONESHOT", server.log), server.log[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("words", "variables", "text"),
+    [
+        (
+            ("--allreduce-strategy", "FASTEST"),
+            {},
+            "argument --allreduce-strategy: 'FASTEST': must be one of AUTO, NCCL",
+        ),
+        (
+            (),
+            {"LLM_ALLREDUCE_TIMEOUT_S": "-1"},
+            "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0",
+        ),
+        (
+            ("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}'),
+            {},
+            "SGLang json_model_override_args: timeout=3: unknown key",
+        ),
+    ],
+    ids=("flag", "environment", "override args"),
+)
+def test_bad_settings_end_the_server_at_once(
+    model: Path, words: tuple[str, ...], variables: dict[str, str], text: str
+) -> None:
+    result = subprocess.run(
+        command(model, serve_demo.free_port(), *words),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **CPU, **variables},
+    )
+    assert result.returncode != 0
+    said = result.stdout + result.stderr
+    assert text in said.splitlines()[-1] or text in said[-1500:], said[-3000:]
+    assert "TP0" not in said, "a scheduler was started"

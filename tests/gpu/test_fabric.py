@@ -1,0 +1,85 @@
+"""GPUs as hosts of one NVLink domain: the probe, and the real kernels over memory that only handles have brought."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.transport.fabric import FabricMemory
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.fabric_ranks import ONE_DOMAIN, fabric_of, placed
+from tests.support.fd_fabric import FdEntryPoints
+from tests.support.reference import DTYPES, SIZES, assert_same_bits, rank_input, rank_ordered_sum
+
+pytestmark = pytest.mark.gpu(2, per_rank=True)
+
+WORLD_SIZES = (2, 4)
+STRATEGIES = ("MNNVL", "AUTO", "ONESHOT", "TWOSHOT", "MINLATENCY")
+
+
+def _over_a_domain(context: RankContext, check: Any, *arguments: Any) -> Any:
+    """A check whose communicators span two hosts."""
+    size = context.world_size
+    hosts = [rank * 2 // size for rank in range(size)]
+    with placed(context.rank, hosts, [ONE_DOMAIN] * size), fabric_of(FdEntryPoints()) as asked:
+        answer = check(context, *arguments)
+    assert asked, "nothing was opened over the domain"
+    return answer
+
+
+def _facts(context: RankContext, strategy: str) -> None:
+    before = torch.cuda.mem_get_info(context.device)[0]
+    with checks.communicator(context, strategy) as group:
+        assert group.facts.fabric
+        assert len(set(group.facts.hosts)) == 2
+        assert isinstance(group._memory, FabricMemory)
+        assert group.explain((4096,), torch.bfloat16).launch is not None
+    context.gather(None)
+    after = torch.cuda.mem_get_info(context.device)[0]
+    assert before - after < 64 << 20, "workspaces of 384 MiB are gone"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_on_two_hosts_form_one_group(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    gpu_pool(world_size).run(_over_a_domain, _facts, strategy)
+
+
+@pytest.mark.parametrize("settings", ({}, {"in_band": False}), ids=("in band", "flagged"))
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "AUTO"])  # runs under other names
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_sizes(gpu_pool: PoolFor, world_size: int, dtype: torch.dtype, strategy: str, settings: dict[str, Any]) -> None:
+    gpu_pool(world_size).run(_over_a_domain, checks.check_sizes, strategy, dtype, SIZES, settings)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_mixed_sequence(gpu_pool: PoolFor, world_size: int) -> None:
+    gpu_pool(world_size).run(_over_a_domain, checks.check_sequence, 200, {"workspace_bytes": 4 << 20})
+
+
+def _replayed(context: RankContext, strategy: str) -> None:
+    with checks.communicator(context, strategy) as group:
+        for count in (8192, 1 << 20):
+            mine = torch.zeros(count, dtype=torch.bfloat16, device=context.device)
+            group.all_reduce(mine)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                output = group.all_reduce(mine)
+            for _ in range(3):
+                seed = context.shared_seed()
+                inputs = [rank_input(seed, rank, count, torch.bfloat16) for rank in range(context.world_size)]
+                mine.copy_(inputs[context.rank])
+                graph.replay()
+                torch.cuda.synchronize(context.device)
+                assert_same_bits(output, rank_ordered_sum(inputs), f"{strategy} x {count}, replayed")
+
+
+@pytest.mark.parametrize("strategy", ("MNNVL", "ONESHOT", "TWOSHOT"))
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_graphs(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
+    gpu_pool(world_size).run(_over_a_domain, _replayed, strategy)
