@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_allreduce_plugin.bench.palette import color_of
 from llm_allreduce_plugin.bench.table import bandwidths
 from llm_allreduce_plugin.bench.worker import Measurement
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 MISSING = "--plot needs matplotlib: pip install matplotlib"
 
 
-def short_size(size: float, _position: int) -> str:
+def short_size(size: float, _position: float) -> str:
     """4096 as 4K."""
     for unit, name in ((1 << 30, "G"), (1 << 20, "M"), (1 << 10, "K")):
         if size >= unit:
@@ -57,16 +58,17 @@ def draw(rows: list[Measurement], world_size: int, title: str, path: Path) -> No
     """
     figure = new_figure(4.6)
     latency, bandwidth = figure.subplots(1, 2)
-    for name in dict.fromkeys(row.candidate for row in rows):
+    names = list(dict.fromkeys(row.candidate for row in rows))
+    for name in names:
+        color = color_of(name, names)
         points = [(row.bytes, row.time_us) for row in rows if row.candidate == name]
         measured = [(size, time) for size, time in points if time is not None]
         if not measured:
             continue
         sizes = [size for size, _ in measured]
-        latency.plot(sizes, [time for _, time in measured], marker="o", markersize=3, label=name)
-        bandwidth.plot(
-            sizes, [bandwidths(size, time, world_size)[1] for size, time in measured], marker="o", markersize=3
-        )
+        latency.plot(sizes, [time for _, time in measured], marker="o", markersize=3, label=name, color=color)
+        rates = [bandwidths(size, time, world_size)[1] for size, time in measured]
+        bandwidth.plot(sizes, rates, marker="o", markersize=3, color=color)
     for axes, unit in ((latency, "microseconds per call"), (bandwidth, "bus bandwidth, GB/s")):
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(short_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llm_allreduce_plugin.bench.palette import color_of
 from llm_allreduce_plugin.bench.plot import new_figure, save, short_size
 from llm_allreduce_plugin.selection.sweep import SizeRange
 
@@ -20,7 +21,7 @@ def draw(ranges: list[SizeRange], title: str, path: Path) -> None:
     names = list(dict.fromkeys(found.name for found in ranges))
     for found in ranges:
         row, width = names.index(found.name), found.last_bytes - found.first_bytes
-        color = f"C{row}"
+        color = color_of(found.name, names)
         bands.barh(row, max(width, 1), left=found.first_bytes, height=0.6, color=color)
         most = max((launch.lanes for launch in found.launches), default=0)
         least = min((launch.lanes for launch in found.launches), default=0)

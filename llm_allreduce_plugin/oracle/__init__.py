@@ -26,7 +26,7 @@ class Codec:
         packet_bytes: bytes of a packet.
         encode_packets: fp32 ``[packets, packet_values]`` to uint8 ``[packets, packet_bytes]``.
         decode_packets: the other way round.
-        most_error: what the two-shot may be off by on normal data, relative; docs/accuracy.md has what it is.
+        most_error: what the two-shot may be off by on normal data, relative; docs/low_precision.md has what it is.
     """
 
     code: int

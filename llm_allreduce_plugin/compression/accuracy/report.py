@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_allreduce_plugin.bench.palette import color_of
 from llm_allreduce_plugin.bench.plot import new_figure, save
 from llm_allreduce_plugin.compression.accuracy.minilm import Effect
 from llm_allreduce_plugin.compression.accuracy.synthetic import Error
@@ -41,15 +42,16 @@ def draw(errors: Sequence[Error], effects: Sequence[Effect], path: Path) -> None
     left, right = figure.subplots(1, 2)
     styles = {"normal": "-", "heavy-tailed": "--", "outliers": ":"}
     formats = list(dict.fromkeys(error.wire_format for error in errors))
-    for number, name in enumerate(formats):
+    for name in formats:
+        color = color_of(name or EXACT, [str(known) for known in formats])
         for data, style in styles.items():
             points = [(e.ranks, e.relative_l2) for e in errors if (e.wire_format, e.data) == (name, data)]
             if points:
-                left.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=f"C{number}",
+                left.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=color,
                           label=f"{name or EXACT}, {data}")  # fmt: skip
         seen = [(e.ranks, 1 - e.mean_cosine) for e in effects if e.wire_format == name]
         if seen:
-            right.plot(*zip(*seen, strict=True), marker="o", markersize=4, color=f"C{number}")
+            right.plot(*zip(*seen, strict=True), marker="o", markersize=4, color=color)
     left.set_ylabel("relative L2 error of one all-reduce")
     right.set_ylabel("1 - mean cosine of MiniLM's embeddings")
     for axes in (left, right):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from llm_allreduce_plugin.bench.palette import EXACT, color_of
 from llm_allreduce_plugin.bench.plot import new_figure, save
 from llm_allreduce_plugin.compression.breakeven.model import LINKS, CodecSpeed, seconds
 from llm_allreduce_plugin.config import WireFormat
@@ -24,13 +25,12 @@ def draw(
     figure = new_figure(4.6)
     axes = figure.subplots()
     bandwidths = [LEAST * (MOST / LEAST) ** (i / (POINTS - 1)) for i in range(POINTS)]
-    axes.plot(
-        bandwidths, [seconds(payload_bytes, world_size, b) * 1e3 for b in bandwidths], label="exact", color="black"
-    )
+    axes.plot(bandwidths, [seconds(payload_bytes, world_size, b) * 1e3 for b in bandwidths], label="exact", color=EXACT)
     for wire, speed in speeds.items():
         axes.plot(
-            bandwidths, [seconds(payload_bytes, world_size, b, wire, speed) * 1e3 for b in bandwidths], label=wire
-        )
+            bandwidths, [seconds(payload_bytes, world_size, b, wire, speed) * 1e3 for b in bandwidths],
+            label=wire, color=color_of(wire),
+        )  # fmt: skip
     for link, bandwidth in LINKS.items():
         axes.axvline(bandwidth, linestyle=":", color="gray")
         axes.text(bandwidth, axes.get_ylim()[1], f" {link}", rotation=90, va="top", ha="right", fontsize=8)

@@ -1,0 +1,248 @@
+"""Writes the tables of measurements in the documentation, from the records in benchmarks/.
+
+python scripts/record_tables.py            # rewrites the tables between their marks
+python scripts/record_tables.py --check    # exits 1 when a page is out of date
+
+A table stands between <!-- table: NAME --> and <!-- end -->; NAME is a key of TABLES below.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TABLE = re.compile(r"(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+KIB, MIB = 1 << 10, 1 << 20
+MISSING = "-"
+BATCHES = (1, 8, 32, 128)
+
+
+def record(name: str) -> dict[str, Any]:
+    """A record, by its path under ``benchmarks`` without the suffix."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+    return found
+
+
+def size(number: int) -> str:
+    """65536 as 64K."""
+    return f"{number // MIB}M" if number >= MIB else f"{number // KIB}K"
+
+
+def number(value: float) -> str:
+    """To three digits, or all of them before the point."""
+    digits = 2 - min(2, math.floor(math.log10(value)))
+    return f"{value:.{min(digits, 2)}f}"
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with these headings."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def times(name: str, *candidates: str) -> dict[int, float]:
+    """Microseconds in a graph by bytes, of the fastest of the candidates."""
+    found: dict[int, float] = {}
+    for row in record(name)["rows"]:
+        if row["candidate"] in candidates and row["graph_us"] is not None:
+            found[row["bytes"]] = min(row["graph_us"], found.get(row["bytes"], row["graph_us"]))
+    return found
+
+
+def by_size(lines: dict[str, dict[int, float]], sizes: Iterable[int] | None = None) -> str:
+    """A line to each curve, a column to each size."""
+    columns = sorted(sizes or {bytes_ for curve in lines.values() for bytes_ in curve})
+    rows = [
+        [label, *(number(curve[column]) if column in curve else MISSING for column in columns)]
+        for label, curve in lines.items()
+    ]
+    return markdown(["us", *map(size, columns)], rows)
+
+
+def nvlink() -> str:
+    """All-reduces over NVLink."""
+    candidates = {
+        "MINLATENCY": ("MINLATENCY",),
+        "LOWPRECISION, fp8": ("LOWPRECISION",),
+        "NCCL": ("NCCL",),
+        "NCCL, registered windows": ("NCCL-windows",),
+        "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
+    }
+    return by_size({f"{ranks} GPUs: {label}": times(f"h200/bench_tp{ranks}", *names)
+                    for ranks in (4, 2) for label, names in candidates.items()})  # fmt: skip
+
+
+def nvlink_h100() -> str:
+    """The same of two H100, this package alone."""
+    rows = record("h100/two_versions_tp2")["rows"]
+    curves = {
+        label: {row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == strategy}
+        for label, strategy in (("MINLATENCY", "MINLATENCY"), ("LOWPRECISION, fp8", "LOWPRECISION"))
+    }
+    return by_size(curves, [4 * KIB * 4**step for step in range(9)])
+
+
+def host_memory() -> str:
+    """All-reduces through host memory."""
+    return by_size(
+        {
+            "4 GPUs: MINLATENCY": times("h200/host_bench_tp4", "MINLATENCY"),
+            "4 GPUs: LOWPRECISION, fp8": times("h200/host_bench_tp4", "LOWPRECISION"),
+            "4 GPUs: LOWPRECISION, tq3": times("h200/host_bench_tq3_tp4", "LOWPRECISION"),
+            "4 GPUs: LOWPRECISION, hadamard2": times("h200/host_bench_hadamard2_tp4", "LOWPRECISION"),
+            "4 GPUs: NCCL without peer access": times("h200/host_bench_tp4", "NCCL"),
+            "2 GPUs: MINLATENCY": times("h200/host_bench_tp2", "MINLATENCY"),
+            "2 GPUs: LOWPRECISION, fp8": times("h200/host_bench_tp2", "LOWPRECISION"),
+            "2 GPUs: NCCL without peer access": times("h200/host_bench_tp2", "NCCL"),
+        }
+    )
+
+
+def fused() -> str:
+    """A layer's boundary in one kernel and in two."""
+    one, two = times("h200/bench_fused_tp2", "fused"), times("h200/bench_fused_tp2", "then-norm")
+    columns = [column for column in sorted(one) if column.bit_length() % 2]
+    saved = ["time saved", *(f"{(1 - one[column] / two[column]) * 100:.0f} %" for column in columns)]
+    table = by_size({"one kernel": one, "all-reduce, then our norm": two}, columns)
+    return table + f"| {' | '.join(saved)} |\n"
+
+
+def tokens(name: str, variants: dict[str, str]) -> str:
+    """Milliseconds per token; a line to each start of each variant."""
+    rows = [
+        [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES),
+         f"{row['prefill_32x1024_s']:.2f} s" if "prefill_32x1024_s" in row else MISSING]
+        for variant, label in variants.items()
+        for row in record(name)["rows"]
+        if row.get("variant") == variant
+    ]  # fmt: skip
+    return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
+
+
+def host_cost() -> str:
+    """What an eager call costs the host."""
+    rows = [
+        [str(ranks), size(row["bytes"]), *(number(row[key]) for key in ("all_reduce_us", "bare_launch_us",
+                                                                       "output_allocation_us"))]
+        for ranks in (2, 4)
+        for row in record(f"h200/host_cost_tp{ranks}")["rows"]
+    ]  # fmt: skip
+    return markdown(["GPUs", "bytes", "call, us", "of it the bare launch", "of it the output's allocation"], rows)
+
+
+def error_of_one() -> str:
+    """Relative error of one all-reduce, by format and data."""
+    rows = [row for row in record("accuracy")["rows"] if "data" in row]
+
+    def cell(wire: str | None, data: str) -> str:
+        found = [row["relative_l2"] * 100 for row in rows if (row["wire_format"], row["data"]) == (wire, data)]
+        return " / ".join(f"{error:#.2g}".rstrip(".") for error in found) + " %"
+
+    wires = {None: ("exact", "16"), "fp8": ("`fp8`", "8.26"), "hadamard2": ("`hadamard2`", "2.5"),
+             "tq3": ("`tq3`", "2.5")}  # fmt: skip
+    lines = [[*names, *(cell(wire, data) for data in ("normal", "heavy-tailed", "outliers"))]
+             for wire, names in wires.items()]  # fmt: skip
+    heads = ["format", "bits a value", "normal, 2 / 4 / 8 ranks", "heavy-tailed (Student's t, 3)",
+             "8 outlier channels x 60"]  # fmt: skip
+    return markdown(heads, lines)
+
+
+def error_of_model() -> str:
+    """What becomes of a model's embeddings."""
+    found = {(row["wire_format"], row["ranks"]): row for row in record("accuracy")["rows"] if "mean_cosine" in row}
+    lines = []
+    for wire in ("fp8", "hadamard2", "tq3"):
+        for ranks in (2, 4):
+            row = found[wire, ranks]
+            digits = 5 if wire == "fp8" else 3
+            lines.append([
+                f"`{wire}`", str(ranks), f"{row['mean_cosine']:.{digits}f}", f"{row['least_cosine']:.{digits}f}",
+                f"{row['nearest_kept'] * 100:.0f} %", f"{row['five_kept'] * 100:.0f} %",
+                f"{row['rank_correlation']:.{digits - 1 if wire == 'fp8' else digits}f}",
+            ])  # fmt: skip
+    return markdown(["format", "ranks", "mean cosine", "worst cosine", "nearest sentence kept", "five nearest kept",
+                     "rank correlation of all pairs"], lines)  # fmt: skip
+
+
+def formats() -> str:
+    """Exact beside the formats, over two links."""
+    lines = []
+    for link, prefix in (("NVLink", "h200/bench"), ("pinned host memory", "h200/host_bench")):
+        curves = [times(f"{prefix}_tp4", "MINLATENCY")]
+        curves += [times(f"{prefix}_{rest}", "LOWPRECISION") for rest in ("tp4", "tq3_tp4", "hadamard2_tp4")]
+        lines += [[f"{link}, {size(column)}", *(number(curve[column]) for curve in curves)]
+                  for column in (4 * MIB, 16 * MIB, 64 * MIB)]  # fmt: skip
+    return markdown(["us", "exact (MINLATENCY)", "fp8", "tq3", "hadamard2"], lines)
+
+
+def error_of_algorithms() -> str:
+    """By how packets move."""
+    found = {(row["wire_format"], row["world_size"]): row for row in record("form_errors")["rows"]}
+
+    def cell(wire: str, algorithm: str) -> str:
+        errors = [found[wire, ranks][algorithm] * 100 for ranks in (4, 8)]
+        return " / ".join(f"{error:#.2g}" if error < 10 else f"{error:.0f}" for error in errors) + " %"  # noqa: PLR2004
+
+    algorithms = ("two_shot", "hierarchical", "ring")
+    lines = [[f"{wire}, 4 / 8 ranks", *(cell(wire, algorithm) for algorithm in algorithms)]
+             for wire in ("fp8", "hadamard2", "tq3")]  # fmt: skip
+    return markdown(["", *algorithms], lines)
+
+
+_STOCK = {"default": "stock vLLM"}
+_OURS = {"MINLATENCY": "MINLATENCY"}
+TABLES: dict[str, Callable[[], str]] = {
+    "nvlink": nvlink,
+    "nvlink_h100": nvlink_h100,
+    "host_memory": host_memory,
+    "fused": fused,
+    "vllm_fused_8192_tp2": lambda: tokens(
+        "h200/vllm_fused_8192_tp2",
+        _STOCK | {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"},
+    ),
+    "vllm_fused_4096_tp2": lambda: tokens(
+        "h200/vllm_fused_4096_tp2",
+        {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"},
+    ),
+    "vllm_8192_tp2": lambda: tokens("h200/vllm_8192_tp2", _STOCK | _OURS | {"AUTO": "AUTO, by a profile of `tune`"}),
+    "vllm_8192_tp4": lambda: tokens("h200/vllm_8192_tp4", _STOCK | _OURS),
+    "vllm_8192_tp4_host": lambda: tokens(
+        "h200/vllm_8192_tp4_host", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
+    ),
+    "host_cost": host_cost,
+    "error_of_one": error_of_one,
+    "error_of_model": error_of_model,
+    "formats": formats,
+    "error_of_algorithms": error_of_algorithms,
+}
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found[2]]()}\n{found[3]}", text)
+
+
+def main() -> int:
+    """Rewrites or checks all pages."""
+    wrong = []
+    for page in PAGES:
+        text = page.read_text()
+        if (made := with_tables(text)) != text:
+            wrong.append(str(page.relative_to(ROOT)))
+            if "--check" not in sys.argv[1:]:
+                page.write_text(made)
+    if wrong and "--check" in sys.argv[1:]:
+        print(f"{', '.join(wrong)}: not of the records as they are: python scripts/record_tables.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
