@@ -26,7 +26,7 @@ for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 echo "== tests"
 # All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
 workers=()
-(($# > 0)) || workers=(--numprocesses 2 --dist loadgroup --no-loadscope-reorder)
+(($# > 0)) || workers=(--numprocesses 2 --dist loadscope --no-loadscope-reorder)
 "$python" -m pytest "${workers[@]}" "$@"
 
 if (($# == 0)); then

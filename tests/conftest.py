@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +17,16 @@ from tests.support.pool import ForkedPool
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
 LONGEST_FIRST = ("cpu", "gpu", "engines", "kernels", "unit")
+# With several workers, which tests one of them runs: their names begin so. CPU ranks share pools, look for what was
+# left in shared memory, and have deadlines of a second or two; those on GPUs share the GPUs; others share one process.
+TOGETHER = {
+    "tests/cpu/": "CPU ranks",
+    "tests/gpu/": "GPUs",
+    "tests/engines/test_sglang.py::test_hooks_in_sglangs_own_layers": "SGLang's layers",
+    "tests/engines/test_vllm.py::test_registration_in_a_real_vllm_process": "a process of vLLM",
+    "tests/engines/test_vllm.py::test_the_flag_against_custom_all_reduce_in_a_real_vllm_config": "a process of vLLM",
+    "tests/engines/test_vllm_fusion.py": "graphs of vLLM",
+}
 
 # A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -108,22 +119,31 @@ def _order(item: pytest.Item) -> tuple[int, str, int, str, int]:
     return place, str(folder), world_size if uses_large else 0, str(item.path), world_size
 
 
-def _group(item: pytest.Item) -> str | None:
-    """Which tests one worker must run one after the other, where there are several (pytest-xdist); None: any.
+def scope_of(name: str) -> str:
+    """Tests of one scope are run by one worker, one after the other; ``name``: of a test, as pytest writes it."""
+    return next((scope for begin, scope in TOGETHER.items() if name.startswith(begin)), name)
 
-    Tests of CPU ranks share pools, look for what was left in shared memory, and have deadlines of a second or two.
-    Those on GPUs share the GPUs.
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadscope``, scopes are those of :func:`scope_of`.
+
+    The groups of pytest-xdist 3.8 (``loadgroup``) would do, but with pytest 9.2 it does not see them.
     """
-    return item.path.parent.name if item.path.parent.name in {"cpu", "gpu"} else None
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scopes(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope_of(nodeid)
+
+    return Scopes(config, log)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a pool follow each other. What needs more GPUs, or is slow and not asked for, is skipped."""
     items.sort(key=_order)
-    for item in items:
-        if (group := _group(item)) is not None:
-            item.add_marker(pytest.mark.xdist_group(group))
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
         if item.get_closest_marker("slow") is not None and os.environ.get("ALLREDUCE_TEST_SLOW", "0") in ("", "0"):

@@ -121,7 +121,7 @@ def _pieces(context: RankContext, hosts: Sequence[int], seed: int) -> list[int]:
     for strategy in ("ONESHOT", "TWOSHOT"):
         for piece_bytes in (1 << 30, 200_000, 1):
             measured.NETWORK_PIECE_BYTES = piece_bytes
-            for workspace in (1 << 18, 4 << 20):
+            for workspace in (2 << 20, 8 << 20):
                 with communicator(context, hosts, strategy, timeout_s=30, workspace_bytes=workspace) as group:
                     launch = group.explain((size,), torch.bfloat16).launch
                     assert launch is not None
@@ -186,7 +186,10 @@ def test_who_runs_instead(cpu_pool: PoolFor) -> None:
 def test_hosts_of_different_size_have_the_reason(cpu_pool: PoolFor) -> None:
     for strategy, reason, numerics in cpu_pool(3).run(_decision, (0, 0, 1), "AUTO"):
         assert strategy == "NCCL"
-        assert reason == "ranks run on 2 hosts, which must have as many each: there are 2 on host 0, 1 on host 1"
+        assert reason == (
+            "ranks run on 2 hosts, which must have as many each: there are 2 on host 0, 1 on host 1; "
+            "no NVLink domain joins them: CPU ranks have no NVLink"
+        )
         assert "engine" in numerics
 
 

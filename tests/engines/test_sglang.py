@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import http.client
 import importlib.util
 import json
 import os
@@ -44,6 +45,7 @@ CPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",  # for which a server would wait a minute when a rank has ended
 }
 PROMPTS = (serve_demo.PROMPT, "To be, or not to be", "1 2 3 4 5 6 7 8 9")
 # The first norm has no sum of a layer before it, and the sum before the last norm is not left to that.
@@ -135,7 +137,7 @@ def command(model: Path, port: int, *words: str) -> list[str]:
         sys.executable, "-m", "sglang.launch_server", "--model-path", str(model),
         "--host", "127.0.0.1", "--port", str(port),
         "--device", "cpu", "--tp-size", "2", "--dtype", "float32", "--attention-backend", "torch_native",
-        "--sampling-backend", "pytorch", "--max-total-tokens", "4096", *words,
+        "--sampling-backend", "pytorch", "--max-total-tokens", "4096", "--sleep-on-idle", *words,
     ]  # fmt: skip
 
 
@@ -221,8 +223,9 @@ def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
     config = tmp_path / "serve.yaml"
     two = {"allreduce_strategy": "TWOSHOT", "report_dir": str(tmp_path / "reports-two")}
     config.write_text(yaml.safe_dump({"allreduce-config": two}))
-    one = json.dumps({"timeout_s": 4, "first_timeout_s": 30, "report_dir": str(tmp_path / "reports-one")})
+    one = json.dumps({"timeout_s": 6, "first_timeout_s": 60, "report_dir": str(tmp_path / "reports-one")})
     flags = ("--allreduce-strategy", "oneshot", "--allreduce-config", one, "--enable-metrics")
+    expected(model)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as at_once:
         started = [
             at_once.submit(stack.enter_context, serving(model, tmp_path / "one", *flags)),
@@ -265,7 +268,7 @@ def kill_a_rank(server: Server) -> None:
     """A rank that does not answer any more must not hang the server."""
     os.kill(server.scheduler(1), signal.SIGSTOP)
     started = time.monotonic()
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
         serve_demo.http(
             f"http://127.0.0.1:{server.port}/generate",
             {"text": "And then", "sampling_params": {"temperature": 0, "max_new_tokens": 4}},
@@ -276,7 +279,7 @@ def kill_a_rank(server: Server) -> None:
     assert server.process.poll() is not None, "the server still runs"
     assert time.monotonic() - started < 45
     assert "all-reduce summary: ONESHOT " in server.log, "SGLang kills itself, and our line comes before"
-    assert re.search(r"rank 0 waited 4(\.\d+)? s for rank 1 in ONESHOT", server.log), server.log[-3000:]
+    assert re.search(r"rank 0 waited 6(\.\d+)? s for rank 1 in ONESHOT", server.log), server.log[-3000:]
 
 
 @pytest.mark.parametrize(

@@ -102,4 +102,5 @@ def test_calls_that_no_half_is() -> None:
     group.machine.synchronize()
     slot = group.layout.flagged.one_shot_bytes // _C.VECTOR_BYTES
     for wrong in ({"hosts": 0}, {"hosts": _C.MAX_HOSTS + 1}, {"algorithm": _C.REDUCE}, {"chunk_vectors": slot + 1}):
-        assert status(**wrong) == -1, wrong
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            status(**wrong)
