@@ -105,7 +105,10 @@ class Rail:
             try:
                 work.wait(timedelta(seconds=_SLICE_S))
             except RuntimeError:
-                if work.is_completed() or time.monotonic() >= deadline:
+                if work.is_completed():  # it may have ended just after the slice had
+                    work.wait()  # which raises why, if it has failed
+                    return
+                if time.monotonic() >= deadline:
                     raise
                 look()
             else:
