@@ -66,10 +66,10 @@ struct Accumulator {
   }
 };
 
-// The sum of the vectors part(0) .. part(world_size - 1), in that order. Loads run ahead of the additions: those of all
-// ranks, or where their number is not known, four at a time.
+// The fp32 sum of the vectors part(0) .. part(world_size - 1), in that order. Loads run ahead of the additions: those
+// of all ranks, or where their number is not known, four at a time.
 template <typename T, int kWorldSize, typename LoadPart>
-__device__ __forceinline__ uint4 sum_in_rank_order(int world_size, LoadPart part) {
+__device__ __forceinline__ Accumulator<T> accumulate_in_rank_order(int world_size, LoadPart part) {
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int ranks = World<kWorldSize>::size(world_size);
   Accumulator<T> sum;
@@ -83,7 +83,13 @@ __device__ __forceinline__ uint4 sum_in_rank_order(int world_size, LoadPart part
     for (int i = 0; i < kGroup; ++i)
       if (World<kWorldSize>::kIsFixed || first + i < ranks) sum.add(loaded[i]);
   }
-  return sum.rounded();
+  return sum;
+}
+
+// The same, rounded.
+template <typename T, int kWorldSize, typename LoadPart>
+__device__ __forceinline__ uint4 sum_in_rank_order(int world_size, LoadPart part) {
+  return accumulate_in_rank_order<T, kWorldSize>(world_size, part).rounded();
 }
 
 // Sums vectors 0 .. span-1 by the first `threads` of the block, ranks in order: store(i, part(0, i) + ...). More than

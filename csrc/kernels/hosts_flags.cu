@@ -2,6 +2,7 @@
 #include "device/instances.cuh"
 #include "device/lane.cuh"
 #include "device/payload.cuh"
+#include "device/vector.cuh"
 #include "protocol/hosts.h"
 #include "protocol/one_shot.h"
 
@@ -151,8 +152,9 @@ class HalfLane {
 #pragma unroll 1
       for (int64_t i = threadIdx.x; i < own.span; i += lane_.workers()) {
         const uint4 mine = input.load(own.first + i);
-        const Accumulator<T> sum =
-            sum_in_order([&](int source) { return source == rank ? mine : load_slot(slot(rank, source, chunk), i); });
+        const Accumulator<T> sum = accumulate_in_rank_order<T, 0>(workspace_.layout.world_size, [&](int source) {
+          return source == rank ? mine : load_slot(slot(rank, source, chunk), i);
+        });
         Sums<T>::store(message_.output, own.first - part * cut_.part + i, sum);
       }
     }
@@ -168,25 +170,6 @@ class HalfLane {
     }
     __device__ __forceinline__ bool reduce(int64_t) const { return true; }
   };
-
-  // Loads of some ranks run ahead of the additions.
-  template <typename LoadPart>
-  __device__ __forceinline__ Accumulator<T> sum_in_order(LoadPart part) const {
-    constexpr int kAtOnce = World<0>::kRanksAtOnce;
-    const int world_size = workspace_.layout.world_size;
-    Accumulator<T> sum;
-#pragma unroll 1
-    for (int first = 0; first < world_size; first += kAtOnce) {
-      uint4 loaded[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (first + i < world_size) loaded[i] = part(first + i);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i)
-        if (first + i < world_size) sum.add(loaded[i]);
-    }
-    return sum;
-  }
 
   // Two loads of each thread in flight: more would not fit the registers beside what a lane keeps.
   template <typename Store>

@@ -167,8 +167,9 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a host's ranks are summed from this one on": (
         "kernels/hosts_flags.cu",
-        "loaded[i] = part(first + i);",
-        "loaded[i] = part({} ? rotated(workspace_.rank, first + i, world_size) : first + i);",
+        "          return source == rank ? mine : load_slot(slot(rank, source, chunk), i);\n",
+        "          source = {} ? rotated(rank, source, workspace_.layout.world_size) : source;\n"
+        "          return source == rank ? mine : load_slot(slot(rank, source, chunk), i);\n",
         HOSTS,
     ),
     "the counterpart is not waited for": (
