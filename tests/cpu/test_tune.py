@@ -21,11 +21,10 @@ from llm_allreduce_plugin.norm import Normed
 from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.topology import NodeIdentity
-from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.tuning.measure import KERNELS
 from tests.conftest import PoolFor
 from tests.support import checks, norm_checks
-from tests.support.profiles import CHANGING, entry, fused
+from tests.support.profiles import CHANGING, cpu_entry, fused
 
 RUNNER = CliRunner()
 
@@ -76,7 +75,7 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
 def test_the_cached_profile_is_used_and_a_broken_one_ignored(cpu_pool: PoolFor, tmp_path: Path) -> None:
     (lines, reason), _ = cpu_pool(2).run(_start, {})
     assert "these sizes come from the seed table for 2 ranks over the memory of CPU ranks" in " ".join(lines)
-    made = entry(world_size=2, transport=Transport.SHM, topology_class=TopologyClass.CPU, in_band=False, graph=CHANGING)
+    made = cpu_entry(2, graph=CHANGING)
     path = Path(cpu_pool(2).run(_cache_path)[0])
     try:
         profiles.store(path, NodeIdentity.of_cpu(), [made])
@@ -194,11 +193,8 @@ def test_what_is_not_fused_is_not_compared(cpu_pool: PoolFor) -> None:
 def test_a_normed_row_is_the_same_in_one_kernel_and_in_two(cpu_pool: PoolFor, tmp_path: Path, world_size: int) -> None:
     """A profile that says two kernels for some sizes."""
     path = tmp_path / "profile.json"
-    made = entry(
-        world_size=world_size,
-        transport=Transport.SHM,
-        topology_class=TopologyClass.CPU,
-        in_band=False,
+    made = cpu_entry(
+        world_size,
         eager=[(None, "ONESHOT")],
         fused=fused(norm_checks.limits_of_batches(64)),
     )
@@ -212,11 +208,8 @@ def test_a_normed_row_is_the_same_in_one_kernel_and_in_two(cpu_pool: PoolFor, tm
 def test_a_row_is_the_same_in_every_batch(cpu_pool: PoolFor, tmp_path: Path, world_size: int) -> None:
     """Batches from 1 to 4096 rows under AUTO, with a profile that changes its mind five times on the way."""
     path = tmp_path / "profile.json"
-    made = entry(
-        world_size=world_size,
-        transport=Transport.SHM,
-        topology_class=TopologyClass.CPU,
-        in_band=False,
+    made = cpu_entry(
+        world_size,
         graph=CHANGING,
         eager=CHANGING,
     )

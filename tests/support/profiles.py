@@ -59,3 +59,9 @@ def entry(graph: Any = ((None, "ONESHOT"),), eager: Any = ((None, "TWOSHOT"),), 
         "measured": [{"bytes": 4096, "graph_us": {"ONESHOT": 1.0, "TWOSHOT": 2.0}, "eager_us": {"ONESHOT": 3.0}}],
     }
     return Entry.model_validate(values | {"graph": ranges(graph), "eager": ranges(eager)} | fields)
+
+
+def cpu_entry(world_size: int, **fields: Any) -> Entry:
+    """An entry for CPU ranks."""
+    of_cpu = {"transport": Transport.SHM, "topology_class": TopologyClass.CPU, "in_band": False}
+    return entry(world_size=world_size, **of_cpu, **fields)
