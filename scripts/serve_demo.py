@@ -161,7 +161,7 @@ def run(engine: Engine, strategy: str, work: Path, tokens_file: Path | None, *, 
     url = f"http://127.0.0.1:{port}"
     command, environment = engine.server_setup(strategy, work, model, port, compiled=compiled)
     log = work / "server.log"
-    say(f"{engine.command} with allreduce_strategy {strategy} on port {port}; up to a minute or two; log: {log}")
+    say(f"{engine.command} on port {port}, allreduce_strategy {strategy}; up to a minute or two; log: {log}")
     started = time.monotonic()
     with server(command, environment, log) as process:
         expected = reference_tokens(model)  # while it starts

@@ -67,9 +67,9 @@ def test_a_host_is_what_nccl_calls_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_host_needs_as_many_ranks() -> None:
     found = facts((0, 0, 0, 1))
     assert found.transport is Transport.NONE
-    assert (
-        found.no_transport_reason
-        == "ranks run on 2 hosts, which must have as many each: there are 3 on host 0, 1 on host 1"
+    assert found.no_transport_reason == (
+        "ranks run on 2 hosts, which must have as many each: there are 3 on host 0, 1 on host 1; "
+        "no NVLink domain joins them: ranks 0-3: NVML knows no NVLink fabric of this GPU"
     )
     assert facts((0,) * 73 + (1,) * 73).no_transport_reason.startswith(
         "no kernel for 146 ranks on 2 hosts (there are for 72"
