@@ -102,7 +102,9 @@ int push_rows(const lar_workspace& workspace, const lar_call& call, void* stream
       (lanes_of_a_row(shape) > 1 && split))
     return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
-  const Form form = split ? Form::kSplit : units <= threads ? Form::kShort : Form::kAny;
+  const bool wide = shape.threads > LAR_MAX_THREADS;
+  if (wide && units > threads) return LAR_ERROR_INVALID_ARGUMENT;
+  const Form form = split ? Form::kSplit : wide ? Form::kWide : units <= threads ? Form::kShort : Form::kAny;
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
   return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
     RowsArguments<0> arguments{norm, in_band_arguments(workspace, call, round, use)};
