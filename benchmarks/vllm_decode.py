@@ -10,7 +10,8 @@ of its own, one after another. ms per token at a batch size: the median time bet
 jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the same
 tokens for the same 256 requests. ``--no-peer-access``: as on a node whose GPUs do not see each other: NCCL with
 NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median time of 32 prompts of 1024 tokens with
-one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's.
+one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's. ``--quantization
+fp8``: weights and activations, as vLLM quantizes a 16-bit model when it loads it.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def run_variant(arguments: argparse.Namespace) -> None:
 
     started = time.monotonic()
     extra: dict[str, Any] = {}
+    if arguments.quantization:
+        extra["quantization"] = arguments.quantization
     if arguments.no_peer_access:
         extra["disable_custom_all_reduce"] = True
     if arguments.variant != "default":
@@ -158,6 +161,8 @@ def start_variant(
         "--requests",
         str(arguments.requests),
     ]
+    if arguments.quantization:
+        command += ["--quantization", arguments.quantization]
     if arguments.no_peer_access:
         command.append("--no-peer-access")
         environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["default", "MINLATENCY"])
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
+    parser.add_argument("--quantization", choices=["fp8"], help="vLLM's; default: none")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
@@ -203,6 +209,7 @@ def main() -> None:
                 harness=__doc__,
                 width=arguments.width,
                 layers=arguments.layers,
+                quantization=arguments.quantization,
                 peer_access=not arguments.no_peer_access,
             )
 
