@@ -11,21 +11,21 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, StartTimeoutError, TensorParallelCommunicator
-from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms import measured, network
+from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.hosts import GpuHosts
 from llm_allreduce_plugin.measure.ranks import RankContext
-from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
+from llm_allreduce_plugin.oracle.hosts import compressed_host_sum, host_ordered_sum
 from tests.support import checks
 from tests.support.forked import left_in_shm
 from tests.support.hosts import telling_inputs
-from tests.support.reference import DTYPES, assert_same_bits, bits, poison, special_inputs
+from tests.support.reference import DTYPES, assert_same_bits, bits, rank_input, special_inputs
 
 pytestmark = pytest.mark.gpu(2)
 
@@ -68,17 +68,6 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Pools]:
 
 
 @contextlib.contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Outputs, and the sums that travel, are filled with garbage first: what nobody writes, or sends, shows."""
-    empty = torch.empty
-    with (
-        checks.poisoned_outputs(),
-        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
-    ):
-        yield
-
-
-@contextlib.contextmanager
 def over(context: RankContext, hosts: Hosts, strategy: str, **settings: Any) -> Iterator[TensorParallelCommunicator]:
     """A communicator that goes over these hosts, and nothing else has run when it ends."""
     with checks.communicator(context, strategy, **{"timeout_s": 60.0, "first_timeout_s": 60.0, **settings}) as group:
@@ -94,7 +83,7 @@ def reduce_and_compare(
 ) -> None:
     mine = inputs[context.rank].to(context.device)
     before = mine.clone()
-    with poisoned_memory():
+    with checks.poisoned_memory():
         output = group.all_reduce(mine)
     assert_same_bits(output, host_ordered_sum(inputs, hosts), what)
     assert torch.equal(bits(mine), bits(before)), f"{what}: the input was written"
@@ -118,6 +107,44 @@ def _sizes(context: RankContext, hosts: Hosts, strategy: str, seed: int) -> None
 @LAYOUTS
 def test_sizes(pools: _Pools, hosts: Hosts, strategy: str) -> None:
     pools(hosts).run(_sizes, hosts, strategy, int.from_bytes(os.urandom(4), "little"))
+
+
+def _compressed(context: RankContext, hosts: Hosts, wire: str, seed: int) -> None:
+    """Eager and replayed; the ends of parts lie within packets, and one of the messages goes in pieces."""
+    before, measured.NETWORK_PIECE_BYTES = measured.NETWORK_PIECE_BYTES, 200_000
+    settings = {"wire_format": wire, "min_bytes": 0}
+    try:
+        with checks.communicator(
+            context, "LOWPRECISION", timeout_s=60.0, first_timeout_s=60.0, low_precision=settings
+        ) as group:
+            assert group.facts.crosses_network
+            for dtype in (torch.bfloat16, torch.float16):
+                for size in (1, 9, 497, 1023, 4099, 70_001, 1_100_003):
+                    inputs = [rank_input(seed + size, rank, size, dtype) for rank in range(context.world_size)]
+                    mine = inputs[context.rank].to(context.device)
+                    launch = group.explain((size,), dtype).launch
+                    assert launch is not None
+                    assert launch.wire_format == wire
+                    want = compressed_host_sum(inputs, WireFormat(wire), hosts, network.cuts(size, launch.pieces)[0][1])
+                    what = f"{wire} {dtype} x {size}, hosts {hosts}, {seed=}"
+                    with checks.poisoned_memory():
+                        assert_same_bits(group.all_reduce(mine), want, what)
+                        graph = torch.cuda.CUDAGraph()
+                        with torch.cuda.graph(graph):
+                            output = group.all_reduce(mine)
+                    for _ in range(3):
+                        graph.replay()
+                    assert_same_bits(output, want, f"{what}, replayed")
+                    context.gather(None)
+            assert set(group.report()["calls"]) == {"LOWPRECISION"}
+    finally:
+        measured.NETWORK_PIECE_BYTES = before
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+@pytest.mark.parametrize("hosts", (TWO_OF_ONE, TWO_OF_TWO), ids=str)
+def test_compressed_between_hosts(pools: _Pools, hosts: Hosts, wire: str) -> None:
+    pools(hosts).run(_compressed, hosts, wire, int.from_bytes(os.urandom(4), "little"))
 
 
 def _through_host_memory(context: RankContext, hosts: Hosts, seed: int) -> None:
@@ -145,7 +172,7 @@ def _large(context: RankContext, hosts: Hosts, strategy: str, seed: int) -> list
                     launch = group.explain((size,), dtype).launch
                     assert launch is not None
                     found.append(launch.pieces)
-                    with poisoned_memory():
+                    with checks.poisoned_memory():
                         output = group.all_reduce(inputs[context.rank])
                     want = host_ordered_sum(inputs, hosts)
                     wrong = (bits(output) != bits(want)).nonzero()
@@ -168,7 +195,7 @@ def _capture(
 ) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
     """Two calls, one on what the other gives."""
     graph = torch.cuda.CUDAGraph()
-    with poisoned_memory(), torch.cuda.graph(graph):
+    with checks.poisoned_memory(), torch.cuda.graph(graph):
         once = group.all_reduce(static)
         outputs = [once, group.all_reduce(once)]
     return graph, outputs
@@ -225,7 +252,7 @@ def _many_replays(context: RankContext, hosts: Hosts, seed: int) -> None:
     with over(context, hosts, "AUTO") as group:
         group.all_reduce(static)
         graph = torch.cuda.CUDAGraph()
-        with poisoned_memory(), torch.cuda.graph(graph):
+        with checks.poisoned_memory(), torch.cuda.graph(graph):
             static.mul_(-1)  # whose sum is the negated one, exactly
             want.mul_(-1)
             wrong.add_((group.all_reduce(static) != want).sum())
