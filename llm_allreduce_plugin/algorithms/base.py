@@ -37,6 +37,10 @@ class Numerics(enum.StrEnum):
         "and number of pieces"
     )
     LOSSY = "compressed on the wire"
+    LOSSY_HOSTS = (
+        "compressed between hosts: fp32, ranks in order inside each host, then hosts in order as decoded, rounded "
+        "once; the same bits on every rank"
+    )
     ENGINE = "whatever order and precision the engine's own all-reduce has"
 
 

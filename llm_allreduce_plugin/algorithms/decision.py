@@ -73,7 +73,7 @@ class Launch:
         epilogue: what becomes of a reduced vector.
         cluster: RMS_NORM: blocks that share a row.
         hosts: hosts whose sums are exchanged; 1: there is one. With more, ONE_SHOT sums whole messages inside each
-            host, TWO_SHOT a part on each rank; chunks and rounds are of a piece.
+            host, TWO_SHOT a part on each rank; chunks and rounds are of a piece, and ``wire_format`` is of those sums.
         pieces: of several hosts: pieces of the message, of which one is exchanged while others are summed.
     """
 
@@ -127,9 +127,10 @@ class Launch:
         spread = "per peer" if self.in_band else "per block and peer"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "
-            f"{self.exchange_in_words}{f', as {self.wire_format}' if self.wire_format else ''}"
+            f"{self.exchange_in_words}{f', as {self.wire_format}' if self.wire_format and self.hosts == 1 else ''}"
             f"{f', ranks in domains {self.domains}' if self.domains else ''}"
             f"{f', in {self.pieces} piece(s) over {self.hosts} hosts' if self.hosts > 1 else ''}"
+            f"{f', as {self.wire_format} between them' if self.wire_format and self.hosts > 1 else ''}"
         )
 
 

@@ -1,8 +1,9 @@
 """LOWPRECISION: all-reduces of which all or most travels in a wire format. Kernels: csrc/{kernels,cpu}/low_precision*.
 
 Lossy, so it runs only where it was asked for, and the same bits on every rank all the same: all take the owner's sum as
-it was decoded from the wire, the owner too (in the ring, as it was rounded). What the wire formats are: csrc/codec.
-Which of its algorithms runs: low_precision_algorithm.py.
+it was decoded from the wire, the owner too (in the ring, as it was rounded). Over several hosts that a network joins,
+only what travels between them is compressed: network.py. What the wire formats are: csrc/codec. Which of its algorithms
+runs: low_precision_algorithm.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import measured, staging, tables
+from llm_allreduce_plugin.algorithms import measured, network, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     MAX_FLAGGED_THREADS,
     MAX_THREADS,
@@ -56,20 +57,28 @@ _KERNELS = {
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
     numerics = Numerics.LOSSY
+    spans_hosts = True
     instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
     algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
 
     def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
         choice = algorithm_of(config, facts)
+        if facts.crosses_network:
+            return network.compressed_in_words(facts, config.low_precision.wire_format), choice.reason
         return _WORDS[choice.algorithm], choice.reason
+
+    def numerics_of(self, facts: GroupFacts) -> Numerics:
+        return Numerics.LOSSY_HOSTS if facts.crosses_network else self.numerics
 
     def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
         if (reason := super().obstacle(config, facts, message)) is not None:
             return reason
-        if facts.world_size > LARGEST_WORLD_SIZE:
-            return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
+        if facts.crosses_network:  # inside a host nothing is compressed, and all slots are those of exact sums
+            return None
+        if facts.world_size > LARGEST_WORLD_SIZE:
+            return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         packet = PACKETS[config.low_precision.wire_format]
         slot_bytes = self._slots(config, facts)
         algorithm, one_step = algorithm_of(config, facts).algorithm, LowPrecisionAlgorithm.ONE_SHOT
@@ -88,7 +97,10 @@ class LowPrecision(KernelStrategy):
         if settings.min_bytes is not None:
             reason = f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
             return Merit(pays=True) if message.payload_bytes >= settings.min_bytes else Merit(pays=False, reason=reason)
-        least, source = tables.low_precision_pays_from(facts, settings.wire_format)
+        least, source = tables.low_precision_pays_from(facts, settings.wire_format, message.element_bytes)
+        if least is None:
+            reason = f"at no size {settings.wire_format} between hosts is faster than exact sums ({source})"
+            return Merit(pays=False, reason=reason)
         reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
         return Merit(pays=True) if message.payload_bytes >= least else Merit(pays=False, reason=reason)
 
@@ -110,6 +122,9 @@ class LowPrecision(KernelStrategy):
 
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         """CPU ranks have one lane. Two steps in band: every lane has one task, as in exact kernels' large messages."""
+        wire_format = config.low_precision.wire_format
+        if facts.crosses_network:
+            return dataclasses.replace(network.plan(facts, message, Algorithm.TWO_SHOT), wire_format=wire_format)
         choice = algorithm_of(config, facts)
         if choice.algorithm is LowPrecisionAlgorithm.ONE_SHOT:
             if (launch := self._plan_one_step(config, facts, message)) is not None:
@@ -117,7 +132,6 @@ class LowPrecision(KernelStrategy):
             choice = dataclasses.replace(choice, algorithm=LowPrecisionAlgorithm.TWO_SHOT)
         if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             return self._plan_flagged(config, facts, message, choice)
-        wire_format = config.low_precision.wire_format
         packet = PACKETS[wire_format]
         packets = packets_of(message.count, wire_format, facts.world_size)  # of the largest part
         staged = staging.launch(

@@ -118,6 +118,11 @@ def algorithm_of(config: AllReduceConfig, facts: GroupFacts) -> AlgorithmChoice:
     Total. Before the group has a workspace (``facts.lanes == 0``), what the workspace should be made for.
     """
     asked = config.low_precision.algorithm
+    if facts.crosses_network:
+        between = "sums are compressed where they travel between hosts, and nowhere else"
+        other = asked not in {LowPrecisionAlgorithm.AUTO, LowPrecisionAlgorithm.TWO_SHOT}
+        why = f"{asked} cannot run over a network: {between}" if other else between
+        return AlgorithmChoice(LowPrecisionAlgorithm.TWO_SHOT, why, is_fallback=other)
     two_shot, hierarchical = LowPrecisionAlgorithm.TWO_SHOT, LowPrecisionAlgorithm.HIERARCHICAL
     domains, source = domains_of(config, facts)
     if asked is two_shot:

@@ -226,10 +226,12 @@ LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]]
     (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }
 
-# Between hosts, modelled and not measured: what a GPU's share of the network carries, what a second step inside the
-# host costs beside its bytes, and pieces in which summing and sending go on at the same time.
+# Bytes of 16-bit values that a codec encodes and decodes in a second, alone on an H200: benchmarks/h200/breakeven.json.
+CODEC_BYTES_PER_S = {"fp8": (1833e9, 1482e9), "tq3": (1723e9, 1216e9), "hadamard2": (954e9, 1271e9)}
+
+# Between hosts, modelled and not measured: what a GPU's share of the network carries, and pieces in which summing and
+# sending go on at the same time. What a step costs: host_costs.
 NETWORK_BYTES_PER_S = 46e9
-NETWORK_SECOND_STEP_S = 6e-6
 NETWORK_PIECE_BYTES = 16 << 20
 NETWORK_MOST_PIECES = 4
-NETWORK_SOURCE = "46 GB/s to each GPU, 6 us for a second step inside the host"
+NETWORK_SOURCE = "46 GB/s to each GPU"

@@ -3,7 +3,8 @@
 Sums of each host, in fp32, are exchanged between ranks of equal place on their hosts, by an engine that moves bytes and
 does no arithmetic; csrc/protocol/hosts.h has the steps. ONESHOT names the form in one step inside each host, in which
 every rank sums and exchanges whole messages; TWOSHOT that in two, in which a rank does so with its part. Both give the
-same bits: those of the ranks of each host in order, then hosts in order.
+same bits: those of the ranks of each host in order, then hosts in order. LOWPRECISION is the form in two steps with
+sums that are compressed on the network alone.
 """
 
 from __future__ import annotations
@@ -12,18 +13,18 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms import host_costs, measured
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES, Message, spread
 from llm_allreduce_plugin.algorithms.decision import Algorithm
+from llm_allreduce_plugin.algorithms.host_costs import STEP_S, Network, inside_bytes_per_s, two_steps_pay_from
 from llm_allreduce_plugin.algorithms.ranges import Range, Table
-from llm_allreduce_plugin.config import AllReduceStrategy
-from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.decision import Launch
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
 
-SUM_BYTES = 4  # of an element of a sum
 MOST_LANES = 128  # more blocks only add flags
 PIECE_ELEMENTS = 64  # pieces begin on whole cache lines of every type
 
@@ -40,16 +41,44 @@ def in_words(algorithm: str, facts: GroupFacts, form: Algorithm) -> str:
     )
 
 
+def compressed_in_words(facts: GroupFacts, wire: WireFormat) -> str:
+    """What runs where sums are compressed between hosts."""
+    return (
+        f"hierarchical over {facts.num_hosts} hosts, two-shot, {wire} between them: every rank sums its share over its "
+        "host in fp32, ranks of equal place exchange those sums compressed, and each sums the hosts in order, as "
+        "decoded, and pushes the result inside the host"
+    )
+
+
+_LINK = Network(measured.NETWORK_BYTES_PER_S)
+
+
+def _inside(facts: GroupFacts) -> float:
+    """Bytes per second that a rank stores to its host's; unknown links count as an H200's, as elsewhere."""
+    links = facts.topology_class
+    return inside_bytes_per_s(TopologyClass.NVLINK if links is TopologyClass.UNKNOWN else links, facts.architecture)
+
+
+def _modelled(facts: GroupFacts) -> str:
+    hosts, ranks = facts.num_hosts, facts.local_size
+    return f"modelled for {hosts} hosts of {ranks}, not measured: {measured.NETWORK_SOURCE}"
+
+
 def table(facts: GroupFacts, element_bytes: int) -> Table:
-    """From which size two steps beat one: what they save on the network outweighs a second step inside the host."""
+    """From which size two steps beat one: what they save on the network, and inside, outweighs a second step."""
     hosts, ranks = facts.num_hosts, facts.local_size
     if ranks == 1:
         return Table((Range(None, AllReduceStrategy.ONESHOT),), "each host has one rank")
-    saved = SUM_BYTES * (hosts - 1) * (1 - 1 / ranks)  # bytes that a rank need not receive, for each element
-    elements = measured.NETWORK_SECOND_STEP_S * measured.NETWORK_BYTES_PER_S / saved
-    largest = max(1, int(elements)) * element_bytes
+    largest = two_steps_pay_from(hosts, ranks, _LINK, _inside(facts), element_bytes)
     ranges = (Range(largest, AllReduceStrategy.ONESHOT), Range(None, AllReduceStrategy.TWOSHOT))
-    return Table(ranges, f"modelled for {hosts} hosts of {ranks}, not measured: {measured.NETWORK_SOURCE}")
+    return Table(ranges, f"{_modelled(facts)}, {STEP_S * 1e6:g} us for a second step inside the host")
+
+
+def compression_pays_from(facts: GroupFacts, wire: WireFormat, element_bytes: int) -> tuple[int | None, str]:
+    """From which size compressed sums are faster, in bytes per rank, and how that is known; None: from none."""
+    hosts, ranks = facts.num_hosts, facts.local_size
+    least = host_costs.compression_pays_from(hosts, ranks, _LINK, _inside(facts), wire, element_bytes)
+    return least, f"{_modelled(facts)}, codecs as on an H200"
 
 
 def pieces(message: Message) -> int:

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_allreduce_plugin.algorithms import measured, network
+from llm_allreduce_plugin.algorithms.link_scale import link_scale
 from llm_allreduce_plugin.algorithms.measured import Split
 from llm_allreduce_plugin.algorithms.ranges import Table
+from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 if TYPE_CHECKING:
@@ -63,13 +65,6 @@ def table_of(facts: GroupFacts, element_bytes: int) -> Table:
     return Table(table.ranges, f"the seed table for {facts.world_size} ranks{over}: {table.source}")
 
 
-def link_scale(architecture: int | None, topology_class: TopologyClass) -> float:
-    """What the links carry, of an H200's NVLinks. Unknown GPUs count as an H200; without NVLink, all are alike."""
-    if topology_class is TopologyClass.PCIE_PEER:
-        return measured.PCIE_SCALE
-    return measured.LINK_SCALE.get(architecture or 90, 1.0)
-
-
 def fastest(
     world_size: int,
     architecture: int | None,
@@ -106,10 +101,15 @@ def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_byte
     return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
 
-def low_precision_pays_from(facts: GroupFacts, wire_format: str) -> tuple[int, str]:
-    """The smallest message per rank for which compression is faster, and how that is known."""
+def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: int = 2) -> tuple[int | None, str]:
+    """The smallest message per rank for which compression is faster, and how that is known; None: for none it is.
+
+    ``element_bytes``: of the message; only between hosts sums are of another size than that.
+    """
     if facts.transport is Transport.SHM:
         return 0, "CPU ranks compress everything"
+    if facts.crosses_network:
+        return network.compression_pays_from(facts, WireFormat(wire_format), element_bytes)
     if (facts.transport, wire_format) not in measured.LOW_PRECISION_PAYS_FROM:
         return 0, "not measured"
     sizes, source = measured.LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]

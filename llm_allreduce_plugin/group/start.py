@@ -18,6 +18,7 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
+from llm_allreduce_plugin.base.step import store_of
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.group import cards
@@ -32,7 +33,7 @@ from llm_allreduce_plugin.selection.policy import table_of, uses_table
 from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
-from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport import SharedMemory, symmetric
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
@@ -170,10 +171,11 @@ class _Start:
             TransportError: on every rank alike, with the reason.
         """
         agreement, group, device, config = self._agreement, self._group, self._device, self._config
-        if self._places is not None:
-            agreement = HostAgreement(agreement, self._places)
-            if transport is Transport.SYMMETRIC:
-                group = self._group_of_host(self._places)
+        rendezvous: symmetric.Rendezvous = symmetric.whole_group
+        if (places := self._places) is not None:
+            agreement = HostAgreement(agreement, places)
+            name = f"llm_allreduce/{self._cards[0].member}/host/{places.host}"
+            rendezvous = symmetric.among(store_of(group), places.index, len(places.members), name)
         memory: SharedMemory
         if self._over_fabric:
             memory = FabricMemory.open(agreement, device, layout, transport)
@@ -182,7 +184,7 @@ class _Start:
         elif transport is Transport.HOST:
             memory = HostMemory.open(agreement, device, layout)
         else:
-            memory = SymmetricMemory.open(agreement, group, device, layout)
+            memory = SymmetricMemory.open(agreement, group, device, layout, rendezvous)
 
         made: list[_C.Workspace] = []
 
@@ -228,24 +230,6 @@ class _Start:
         except BaseException:
             let_go(memory, workspace, in_use=agreement.abandoned)
             raise
-
-    def _group_of_host(self, places: Places) -> dist.ProcessGroup:
-        """On which torch maps memory between the ranks of a host. Collective.
-
-        Raises:
-            TransportError: on every rank alike.
-        """
-        ranks = dist.get_process_group_ranks(self._group)
-        members = [ranks[member] for member in places.members]
-
-        def make() -> dist.ProcessGroup:
-            made: dist.ProcessGroup = dist.new_group(members, backend="nccl", use_local_synchronization=True)
-            return made
-
-        what = "cannot make a process group of its host"
-        return self._agreement.on_every_rank(
-            make, "to make process groups of hosts", TransportError, what, may_block=True
-        )
 
     def _with_table(self, facts: GroupFacts) -> GroupFacts:
         """The facts with the profile that the first rank finds: ranks' caches may differ.

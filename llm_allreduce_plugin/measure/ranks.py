@@ -59,20 +59,23 @@ class RankContext:
         return values
 
 
-def serve(rank: int, world_size: int, device_type: str, port: int, pipe: Connection) -> None:
-    """What a rank does: join the group at this port, then run what comes through the pipe, until there is no more."""
+def serve(rank: int, world_size: int, device_name: str, port: int, pipe: Connection) -> None:
+    """What a rank does: join the group at this port, then run what comes through the pipe, until there is no more.
+
+    ``device_name``: ``"cpu"``, ``"cuda:0"``, or ``"cuda"``, the GPU with the rank's number.
+    """
     torch.set_num_threads(1)
     patience = dt.timedelta(seconds=START_LIMIT_S)
     store = dist.TCPStore(  # type: ignore[attr-defined]
         LOOPBACK, port, is_master=False, timeout=patience
     )
-    if device_type == "cuda":
-        device = torch.device("cuda", rank)
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank if device.index is None else device.index)
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
         control = dist.new_group(backend="gloo")
     else:
-        device = torch.device("cpu")
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
         control = dist.group.WORLD
     assert dist.group.WORLD is not None

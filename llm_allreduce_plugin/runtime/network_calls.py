@@ -22,6 +22,7 @@ from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, Call, current_stream
 from llm_allreduce_plugin.runtime.failures import error_of, error_of_status
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.host_watch import HostWatch
+from llm_allreduce_plugin.runtime.network_wire import Packed, Raw, Wire
 from llm_allreduce_plugin.transport.rail import Rail
 
 _HALVES = {
@@ -37,10 +38,12 @@ class Between:
     Attributes:
         rail: carries the sums.
         watch: bounds it.
+        index: this rank's place on its host.
     """
 
     rail: Rail
     watch: HostWatch
+    index: int
 
 
 def join_hosts(
@@ -72,7 +75,7 @@ def join_hosts(
         store, f"llm_allreduce/{name}", places, workspace, rail, config.timeout_s, config.first_timeout_s,
         functools.partial(error_of, workspace, board, places.members),
     )  # fmt: skip
-    return Between(rail, watch)
+    return Between(rail, watch, places.index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,14 @@ class _Piece:
     Attributes:
         first: element.
         sum_elements: fp32, of the sum that this rank exchanges.
+        own_elements: of them that the message has: fewer in its last parts, or none.
         inside: sums inside the host.
         rest: sums the hosts.
     """
 
     first: int
     sum_elements: int
+    own_elements: int
     inside: _C.Plan
     rest: _C.Plan
 
@@ -109,7 +114,8 @@ class Shape:
     ranks: int
 
 
-def _pieces(workspace: _C.Workspace, shape: Shape) -> list[_Piece]:
+def _pieces(workspace: _C.Workspace, shape: Shape, index: int) -> list[_Piece]:
+    """``index``: of this rank's part."""
     launch, count, dtype, ranks = shape.launch, shape.count, shape.dtype, shape.ranks
     halves: dict[int, tuple[_C.Plan, _C.Plan]] = {}
     found = []
@@ -131,7 +137,9 @@ def _pieces(workspace: _C.Workspace, shape: Shape) -> list[_Piece]:
                 for algorithm, hosts in zip(_HALVES[launch.algorithm], (0, launch.hosts), strict=True)
             )
             halves[elements] = inside, rest
-        found.append(_Piece(first, _C.sum_elements(elements, parts), *halves[elements]))
+        of_part = _C.sum_elements(elements, parts)
+        own = max(0, min(of_part, elements - of_part * (index if parts > 1 else 0)))
+        found.append(_Piece(first, of_part, own, *halves[elements]))
     return found
 
 
@@ -151,7 +159,9 @@ def network_call(
         device: this rank's.
         name: of the strategy, for errors.
     """
-    pieces, hosts, is_empty = _pieces(workspace, shape), shape.launch.hosts, shape.count == 0
+    pieces, hosts, is_empty = _pieces(workspace, shape, between.index), shape.launch.hosts, shape.count == 0
+    format_ = shape.launch.wire_format
+    wire: Wire = Raw() if format_ is None else Packed.of(format_, hosts, device)
     current_stream, index, size = current_stream_of(device), device.index, shape.dtype.itemsize
     rail, watch = between.rail, between.watch
     capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
@@ -164,7 +174,7 @@ def network_call(
         raise error_of_status(status, name)
 
     def exchange(mine: torch.Tensor) -> tuple[torch.Tensor, dist.Work, float]:
-        gathered = torch.empty(hosts * mine.numel(), dtype=torch.float32, device=device)
+        gathered = torch.empty(hosts * mine.numel(), dtype=mine.dtype, device=device)
         began_s = time.monotonic()
         try:
             return gathered, rail.start(gathered, mine, watch.limit_s), began_s
@@ -192,13 +202,15 @@ def network_call(
             watch.note_capture()
         under_way: list[tuple[_Piece, torch.Tensor, torch.Tensor, dist.Work, float]] = []
         for piece in pieces:
-            mine = torch.empty(piece.sum_elements, dtype=torch.float32, device=device)
-            check(piece.inside(from_ + piece.first * size, mine.data_ptr(), stream))
+            sums = torch.empty(piece.sum_elements, dtype=torch.float32, device=device)
+            check(piece.inside(from_ + piece.first * size, sums.data_ptr(), stream))
+            mine = wire.pack(sums, piece.own_elements)
             gathered, work, began_s = exchange(mine)
             under_way.append((piece, mine, gathered, work, began_s))
         for piece, _mine, gathered, work, began_s in under_way:
             finish(work, began_s)
-            check(piece.rest(gathered.data_ptr(), to + piece.first * size, stream))
+            sums = wire.unpack(gathered, piece.own_elements, piece.sum_elements)
+            check(piece.rest(sums.data_ptr(), to + piece.first * size, stream))
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run

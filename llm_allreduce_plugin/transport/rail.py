@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -21,6 +23,14 @@ _SLICE_S = 0.2  # of a wait on a CPU rank, between looks at what else there is
 _ABORT_S = 5.0
 # torch ends the process of a collective that takes longer. Here the watch between hosts names who is missing, before.
 _NCCL_TIMEOUT = timedelta(days=1)
+# It would also end the process, and those of all other ranks, as soon as NCCL says that the other side has closed its
+# connection, and hold the host where a wait is for the stream. Read when a process group is made, by this one only.
+_LEFT_TO_THE_WATCH = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+    "TORCH_NCCL_BLOCKING_WAIT": "0",
+}
 
 
 class Rail:
@@ -136,6 +146,20 @@ def _backend(store: Store, index: int, size: int, device: torch.device, wait_s: 
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = _NCCL_TIMEOUT  # noqa: SLF001  (as torch sets it)
         options.is_high_priority_stream = True  # small exchanges are latency
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), _environment(_LEFT_TO_THE_WATCH):
             return c10d.ProcessGroupNCCL(store, index, size, options)
     return c10d.ProcessGroupGloo(store, index, size, timedelta(seconds=wait_s))
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

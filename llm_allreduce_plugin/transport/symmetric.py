@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symm_mem
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
@@ -48,10 +50,50 @@ def _allocate(size: int, device: torch.device) -> torch.Tensor:
         return symm_mem.empty(size, dtype=torch.uint8, device=device)
 
 
-def _rendezvous(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[object, list[int]]:
+def whole_group(buffer: torch.Tensor, group: dist.ProcessGroup) -> tuple[object, list[int]]:
+    """The rendezvous of all ranks of a process group."""
     with without_multicast(), torch.cuda.device(buffer.device):
         handle = symm_mem.rendezvous(buffer, group)
         return handle, [int(base) for base in handle.buffer_ptrs]
+
+
+Rendezvous = Callable[[torch.Tensor, dist.ProcessGroup], tuple[object, list[int]]]
+
+
+def among(store: Store, rank: int, size: int, name: str) -> Rendezvous:
+    """A rendezvous of some ranks of a group, such as those of one host, of which there is no process group.
+
+    torch asks for a process group by its name, and of that for rank, size and store. One without a backend is all it
+    needs. ``dist.new_group`` would give one to a part of the ranks only where nothing is split from the default group:
+    where that is bound to a device (``init_process_group(device_id=...)``), NCCL splits it, for which *all* of its
+    ranks must come, those of other pipeline stages too.
+
+    Args:
+        store: of a group that all of these ranks are in.
+        rank: among them.
+        size: their number.
+        name: unlike that of any other such group, the same on each of them.
+    """
+
+    def rendezvous(buffer: torch.Tensor, _group: dist.ProcessGroup) -> tuple[object, list[int]]:
+        own = PrefixStore(name, store)
+        members = dist.ProcessGroup(own, rank, size)
+        c10d._register_process_group(name, members)  # type: ignore  # noqa: PGH003, SLF001
+        try:
+            with without_multicast(), torch.cuda.device(buffer.device):
+                try:
+                    handle = _SymmetricMemory.rendezvous(buffer, name)
+                except RuntimeError as error:
+                    if "no group info" not in str(error):
+                        raise
+                    # torch that keeps a table of its own, as it says before it asks any peer.
+                    _SymmetricMemory.set_group_info(name, rank, size, own)
+                    handle = _SymmetricMemory.rendezvous(buffer, name)
+                return handle, [int(base) for base in handle.buffer_ptrs]
+        finally:
+            c10d._unregister_process_group(name)  # type: ignore  # noqa: PGH003, SLF001
+
+    return rendezvous
 
 
 def share(
@@ -62,7 +104,7 @@ def share(
     prepare: Callable[[torch.Tensor], None] = lambda _: None,
     *,
     allocate: Callable[[int, torch.device], torch.Tensor] = _allocate,
-    rendezvous: Callable[[torch.Tensor, dist.ProcessGroup], tuple[object, list[int]]] = _rendezvous,
+    rendezvous: Rendezvous = whole_group,
 ) -> tuple[torch.Tensor, object, list[int]]:
     """``size`` bytes on every rank, mapped into every rank; prepared before any peer can see them. Collective.
 
@@ -75,7 +117,8 @@ def share(
         size: bytes of each rank.
         prepare: writes what must be there before the first peer looks.
         allocate: makes memory that can be mapped.
-        rendezvous: maps it; what keeps the mapping alive, and the address of each rank's memory.
+        rendezvous: maps it; what keeps the mapping alive, and the address of each rank's memory. Not asked where there
+            is one rank, as on hosts with one GPU each.
 
     Returns:
         This rank's bytes, what keeps the mapping alive, and the address at which this rank sees each rank's.
@@ -94,7 +137,7 @@ def share(
     cannot = f"cannot allocate {size} bytes for peers to see"
     buffer = agreement.on_every_rank(make, "to allocate memory", TransportError, cannot, may_block=True)
     handle, bases = agreement.on_every_rank(
-        lambda: rendezvous(buffer, group),
+        lambda: rendezvous(buffer, group) if agreement.world_size > 1 else (None, [buffer.data_ptr()]),
         "to map each other's memory",
         TransportError,
         "cannot map its peers' memory",
@@ -120,14 +163,23 @@ class SymmetricMemory:
 
     @classmethod
     def open(
-        cls, agreement: Agreement, group: dist.ProcessGroup, device: torch.device, layout: _C.Layout
+        cls,
+        agreement: Agreement,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        layout: _C.Layout,
+        rendezvous: Rendezvous = whole_group,
     ) -> SymmetricMemory:
-        """Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory.
+        """Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory, or ``rendezvous`` does.
 
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-        return cls(*share(agreement, group, device, layout.total_bytes, lambda buffer: initialize(buffer, layout)))
+
+        def prepare(buffer: torch.Tensor) -> None:
+            initialize(buffer, layout)
+
+        return cls(*share(agreement, group, device, layout.total_bytes, prepare, rendezvous=rendezvous))
 
     def close(self) -> None:
         """Let go of this rank's memory; peers' mappings keep it alive until they close too."""

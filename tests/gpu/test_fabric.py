@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from tests.conftest import PoolFor
 from tests.support import checks
@@ -32,6 +35,8 @@ def _over_a_domain(context: RankContext, check: Any, *arguments: Any) -> Any:
 
 
 def _facts(context: RankContext, strategy: str) -> None:
+    context.communicator(strategy).close()  # kernels are loaded, and stay
+    context.gather(None)
     before = torch.cuda.mem_get_info(context.device)[0]
     with checks.communicator(context, strategy) as group:
         assert group.facts.fabric
@@ -47,6 +52,35 @@ def _facts(context: RankContext, strategy: str) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_on_two_hosts_form_one_group(gpu_pool: PoolFor, world_size: int, strategy: str) -> None:
     gpu_pool(world_size).run(_over_a_domain, _facts, strategy)
+
+
+def _real_driver(context: RankContext) -> tuple[bool, str, str]:
+    """Nothing is in the driver's place. NVML's word, here a table's, is no proof: the driver's is."""
+    size, seed = context.world_size, context.shared_seed()
+    hosts = [rank * 2 // size for rank in range(size)]
+    began = time.monotonic()
+    with placed(context.rank, hosts, [ONE_DOMAIN] * size), checks.communicator(context, "MNNVL") as group:
+        took_s = time.monotonic() - began
+        inputs = [rank_input(seed, rank, 70_001, torch.bfloat16) for rank in range(size)]
+        output = group.all_reduce(inputs[context.rank].to(context.device))
+        want = rank_ordered_sum(inputs) if group.facts.fabric else host_ordered_sum(inputs, hosts)
+        assert_same_bits(output, want, f"{group.facts}, {seed=}")
+        assert took_s < 120, "each step of the probe has a deadline"
+        decision = group.explain((4096,), torch.bfloat16)
+        return group.facts.fabric, group.facts.no_fabric_reason, str(decision.strategy)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_driver_decides(gpu_pool: PoolFor, world_size: int) -> None:
+    """With fabric handles, the group runs over the domain. Without, it goes over the network, and says why."""
+    answers = gpu_pool(world_size).run(_real_driver)
+    assert len(set(answers)) == 1, "all ranks alike"
+    over_domain, reason, strategy = answers[0]
+    if over_domain:
+        assert (reason, strategy) == ("", "MNNVL")
+    else:
+        assert re.search(r"fabric handles|cu[A-Z]\w+: CUDA_ERROR_\w+ \(\d+\)|not done after", reason), reason
+        assert strategy == "MINLATENCY"
 
 
 @pytest.mark.parametrize("settings", ({}, {"in_band": False}), ids=("in band", "flagged"))

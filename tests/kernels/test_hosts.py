@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle.hosts import compressed_host_sum, host_ordered_sum
 from tests.support.emulator import BrokenContextError, needs_emulator, seeds
 from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
 from tests.support.local_machine import EmulatedGpus
-from tests.support.reference import DTYPES, assert_same_bits, special_inputs
+from tests.support.reference import DTYPES, assert_same_bits, rank_input, special_inputs
 
 pytestmark = needs_emulator
 
@@ -42,6 +43,20 @@ def test_sizes(hosts: int, ranks: int, shared: bool, two_steps: bool) -> None:
                 inputs = telling_inputs(seed * 97 + size, group.world_size, size, dtype)
                 # Few vectors to a chunk: many rounds, more than there are generations of slots.
                 compare(group, inputs, f"{dtype} {size}, {seed=}", two_steps=two_steps, chunk=(1 << 20, 3)[size > 1000])
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+@pytest.mark.parametrize(("hosts", "ranks"), ((2, 1), (2, 3), (3, 2)))
+def test_compressed_between_hosts(hosts: int, ranks: int, wire: WireFormat) -> None:
+    """Halves and codecs, one after another: parts that end within a packet, and ranks without a part."""
+    for seed in seeds(1):
+        group = HostGroup(EmulatedGpus(seed), hosts, ranks)
+        for dtype in (torch.bfloat16, torch.float16):
+            for size in (1, 9, 497, 1025, 4099):
+                inputs = [rank_input(seed + size, rank, size, dtype) for rank in range(group.world_size)]
+                expected = compressed_host_sum(inputs, wire, hosts_of(group))
+                for rank, output in enumerate(group.all_reduce(inputs, two_steps=True, chunk=40, wire=wire)):
+                    assert_same_bits(output, expected, f"{wire} {dtype} {size}, rank {rank} of {hosts} x {ranks}")
 
 
 @pytest.mark.parametrize("shared", (False, True), ids=("peers", "host memory"))

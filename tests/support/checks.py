@@ -46,6 +46,17 @@ def poisoned_outputs() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Outputs, and the sums that travel, are filled with garbage first: what nobody writes, or sends, shows."""
+    empty = torch.empty
+    with (
+        poisoned_outputs(),
+        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
+    ):
+        yield
+
+
 def reduce_and_compare(
     context: RankContext, group: TensorParallelCommunicator, inputs: Sequence[torch.Tensor], what: str
 ) -> torch.Tensor:

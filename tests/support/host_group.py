@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from llm_allreduce_plugin.transport.symmetric import initialize
+from llm_allreduce_plugin.wire import PACKETS
 from tests.support.local_machine import LocalMachine
 
 GUARD = 64  # elements on both sides of what a kernel writes
@@ -77,9 +79,17 @@ class HostGroup:
         self.machine.synchronize()
 
     def all_reduce(
-        self, inputs: Sequence[torch.Tensor], *, two_steps: bool, chunk: int = 1 << 20
+        self,
+        inputs: Sequence[torch.Tensor],
+        *,
+        two_steps: bool,
+        chunk: int = 1 << 20,
+        wire: WireFormat | None = None,
     ) -> list[torch.Tensor]:
-        """Every rank's output; all that kernels write is poisoned first and lies between guards that must survive."""
+        """Every rank's output; all that kernels write is poisoned first and lies between guards that must survive.
+
+        ``wire``: what sums travel as between hosts; None: as they are.
+        """
         count, dtype = inputs[0].numel(), inputs[0].dtype
         chunk = self.chunk(two_steps, chunk)
         size = self.machine.native.sum_elements(count, self.ranks if two_steps else 1)
@@ -87,15 +97,33 @@ class HostGroup:
         outputs = [_Guarded(count, dtype) for _ in inputs]
         first = _C.REDUCE_SCATTER if two_steps else _C.REDUCE
         self.run(first, inputs, [one.inner for one in sums], count, dtype, chunk)
-        rails = [
-            torch.cat([sums[host * self.ranks + i].inner for host in range(self.hosts)]) for i in range(self.ranks)
-        ]
+        sent = [one.inner for one in sums] if wire is None else self._round_trips(wire, sums, count, two_steps)
+        rails = [torch.cat([sent[host * self.ranks + i] for host in range(self.hosts)]) for i in range(self.ranks)]
         gathered = [rails[rank % self.ranks] for rank in range(self.world_size)]
         second = _C.HOST_SUM_GATHER if two_steps else _C.HOST_SUM
         self.run(second, gathered, [one.inner for one in outputs], count, dtype, chunk)
         for rank, one in enumerate((*sums, *outputs)):
             assert one.is_intact(), f"rank {rank % self.world_size} wrote outside its output"
         return [one.inner for one in outputs]
+
+    def _round_trips(
+        self, wire: WireFormat, sums: Sequence[_Guarded], count: int, two_steps: bool
+    ) -> list[torch.Tensor]:
+        """What every rank's sum is to whom it is sent: encoded and decoded by kernels, as far as the message goes."""
+        packet, native = PACKETS[wire], self.machine.native
+        found, packets = [], []
+        for rank, one in enumerate(sums):
+            size, stream = one.inner.numel(), self.streams[rank].cuda_stream
+            own = max(0, min(size, count - size * (rank % self.ranks))) if two_steps else count
+            packets.append(torch.full((max(1, -(-own // packet.values)) * packet.bytes,), 0xA5, dtype=torch.uint8))
+            found.append(_Guarded(size, torch.float32))
+            code, dtype = packet.code, DTYPE_CODES[torch.float32]
+            native.encode(code, dtype, one.inner.data_ptr(), own, packets[-1].data_ptr(), stream)
+            native.decode(code, dtype, packets[-1].data_ptr(), own, found[-1].inner.data_ptr(), stream)
+        self.machine.synchronize()
+        for rank, one in enumerate(found):
+            assert one.is_intact(), f"rank {rank} decoded to outside its sums"
+        return [one.inner for one in found]
 
 
 class _Guarded:

@@ -85,6 +85,35 @@ def test_the_model_has_the_order_of_things(
         assert found.two_steps >= cost(hosts, ranks, payload, Network(rate), inside).two_steps
 
 
+@pytest.mark.parametrize("element", (2, 4))
+@pytest.mark.parametrize(("hosts", "ranks"), ((2, 2), (2, 8), (4, 8), (9, 3)))
+def test_two_steps_pay_from_where_both_take_as_long(hosts: int, ranks: int, element: int) -> None:
+    link, inside = Network(46e9), 360e9
+    least = host_costs.two_steps_pay_from(hosts, ranks, link, inside, element)
+    at = cost(hosts, ranks, least, link, inside, element)
+    assert at.one_step == pytest.approx(at.two_steps, rel=1e-3)
+    below, above = (cost(hosts, ranks, size, link, inside, element) for size in (least // 2, 2 * least))
+    assert below.one_step < below.two_steps and above.one_step > above.two_steps
+    if ranks > 2:  # traffic inside counts: one step has more of it
+        assert host_costs.two_steps_pay_from(hosts, ranks, link, inside / 10, element) < least
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+@pytest.mark.parametrize(("hosts", "ranks"), ((2, 1), (2, 8), (4, 8)))
+def test_compression_pays_from_where_both_take_as_long(hosts: int, ranks: int, wire: WireFormat) -> None:
+    def ahead(payload: int, link: Network) -> float:
+        found = cost(hosts, ranks, payload, link, 360e9)
+        return found.best - found.compressed[wire] - host_costs.codec_seconds(hosts, ranks, payload / 2, wire)
+
+    fast, slow = (Network(rate) for rate in (46e9, 12.5e9))
+    least = host_costs.compression_pays_from(hosts, ranks, fast, 360e9, wire)
+    assert least is not None
+    assert ahead(int(least * 0.97), fast) < 0 < ahead(int(least * 1.01) + 1, fast)
+    earlier = host_costs.compression_pays_from(hosts, ranks, slow, 360e9, wire)
+    assert earlier is not None and earlier < least
+    assert host_costs.compression_pays_from(hosts, ranks, Network(1e13), 360e9, wire) is None
+
+
 # -- options -----------------------------------------------------------------------------------------------------------
 
 

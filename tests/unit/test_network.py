@@ -15,6 +15,8 @@ from llm_allreduce_plugin.algorithms import network
 from llm_allreduce_plugin.algorithms.base import Numerics
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
+from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.cards import RankCard, host_identity
 from llm_allreduce_plugin.group.facts import facts_of, reach_of
@@ -86,19 +88,62 @@ def test_exact_strategies_run_and_say_what_their_bits_are(hosts: tuple[int, ...]
         if strategy is S.NCCL:
             assert found.launch is None and found.numerics == Numerics.ENGINE
             continue
+        if strategy is S.LOWPRECISION:  # see below
+            continue
         assert found.launch is not None and found.launch.hosts == group.num_hosts
         assert found.launch.exchange is Exchange.FLAGS
         assert found.numerics == Numerics.HOSTS
         assert f"hierarchical over {group.num_hosts} hosts" in found.algorithm or strategy in {
             S.MINLATENCY,
             S.MNNVL,
-            S.LOWPRECISION,
         }
         assert "inside each host" in str(found)
         fused = decide_fused(AllReduceConfig(allreduce_strategy=strategy), group, 16, 4096, "bfloat16")
         assert fused.launch is None and "inside one host" in fused.reason
-    lossy = decide(AllReduceConfig(allreduce_strategy=S.LOWPRECISION), group, 1 << 20, "bfloat16")
-    assert lossy.strategy is S.MINLATENCY and "its kernels reach one" in lossy.reason
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+@pytest.mark.parametrize("hosts", [TWO_OF_EIGHT, (0, 1), (0, 0, 1, 1, 2, 2), tuple(range(9)) * 2], ids=str)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_low_precision_compresses_between_hosts(hosts: tuple[int, ...], device: str, wire: WireFormat) -> None:
+    settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"wire_format": wire})
+    group = facts(hosts, device)
+    found = decide(settings, group, 1 << 26, "bfloat16")
+    assert found.strategy is S.LOWPRECISION and not found.is_fallback
+    launch = found.launch
+    assert launch is not None
+    assert (launch.algorithm, launch.hosts, launch.wire_format) == (Algorithm.TWO_SHOT, group.num_hosts, wire)
+    assert launch.pieces == 4
+    assert found.numerics == Numerics.LOSSY_HOSTS
+    assert f"as {wire} between them" in str(found) and "decoded, rounded once" in str(found)
+    fused = decide_fused(settings, group, 1 << 14, 4096, "bfloat16")
+    assert fused.launch is None and "inside one host" in fused.reason
+    fp32 = decide(settings, group, 1 << 26, "float32")
+    assert fp32.strategy is S.MINLATENCY and "not float32" in fp32.reason and fp32.numerics == Numerics.HOSTS
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+def test_low_precision_leaves_to_exact_sums_what_the_model_says(wire: WireFormat) -> None:
+    settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"wire_format": wire})
+    group = facts(TWO_OF_EIGHT)
+    least, source = network.compression_pays_from(group, wire, 2)
+    assert least is not None and 256 << 10 < least < 8 << 20
+    assert "modelled" in source and "not measured" in source
+    below = decide(settings, group, (least - 2) // 2, "bfloat16")
+    assert (below.strategy, below.is_fallback) == (S.MINLATENCY, False)
+    assert f"below {least} bytes" in below.reason and "modelled" in below.reason
+    assert decide(settings, group, least // 2 + 1, "bfloat16").strategy is S.LOWPRECISION
+    everything = settings.model_copy(update={"low_precision": LowPrecisionConfig(wire_format=wire, min_bytes=0)})
+    assert decide(everything, group, 1, "bfloat16").strategy is S.LOWPRECISION
+    assert decide(settings, facts(TWO_OF_EIGHT, "cpu"), 1, "bfloat16").strategy is S.LOWPRECISION
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "hierarchical"])
+def test_algorithms_of_one_host_say_that_they_are(algorithm: str) -> None:
+    settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"algorithm": algorithm})
+    choice = algorithm_of(settings, facts((0, 0, 1, 1)))
+    assert choice.is_fallback and choice.reason.startswith(f"{algorithm} cannot run over a network")
+    assert choice.reason in decide(settings, facts((0, 0, 1, 1)), 1 << 26, "bfloat16").reason
 
 
 def test_one_host_and_one_domain_are_as_before() -> None:
@@ -136,7 +181,7 @@ def test_pieces_are_the_message(count: int, number: int) -> None:
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     shape=st.sampled_from([TWO_OF_EIGHT, (0, 1), (0, 0, 0, 1, 1, 1), tuple(range(4)) * 2]),
     device=st.sampled_from(["cuda", "cpu"]),
-    strategy=st.sampled_from([S.AUTO, S.ONESHOT, S.TWOSHOT]),
+    strategy=st.sampled_from([S.AUTO, S.ONESHOT, S.TWOSHOT, S.LOWPRECISION]),
     size=st.sampled_from([None, 2 << 20, 32 << 20]),
 )
 def test_launches_fit_their_slots_and_cover_their_pieces(

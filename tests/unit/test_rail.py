@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from datetime import timedelta
 from typing import Any, cast
@@ -9,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from llm_allreduce_plugin.transport import rail as rail_module
 from llm_allreduce_plugin.transport.rail import Rail
 
 
@@ -79,3 +82,29 @@ def test_a_closed_one_begins_nothing(rail: Rail) -> None:
     rail.close()
     with pytest.raises(RuntimeError, match="is closed"):
         rail.start(torch.empty(2), torch.empty(1), 1.0)
+
+
+def test_torch_does_not_end_processes_for_an_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its watchdog would, as soon as NCCL says that the other host is gone: before anybody is named."""
+    seen: dict[str, str | None] = {}
+    mode, user = "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_BLOCKING_WAIT"
+
+    class Options:
+        is_high_priority_stream = False
+        _timeout = timedelta(minutes=10)
+
+    def make(_store: Any, index: int, size: int, options: Options) -> tuple[int, int]:
+        seen.update({name: os.environ.get(name) for name in (mode, user, "TORCH_NCCL_DUMP_ON_TIMEOUT")})
+        assert options._timeout >= timedelta(days=1)
+        return index, size
+
+    make.Options = Options  # type: ignore[attr-defined]
+    monkeypatch.setattr(rail_module.c10d, "ProcessGroupNCCL", make, raising=False)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.delenv(mode, raising=False)
+    monkeypatch.setenv(user, "1")
+    found = rail_module._backend(cast("Any", None), 1, 2, torch.device("cuda", 0), 5.0)
+    assert found == (1, 2)
+    assert seen == {mode: "0", user: "0", "TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}
+    assert mode not in os.environ, "other process groups are as the user wants them"
+    assert os.environ[user] == "1"
