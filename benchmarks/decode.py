@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
+import signal
 import statistics
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,20 +63,33 @@ def milliseconds(seconds: Sequence[float]) -> float:
 def run_process(
     name: str, command: Sequence[str], environment: dict[str, str], log: Path, result: Path, timeout_s: float
 ) -> dict[str, Any]:
-    """Run one engine to its end and return what it wrote to ``result``.
+    """Run one engine to its end and return what it wrote to ``result``. No process of it is left behind.
 
     Raises:
         RuntimeError: it wrote nothing; the message ends with the last lines of ``log``.
         subprocess.TimeoutExpired: it took longer than ``timeout_s``.
     """
     with log.open("wb") as sink:
-        subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT, timeout=timeout_s, check=False)  # noqa: S603
+        process = subprocess.Popen(  # noqa: S603
+            command, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        process.wait(timeout_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     if not result.exists():
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
         message = f"{name} failed:\n{tail}"
         raise RuntimeError(message)
     answer: dict[str, Any] = json.loads(result.read_text())
     return answer
+
+
+def exit_on_sigterm() -> None:
+    """End by an exception when somebody else's time limit ends this process, so that its engine ends, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def reports_in(folder: Path) -> list[dict[str, Any]]:

@@ -158,6 +158,7 @@ def main() -> None:
 
     from llm_allreduce_plugin.measure.environment import write_record
 
+    decode.exit_on_sigterm()
     rows: list[dict[str, Any]] = []
     failed = False
 
