@@ -26,6 +26,7 @@ import pytest
 import yaml
 
 from scripts import serve_demo
+from tests.support.marks import slow
 
 pytestmark = [
     pytest.mark.engine,
@@ -95,7 +96,7 @@ def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [INSTALLED, *(slow(package) for package in PACKAGES if package != INSTALLED)])
 def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone."""
     variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
@@ -110,7 +111,8 @@ def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
 
 
-def test_plugin_not_named_leaves_sglang_alone() -> None:
+@pytest.mark.parametrize(("named", "hooked"), [("another", False), slow("another,llm_allreduce", True)])
+def test_plugin_not_named_leaves_sglang_alone(named: str, hooked: bool) -> None:
     script = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -119,16 +121,15 @@ from sglang.srt.server_args import ServerArgs
 found = (GroupCoordinator.__init__, GroupCoordinator.all_reduce, ServerArgs.add_cli_args)
 print([hasattr(function, "__wrapped__") for function in found])
 """
-    for named, hooked in (("another", False), ("another,llm_allreduce", True)):
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert result.stdout.splitlines()[-1] == str([hooked] * 3)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1] == str([hooked] * 3)
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -324,12 +325,12 @@ def stop_a_rank(server: Server) -> None:
             {},
             "argument --allreduce-strategy: 'FASTEST': must be one of AUTO, NCCL",
         ),
-        (
+        slow(
             (),
             {"LLM_ALLREDUCE_TIMEOUT_S": "-1"},
             "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0",
         ),
-        (
+        slow(
             ("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}'),
             {},
             "SGLang json_model_override_args: timeout=3: unknown key",
