@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts import serve_demo
+from llm_allreduce_plugin.demo import serve as serve_demo
 from tests.support.marks import slow
 
 pytestmark = [
@@ -193,12 +193,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def expected(model: Path) -> dict[str, list[int]]:
     """What Hugging Face generates from the same weights."""
-    found = {}
-    for prompt in PROMPTS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serve_demo, "PROMPT", prompt)
-            found[prompt] = serve_demo.reference_tokens(model)
-    return found
+    return {prompt: serve_demo.reference_tokens(model, prompt) for prompt in PROMPTS}
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:

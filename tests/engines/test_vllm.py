@@ -24,7 +24,7 @@ from tests.support.profiles import entry
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-DEMO = [sys.executable, str(ROOT / "scripts" / "serve_demo.py")]
+DEMO = [sys.executable, "-m", "llm_allreduce_plugin", "demo"]
 CPU = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -311,7 +311,7 @@ import os, signal, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from scripts.serve_demo import make_model
+from llm_allreduce_plugin.demo.model import make_model
 from vllm import LLM, SamplingParams
 
 def pid_of(worker):

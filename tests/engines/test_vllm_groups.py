@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripts import serve_demo
+from llm_allreduce_plugin.demo import serve as serve_demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 

@@ -129,7 +129,7 @@ def test_each_engine_is_installed_for_who_asks_for_it(checkout: Checkout) -> Non
     first = checkout.run("scripts/serve_demo.sh", "sglang", "TWOSHOT")
     assert named(first) == ["torch==2.13.0", "sglang=="]
     assert any(call.endswith("./scripts/sglang_cpu_ops") for call in first)
-    assert first[-1] == "scripts/serve_demo.py sglang TWOSHOT"
+    assert first[-1] == "-m llm_allreduce_plugin demo sglang TWOSHOT"
     second = checkout.run("scripts/serve_demo.sh", "TWOSHOT")
     assert named(second) == ["torch==2.13.0", "vllm=="]
     assert compiles(second) == [], "one compile for both"
