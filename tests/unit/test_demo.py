@@ -106,7 +106,7 @@ time.sleep(60)
 
 
 def _interrupted_twice(log: Path) -> None:
-    with serve_demo.server([sys.executable, "-c", SLEEPER], {}, log) as process:
+    with serve_demo.server([sys.executable, "-c", SLEEPER], {}, log):
         try:
             wait_until(lambda: "ready" in log.read_text())
             raise KeyboardInterrupt
