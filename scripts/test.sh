@@ -30,13 +30,13 @@ workers=()
 "$python" -m pytest "${workers[@]}" "$@"
 
 if (($# == 0)); then
-  echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
+  echo "== a wheel, installed away from the sources"
   check_wheel() {
     local folder packages profiles
     mapfile -t profiles < <(cd configs/tuning && LC_ALL=C ls | grep json)
     folder=$(mktemp -d)
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
+    make_wheel .venv "$folder" &&
       "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl &&
       (cd "$folder" && PYTHONPATH="site:$packages" "$OLDPWD/$python" -S -c '
 import pathlib, sys
