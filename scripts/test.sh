@@ -30,6 +30,9 @@ workers=()
 "$python" -m pytest "${workers[@]}" "$@"
 
 if (($# == 0)); then
+  echo "== registers of every kernel: build/registers.md"
+  mkdir -p build
+  "$python" scripts/register_report.py >build/registers.md
   echo "== a wheel, installed away from the sources"
   check_wheel() {
     local folder packages profiles
