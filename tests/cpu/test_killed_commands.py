@@ -126,18 +126,16 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Started]]:
 
 
 TOLD, KILLED = (signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)
-# Of commands without ranks, explain is killed for all: it writes a file, too.
+# Of commands without ranks, explain is ended for all: it writes a file, too.
 LIKE_EXPLAIN = {"topo", "accuracy", "plot"}
 
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        *(pytest.param(name, TOLD, id=f"{name}, told to end") for name in COMMANDS),
-        *(
-            pytest.param(name, KILLED, id=f"{name}, killed", marks=[pytest.mark.slow] if name in LIKE_EXPLAIN else [])
-            for name in COMMANDS
-        ),
+        pytest.param(name, numbers, id=f"{name}, {how}", marks=[pytest.mark.slow] if name in LIKE_EXPLAIN else [])
+        for how, numbers in (("told to end", TOLD), ("killed", KILLED))
+        for name in COMMANDS
     ],
 )
 def test_ended_at_a_random_moment(

@@ -213,10 +213,10 @@ def same_tokens(server: Server, model: Path) -> None:
     assert answers == expected(model)
 
 
-def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
-    """ONESHOT by flags and TWOSHOT by --config, next to each other; then SGLang's own: all give Hugging Face's tokens.
+def test_two_servers_at_once(model: Path, tmp_path: Path) -> None:
+    """ONESHOT by flags and TWOSHOT by --config, next to each other: both give Hugging Face's tokens.
 
-    In between, a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
+    Then a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
     that names the rank.
     """
     config = tmp_path / "serve.yaml"
@@ -253,7 +253,10 @@ def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
         stop_a_rank(first)
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
 
-    # The same folders again, with stock behaviour.
+
+# What is left alone in vLLM's groups and in SGLang's processes is tested without servers, too.
+@pytest.mark.slow
+def test_a_stock_server(model: Path, tmp_path: Path) -> None:
     variables = {"LLM_ALLREDUCE_STRATEGY": "NCCL", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports-stock")}
     with serving(model, tmp_path / "one", **variables) as server:
         same_tokens(server, model)

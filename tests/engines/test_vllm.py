@@ -211,7 +211,7 @@ def counted(output: str, what: str, calls: int) -> None:
         assert re.search(rf"/metrics: llm_allreduce_calls_total\{{{labels}\}} {calls}\b", output), output
 
 
-# A server each. Reports are what the compiled model's metrics come from, too, and SGLang's tests have a stock server.
+# A server each. Reports are what the compiled model's metrics come from, too; groups with NCCL are tested above.
 @pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", slow("NCCL")))
 def test_demo_gives_the_same_tokens_with_every_strategy(
     marked: tuple[dict[str, str], str], tmp_path: Path, strategy: str
