@@ -25,7 +25,8 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts import serve_demo
+from llm_allreduce_plugin.demo import serve as serve_demo
+from tests.support.marks import slow
 
 pytestmark = [
     pytest.mark.engine,
@@ -95,7 +96,7 @@ def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [INSTALLED, *(slow(package) for package in PACKAGES if package != INSTALLED)])
 def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone."""
     variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
@@ -110,7 +111,8 @@ def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
 
 
-def test_plugin_not_named_leaves_sglang_alone() -> None:
+@pytest.mark.parametrize(("named", "hooked"), [("another", False), slow("another,llm_allreduce", True)])
+def test_plugin_not_named_leaves_sglang_alone(named: str, hooked: bool) -> None:
     script = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -119,16 +121,15 @@ from sglang.srt.server_args import ServerArgs
 found = (GroupCoordinator.__init__, GroupCoordinator.all_reduce, ServerArgs.add_cli_args)
 print([hasattr(function, "__wrapped__") for function in found])
 """
-    for named, hooked in (("another", False), ("another,llm_allreduce", True)):
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert result.stdout.splitlines()[-1] == str([hooked] * 3)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1] == str([hooked] * 3)
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -192,12 +193,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def expected(model: Path) -> dict[str, list[int]]:
     """What Hugging Face generates from the same weights."""
-    found = {}
-    for prompt in PROMPTS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serve_demo, "PROMPT", prompt)
-            found[prompt] = serve_demo.reference_tokens(model)
-    return found
+    return {prompt: serve_demo.reference_tokens(model, prompt) for prompt in PROMPTS}
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -217,10 +213,10 @@ def same_tokens(server: Server, model: Path) -> None:
     assert answers == expected(model)
 
 
-def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
-    """ONESHOT by flags and TWOSHOT by --config, next to each other; then SGLang's own: all give Hugging Face's tokens.
+def test_two_servers_at_once(model: Path, tmp_path: Path) -> None:
+    """ONESHOT by flags and TWOSHOT by --config, next to each other: both give Hugging Face's tokens.
 
-    In between, a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
+    Then a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
     that names the rank.
     """
     config = tmp_path / "serve.yaml"
@@ -257,7 +253,10 @@ def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
         stop_a_rank(first)
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
 
-    # The same folders again, with stock behaviour.
+
+# What is left alone in vLLM's groups and in SGLang's processes is tested without servers, too.
+@pytest.mark.slow
+def test_a_stock_server(model: Path, tmp_path: Path) -> None:
     variables = {"LLM_ALLREDUCE_STRATEGY": "NCCL", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports-stock")}
     with serving(model, tmp_path / "one", **variables) as server:
         same_tokens(server, model)
@@ -324,12 +323,12 @@ def stop_a_rank(server: Server) -> None:
             {},
             "argument --allreduce-strategy: 'FASTEST': must be one of AUTO, NCCL",
         ),
-        (
+        slow(
             (),
             {"LLM_ALLREDUCE_TIMEOUT_S": "-1"},
             "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0",
         ),
-        (
+        slow(
             ("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}'),
             {},
             "SGLang json_model_override_args: timeout=3: unknown key",
