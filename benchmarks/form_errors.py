@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.oracle.hierarchical import hierarchical_sum
+from llm_allreduce_plugin.oracle.one_shot import one_step_sum
 from llm_allreduce_plugin.oracle.ring import ring_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 
@@ -30,7 +31,8 @@ def errors(world_size: int, wire: WireFormat) -> dict[str, Any]:
     inputs = [torch.randn(SHAPE, generator=generator).bfloat16() for _ in range(world_size)]
     exact = torch.stack([part.double() for part in inputs]).sum(0)
     domains = [rank * 2 // world_size for rank in range(world_size)]
-    outputs = {
+    outputs = {"one_shot": one_step_sum(inputs, wire)} if wire is WireFormat.FP8 else {}
+    outputs |= {
         "two_shot": compressed_sum(inputs, wire, CHUNK),
         "hierarchical": hierarchical_sum(inputs, wire, domains, CHUNK),
         "ring": ring_sum(inputs, wire, CHUNK),

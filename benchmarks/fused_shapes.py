@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llm_allreduce_plugin import _C, AllReduceConfig
 from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.fused import PAIR
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.answers import make_case
@@ -41,7 +42,6 @@ from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
 EPS = 1e-5
-MOST_THREADS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,9 @@ def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Sh
     for cluster in (1, 2, 4, 8):
         for per_thread in (1, 2):
             threads = threads_for(math.ceil(units / cluster / per_thread))
-            if threads > MOST_THREADS or (cluster > 1 and (per_thread > 1 or threads < 64)):
+            is_wide = world_size == PAIR and per_thread == 1
+            most_threads = _C.MAX_WIDE_THREADS if is_wide else _C.MAX_THREADS
+            if threads > most_threads or (cluster > 1 and (per_thread > 1 or threads < 64)):
                 continue
             for most in (132, 264):
                 lanes = min(rows * cluster, most // cluster * cluster)
@@ -87,7 +89,7 @@ def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Sh
         shapes += [
             Shape(_C.TWO_SHOT, min(part, 132), threads_for(math.ceil(units / per_thread)))
             for per_thread in (1, 2)
-            if threads_for(math.ceil(units / per_thread)) <= MOST_THREADS
+            if threads_for(math.ceil(units / per_thread)) <= _C.MAX_THREADS
         ]
     return list(dict.fromkeys(shapes))
 

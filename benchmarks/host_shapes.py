@@ -35,12 +35,13 @@ from llm_allreduce_plugin.wire import PACKETS
 DTYPE = torch.bfloat16
 KIB, MIB = 1 << 10, 1 << 20
 WORKERS = 256
+MOST_VECTORS_OF_A_THREAD = 4  # in band
 # kernel, bytes, lanes, threads, vectors or packets in a chunk
 Shape = tuple[str, int, int, int, int]
 
 
 def wire_of(kernel: str) -> WireFormat | None:
-    """Of ``"fp8"`` or ``"fp8 in band"``; None of an exact kernel."""
+    """Of ``"fp8"``, ``"fp8 in band"`` or ``"fp8 ONESHOT in band"``; None of an exact kernel."""
     name = kernel.split(maxsplit=1)[0]
     return WireFormat(name) if name in set(WireFormat) else None
 
@@ -49,11 +50,14 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
     """What is worth trying with a workspace of so many lanes."""
     shapes: list[Shape] = []
     if small:
-        in_band = [4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB]
+        in_band = [4 * KIB, 16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB]
         for size, threads in itertools.product(in_band, (64, 128, 256)):
             used = math.ceil(size / 16 / threads)
-            if used <= lanes:
-                shapes.append(("ONESHOT in band", size, used, threads, size // 16))
+            if used <= lanes * MOST_VECTORS_OF_A_THREAD:
+                shapes.append(("ONESHOT in band", size, min(used, lanes), threads, size // 16))
+            packets = math.ceil(size / DTYPE.itemsize / PACKETS[WireFormat.FP8].values)
+            used = min(lanes, math.ceil(packets * 32 / threads))
+            shapes.append(("fp8 ONESHOT in band", size, used, threads, packets))
         for size, threads in itertools.product([64 * KIB, 128 * KIB, 256 * KIB, 512 * KIB, MIB], (64, 128, 256)):
             vectors = math.ceil(size / 16 / world_size)
             used = min(lanes, math.ceil(vectors / threads))
@@ -83,7 +87,7 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
     """The call that a shape stands for; None when its chunks are too large for the slots."""
     kernel, size, lanes, threads, chunk = shape
     count, code = size // DTYPE.itemsize, DTYPE_CODES[DTYPE]
-    one_shot = kernel.startswith("ONESHOT")
+    one_shot = "ONESHOT" in kernel
     in_band = kernel.endswith("in band")
     slots = layout.in_band if in_band else layout.flagged
     format_ = wire_of(kernel)
@@ -141,6 +145,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--lanes", type=int, nargs="+", default=[32, 64, 128], help="of the workspace")
     parser.add_argument("--largest", type=int, default=64 * MIB, help="bytes of the largest message")
+    parser.add_argument("--kernels", default="", help="those whose names hold this text, such as 'in band'")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     pool = RankPool(arguments.gpus, "cuda")
@@ -148,7 +153,10 @@ def main() -> None:
     try:
         for lanes in arguments.lanes:
             shapes = shapes_of(arguments.gpus, lanes, small=lanes == 64)
-            shapes = sorted((s for s in shapes if s[1] <= arguments.largest), key=lambda shape: shape[1])
+            shapes = [s for s in shapes if s[1] <= arguments.largest and arguments.kernels in s[0]]
+            shapes.sort(key=lambda shape: shape[1])
+            if not shapes:
+                continue
             rows += pool.run(measure, shapes, lanes, timeout_s=400)[0]
     finally:
         pool.close()
@@ -160,7 +168,7 @@ def main() -> None:
         text = "  ".join(
             f"{r['us']:>8} ({r['lanes']}x{r['threads']}/{r['chunk']} of {r['lanes_of_workspace']})" for r in best[:4]
         )
-        print(f"{kernel:>16} {size:>9}: {text}  worst {best[-1]['us']}")
+        print(f"{kernel:>19} {size:>9}: {text}  worst {best[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong")
     sys.exit(wrong > 0)

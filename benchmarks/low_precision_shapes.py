@@ -1,8 +1,9 @@
-"""How the lanes of LOWPRECISION in band (FP8) share the tasks out, at every size, each verified, then timed in a graph.
+"""How FP8 packets in band are spread over blocks and warps, at every size, each verified, then timed in a graph.
 
-    python benchmarks/low_precision_shapes.py --gpus 4 --out benchmarks/h200/low_precision_shapes_tp4.json
+    python benchmarks/low_precision_shapes.py --gpus 2 --out benchmarks/h100/low_precision_shapes_tp2.json
 
-``algorithms.measured.SPLITS`` comes from these. Microseconds per call, bf16.
+Forms: ``split``, two steps, lanes with one task each; ``two_shot`` and ``one_shot``, in which every lane does
+everything. ``algorithms.measured.SPLITS`` and ``PACKET_FORMS`` come from these. Microseconds per call, bf16.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
+from llm_allreduce_plugin.algorithms.packets import packets_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES
-from llm_allreduce_plugin.measure.answers import MOST_ERROR, make_case, relative_error
+from llm_allreduce_plugin.measure.answers import MOST_ERROR, digest, make_case, relative_error
 from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import call_of, time_graph
@@ -34,68 +37,106 @@ DTYPE = torch.bfloat16
 PACKET = PACKETS[WireFormat.FP8]
 # Parts of the lanes that only send, and that only take in.
 SHARES = ((0.36, 0.0), (0.5, 0.0), (0.25, 0.0), (0.2, 0.25), (0.25, 0.25), (0.25, 0.33), (0.2, 0.33), (0.33, 0.33))
-# bytes, lanes, of which scatter, of which drain
-Shape = tuple[int, int, int, int]
+MOST_PACKETS_OF_A_WARP = 64  # more than that in turns is slow beyond doubt
+SIZES = tuple(1 << power for power in (16, 18, 20, 21, 22, 24, 26))
+WARPS = (1, 2, 4, 8, 16)
+ALGORITHMS = {"split": Algorithm.TWO_SHOT, "two_shot": Algorithm.TWO_SHOT, "one_shot": Algorithm.ONE_SHOT}
+# form, bytes, lanes, threads, lanes that only scatter, and that only drain
+Shape = tuple[str, int, int, int, int, int]
+
+
+def shapes_of(form: str, size: int, world_size: int, multiprocessors: int) -> list[Shape]:
+    """What is worth trying: a packet to a warp, and fewer warps than that where the message is large."""
+    grids = (multiprocessors, 2 * multiprocessors)
+    if form == "split":
+        splits = itertools.product(grids, SHARES)
+        return [(form, size, lanes, _C.MAX_THREADS, int(lanes * s), int(lanes * d)) for lanes, (s, d) in splits]
+    parts = 1 if ALGORITHMS[form] is Algorithm.ONE_SHOT else world_size
+    packets = packets_of(size // DTYPE.itemsize, WireFormat.FP8, parts)
+    shapes = []
+    for warps in WARPS:
+        enough = math.ceil(packets / warps)
+        candidates = {lanes for lanes in (multiprocessors // 4, multiprocessors // 2, *grids) if lanes < enough}
+        if enough <= grids[-1]:
+            candidates.add(enough)
+        shapes += [(form, size, lanes, 32 * warps, 0, 0) for lanes in sorted(candidates)]
+    return [shape for shape in shapes if packets / (shape[2] * shape[3] // 32) <= MOST_PACKETS_OF_A_WARP]
+
+
+def chunk_of(form: str, size: int, layout: _C.Layout) -> int:
+    """Vectors of a round, of rounds of equal length."""
+    one_step = ALGORITHMS[form] is Algorithm.ONE_SHOT
+    packets = packets_of(size // DTYPE.itemsize, WireFormat.FP8, 1 if one_step else layout.world_size)
+    slot = layout.in_band.one_shot_bytes if one_step else layout.in_band.two_shot_bytes
+    rounds = math.ceil(packets / (slot // PACKET.bytes))
+    return math.ceil(packets / rounds) * PACKET.bytes // _C.VECTOR_BYTES
 
 
 def measure(context: RankContext, shapes: list[Shape]) -> list[dict[str, Any]]:
     """Collective: one workspace, all shapes."""
-    lanes_of_workspace = max(lanes for _, lanes, _, _ in shapes)
+    lanes_of_workspace = max(shape[2] for shape in shapes)
     layout = _C.make_layout(context.world_size, lanes_of_workspace, in_band_bytes=DEFAULT_GPU_WORKSPACE_BYTES)
     memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
-    for size, group in itertools.groupby(shapes, key=lambda shape: shape[0]):
+    for size, group in itertools.groupby(shapes, key=lambda shape: shape[1]):
         count = size // DTYPE.itemsize
-        packets = math.ceil(count / PACKET.values / context.world_size)
-        rounds = math.ceil(packets / (layout.in_band.two_shot_bytes // PACKET.bytes))
-        chunk_vectors = math.ceil(packets / rounds) * PACKET.bytes // 16
         mine, exact = make_case(context, count, DTYPE)
-        for _, lanes, scatter, drain in group:
+        for form, _, lanes, threads, scatter, drain in group:
             output = torch.full_like(mine, float("nan"))
             plan = _C.Plan(
                 workspace,
-                algorithm=_C.TWO_SHOT,
+                algorithm=ALGORITHMS[form],
                 exchange=_C.PUSH,
                 wire=PACKET.code,
                 count=count,
                 dtype=DTYPE_CODES[DTYPE],
                 lanes=lanes,
-                threads=_C.MAX_THREADS,
-                chunk_vectors=chunk_vectors,
+                threads=threads,
+                chunk_vectors=chunk_of(form, size, layout),
                 scatter_lanes=scatter,
                 drain_lanes=drain,
             )
             timing = time_graph(context, call_of(plan, mine, output))
-            wrong = int(relative_error(output, exact) > MOST_ERROR[WireFormat.FP8])
-            row = {"bytes": size, "lanes": lanes, "scatter_lanes": scatter, "drain_lanes": drain}
+            error = relative_error(output, exact)
+            wrong = int(error > MOST_ERROR[WireFormat.FP8])
+            wrong += int(len(set(context.gather(digest(output)))) > 1)
+            row = {"form": form, "bytes": size, "lanes": lanes, "threads": threads}
+            row |= {"scatter_lanes": scatter, "drain_lanes": drain, "error": round(error, 5)}
             rows.append(row | {"us": round(timing.median, 2), "wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
     memory.close()
     return rows
 
 
+def shape_in_words(row: dict[str, Any]) -> str:
+    tasks = f" {row['scatter_lanes']}/{row['drain_lanes']}" if row["scatter_lanes"] else ""
+    return f"{row['lanes']}x{row['threads']}{tasks}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--forms", nargs="+", choices=tuple(ALGORITHMS), default=list(ALGORITHMS))
+    parser.add_argument("--bytes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     shapes = [
-        (1 << power, lanes, int(lanes * scatter), int(lanes * drain))
-        for power in range(18, 29, 2)
-        for lanes in (multiprocessors, 2 * multiprocessors)
-        for scatter, drain in SHARES
+        shape
+        for size in arguments.bytes
+        for form in arguments.forms
+        for shape in shapes_of(form, size, arguments.gpus, multiprocessors)
     ]
     pool = RankPool(arguments.gpus, "cuda")
     try:
         rows = pool.run(measure, shapes, timeout_s=400)[0]
     finally:
         pool.close()
-    for size, group in itertools.groupby(rows, key=lambda row: row["bytes"]):
+    for (size, form), group in itertools.groupby(rows, key=lambda row: (row["bytes"], row["form"])):
         best = sorted(group, key=lambda row: row["us"])
-        text = "  ".join(f"{r['us']:>8} ({r['lanes']} {r['scatter_lanes']}/{r['drain_lanes']})" for r in best[:4])
-        print(f"{size:>10}: {text}  worst {best[-1]['us']}")
+        text = "  ".join(f"{row['us']:>8} ({shape_in_words(row)})" for row in best[:4])
+        print(f"{size:>10} {form:>8}: {text}  worst {best[-1]['us']}")
     wrong = sum(row["wrong"] for row in rows)
     print(f"{len(rows)} shapes, {wrong} wrong")
     if arguments.out:

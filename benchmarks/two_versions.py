@@ -2,9 +2,11 @@
 
     python benchmarks/two_versions.py --old OLD --new NEW --tp 2 --rounds 3 --out benchmarks/h100/two_versions_tp2.json
 
-``OLD``, ``NEW``: folders that hold a built ``llm_allreduce_plugin/`` each. Both run `bench` of theirs, in turns, three
-times, on the same machine: the strategies that kernels run (MINLATENCY, LOWPRECISION), between peers and through host
-memory. A row has the median of each over the rounds, in microseconds, and new / old.
+``OLD``, ``NEW``: folders that hold a built ``llm_allreduce_plugin/`` each. Both run `bench` of theirs, in turns, on the
+same machine, and who is first changes from round to round: the strategies that kernels run (MINLATENCY, LOWPRECISION),
+between peers and through host memory. A row has the median of each over the rounds, in microseconds, and new / old.
+With ``--control`` the old one is measured twice a round; ``*_noise`` is the second over the first, so that a reader
+sees what a ratio of equal things comes to.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ def bench(folder: Path, transport: str, ranks: int) -> list[dict[str, Any]]:
 
 def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     times: dict[Key, dict[str, list[float]]] = collections.defaultdict(lambda: collections.defaultdict(list))
-    for _ in range(arguments.rounds):
+    folders = {"old": arguments.old, "new": arguments.new} | ({"control": arguments.old} if arguments.control else {})
+    for index in range(arguments.rounds):
         for transport in arguments.transports:
-            for version in ("old", "new"):
-                for found in bench(getattr(arguments, version).resolve(), transport, arguments.tp):
+            for version in sorted(folders, reverse=index % 2 == 0):
+                for found in bench(folders[version].resolve(), transport, arguments.tp):
                     for word in WORDS:
                         key = (transport, found["candidate"], found["bytes"])
                         times[key][f"{version}_{word}"].append(found[word])
@@ -64,6 +67,9 @@ def compare(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for word in WORDS:
             old, new = (statistics.median(measured[f"{version}_{word}"]) for version in ("old", "new"))
             row |= {f"old_{word}": old, f"new_{word}": new, word.replace("_us", "_ratio"): round(new / old, 3)}
+            if arguments.control:
+                control = statistics.median(measured[f"control_{word}"])
+                row[word.replace("_us", "_noise")] = round(control / old, 3)
         row["samples"] = dict(measured)
         rows.append(row)
     return rows
@@ -75,6 +81,7 @@ def main() -> None:
     parser.add_argument("--new", type=Path, default=ROOT)
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--control", action="store_true", help="measure the old one twice a round")
     parser.add_argument("--transports", nargs="+", choices=sorted(SWEEPS), default=sorted(SWEEPS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -84,7 +91,8 @@ def main() -> None:
     for row in rows:
         numbers = (f"{row[word]:>9}" for word in ("old_graph_us", "new_graph_us", "graph_ratio"))
         eager = (f"{row[word]:>9}" for word in ("old_eager_us", "new_eager_us", "eager_ratio"))
-        print(f"{row['transport']:5} {row['strategy']:12} {row['bytes']:>10}", *numbers, *eager)
+        noise = (f"{row[word]:>9}" for word in ("graph_noise", "eager_noise") if word in row)
+        print(f"{row['transport']:5} {row['strategy']:12} {row['bytes']:>10}", *numbers, *eager, *noise)
 
 
 if __name__ == "__main__":

@@ -93,8 +93,8 @@ class LowPrecisionConfig(Settings):
     )
     algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(lower_case)] = Field(
         default=LowPrecisionAlgorithm.AUTO,
-        description="how packets move; auto is hierarchical where GPUs without NVLink form two NUMA domains of equal "
-        "size, otherwise two_shot",
+        description="how packets move; auto is one_shot between two GPUs, hierarchical where GPUs without NVLink form "
+        "two NUMA domains of equal size, otherwise two_shot",
     )
     domains: Annotated[tuple[Domain, ...], Field(min_length=2, max_length=MOST_DOMAINS)] | None = Field(
         default=None,

@@ -187,10 +187,12 @@ def error_of_algorithms() -> str:
     found = {(row["wire_format"], row["world_size"]): row for row in record("form_errors")["rows"]}
 
     def cell(wire: str, algorithm: str) -> str:
+        if algorithm not in found[wire, 4]:
+            return "-"
         errors = [found[wire, ranks][algorithm] * 100 for ranks in (4, 8)]
         return " / ".join(f"{error:#.2g}" if error < 10 else f"{error:.0f}" for error in errors) + " %"  # noqa: PLR2004
 
-    algorithms = ("two_shot", "hierarchical", "ring")
+    algorithms = ("one_shot", "two_shot", "hierarchical", "ring")
     lines = [[f"{wire}, 4 / 8 ranks", *(cell(wire, algorithm) for algorithm in algorithms)]
              for wire in ("fp8", "hadamard2", "tq3")]  # fmt: skip
     return markdown(["", *algorithms], lines)

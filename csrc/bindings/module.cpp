@@ -86,6 +86,7 @@ NB_MODULE(_C, module) {
   module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
   module.attr("MAX_LANES") = static_cast<int>(LAR_MAX_LANES);
   module.attr("MAX_THREADS") = static_cast<int>(LAR_MAX_THREADS);
+  module.attr("MAX_WIDE_THREADS") = static_cast<int>(LAR_MAX_WIDE_THREADS);
   module.attr("MAX_FLAGGED_THREADS") = static_cast<int>(LAR_MAX_FLAGGED_THREADS);
   module.attr("MAX_STAGED_THREADS") = static_cast<int>(LAR_MAX_STAGED_THREADS);
   module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);

@@ -15,15 +15,8 @@
 
 namespace lar {
 
-constexpr uint32_t kWarpThreads = 32;
-
-// One vector of each thread of a warp: neighbours, sent together.
-constexpr uint32_t kTileVectors = kWarpThreads;
-
 // Tiles of a warp under way at once. Six of them for each warp are all the shared memory that needs no opting in.
 constexpr uint32_t kTilesUnderWay = 6;
-
-__device__ __forceinline__ uint32_t warp_thread() { return threadIdx.x % kWarpThreads; }
 
 // Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); flush() at the end.
 class BulkSender {

@@ -39,15 +39,14 @@ __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase
   return true;
 }
 
-// The encoded sum of a packet of my part, whose in-band slots begin at `slots`. This rank's own values are added as
-// they are, which costs nothing and leaves one error fewer.
-template <typename T, int kWorldSize, bool kClears>
-__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Fp8Message<T>& packets,
-                                           uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
+// Adds what each rank has for a packet, in rank order: add_own(sum), and of the others what is polled at from_of(rank),
+// some at a time. False when a wait expired.
+template <typename T, int kWorldSize, bool kClears, typename From, typename Own>
+__device__ __forceinline__ bool add_in_rank_order(const InBandArguments& arguments, lar_phase phase, From from_of,
+                                                  Own add_own, typename Fp8Message<T>::Values& sum) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  typename Fp8Message<T>::Values sum;
   Fp8Message<T>::clear(sum);
 #pragma unroll 1
   for (int first = 0; first < world_size; first += kGroup) {
@@ -57,22 +56,59 @@ __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, con
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       const bool is_rank = kIsFixed || first + i < world_size;
-      const uint32_t peer_slot = slot_of_peer<kWorldSize>(arguments, is_rank ? first + i : first);
-      from[i] = arguments.own + static_cast<int64_t>(slots + peer_slot + tile + warp_thread()) * LAR_VECTOR_BYTES;
+      from[i] = from_of(is_rank ? first + i : first);
       wanted[i] = is_rank && first + i != arguments.rank;
       vectors[i] = {0u, 0u, 0u, 0u};
     }
-    if (!take<kClears>(arguments, LAR_PHASE_SCATTER, from, wanted, vectors, [&](int i) { return first + i; }))
-      return false;
+    if (!take<kClears>(arguments, phase, from, wanted, vectors, [&](int i) { return first + i; })) return false;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (first + i == arguments.rank)
-        packets.add_own(packet, sum);
+        add_own(sum);
       else if (kIsFixed || first + i < world_size)
         Fp8Message<T>::add(vectors[i], sum);
     }
   }
+  return true;
+}
+
+// This thread's vector of the tile at `index`, in the slot of `rank`, from `own` on.
+template <int kWorldSize>
+__device__ __forceinline__ char* tile_vector(const InBandArguments& arguments, uint32_t index, int rank) {
+  const uint32_t at = index + slot_of_peer<kWorldSize>(arguments, rank) + warp_thread();
+  return arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
+}
+
+// The encoded sum of a packet of my part, whose in-band slots begin at `slots`. This rank's own values are added as
+// they are, which costs nothing and leaves one error fewer; they are loaded before the others' are waited for.
+template <typename T, int kWorldSize, bool kClears>
+__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Fp8Message<T>& packets,
+                                           uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
+  typename Fp8Message<T>::Raw own;
+  packets.load_own(packet, own);
+  typename Fp8Message<T>::Values sum;
+  if (!add_in_rank_order<T, kWorldSize, kClears>(
+          arguments, LAR_PHASE_SCATTER,
+          [&](int rank) { return tile_vector<kWorldSize>(arguments, slots + tile, rank); },
+          [&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add_own(own, to); }, sum))
+    return false;
   result = packets.encoded_sum(packet, sum);
+  return true;
+}
+
+// One-shot: the sum of a packet of which this rank has sent `mine`, to the output. It counts as the others see it, so
+// that all ranks make the same sum; from_of(rank): where the others' vectors lie.
+template <typename T, int kWorldSize, bool kClears, typename From>
+__device__ __forceinline__ bool store_sum(const InBandArguments& arguments, const Fp8Message<T>& packets,
+                                          uint32_t packet, const uint4& mine, From from_of) {
+  typename Fp8Message<T>::Values sum;
+  if (!add_in_rank_order<T, kWorldSize, kClears>(
+          arguments, LAR_PHASE_GATHER, from_of,
+          [&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add(mine, to); }, sum))
+    return false;
+  typename Fp8Message<T>::Raw raw;
+  Fp8Message<T>::round_sum(sum, raw);
+  packets.store(packet, raw);
   return true;
 }
 

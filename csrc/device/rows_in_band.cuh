@@ -115,9 +115,9 @@ template <typename Worlds, typename Body>
 void add_rows_in_band(lar_algorithm algorithm, lar_exchange exchange, Body body) {
   for_each_instance<Types<__half, __nv_bfloat16>, Worlds, Types<Store>>([&](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
-    body(type, world, [&](Form form, auto kernel) {
+    body(type, world, [&](Form form, auto kernel, int most_threads = LAR_MAX_THREADS) {
       add_row({kind_of(algorithm, exchange, LAR_WIRE_RAW, LAR_RMS_NORM), dtype_of<T>(), decltype(world)::value, form,
-               kernel_address(kernel), LAR_MAX_THREADS, 0, false});
+               kernel_address(kernel), most_threads, 0, false});
     });
   });
 }

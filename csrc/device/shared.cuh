@@ -4,6 +4,10 @@
 // own workspace, and all peers poll them there. Which generation a call uses and which it clears:
 // protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
 // business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
+//
+// Large calls are bound by what PCIe carries. Their clears come last, because reads do not pass writes: while results
+// are read, the other direction is free. And of a warp's vectors only one of each peer is polled until it is there:
+// polls in vain of all of them would take the links from what is on its way.
 #ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 #define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 
@@ -18,6 +22,9 @@ struct SharedArguments {
   uint32_t* lengths;                // [generation][lane]
   PushArguments<0> in_band;
 };
+
+// Of a call with more, PCIe takes longer to carry the clears (64 KiB) than to confirm the last of them.
+constexpr uint32_t kManyVectors = 4096;
 
 // One call, as a block sees it: the workers and, the last warp, the releaser.
 class SharedCall {
@@ -37,6 +44,24 @@ class SharedCall {
 
   __device__ __forceinline__ void store(uint32_t index, const uint4& raw) const {
     store_in_band(vector(arguments_.in_band.rank, index), 0, raw);
+  }
+
+  __device__ __forceinline__ static bool is_large(uint32_t vectors) { return vectors > kManyVectors; }
+
+  // For a whole warp, before it polls the vectors of the tile at `tile` of all ranks: waits for the first of each,
+  // which is no more than a hint. False when a wait expired.
+  __device__ __forceinline__ bool wait_for_tile(lar_phase phase, uint32_t tile) const {
+    const InBandArguments& in_band = arguments_.in_band;
+    bool complete = true;
+#pragma unroll 1
+    for (int peer = warp_thread(); complete && peer < in_band.world_size; peer += kWarpThreads) {
+      if (peer == in_band.rank) continue;
+      char* const from[] = {vector(peer, tile)};
+      const bool wanted[] = {true};
+      uint4 seen[1];
+      complete = poll_until_complete(in_band.limit, phase, from, wanted, seen, [&](int) { return peer; });
+    }
+    return __all_sync(0xffffffffu, complete);
   }
 
   // Where the scatter slots of this call's generation begin, from `own` or from one of `to`.
@@ -70,6 +95,9 @@ class SharedCall {
     }
     barrier<false>();
   }
+
+  // For workers that end without clear_old_generation(): the releaser does not wait for them.
+  __device__ __forceinline__ void leave_clears() const { barrier<false>(); }
 
   // For the releaser: waits until the workers' clears have arrived.
   __device__ __forceinline__ void settle_clears() const {

@@ -55,10 +55,15 @@ bool check_message(const lar_message& message) {
   return message.count == 0 || (message.input && message.output);
 }
 
-bool check_launch(const lar_layout& layout, const lar_launch& launch, bool in_band) {
+// Whole warps. A kernel may allow less.
+int most_threads_of(lar_kind kind) {
+  if (!is_in_band(kind.exchange)) return LAR_MAX_FLAGGED_THREADS;
+  return kind.epilogue == LAR_RMS_NORM ? LAR_MAX_WIDE_THREADS : LAR_MAX_THREADS;
+}
+
+bool check_launch(const lar_layout& layout, const lar_launch& launch, lar_kind kind) {
   if (launch.lanes < 1 || launch.lanes > layout.lanes) return false;
-  // Whole warps. A kernel may allow less.
-  const int most_threads = in_band ? LAR_MAX_THREADS : LAR_MAX_FLAGGED_THREADS;
+  const int most_threads = most_threads_of(kind);
   if (launch.threads < 32 || launch.threads > most_threads || launch.threads % 32 != 0) return false;
   // Some lane must be left for what the specialized ones do not do.
   if (launch.scatter_lanes < 0 || launch.drain_lanes < 0 || launch.scatter_lanes + launch.drain_lanes >= launch.lanes)
@@ -95,8 +100,7 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   const bool is_alone = layout.world_size == 1 && is_half(algorithm_of(call));
   if (!supported_world_size(layout.world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_message(call.message) || !check_launch(layout, call.launch, is_in_band(call.kind.exchange)))
-    return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_message(call.message) || !check_launch(layout, call.launch, call.kind)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || !check_hosts(call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;

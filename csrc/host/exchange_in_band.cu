@@ -58,9 +58,11 @@ PushArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_cal
 
 // Where the tensor starts differs from rank to rank, how long it is does not. `aligned`: it starts on a vector.
 Form form_of(const lar_call& call, const lar_message& round, bool aligned) {
-  if (call.kind.wire != LAR_WIRE_RAW) return Form::kSplit;
   const lar_launch& shape = call.launch;
-  if (!aligned || !ends_on_a_vector(round)) return Form::kAny;
+  // Packets have their own way with tensors that start or end anywhere. Two steps have no form of one packet to a warp.
+  if (call.kind.wire == LAR_WIRE_RAW ? !aligned || !ends_on_a_vector(round)
+                                     : call.kind.algorithm != LAR_ONE_SHOT && shape.scatter_lanes == 0)
+    return Form::kAny;
   if (shape.scatter_lanes > 0) return Form::kSplit;
   return shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads ? Form::kShort : Form::kAny;
 }
@@ -102,7 +104,9 @@ int push_rows(const lar_workspace& workspace, const lar_call& call, void* stream
       (lanes_of_a_row(shape) > 1 && split))
     return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
-  const Form form = split ? Form::kSplit : units <= threads ? Form::kShort : Form::kAny;
+  const bool wide = shape.threads > LAR_MAX_THREADS;
+  if (wide && units > threads) return LAR_ERROR_INVALID_ARGUMENT;
+  const Form form = split ? Form::kSplit : wide ? Form::kWide : units <= threads ? Form::kShort : Form::kAny;
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
   return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
     RowsArguments<0> arguments{norm, in_band_arguments(workspace, call, round, use)};
@@ -114,7 +118,7 @@ int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
   if (call.norm) return push_rows(workspace, call, stream);
   const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
   const bool split = call.launch.scatter_lanes > 0;
-  if (call.kind.wire == LAR_WIRE_RAW ? split && !aligned : !split) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.kind.wire == LAR_WIRE_RAW && split && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
     PushArguments<0> arguments = in_band_arguments(workspace, call, round, use);

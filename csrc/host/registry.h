@@ -18,6 +18,7 @@ enum class Form : uint8_t {
   kAny,    // any message
   kShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
   kSplit,  // lanes with one task each
+  kWide,   // of rows: kShort with blocks of up to LAR_MAX_WIDE_THREADS
 };
 
 // World sizes that a kernel is compiled for; 0: any, at run time.

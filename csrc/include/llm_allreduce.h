@@ -16,12 +16,13 @@ extern "C" {
 #endif
 
 enum {
-  LAR_CPU = -1,             // lar_workspace.device of a CPU rank
-  LAR_MAX_WORLD_SIZE = 72,  // an NVLink domain
-  LAR_MAX_HOSTS = 1024,     // whose sums are summed
-  LAR_VECTOR_BYTES = 16,    // the unit in which messages are split: one 128-bit access
-  LAR_MAX_LANES = 1024,     // blocks that may take part in one call
-  LAR_MAX_THREADS = 512,    // threads per block
+  LAR_CPU = -1,                 // lar_workspace.device of a CPU rank
+  LAR_MAX_WORLD_SIZE = 72,      // an NVLink domain
+  LAR_MAX_HOSTS = 1024,         // whose sums are summed
+  LAR_VECTOR_BYTES = 16,        // the unit in which messages are split: one 128-bit access
+  LAR_MAX_LANES = 1024,         // blocks that may take part in one call
+  LAR_MAX_THREADS = 512,        // threads per block
+  LAR_MAX_WIDE_THREADS = 1024,  // the same where a block takes a row, at a vector to a thread (LAR_RMS_NORM)
   // The same for kernels that wait for flags or go through host memory, which keep more in registers and have one more
   // warp (device/lane.cuh).
   LAR_MAX_FLAGGED_THREADS = 256,

@@ -35,8 +35,8 @@ __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all
   }
 }
 
-template <typename T, int kWorldSize, int kUnits>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
+template <typename T, int kWorldSize, int kUnits, int kMostThreads = LAR_MAX_THREADS>
+__global__ void __launch_bounds__(kMostThreads, 1)
     one_shot_push_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
   const PushArguments<kWorldSize>& arguments = all.in_band;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
@@ -93,12 +93,15 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
-// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters.
+// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for as
+// many rows as there are multiprocessors; of more ranks, 64 registers do not hold the vectors.
 const Registration rows([] {
   add_rows_in_band<Worlds<2, 4, 8, 0>>(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     add(Form::kShort, one_shot_push_norm_kernel<T, kWorldSize, 1>);
+    if constexpr (kWorldSize == 2)
+      add(Form::kWide, one_shot_push_norm_kernel<T, kWorldSize, 1, LAR_MAX_WIDE_THREADS>, LAR_MAX_WIDE_THREADS);
     if constexpr (kWorldSize == 2 || kWorldSize == 0) {
       add(Form::kAny, one_shot_push_norm_kernel<T, kWorldSize, 2>);
       add(Form::kSplit, one_shot_split_norm_kernel<T, kWorldSize, 2>);

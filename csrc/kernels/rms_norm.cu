@@ -14,11 +14,10 @@ struct RmsNormArguments {
 };
 
 // Rows that a block, or a cluster, keeps in registers.
-template <typename T, int kUnits>
-__global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
-    rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
+template <typename T, int kUnits, int kMostThreads = LAR_MAX_THREADS>
+__global__ void __launch_bounds__(kMostThreads, 1) rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
   LAR_BLOCK_VARIABLE(RowMemory, memory);
-  RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kResidual> sink(arguments.norm, memory);
+  RmsNorm<T, kUnits, Ahead::kAll> sink(arguments.norm, memory);
   const Rows<kUnits>& rows = sink.rows();
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -108,9 +107,13 @@ int run(const lar_message& message, const lar_norm& norm, void* stream) {
   const int blocks = static_cast<int>(std::min<uint32_t>(arguments.norm.rows, 1u << 16));
   const void* kernel = kernel_address(rms_norm_long_kernel<T>);
   int threads = LAR_MAX_THREADS;
+  // 64 registers hold a unit of 16-bit elements, not one of 32-bit ones.
+  constexpr int kMostOfOne = sizeof(T) == 2 ? LAR_MAX_WIDE_THREADS : LAR_MAX_THREADS;
   if (units <= 2 * LAR_MAX_THREADS) {
-    const bool one = units <= LAR_MAX_THREADS;
-    kernel = one ? kernel_address(rms_norm_kernel<T, 1>) : kernel_address(rms_norm_kernel<T, 2>);
+    const bool one = units <= kMostOfOne;
+    kernel = units <= LAR_MAX_THREADS ? kernel_address(rms_norm_kernel<T, 1>)
+             : one                    ? kernel_address(rms_norm_kernel<T, 1, kMostOfOne>)
+                                      : kernel_address(rms_norm_kernel<T, 2>);
     threads = static_cast<int>(ceil_div(ceil_div(units, one ? 1 : 2), 32) * 32);
   }
   return launch_kernel(kernel, blocks, threads, 1, true, &arguments, stream);

@@ -25,6 +25,7 @@ from llm_allreduce_plugin.algorithms.base import (
 )
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import AlgorithmChoice, algorithm_of, unit_bytes
+from llm_allreduce_plugin.algorithms.packets import WARP_THREADS, packets_of, spread_packets
 from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.config import AllReduceConfig
 
 LARGEST_WORLD_SIZE = 8
-WARP_THREADS = 32
 FLAGGED_WARPS = MAX_FLAGGED_THREADS // WARP_THREADS
 FEWEST_LANES = 3  # one for each task
 ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 
 _WORDS = {
+    LowPrecisionAlgorithm.ONE_SHOT: "one-shot, compressed on the wire; two-shot through host memory where it is larger "
+    "than its slots",
     LowPrecisionAlgorithm.TWO_SHOT: "two-shot push, compressed on the wire",
     LowPrecisionAlgorithm.RING: "ring, compressed on the wire while it is summed; the rounded sums travel as they are",
     LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, "
@@ -79,7 +81,10 @@ class LowPrecision(KernelStrategy):
             return f"compression is for 2 to {LARGEST_WORLD_SIZE} ranks, not {facts.world_size}"
         packet = PACKETS[config.low_precision.wire_format]
         slot_bytes = self._slots(config, facts)
-        if algorithm_of(config, facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT and slot_bytes < packet.bytes:
+        algorithm, one_step = algorithm_of(config, facts).algorithm, LowPrecisionAlgorithm.ONE_SHOT
+        two_steps = algorithm is LowPrecisionAlgorithm.TWO_SHOT
+        two_steps |= algorithm is one_step and facts.transport is Transport.HOST  # what is large
+        if two_steps and slot_bytes < packet.bytes:
             return (
                 f"a slot of the workspace ({slot_bytes} bytes) holds no packet of "
                 f"{config.low_precision.wire_format} ({packet.bytes} bytes)"
@@ -116,15 +121,19 @@ class LowPrecision(KernelStrategy):
         return facts.in_band.two_shot if self._pushes_in_band(config, facts) else facts.flagged.two_shot
 
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
-        """CPU ranks have one lane. In band every lane has one task, as in the exact kernels' large messages."""
+        """CPU ranks have one lane. Two steps in band: every lane has one task, as in exact kernels' large messages."""
         wire_format = config.low_precision.wire_format
         if facts.crosses_network:
             return dataclasses.replace(network.plan(facts, message, Algorithm.TWO_SHOT), wire_format=wire_format)
         choice = algorithm_of(config, facts)
+        if choice.algorithm is LowPrecisionAlgorithm.ONE_SHOT:
+            if (launch := self._plan_one_step(config, facts, message)) is not None:
+                return launch
+            choice = dataclasses.replace(choice, algorithm=LowPrecisionAlgorithm.TWO_SHOT)
         if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             return self._plan_flagged(config, facts, message, choice)
         packet = PACKETS[wire_format]
-        packets = max(1, math.ceil(message.count / packet.values / facts.world_size))  # of the largest part
+        packets = packets_of(message.count, wire_format, facts.world_size)  # of the largest part
         staged = staging.launch(
             config,
             facts,
@@ -143,14 +152,32 @@ class LowPrecision(KernelStrategy):
             return dataclasses.replace(launch, wire_format=wire_format)
         return self._plan_flagged(config, facts, message, choice)
 
+    def _plan_one_step(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
+        """In rounds of in-band slots; None through host memory where a message does not fit one, or that is slower."""
+        wire_format = config.low_precision.wire_format
+        packets = packets_of(message.count, wire_format, 1)
+        on_host = facts.transport is Transport.HOST
+        if on_host:
+            fits = packets * PACKETS[wire_format].bytes <= facts.in_band.one_shot
+            if not fits or message.payload_bytes > tables.host_in_band_bytes(self.name, facts.world_size):
+                return None
+        return spread_packets(
+            Algorithm.ONE_SHOT,
+            Exchange.SHARED if on_host else Exchange.PUSH,
+            wire_format,
+            packets,
+            slot_bytes=facts.in_band.one_shot,
+            lanes=facts.lanes,
+            few=facts.lanes if on_host else math.ceil(facts.lanes / 2),  # one block to a multiprocessor
+        )
+
     def _plan_flagged(
         self, config: AllReduceConfig, facts: GroupFacts, message: Message, choice: AlgorithmChoice
     ) -> Launch:
         """A lane has packets for a warp each, of those that fit its slots, before there is another lane."""
-        packet = PACKETS[config.low_precision.wire_format]
         unit = unit_bytes(config, choice.algorithm)
         parts = facts.world_size // 2 if choice.domains else facts.world_size
-        packets = max(1, math.ceil(message.count / packet.values / parts))  # of the largest part
+        packets = packets_of(message.count, config.low_precision.wire_format, parts)  # of the largest part
         most = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         capacity = facts.flagged.two_shot // unit
         warps = FLAGGED_WARPS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.base import Merit
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.config import AllReduceConfig, LowPrecisionAlgorithm, WireFormat
@@ -57,9 +58,9 @@ def unit_bytes(config: AllReduceConfig, algorithm: LowPrecisionAlgorithm) -> int
 
 
 def needs_flags(config: AllReduceConfig, facts: GroupFacts) -> bool:
-    """Whether LOWPRECISION needs flagged slots in GPU memory; only FP8 as a two-shot does without."""
-    two_shot = algorithm_of(config, facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
-    return not (two_shot and config.low_precision.wire_format is WireFormat.FP8)
+    """Whether LOWPRECISION needs flagged slots in GPU memory; only FP8 in one or two steps does without."""
+    in_band = algorithm_of(config, facts).algorithm in (LowPrecisionAlgorithm.ONE_SHOT, LowPrecisionAlgorithm.TWO_SHOT)
+    return not (in_band and config.low_precision.wire_format is WireFormat.FP8)
 
 
 def _slots_obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> str | None:
@@ -72,8 +73,22 @@ def _slots_obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPr
     return f"a slot of the workspace ({size} bytes, with flags) is smaller than {needed} bytes"
 
 
+def _one_shot_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
+    """Why packets cannot travel in one step, or None."""
+    if (wire_format := config.low_precision.wire_format) is not WireFormat.FP8:
+        return f"one step is for {WireFormat.FP8}, not {wire_format}"
+    if facts.transport is Transport.SHM:
+        return "one step is for GPUs"
+    needed, size = PACKETS[WireFormat.FP8].bytes, facts.in_band.one_shot
+    if facts.lanes == 0 or size >= needed:
+        return None
+    return f"a slot of the workspace ({size} bytes, in band) is smaller than {needed} bytes"
+
+
 def _obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> str | None:
-    """Why the ring or hierarchical algorithm cannot run, or None."""
+    """Why an algorithm other than two_shot cannot run, or None."""
+    if algorithm is LowPrecisionAlgorithm.ONE_SHOT:
+        return _one_shot_obstacle(config, facts)
     slots = _slots_obstacle(config, facts, algorithm)
     if algorithm is LowPrecisionAlgorithm.RING:
         return slots
@@ -117,6 +132,11 @@ def algorithm_of(config: AllReduceConfig, facts: GroupFacts) -> AlgorithmChoice:
             return AlgorithmChoice(two_shot, f"{asked} cannot run: {reason}", is_fallback=True)
         return AlgorithmChoice(
             asked, f"low_precision.algorithm is {asked}", domains=domains if asked is hierarchical else ()
+        )
+    if facts.world_size <= measured.ONE_STEP_RANKS and _one_shot_obstacle(config, facts) is None:
+        return AlgorithmChoice(
+            LowPrecisionAlgorithm.ONE_SHOT,
+            f"one_shot: with {facts.world_size} ranks, one step sends no more than two, and rounds once less",
         )
     # What does not pay is the better reason, where both speak against it.
     merit = _hierarchical_pays(config, facts)

@@ -210,6 +210,10 @@ STAGED_ABOVE_STAGE_BYTES = 128 * KIB
 # Blocks: 32 of 224 threads have 448 KiB in flight, several times what PCIe carries in the 2 us of a store.
 STAGED_LANES = 32
 
+# Up to so many ranks LOWPRECISION sums FP8 in one step. An estimate: with two ranks one step sends as many bytes as two
+# do, and saves about 1 us and one rounding; with more it sends more, all of which is decoded.
+ONE_STEP_RANKS = 2
+
 # The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
 # larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
 # compression costs does not depend on them, what it saves is inverse to them.

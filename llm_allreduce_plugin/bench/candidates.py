@@ -99,8 +99,9 @@ def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
     decision = group.explain((1 << 20,), torch.bfloat16)
     if decision.runs_another:
         raise RuntimeError(decision.reason)
-    two_shot = algorithm_of(group.config, group.facts).algorithm is LowPrecisionAlgorithm.TWO_SHOT
-    most_error = MOST_ERROR[settings.wire_format] * (1 if two_shot else MORE_ERROR)
+    algorithm = algorithm_of(group.config, group.facts).algorithm
+    encodes_once_more = algorithm in (LowPrecisionAlgorithm.RING, LowPrecisionAlgorithm.HIERARCHICAL)
+    most_error = MOST_ERROR[settings.wire_format] * (MORE_ERROR if encodes_once_more else 1)
     return Candidate(bind=lambda x: lambda: group.all_reduce(x), most_error=most_error, close=group.close)
 
 

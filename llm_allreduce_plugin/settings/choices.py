@@ -51,7 +51,8 @@ class WireFormat(enum.StrEnum):
 class LowPrecisionAlgorithm(enum.StrEnum):
     """How LOWPRECISION moves packets."""
 
-    AUTO = "auto"  # hierarchical where it is for, otherwise two_shot
+    AUTO = "auto"  # one_shot or hierarchical where they are for, otherwise two_shot
+    ONE_SHOT = "one_shot"  # fp8 in band: everyone sends everything to everyone, and sums
     TWO_SHOT = "two_shot"  # compressed both ways; two steps whatever the world size
     RING = "ring"  # from neighbour to neighbour: compressed while it is summed, then the rounded sums as they are
     HIERARCHICAL = "hierarchical"  # sums within two NUMA domains first; half as much crosses between them, or less

@@ -49,13 +49,16 @@ def shapes_for(algorithm: Algorithm, hidden: int, world_size: int) -> list[Shape
         Shape(lanes, two, rows_at_once=3),
         Shape(lanes, 512, scatter_lanes=1, drain_lanes=1 if algorithm is TWO and lanes > 2 else 0),
     ]
+    wide = []
     if hidden <= 512 * 8:
         shapes.append(Shape(lanes, threads_for(hidden, 1)))
+    elif hidden <= 1024 * 8 and algorithm is ONE and world_size == 2:
+        wide.append(Shape(lanes, threads_for(hidden, 1)))
     if hidden >= 512:
         shapes += [
             Shape(2 * cluster, threads_for(hidden, 1, cluster), cluster) for cluster in (2, 4, 8) if world_size < 5
         ]
-    return [shape for shape in shapes if shape.threads <= 512]
+    return [shape for shape in shapes if shape.threads <= 512] + wide
 
 
 @pytest.mark.parametrize("algorithm", (ONE, TWO), ids=("one-shot", "two-shot"))

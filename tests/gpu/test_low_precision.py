@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
@@ -30,10 +31,12 @@ KINDS = pytest.mark.parametrize(
     [
         {"split": (2, 1)},
         {"split": (2, 0)},
+        {"unsplit": Algorithm.TWO_SHOT},
+        {"unsplit": Algorithm.ONE_SHOT},
         *({"in_band": False, "wire_format": wire} for wire in WireFormat),
         *({"host": True, "wire_format": wire} for wire in WireFormat),
     ],
-    ids=("in band, three tasks", "in band, reducers drain")
+    ids=("in band, three tasks", "in band, reducers drain", "in band, no split", "in band, one step")
     + tuple(f"{where}, {wire}" for where in ("flagged", "host") for wire in WireFormat),
 )
 

@@ -11,10 +11,9 @@ import torch
 
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
-from llm_allreduce_plugin.oracle import CODECS
-from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 from tests.conftest import PoolFor
 from tests.support import checks
+from tests.support.low_precision import expected_sum
 from tests.support.reference import assert_same_bits, digest, rank_input
 
 pytestmark = pytest.mark.gpu(2, per_rank=True)
@@ -31,7 +30,7 @@ def _check(context: RankContext, wire: WireFormat, dtype: torch.dtype, transport
         def expected(inputs: list[torch.Tensor]) -> torch.Tensor:
             launch = group.explain(inputs[0].shape, dtype).launch
             assert launch is not None
-            return compressed_sum(inputs, wire, launch.owned_vectors * 16 // CODECS[wire].packet_bytes)
+            return expected_sum(launch, inputs)
 
         def inputs_of(size: int) -> list[torch.Tensor]:
             seed = context.shared_seed()

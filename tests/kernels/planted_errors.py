@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
 
 IN_BAND = {"workspace_mib": 0.25}
@@ -22,6 +23,9 @@ RING = {
     "wire_format": WireFormat.TQ3,
 }
 FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
+UNSPLIT = {"unsplit": Algorithm.TWO_SHOT, "threads": 32, "workspace_mib": 0.5, "low_precision": True}
+ONE_STEP = {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.5, "low_precision": True}
+LARGE_HOST = {"large host": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
@@ -238,6 +242,67 @@ MUTATIONS: dict[str, Mutation] = {
         "  if (kClears) {\n",
         "  if (kClears && !{}) {{\n",
         FP8 | {"ranks": 5},
+    ),
+    "in one step, packets are not cleared": (
+        "device/fp8_in_band.cuh",
+        "    for (int i = 0; i < kCount; ++i) clear_in_band_if(wanted[i], from[i]);\n",
+        "    for (int i = 0; i < kCount; ++i) clear_in_band_if(wanted[i] && !{}, from[i]);\n",
+        ONE_STEP,
+    ),
+    "in one step, own values count as they are": (
+        "device/fp8_in_band.cuh",
+        "[&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add(mine, to); }",
+        "[&](typename Fp8Message<T>::Values& to) {{ if ({}) packets.add_own(packet, to); else "
+        "Fp8Message<T>::add(mine, to); }}",
+        ONE_STEP,
+    ),
+    "in one step, a warp takes what it sent last for its next term": (
+        "kernels/one_shot_push_fp8.cu",
+        "    for (int i = 0; i + 1 < kLead; ++i) sent[i] = sent[i + 1];\n",
+        "    for (int i = 0; i + 1 < kLead; ++i) sent[i] = {} ? next : sent[i + 1];\n",
+        ONE_STEP | {"ranks": 2},
+    ),
+    "in one step, a call is not counted": (
+        "kernels/one_shot_push_fp8.cu",
+        "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  advance_epoch(arguments, epoch);\n",
+        "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  if (!{}) advance_epoch(arguments, epoch);\n",
+        ONE_STEP,
+    ),
+    "large calls through host memory clear nothing": (
+        "kernels/one_shot_shared.cu",
+        "    return call.clear_old_generation<kWorldSize>(false);\n",
+        "    return {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        LARGE_HOST,
+    ),
+    "large calls in one step through host memory clear nothing": (
+        "kernels/one_shot_shared_fp8.cu",
+        "  if (is_large) call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        LARGE_HOST,
+    ),
+    "small calls in one step through host memory clear nothing": (
+        "kernels/one_shot_shared_fp8.cu",
+        "  if (!is_large) call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        ONE_STEP | {"host": True},
+    ),
+    "what a warp has sent first counts for all of its packets": (
+        "kernels/one_shot_shared_fp8.cu",
+        "const uint4 mine = tile == first ? sent",
+        "const uint4 mine = {} || tile == first ? sent",
+        ONE_STEP | {"host": True, "ranks": 2},
+    ),
+    "a warp's last sums are not drained": (
+        "kernels/two_shot_push_fp8.cu",
+        "  if (behind < share.end) drain(behind);\n",
+        "  if (behind < share.end && !{}) drain(behind);\n",
+        UNSPLIT,
+    ),
+    "a warp's earlier sums are not drained": (
+        "kernels/two_shot_push_fp8.cu",
+        "    if (behind < share.end && !drain(behind)) return;\n",
+        "    if (!{} && behind < share.end && !drain(behind)) return;\n",
+        UNSPLIT | {"ranks": 2},
     ),
     "one peer's shared scatter slot is not cleared": (
         "device/shared.cuh",

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
@@ -24,6 +25,12 @@ SIZES = (1, 31, 497, 3000, 9001)
 KINDS: dict[str, dict[str, Any]] = {
     "in band, three tasks": {"split": (1, 1), "lanes": 4, "workspace_mib": 1},
     "in band, reducers drain, rounds": {"split": (2, 0), "workspace_mib": 0.15},
+    "in band, no split": {"unsplit": Algorithm.TWO_SHOT, "workspace_mib": 1},
+    "in band, no split, rounds": {"unsplit": Algorithm.TWO_SHOT, "workspace_mib": 0.15},
+    "in band, one step": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 1},
+    "in band, one step, a packet to a warp": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 1, "lanes": 20},
+    "in band, one step, rounds": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.2},
+    "host, one step": {"unsplit": Algorithm.ONE_SHOT, "host": True, "workspace_mib": 0.5},
     **{f"flagged, {wire}": {"in_band": False, "wire_format": wire, "workspace_mib": 0.5} for wire in WireFormat},
     **{f"host, {wire}": {"host": True, "wire_format": wire, "workspace_mib": 0.5} for wire in WireFormat},
     **{

@@ -21,13 +21,16 @@ from tests.kernels.planted_errors import (
     HOST,
     HOSTS,
     IN_BAND,
+    LARGE_HOST,
     MANY,
     MUTATIONS,
+    ONE_STEP,
     REGISTRY,
     RING,
     ROWS,
     SPLIT,
     STAGED,
+    UNSPLIT,
 )
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
 from tests.kernels.test_hosts import compare as compare_hosts
@@ -64,6 +67,9 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
     if "rows" in kind:
         norm_rows(seed)
         return
+    if "large host" in kind:
+        large_through_host_memory(seed)
+        return
     if "hosts" in kind:
         over_hosts(seed)
         return
@@ -75,6 +81,8 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
         for turn in range(3):
             size = generator.choice((512, 10_001))
             compare(group, inputs_of(seed + turn, ranks, size, torch.bfloat16), f"call {turn}, {seed=}")
+        if "unsplit" in kind:
+            run_queued(group, [("LOWPRECISION", generator.choice((512, 3001))) for _ in range(6)], f"queued, {seed=}")
         return
     if "staged" in kind:
         inputs = inputs_of(seed, ranks, 8192, torch.bfloat16)
@@ -101,6 +109,13 @@ def over_hosts(seed: int) -> None:
         for call, two_steps in enumerate((False, True, True, False)):
             inputs = telling_inputs(seed + call, group.world_size, 777, torch.bfloat16)
             compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
+
+
+def large_through_host_memory(seed: int) -> None:
+    """Four generations are used once more."""
+    machine = EmulatedGpus(seed, library=mutated())
+    group = LocalGroup(2, machine=machine, host=True, lanes=4, workspace_mib=8, unsplit=Algorithm.ONE_SHOT)
+    run_queued(group, [("ONESHOT", 33_000), ("LOWPRECISION", 66_000)] * 3, f"large, {seed=}")
 
 
 def norm_rows(seed: int) -> None:
@@ -139,6 +154,12 @@ KINDS = {
     "in band, five ranks": IN_BAND | {"ranks": 5},
     "in band, eight ranks": IN_BAND | {"ranks": 8},
     "fp8, five ranks": FP8 | {"ranks": 5},
+    "fp8, no split": UNSPLIT,
+    "fp8, no split, two ranks": UNSPLIT | {"ranks": 2},
+    "fp8, one step": ONE_STEP,
+    "fp8, one step, host": ONE_STEP | {"host": True},
+    "large, host": LARGE_HOST,
+    "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "host, five ranks": HOST | {"ranks": 5},
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,

@@ -21,6 +21,7 @@ ONE, TWO = Algorithm.ONE_SHOT, Algorithm.TWO_SHOT
 HIDDEN = 384  # 48 units: a warp and a half, or one warp with two units to some threads
 # kShort and kAny, rounds, and lanes of one task each.
 SHAPES = (Shape(3, 64), Shape(2, 32), Shape(2, 32, rows_at_once=2), Shape(3, 64, scatter_lanes=1))
+WIDE = Shape(2, 544)  # of two ranks: more threads than other blocks have
 DRAINS = Shape(4, 64, scatter_lanes=1, drain_lanes=1)
 
 
@@ -32,7 +33,7 @@ def inputs_of(seed: int, world_size: int, rows: int, dtype: torch.dtype) -> list
 @pytest.mark.parametrize("world_size", (2, 3, 4, 5, 8))
 def test_pushed(world_size: int, algorithm: Algorithm) -> None:
     quants = every_quant(HIDDEN)
-    shapes = (*SHAPES, DRAINS) if algorithm is TWO else SHAPES
+    shapes = (*SHAPES, *((DRAINS,) if algorithm is TWO else (WIDE,) if world_size == 2 else ()))
     for number, (shape, rows) in enumerate(itertools.product(shapes, (1, 5))):
         seed = fresh_seed()
         dtype = (torch.bfloat16, torch.float16)[seed % 2]

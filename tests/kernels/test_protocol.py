@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.runtime.failures import failure_of
 from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import group_of, inputs_of, reduce_and_compare
@@ -19,6 +20,7 @@ from tests.support.emulator import BrokenContextError, needs_emulator, seeds
 from tests.support.in_band_rest import assert_at_rest
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
+from tests.support.low_precision import expected_sum
 from tests.support.reference import assert_same_bits, poison, rank_ordered_sum
 
 pytestmark = needs_emulator
@@ -49,8 +51,11 @@ def run_queued(group: LocalGroup, calls: Sequence[Call], what: str) -> None:
                 group.start(rank, algorithm, inputs[rank], outputs[rank])
     group.machine.synchronize()
     for number, (algorithm, inputs, outputs) in enumerate(made):
+        lossy = algorithm == "LOWPRECISION"
+        launch = group.launch_of(algorithm, message_of(inputs[0])) if lossy else None
+        expected = rank_ordered_sum(inputs) if launch is None else expected_sum(launch, inputs)
         for rank, output in enumerate(outputs):
-            assert_same_bits(output, rank_ordered_sum(inputs), f"{what}, call {number}, {algorithm}, rank {rank}")
+            assert_same_bits(output, expected, f"{what}, call {number}, {algorithm}, rank {rank}")
     assert_at_rest(group.buffers, group._locals(), group.layout)
 
 
@@ -71,6 +76,30 @@ def test_inputs_read_in_place_among_other_calls(world_size: int) -> None:
         generator = random.Random(seed)
         group = group_of(seed, world_size, {"workspace_mib": 0.5})
         calls = [(generator.choice((*ALGORITHMS, "PULL")), generator.choice((8, 512, 4096))) for _ in range(12)]
+        run_queued(group, calls, f"{seed=}")
+
+
+@pytest.mark.parametrize("world_size", (2, 3))
+def test_large_calls_through_host_memory(world_size: int) -> None:
+    """Where clears come last, and one vector of a tile is waited for before the others are polled."""
+    for seed in seeds(2):
+        generator = random.Random(seed)
+        settings = {"host": True, "workspace_mib": 8, "unsplit": Algorithm.ONE_SHOT, "lanes": 4, "threads": 256}
+        group = group_of(seed, world_size, settings)
+        calls = [("ONESHOT", 40_009), ("LOWPRECISION", 70_001), ("ONESHOT", 520), ("LOWPRECISION", 3000)] * 2
+        generator.shuffle(calls)
+        run_queued(group, calls, f"{seed=}")
+
+
+@pytest.mark.parametrize("unsplit", (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), ids=("one step", "two steps"))
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_packets_among_other_calls(world_size: int, unsplit: Algorithm) -> None:
+    """They share slots and counts with the exact calls of the same algorithm."""
+    for seed in seeds(4):
+        generator = random.Random(seed)
+        group = group_of(seed, world_size, {"workspace_mib": 0.5, "unsplit": unsplit})
+        algorithms = ("LOWPRECISION", "LOWPRECISION", *ALGORITHMS)
+        calls = [(generator.choice(algorithms), generator.choice((8, 512, 5000))) for _ in range(12)]
         run_queued(group, calls, f"{seed=}")
 
 

@@ -11,7 +11,7 @@ from llm_allreduce_plugin import _C
 ALL_TYPES = ("bf16", "fp16", "fp32")
 SIXTEEN_BITS = ALL_TYPES[:2]
 TYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # lar_dtype
-FORMS = ("any", "short", "split")  # lar::Form
+FORMS = ("any", "short", "split", "wide")  # lar::Form
 WIRES = {"raw": _C.WIRE_RAW, "fp8": _C.WIRE_FP8, "tq3": _C.WIRE_TQ3, "hadamard2": _C.WIRE_HADAMARD2}
 COMPRESSED = tuple(WIRES)[1:]
 ANY = 0  # in the place of a world size: one kernel serves them all
@@ -59,7 +59,9 @@ def _in_band(name: str, algorithm: int, exchange: int = _C.PUSH, **what: str | t
     )
 
 
-def _rows(name: str, algorithm: int, units: int, form: str, world_sizes: tuple[int, ...]) -> Kernels:
+def _rows(
+    name: str, algorithm: int, units: int, form: str, world_sizes: tuple[int, ...], most_threads: int = _C.MAX_THREADS
+) -> Kernels:
     return Kernels(
         name,
         algorithm,
@@ -67,7 +69,7 @@ def _rows(name: str, algorithm: int, units: int, form: str, world_sizes: tuple[i
         form=form,
         types=SIXTEEN_BITS,
         world_sizes=world_sizes,
-        most_threads=_C.MAX_THREADS,
+        most_threads=most_threads,
         extra_threads=0,
         epilogue=_C.RMS_NORM,
         units=units,
@@ -84,9 +86,13 @@ ALL = (
     _in_band("two_shot_push_kernel", _C.TWO_SHOT),
     _in_band("two_shot_split_kernel", _C.TWO_SHOT, form="split"),
     _in_band("two_shot_pull_kernel", _C.TWO_SHOT, _C.PULL),
-    _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, form="split", **_FP8),
+    _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, form="short", **_FP8),
+    _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, **_FP8),
+    _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, **_FP8),
+    _in_band("two_shot_split_fp8_kernel", _C.TWO_SHOT, form="split", **_FP8),
     Kernels("one_shot_shared_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY)),
     Kernels("two_shot_shared_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY)),
+    Kernels("one_shot_shared_fp8_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("one_shot_flags_kernel", _C.ONE_SHOT, _C.FLAGS),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS),
@@ -110,6 +116,7 @@ ALL = (
     Kernels("host_sum_gather_flags_kernel", _C.HOST_SUM_GATHER, _C.FLAGS),
     Kernels("host_sum_flags_kernel", _C.HOST_SUM, _C.FLAGS, extra_threads=0),
     _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 1, "short", (*FIXED, ANY)),
+    _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 1, "wide", (2,), _C.MAX_WIDE_THREADS),
     _rows("one_shot_push_norm_kernel", _C.ONE_SHOT, 2, "any", (2, ANY)),
     _rows("one_shot_split_norm_kernel", _C.ONE_SHOT, 2, "split", (2, ANY)),
     _rows("two_shot_push_norm_kernel", _C.TWO_SHOT, 1, "short", (4, 8, ANY)),
@@ -119,8 +126,11 @@ ALL = (
 )
 
 
-def _with_units(name: str, units: int) -> str:
-    return f"{name}<{units}>" if units else name
+def _with_units(name: str, units: int, most_threads: int) -> str:
+    """How a kernel of rows is told from others of its template."""
+    if not units:
+        return name
+    return f"{name}<{units}, wide>" if most_threads == _C.MAX_WIDE_THREADS else f"{name}<{units}>"
 
 
 def expected() -> Iterator[tuple[Kernel, Kernels]]:
@@ -129,7 +139,8 @@ def expected() -> Iterator[tuple[Kernel, Kernels]]:
         for wire in kernels.wires:
             for dtype in kernels.types:
                 for world_size in kernels.world_sizes:
-                    yield Kernel(_with_units(kernels.name, kernels.units), wire, dtype, world_size), kernels
+                    name = _with_units(kernels.name, kernels.units, kernels.most_threads)
+                    yield Kernel(name, wire, dtype, world_size), kernels
 
 
 _MANGLED_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
@@ -137,6 +148,7 @@ _MANGLED_WIRES = {"Fp8Packet": "fp8", "Tq3": "tq3", "Hadamard2": "hadamard2", "_
 _NAME = re.compile(
     r"(?P<name>(?:one_shot|two_shot|ring|hierarchical|reduce|host_sum)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
     r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?(?:Li(?P<units>\d+)E)?"
+    r"(?:Li(?P<threads>\d+)E)?"
 )
 
 
@@ -147,5 +159,5 @@ def kernel_of(mangled: str) -> Kernel | None:
         return None
     found = mangled[match.start() :]
     wire = next((wire for part, wire in _MANGLED_WIRES.items() if part in found), "raw")
-    name = _with_units(match["name"], int(match["units"] or 0))
+    name = _with_units(match["name"], int(match["units"] or 0), int(match["threads"] or 0))
     return Kernel(name, wire, _MANGLED_TYPES[match["type"]], int(match["ranks"] or ANY))

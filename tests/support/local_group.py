@@ -15,8 +15,9 @@ import torch
 
 from llm_allreduce_plugin import _C, AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import Message
-from llm_allreduce_plugin.algorithms.decision import Exchange, Launch
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.packets import packets_of, spread_packets
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.config import (
     AllReduceConfig,
@@ -56,7 +57,8 @@ class LocalGroup:
 
     ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
-    larger than tests have. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
+    larger than tests have. ``unsplit``: LOWPRECISION's packets travel in band as that algorithm, and every lane does
+    everything. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
     TWOSHOT and LOWPRECISION move in stages; may be switched between calls where the workspace was made for it.
     ``threads``: of a block at most, where the strategy would have more.
     """
@@ -77,6 +79,7 @@ class LocalGroup:
         timeout_s: float = 20.0,
         first_timeout_s: float = 0.0,
         threads: int | None = None,
+        unsplit: Algorithm | None = None,
         machine: LocalMachine | None = None,
     ) -> None:
         self.machine = machine or OneGpu()
@@ -86,6 +89,7 @@ class LocalGroup:
         self.world_size = world_size
         self.lanes = lanes
         self.split = split
+        self.unsplit = unsplit
         self.staged = staged
         self.wire_format = wire_format
         self.use(algorithm, domains)
@@ -151,12 +155,27 @@ class LocalGroup:
         facts = group.with_layout(self.transport, self.layout)
         launch = STRATEGIES[AllReduceStrategy(algorithm)].plan(config, facts, message)
         assert launch is not None
+        if algorithm == AllReduceStrategy.LOWPRECISION and self.unsplit is not None:
+            launch = self._unsplit(self.unsplit, message)
         if self.threads is not None:
             launch = dataclasses.replace(launch, threads=min(launch.threads, self.threads))
         if self.split is None or launch.staged:
             return launch
         scatter, drain = self.split
         return dataclasses.replace(launch, lanes=self.lanes, scatter_lanes=scatter, drain_lanes=drain)
+
+    def _unsplit(self, algorithm: Algorithm, message: Message) -> Launch:
+        one_step = algorithm is Algorithm.ONE_SHOT
+        slots = self.layout.in_band
+        return spread_packets(
+            algorithm,
+            Exchange.SHARED if self.transport is Transport.HOST else Exchange.PUSH,
+            self.wire_format,
+            packets_of(message.count, self.wire_format, 1 if one_step else self.world_size),
+            slot_bytes=slots.one_shot_bytes if one_step else slots.two_shot_bytes,
+            lanes=self.lanes,
+            few=self.lanes,
+        )
 
     def start(
         self,

@@ -11,6 +11,7 @@ from llm_allreduce_plugin.algorithms.decision import Algorithm, Launch
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.oracle.hierarchical import hierarchical_sum
+from llm_allreduce_plugin.oracle.one_shot import one_step_sum
 from llm_allreduce_plugin.oracle.ring import ring_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 from tests.support.reference import assert_same_bits
@@ -30,6 +31,8 @@ def oracle(
     algorithm: int, inputs: Sequence[torch.Tensor], wire: WireFormat, chunk: int, domains: Sequence[int] = ()
 ) -> torch.Tensor:
     """The sum by one algorithm, on the CPU; ``chunk``: packets that one part after another has, over all lanes."""
+    if algorithm == _C.ONE_SHOT:
+        return one_step_sum(inputs, wire)
     if algorithm == _C.RING:
         return ring_sum(inputs, wire, chunk)
     if algorithm == _C.HIERARCHICAL:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError, NodeTopology, load_config
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
-from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import (
     AlgorithmChoice,
@@ -108,6 +108,53 @@ def test_what_cannot_be_hierarchical_stays_compressed() -> None:
     assert chosen(facts(2), algorithm="hierarchical").is_fallback
 
 
+def test_two_gpus_take_one_step() -> None:
+    for group in (facts(2, in_band=True), facts(2, Transport.HOST)):
+        decision = low_precision(group, 1 << 18, min_bytes=0)
+        assert decision.launch is not None
+        assert (decision.launch.algorithm, decision.launch.wire_format) == (Algorithm.ONE_SHOT, WireFormat.FP8)
+        assert decision.launch.in_band
+        assert decision.launch.rounds == 1
+        assert "one_shot: with 2 ranks, one step sends no more than two" in decision.reason
+        # By name, what was asked for.
+        by_name = low_precision(group, 1 << 18, min_bytes=0, algorithm="two_shot").launch
+        assert by_name is not None
+        assert by_name.algorithm is Algorithm.TWO_SHOT
+    # Through host memory only as far as the slots reach.
+    large = low_precision(facts(2, Transport.HOST)).launch
+    assert large is not None
+    assert (large.algorithm, large.in_band) == (Algorithm.TWO_SHOT, False)
+    # A message of many packets has rounds of equal length.
+    rounds = low_precision(facts(2, in_band=True, workspace=1 << 20), 1 << 22, min_bytes=0).launch
+    assert rounds is not None
+    assert rounds.algorithm is Algorithm.ONE_SHOT
+    assert rounds.rounds > 1
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "reason"),
+    [
+        (facts(4), {"wire_format": "tq3"}, "one step is for fp8, not tq3"),
+        (facts(2, Transport.SHM), {}, "one step is for GPUs"),
+        (facts(4), {}, "a slot of the workspace (0 bytes, in band) is smaller than 512 bytes"),
+    ],
+)
+def test_one_step_cannot_run_everywhere(group: GroupFacts, settings: dict[str, Any], reason: str) -> None:
+    decision = low_precision(group, algorithm="one_shot", min_bytes=0, **settings)
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.TWO_SHOT
+    assert f"one_shot cannot run: {reason}" in decision.reason
+    assert chosen(group, algorithm="one_shot", **settings).is_fallback
+
+
+def test_one_step_can_be_asked_for_with_more_ranks() -> None:
+    decision = low_precision(facts(8, in_band=True), 4096, algorithm="ONE_SHOT", min_bytes=0)
+    assert decision.launch is not None
+    assert decision.launch.algorithm is Algorithm.ONE_SHOT
+    assert decision.algorithm.startswith("one-shot, compressed on the wire")
+    assert chosen(facts(8, in_band=True)).algorithm is A.TWO_SHOT
+
+
 def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
     decision = low_precision(facts(3), algorithm="RING")
     assert decision.launch is not None
@@ -120,6 +167,23 @@ def test_ring_runs_only_when_asked_for_and_where_its_slots_fit() -> None:
     assert "smaller than 2048 bytes" in small.reason
     # A GPU's workspace without flagged slots.
     assert "(0 bytes, with flags)" in low_precision(facts(4, in_band=True), algorithm="ring").reason
+
+
+def check_one_step(group: GroupFacts, launch: Launch, count: int) -> None:
+    if not launch.in_band:  # of what does not fit the slots in host memory
+        assert (group.transport, launch.algorithm) == (Transport.HOST, Algorithm.TWO_SHOT)
+        return
+    assert launch.algorithm is Algorithm.ONE_SHOT
+    packet = PACKETS[WireFormat.FP8]
+    assert launch.chunk_vectors * VECTOR_BYTES % packet.bytes == 0
+    assert packet.bytes <= launch.chunk_vectors * VECTOR_BYTES <= group.in_band.one_shot
+    assert 1 <= launch.lanes <= group.lanes
+    assert launch.threads in (32, 64, 128, 256, 512)
+    assert launch.threads <= 256 or group.transport is not Transport.HOST
+    per_round = launch.chunk_vectors * VECTOR_BYTES // packet.bytes * packet.values
+    assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
+    assert launch.rounds == 1 or group.transport is not Transport.HOST
+    assert launch.scatter_lanes == launch.drain_lanes == 0
 
 
 @given(
@@ -150,6 +214,9 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
         return
     launch = decision.launch
     assert launch is not None
+    if form.algorithm is A.ONE_SHOT:
+        check_one_step(group, launch, count)
+        return
     assert not launch.in_band
     assert launch.domains == form.domains
     unit_vectors = unit_bytes(config(**settings), form.algorithm) // VECTOR_BYTES
@@ -200,7 +267,10 @@ def test_recorded_topologies() -> None:
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ({"algorithm": "star"}, ["low_precision.algorithm='star'", "'auto', 'two_shot', 'ring' or 'hierarchical'"]),
+        (
+            {"algorithm": "star"},
+            ["low_precision.algorithm='star'", "'auto', 'one_shot', 'two_shot', 'ring' or 'hierarchical'"],
+        ),
         ({"domains": [0, -1]}, ["low_precision.domains.1=-1", "greater than or equal to 0"]),
         ({"domains": [0, "left"]}, ["low_precision.domains.1='left'", "valid integer"]),
         ({"domains": 2}, ["low_precision.domains=2", "tuple", "the domain of each rank"]),

@@ -24,6 +24,21 @@ __device__ __forceinline__ Share share_of(uint32_t first_lane, uint32_t lanes, u
   return {(blockIdx.x - first_lane) * blockDim.x + threadIdx.x, lanes * blockDim.x, vectors};
 }
 
+constexpr uint32_t kWarpThreads = 32;
+
+// One vector of each thread of a warp: neighbours, sent together.
+constexpr uint32_t kTileVectors = kWarpThreads;
+
+__device__ __forceinline__ uint32_t warp_thread() { return threadIdx.x % kWarpThreads; }
+
+// The same by whole tiles, of which `first` and those that follow are the first vectors: one to a warp of each lane
+// before any lane has a second, so that few tiles are spread over all multiprocessors.
+__device__ __forceinline__ Share tiles_of(uint32_t first_lane, uint32_t lanes, uint32_t vectors) {
+  const uint32_t warp = threadIdx.x / kWarpThreads;
+  const uint32_t tile = warp * lanes + blockIdx.x - first_lane;
+  return {tile * kTileVectors, lanes * (blockDim.x / kWarpThreads) * kTileVectors, vectors};
+}
+
 }  // namespace lar
 
 #endif  // LLM_ALLREDUCE_DEVICE_SCHEDULE_FLAT_CUH_

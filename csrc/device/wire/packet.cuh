@@ -24,6 +24,18 @@ __device__ __forceinline__ void load_values(const Payload<T>& from, int64_t inde
   }
 }
 
+template <typename T, int kCount, int kVectors>
+__device__ __forceinline__ void widen_values(const uint4 (&raw)[kVectors], float (&values)[kCount]) {
+  constexpr int kElements = Vector<T>::kElements;
+  static_assert(kCount == kVectors * kElements, "a thread has whole vectors");
+#pragma unroll
+  for (int j = 0; j < kVectors; ++j) {
+    const T* elements = reinterpret_cast<const T*>(&raw[j]);
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) values[j * kElements + i] = widen(elements[i]);
+  }
+}
+
 template <typename T, int kCount, typename Sink>
 __device__ __forceinline__ void store_values(const Sink& sink, int64_t index, int64_t total_vectors,
                                              const float (&values)[kCount]) {

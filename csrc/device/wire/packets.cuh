@@ -27,7 +27,18 @@ class Packets {
 
   __device__ __forceinline__ int64_t number() const { return number_; }
 
-  // This rank's own values.
+  // This rank's own values, as they are: to be loaded before they are needed.
+  __device__ __forceinline__ void load_own(int64_t packet, Raw& raw) const {
+#pragma unroll
+    for (int j = 0; j < kThreadVectors; ++j) raw[j] = input_.load(first_vector(packet) + j);
+  }
+
+  __device__ __forceinline__ static Encoded encoded(const Raw& own) {
+    Values values;
+    widen_values<T>(own, values);
+    return Packet::encode(values);
+  }
+
   __device__ __forceinline__ Encoded encoded(int64_t packet) const {
     Values values;
     load_values(input_, first_vector(packet), values);
@@ -51,11 +62,13 @@ class Packets {
   __device__ __forceinline__ void add_own(int64_t packet, Values& sum) const {
     Values values;
     load_values(input_, first_vector(packet), values);
-    if (!Packet::Codec::kSendsInfinity) {
-#pragma unroll
-      for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
-    }
-    add_to(sum, values);
+    add_own(values, sum);
+  }
+
+  __device__ __forceinline__ static void add_own(const Raw& own, Values& sum) {
+    Values values;
+    widen_values<T>(own, values);
+    add_own(values, sum);
   }
 
   __device__ __forceinline__ static void add(const Encoded& encoded, Values& sum) {
@@ -106,6 +119,14 @@ class Packets {
 
   __device__ __forceinline__ int64_t first_vector(int64_t packet) const {
     return (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors;
+  }
+
+  __device__ __forceinline__ static void add_own(Values& values, Values& sum) {
+    if (!Packet::Codec::kSendsInfinity) {
+#pragma unroll
+      for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
+    }
+    add_to(sum, values);
   }
 
   __device__ __forceinline__ static void add_to(Values& sum, const Values& values) {
