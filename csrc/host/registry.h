@@ -11,9 +11,9 @@
 namespace lar {
 
 // In band, an algorithm has several kernels, which store the same vectors in the same places. In the same call, ranks
-// may run kAny and kShort, or kAny and kBulk: block b of the one waits only for block b of the other. kSplit must run on all or none: its
-// blocks wait for vectors in another order, and where a grid is not resident as a whole, ranks with different orders
-// could wait for each other in a circle.
+// may run kAny and kShort, or kAny and kBulk: block b of the one waits only for block b of the other. kSplit must run
+// on all or none: its blocks wait for vectors in another order, and where a grid is not resident as a whole, ranks with
+// different orders could wait for each other in a circle.
 enum class Form : uint8_t {
   kAny,    // any message
   kShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
