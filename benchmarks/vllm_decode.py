@@ -22,7 +22,6 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,34 +31,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-BATCHES = (1, 8, 32, 128)
+from benchmarks import decode  # noqa: E402
+from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
+
 STEPS = 200
 PREFILLS = 3
-NOT_COUNTED = 10  # steps at either end of a run
-UNFUSED = "unfused"
-
-
-def write_model(folder: Path, width: int, layers: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": width,
-        "intermediate_size": width * 7 // 2,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 128,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "silu",
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_theta": 500000.0,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def run_variant(arguments: argparse.Namespace) -> None:
@@ -73,9 +49,8 @@ def run_variant(arguments: argparse.Namespace) -> None:
         extra["quantization"] = arguments.quantization
     if arguments.no_peer_access:
         extra["disable_custom_all_reduce"] = True
-    if arguments.variant != "default":
-        strategy, _, norm = arguments.variant.partition("-")
-        settings = {"allreduce_strategy": strategy, "report_dir": arguments.report, "fuse_norm": norm != UNFUSED}
+    if arguments.variant != STOCK:
+        settings = decode.settings_of(arguments.variant, arguments.report)
         settings |= {"transport": "host"} if arguments.no_peer_access else {}
         extra["additional_config"] = {"allreduce": settings}
     llm = LLM(
@@ -94,10 +69,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
     generator = random.Random(7)
 
     def prompts(count: int, shortest: int, longest: int) -> list[dict[str, list[int]]]:
-        return [
-            {"prompt_token_ids": [generator.randrange(3, 32000) for _ in range(generator.randint(shortest, longest))]}
-            for _ in range(count)
-        ]
+        return [{"prompt_token_ids": tokens} for tokens in decode.prompts(generator, count, shortest, longest)]
 
     def generate(batch: list[Any], new_tokens: int) -> tuple[float, list[list[int]]]:
         sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
@@ -127,7 +99,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
         batch = prompts(size, 32, 32)
         generate(batch, 4)
         steps = step_times(batch)
-        result[f"ms_per_token_batch_{size}"] = round(statistics.median(steps) * 1000, 3)
+        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(steps)
         result[f"steps_batch_{size}"] = len(steps)
     prefills = []
     for _ in range(PREFILLS + 1):  # the first one is not counted
@@ -147,7 +119,7 @@ def start_variant(
     report = work / f"report-{variant}-{tp}"
     result = work / f"result-{variant}-{tp}.json"
     environment = dict(os.environ)
-    if variant == "default":
+    if variant == STOCK:
         environment["VLLM_PLUGINS"] = ""  # as if this package were not there
     command = [
         sys.executable,
@@ -167,14 +139,8 @@ def start_variant(
         command.append("--no-peer-access")
         environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     command += ["--result", str(result), "--report", str(report)]
-    with log.open("wb") as sink:
-        subprocess.run(command, env=environment, stdout=sink, stderr=subprocess.STDOUT, timeout=400, check=False)  # noqa: S603
-    if not result.exists():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-        message = f"{variant} at TP{tp} failed:\n{tail}"
-        raise RuntimeError(message)
-    answer: dict[str, Any] = json.loads(result.read_text())
-    answer["reports"] = [json.loads(path.read_text()) for path in sorted(report.glob("rank-*.json"))]
+    answer = decode.run_process(f"{variant} at TP{tp}", command, environment, log, result, 400)
+    answer["reports"] = decode.reports_in(report)
     return answer
 
 
@@ -198,6 +164,7 @@ def main() -> None:
 
     from llm_allreduce_plugin.measure.environment import write_record
 
+    decode.exit_on_sigterm()
     rows: list[dict[str, Any]] = []
     failed = False
 
@@ -215,7 +182,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="vllm-bench-") as folder:
         work = Path(folder)
-        write_model(work / "model", arguments.width, arguments.layers)
+        decode.write_model(work / "model", arguments.width, arguments.layers)
         for tp in arguments.tp:
             tokens = {}
             for variant in arguments.variants:
@@ -224,7 +191,7 @@ def main() -> None:
                 tokens[variant] = answer.pop("tokens")
                 row = {"tp": tp, "variant": variant, **answer}
                 rows.append(row)
-                times = "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)
+                times = decode.times_of(row)
                 print(
                     f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; prefill "
                     f"{row['prefill_32x1024_s']} s; start {row['start_s']} s",
@@ -232,7 +199,7 @@ def main() -> None:
                 )
                 record()
             if "ONESHOT" in tokens and "TWOSHOT" in tokens:
-                equal = sum(a == b for a, b in zip(tokens["ONESHOT"], tokens["TWOSHOT"], strict=True))
+                equal = decode.equal_requests(tokens["ONESHOT"], tokens["TWOSHOT"])
                 rows.append({"tp": tp, "requests": arguments.requests, "same_tokens_oneshot_twoshot": equal})
                 print(
                     f"TP{tp}: {equal} of {arguments.requests} requests have the same tokens with ONESHOT and TWOSHOT",

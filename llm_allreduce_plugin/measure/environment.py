@@ -34,12 +34,12 @@ def _command() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """GPU, driver, CUDA, torch, NCCL, vLLM, this package, commit, command and the switches that matter.
+    """GPU, driver, CUDA, torch, NCCL, the engines, this package, commit, command and the switches that matter.
 
     The commit is git's, or ``BENCHMARK_COMMIT`` where the checkout came without its history.
     """
     versions = {}
-    for package in ("llm_allreduce_plugin", "vllm", "flashinfer-python"):
+    for package in ("llm_allreduce_plugin", "vllm", "sglang", "flashinfer-python"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -1,0 +1,107 @@
+"""What the decode benchmarks of both engines share: the model, the prompts, the variants and how they start."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BATCHES = (1, 8, 32, 128)
+NOT_COUNTED = 10  # steps at either end of a run
+STOCK = "default"
+UNFUSED = "unfused"
+
+
+def write_model(folder: Path, width: int, layers: int) -> None:
+    """The configuration of a Llama of that width, a multiple of 128. Its weights are the engine's dummy ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": width * 7 // 2,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 128,
+        "num_key_value_heads": min(8, width // 128),
+        "head_dim": 128,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "rope_theta": 500000.0,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def prompts(generator: random.Random, count: int, shortest: int, longest: int) -> list[list[int]]:
+    """Token ids of ``count`` prompts, each of ``shortest`` to ``longest`` tokens."""
+    return [[generator.randrange(3, 32000) for _ in range(generator.randint(shortest, longest))] for _ in range(count)]
+
+
+def settings_of(variant: str, report: str) -> dict[str, Any]:
+    """Our settings for ``STRATEGY`` or ``STRATEGY-unfused``. ``report``: the folder of the ranks' reports."""
+    strategy, _, norm = variant.partition("-")
+    return {"allreduce_strategy": strategy, "report_dir": report, "fuse_norm": norm != UNFUSED}
+
+
+def milliseconds(seconds: Sequence[float]) -> float:
+    """The median, in milliseconds."""
+    return round(statistics.median(seconds) * 1000, 3)
+
+
+def run_process(
+    name: str, command: Sequence[str], environment: dict[str, str], log: Path, result: Path, timeout_s: float
+) -> dict[str, Any]:
+    """Run one engine to its end and return what it wrote to ``result``. No process of it is left behind.
+
+    Raises:
+        RuntimeError: it wrote nothing; the message ends with the last lines of ``log``.
+        subprocess.TimeoutExpired: it took longer than ``timeout_s``.
+    """
+    with log.open("wb") as sink:
+        process = subprocess.Popen(  # noqa: S603
+            command, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        process.wait(timeout_s)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if not result.exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+        message = f"{name} failed:\n{tail}"
+        raise RuntimeError(message)
+    answer: dict[str, Any] = json.loads(result.read_text())
+    return answer
+
+
+def exit_on_sigterm() -> None:
+    """End by an exception when somebody else's time limit ends this process, so that its engine ends, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def reports_in(folder: Path) -> list[dict[str, Any]]:
+    """The reports of the ranks, by rank."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
+
+
+def equal_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
+    """How many requests have the same tokens in both."""
+    return sum(a == b for a, b in zip(one, other, strict=True))
+
+
+def times_of(row: dict[str, Any]) -> str:
+    """The milliseconds per token of a row, for a table."""
+    return "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)

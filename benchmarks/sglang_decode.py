@@ -1,0 +1,306 @@
+"""SGLang with its own all-reduce and with ours, side by side: milliseconds per token, and 256 requests token by token.
+
+    python benchmarks/sglang_decode.py --tp 2 --out benchmarks/h100/sglang_4096_tp2.json
+    python benchmarks/sglang_decode.py --tp 2 --width 8192 --requests 0 --variants default AUTO-unfused AUTO
+    python benchmarks/sglang_decode.py --tp 2 --starts 1 --variants default ONESHOT TWOSHOT
+    python benchmarks/sglang_decode.py --device cpu --width 256 --layers 2 --requests 16 --variants default ONESHOT
+
+A Llama of the given width with SGLang's dummy weights, which are the same in every start; decode in full CUDA graphs.
+Every variant runs in a process of its own, each ``--starts`` times in turns: A B C A B C. ms per token at a batch size:
+the median time between two steps of rank 0's scheduler (``sglang_probe.py``), over the steps in which the whole batch
+decodes. With ``--requests``, ONESHOT and TWOSHOT must generate the same tokens, and so must every start of one variant;
+how many requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package.
+FlashInfer's fusion, which may use NVLink multicast, is off in all variants, and so is all that needs more of SGLang's
+CUDA packages than a dense model does. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays
+SGLang's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import decode, sglang_probe  # noqa: E402
+from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
+
+PLUGIN = "llm_allreduce"
+PROBE = "decode_probe"
+# Steps for a batch, of which some are not counted. On CPU ranks a step is slow, and its time is of no interest.
+STEPS = {"cuda": 120, "cpu": 24}
+PROMPT_TOKENS = 16
+NEW_TOKENS = 48
+# A first start compiles kernels, which takes a minute and a half.
+START_AND_RUN_S = 400
+CPU = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def install_probe(folder: Path) -> None:
+    """A folder for ``PYTHONPATH`` in which SGLang finds the probe as a plugin."""
+    shutil.copy(ROOT / "benchmarks" / "sglang_probe.py", folder)
+    about = folder / f"{PROBE}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROBE}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{PROBE} = sglang_probe:register\n")
+
+
+def read_stamps(path: Path) -> list[tuple[float, int]]:
+    """``(seconds, batch size)`` of each step of decode."""
+    lines = path.read_text().splitlines()
+    return [(float(time_), int(size)) for time_, size in map(str.split, lines)]
+
+
+def step_times(stamps: Iterable[tuple[float, int]], size: int, begin: float, end: float) -> list[float]:
+    """Seconds between the steps of a batch of ``size`` from ``begin`` to ``end``, but for some at either end.
+
+    Raises:
+        RuntimeError: there are no more steps than those that are not counted.
+    """
+    found = [stamp for stamp in stamps if begin <= stamp[0] <= end]
+    times = [
+        later - earlier for (earlier, before), (later, after) in itertools.pairwise(found) if before == after == size
+    ]
+    if len(times) <= 2 * NOT_COUNTED:
+        message = f"batch {size}: {len(times)} steps of decode were stamped, more than {2 * NOT_COUNTED} are needed"
+        raise RuntimeError(message)
+    return times[NOT_COUNTED:-NOT_COUNTED]
+
+
+def engine_arguments(device: str) -> dict[str, Any]:
+    """Kernels that need no further packages, and graphs of the batch sizes that are measured."""
+    if device == "cpu":
+        return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 32768}
+    return {
+        "attention_backend": "triton",
+        "mm_feature_transport": "cpu",
+        "mem_fraction_static": 0.5,
+        "cuda_graph_max_bs_decode": max(BATCHES),
+        "cuda_graph_bs_decode": list(BATCHES),
+    }
+
+
+def run_variant(arguments: argparse.Namespace) -> None:
+    """One engine: write times and tokens to ``--result``."""
+    import sglang
+
+    from llm_allreduce_plugin import LlmArgs
+
+    started = time.monotonic()
+    extra = engine_arguments(arguments.device)
+    if arguments.variant != STOCK:
+        extra |= LlmArgs(allreduce=decode.settings_of(arguments.variant, arguments.report)).sglang_kwargs()
+    engine = sglang.Engine(
+        model_path=arguments.model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        tp_size=arguments.tp[0],
+        context_length=2048,
+        max_running_requests=max(BATCHES),
+        disable_radix_cache=True,
+        sampling_backend="pytorch",
+        grammar_backend="none",
+        enforce_disable_flashinfer_allreduce_fusion=True,
+        random_seed=7,
+        log_level="info",
+        **extra,
+    )
+    result: dict[str, Any] = {"version": sglang.__version__, "start_s": round(time.monotonic() - started, 1)}
+    generator = random.Random(7)
+    batches = itertools.count()
+
+    def generate(batch: list[list[int]], new_tokens: int) -> tuple[float, float, list[list[int]]]:
+        number = next(batches)
+        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        names = [f"{len(batch)}-{number}-{index}" for index in range(len(batch))]
+        begin = time.perf_counter()
+        outputs = engine.generate(input_ids=batch, sampling_params=sampling, rid=names)
+        return begin, time.perf_counter(), [list(output["output_ids"]) for output in outputs]
+
+    spans = {}
+    for size in BATCHES:
+        batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
+        generate(batch, 4)
+        begin, end, _ = generate(batch, STEPS[arguments.device])
+        spans[size] = begin, end
+    result["tokens"] = []
+    if arguments.requests:
+        begin, end, result["tokens"] = generate(decode.prompts(generator, arguments.requests, 16, 96), NEW_TOKENS)
+        result["requests_s"] = round(end - begin, 2)
+    stamps = read_stamps(Path(os.environ[sglang_probe.FOLDER]) / sglang_probe.STEPS)
+    for size, (begin, end) in spans.items():
+        steps = step_times(stamps, size, begin, end)
+        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(steps)
+        result[f"steps_batch_{size}"] = len(steps)
+    time.sleep(1.5)  # the ranks' reports are written about once a second
+    Path(arguments.result).write_text(json.dumps(result))
+    engine.shutdown()
+
+
+def start_variant(variant: str, start: int, arguments: argparse.Namespace, work: Path, log: Path) -> dict[str, Any]:
+    """Run one start of a variant; what it measured, what its log said of ours, and the ranks' reports."""
+    name = f"{variant}-tp{arguments.tp[0]}-{start}"
+    folder = work / name
+    (folder / "stamps").mkdir(parents=True)
+    report, result = folder / "report", folder / "result.json"
+    environment = dict(os.environ) | (CPU if arguments.device == "cpu" else {})
+    environment |= {
+        # Who is named is loaded, and nothing else: without ours, SGLang is as if this package were not there.
+        "SGLANG_PLUGINS": PROBE if variant == STOCK else f"{PROBE},{PLUGIN}",
+        sglang_probe.FOLDER: str(folder / "stamps"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(work / "probe"), os.environ.get("PYTHONPATH", "")])),
+    }
+    if arguments.device == "cpu":
+        environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(arguments.tp[0]))))
+    command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(arguments.tp[0])]
+    command += ["--model", str(work / "model"), "--requests", str(arguments.requests), "--device", arguments.device]
+    command += ["--result", str(result), "--report", str(report)]
+    answer = decode.run_process(name, command, environment, log, result, START_AND_RUN_S)
+    answer["log"] = said_in(log.read_text(errors="replace"))
+    answer["reports"] = decode.reports_in(report)
+    check_variant(variant, arguments.tp[0], answer)
+    return answer
+
+
+def said_in(log: str) -> list[str]:
+    """Lines of ours in a server's log, without time and rank, each once."""
+    found = re.findall(r"(?:all-reduce fusion: |all-reduce over |all-reduce summary: |SGLang \S+ is left alone).*", log)
+    return list(dict.fromkeys(line.strip() for line in found))
+
+
+def check_variant(variant: str, tp: int, answer: dict[str, Any]) -> None:
+    """That what was measured is what the variant says.
+
+    Raises:
+        RuntimeError: ours ran where it should not, or did not where it should, or layer boundaries were or were not
+            fused against the variant's name.
+    """
+    calls = [report["calls"] for report in answer["reports"]]
+    fault = None
+    if variant == STOCK:
+        if calls or any(line.startswith("all-reduce over ") for line in answer["log"]):
+            fault = "this package ran in SGLang's own variant"
+    elif len(calls) != tp or not all(calls):
+        fault = f"{len(calls)} of {tp} ranks report calls"
+    else:
+        fused = any(name.endswith(("then norm", "(fused norm)")) for rank in calls for name in rank)
+        if fused == variant.endswith(decode.UNFUSED):
+            fault = f"layer boundaries were {'' if fused else 'not '}fused"
+    if fault is not None:
+        message = f"{variant} at TP{tp}: {fault}; the log says: {answer['log']}"
+        raise RuntimeError(message)
+
+
+def compare(tokens: dict[str, list[list[list[int]]]], tp: int, requests: int) -> tuple[dict[str, Any], bool]:
+    """A row that says how many requests have the same tokens, and whether all that must be equal are.
+
+    ``tokens``: of each variant, for each start, the tokens of each request.
+    """
+    row: dict[str, Any] = {"tp": tp, "requests": requests}
+    row["same_tokens_in_every_start"] = {
+        variant: min(decode.equal_requests(starts[0], again) for again in starts) for variant, starts in tokens.items()
+    }
+    row["different_tokens"] = {
+        variant: len(set(itertools.chain.from_iterable(starts[0]))) for variant, starts in tokens.items()
+    }
+    equal = all(same == requests for same in row["same_tokens_in_every_start"].values())
+    if "ONESHOT" in tokens and "TWOSHOT" in tokens:
+        row["same_tokens_oneshot_twoshot"] = decode.equal_requests(tokens["ONESHOT"][0], tokens["TWOSHOT"][0])
+        equal &= row["same_tokens_oneshot_twoshot"] == requests
+    if STOCK in tokens:
+        row["same_tokens_as_default"] = {
+            variant: decode.equal_requests(tokens[STOCK][0], starts[0])
+            for variant, starts in tokens.items()
+            if variant != STOCK
+        }
+    return row, equal
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tp", type=int, nargs=1, default=[2])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--variants", nargs="+", default=[STOCK, "AUTO-unfused", "AUTO"])
+    parser.add_argument("--starts", type=int, default=2, help="of each variant, in turns")
+    parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
+    parser.add_argument("--device", choices=list(STEPS), default="cuda")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    for internal in ("--variant", "--model", "--result", "--report"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        run_variant(arguments)
+        return
+
+    from llm_allreduce_plugin.measure.environment import write_record
+
+    decode.exit_on_sigterm()
+    rows: list[dict[str, Any]] = []
+    tp, good = arguments.tp[0], True
+
+    def record() -> None:
+        if arguments.out:
+            write_record(
+                arguments.out,
+                rows,
+                engine="sglang",
+                harness=__doc__,
+                device=arguments.device,
+                width=arguments.width,
+                layers=arguments.layers,
+            )
+
+    with tempfile.TemporaryDirectory(prefix="sglang-bench-") as name:
+        work = Path(name)
+        (work / "probe").mkdir()
+        install_probe(work / "probe")
+        decode.write_model(work / "model", arguments.width, arguments.layers)
+        tokens: dict[str, list[list[list[int]]]] = {variant: [] for variant in arguments.variants}
+        for start, variant in itertools.product(range(arguments.starts), arguments.variants):
+            log = arguments.logs / f"sglang-{arguments.width}-{variant}-tp{tp}-{start}.log"
+            try:
+                answer = start_variant(variant, start, arguments, work, log)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                print(f"TP{tp} {variant:>12}: {error}", flush=True)
+                good = False
+                continue  # the others are worth their time
+            tokens[variant].append(answer.pop("tokens"))
+            row = {"tp": tp, "variant": variant, "start": start, **answer}
+            rows.append(row)
+            times = decode.times_of(row)
+            print(
+                f"TP{tp} {variant:>12}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s", flush=True
+            )
+            record()
+        if arguments.requests:
+            row, equal = compare({name: starts for name, starts in tokens.items() if starts}, tp, arguments.requests)
+            good &= equal
+            rows.append(row)
+            print(f"TP{tp}: {row}", flush=True)
+            record()
+    sys.exit(not good)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The decode benchmark of SGLang: which steps count, when a batch begins, and what makes a measurement void."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import decode, sglang_decode, sglang_probe
+
+
+def stamps(size: int, count: int, begin: float, every: float) -> list[tuple[float, int]]:
+    return [(begin + every * number, size) for number in range(count)]
+
+
+def test_steps_of_whole_batches_count() -> None:
+    """Neither those of parts of a batch, nor those before or after it, nor the first and last ones."""
+    warm_up = stamps(8, 30, 0.0, 5.0)
+    parts = stamps(3, 40, 200.0, 0.5)
+    slow_ends = [(219.9 + 7.0 * number, 8) for number in range(decode.NOT_COUNTED)]
+    batch = stamps(8, 26, 289.9, 0.25)
+    last = [(296.15 + 7.0 * (number + 1), 8) for number in range(decode.NOT_COUNTED)]
+    found = sglang_decode.step_times([*warm_up, *parts, *slow_ends, *batch, *last], 8, 190.0, 400.0)
+    assert found == pytest.approx([0.25] * 25)
+    assert decode.milliseconds(found) == 250.0
+
+
+def test_too_few_steps_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"batch 8: 20 steps of decode were stamped, more than 20 are needed"):
+        sglang_decode.step_times(stamps(8, 2 * decode.NOT_COUNTED + 1, 0, 1), 8, 0, 100)
+
+
+def test_a_batch_begins_when_it_is_complete() -> None:
+    begun: set[str] = set()
+    batch = [f"3-7-{number}" for number in range(3)]
+    assert not sglang_probe.complete(batch[:2], begun)
+    assert not sglang_probe.complete([*batch[:2], "3-8-0"], begun), "requests of the next batch are not of this one"
+    assert sglang_probe.complete(batch, begun)
+    assert sglang_probe.complete(batch[2:], begun), "what is left of a batch goes on"
+    assert not sglang_probe.complete(["3-8-0"], begun)
+    for name in ("HEALTH_CHECK_1", "0af3c2", "f3a0-1a-2"):
+        assert sglang_probe.complete([name], begun), "requests that are not the benchmark's are not held"
+
+
+def test_sglang_finds_the_probe(tmp_path: Path) -> None:
+    sglang_decode.install_probe(tmp_path)
+    (found,) = importlib.metadata.Distribution.discover(path=[str(tmp_path)])
+    (entry,) = found.entry_points
+    assert (entry.group, entry.name) == ("sglang.srt.plugins", sglang_decode.PROBE)
+    module, _, function = entry.value.partition(":")
+    script = f"import {module}; print({module}.__file__, callable({module}.{function}))"
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
+    ).stdout
+    assert said.split() == [str(tmp_path / "sglang_probe.py"), "True"]
+
+
+OVER = "all-reduce over 2 ranks (shm memory, allreduce_strategy AUTO, sizes per rank): ONESHOT"
+
+
+def answer(*calls: str, log: tuple[str, ...] = (OVER,), ranks: int = 2) -> dict[str, Any]:
+    return {"log": list(log), "reports": [{"calls": dict.fromkeys(calls, 5)} for _ in range(ranks)]}
+
+
+@pytest.mark.parametrize(
+    ("variant", "found"),
+    [
+        ("default", answer(ranks=0, log=())),
+        ("AUTO", answer("ONESHOT", "ONESHOT (fused norm)")),
+        ("AUTO", answer("ONESHOT", "ONESHOT, then norm")),
+        ("AUTO-unfused", answer("ONESHOT")),
+    ],
+)
+def test_variants_that_are_what_they_say(variant: str, found: dict[str, Any]) -> None:
+    sglang_decode.check_variant(variant, 2, found)
+
+
+@pytest.mark.parametrize(
+    ("variant", "found", "fault"),
+    [
+        ("default", answer(ranks=0), "this package ran in SGLang's own variant"),
+        ("default", answer("ONESHOT", log=()), "this package ran in SGLang's own variant"),
+        ("AUTO", answer("ONESHOT"), "layer boundaries were not fused"),
+        ("AUTO-unfused", answer("ONESHOT", "ONESHOT (fused norm)"), "layer boundaries were fused"),
+        ("AUTO", answer(), "2 of 2 ranks report calls"),
+        ("AUTO", answer("ONESHOT (fused norm)", ranks=1), "1 of 2 ranks report calls"),
+    ],
+)
+def test_variants_that_are_not(variant: str, found: dict[str, Any], fault: str) -> None:
+    with pytest.raises(RuntimeError, match=fault):
+        sglang_decode.check_variant(variant, 2, found)
+
+
+def test_lines_of_a_log() -> None:
+    log = f"""
+[2026-11-26 09:00:00 TP0] {OVER}
+[2026-11-26 09:00:01 TP0] Load weight end.
+[2026-11-26 09:00:02 TP0] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
+[2026-11-26 09:00:02 TP1] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
+"""
+    assert sglang_decode.said_in(log) == [OVER, "all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)"]
+
+
+def test_tokens_that_differ_are_a_failure() -> None:
+    one, other = [[1, 2], [3, 4]], [[1, 2], [3, 5]]
+    row, equal = sglang_decode.compare({"default": [other], "ONESHOT": [one, one], "TWOSHOT": [one, one]}, 2, 2)
+    assert equal
+    assert row["same_tokens_oneshot_twoshot"] == 2
+    assert row["same_tokens_as_default"] == {"ONESHOT": 1, "TWOSHOT": 1}
+    assert row["different_tokens"] == {"default": 4, "ONESHOT": 4, "TWOSHOT": 4}
+    assert not sglang_decode.compare({"ONESHOT": [one], "TWOSHOT": [other]}, 2, 2)[1]
+    row, equal = sglang_decode.compare({"AUTO": [one, other]}, 2, 2)
+    assert not equal
+    assert row["same_tokens_in_every_start"] == {"AUTO": 1}
+
+
+def test_an_engine_that_fails_shows_its_log(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no such flag')"]
+    with pytest.raises(RuntimeError, match="(?s)AUTO failed:.*no such flag"):
+        decode.run_process("AUTO", command, {}, tmp_path / "log", tmp_path / "result", 60)
+
+
+def test_an_engine_that_takes_too_long_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = ["/bin/sh", "-c", "sleep 300 & echo $!; wait"]
+    with pytest.raises(subprocess.TimeoutExpired):
+        decode.run_process("AUTO", command, {"PATH": os.defpath}, tmp_path / "log", tmp_path / "result", 2)
+    pid = int((tmp_path / "log").read_text())
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[-1][:3]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_settings_of_variants() -> None:
+    fused = {"allreduce_strategy": "AUTO", "report_dir": "reports", "fuse_norm": True}
+    assert decode.settings_of("AUTO", "reports") == fused
+    assert decode.settings_of("AUTO-unfused", "reports") == fused | {"fuse_norm": False}
+
+
+def test_the_model_fits_its_width(tmp_path: Path) -> None:
+    for width, heads in ((4096, 8), (256, 2)):
+        decode.write_model(tmp_path, width, 2)
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["num_key_value_heads"] == heads
+        assert config["num_attention_heads"] * config["head_dim"] == width
+
+
+def test_graphs_are_captured_for_what_is_measured() -> None:
+    assert sglang_decode.engine_arguments("cuda")["cuda_graph_bs_decode"] == list(decode.BATCHES)
+    assert "cuda_graph_bs_decode" not in sglang_decode.engine_arguments("cpu")
