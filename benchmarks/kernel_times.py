@@ -23,9 +23,8 @@ NAME_CHARACTERS = 90
 
 def kernels_in(path: Path) -> list[dict[str, Any]]:
     """The events of kernels of a trace, in the order of their start. ``ts`` and ``dur`` in microseconds."""
-    text = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with text as source:
-        events = json.load(source)["traceEvents"]
+    data = path.read_bytes()
+    events = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
     return sorted((event for event in events if event.get("cat") == "kernel"), key=lambda event: event["ts"])
 
 
