@@ -6,7 +6,8 @@ Ranks of one host share memory; between hosts NCCL, for both, goes through socke
 (``NCCL_HOSTID``, ``NCCL_SOCKET_IFNAME=lo``, ``NCCL_IB_DISABLE=1``). So the times are of that network, which no cluster
 has: they compare forms, and show what kernels, launches and graphs add; they do not say what a network of a cluster
 would give. Microseconds per call in a CUDA graph, bf16; ``wrong``: elements with other bits than the oracle's, for
-NCCL elements beyond its tolerance. ``exchange``: NCCL's all-gather of the sums alone, as the form that AUTO takes sends
+NCCL elements beyond its tolerance, for a wire format (LOWPRECISION, at every size) 1 on each rank whose error is larger
+than the format's. ``exchange``: NCCL's all-gather of the sums alone, as the form that AUTO takes sends
 them.
 """
 
@@ -25,7 +26,8 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.measure.answers import make_input, wrong_elements
+from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.measure.answers import MOST_ERROR, make_input, relative_error, wrong_elements
 from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.measure.hosts import BETWEEN, GpuHosts
 from llm_allreduce_plugin.measure.ranks import RankContext
@@ -36,7 +38,7 @@ from llm_allreduce_plugin.transport.rail import Rail
 DTYPE = torch.bfloat16
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
-STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO")
+STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO", *WireFormat)
 CALLS, REPLAYS = 4, 9  # a call takes milliseconds
 
 
@@ -65,7 +67,10 @@ def _row(timing: Timing[torch.Tensor] | Timing[None]) -> dict[str, Any]:
 
 def _ours(context: RankContext, strategy: str, mine: torch.Tensor, expected: torch.Tensor) -> list[dict[str, Any]]:
     """A strategy, and behind AUTO the exchange of its sums alone. Collective."""
-    group = context.communicator(strategy, timeout_s=60.0, first_timeout_s=120.0)
+    wire = WireFormat(strategy) if strategy in set(WireFormat) else None
+    settings: dict[str, Any] = {} if wire is None else {"low_precision": {"wire_format": wire, "min_bytes": 0}}
+    name = strategy if wire is None else "LOWPRECISION"
+    group = context.communicator(name, timeout_s=60.0, first_timeout_s=120.0, **settings)
     try:
         decision, between = group.explain(mine.shape, DTYPE), group._between  # noqa: SLF001
         launch = decision.launch
@@ -74,7 +79,10 @@ def _ours(context: RankContext, strategy: str, mine: torch.Tensor, expected: tor
             raise RuntimeError(message)
         timing = time_graph(context, lambda: group.all_reduce(mine), CALLS, REPLAYS)
         assert timing.output is not None
-        wrong = wrong_elements(timing.output, expected, exact=True, world_size=context.world_size)
+        if wire is not None:
+            wrong = int(relative_error(timing.output, expected) > MOST_ERROR[wire])
+        else:
+            wrong = wrong_elements(timing.output, expected, exact=True, world_size=context.world_size)
         row = {"name": strategy, "bytes": mine.nbytes, **_row(timing), "wrong": sum(context.gather(wrong))}
         rows = [row | {"form": launch.algorithm.in_words, "pieces": launch.pieces}]
         if strategy == "AUTO":

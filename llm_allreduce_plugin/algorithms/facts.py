@@ -102,6 +102,16 @@ class GroupFacts:
         return self.num_hosts > 1 and not self.fabric
 
     @property
+    def summed_hosts(self) -> int:
+        """Hosts of which sums are exchanged; 1 where ranks reach each other's memory."""
+        return self.num_hosts if self.crosses_network else 1
+
+    @property
+    def host_order(self) -> tuple[int, ...]:
+        """The host of each rank, as exact sums are ordered by it: where memory is shared there is only one."""
+        return self.hosts if self.crosses_network else (0,) * self.world_size
+
+    @property
     def local_size(self) -> int:
         """Ranks that share memory: those of a host."""
         return self.world_size // self.num_hosts if self.crosses_network else self.world_size

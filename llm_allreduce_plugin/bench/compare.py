@@ -133,7 +133,8 @@ def compare(
     """
     context = _groups[world_size]
     dtype: torch.dtype = getattr(torch, dtype_name)
-    mine, expected = answers.make_case(context, count, dtype)
+    kernels = _communicators.get(world_size)  # not opened where engines' own are compared
+    mine, expected = answers.make_case(context, count, dtype, () if kernels is None else kernels.facts.host_order)
     candidates = {name: worker.opened(name) for name in names}
     candidates = {
         name: candidate for name, candidate in candidates.items() if not candidate.refusal(count * dtype.itemsize)

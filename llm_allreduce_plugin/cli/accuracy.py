@@ -14,6 +14,7 @@ from llm_allreduce_plugin.config import WireFormat
 EPILOG = options.epilog(
     "llm-allreduce accuracy",
     "llm-allreduce accuracy --wire-format fp8 --tp 2,4 --no-model",
+    "llm-allreduce accuracy --hosts 2 --tp 4,8 --no-model",
     "llm-allreduce accuracy --json accuracy.json --plot accuracy.png",
 )
 
@@ -44,6 +45,9 @@ def accuracy(
         str, typer.Option("--wire-format", "--formats", help="Wire formats, separated by commas.")
     ] = ",".join(WireFormat),
     ranks: Annotated[str, typer.Option("--tp", "--ranks", help="Numbers of ranks, separated by commas.")] = "2,4,8",
+    hosts: Annotated[
+        int, typer.Option("--hosts", min=1, max=8, help="Also ranks on so many hosts, compressed between them alone.")
+    ] = 1,
     model: Annotated[bool, typer.Option("--model/--no-model", help="Also the sentence-embedding model.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all numbers here.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Draw them (png, svg, pdf).")] = None,
@@ -56,6 +60,10 @@ def accuracy(
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
     wires, sizes = _formats(formats), _ranks(ranks)
+    spread = [size for size in sizes if hosts > 1 and size % hosts == 0]
+    if hosts > 1 and not spread:
+        message = f"--hosts {hosts}: none of --tp {ranks} has as many ranks on each host"
+        raise typer.BadParameter(message)
 
     from llm_allreduce_plugin.compression.accuracy import minilm, report, synthetic
 
@@ -63,6 +71,7 @@ def accuracy(
     typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
     for data in synthetic.DATA:
         errors += [synthetic.measure(wire, size, data) for wire in (None, *wires) for size in sizes]
+        errors += [synthetic.measure(wire, size, data, hosts=hosts) for wire in (None, *wires) for size in spread]
     typer.echo(report.synthetic_table(errors))
     effects: list[minilm.Effect] = []
     if model:

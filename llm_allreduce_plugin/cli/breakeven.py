@@ -52,6 +52,7 @@ def breakeven(
     *,
     size: Annotated[str, typer.Option("--bytes", metavar="SIZE", help="Message, in bytes per rank.")] = "64M",
     ranks: Annotated[int, typer.Option("--tp", "--ranks", min=2, max=8, help="Number of ranks.")] = 4,
+    hosts: Annotated[int, typer.Option("--hosts", min=2, max=64, help="Hosts between which sums travel, too.")] = 2,
     cpu: Annotated[bool, typer.Option("--cpu", help="The CPU's codecs, even where there is a GPU.")] = False,
     source: Annotated[
         Path | None,
@@ -74,16 +75,21 @@ def breakeven(
     typer.echo(f"# codecs measured on {where}; {ranks} ranks")
     for wire, speed in speeds.items():
         typer.echo(f"# {wire}: encodes {speed.encode:.4g} GB/s of bf16, decodes {speed.decode:.4g} GB/s")
-    typer.echo(model.table(payload, ranks, speeds))
+    typer.echo(model.table(payload, ranks, speeds, hosts))
     if json_file is not None:
         from llm_allreduce_plugin.measure.environment import write_record
 
         rows = [
-            {"wire_format": str(wire), **dataclasses.asdict(speed), "pays_below": model.break_even(ranks, wire, speed)}
+            {
+                "wire_format": str(wire),
+                **dataclasses.asdict(speed),
+                "pays_below": model.break_even(ranks, wire, speed),
+                "pays_below_between_hosts": model.break_even_between(hosts, wire, speed),
+            }
             for wire, speed in speeds.items()
         ]
         with outputs.writing("--json", json_file):
-            write_record(json_file, rows, bytes=payload, ranks=ranks, where=where, unit="GB/s")
+            write_record(json_file, rows, bytes=payload, ranks=ranks, hosts=hosts, where=where, unit="GB/s")
     if plot is not None:
         from llm_allreduce_plugin.compression.breakeven.plot import draw
 

@@ -16,7 +16,7 @@ from llm_allreduce_plugin import diagnosis
 from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.diagnosis import Finding, Verdict, across
-from llm_allreduce_plugin.diagnosis.across import Place
+from llm_allreduce_plugin.measure.torchrun import Place
 
 EPILOG = options.epilog(
     "llm-allreduce check",

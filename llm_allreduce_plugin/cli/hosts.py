@@ -11,6 +11,7 @@ import typer
 from llm_allreduce_plugin.algorithms import host_costs
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.host_costs import Cost, Network
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.cli.options import MOST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.selection.sweep import size_text
@@ -111,6 +112,7 @@ class Modelled:
             "link_bytes_per_s_of_gpu": self.network.per_gpu(self.hosts.ranks),
             "inside_bytes_per_s": self.inside,
             "latencies": host_costs.SOURCE,
+            "compression_pays_from_bytes": {str(wire): size for wire, size in self.pays_from().items()},
             "costs": [
                 {
                     "bytes": size,
@@ -141,7 +143,21 @@ class Modelled:
             rows.append([size_text(size), *shown, *(f"{_us(found.compressed[wire]):g}" for wire in WireFormat)])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([head, *lines, "* the fastest exact form"])
+        return "\n".join([head, *lines, "* the fastest exact form", f"# with its codec, {self._pays_from()}"])
+
+    def pays_from(self) -> dict[WireFormat, int | None]:
+        """Bytes per rank from which each format is faster than exact sums, its codec included; None: never."""
+        hosts, ranks = self.hosts.number, self.hosts.ranks
+        return {
+            wire: host_costs.compression_pays_from(hosts, ranks, self.network, self.inside, wire, self.element_bytes)
+            for wire in WireFormat
+        }
+
+    def _pays_from(self) -> str:
+        sizes = self.pays_from().items()
+        return ", ".join(
+            f"{wire} {f'pays from {bytes_in_words(size)} on' if size else 'never pays'}" for wire, size in sizes
+        )
 
 
 def _us(seconds: float) -> float:

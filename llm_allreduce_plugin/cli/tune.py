@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ import typer
 
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS, Range
-from llm_allreduce_plugin.cli import options, outputs
+from llm_allreduce_plugin.cli import options, outputs, tune_ranks
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
 from llm_allreduce_plugin.errors import CacheError, ProfileError
@@ -18,6 +19,7 @@ from llm_allreduce_plugin.errors import CacheError, ProfileError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from llm_allreduce_plugin.measure.ranks import Ranks
     from llm_allreduce_plugin.profiles.entry import Entry, FusedMeasured, FusedRange, Measured
     from llm_allreduce_plugin.profiles.file import Profile
     from llm_allreduce_plugin.topology import NodeIdentity
@@ -27,6 +29,8 @@ EPILOG = options.epilog(
     "llm-allreduce tune",
     "llm-allreduce tune --quick --tp 2,4",
     "llm-allreduce tune --transport host --output profile.json",
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python llm-allreduce "
+    "tune --torchrun",
 )
 
 SECONDS = 55.0  # of a minute; the rest is for what is under way when it ends
@@ -112,6 +116,10 @@ def tune(
     maxbytes: Annotated[str | None, typer.Option("--maxbytes", "-e", help="Largest message.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, less often: under 15 seconds.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
+    torchrun: Annotated[
+        bool,
+        typer.Option("--torchrun", help="Measure the ranks that torchrun has started, on any hosts, as one group."),
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option("--output", metavar="FILE", help="Write here; default: the cache folder, where AUTO looks."),
@@ -126,9 +134,11 @@ def tune(
 
     Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
     and eager. Takes about a minute. Engines use the result from their next start on.
+
+    With `--torchrun` this is one of the ranks that `torchrun ... --no-python llm-allreduce tune --torchrun` starts on
+    each host. What they measure is kept on the first rank's host, whose word counts when a group starts.
     """
     started = time.monotonic()
-    outputs.check_file("--output", output, devices=False)
 
     import torch
 
@@ -136,16 +146,21 @@ def tune(
     from llm_allreduce_plugin.profiles.search import cache_path
     from llm_allreduce_plugin.tuning.plan import Group, plan_of
 
+    place = tune_ranks.place_of(tp) if torchrun else None
+    cpu |= torchrun and not torch.cuda.is_available()
+    if place is not None and place.rank > 0:
+        tune_ranks.follow_first(place, on_gpu=not cpu)
+    outputs.check_file("--output", output, devices=False)
     available = 0 if cpu else torch.cuda.device_count()
-    if not cpu and available < 2:  # noqa: PLR2004
+    if place is None and not cpu and available < 2:  # noqa: PLR2004
         message = f"this node has {available} GPU{'s' * (available != 1)}: nothing to tune; --cpu tries CPU ranks"
         raise _fail(message)
     device = "cpu" if cpu else "cuda"
-    world_sizes = _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
+    world_sizes = (place.world_size,) if place else _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
     groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
     chosen = _transport(transport, device)
-    largest = maxbytes or ("4M" if cpu else "64M" if quick else "256M")
-    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(largest), 4 if quick else 2, None, between=False)
+    largest = parse_bytes(maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
+    sizes = message_sizes(parse_bytes(minbytes), largest, 4 if quick else 2, None, between=False)
     if sizes[0] % 16:
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)
@@ -166,7 +181,9 @@ def tune(
         typer.echo(f"# {error}; it will be replaced")
     typer.echo(f"# llm-allreduce tune: {node.description}; {'; '.join(map(str, groups))}")
     seconds = (QUICK_SECONDS if quick else SECONDS) - (time.monotonic() - started)
-    entries = _measure(device, groups, chosen, plan_of(sizes, seconds, quick=quick))
+    entries = _measure(
+        tune_ranks.ranks_of(place, max(world_sizes), device), groups, chosen, plan_of(sizes, seconds, quick=quick)
+    )
     if not entries:
         raise typer.Exit(1)
     for entry in entries:
@@ -178,7 +195,9 @@ def tune(
     typer.echo(_last_line(path, profile, time.monotonic() - started))
 
 
-def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> list[Entry]:
+def _measure(
+    ranks: contextlib.AbstractContextManager[Ranks], groups: list[Group], transport: str, plan: Plan
+) -> list[Entry]:
     """All entries; a bar on stderr tells how far it is when a person watches.
 
     Raises:
@@ -188,7 +207,7 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from llm_allreduce_plugin.measure.environment import environment
-    from llm_allreduce_plugin.measure.ranks import FAILURES, RankPool, in_a_line
+    from llm_allreduce_plugin.measure.ranks import FAILURES, in_a_line
     from llm_allreduce_plugin.tuning.measure import tune
     from llm_allreduce_plugin.tuning.plan import WrongAnswerError
 
@@ -203,7 +222,7 @@ def _measure(device: str, groups: list[Group], transport: str, plan: Plan) -> li
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("starting ranks", total=1.0)
         try:
-            with RankPool(max(group.world_size for group in groups), device) as pool:
+            with ranks as pool:
                 left = plan.within(plan.seconds - (time.monotonic() - started))
                 entries, refused = tune(
                     pool,

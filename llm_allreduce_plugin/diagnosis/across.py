@@ -6,51 +6,20 @@ NCCL hangs a thread, and the ranks end.
 
 from __future__ import annotations
 
-import dataclasses
-import datetime as dt
-import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin.base.attempt import Attempt
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, load_config
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.diagnosis.proof import COUNTS, DTYPE, WAIT_S
+from llm_allreduce_plugin.measure.torchrun import TIMEOUT_S, Place, joined
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
     from llm_allreduce_plugin.measure.ranks import RankContext
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
-TIMEOUT_S = 300.0  # ranks of two hosts import torch, make contexts, and NCCL looks for its networks
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 NAME, DOMAIN, SUMS = "hosts", "NVLink domain", "sums"
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Of a rank, as torchrun says it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-
-    @classmethod
-    def of(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """Of this process.
-
-        Raises:
-            ValueError: torchrun has not started it.
-        """
-        missing = [name for name in _VARIABLES if not environment.get(name)]
-        if missing:
-            message = (
-                f"{', '.join(missing)} not set: start it on every host with torchrun, like torchrun --nnodes 2 "
-                "--nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --no-python llm-allreduce check "
-                "--torchrun"
-            )
-            raise ValueError(message)
-        return cls(*(int(environment[name]) for name in _VARIABLES[:3]))
 
 
 def findings(place: Place, *, timeout_s: float = TIMEOUT_S) -> tuple[list[Finding], bool]:
@@ -74,32 +43,14 @@ def findings(place: Place, *, timeout_s: float = TIMEOUT_S) -> tuple[list[Findin
 
 def _look(place: Place, steps: list[str]) -> list[Finding]:
     import torch
-    import torch.distributed as dist
 
-    from llm_allreduce_plugin.measure.ranks import RankContext
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    steps.append("meeting the other ranks")
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=dt.timedelta(seconds=TIMEOUT_S),
-        device_id=device if on_gpu else None,
-    )
-    try:
-        whole = dist.group.WORLD
-        assert whole is not None
-        control = dist.new_group(backend="gloo") if on_gpu else whole
-        context = RankContext(place.rank, place.world_size, device, whole, control)
+    with joined(place, steps.append, on_gpu=torch.cuda.is_available()) as context:
         steps.append("starting a group")
         given = {"allreduce_strategy": AllReduceStrategy.MINLATENCY, "timeout_s": WAIT_S}
         config: AllReduceConfig = load_config(given, engine_name="llm-allreduce check")
-        group = TensorParallelCommunicator(whole, device, config, control_group=control)
+        group = TensorParallelCommunicator(context.group, context.device, config, control_group=context.control_group)
         try:
             steps.append("summing")
             wrong = max(context.gather(sum(_wrong(context, group, count) for count in COUNTS)))
@@ -107,8 +58,6 @@ def _look(place: Place, steps: list[str]) -> list[Finding]:
             return [*of_hosts(group.facts), of_sums(group.facts, wrong, reason)]
         finally:
             group.close()
-    finally:
-        dist.destroy_process_group()
 
 
 def _wrong(context: RankContext, group: TensorParallelCommunicator, count: int) -> int:
@@ -122,13 +71,8 @@ def _wrong(context: RankContext, group: TensorParallelCommunicator, count: int) 
     inputs = [make_input(seed, rank, count, dtype, device) for rank in range(context.world_size)]
     mine = inputs[context.rank]
     ours = group.explain(mine.shape, dtype).launch is not None
-    expected = host_ordered_sum(inputs, order_of(group.facts))
+    expected = host_ordered_sum(inputs, group.facts.host_order)
     return wrong_elements(group.all_reduce(mine), expected, exact=ours, world_size=context.world_size)
-
-
-def order_of(facts: GroupFacts) -> tuple[int, ...]:
-    """The host of each rank, as sums are ordered by it: in one NVLink domain there is only one."""
-    return facts.hosts if facts.crosses_network else (0,) * facts.world_size
 
 
 def of_hosts(facts: GroupFacts) -> list[Finding]:

@@ -237,7 +237,7 @@ class _Start:
         Raises:
             ConfigError: on every rank alike, when ``tuning_profile`` names a file that cannot be used.
         """
-        if facts.transport is Transport.NONE or facts.crosses_network:  # profiles are of one host
+        if facts.transport is Transport.NONE:
             return facts
 
         def look() -> GroupFacts:

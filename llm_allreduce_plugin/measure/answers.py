@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 
 
 def make_input(seed: int, rank: int, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -22,11 +25,19 @@ def rank_ordered_sum(seed: int, world_size: int, count: int, dtype: torch.dtype,
     return total.to(dtype)
 
 
-def make_case(context: RankContext, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's input from a fresh seed, and what an exact all-reduce gives. Collective."""
-    seed = context.shared_seed()
-    mine = make_input(seed, context.rank, count, dtype, context.device)
-    return mine, rank_ordered_sum(seed, context.world_size, count, dtype, context.device)
+def make_case(
+    context: RankContext, count: int, dtype: torch.dtype, hosts: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's input from a fresh seed, and what an exact all-reduce gives. Collective.
+
+    ``hosts``: the host of each rank, where a network joins them; sums are ordered by it.
+    """
+    seed, device = context.shared_seed(), context.device
+    mine = make_input(seed, context.rank, count, dtype, device)
+    if len(set(hosts)) > 1:
+        inputs = [make_input(seed, rank, count, dtype, device) for rank in range(context.world_size)]
+        return mine, host_ordered_sum(inputs, hosts)
+    return mine, rank_ordered_sum(seed, context.world_size, count, dtype, device)
 
 
 def wrong_elements(output: torch.Tensor, expected: torch.Tensor, *, exact: bool, world_size: int) -> int:

@@ -15,7 +15,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -132,6 +132,19 @@ def _meeting_place() -> Any:  # noqa: ANN401  (torch's stubs have no TCPStore)
     return dist.TCPStore(  # type: ignore[attr-defined]
         LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
+
+
+class Ranks(Protocol):
+    """What measures on ranks takes: functions run on all of them, or on the first ones."""
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,  # noqa: ANN401
+        timeout_s: float = ...,
+        ranks: list[int] | None = ...,
+    ) -> list[Any]:
+        """See :class:`RankPool`."""
 
 
 class RankPool:

@@ -94,6 +94,7 @@ class Entry(Frozen):
 
     Attributes:
         world_size: ranks.
+        hosts: of which sums are exchanged, over a network; 1: there is no network between the ranks.
         transport: how they reach each other.
         topology_class: what their bytes travel over.
         in_band: whether readiness travels inside the data, as a setting says.
@@ -108,6 +109,7 @@ class Entry(Frozen):
     """
 
     world_size: int = Field(ge=2)
+    hosts: int = Field(default=1, ge=1)
     transport: Transport
     topology_class: TopologyClass
     in_band: bool
@@ -130,12 +132,13 @@ class Entry(Frozen):
     @property
     def key(self) -> tuple[object, ...]:
         """What there is one entry for."""
-        return (self.world_size, self.transport, self.in_band, self.element_bytes)
+        return (self.world_size, self.hosts, self.transport, self.in_band, self.element_bytes)
 
     def serves(self, facts: GroupFacts) -> bool:
         """True when a group of this kind was measured."""
-        in_band = facts.in_band.two_shot > 0
-        return (self.world_size, self.transport, self.in_band) == (facts.world_size, facts.transport, in_band)
+        hosts, in_band = facts.summed_hosts, facts.in_band.two_shot > 0
+        group = (facts.world_size, hosts, facts.transport, in_band)
+        return (self.world_size, self.hosts, self.transport, self.in_band) == group
 
     @property
     def decides_in_graphs(self) -> bool:
@@ -165,4 +168,5 @@ class Entry(Frozen):
         )
 
     def __str__(self) -> str:
-        return f"{self.world_size} ranks, {self.transport} memory, {8 * self.element_bytes}-bit elements"
+        hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
+        return f"{self.world_size} ranks{hosts}, {self.transport} memory, {8 * self.element_bytes}-bit elements"

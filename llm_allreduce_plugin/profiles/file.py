@@ -18,8 +18,8 @@ from llm_allreduce_plugin.profiles.entry import Entry, Frozen
 from llm_allreduce_plugin.topology.identity import NodeIdentity
 
 SCHEMA = "llm-allreduce tuning profile"
-# 1: without `fused`, which says nothing then. Written is the newest.
-READABLE_VERSIONS = (1, 2)
+# 1: without `fused`, which says nothing then. 1, 2: without `hosts`, of which there is one then. Written is the newest.
+READABLE_VERSIONS = (1, 2, 3)
 SCHEMA_VERSION = READABLE_VERSIONS[-1]
 LOCK_TIMEOUT_S = 60.0
 _MOST_FAULTS = 3  # that an error names
@@ -29,7 +29,7 @@ class Profile(Frozen):
     """All entries of one node."""
 
     schema_name: Literal["llm-allreduce tuning profile"] = Field(default="llm-allreduce tuning profile", alias="schema")
-    schema_version: Literal[1, 2] = 2
+    schema_version: Literal[1, 2, 3] = 3
     device: Literal["cuda", "cpu"]
     gpu: str = Field(description="name of the GPUs, or of the CPU")
     architecture: int | None

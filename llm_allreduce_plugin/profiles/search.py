@@ -102,7 +102,8 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
     tuned = _tuned(profile, facts, f"profile {path}", anywhere=True)
     if tuned is not None:
         return Found(tuned)
-    wanted = f"{facts.world_size} ranks through {facts.transport} memory"
+    hosts = f" on {facts.summed_hosts} hosts" if facts.summed_hosts > 1 else ""
+    wanted = f"{facts.world_size} ranks{hosts} through {facts.transport} memory"
     return Found(None, (f"tuning profile {path}: it says nothing about {wanted} (but about {_has(profile)})",))
 
 

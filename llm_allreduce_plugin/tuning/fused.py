@@ -9,7 +9,7 @@ from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
 from llm_allreduce_plugin.algorithms.fused import FUSED_BYTES
 from llm_allreduce_plugin.algorithms.ranges import Range
 from llm_allreduce_plugin.bench import norm_compare
-from llm_allreduce_plugin.measure.ranks import RankPool
+from llm_allreduce_plugin.measure.ranks import Ranks
 from llm_allreduce_plugin.profiles.entry import FusedEntry, FusedMeasured, FusedRange
 from llm_allreduce_plugin.tuning.plan import Group, Plan, WrongAnswerError
 from llm_allreduce_plugin.tuning.search import SizeSearch
@@ -33,7 +33,7 @@ class FusedTuner:
     """
 
     def __init__(
-        self, pool: RankPool, group: Group, plan: Plan, strategy_at: Callable[[int], str], told: Callable[[str], None]
+        self, pool: Ranks, group: Group, plan: Plan, strategy_at: Callable[[int], str], told: Callable[[str], None]
     ) -> None:
         self._pool = pool
         self._group = group

@@ -12,7 +12,7 @@ from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison
 from llm_allreduce_plugin.config import NO_PROFILE
-from llm_allreduce_plugin.measure.ranks import RankPool
+from llm_allreduce_plugin.measure.ranks import Ranks
 from llm_allreduce_plugin.profiles.entry import Entry, FusedEntry, Measured, ProfileRange
 from llm_allreduce_plugin.tuning.fused import FusedTuner
 from llm_allreduce_plugin.tuning.plan import Group, Plan, WrongAnswerError
@@ -31,7 +31,7 @@ class GroupTuner:
         WrongAnswerError: from every call that measures, when a strategy's answer is wrong.
     """
 
-    def __init__(self, pool: RankPool, group: Group, plan: Plan, told: Callable[[str], None]) -> None:
+    def __init__(self, pool: Ranks, group: Group, plan: Plan, told: Callable[[str], None]) -> None:
         self._pool = pool
         self._group = group
         self._plan = plan
@@ -81,6 +81,7 @@ class GroupTuner:
         effort = self._plan.effort
         return Entry(
             world_size=facts.world_size,
+            hosts=facts.summed_hosts,
             transport=facts.transport,
             topology_class=facts.topology_class,
             in_band=facts.in_band.two_shot > 0,
@@ -107,7 +108,7 @@ def _profile_ranges(ranges: Sequence[Range]) -> tuple[ProfileRange, ...]:
 
 
 def tune(
-    pool: RankPool,
+    pool: Ranks,
     groups: Sequence[Group],
     transport: str,
     plan: Plan,

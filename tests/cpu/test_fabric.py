@@ -20,7 +20,6 @@ import torch
 
 from llm_allreduce_plugin import NodeTopology
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.diagnosis.across import order_of
 from llm_allreduce_plugin.errors import StartTimeoutError
 from llm_allreduce_plugin.measure.answers import wrong_elements
 from llm_allreduce_plugin.measure.ranks import RankContext
@@ -267,7 +266,7 @@ def run_group(context: RankContext, name: str, truths: list[Truth], strategies: 
                 inputs = telling_inputs(seed, context.world_size, count, torch.bfloat16)
                 result = group.all_reduce(inputs[context.rank])
                 # Over a network, the ranks of each host first.
-                expected = host_ordered_sum(inputs, order_of(group.facts))
+                expected = host_ordered_sum(inputs, group.facts.host_order)
                 wrong += wrong_elements(result, expected, exact=True, world_size=context.world_size)
                 bits.append(result.view(torch.int16).numpy().tobytes())
             decision = group.explain((4096,), torch.bfloat16)

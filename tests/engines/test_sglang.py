@@ -1,6 +1,7 @@
 """Real SGLang on CPU ranks: servers at tensor parallel 2, what a user sees when one goes wrong, SGLang's own layers.
 
-``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions.
+``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions;
+those that it made with ``--whole`` can be served with, too.
 """
 
 from __future__ import annotations
@@ -263,6 +264,32 @@ def test_a_stock_server(model: Path, tmp_path: Path) -> None:
         assert "SGLang's own all-reduce is left in place: allreduce_strategy is NCCL" in server.log
         assert [report["calls"] for report in reports(tmp_path / "reports-stock")] == [{}, {}]
         assert "layer boundaries fused" not in server.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES[1:], ids=lambda package: Path(package).name)
+@pytest.mark.parametrize("strategy", ["ONESHOT", "TWOSHOT", "NCCL"])
+def test_a_server_of_another_version(package: str, strategy: str, model: Path, tmp_path: Path) -> None:
+    """The same hooks in a whole server: every all-reduce of the group, and Hugging Face's tokens."""
+    if not (Path(package) / "transformers").is_dir():
+        pytest.skip(f"{package} is without its transformers: scripts/unpack_engine.sh --whole sglang FOLDER VERSION")
+    expected(model)  # by the transformers that are installed
+    path = os.pathsep.join(filter(None, [str(Path(package).resolve()), os.environ.get("PYTHONPATH", "")]))
+    variables = {"PYTHONPATH": path, "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
+    with serving(model, tmp_path / "server", "--allreduce-strategy", strategy, **variables) as server:
+        same_tokens(server, model)
+        version = serve_demo.http(f"http://127.0.0.1:{server.port}/get_server_info")["version"]
+        assert version == Path(package).name
+        time.sleep(1.5)  # ranks write their reports some times a second
+        found = reports(tmp_path / "reports")
+        assert [report["rank"] for report in found] == [0, 1]
+        for report in found:
+            if strategy == "NCCL":
+                assert report["calls"] == {}
+            else:
+                check_report(report, strategy)
+        fused = f"all-reduce fusion: {FUSED} layer boundaries fused ({FUSED} with RMSNorm)" in server.log
+        assert fused == (strategy != "NCCL")
 
 
 def log_has(server: Server, pattern: str, patience: float) -> bool:

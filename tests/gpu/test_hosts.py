@@ -91,7 +91,7 @@ def reduce_and_compare(
 
 
 def _sizes(context: RankContext, hosts: Hosts, strategy: str, seed: int) -> None:
-    with over(context, hosts, strategy) as group:
+    with over(context, hosts, strategy, transport="peer") as group:  # nothing but memory of GPUs, inside a host
         for dtype in DTYPES:
             for size in SIZES:
                 inputs = telling_inputs(seed + size, context.world_size, size, dtype)

@@ -52,7 +52,7 @@ def poisoned_memory() -> Iterator[None]:
     empty = torch.empty
     with (
         poisoned_outputs(),
-        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs))),
+        mock.patch.object(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs), 0x7F)),
     ):
         yield
 

@@ -111,9 +111,10 @@ class HostGroup:
     ) -> list[torch.Tensor]:
         """What every rank's sum is to whom it is sent: encoded and decoded by kernels, as far as the message goes."""
         packet, native = PACKETS[wire], self.machine.native
+        stream = self.streams[0].cuda_stream  # codecs run on the current device
         found, packets = [], []
         for rank, one in enumerate(sums):
-            size, stream = one.inner.numel(), self.streams[rank].cuda_stream
+            size = one.inner.numel()
             own = max(0, min(size, count - size * (rank % self.ranks))) if two_steps else count
             packets.append(torch.full((max(1, -(-own // packet.values)) * packet.bytes,), 0xA5, dtype=torch.uint8))
             found.append(_Guarded(size, torch.float32))

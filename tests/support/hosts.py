@@ -11,8 +11,11 @@ from unittest import mock
 import torch
 
 from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.measure.ranks import RankContext
+from tests.support.reference import rank_ordered_sum
 
+TWO_OF_TWO = (0, 0, 1, 1)  # the host of each rank
 # A value beside which the other is lost in fp32, both exact in the type.
 _LARGE_AND_SMALL = {
     torch.float32: (2.0**25, 1.0),
@@ -53,3 +56,13 @@ def communicator(
         yield made
     finally:
         made.close()
+
+
+def sum_of_host(inputs: Sequence[torch.Tensor], hosts: Sequence[int], host: int) -> torch.Tensor:
+    """Of its ranks in order, fp32."""
+    return rank_ordered_sum([part.float() for part, where in zip(inputs, hosts, strict=True) if where == host])
+
+
+def set_piece_bytes(_context: RankContext, size: int) -> None:
+    """On a rank of a pool: of a message in pieces."""
+    measured.NETWORK_PIECE_BYTES = size

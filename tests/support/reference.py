@@ -83,8 +83,11 @@ def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: str) ->
         raise AssertionError(message)
 
 
-def poison(tensor: torch.Tensor) -> torch.Tensor:
-    """Fill with bits that no sum of these inputs has, so that an element nobody wrote shows."""
+def poison(tensor: torch.Tensor, byte: int = 0xA5) -> torch.Tensor:
+    """Fill with bits that no sum of these inputs has, so that an element nobody wrote shows.
+
+    ``byte``: 0x7f is the largest of fp32, or nearly: among values that share a scale it shows, too.
+    """
     if tensor.numel():
-        tensor.view(torch.uint8).fill_(0xA5)
+        tensor.view(torch.uint8).fill_(byte)
     return tensor

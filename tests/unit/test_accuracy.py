@@ -28,6 +28,35 @@ def test_errors_on_made_data() -> None:
     assert worse.cosine == pytest.approx(math.sqrt(1 - worse.relative_l2**2), abs=1e-3)
 
 
+def test_between_hosts_each_sum_is_encoded_once() -> None:
+    """One rounding of each host's sum, none of the result: less error than inside a host, which has both."""
+    for wire in WireFormat:
+        inside, between = (synthetic.measure(wire, 4, "normal", hosts=hosts) for hosts in (1, 2))
+        assert (inside.hosts, between.hosts) == (1, 2)
+        assert 0.5 < between.relative_l2 / inside.relative_l2 < 0.9, wire
+    assert synthetic.measure(None, 4, "normal", hosts=2).relative_l2 < 2**-8
+    # A host of its own for each rank: as many values are encoded as inside a host, but for the owners' own.
+    alone = synthetic.measure(WireFormat.FP8, 4, "normal", hosts=4)
+    assert alone.relative_l2 == pytest.approx(
+        synthetic.measure(WireFormat.FP8, 4, "normal", hosts=2).relative_l2, rel=0.05
+    )
+
+
+def test_command_of_hosts(tmp_path: Path) -> None:
+    record = tmp_path / "accuracy.json"
+    arguments = ["accuracy", "--formats", "fp8", "--ranks", "2,3", "--hosts", "2", "--no-model", "--json", str(record)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(record.read_text())["rows"]
+    assert sorted((row["ranks"], row["hosts"]) for row in rows) == sorted([(2, 1), (3, 1), (2, 2)] * 2 * 3)
+    assert result.output.count("between 2 hosts") == result.output.count("\n") - 2 - 2 * 2 * 3
+    refused = CliRunner().invoke(app, ["accuracy", "--ranks", "3", "--hosts", "2", "--no-model"])
+    assert refused.exit_code == 2
+    assert "--hosts 2: none of --tp 3 has as many ranks on each host" in " ".join(
+        refused.output.replace("│", " ").split()
+    )
+
+
 def test_fp8_in_the_real_model() -> None:
     """Mean cosine at least 0.999 over two ranks; the split itself changes next to nothing."""
     model = minilm.MiniLm()

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.diagnosis import Verdict, across, hardware
-from llm_allreduce_plugin.diagnosis.across import Place, of_hosts, of_sums, order_of
+from llm_allreduce_plugin.diagnosis.across import of_hosts, of_sums
+from llm_allreduce_plugin.measure.torchrun import Place
 from llm_allreduce_plugin.topology.links import Transport
 from tests.unit.test_fabric import VERDICTS, domain
 from tests.unit.test_topology import load
@@ -58,9 +59,9 @@ def test_sums() -> None:
 
 def test_the_order_of_sums_over_hosts() -> None:
     """Flat within one domain; otherwise each host first."""
-    assert order_of(TWO) == (0, 0, 0, 0)
-    assert order_of(dataclasses.replace(TWO, fabric=False)) == (0, 0, 1, 1)
-    assert order_of(dataclasses.replace(TWO, fabric=False, hosts=())) == (0, 0, 0, 0)
+    assert TWO.host_order == (0, 0, 0, 0)
+    assert dataclasses.replace(TWO, fabric=False).host_order == (0, 0, 1, 1)
+    assert dataclasses.replace(TWO, fabric=False, hosts=()).host_order == (0, 0, 0, 0)
 
 
 def test_what_hangs_is_said_and_left(monkeypatch: pytest.MonkeyPatch) -> None:

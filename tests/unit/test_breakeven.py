@@ -13,7 +13,9 @@ from typer.testing import CliRunner
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.compression.breakeven.model import (
     CodecSpeed,
+    between_seconds,
     break_even,
+    break_even_between,
     codec_seconds,
     ratio,
     seconds,
@@ -42,6 +44,31 @@ def test_break_even_is_where_the_lines_cross(ranks: int, wire: WireFormat, speed
     assert seconds(size, ranks, bandwidth * 2, wire, speed) > seconds(size, ranks, bandwidth * 2)
 
 
+@given(st.integers(2, 9), st.integers(1, 8), st.sampled_from(list(WireFormat)), any_speed, st.floats(1, 1e10))
+def test_and_so_between_hosts(hosts: int, ranks: int, wire: WireFormat, speed: CodecSpeed, size: float) -> None:
+    bandwidth = break_even_between(hosts, wire, speed)
+
+    def compressed(rate: float) -> float:
+        return between_seconds(size, hosts, ranks, rate, wire, speed)
+
+    def exact(rate: float) -> float:
+        return between_seconds(size, hosts, ranks, rate)
+
+    assert compressed(bandwidth) == pytest.approx(exact(bandwidth), rel=1e-6)
+    assert compressed(bandwidth / 2) < exact(bandwidth / 2)
+    assert compressed(bandwidth * 2) > exact(bandwidth * 2)
+
+
+def test_what_is_sent_and_coded_between_hosts() -> None:
+    # Two hosts of 8, 64 MiB, 46 GB/s: a rank sends 16 MiB of fp32 sums, and in FP8 a quarter and a bit.
+    assert between_seconds(2**26, 2, 8, 46.0) == pytest.approx(2**24 / 46e9)
+    free = CodecSpeed(encode=1e12, decode=1e12)
+    assert between_seconds(2**26, 2, 8, 46.0, WireFormat.FP8, free) == pytest.approx(2**22 * 512 / 496 / 46e9)
+    # One pass for what is sent, one for what comes of each host, its own sum, too.
+    endless = between_seconds(1e9, 3, 1, 1e18, WireFormat.FP8, CodecSpeed(encode=1.0, decode=2.0))
+    assert endless == pytest.approx(2 * (1 + 3 / 2))
+
+
 def test_the_command(tmp_path: Path) -> None:
     record, picture = tmp_path / "b.json", tmp_path / "b.svg"
     flags = ["--cpu", "--bytes", "256K", "--ranks", "2", "--json", str(record), "--plot", str(picture)]
@@ -67,6 +94,10 @@ def test_recorded_speeds(tmp_path: Path) -> None:
     assert "# codecs measured on a test; 4 ranks" in result.output
     expected = break_even(4, WireFormat.TQ3, CodecSpeed(1000.0, 1000.0))
     assert result.output.splitlines()[-1].split()[-2] == f"{expected:.0f}"
+    expected = break_even_between(3, WireFormat.TQ3, CodecSpeed(1000.0, 1000.0))
+    result = RUNNER.invoke(app, ["breakeven", "--from", str(record), "--hosts", "3"])
+    line = next(line for line in result.output.splitlines() if "between 3 hosts" in line)
+    assert line.split()[-2] == f"{expected:.0f}"
     record.write_text("{}")
     assert RUNNER.invoke(app, ["breakeven", "--from", str(record)]).exit_code == 2
     assert RUNNER.invoke(app, ["breakeven", "--from", str(tmp_path / "none")]).exit_code == 2

@@ -166,6 +166,12 @@ def test_the_model_as_json() -> None:
     assert set(largest["compressed_us"]) == set(WireFormat)
     assert found["group"]["world_size"] == 16
     assert "modelled" not in explained("--hosts", "2x8", topology="l40s_x8_two_numa")
+    pays = model["compression_pays_from_bytes"]
+    assert set(pays) == set(WireFormat)
+    faster = explained("--hosts", "2x8", "--link", "46GB/s", topology="h100_x8_nvswitch")["modelled"]
+    assert all(0 < pays[wire] < faster["compression_pays_from_bytes"][wire] for wire in pays), "slow links pay sooner"
+    endless = run("explain", "--hosts", "2x8", "--link", "50TB/s", topology="h100_x8_nvswitch")
+    assert "fp8 never pays, tq3 never pays, hadamard2 never pays" in endless
 
 
 def test_hosts_must_fit() -> None:

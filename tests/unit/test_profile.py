@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import ProfileError
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.profiles.entry import Entry
 from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Profile, read, store
@@ -127,7 +128,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     entries = json.loads(path.read_text())["entries"]
     assert fault(changed(path, schema_version=SCHEMA_VERSION + 1)) == (
-        "its schema version is 3, and this package reads 1 to 2 (written by a newer version of this package)"
+        "its schema version is 4, and this package reads 1 to 3 (written by a newer version of this package)"
     )
     assert fault(changed(path, schema="something else")) == "it is no tuning profile"
     for wrong, text in (
@@ -254,3 +255,14 @@ def test_processes_that_tune_at_once_lose_nothing(tmp_path: Path) -> None:
         range(2, 2 + 2 * count)
     )
     assert not list(path.parent.glob(".*.json.[!l]*")), "no partial file is left"
+
+
+def test_an_entry_of_hosts_serves_no_group_of_one() -> None:
+    facts = GroupFacts(4, "cuda", Transport.SYMMETRIC, hosts=(0, 0, 1, 1))
+    one, two = entry(in_band=False), entry(in_band=False, hosts=2)
+    assert two.serves(facts) and not one.serves(facts)
+    for joined in (dataclasses.replace(facts, hosts=(0,) * 4), dataclasses.replace(facts, fabric=True)):
+        assert one.serves(joined) and not two.serves(joined), "an NVLink domain is like one host"
+    assert not two.serves(dataclasses.replace(facts, hosts=(0, 1, 2, 3)))
+    assert one.key != two.key
+    assert str(two) == "4 ranks on 2 hosts, symmetric memory, 16-bit elements"

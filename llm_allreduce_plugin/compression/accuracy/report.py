@@ -15,10 +15,12 @@ EXACT = "exact"
 
 def synthetic_table(errors: Sequence[Error]) -> str:
     """A line to each error."""
-    lines = [f"{'format':>10} {'ranks':>5} {'data':>12} {'relative L2':>12} {'cosine':>10} {'max error':>10}"]
+    head = f"{'format':>10} {'ranks':>5} {'compressed':>16} {'data':>12}"
+    lines = [f"{head} {'relative L2':>12} {'cosine':>10} {'max error':>10}"]
     for e in errors:
+        where = f"between {e.hosts} hosts" if e.hosts > 1 else "inside a host"
         numbers = f"{e.relative_l2:>12.4%} {e.cosine:>10.6f} {e.relative_max:>10.4%}"
-        lines.append(f"{e.wire_format or EXACT:>10} {e.ranks:>5} {e.data:>12} {numbers}")
+        lines.append(f"{e.wire_format or EXACT:>10} {e.ranks:>5} {where:>16} {e.data:>12} {numbers}")
     return "\n".join(lines)
 
 
@@ -45,7 +47,7 @@ def draw(errors: Sequence[Error], effects: Sequence[Effect], path: Path) -> None
     for name in formats:
         color = color_of(name or EXACT, [str(known) for known in formats])
         for data, style in styles.items():
-            points = [(e.ranks, e.relative_l2) for e in errors if (e.wire_format, e.data) == (name, data)]
+            points = [(e.ranks, e.relative_l2) for e in errors if (e.wire_format, e.data, e.hosts) == (name, data, 1)]
             if points:
                 left.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=color,
                           label=f"{name or EXACT}, {data}")  # fmt: skip

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle.hosts import compressed_host_sum, host_ordered_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum, exact_sum
 
 TOKENS, HIDDEN = 128, 4096
@@ -45,6 +46,7 @@ class Error:
         relative_l2: norm of the difference over the norm of the sum.
         cosine: between the two.
         relative_max: the largest difference over the largest value.
+        hosts: that the ranks are on; with more than one, only what goes between them is compressed.
     """
 
     wire_format: str | None
@@ -53,14 +55,22 @@ class Error:
     relative_l2: float
     cosine: float
     relative_max: float
+    hosts: int = 1
 
 
-def measure(wire: WireFormat | None, ranks: int, data: str, seed: int = 1) -> Error:
-    """One all-reduce of bf16 tensors of ``[128, 4096]``."""
+def _sum(parts: list[torch.Tensor], wire: WireFormat | None, hosts: int) -> torch.Tensor:
+    if hosts == 1:
+        return exact_sum(parts) if wire is None else compressed_sum(parts, wire)
+    places = [rank * hosts // len(parts) for rank in range(len(parts))]
+    return host_ordered_sum(parts, places) if wire is None else compressed_host_sum(parts, wire, places)
+
+
+def measure(wire: WireFormat | None, ranks: int, data: str, seed: int = 1, hosts: int = 1) -> Error:
+    """One all-reduce of bf16 tensors of ``[128, 4096]``. ``hosts``: as many ranks on each."""
     generator = torch.Generator().manual_seed(seed)
     parts = [DATA[data](generator).bfloat16() for _ in range(ranks)]
     exact = torch.stack(parts).double().sum(0)
-    seen = (exact_sum(parts) if wire is None else compressed_sum(parts, wire)).double()
+    seen = _sum(parts, wire, hosts).double()
     return Error(
         wire_format=None if wire is None else str(wire),
         ranks=ranks,
@@ -68,4 +78,5 @@ def measure(wire: WireFormat | None, ranks: int, data: str, seed: int = 1) -> Er
         relative_l2=float((seen - exact).norm() / exact.norm()),
         cosine=float(torch.nn.functional.cosine_similarity(seen.view(-1), exact.view(-1), dim=0)),
         relative_max=float((seen - exact).abs().max() / exact.abs().max()),
+        hosts=hosts,
     )

@@ -4,6 +4,9 @@ A two-shot of S bytes of 16-bit values sends 2 (N-1)/N S per rank and direction.
 format's ratio, and every rank encodes its input but for its own part, and its part's sum, S in all, and decodes the
 others' partials of its part and everybody's sums, (2 (N-1) + 1)/N S. Nothing is taken to overlap: the worst case for
 compression. Latency is left out: this is about large messages.
+
+Between hosts of R ranks each, a rank sends its part of the fp32 sums of its host, S/R values, to each other host, and
+gets as much. Compressed, it encodes them once, and decodes what came of each host, its own, too.
 """
 
 from __future__ import annotations
@@ -65,8 +68,37 @@ def break_even(world_size: int, wire: WireFormat, speed: CodecSpeed) -> float:
     return (1 - ratio(wire)) * traffic(world_size) / codec_seconds(GIGA, world_size, speed)
 
 
-def table(payload_bytes: float, world_size: int, speeds: Mapping[WireFormat, CodecSpeed]) -> str:
-    """For people: microseconds on each link, and where each format breaks even."""
+SUM_BYTES = 4
+
+
+def between_seconds(
+    payload_bytes: float,
+    hosts: int,
+    ranks: int,
+    bandwidth: float,
+    wire: WireFormat | None = None,
+    speed: CodecSpeed | None = None,
+) -> float:
+    """What goes between hosts, ``bandwidth`` GB/s to each GPU, for a message per rank; exact without ``wire``.
+
+    Codecs take as many bytes of fp32 as of 16-bit values.
+    """
+    sums = payload_bytes / VALUE_BYTES / ranks * SUM_BYTES / GIGA
+    sent = (hosts - 1) * sums / bandwidth
+    if wire is None or speed is None:
+        return sent
+    coded = sums * (1 / speed.encode + hosts / speed.decode)
+    return ratio(wire) * VALUE_BYTES / SUM_BYTES * sent + coded
+
+
+def break_even_between(hosts: int, wire: WireFormat, speed: CodecSpeed) -> float:
+    """The bandwidth between hosts, in GB/s to each GPU, below which compression pays, however many GPUs a host has."""
+    saved = (1 - ratio(wire) * VALUE_BYTES / SUM_BYTES) * (hosts - 1)
+    return saved / (1 / speed.encode + hosts / speed.decode)
+
+
+def table(payload_bytes: float, world_size: int, speeds: Mapping[WireFormat, CodecSpeed], hosts: int = 2) -> str:
+    """For people: microseconds on each link, and where each format breaks even, between hosts and inside one."""
     names = ["exact", *speeds]
     lines = [f"{'us for ' + f'{payload_bytes / 2**20:g} MiB':>24}" + "".join(f"{name:>12}" for name in names)]
     for link, bandwidth in LINKS.items():
@@ -75,6 +107,8 @@ def table(payload_bytes: float, world_size: int, speeds: Mapping[WireFormat, Cod
         best = min(times)
         cells = [f"{time * 1e6:.0f}{'*' if time == best else ' '}" for time in times]
         lines.append(f"{f'{link}, {bandwidth:g} GB/s':>24}" + "".join(f"{cell:>12}" for cell in cells))
+    between = [f"{break_even_between(hosts, wire, speed):.0f} " for wire, speed in speeds.items()]
+    lines.append(f"{f'between {hosts} hosts, below':>24}{'':>12}" + "".join(f"{end:>12}" for end in between))
     ends = [f"{break_even(world_size, wire, speed):.0f} " for wire, speed in speeds.items()]
     lines.append(f"{'pays below, GB/s':>24}{'':>12}" + "".join(f"{end:>12}" for end in ends))
     return "\n".join(lines)
