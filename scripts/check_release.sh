@@ -37,6 +37,11 @@ for wheel in dist/*.whl; do
   rm -rf "$work/of-wheel"
 done
 echo "== the sdist, on a machine without a CUDA toolkit"
+held=$(tar tzf dist/*.tar.gz)
+for name in csrc/CMakeLists.txt scripts/build_backend.py configs/tuning LICENSE; do
+  grep -q "^[^/]*/$name" <<<"$held" || { echo "the sdist lacks $name" >&2; exit 1; }
+done
+if grep "/\.venv" <<<"$held"; then echo "the sdist has an environment in it" >&2; exit 1; fi
 bare_environment "$work/of-sdist" "$(find_python)"
 pip_install "$work/of-sdist" dist/*.tar.gz
 check_in "$work/of-sdist"
