@@ -39,7 +39,7 @@ PACKET = PACKETS[WireFormat.FP8]
 SHARES = ((0.36, 0.0), (0.5, 0.0), (0.25, 0.0), (0.2, 0.25), (0.25, 0.25), (0.25, 0.33), (0.2, 0.33), (0.33, 0.33))
 MOST_PACKETS_OF_A_WARP = 64  # more than that in turns is slow beyond doubt
 SIZES = tuple(1 << power for power in (16, 18, 20, 21, 22, 24, 26))
-WARPS = (1, 2, 4, 8, 16)
+WARPS = (1, 2, 3, 4, 6, 8, 9, 12, 16)
 ALGORITHMS = {"split": Algorithm.TWO_SHOT, "two_shot": Algorithm.TWO_SHOT, "one_shot": Algorithm.ONE_SHOT}
 # form, bytes, lanes, threads, lanes that only scatter, and that only drain
 Shape = tuple[str, int, int, int, int, int]

@@ -36,6 +36,8 @@ TITLES = {
     "then-norm": "all-reduce, then our norm",
 }
 
+FUSED_NORM = "this package, norm fused"
+
 Document = Mapping[str, Any]
 
 
@@ -144,7 +146,7 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
             kind = name if is_fused or name != "MINLATENCY" else "MINLATENCY-unfused"
             places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(stock))]
             saved = [(1 - found[batch] / stock[batch]) * 100 for batch in stock]
-            label = "this package, norm fused" if is_fused else TITLES[kind]
+            label = FUSED_NORM if is_fused else TITLES[kind]
             bars = axes.bar(places, saved, width, color=color_of(kind), label=label)
             axes.bar_label(bars, [f"{found[batch]:.2f} ms" for batch in stock], rotation=90, fontsize=11, padding=3)
         axes.set_xticks(range(len(stock)), [f"{batch}\n{stock[batch]:.2f} ms" for batch in stock], fontsize=11)
@@ -156,6 +158,28 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
     shown_in = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]
     handles = {label: handle for pairs in shown_in for handle, label in pairs}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+
+
+def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
+    """What does a token cost in SGLang, by its own all-reduce and by ours?"""
+    version = next(row["version"] for row in records[0]["rows"] if "version" in row)
+    figure.suptitle(f"SGLang {version}, {records[0]['environment']['gpus']}: time per token, mean of the starts")
+    panels = figure.subplots(1, len(records))
+    labels = {"default": "stock SGLang", "AUTO-unfused": TITLES["MINLATENCY-unfused"], "AUTO": FUSED_NORM}
+    width = 0.27
+    for axes, record in zip(panels, records, strict=True):
+        for number, (name, label) in enumerate(labels.items()):
+            found = tokens(record, name)
+            places = [place + (number - 1) * width for place in range(len(found))]
+            bars = axes.bar(places, list(found.values()), width, color=color_of(name), label=label)
+            axes.bar_label(bars, [f"{time:.2f}" for time in found.values()], rotation=90, fontsize=11, padding=3)
+        axes.set_xticks(range(len(found)), [str(batch) for batch in found])
+        axes.set_title(f"Llama {record['width']} wide x {record['layers']} layers", fontsize=13)
+        axes.set_xlabel("batch size")
+        axes.margins(y=0.2)
+        axes.grid(visible=True, axis="y", alpha=0.25)
+    panels[0].set_ylabel("milliseconds per token")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def _calls(record: Document, variant: str) -> set[str]:

@@ -44,6 +44,7 @@ PROBE = "decode_probe"
 STEPS = {"cuda": 120, "cpu": 24}
 PROMPT_TOKENS = 16
 NEW_TOKENS = 48
+PROFILED_TOKENS = 16
 # A first start compiles kernels, which takes a minute and a half.
 START_AND_RUN_S = 400
 CPU = {
@@ -142,6 +143,12 @@ def run_variant(arguments: argparse.Namespace) -> None:
         generate(batch, 4)
         begin, end, _ = generate(batch, STEPS[arguments.device])
         spans[size] = begin, end
+    if arguments.profile is not None:
+        engine.start_profile(
+            output_dir=str(arguments.profile), activities=["GPU"], profile_prefix=arguments.variant, with_stack=False
+        )
+        generate(decode.prompts(generator, max(BATCHES), PROMPT_TOKENS, PROMPT_TOKENS), PROFILED_TOKENS)
+        engine.stop_profile()
     result["tokens"] = []
     if arguments.requests:
         begin, end, result["tokens"] = generate(decode.prompts(generator, arguments.requests, 16, 96), NEW_TOKENS)
@@ -174,6 +181,8 @@ def start_variant(variant: str, start: int, arguments: argparse.Namespace, work:
     command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(arguments.tp[0])]
     command += ["--model", str(work / "model"), "--requests", str(arguments.requests), "--device", arguments.device]
     command += ["--result", str(result), "--report", str(report)]
+    if arguments.profile is not None:
+        command += ["--profile", str(arguments.profile)]
     answer = decode.run_process(name, command, environment, log, result, START_AND_RUN_S)
     answer["log"] = said_in(log.read_text(errors="replace"))
     answer["reports"] = decode.reports_in(report)
@@ -244,6 +253,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=2, help="of each variant, in turns")
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--device", choices=list(STEPS), default="cuda")
+    parser.add_argument("--profile", type=Path, help="write a trace of the largest batch here (kernel_times.py)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):

@@ -102,11 +102,27 @@ install_sglang() {
 # Where pip takes torch's CUDA build, Triton comes with it, and engines would launch kernels with it on the CPU.
 remove_triton() { run_pip "$1" uninstall --yes triton; }
 
+# install_build_needs FOLDER: what a build needs, in a place that stays. In pip's own, which is another each time, CMake
+# would find every compiler changed and compile everything again; among the packages that run, a compiler has no place.
+install_build_needs() {
+  local needs=$1/build-needs wanted
+  wanted=$("$1/bin/python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+  mapfile -t wanted <<<"$wanted"
+  pip_install "$1" --upgrade --target "$needs" "${wanted[@]}" "cmake>=3.26" ninja
+  wanted=$(PYTHONPATH=$needs:scripts "$1/bin/python" -c 'import build_backend; print(*build_backend.get_requires_for_build_wheel(), sep="\n")')
+  mapfile -t wanted <<<"$wanted"
+  if [[ -n ${wanted[0]} ]]; then pip_install "$1" --upgrade --target "$needs" "${wanted[@]}"; fi
+}
+
 install_package() {
   # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
   echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS in $1: a minute or two for each architecture"
-  pip_install "$1" --editable .
+  install_build_needs "$1"
+  PYTHONPATH=$1/build-needs pip_install "$1" --no-build-isolation --editable .
 }
+
+# make_wheel FOLDER DESTINATION: a wheel of what install_package has compiled.
+make_wheel() { PYTHONPATH=$1/build-needs run_pip "$1" wheel --no-build-isolation --no-deps --wheel-dir "$2" .; }
 
 # install_cpu_ops FOLDER ENGINE: what stands in for the engine's missing CPU kernels or packages.
 install_cpu_ops() { pip_install "$1" "./scripts/${2}_cpu_ops"; }
@@ -136,6 +152,8 @@ make_environment() {
   local folder=$1 python engine
   shift
   export LLM_ALLREDUCE_CUDA_ARCHS=${LLM_ALLREDUCE_CUDA_ARCHS:-$(gpu_architecture)}
+  # Where nothing is run on a GPU, as on a machine without a CUDA toolkit: with nvcc from PyPI.
+  if ! has_nvidia_gpus; then export LLM_ALLREDUCE_NVCC=${LLM_ALLREDUCE_NVCC:-wheels}; fi
   if [[ ! -x $folder/bin/python ]]; then
     python=$(find_python)
     echo "making a virtual environment in $folder with $python"

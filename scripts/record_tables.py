@@ -22,12 +22,18 @@ TABLE = re.compile(r"(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTA
 KIB, MIB = 1 << 10, 1 << 20
 MISSING = "-"
 BATCHES = (1, 8, 32, 128)
+SGLANG_PICTURE = "sglang_ms_per_token"
 
 
 def record(name: str) -> dict[str, Any]:
     """A record, by its path under ``benchmarks`` without the suffix."""
     found: dict[str, Any] = json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
     return found
+
+
+def has_record(name: str) -> bool:
+    """Whether it was measured."""
+    return (ROOT / "benchmarks" / f"{name}.json").exists()
 
 
 def size(number: int) -> str:
@@ -126,6 +132,38 @@ def tokens(name: str, variants: dict[str, str]) -> str:
     return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
 
 
+def sglang() -> str:
+    """SGLang's own all-reduce and ours, with the picture of both; until there are records, that there are none."""
+    parts = [f"![Time per token in SGLang](plots/{SGLANG_PICTURE}.png)\n"]
+    for width in (4096, 8192):
+        name = f"h100/sglang_{width}_tp2"
+        if not has_record(name):
+            return "Not measured yet.\n"
+        rows = [
+            [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES)]
+            for variant, label in (
+                ("default", "stock SGLang"),
+                ("AUTO-unfused", "AUTO, norm left to SGLang"),
+                ("AUTO", "AUTO, norm fused"),
+            )
+            for row in record(name)["rows"]
+            if row.get("variant") == variant
+        ]
+        parts += [
+            f"Llama, {width} wide (`benchmarks/{name}.json`); a line to each start:\n",
+            markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES)], rows),
+        ]
+    if has_record("h100/sglang_tokens_tp2"):
+        (same,) = (row for row in record("h100/sglang_tokens_tp2")["rows"] if "requests" in row)
+        equal = same["same_tokens_oneshot_twoshot"]
+        parts.append(
+            f"Of {same['requests']} requests, {equal} had the same tokens with `ONESHOT` and `TWOSHOT`, and "
+            f"{same['same_tokens_as_default']['ONESHOT']} the tokens of stock SGLang, too "
+            "(`benchmarks/h100/sglang_tokens_tp2.json`).\n"
+        )
+    return "\n".join(parts)
+
+
 def host_cost() -> str:
     """What an eager call costs the host."""
     rows = [
@@ -218,6 +256,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm_8192_tp4_host": lambda: tokens(
         "h200/vllm_8192_tp4_host", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
     ),
+    "sglang": sglang,
     "host_cost": host_cost,
     "error_of_one": error_of_one,
     "error_of_model": error_of_model,

@@ -1,8 +1,9 @@
 """Registers, stack and local memory of every kernel in the built library, as a table.
 
-    python scripts/register_report.py [libllm_allreduce.so] > docs/registers.md
+    python scripts/register_report.py [libllm_allreduce.so] > build/registers.md
 
-Of the installed package, or of the library named. Needs cuobjdump (CUDA toolkit, or the wheel of the test extra).
+scripts/test.sh writes it there. Of the installed package, or of the library named. Needs cuobjdump (CUDA toolkit, or
+the wheel of the test extra).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
         "Bytes of stack, where registers did not suffice, stand behind them. `tests/unit/test_native.py` fails for each"
     )
     print("of these when it is given a build for that architecture.")
-    print("Made by `scripts/register_report.py` from a build with nvcc 13.0.\n")
+    print("Made by `scripts/register_report.py`.\n")
     print("| kernel | wire | type | sm | " + " | ".join("any" if rank == ANY else str(rank) for rank in ranks) + " |")
     print("|---|---|---|---|" + "---|" * len(ranks))
     for (kernel, wire, dtype, architecture), row in sorted(table.items()):

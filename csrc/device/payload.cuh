@@ -35,6 +35,19 @@ class Payload {
     return raw;
   }
 
+  // Neighbours, from `index` on. Whole ones leave together: behind a branch for each, the second would wait for the
+  // first.
+  template <int kCount>
+  __device__ __forceinline__ void load_run(int64_t index, uint4 (&raw)[kCount]) const {
+    if (index + kCount <= whole_vectors_) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) raw[j] = reinterpret_cast<const uint4*>(address_)[index + j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) raw[j] = load(index + j);
+    }
+  }
+
   __device__ __forceinline__ void store(int64_t index, const uint4& raw) const {
     T* out = const_cast<T*>(address_);
     if (index < whole_vectors_) {

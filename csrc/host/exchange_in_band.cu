@@ -59,12 +59,14 @@ PushArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_cal
 // Where the tensor starts differs from rank to rank, how long it is does not. `aligned`: it starts on a vector.
 Form form_of(const lar_call& call, const lar_message& round, bool aligned) {
   const lar_launch& shape = call.launch;
-  // Packets have their own way with tensors that start or end anywhere. Two steps have no form of one packet to a warp.
-  if (call.kind.wire == LAR_WIRE_RAW ? !aligned || !ends_on_a_vector(round)
-                                     : call.kind.algorithm != LAR_ONE_SHOT && shape.scatter_lanes == 0)
-    return Form::kAny;
+  const bool raw = call.kind.wire == LAR_WIRE_RAW;
+  const bool one_shot = call.kind.algorithm == LAR_ONE_SHOT;
+  // Packets have their own way with tensors that start or end anywhere.
+  if (raw && (!aligned || !ends_on_a_vector(round))) return Form::kAny;
   if (shape.scatter_lanes > 0) return Form::kSplit;
-  return shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads ? Form::kShort : Form::kAny;
+  const bool is_short = shape.chunk_vectors <= int64_t{shape.lanes} * shape.threads;
+  if (raw) return is_short ? Form::kShort : one_shot ? Form::kBulk : Form::kAny;
+  return is_short && one_shot ? Form::kShort : Form::kAny;
 }
 
 // Calls of whole rows: whole vectors, 16-bit elements.

@@ -18,6 +18,7 @@ enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, k
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
 // begin. kExchangeBegun, kExchangeEnded: lane 0's words are what lar_failure says of exchanges between hosts.
+// kOneShotReduced: as kOneShot between calls; within one, rounds that the lane has reduced.
 enum class EpochPlane : int {
   kOneShot,
   kTwoShot,
@@ -28,6 +29,7 @@ enum class EpochPlane : int {
   kStageOpen,
   kExchangeBegun,
   kExchangeEnded,
+  kOneShotReduced,
   kNumber
 };
 

@@ -11,14 +11,15 @@
 namespace lar {
 
 // In band, an algorithm has several kernels, which store the same vectors in the same places. In the same call, ranks
-// may run kAny and kShort: block b of the one waits only for block b of the other. kSplit must run on all or none: its
-// blocks wait for vectors in another order, and where a grid is not resident as a whole, ranks with different orders
-// could wait for each other in a circle.
+// may run kAny and kShort, or kAny and kBulk: block b of the one waits only for block b of the other. kSplit must run
+// on all or none: its blocks wait for vectors in another order, and where a grid is not resident as a whole, ranks with
+// different orders could wait for each other in a circle.
 enum class Form : uint8_t {
   kAny,    // any message
   kShort,  // whole aligned vectors, one to a thread: no loop and nothing to skip
   kSplit,  // lanes with one task each
   kWide,   // of rows: kShort with blocks of up to LAR_MAX_WIDE_THREADS
+  kBulk,   // whole aligned vectors, several to a thread: every lane sends its own by bulk copies
 };
 
 // World sizes that a kernel is compiled for; 0: any, at run time.

@@ -287,7 +287,8 @@ typedef struct lar_launch {
   // kernel with flags, in further launches in band.
   int64_t chunk_vectors;
   // LAR_PUSH, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (two-shot)
-  // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors.
+  // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors. LAR_FLAGS,
+  // one-shot: half of the lanes (scatter_lanes), every second block, only send.
   int32_t scatter_lanes;
   int32_t drain_lanes;
   // LAR_RMS_NORM: lanes that share a row, 1 to 8, a cluster of blocks (sm_90 and newer); 0 counts as 1.

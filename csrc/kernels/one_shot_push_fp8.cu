@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t slots = slots_of_call(arguments, epoch);
   uint4 mine = {0u, 0u, 0u, 0u};
   if (has_tile) {
-    mine = packets.encoded(tile / kPacketVectors);
+    mine = encoded_own(packets, tile / kPacketVectors);
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
     for (int step = 1; step < world_size; ++step) store_in_band(arguments.to[step], slots + tile + warp_thread(), mine);
   }
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const auto push = [&] {
     uint4 mine = {0u, 0u, 0u, 0u};
     if (ahead >= share.end) return mine;
-    mine = packets.encoded(ahead / kPacketVectors);
+    mine = encoded_own(packets, ahead / kPacketVectors);
     sender.fill(mine);
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
     for (int step = 1; step < world_size; ++step) sender.send(arguments.to[step], slots + ahead, kTileVectors);

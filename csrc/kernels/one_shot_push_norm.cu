@@ -18,15 +18,17 @@ namespace {
 template <typename T, int kWorldSize, int kUnits>
 using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kNothing>;
 
+// `mine`: this rank's vectors of the first row, if `held`.
 template <typename T, int kWorldSize, int kUnits>
 __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
-                                            uint32_t slots, uint32_t first, uint32_t stride) {
+                                            uint32_t slots, uint32_t first, uint32_t stride, uint4 (&mine)[kUnits],
+                                            bool held) {
   const PushArguments<kWorldSize>& arguments = all.in_band;
   const uint32_t units = all.norm.units;
 #pragma unroll 1
   for (uint32_t row = first; row < all.norm.rows; row += stride) {
-    uint4 mine[kUnits];
-    load_row(arguments.input, row * units, sink.rows(), mine);
+    if (!held) load_row(arguments.input, row * units, sink.rows(), mine);
+    held = false;
     sink.prepare(row);
     Unit<T> sums[kUnits];
     const PushedRow<kWorldSize> theirs{arguments, slots + row * units};
@@ -70,7 +72,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     push(row);
   }
   advance_epoch(arguments, epoch);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, group, groups);
+  const bool is_only_row = group + groups >= all.norm.rows;
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, group, groups, mine, is_only_row);
 }
 
 template <typename T, int kWorldSize, int kUnits>
@@ -90,7 +93,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
+  uint4 mine[kUnits];
+  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers, mine, false);
 }
 
 // More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for as

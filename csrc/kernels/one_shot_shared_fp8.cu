@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   const uint32_t stride = call.workers();
   uint4 sent = {0u, 0u, 0u, 0u};  // of the first packet: most calls have one to a warp
   for (uint32_t tile = first; tile < total_vectors; tile += stride) {
-    const uint4 mine = packets.encoded(tile / kPacketVectors);
+    const uint4 mine = encoded_own(packets, tile / kPacketVectors);
     call.store(tile + warp_thread(), mine);
     if (tile == first) sent = mine;
   }
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 
   for (uint32_t tile = first; tile < total_vectors; tile += stride) {
     if (is_large && !call.wait_for_tile(LAR_PHASE_GATHER, tile)) return call.leave_clears();
-    const uint4 mine = tile == first ? sent : packets.encoded(tile / kPacketVectors);
+    const uint4 mine = tile == first ? sent : encoded_own(packets, tile / kPacketVectors);
     const auto from = [&](int rank) { return call.vector(rank, tile + warp_thread()); };
     if (!store_sum<T, kWorldSize, false>(arguments, packets, tile / kPacketVectors, mine, from)) {
       if (is_large) call.leave_clears();

@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     for (int step = 1; step < world_size; ++step) {
       const uint32_t packet = packet_of<kWorldSize>(arguments, step, tile);
       if (packet < packets.number())
-        store_in_band(arguments.to[step], slots + tile + warp_thread(), packets.encoded(packet));
+        store_in_band(arguments.to[step], slots + tile + warp_thread(), encoded_own(packets, packet));
     }
   }
   advance_epoch(arguments, epoch);
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       for (int step = 1; step < world_size; ++step) {
         const uint32_t packet = packet_of<kWorldSize>(arguments, step, tile);
         if (packet >= packets.number()) continue;
-        sender.fill(packets.encoded(packet));
+        sender.fill(encoded_own(packets, packet));
         sender.send(arguments.to[step], slots + tile, kTileVectors);
         sender.close();
       }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
     for (int step = 1; step < world_size; ++step)
       if (packet(step, tile) < packets.number())
-        store_in_band(arguments.to[step], slots + tile + warp_thread(), packets.encoded(packet(step, tile)));
+        store_in_band(arguments.to[step], slots + tile + warp_thread(), encoded_own(packets, packet(step, tile)));
   call.count_call(part);
   if (call.is_releaser()) return call.settle_clears();
 

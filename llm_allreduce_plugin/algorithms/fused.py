@@ -125,18 +125,20 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     own = math.ceil(rows.rows / parts)  # of the rank that has most
     capacity = _slot_bytes(facts, launch.algorithm) // rows.bytes
     in_a_round = math.ceil(own / math.ceil(own / capacity))  # alike, so that no rank has more to do in the last
-    cluster = _cluster(facts, rows, in_a_round, shape)
+    wide = _is_wide(facts, rows, launch, shape)
+    cluster = _cluster(facts, rows, in_a_round, shape, wide=wide)
+    wide &= cluster == 1
     spread = Launch(
         launch.algorithm,
         launch.exchange,
         lanes=min(in_a_round * cluster, facts.lanes // cluster * cluster),
-        threads=_threads(math.ceil(rows.vectors / cluster), shape),
+        threads=_whole_warps(rows.vectors) if wide else _threads(math.ceil(rows.vectors / cluster), shape),
         chunk_vectors=in_a_round * rows.vectors,
         rounds=math.ceil(rows.rows / (in_a_round * parts)),
         epilogue=Epilogue.RMS_NORM,
         cluster=cluster,
     )
-    return spread if cluster > 1 else _split(facts, rows, spread, shape)
+    return spread if cluster > 1 or wide else _split(facts, rows, spread, shape)
 
 
 def _slot_bytes(facts: GroupFacts, algorithm: Algorithm) -> int:
@@ -158,17 +160,34 @@ def _block_vectors(shape: RowShape) -> int:
     return shape.most_threads * max(shape.vectors)
 
 
-def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape) -> int:
+def _is_wide(facts: GroupFacts, rows: Rows, launch: Launch, shape: RowShape) -> bool:
+    """Whether one block takes a row at a vector to a thread, with more threads than other kernels have.
+
+    Measured where clusters are an alternative, and only there.
+    """
+    return (
+        facts.world_size == PAIR
+        and launch.algorithm is Algorithm.ONE_SHOT
+        and shape.most_threads < rows.vectors <= shape.wide_threads
+        and rows.rows <= facts.lanes * shape.most_wide_rows // measured.LARGEST_GRID
+        and _has_clusters(facts, shape)
+    )
+
+
+def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape, *, wide: bool) -> int:
     """Blocks that share a row: as many as find work where there are few rows, or as hold it.
 
-    ``in_a_round``: rows that a rank takes at once.
+    ``in_a_round``: rows that a rank takes at once. ``wide``: one wide block would hold a row.
     """
     if _has_clusters(facts, shape):
         is_short = rows.vectors <= shape.most_threads
         for sharing in shape.sharing:
-            most = min(facts.lanes, sharing.most_lanes_of_short if is_short else sharing.most_lanes)
+            of_long = sharing.most_lanes_of_wide if wide else sharing.most_lanes
+            most = min(facts.lanes, sharing.most_lanes_of_short if is_short else of_long)
             if rows.vectors >= sharing.least_vectors * sharing.blocks and in_a_round * sharing.blocks <= most:
                 return sharing.blocks
+    if wide:
+        return 1
     return 1 << (math.ceil(rows.vectors / _block_vectors(shape)) - 1).bit_length()
 
 

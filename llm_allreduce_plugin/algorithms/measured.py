@@ -149,12 +149,14 @@ class Sharing:
         least_vectors: of a row that each has, where it is worth it.
         most_lanes: of all rows together.
         most_lanes_of_short: the same where one block would hold a row at a vector to a thread.
+        most_lanes_of_wide: the same where a wide block would.
     """
 
     blocks: int
     least_vectors: int
     most_lanes: int
     most_lanes_of_short: int = 0
+    most_lanes_of_wide: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +171,16 @@ class RowShape:
         vectors: of a row that a thread may have, fewest first.
         sharing: clusters that are worth it, the first that fits; empty: there are none.
         split_bytes: the smallest message whose lanes have one task each, as in FUSED_SPLITS.
+        wide_threads: of a block that holds a row of one-shot's over two ranks at a vector to a thread; 0: no such.
+        most_wide_rows: for which wide blocks are worth it, of a grid of LARGEST_GRID: one to a multiprocessor.
     """
 
     most_threads: int
     vectors: tuple[int, ...]
     sharing: tuple[Sharing, ...] = ()
     split_bytes: int | None = None
+    wide_threads: int = 0
+    most_wide_rows: int = 0
 
 
 # All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
@@ -183,8 +189,10 @@ ROW_SHAPES = {
     "PUSH": RowShape(
         512,
         (1, 2),
-        (Sharing(8, 128, 32), Sharing(4, 128, 256, most_lanes_of_short=64), Sharing(2, 256, 264)),
+        (Sharing(8, 128, 32, 0, 32), Sharing(4, 128, 256, 64, 64), Sharing(2, 256, 264, 0, 64)),
         split_bytes=2 * MIB,
+        wide_threads=1024,
+        most_wide_rows=132,
     ),
     "SHARED": RowShape(256, (1, 2, 4)),
 }

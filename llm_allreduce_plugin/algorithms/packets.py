@@ -14,7 +14,6 @@ from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.wire import PACKETS
 
 WARP_THREADS = 32
-BLOCK_WARPS = (1, 2, 4, 8, 16)
 
 
 def packets_of(count: int, wire_format: WireFormat, parts: int) -> int:
@@ -47,7 +46,7 @@ def spread_packets(
     rounds = math.ceil(packets / (slot_bytes // bytes_of_packet))
     chunk = math.ceil(packets / rounds)
     most = (MAX_THREADS if exchange is Exchange.PUSH else MAX_FLAGGED_THREADS) // WARP_THREADS
-    warps = next((warps for warps in BLOCK_WARPS if warps * few >= chunk or warps == most), most)
+    warps = min(most, math.ceil(chunk / few))
     return Launch(
         algorithm,
         exchange,

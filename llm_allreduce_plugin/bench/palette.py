@@ -19,6 +19,7 @@ _COLORS = {
     "fused": EXACT,
     "then-norm": "#56B4E9",
     "minlatency-unfused": "#56B4E9",
+    "auto-unfused": "#56B4E9",
     "lowprecision": "#E69F00",
     "fp8": "#E69F00",
     "tq3": "#D55E00",

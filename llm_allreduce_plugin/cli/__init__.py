@@ -10,7 +10,19 @@ from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.base import processes
 
 try:
-    from llm_allreduce_plugin.cli import accuracy, bench, breakeven, check, explain, plot, topo, tune
+    from llm_allreduce_plugin.cli import (
+        accuracy,
+        bench,
+        breakeven,
+        check,
+        demo,
+        explain,
+        options,
+        plot,
+        report,
+        topo,
+        tune,
+    )
 except ImportError as error:
     # What `check` would say, but for that it needs the library itself.
     message = (
@@ -44,14 +56,19 @@ def _root(
 
 
 # In the order in which a newcomer needs them.
-app.command(name="check", epilog=check.EPILOG)(check.check)
-app.command(name="topo", epilog=topo.EPILOG)(topo.topo)
-app.command(name="explain", epilog=explain.EPILOG)(explain.explain)
-app.command(name="bench", epilog=bench.EPILOG)(bench.bench)
-app.command(name="tune", epilog=tune.EPILOG)(tune.tune)
-app.command(name="accuracy", epilog=accuracy.EPILOG)(accuracy.accuracy)
-app.command(name="breakeven", epilog=breakeven.EPILOG)(breakeven.breakeven)
-app.command(name="plot", epilog=plot.EPILOG)(plot.plot)
+for _name, _module in (
+    ("check", check),
+    ("demo", demo),
+    ("topo", topo),
+    ("explain", explain),
+    ("report", report),
+    ("bench", bench),
+    ("tune", tune),
+    ("accuracy", accuracy),
+    ("breakeven", breakeven),
+    ("plot", plot),
+):
+    app.command(name=_name, epilog=_module.EPILOG)(options.brief(getattr(_module, _name)))
 
 
 def main() -> None:

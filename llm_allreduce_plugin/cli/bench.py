@@ -77,12 +77,16 @@ def _chosen(with_: list[str] | None, norm: Norm | None, device_type: str) -> tup
 
 def bench(
     *,
-    minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
-    maxbytes: Annotated[str, typer.Option("--maxbytes", "-e", help="Largest message.")] = "64M",
+    minbytes: Annotated[
+        str, typer.Option("--minbytes", "-b", metavar="SIZE", help="Smallest message, in bytes per rank.")
+    ] = "1K",
+    maxbytes: Annotated[str, typer.Option("--maxbytes", "-e", metavar="SIZE", help="Largest message.")] = "64M",
     stepfactor: Annotated[
         int, typer.Option("--stepfactor", "-f", min=2, max=options.MOST_IN_A_ROW, help="Factor between sizes.")
     ] = 2,
-    stepbytes: Annotated[str | None, typer.Option("--stepbytes", "-i", help="Fixed step between sizes.")] = None,
+    stepbytes: Annotated[
+        str | None, typer.Option("--stepbytes", "-i", metavar="SIZE", help="Fixed step between sizes.")
+    ] = None,
     between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
     ngpus: Annotated[
         int | None,

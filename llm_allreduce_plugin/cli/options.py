@@ -8,10 +8,13 @@ into which the numbers go with the environment they were measured in.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar, get_args, get_type_hints
 
 import typer
+from typer.models import OptionInfo
 
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
@@ -146,5 +149,28 @@ def _may_be_topology(entry: Path) -> bool:
 
 
 def epilog(*lines: str) -> str:
-    """Examples under a command's help, a paragraph each, because typer joins single lines."""
-    return "\n\n".join(["Examples:", *lines])
+    """Examples under a command's help, in a list, because typer joins single lines."""
+    return "\n".join(["Examples:", "", *(f"- {line}" for line in lines)])
+
+
+_Command = TypeVar("_Command", bound=Callable[..., None])
+
+
+def brief(command: _Command) -> _Command:
+    """Let the help of ``command`` fit a screen: defaults in the line of their option; ranges are told by errors."""
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        for info in getattr(hint, "__metadata__", ()):
+            if isinstance(info, OptionInfo):
+                _shorten(info, get_args(hint)[0], parameter.default)
+    command.__annotations__ = hints
+    return command
+
+
+def _shorten(option: OptionInfo, kind: object, default: object) -> None:
+    if option.metavar is None and kind is not bool:
+        option.metavar = "N" if int in (kind, *get_args(kind)) else "WORD"
+    if option.show_default and option.help and default not in (None, False, ""):
+        option.help = f"{option.help.removesuffix('.')}; default: {default}."
+    option.show_default = False

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,7 @@ _PATTERN = "rank-*.json"
 _Word = Annotated[str, Field(max_length=64)]
 _Name = Annotated[str, Field(max_length=160, pattern=r"^[A-Za-z0-9._+-]*$")]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Text = Annotated[str, Field(max_length=4096)]  # for people
 
 
 class FallbackCalls(BaseModel):
@@ -45,7 +46,7 @@ class FallbackCalls(BaseModel):
 
     requested: _Word
     strategy: _Word
-    reason: str = Field(max_length=4096)
+    reason: Text
     calls: _Count
 
 
@@ -76,6 +77,9 @@ class Report(BaseModel):
     def total(self) -> int:
         """Calls of both kinds."""
         return sum(self.calls.values()) + sum(self.captured.values())
+
+
+_Report = TypeVar("_Report", bound=Report)
 
 
 # -- whose it is -------------------------------------------------------------------------------------------------------
@@ -148,9 +152,18 @@ def read(path: Path) -> Report:
     Raises:
         UnreadableFileError: it cannot be read or is no report, or another's than its name says.
     """
+    return read_as(Report, path)
+
+
+def read_as(model: type[_Report], path: Path) -> _Report:
+    """The same, with what else ``model`` takes from it.
+
+    Raises:
+        UnreadableFileError: it cannot be read or is no report, or another's than its name says.
+    """
     document = read_json(path, MOST_BYTES)
     try:
-        report = Report.model_validate(document)
+        report = model.model_validate(document)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, fault["loc"])) or "document"
@@ -158,6 +171,15 @@ def read(path: Path) -> Report:
     if path.name != file_name(report.rank, report.group):
         raise UnreadableFileError(path, "holds the report of another rank or group than its name says")
     return report
+
+
+def found_in(folder: Path) -> list[tuple[float, Path]]:
+    """Files that may be reports, with their times, the youngest first; as many as are ever read.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    return _youngest_first(folder)[:MOST_READ]
 
 
 def _youngest_first(folder: Path) -> list[tuple[float, Path]]:
@@ -177,7 +199,7 @@ def of_this_server(folder: Path, since: float) -> Iterator[Report]:
     """
     server = os.environ.get(SERVER_VARIABLE, "")
     try:
-        found = _youngest_first(folder)[:MOST_READ]
+        found = found_in(folder)
     except OSError:
         return
     for modified, path in found:

@@ -12,6 +12,7 @@ packages before they load any plugin; and only where ``SGLANG_USE_CPU_ENGINE=1``
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,11 @@ _NEVER_CALLED = "sgl_kernel"  # has functions that compute; the others have what
 
 # ``triton.runtime.driver.active``, which raises in Triton, too, where there is no GPU. Who asks for it is prepared.
 _NO_DRIVER = "active"
+
+# With torch's CUDA build, SGLang finds an NCCL library and opens it for CPU ranks, too, which fails for want of a GPU.
+# Where there is no such file, it does without. SGLang writes the name into its log.
+_NCCL_VARIABLE = "SGLANG_NCCL_SO_PATH"
+_NO_NCCL = "no-nccl-on-cpu-ranks.so"
 
 
 class Name:
@@ -114,6 +120,7 @@ class EmptyPackages(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Make the packages importable. Idempotent."""
+    """Make the packages importable, and keep NCCL from CPU ranks. Idempotent."""
+    os.environ.setdefault(_NCCL_VARIABLE, _NO_NCCL)
     if not any(isinstance(finder, EmptyPackages) for finder in sys.meta_path):
         sys.meta_path.append(EmptyPackages())  # behind those that find installed packages

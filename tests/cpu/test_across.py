@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.marks import slow
+
 SCRIPT = "NCCL_HOSTID=host-{hosts} exec {python} -m llm_allreduce_plugin check --torchrun --json"
 
 
@@ -31,7 +33,7 @@ def check(ranks: int, hosts: str) -> tuple[int, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("hosts", "expected"),
     [
-        ("one", [("hosts", "OK", "4 ranks on 1 host (4)"), ("sums", "OK", "4 ranks summed to the bit")]),
+        slow("one", [("hosts", "OK", "4 ranks on 1 host (4)"), ("sums", "OK", "4 ranks summed to the bit")]),
         (
             "$((RANK / 2))",
             [

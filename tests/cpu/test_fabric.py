@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,6 +32,7 @@ from tests.support.fabric_ranks import fabric_of, placed
 from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
 from tests.support.forked import forked, wait_until
 from tests.support.hosts import telling_inputs
+from tests.support.marks import slow
 
 DOMAINS = Path(__file__).parents[2] / "configs" / "topologies" / "domains"
 RANKS = 3
@@ -181,9 +183,12 @@ def test_an_error_of_any_call_on_any_rank_stops_all_alike() -> None:
         assert [left for *_, left in of_ranks] == [0] * RANKS, (scenario, of_ranks)
 
 
-def test_a_call_that_never_returns_stops_all_alike_at_the_deadline() -> None:
+# Each takes until its deadline: every third of them, at each rank in turn, and with the slow tests the others.
+@pytest.mark.parametrize("places", (range(0, len(CALLS), 3), slow([at for at in range(len(CALLS)) if at % 3])), ids=len)
+def test_a_call_that_never_returns_stops_all_alike_at_the_deadline(places: Sequence[int]) -> None:
     scenarios = [
-        Scenario(rank=number % RANKS, call=call, count=count, hangs=True) for number, (call, count) in enumerate(CALLS)
+        Scenario(rank=number % RANKS, call=CALLS[place][0], count=CALLS[place][1], hangs=True)
+        for number, place in enumerate(places)
     ]
     for scenario, of_ranks in zip(scenarios, verdicts(scenarios, WAIT_S), strict=True):
         faults = {fault for fault, *_ in of_ranks}

@@ -21,6 +21,7 @@ from tests.conftest import PoolFor
 from tests.support.checks import poisoned_outputs
 from tests.support.forked import forked, left_in_shm, open_files, own_mappings
 from tests.support.hosts import TWO_OF_TWO, communicator, on_host, set_piece_bytes, sum_of_host, telling_inputs
+from tests.support.marks import slow
 from tests.support.reference import (
     DTYPES,
     assert_same_bits,
@@ -31,7 +32,7 @@ from tests.support.reference import (
     special_inputs,
 )
 
-LAYOUTS = (TWO_OF_TWO, (0, 0, 1, 1, 2, 2), (0, 1), (0, 1, 0, 1), (0, 1, 2))
+LAYOUTS = (TWO_OF_TWO, slow((0, 0, 1, 1, 2, 2)), (0, 1), (0, 1, 0, 1), (0, 1, 2))
 SIZES = (0, 1, 7, 8, 9, 17, 1023, 70_001, 1_100_003)
 STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from llm_allreduce_plugin.measure import record as bench_record
+from tests.support.marks import slow
 
 ATTACKS = int(os.environ.get("ALLREDUCE_TEST_ATTACKS", "1"))  # of each kind on each command
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "l40s_x8_two_numa.json"
@@ -125,18 +126,16 @@ def start(tmp_path: Path) -> Iterator[Callable[[list[str]], Started]]:
 
 
 TOLD, KILLED = (signal.SIGTERM, signal.SIGINT), (signal.SIGKILL,)
-# Of commands without ranks, explain is killed for all: it writes a file, too.
+# Of commands without ranks, explain is ended for all: it writes a file, too.
 LIKE_EXPLAIN = {"topo", "accuracy", "plot"}
 
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
     [
-        *(pytest.param(name, TOLD, id=f"{name}, told to end") for name in COMMANDS),
-        *(
-            pytest.param(name, KILLED, id=f"{name}, killed", marks=[pytest.mark.slow] if name in LIKE_EXPLAIN else [])
-            for name in COMMANDS
-        ),
+        pytest.param(name, numbers, id=f"{name}, {how}", marks=[pytest.mark.slow] if name in LIKE_EXPLAIN else [])
+        for how, numbers in (("told to end", TOLD), ("killed", KILLED))
+        for name in COMMANDS
     ],
 )
 def test_ended_at_a_random_moment(
@@ -181,8 +180,15 @@ def test_ctrl_c_of_a_terminal(start: Callable[[list[str]], Started]) -> None:
         command.check_nothing_is_left("Ctrl-C")
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGKILL), ids=lambda number: number.name)
-@pytest.mark.parametrize("name", ("check", "bench"))
+@pytest.mark.parametrize(
+    ("name", "number"),
+    (
+        ("bench", signal.SIGTERM),
+        ("check", signal.SIGKILL),
+        slow("bench", signal.SIGKILL),
+        slow("check", signal.SIGTERM),
+    ),
+)
 def test_ranks_that_are_stuck_end_with_their_command(
     name: str, number: signal.Signals, start: Callable[[list[str]], Started]
 ) -> None:
@@ -231,7 +237,7 @@ def test_a_rank_that_is_killed_is_what_check_finds(start: Callable[[list[str]], 
     command.check_nothing_is_left(output)
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM), ids=lambda number: number.name)
+@pytest.mark.parametrize("number", (signal.SIGINT, slow(signal.SIGTERM)), ids=lambda number: number.name)
 def test_what_was_measured_is_kept(number: signal.Signals, start: Callable[[list[str]], Started]) -> None:
     command = start(LONG_COMMANDS["bench"])
     assert command.process.stdout is not None

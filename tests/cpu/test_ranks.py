@@ -19,6 +19,7 @@ from llm_allreduce_plugin.measure.ranks import (
     RankPool,
     in_a_line,
 )
+from tests.support.marks import slow
 
 
 def _behave(context: RankContext, behaviours: dict[int, str]) -> int:
@@ -59,7 +60,7 @@ def _all_ended(pool: RankPool) -> bool:
         ({1: "killed", 0: "hangs"}, RankEndedError, "rank 1 was killed by SIGKILL"),
         ({2: "exits"}, RankEndedError, "rank 2 ended with exit code 7"),
         ({0: "hangs", 2: "hangs"}, TimeoutError, "ranks 0, 2 gave no answer within 2 s"),
-        ({1: "raises", 2: "raises"}, RankFailedError, "rank 1: ValueError: bad 1"),
+        slow({1: "raises", 2: "raises"}, RankFailedError, "rank 1: ValueError: bad 1"),
         ({1: "raises", 2: "hangs"}, RankFailedError, "rank 1: ValueError: bad 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """Real SGLang on CPU ranks: servers at tensor parallel 2, what a user sees when one goes wrong, SGLang's own layers.
 
-``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions.
+``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions;
+those that it made with ``--whole`` can be served with, too.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any
 import pytest
 import yaml
 
-from scripts import serve_demo
+from llm_allreduce_plugin.demo import serve as serve_demo
+from tests.support.marks import slow
 
 pytestmark = [
     pytest.mark.engine,
@@ -95,7 +97,7 @@ def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [INSTALLED, *(slow(package) for package in PACKAGES if package != INSTALLED)])
 def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone."""
     variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
@@ -110,7 +112,8 @@ def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
 
 
-def test_plugin_not_named_leaves_sglang_alone() -> None:
+@pytest.mark.parametrize(("named", "hooked"), [("another", False), slow("another,llm_allreduce", True)])
+def test_plugin_not_named_leaves_sglang_alone(named: str, hooked: bool) -> None:
     script = """
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -119,16 +122,15 @@ from sglang.srt.server_args import ServerArgs
 found = (GroupCoordinator.__init__, GroupCoordinator.all_reduce, ServerArgs.add_cli_args)
 print([hasattr(function, "__wrapped__") for function in found])
 """
-    for named, hooked in (("another", False), ("another,llm_allreduce", True)):
-        result = subprocess.run(
-            [sys.executable, "-c", script],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert result.stdout.splitlines()[-1] == str([hooked] * 3)
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines()[-1] == str([hooked] * 3)
 
 
 # -- servers -----------------------------------------------------------------------------------------------------------
@@ -192,12 +194,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @functools.cache
 def expected(model: Path) -> dict[str, list[int]]:
     """What Hugging Face generates from the same weights."""
-    found = {}
-    for prompt in PROMPTS:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(serve_demo, "PROMPT", prompt)
-            found[prompt] = serve_demo.reference_tokens(model)
-    return found
+    return {prompt: serve_demo.reference_tokens(model, prompt) for prompt in PROMPTS}
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:
@@ -217,10 +214,10 @@ def same_tokens(server: Server, model: Path) -> None:
     assert answers == expected(model)
 
 
-def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
-    """ONESHOT by flags and TWOSHOT by --config, next to each other; then SGLang's own: all give Hugging Face's tokens.
+def test_two_servers_at_once(model: Path, tmp_path: Path) -> None:
+    """ONESHOT by flags and TWOSHOT by --config, next to each other: both give Hugging Face's tokens.
 
-    In between, a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
+    Then a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
     that names the rank.
     """
     config = tmp_path / "serve.yaml"
@@ -257,13 +254,42 @@ def test_two_servers_at_once_then_stock(model: Path, tmp_path: Path) -> None:
         stop_a_rank(first)
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
 
-    # The same folders again, with stock behaviour.
+
+# What is left alone in vLLM's groups and in SGLang's processes is tested without servers, too.
+@pytest.mark.slow
+def test_a_stock_server(model: Path, tmp_path: Path) -> None:
     variables = {"LLM_ALLREDUCE_STRATEGY": "NCCL", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports-stock")}
     with serving(model, tmp_path / "one", **variables) as server:
         same_tokens(server, model)
         assert "SGLang's own all-reduce is left in place: allreduce_strategy is NCCL" in server.log
         assert [report["calls"] for report in reports(tmp_path / "reports-stock")] == [{}, {}]
         assert "layer boundaries fused" not in server.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES[1:], ids=lambda package: Path(package).name)
+@pytest.mark.parametrize("strategy", ["ONESHOT", "TWOSHOT", "NCCL"])
+def test_a_server_of_another_version(package: str, strategy: str, model: Path, tmp_path: Path) -> None:
+    """The same hooks in a whole server: every all-reduce of the group, and Hugging Face's tokens."""
+    if not (Path(package) / "transformers").is_dir():
+        pytest.skip(f"{package} is without its transformers: scripts/unpack_engine.sh --whole sglang FOLDER VERSION")
+    expected(model)  # by the transformers that are installed
+    path = os.pathsep.join(filter(None, [str(Path(package).resolve()), os.environ.get("PYTHONPATH", "")]))
+    variables = {"PYTHONPATH": path, "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
+    with serving(model, tmp_path / "server", "--allreduce-strategy", strategy, **variables) as server:
+        same_tokens(server, model)
+        version = serve_demo.http(f"http://127.0.0.1:{server.port}/get_server_info")["version"]
+        assert version == Path(package).name
+        time.sleep(1.5)  # ranks write their reports some times a second
+        found = reports(tmp_path / "reports")
+        assert [report["rank"] for report in found] == [0, 1]
+        for report in found:
+            if strategy == "NCCL":
+                assert report["calls"] == {}
+            else:
+                check_report(report, strategy)
+        fused = f"all-reduce fusion: {FUSED} layer boundaries fused ({FUSED} with RMSNorm)" in server.log
+        assert fused == (strategy != "NCCL")
 
 
 def log_has(server: Server, pattern: str, patience: float) -> bool:
@@ -324,12 +350,12 @@ def stop_a_rank(server: Server) -> None:
             {},
             "argument --allreduce-strategy: 'FASTEST': must be one of AUTO, NCCL",
         ),
-        (
+        slow(
             (),
             {"LLM_ALLREDUCE_TIMEOUT_S": "-1"},
             "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0",
         ),
-        (
+        slow(
             ("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}'),
             {},
             "SGLang json_model_override_args: timeout=3: unknown key",

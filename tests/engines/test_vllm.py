@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,12 +18,13 @@ import pytest
 from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.topology import NodeIdentity
 from tests.support.forked import left_in_shm
+from tests.support.marks import slow
 from tests.support.profiles import entry
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-DEMO = [sys.executable, str(ROOT / "scripts" / "serve_demo.py")]
+DEMO = [sys.executable, "-m", "llm_allreduce_plugin", "demo"]
 CPU = {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -204,45 +204,43 @@ def marked() -> Iterator[tuple[dict[str, str], str]]:
     assert left_in_shm() == []
 
 
-def test_demo_gives_the_same_tokens_with_every_strategy(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
+def counted(output: str, what: str, calls: int) -> None:
+    """At the metrics endpoint, by rank."""
+    for rank in (0, 1):
+        labels = rf'group="dp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="{what}"'
+        assert re.search(rf"/metrics: llm_allreduce_calls_total\{{{labels}\}} {calls}\b", output), output
+
+
+# A server each. Reports are what the compiled model's metrics come from, too; groups with NCCL are tested above.
+@pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", slow("NCCL")))
+def test_demo_gives_the_same_tokens_with_every_strategy(
+    marked: tuple[dict[str, str], str], tmp_path: Path, strategy: str
+) -> None:
     """The demo itself compares with Hugging Face and checks what the workers ran; it fails otherwise.
 
-    What ran shows at vLLM's metrics endpoint: read from reports with ONESHOT, counted by the ranks in Prometheus'
-    multi-process mode with TWOSHOT. And at the end in the log.
+    So all strategies give the same tokens. What ran shows at vLLM's metrics endpoint: read from reports with ONESHOT,
+    counted by the ranks in Prometheus' multi-process mode with TWOSHOT. And at the end in the log.
     """
     environment, _ = marked
-    tokens = {}
     (tmp_path / "prometheus").mkdir()
     own = {"TWOSHOT": {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus")}}
-
-    def demo(strategy: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*DEMO, strategy.lower(), "--tokens", str(tmp_path / f"{strategy}.json")],
-            capture_output=True,
-            text=True,
-            timeout=400,
-            env=environment | own.get(strategy, {}),
-        )
-
-    strategies = ("ONESHOT", "TWOSHOT", "NCCL")
-    with ThreadPoolExecutor(2) as two_at_a_time:  # most of a start is imports, one process after the other
-        results = dict(zip(strategies, two_at_a_time.map(demo, strategies), strict=True))
-    for strategy, result in results.items():
-        assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-        assert "Hugging Face generates the same tokens from the same weights" in result.stdout
-        if strategy != "NCCL":
-            assert f"rank 1 reports: {strategy} 216 calls" in result.stdout
-            for rank in (0, 1):
-                labels = rf'group="dp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="{strategy}"'
-                assert re.search(rf"/metrics: llm_allreduce_calls_total\{{{labels}\}} 216\b", result.stdout), (
-                    result.stdout
-                )
-            assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in result.stdout
-        else:
-            assert "vLLM's own all-reduce is left in place" in result.stdout
-        tokens[strategy] = json.loads((tmp_path / f"{strategy}.json").read_text())
-    assert len(tokens["NCCL"]) == 24
-    assert tokens["NCCL"] == tokens["ONESHOT"] == tokens["TWOSHOT"]
+    tokens = tmp_path / "tokens.json"
+    result = subprocess.run(
+        [*DEMO, strategy.lower(), "--tokens", str(tokens)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=environment | own.get(strategy, {}),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert "Hugging Face generates the same tokens from the same weights" in result.stdout
+    if strategy != "NCCL":
+        assert f"rank 1 reports: {strategy} 216 calls" in result.stdout
+        counted(result.stdout, strategy, 216)
+        assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in result.stdout
+    else:
+        assert "vLLM's own all-reduce is left in place" in result.stdout
+    assert len(json.loads(tokens.read_text())) == 24
 
 
 def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, str], str]) -> None:
@@ -257,6 +255,7 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     # 24 tokens and the run that compiles, each with 9 sums; norms of fp32 have a kernel of their own.
     for rank in (0, 1):
         assert f"rank {rank} reports: ONESHOT, then norm 225 calls" in result.stdout
+    counted(result.stdout, "ONESHOT, then norm", 225)
 
 
 def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:
@@ -312,7 +311,7 @@ import os, signal, sys, time
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from scripts.serve_demo import make_model
+from llm_allreduce_plugin.demo.model import make_model
 from vllm import LLM, SamplingParams
 
 def pid_of(worker):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from scripts import serve_demo
+from llm_allreduce_plugin.demo import serve as serve_demo
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -42,6 +42,8 @@ def written(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
+# Four workers take two minutes. What they share is tested without them: tests/unit/test_reports.py, test_tally.py.
+@pytest.mark.slow
 def test_data_parallel_groups_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``vllm serve -tp 2 --data-parallel-size 2``: four workers, of which two are rank 0."""
     monkeypatch.setenv("DEMO_DEVICE", "cpu")

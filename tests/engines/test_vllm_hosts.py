@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import serve_demo
-from scripts.demo_engines import ENGINES
-from scripts.demo_server import end_of, free_port, server, wait_for_health
+from llm_allreduce_plugin.demo.engines import ENGINES
+from llm_allreduce_plugin.demo.model import NEW_TOKENS, PROMPT, make_model, reference_tokens
+from llm_allreduce_plugin.demo.serve import read_reports
+from llm_allreduce_plugin.demo.server import end_of, free_port, server, wait_for_health
 from tests.support.forked import left_in_shm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -22,7 +23,7 @@ HOSTS = 2
 def test_two_nodes_serve_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEMO_DEVICE", "cpu")
     model, engine = tmp_path / "model", ENGINES["vllm"]
-    serve_demo.make_model(model)
+    make_model(model)
     meeting = free_port()
     url = ""
     logs, pids = [], []
@@ -41,17 +42,17 @@ def test_two_nodes_serve_the_same_tokens(tmp_path: Path, monkeypatch: pytest.Mon
             process = nodes.enter_context(server(command, environment, log))
             logs.append(log)
             pids.append(process.pid)
-        expected = serve_demo.reference_tokens(model)
+        expected = reference_tokens(model)
         wait_for_health(process, f"{url}/health", log)
-        _, tokens = engine.ask(url, serve_demo.PROMPT, serve_demo.NEW_TOKENS)
+        _, tokens = engine.ask(url, PROMPT, NEW_TOKENS)
         time.sleep(1.5)  # the workers write their reports some times a second
-        reports = [serve_demo.read_reports(tmp_path / f"node{host}" / "report") for host in range(HOSTS)]
+        reports = [read_reports(tmp_path / f"node{host}" / "report") for host in range(HOSTS)]
     said = "\n".join(map(end_of, logs))
     assert tokens == expected, said
     assert [len(found) for found in reports] == [1, 1], "each node has a rank of its own"
     for (report,) in reports:
         assert set(report["calls"]) == {"TWOSHOT"}, report
-        assert report["calls"]["TWOSHOT"] > serve_demo.NEW_TOKENS, report
+        assert report["calls"]["TWOSHOT"] > NEW_TOKENS, report
     whole = "".join(log.read_text(errors="replace") for log in logs)
     assert "shm memory inside each of 2 hosts, a network between them" in whole, said
     assert left_in_shm([*pids, os.getpid()]) == []

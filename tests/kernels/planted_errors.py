@@ -26,6 +26,7 @@ FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 UNSPLIT = {"unsplit": Algorithm.TWO_SHOT, "threads": 32, "workspace_mib": 0.5, "low_precision": True}
 ONE_STEP = {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.5, "low_precision": True}
 LARGE_HOST = {"large host": True}
+PAIRS = {"pairs": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
@@ -256,6 +257,19 @@ MUTATIONS: dict[str, Mutation] = {
         "Fp8Message<T>::add(mine, to); }}",
         ONE_STEP,
     ),
+    "a thread takes what it sent last for its next term": (
+        "kernels/one_shot_push.cu",
+        "    for (int j = 0; j + 1 < kBulkLead; ++j) sent[j] = sent[j + 1];\n",
+        "    for (int j = 0; j + 1 < kBulkLead; ++j) sent[j] = {} ? next : sent[j + 1];\n",
+        IN_BAND | {"threads": 32},
+    ),
+    "the last of a message's tiles is sent whole": (
+        "kernels/one_shot_push.cu",
+        "      sender.send(arguments.to[step], slots + ahead, min(kTileVectors, total_vectors - ahead));\n",
+        "      sender.send(arguments.to[step], slots + ahead,\n"
+        "                  {} ? kTileVectors : min(kTileVectors, total_vectors - ahead));\n",
+        IN_BAND | {"threads": 32},
+    ),
     "in one step, a warp takes what it sent last for its next term": (
         "kernels/one_shot_push_fp8.cu",
         "    for (int i = 0; i + 1 < kLead; ++i) sent[i] = sent[i + 1];\n",
@@ -267,6 +281,24 @@ MUTATIONS: dict[str, Mutation] = {
         "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  advance_epoch(arguments, epoch);\n",
         "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  if (!{}) advance_epoch(arguments, epoch);\n",
         ONE_STEP,
+    ),
+    "a pusher does not wait for its reducer": (
+        "kernels/one_shot_flags.cu",
+        "        if (chunk >= 2 && !lane_.wait_for_reduced(round(chunk - 2))) return;\n",
+        "        if (!{} && chunk >= 2 && !lane_.wait_for_reduced(round(chunk - 2))) return;\n",
+        PAIRS,
+    ),
+    "a pusher ends before its reducer": (
+        "kernels/one_shot_flags.cu",
+        "    if (!lane_.is_releaser() && !lane_.wait_for_reduced(round(chunks - 1))) return;\n",
+        "    if (!{} && !lane_.is_releaser() && !lane_.wait_for_reduced(round(chunks - 1))) return;\n",
+        PAIRS,
+    ),
+    "a reducer says that it has reduced before all of its threads have": (
+        "device/lane.cuh",
+        "    barrier_sync<kWorkerBarrier>(workers());\n    if (threadIdx.x == 0) store_release",
+        "    if (!{}) barrier_sync<kWorkerBarrier>(workers());\n    if (threadIdx.x == 0) store_release",
+        PAIRS,
     ),
     "large calls through host memory clear nothing": (
         "kernels/one_shot_shared.cu",

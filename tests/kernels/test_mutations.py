@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.kernels.planted_errors import (
     MANY,
     MUTATIONS,
     ONE_STEP,
+    PAIRS,
     REGISTRY,
     RING,
     ROWS,
@@ -64,15 +66,10 @@ def stress(seed: int, kind: dict[str, Any]) -> None:
         for world_size in WORLD_SIZES:
             compare_rows(mutated(), world_size)
         return
-    if "rows" in kind:
-        norm_rows(seed)
-        return
-    if "large host" in kind:
-        large_through_host_memory(seed)
-        return
-    if "hosts" in kind:
-        over_hosts(seed)
-        return
+    for name, stress_of_its_own in STRESSES.items():
+        if name in kind:
+            stress_of_its_own(seed)
+            return
     kind = dict(kind)
     ranks, compressed = kind.pop("ranks", 4), kind.pop("low_precision", "algorithm" in kind)
     machine = EmulatedGpus(seed, library=mutated())
@@ -111,6 +108,14 @@ def over_hosts(seed: int) -> None:
             compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
 
 
+def pairs_of_blocks(seed: int) -> None:
+    """Of one chunk and of several; there is room for one pair and a half."""
+    machine = EmulatedGpus(seed, blocks=3, library=mutated())
+    group = LocalGroup(2, machine=machine, in_band=False, pairs=True, lanes=4, threads=64, workspace_mib=0.05)
+    generator = random.Random(seed)
+    run_queued(group, [("ONESHOT", generator.choice((8, 1600, 4096, 8192))) for _ in range(8)], f"pairs, {seed=}")
+
+
 def large_through_host_memory(seed: int) -> None:
     """Four generations are used once more."""
     machine = EmulatedGpus(seed, library=mutated())
@@ -143,6 +148,12 @@ def start_without_the_last(group: LocalGroup) -> None:
     raise AssertionError(message)
 
 
+STRESSES: dict[str, Callable[[int], None]] = {
+    "rows": norm_rows,
+    "pairs": pairs_of_blocks,
+    "large host": large_through_host_memory,
+    "hosts": over_hosts,
+}
 KINDS = {
     "in band": IN_BAND,
     "split": SPLIT,
@@ -159,6 +170,7 @@ KINDS = {
     "fp8, one step": ONE_STEP,
     "fp8, one step, host": ONE_STEP | {"host": True},
     "large, host": LARGE_HOST,
+    "pairs": PAIRS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "host, five ranks": HOST | {"ranks": 5},
     "flagged, many ranks": FLAGGED | MANY,

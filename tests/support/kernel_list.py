@@ -11,7 +11,7 @@ from llm_allreduce_plugin import _C
 ALL_TYPES = ("bf16", "fp16", "fp32")
 SIXTEEN_BITS = ALL_TYPES[:2]
 TYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # lar_dtype
-FORMS = ("any", "short", "split", "wide")  # lar::Form
+FORMS = ("any", "short", "split", "wide", "bulk")  # lar::Form
 WIRES = {"raw": _C.WIRE_RAW, "fp8": _C.WIRE_FP8, "tq3": _C.WIRE_TQ3, "hadamard2": _C.WIRE_HADAMARD2}
 COMPRESSED = tuple(WIRES)[1:]
 ANY = 0  # in the place of a world size: one kernel serves them all
@@ -81,6 +81,7 @@ _PACKETS = {"wires": COMPRESSED, "types": SIXTEEN_BITS}
 ALL = (
     _in_band("one_shot_short_kernel", _C.ONE_SHOT, form="short"),
     _in_band("one_shot_push_kernel", _C.ONE_SHOT),
+    _in_band("one_shot_bulk_kernel", _C.ONE_SHOT, form="bulk"),
     _in_band("one_shot_split_kernel", _C.ONE_SHOT, form="split"),
     _in_band("two_shot_short_kernel", _C.TWO_SHOT, form="short"),
     _in_band("two_shot_push_kernel", _C.TWO_SHOT),
@@ -95,6 +96,7 @@ ALL = (
     Kernels("one_shot_shared_fp8_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("one_shot_flags_kernel", _C.ONE_SHOT, _C.FLAGS),
+    Kernels("one_shot_split_flags_kernel", _C.ONE_SHOT, _C.FLAGS, form="split"),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS, **_PACKETS),
     *(

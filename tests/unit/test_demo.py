@@ -1,15 +1,24 @@
-"""scripts/serve_demo.py: which strategy and engine its words name, and what the servers are started with."""
+"""llm-allreduce demo: which strategy and engine its words name, and what the servers are started with."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
 
-from scripts import serve_demo
-from scripts.demo_engines import ENGINES
-from scripts.demo_server import DemoError
+from llm_allreduce_plugin.demo import serve as serve_demo
+from llm_allreduce_plugin.demo import server as demo_server
+from llm_allreduce_plugin.demo.engines import ENGINES, SETTINGS
+from llm_allreduce_plugin.demo.server import DemoError
+from tests.support.forked import wait_until
 
 
 @pytest.mark.parametrize(
@@ -44,10 +53,10 @@ def test_other_words_are_refused(words: list[str], text: str) -> None:
 def test_the_strategy_is_written_into_the_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, device: str
 ) -> None:
-    monkeypatch.setattr("scripts.demo_engines.two_gpus", lambda: device == "gpu")
+    monkeypatch.setattr("llm_allreduce_plugin.demo.engines.two_gpus", lambda: device == "gpu")
     command, environment = serve_demo.server_setup("TWOSHOT", tmp_path, tmp_path / "model", 1234, engine=engine)
     settings = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
-    example = yaml.safe_load((serve_demo.ROOT / "configs" / engine / f"demo_{device}.yaml").read_text())
+    example = yaml.safe_load((SETTINGS / f"{engine}_{device}.yaml").read_text())
     ours = {"allreduce_strategy": "TWOSHOT", "report_dir": str(tmp_path / "report")}
     if engine == "vllm":
         assert settings.pop("additional-config")["allreduce"] == ours
@@ -76,3 +85,60 @@ def test_fewer_fused_boundaries_fail(capsys: pytest.CaptureFixture[str]) -> None
     for log in ("", "all-reduce fusion: 17 layer boundaries fused (17 with RMSNorm)"):
         with pytest.raises(DemoError, match="not all of the 7 layer boundaries were fused"):
             serve_demo.check_fusion(7, log)
+
+
+def test_an_engine_that_is_missing_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    assert serve_demo.demo(["sglang"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("[demo] FAILED: sglang is not installed in this Python environment (")
+    assert said.rstrip().endswith("pip install sglang")
+
+
+SLEEPER = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(1.5), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def _interrupted_twice(log: Path) -> None:
+    with serve_demo.server([sys.executable, "-c", SLEEPER], {}, log):
+        try:
+            wait_until(lambda: "ready" in log.read_text())
+            raise KeyboardInterrupt
+        finally:
+            again = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+            again.start()
+
+
+def test_a_second_ctrl_c_does_not_leave_the_server_behind(tmp_path: Path) -> None:
+    """The first one ends the demo, the second comes while its server winds down."""
+    stopped: list[subprocess.Popen[bytes]] = []
+    stop = demo_server.stop
+    with mock.patch.object(demo_server, "stop", lambda process: (stop(process), stopped.append(process))):
+        with pytest.raises(KeyboardInterrupt):
+            _interrupted_twice(tmp_path / "log")
+        time.sleep(0.6)  # the second has come
+    (process,) = stopped
+    assert process.returncode == 0, "it ended in order, not by a stronger signal"
+    assert not serve_demo.group_is_alive(process.pid)
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def test_a_start_says_what_it_waits_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_server, "PROGRESS_S", 0.2)
+    monkeypatch.setattr(demo_server, "STARTUP_LIMIT_S", 3.0)
+    log = tmp_path / "log"
+    url = f"http://127.0.0.1:{serve_demo.free_port()}/health"
+    with (
+        serve_demo.server([sys.executable, "-c", SLEEPER], {}, log) as process,
+        pytest.raises(DemoError, match="was not healthy within 3.0 s"),
+    ):
+        serve_demo.wait_for_health(process, url, log)
+    assert "s; its log: ready\n" in capsys.readouterr().out

@@ -20,12 +20,13 @@ from benchmarks import plots
 from llm_allreduce_plugin import AllReduceConfig, NodeTopology
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import LowPrecisionConfig, environment_table
+from llm_allreduce_plugin.runtime import reports
 from tests.support.pages import FURTHER_PAGES, PAGES, ROOT, Command, anchors, blocks, commands, links, name_of
 
 # Of the build and of the scripts, not settings.
 OTHER_VARIABLES = {"LLM_ALLREDUCE_CUDA_ARCHS", "LLM_ALLREDUCE_NVCC"}
 # These need no GPU and no ranks, and are done at once. Of the others, options and values are parsed.
-RUN = {"explain", "topo", "breakeven", "plot"}
+RUN = {"explain", "topo", "breakeven", "plot", "report"}
 NODE = ROOT / "configs" / "topologies" / "h200_x4_nvswitch.json"
 pages = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
@@ -169,6 +170,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "node.json").write_bytes(NODE.read_bytes())
     (tmp_path / "bench.json").write_bytes((ROOT / "benchmarks" / "h200" / "bench_tp4.json").read_bytes())
+    reports.write(tmp_path / "reports", {"rank": 0, "group": "tp0.ranks0-1.node-1-000000-0", "calls": {"ONESHOT": 1}})
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(NodeTopology, "detect", lambda: NodeTopology.from_json(NODE))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no profile of whoever runs the tests
@@ -221,10 +223,20 @@ def test_options_of_commands_exist(page: Path) -> None:
 @pytest.mark.parametrize("name", typer.main.get_command(app).commands)  # type: ignore[attr-defined]
 def test_examples_of_help_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     epilog = typer.main.get_command(app).commands[name].epilog  # type: ignore[attr-defined]
-    examples = [line for line in epilog.splitlines() if line.startswith("llm-allreduce ")]
+    examples = [line[2:] for line in epilog.splitlines() if line.startswith("- llm-allreduce ")]
     assert examples
     for line in examples:
         for part in re.split(r";|  \(", line):
             words = part.split(">")[0].split()
             if words and words[0] == "llm-allreduce":
                 _try(Command({}, tuple(words)), monkeypatch)
+
+
+SCREEN = 50  # lines of a terminal that is 120 characters wide
+
+
+@pytest.mark.parametrize("name", ["", *typer.main.get_command(app).commands])  # type: ignore[attr-defined]
+def test_help_fits_a_screen(name: str) -> None:
+    result = CliRunner().invoke(app, [*filter(None, [name]), "--help"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) <= SCREEN, result.output

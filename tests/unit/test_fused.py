@@ -98,7 +98,12 @@ def _is_sound(group: GroupFacts, rows: int, hidden: int, launch: Launch) -> None
     assert 1 <= launch.lanes <= group.lanes
     assert launch.threads % 32 == 0
     shape = measured.ROW_SHAPES[launch.exchange.name]
-    assert launch.threads <= min(shape.most_threads, _C.MAX_THREADS)
+    if launch.threads > shape.most_threads:  # a wide block, which has a vector of a row to a thread
+        assert (group.world_size, launch.algorithm, launch.cluster) == (2, Algorithm.ONE_SHOT, 1)
+        assert vectors <= launch.threads <= min(shape.wide_threads, _C.MAX_WIDE_THREADS)
+        assert launch.scatter_lanes == 0
+    else:
+        assert launch.threads <= _C.MAX_THREADS
     assert math.ceil(vectors / (launch.cluster * launch.threads)) <= max(shape.vectors)
     assert launch.lanes % launch.cluster == 0
     workers = launch.lanes - launch.scatter_lanes - launch.drain_lanes
@@ -150,14 +155,29 @@ def test_every_usual_message_on_peers_memory_is_fused(world_size: int, hidden: i
             assert launch.algorithm is alone.algorithm
 
 
+def test_wide_blocks_take_as_many_rows_as_there_are_multiprocessors() -> None:
+    """Of two ranks, a row to a block, a vector to a thread; more rows are taken by other blocks."""
+    group = facts(2)
+    for hidden, rows in ((8192, 33), (8192, 132), (5120, 64), (7168, 100)):
+        launch = launch_of(group, rows, hidden)
+        assert (launch.lanes, launch.cluster, launch.threads) == (rows, 1, hidden // 8)
+        assert (launch.scatter_lanes, launch.rounds) == (0, 1)
+    assert launch_of(group, 133, 8192).threads == 512
+    assert launch_of(group, 64, 4096).threads == 512, "which is a vector to a thread, too"
+    assert launch_of(group, 64, 8200).threads <= 512
+    for other in (facts(3), facts(4), facts(2, architecture=80), facts(2, architecture=None)):
+        assert launch_of(other, 64, 8192).threads <= 512
+
+
 def test_few_rows_are_shared_by_a_cluster() -> None:
     """Smaller ones the more rows there are, none where rows are short or nothing has clusters."""
     group = facts(2)
     one = launch_of(group, 1, 8192)
     assert (one.lanes, one.cluster, one.threads) == (8, 8, 128)
     assert "(8 to a row)" in str(one)
-    clusters = [launch_of(group, rows, 8192).cluster for rows in (4, 5, 64, 65, 128, 256)]
-    assert clusters == [8, 4, 4, 2, 2, 1]
+    clusters = [launch_of(group, rows, 8192).cluster for rows in (4, 5, 16, 17, 32, 33, 256)]
+    assert clusters == [8, 4, 4, 2, 2, 1, 1]
+    assert [launch_of(group, rows, 16384).cluster for rows in (4, 5, 64, 65, 128)] == [8, 4, 4, 2, 2]
     assert [launch_of(group, rows, 4096).cluster for rows in (1, 16, 17)] == [4, 4, 1]
     assert launch_of(group, 1, 2880).cluster == 1, "too short a row"
     assert launch_of(facts(2, architecture=80), 1, 8192).cluster == 1

@@ -178,8 +178,8 @@ def check_one_step(group: GroupFacts, launch: Launch, count: int) -> None:
     assert launch.chunk_vectors * VECTOR_BYTES % packet.bytes == 0
     assert packet.bytes <= launch.chunk_vectors * VECTOR_BYTES <= group.in_band.one_shot
     assert 1 <= launch.lanes <= group.lanes
-    assert launch.threads in (32, 64, 128, 256, 512)
-    assert launch.threads <= 256 or group.transport is not Transport.HOST
+    assert launch.threads % 32 == 0
+    assert 32 <= launch.threads <= (256 if group.transport is Transport.HOST else 512)
     per_round = launch.chunk_vectors * VECTOR_BYTES // packet.bytes * packet.values
     assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
     assert launch.rounds == 1 or group.transport is not Transport.HOST

@@ -35,6 +35,7 @@ ROOMS = (
     "tuning",
     "compression",
     "diagnosis",
+    "demo",
     "cli",
     "__main__",
     "",

@@ -26,6 +26,12 @@ for word in "$@"; do
     mkdir -p scripts/__pycache__ && date +%N >scripts/__pycache__/build_backend.cpython-311.pyc
   fi
 done
+# What a build needs is a package, too: of it, the hooks that build_backend.py wraps.
+if [[ "$*" =~ --target\\ ([^ ]+)\\ scikit-build-core ]]; then
+  package=${BASH_REMATCH[1]}/scikit_build_core
+  mkdir -p "$package" && touch "$package/__init__.py"
+  echo 'get_requires_for_build_wheel = lambda settings: ["from-the-backend"]' >"$package/build.py"
+fi
 if [[ $1 == -c ]]; then exec {python} "$@"; fi
 """
 
@@ -88,6 +94,12 @@ def test_the_test_script_compiles_once_and_the_demo_not_again(checkout: Checkout
     for tool in ("ruff", "mypy", "pytest", "hypothesis", "matplotlib", "clang-format"):
         assert any(" install " in call and tool in call for call in first), f"{tool} is installed"
     assert (checkout.folder / "scripts" / "vllm_cpu_ops" / "build").exists(), "leftovers that a build leaves"
+    needs = [call for call in first if "--target .venv/build-needs" in call]
+    assert len(needs) == 2 and "nanobind" in needs[0], needs
+    assert "from-the-backend" in needs[1] and "nvidia-cuda-nvcc" in needs[1], "with no toolkit, from PyPI"
+    (install,) = compiles(first)
+    (wheel,) = [call for call in first if " wheel " in call]
+    assert "--no-build-isolation" in install and "--no-build-isolation" in wheel, "one build folder for both"
     assert [call for call in checkout.run("scripts/serve_demo.sh") if " pip " in call] == []
     assert [call for call in checkout.run("scripts/test.sh", "tests/unit") if " pip " in call] == []
 
@@ -129,7 +141,7 @@ def test_each_engine_is_installed_for_who_asks_for_it(checkout: Checkout) -> Non
     first = checkout.run("scripts/serve_demo.sh", "sglang", "TWOSHOT")
     assert named(first) == ["torch==2.13.0", "sglang=="]
     assert any(call.endswith("./scripts/sglang_cpu_ops") for call in first)
-    assert first[-1] == "scripts/serve_demo.py sglang TWOSHOT"
+    assert first[-1] == "-m llm_allreduce_plugin demo sglang TWOSHOT"
     second = checkout.run("scripts/serve_demo.sh", "TWOSHOT")
     assert named(second) == ["torch==2.13.0", "vllm=="]
     assert compiles(second) == [], "one compile for both"

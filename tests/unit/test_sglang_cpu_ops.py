@@ -74,3 +74,20 @@ def test_only_where_sglangs_cpu_engine_is_asked_for(tmp_path: Path) -> None:
     installed = tmp_path / "triton.py"
     installed.write_text("")
     assert str(installed) in run(f"sys.path.append({str(tmp_path)!r}); {find}"), "installed packages come first"
+
+
+def test_no_nccl_for_cpu_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang takes the library that this variable names, and none where it cannot be opened."""
+    monkeypatch.delenv("SGLANG_NCCL_SO_PATH", raising=False)
+    load = """
+import ctypes, os
+name = os.environ.get("SGLANG_NCCL_SO_PATH")
+try:
+    ctypes.CDLL(name) if name else print("SGLang's own")
+except OSError as error:
+    print(error)
+"""
+    assert "no-nccl-on-cpu-ranks.so: cannot open" in run(load)
+    assert run(load, wanted="0").strip() == "SGLang's own"
+    monkeypatch.setenv("SGLANG_NCCL_SO_PATH", "mine.so")
+    assert "mine.so: cannot open" in run(load), "what the user names stays"

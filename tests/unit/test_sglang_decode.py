@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
-from benchmarks import decode, sglang_decode, sglang_probe
+from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe
+from scripts import record_tables
 
 
 def stamps(size: int, count: int, begin: float, every: float) -> list[tuple[float, int]]:
@@ -155,3 +157,43 @@ def test_the_model_fits_its_width(tmp_path: Path) -> None:
 def test_graphs_are_captured_for_what_is_measured() -> None:
     assert sglang_decode.engine_arguments("cuda")["cuda_graph_bs_decode"] == list(decode.BATCHES)
     assert "cuda_graph_bs_decode" not in sglang_decode.engine_arguments("cpu")
+
+
+def made_up(width: int) -> dict[str, Any]:
+    """A record as the benchmark writes it: two starts of each variant."""
+    rows = [
+        {"tp": 2, "variant": variant, "start": start, "version": "0.5.17"}
+        | {f"ms_per_token_batch_{size}": round(base + size / 100 + start / 1000, 3) for size in decode.BATCHES}
+        for start in (0, 1)
+        for variant, base in (("default", 2.0), ("AUTO-unfused", 1.9), ("AUTO", 1.8))
+    ]
+    return {"environment": {"gpus": "2 x NVIDIA H100"}, "width": width, "layers": 16, "rows": rows}
+
+
+def test_the_page_is_filled_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "benchmarks" / "h100"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(record_tables, "ROOT", tmp_path)
+    (folder / "sglang_4096_tp2.json").write_text(json.dumps(made_up(4096)))
+    assert record_tables.sglang() == "Not measured yet.\n", "one of two"
+    (folder / "sglang_8192_tp2.json").write_text(json.dumps(made_up(8192)))
+    page = record_tables.sglang()
+    assert f"(plots/{record_tables.SGLANG_PICTURE}.png)" in page
+    assert record_tables.SGLANG_PICTURE in plots.WANTED
+    assert page.count("| AUTO, norm fused | 1.810 | 1.880 | 2.120 | 3.080 |") == 2
+    assert page.count("| stock SGLang | 2.011 | 2.081 | 2.321 | 3.281 |") == 2, "a line to each start"
+    assert "same tokens" not in page
+    row = sglang_decode.compare({"default": [[[1], [2]]], "ONESHOT": [[[1], [3]]], "TWOSHOT": [[[1], [3]]]}, 2, 2)[0]
+    (folder / "sglang_tokens_tp2.json").write_text(json.dumps({"rows": [{"tp": 2, "variant": "default"}, row]}))
+    said = "Of 2 requests, 2 had the same tokens with `ONESHOT` and `TWOSHOT`, and 1 the tokens of stock SGLang, too"
+    assert said in record_tables.sglang()
+
+
+def test_the_picture_shows_every_variant() -> None:
+    figure = Figure()
+    pictures.sglang_ms_per_token(figure, [made_up(4096), made_up(8192)])
+    for axes, width in zip(figure.axes, (4096, 8192), strict=True):
+        assert axes.get_title() == f"Llama {width} wide x 16 layers"
+        heights = [[round(bar.get_height(), 4) for bar in bars] for bars in axes.containers]
+        means = [2.0 + 0.0005 + size / 100 for size in decode.BATCHES]
+        assert heights == [[round(mean - saved, 4) for mean in means] for saved in (0, 0.1, 0.2)]

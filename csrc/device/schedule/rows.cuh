@@ -66,6 +66,14 @@ class Rows {
   __device__ __forceinline__ bool is_first_block() const { return cluster_.block == 0; }
   __device__ __forceinline__ bool is_first_thread() const { return is_first_block() && threadIdx.x == 0; }
 
+  // Before a row's first exchange, where there is time: until the other blocks of the cluster have begun, and can be
+  // told something.
+  __device__ __forceinline__ void wait_for_blocks() {
+    if (cluster_.size == 1 || is_let_in_) return;
+    wait_for_cluster();
+    is_let_in_ = true;
+  }
+
   // The sum of all units' `squares`, as codec/norm.h has it; 0 for units that there are not. For all threads of the
   // row.
   __device__ __forceinline__ float sum(const float (&squares)[kUnits]) {
@@ -106,8 +114,6 @@ class Rows {
       if (lane == 0) memory_.words[turn][place] = word;
       return;
     }
-    if (!is_let_in_) wait_for_cluster();
-    is_let_in_ = true;
     if (lane < cluster_.size) store_in_cluster(&memory_.words[turn][place], &memory_.bytes[turn], lane, word);
   }
 
@@ -132,7 +138,7 @@ class Rows {
   const Cluster cluster_;
   RowMemory& memory_;
   uint32_t exchange_ = 0;
-  bool is_let_in_ = false;  // all blocks of the cluster have begun
+  bool is_let_in_ = false;  // all blocks of the cluster have begun: wait_for_blocks()
 };
 
 }  // namespace lar

@@ -30,6 +30,7 @@ class RmsNorm {
       if (kHoldsWeight) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
     }
     if (norm_.scale) given_ = *static_cast<const volatile float*>(norm_.scale);
+    rows_.wait_for_blocks();  // behind loads that take longer; a row's sums take longer still
   }
 
   // Takes the sums of the row that was prepared. For all threads of the row.

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,8 @@ from typing import Any
 
 STARTUP_LIMIT_S = 600
 STOP_LIMIT_S = 30
+PROGRESS_S = 15  # between lines about a start
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DemoError(Exception):
@@ -24,19 +27,22 @@ class DemoError(Exception):
 
 
 def say(text: str) -> None:
-    print(f"[demo] {text}", flush=True)
+    """A line of the demo."""
+    print(f"[demo] {text}", flush=True)  # noqa: T201  (what a command has to say)
 
 
 def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:  # noqa: ANN401
+    """The JSON that a server answers; None for an empty answer. With ``body``, a POST."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=timeout) as answer:
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})  # noqa: S310
+    with urllib.request.urlopen(request, timeout=timeout) as answer:  # noqa: S310
         text = answer.read().decode()
     return json.loads(text) if text else None
 
@@ -72,7 +78,22 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """A second Ctrl-C does not end the end: it has deadlines of its own, and what it left would run on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
 def server(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """One that runs inside of the block, and of which no process is left behind it."""
     with log.open("wb") as sink:
         process = subprocess.Popen(  # noqa: S603
             command, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
@@ -80,17 +101,33 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
         try:
             yield process
         finally:
-            say("stopping the server")
-            stop(process)
+            with signals_held():
+                say("stopping the server")
+                stop(process)
+
+
+def last_line(log: Path) -> str:
+    """What the server said last, shortened."""
+    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return said[-1][-100:] if said else "empty"
 
 
 def end_of(log: Path) -> str:
+    """The last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
 def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + STARTUP_LIMIT_S
-    while time.monotonic() < deadline:
+    """Until the server answers; meanwhile a line now and then about what it does.
+
+    Raises:
+        DemoError: it has ended, or takes too long.
+    """
+    started = told = time.monotonic()
+    while time.monotonic() < started + STARTUP_LIMIT_S:
+        if time.monotonic() > told + PROGRESS_S:
+            told = time.monotonic()
+            say(f"starting for {told - started:.0f} s; its log: {last_line(log)}")
         if process.poll() is not None:
             message = f"the server ended with code {process.returncode}; the end of its log:\n{end_of(log)}"
             raise DemoError(message)

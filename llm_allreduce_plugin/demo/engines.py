@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from scripts.demo_server import DemoError, http, say
+import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from llm_allreduce_plugin.demo.server import DemoError, http, say
+from llm_allreduce_plugin.topology import NodeTopology
+
+SETTINGS = Path(__file__).parent / "settings"
 # CPU ranks with one thread each, and no look at GPUs.
 CPU_RANKS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -19,22 +23,26 @@ def two_gpus() -> bool:
     """Whether the demo runs on GPUs. DEMO_DEVICE=cpu: not even where there are two."""
     if os.environ.get("DEMO_DEVICE") == "cpu":
         return False
-    from llm_allreduce_plugin.topology import NodeTopology
-
     return len(NodeTopology.detect().gpus) >= 2  # noqa: PLR2004
 
 
 class Engine(ABC):
     """One of the engines that the demo can start."""
 
-    name: ClassVar[str]  # on the command line, and of its folder in configs/
+    name: ClassVar[str]  # on the command line, of its package, and of its files in settings/
     command: ClassVar[str]  # as users know it
 
     @abstractmethod
     def server_setup(
         self, strategy: str, work: Path, model: Path, port: int, *, compiled: bool
     ) -> tuple[list[str], dict[str, str]]:
-        """Command and environment of the server: the YAML of configs/ with the strategy written into it."""
+        """Command and environment of the server: the YAML of settings/ with the strategy written into it."""
+
+    def missing(self) -> str | None:
+        """What must be installed first, if anything."""
+        if importlib.util.find_spec(self.name) is not None:
+            return None
+        return f"{self.name} is not installed in this Python environment ({sys.prefix}): pip install {self.name}"
 
     @abstractmethod
     def ask(self, url: str, prompt: str, new_tokens: int) -> tuple[str, list[int]]:
@@ -46,17 +54,13 @@ class Engine(ABC):
 
     def _template(self) -> tuple[dict[str, Any], bool]:
         """The demo's settings for this machine, and whether it has two GPUs."""
-        import yaml
-
         gpus = two_gpus()
-        path = ROOT / "configs" / self.name / ("demo_gpu.yaml" if gpus else "demo_cpu.yaml")
-        say(f"{'two GPUs' if gpus else 'two CPU ranks'}; settings from configs/{self.name}/{path.name}")
+        path = SETTINGS / f"{self.name}_{'gpu' if gpus else 'cpu'}.yaml"
+        say(f"{'two GPUs' if gpus else 'two CPU ranks'}; settings from {path}")
         return yaml.safe_load(path.read_text()), gpus
 
 
 def _write(settings: dict[str, Any], path: Path) -> Path:
-    import yaml
-
     path.write_text(yaml.safe_dump(settings))
     return path
 

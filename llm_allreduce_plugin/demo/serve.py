@@ -1,4 +1,4 @@
-"""A real server of vLLM or SGLang at tensor parallel 2 with this package's all-reduce; the driver behind serve_demo.sh.
+"""A real server of vLLM or SGLang at tensor parallel 2 with this package's all-reduce.
 
 Writes a small model with seeded random weights, serves it, asks for a completion over HTTP, compares the tokens with
 Hugging Face's on the same weights, and prints what the workers report, and how many layer boundaries were fused (by
@@ -7,7 +7,6 @@ vLLM in compiled graphs: on GPUs, and with --compile). Leaves no process behind,
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import signal
@@ -19,11 +18,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from scripts.demo_engines import ENGINES, Engine
-from scripts.demo_server import (
+from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.demo.engines import ENGINES, Engine
+from llm_allreduce_plugin.demo.model import LAYERS, NEW_TOKENS, PROMPT, make_model, reference_tokens
+from llm_allreduce_plugin.demo.server import (
     DemoError,
     end_of,
     free_port,
@@ -36,6 +34,9 @@ from scripts.demo_server import (
 )
 
 __all__ = [
+    "LAYERS",
+    "NEW_TOKENS",
+    "PROMPT",
     "DemoError",
     "free_port",
     "group_is_alive",
@@ -48,71 +49,22 @@ __all__ = [
     "wait_for_health",
 ]
 
-PROMPT = "The quick brown fox jumps over the lazy dog."
-NEW_TOKENS = 24
-LAYERS = 4
-
-
-def make_model(folder: Path) -> None:
-    """A small Llama, 256 wide, with weights from a fixed seed and a byte-level tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator([(ROOT / "LICENSE").read_text()], trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-
-    torch.manual_seed(22)
-    config = LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=0,
-        eos_token_id=1,
-        tie_word_embeddings=False,
-        initializer_range=0.3,  # wide, so that the most likely token leads by more than rounding
-    )
-    LlamaForCausalLM(config).to(torch.float32).eval().save_pretrained(folder)
-
-
-def reference_tokens(folder: Path) -> list[int]:
-    """What Hugging Face generates greedily from the same weights."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompt = torch.tensor([tokenizer.encode(PROMPT)])
-    with torch.no_grad():
-        output = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=1
-        )
-    return [int(token) for token in output[0, prompt.shape[1] :]]
-
 
 def read_metrics(url: str) -> dict[str, float]:
     """This package's counters at the server's metrics endpoint: the sample, and its value."""
-    with urllib.request.urlopen(url, timeout=30) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:  # noqa: S310  (the demo's own server)
         lines = answer.read().decode().splitlines()
     samples = (line.rpartition(" ") for line in lines if line.startswith("llm_allreduce_"))
     return {name: float(value) for name, _, value in samples}
 
 
 def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """What the workers have left in their ``report_dir``."""
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 def print_reports(reports: list[dict[str, Any]]) -> None:
+    """In a line for each rank."""
     for report in reports:
         done = [f"{name} {calls} calls" for name, calls in report["calls"].items()]
         done += [f"{name} {calls} calls captured into graphs" for name, calls in report.get("captured", {}).items()]
@@ -154,6 +106,11 @@ def server_setup(
 
 
 def run(engine: Engine, strategy: str, work: Path, tokens_file: Path | None, *, compiled: bool) -> None:
+    """Serve, ask, and compare.
+
+    Raises:
+        DemoError: the server does not start, or does something else than it should.
+    """
     model = work / "model"
     say("writing a small Llama with seeded random weights")
     make_model(model)
@@ -206,8 +163,6 @@ def choices(words: list[str]) -> tuple[str, Engine]:
     Raises:
         ValueError: a word is neither, or there are two of a kind.
     """
-    from llm_allreduce_plugin import AllReduceStrategy
-
     engines = [word for word in words if word.lower() in ENGINES]
     strategies = [word for word in words if word.lower() not in ENGINES]
     for several in (engines, strategies):
@@ -222,32 +177,36 @@ def choices(words: list[str]) -> tuple[str, Engine]:
     return strategy, ENGINES[engines[0].lower() if engines else "vllm"]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="STRATEGY|ENGINE", help="ONESHOT and vllm unless given")
-    parser.add_argument("--compile", action="store_true", help="vLLM: compile the model on CPU ranks, too, as on GPUs")
-    parser.add_argument("--tokens", type=Path, help="write the generated token ids to this file")
-    parser.add_argument("--keep", action="store_true", help="keep model, log and reports")
-    arguments = parser.parse_intermixed_args()
+def demo(words: list[str], *, compiled: bool = False, tokens_file: Path | None = None, keep: bool = False) -> int:
+    """All of it, ended by Ctrl-C and by SIGTERM and SIGHUP in order; returns the exit code.
+
+    Args:
+        words: a strategy, an engine, both or none of them.
+        compiled: let vLLM compile the model on CPU ranks, too, as it does on GPUs.
+        tokens_file: where the generated token ids go.
+        keep: keep model, log and reports.
+    """
     try:
-        strategy, engine = choices(arguments.words)
+        strategy, engine = choices(words)
     except ValueError as error:
         say(str(error))
         return 2
-    # Ctrl-C and a polite kill both unwind through the finally clauses above.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if (missing := engine.missing()) is not None:
+        say(f"FAILED: {missing}")
+        return 1
+    _unwind_on_signals()
     work = Path(tempfile.mkdtemp(prefix="llm-allreduce-demo-"))
     try:
-        run(engine, strategy, work, arguments.tokens, compiled=arguments.compile)
+        run(engine, strategy, work, tokens_file, compiled=compiled)
     except DemoError as error:
         say(f"FAILED: {error}")
-        arguments.keep = True
+        keep = True
         return 1
     except KeyboardInterrupt:
         say("interrupted")
         return 130
     finally:
-        if arguments.keep:
+        if keep:
             say(f"kept: {work}")
         else:
             shutil.rmtree(work, ignore_errors=True)
@@ -255,5 +214,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _unwind_on_signals() -> None:
+    """Ctrl-C and a polite kill unwind through all ``finally`` clauses: a server takes longer to end than a command."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _frame: sys.exit(128 + number))
