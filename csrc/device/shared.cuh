@@ -5,9 +5,10 @@
 // protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
 // business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
 //
-// Large calls are bound by what PCIe carries. Their clears come last, because reads do not pass writes: while results
-// are read, the other direction is free. And of a warp's vectors only one of each peer is polled until it is there:
-// polls in vain of all of them would take the links from what is on its way.
+// Large calls of packets are bound by what PCIe carries. Their clears come last, because reads do not pass writes:
+// while results are read, the other direction is free. And of a warp's vectors only one of each peer is polled until it
+// is there: polls in vain of all of them would take the links from what is on its way. Exact calls did not gain by it
+// (256 KiB over 2 H100: 16.4 us, without 16.0).
 #ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 #define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 

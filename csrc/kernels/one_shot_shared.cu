@@ -18,30 +18,20 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   let_next_kernel_start();
 
   SharedCall call(shared);
-  const auto reduce = [&](uint32_t i) {
-    const uint4 mine = without_marker(input.load(i));
-    uint4 result;
-    const auto address_of = [&](int peer) { return call.vector(peer, i); };
-    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return false;
-    sink(i, result);
-    return true;
-  };
   const uint32_t first = call.is_releaser() ? total_vectors : call.worker();
   const uint32_t stride = call.workers();
   for (uint32_t i = first; i < total_vectors; i += stride) call.store(i, without_marker(input.load(i)));
   call.count_call(total_vectors);
   if (call.is_releaser()) return call.settle_clears();
-  if (call.is_large(total_vectors)) {
-    for (uint32_t tile = first - warp_thread(); tile < total_vectors; tile += stride) {
-      const uint32_t i = tile + warp_thread();
-      const bool complete = call.wait_for_tile(LAR_PHASE_GATHER, tile) && (i >= total_vectors || reduce(i));
-      if (!__all_sync(0xffffffffu, complete)) return call.leave_clears();
-    }
-    return call.clear_old_generation<kWorldSize>(false);
-  }
   call.clear_old_generation<kWorldSize>(false);
-  for (uint32_t i = first; i < total_vectors; i += stride)
-    if (!reduce(i)) return;
+
+  for (uint32_t i = first; i < total_vectors; i += stride) {
+    const uint4 mine = without_marker(input.load(i));
+    uint4 result;
+    const auto address_of = [&](int peer) { return call.vector(peer, i); };
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
+    sink(i, result);
+  }
 }
 
 const Registration rows([] {

@@ -159,7 +159,8 @@ class LowPrecision(KernelStrategy):
         on_host = facts.transport is Transport.HOST
         if on_host:
             fits = packets * PACKETS[wire_format].bytes <= facts.in_band.one_shot
-            if not fits or message.payload_bytes > tables.host_in_band_bytes(self.name, facts.world_size):
+            most = min(measured.ONE_STEP_HOST_BYTES, tables.host_in_band_bytes(self.name, facts.world_size))
+            if not fits or message.payload_bytes > most:
                 return None
         return spread_packets(
             Algorithm.ONE_SHOT,

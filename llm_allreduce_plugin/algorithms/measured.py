@@ -16,6 +16,7 @@ KIB = 1024
 MIB = 1024 * KIB
 
 _MEASURED = "measured on H200"
+_MEASURED_BOTH = "measured on 2 H100 and 4 H200"
 _MEASURED_FLAGGED = "measured on H200 with kernels that wait for flags"
 _BETWEEN = "an estimate between 2 and 4 ranks"
 _BEYOND = "an estimate beyond 4 ranks"
@@ -218,18 +219,22 @@ STAGED_ABOVE_STAGE_BYTES = 128 * KIB
 # Blocks: 32 of 224 threads have 448 KiB in flight, several times what PCIe carries in the 2 us of a store.
 STAGED_LANES = 32
 
-# Up to so many ranks LOWPRECISION sums FP8 in one step. An estimate: with two ranks one step sends as many bytes as two
-# do, and saves about 1 us and one rounding; with more it sends more, all of which is decoded.
+# Up to so many ranks LOWPRECISION sums FP8 in one step: with two ranks one step sends as many bytes as two do, and was
+# 1.7 us faster at 64 KiB, 1.3 at 1 MiB and 4 at 64 MiB (benchmarks/h100/low_precision_shapes_tp2.json); with more it
+# sends more, all of which is decoded. An estimate for more.
 ONE_STEP_RANKS = 2
+# The same through host memory, the largest message: 10.9 us instead of 12.4 at 256 KiB, 34.1 instead of 31.5 at 1 MiB
+# (benchmarks/h100/bench_host_tp2.json, two_versions_host_tp2.json).
+ONE_STEP_HOST_BYTES = 256 * KIB
 
 # The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
 # larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
 # compression costs does not depend on them, what it saves is inverse to them.
 LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]] = {
-    (Transport.SYMMETRIC, "fp8"): ({2: 2304 * KIB, 4: 2 * MIB}, _MEASURED),
+    (Transport.SYMMETRIC, "fp8"): ({2: 448 * KIB, 4: 2 * MIB}, _MEASURED_BOTH),
     (Transport.SYMMETRIC, "tq3"): ({4: 4 * MIB}, _MEASURED),
     (Transport.SYMMETRIC, "hadamard2"): ({4: 26 * MIB}, _MEASURED),
-    (Transport.HOST, "fp8"): ({4: 96 * KIB}, _MEASURED),
+    (Transport.HOST, "fp8"): ({2: 64 * KIB, 4: 96 * KIB}, _MEASURED_BOTH),
     (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
     (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
 }

@@ -300,12 +300,6 @@ MUTATIONS: dict[str, Mutation] = {
         "    if (!{}) barrier_sync<kWorkerBarrier>(workers());\n    if (threadIdx.x == 0) store_release",
         PAIRS,
     ),
-    "large calls through host memory clear nothing": (
-        "kernels/one_shot_shared.cu",
-        "    return call.clear_old_generation<kWorldSize>(false);\n",
-        "    return {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
-        LARGE_HOST,
-    ),
     "large calls in one step through host memory clear nothing": (
         "kernels/one_shot_shared_fp8.cu",
         "  if (is_large) call.clear_old_generation<kWorldSize>(false);\n",
