@@ -16,7 +16,7 @@ KIB = 1024
 MIB = 1024 * KIB
 
 _MEASURED = "measured on H200"
-_MEASURED_BOTH = "measured on 2 H100 and 4 H200"
+_MEASURED_H100 = "measured on H100"
 _MEASURED_FLAGGED = "measured on H200 with kernels that wait for flags"
 _BETWEEN = "an estimate between 2 and 4 ranks"
 _BEYOND = "an estimate beyond 4 ranks"
@@ -227,16 +227,16 @@ ONE_STEP_RANKS = 2
 # (benchmarks/h100/bench_host_tp2.json, two_versions_host_tp2.json).
 ONE_STEP_HOST_BYTES = 256 * KIB
 
-# The smallest message per rank for which a wire format is faster than the best exact kernel, by world size (the next
-# larger one, or the last), and where that comes from. Scaled, for GPUs' own memory, to what their links carry: what
+# The smallest message per rank for which a wire format is faster than the best exact kernel, and where that comes from,
+# by world size (the next larger one, or the last). Scaled, for GPUs' own memory, to what their links carry: what
 # compression costs does not depend on them, what it saves is inverse to them.
-LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], tuple[dict[int, int], str]] = {
-    (Transport.SYMMETRIC, "fp8"): ({2: 448 * KIB, 4: 2 * MIB}, _MEASURED_BOTH),
-    (Transport.SYMMETRIC, "tq3"): ({4: 4 * MIB}, _MEASURED),
-    (Transport.SYMMETRIC, "hadamard2"): ({4: 26 * MIB}, _MEASURED),
-    (Transport.HOST, "fp8"): ({2: 64 * KIB, 4: 96 * KIB}, _MEASURED_BOTH),
-    (Transport.HOST, "tq3"): ({2: 256 * KIB, 4: 384 * KIB}, _MEASURED),
-    (Transport.HOST, "hadamard2"): ({4: 640 * KIB}, _MEASURED),
+LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], dict[int, tuple[int, str]]] = {
+    (Transport.SYMMETRIC, "fp8"): {2: (448 * KIB, _MEASURED_H100), 4: (2 * MIB, _MEASURED)},
+    (Transport.SYMMETRIC, "tq3"): {4: (4 * MIB, _MEASURED)},
+    (Transport.SYMMETRIC, "hadamard2"): {4: (26 * MIB, _MEASURED)},
+    (Transport.HOST, "fp8"): {2: (64 * KIB, _MEASURED_H100), 4: (96 * KIB, _MEASURED)},
+    (Transport.HOST, "tq3"): {2: (256 * KIB, _MEASURED), 4: (384 * KIB, _MEASURED)},
+    (Transport.HOST, "hadamard2"): {4: (640 * KIB, _MEASURED)},
 }
 
 # Bytes of 16-bit values that a codec encodes and decodes in a second, alone on an H200: benchmarks/h200/breakeven.json.

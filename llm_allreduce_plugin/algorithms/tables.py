@@ -111,16 +111,17 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: 
     if facts.crosses_network:
         return network.compression_pays_from(facts, WireFormat(wire_format), element_bytes)
     if (facts.transport, wire_format) not in measured.LOW_PRECISION_PAYS_FROM:
-        return 0, "not measured"
-    sizes, source = measured.LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
+        return None, f"{wire_format} was not measured over {facts.transport} memory"
+    sizes = measured.LOW_PRECISION_PAYS_FROM[facts.transport, wire_format]
     tabulated = _tabulated(sizes, facts.world_size)
+    size, source = sizes[tabulated]
     if facts.world_size != tabulated:
         source += f" with {tabulated} ranks"
     symmetric = facts.transport is Transport.SYMMETRIC
     scale = link_scale(facts.architecture, facts.topology_class) if symmetric else 1.0
     if scale != 1.0:
         source += f", scaled by {scale} for sm_{facts.architecture}"
-    return int(sizes[tabulated] * scale), source
+    return int(size * scale), source
 
 
 def fused_pays_to(algorithm: str, facts: GroupFacts) -> tuple[int | None, str]:
