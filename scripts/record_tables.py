@@ -113,7 +113,7 @@ def host_memory() -> str:
 
 def fused() -> str:
     """A layer's boundary in one kernel and in two."""
-    one, two = times("h200/bench_fused_tp2", "fused"), times("h200/bench_fused_tp2", "then-norm")
+    one, two = times("h100/bench_fused_tp2", "fused"), times("h100/bench_fused_tp2", "then-norm")
     columns = [column for column in sorted(one) if column.bit_length() % 2]
     saved = ["time saved", *(f"{(1 - one[column] / two[column]) * 100:.0f} %" for column in columns)]
     table = by_size({"one kernel": one, "all-reduce, then our norm": two}, columns)
@@ -134,17 +134,19 @@ def tokens(name: str, variants: dict[str, str]) -> str:
 
 def sglang() -> str:
     """SGLang's own all-reduce and ours, with the picture of both; until there are records, that there are none."""
-    parts = [f"![Time per token in SGLang](plots/{SGLANG_PICTURE}.png)\n"]
-    for width in (4096, 8192):
-        name = f"h100/sglang_{width}_tp2"
-        if not has_record(name):
-            return "Not measured yet.\n"
+    names = {width: f"h100/sglang_{width}_tp2" for width in (4096, 8192)}
+    there = {width: name for width, name in names.items() if has_record(name)}
+    if not there:
+        return "Not measured yet.\n"
+    parts = [f"![Time per token in SGLang](plots/{SGLANG_PICTURE}.png)\n"] if there == names else []
+    for width, name in there.items():
         rows = [
             [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES)]
             for variant, label in (
                 ("default", "stock SGLang"),
                 ("AUTO-unfused", "AUTO, norm left to SGLang"),
                 ("AUTO", "AUTO, norm fused"),
+                ("ONESHOT", "ONESHOT, norm fused"),
             )
             for row in record(name)["rows"]
             if row.get("variant") == variant
