@@ -117,8 +117,14 @@ install_build_needs() {
 install_package() {
   # Editable: Python changes count at once, C++ and CUDA changes when this step runs again.
   echo "building and installing llm_allreduce_plugin for sm_$LLM_ALLREDUCE_CUDA_ARCHS in $1: a minute or two for each architecture"
-  install_build_needs "$1"
-  PYTHONPATH=$1/build-needs pip_install "$1" --no-build-isolation --editable .
+  local wanted
+  # Once: headers that are written again would be newer than what was compiled from them.
+  run_step "$1/.build-needs" "${LLM_ALLREDUCE_NVCC:-} $(digest_of pyproject.toml scripts/build_backend.py)" install_build_needs "$1"
+  # What it needs to run comes by itself: pip takes what lies on PYTHONPATH for installed.
+  wanted=$("$1/bin/python" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")')
+  mapfile -t wanted <<<"$wanted"
+  pip_install "$1" "${wanted[@]}"
+  PYTHONPATH=$1/build-needs pip_install "$1" --no-build-isolation --no-deps --editable .
 }
 
 # make_wheel FOLDER DESTINATION: a wheel of what install_package has compiled.

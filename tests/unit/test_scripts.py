@@ -99,6 +99,7 @@ def test_the_test_script_compiles_once_and_the_demo_not_again(checkout: Checkout
     assert "from-the-backend" in needs[1] and "nvidia-cuda-nvcc" in needs[1], "with no toolkit, from PyPI"
     (install,) = compiles(first)
     (wheel,) = [call for call in first if " wheel " in call]
+    assert any(" install filelock" in call and "pydantic" in call for call in first), "what it needs to run"
     assert "--no-build-isolation" in install and "--no-build-isolation" in wheel, "one build folder for both"
     assert [call for call in checkout.run("scripts/serve_demo.sh") if " pip " in call] == []
     assert [call for call in checkout.run("scripts/test.sh", "tests/unit") if " pip " in call] == []
