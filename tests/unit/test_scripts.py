@@ -165,7 +165,8 @@ def test_on_gpus_sglang_has_an_environment_of_its_own(checkout: Checkout) -> Non
 
 
 def test_pip_speaks_when_it_fails(checkout: Checkout) -> None:
-    noisy = STAND_IN.replace("{python}", sys.executable).replace("for word", "echo noise of pip\nfor word", 1)
+    noise = '[[ "$*" == *"-m pip"* ]] && echo noise of pip'
+    noisy = STAND_IN.replace("{python}", sys.executable).replace("for word", f"{noise}\nfor word", 1)
     Checkout.program(checkout.folder / ".venv" / "bin" / "python", noisy.replace("for word", "CODE\nfor word", 1))
     python = checkout.folder / ".venv" / "bin" / "python"
     text = python.read_text()
