@@ -36,8 +36,9 @@ def main() -> None:
         "Every all-reduce kernel, by the world size that it is compiled for; `any`: known at run time. Blocks have at"
     )
     print(
-        "most 512 threads, which 128 registers fit; those of the shared and the flagged kernels at most 288, which 168"
+        "most 512 threads, which 128 registers fit, wide ones 1024, which 64 fit; those of the shared and the flagged"
     )
+    print("kernels at most 288, which 168")
     print("fit; those of the ring and of the staged kernels at most 256, which 255 fit.")
     print(
         "Bytes of stack, where registers did not suffice, stand behind them. `tests/unit/test_native.py` fails for each"
