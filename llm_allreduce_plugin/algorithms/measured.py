@@ -185,7 +185,8 @@ class RowShape:
 
 
 # All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
-# (benchmarks/h100/fused_shapes_tp2.json); for more ranks, and through host memory, an estimate from it.
+# (benchmarks/h100/fused_shapes_tp2.json, wide blocks: fused_shapes_wide_tp2.json); for more ranks, and through host
+# memory, an estimate from it.
 ROW_SHAPES = {
     "PUSH": RowShape(
         512,
