@@ -221,7 +221,7 @@ STAGED_ABOVE_STAGE_BYTES = 128 * KIB
 STAGED_LANES = 32
 
 # Up to so many ranks LOWPRECISION sums FP8 in one step: with two ranks one step sends as many bytes as two do, and was
-# 1.7 us faster at 64 KiB, 1.3 at 1 MiB and 4 at 64 MiB (benchmarks/h100/low_precision_shapes_tp2.json); with more it
+# 1.7 us faster at 64 KiB, 1.3 at 1 MiB and 2 at 64 MiB (benchmarks/h100/low_precision_shapes_tp2.json); with more it
 # sends more, all of which is decoded. An estimate for more.
 ONE_STEP_RANKS = 2
 # The same through host memory, the largest message: 10.9 us instead of 12.4 at 256 KiB, 34.1 instead of 31.5 at 1 MiB

@@ -106,8 +106,9 @@ class Rows {
       if (lane == 0) memory_.words[turn][place] = word;
       return;
     }
-    // Not ahead of the sums, where there seems to be time: measured there, it cost 0.3 us (its acquire throws the
-    // first-level cache away while the row's other loads are under way).
+    // Not ahead of the sums, where there seems to be time: measured there, it cost 0.3 us
+    // (benchmarks/h100/bench_fused_met_early_tp2.json; its acquire throws the first-level cache away while the row's
+    // other loads are under way).
     if (!is_let_in_) wait_for_cluster();
     is_let_in_ = true;
     if (lane < cluster_.size) store_in_cluster(&memory_.words[turn][place], &memory_.bytes[turn], lane, word);
