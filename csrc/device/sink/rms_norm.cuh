@@ -8,8 +8,8 @@
 
 namespace lar {
 
-// What is loaded before the sums are there, as far as registers hold it; the rest when it is needed.
-enum class Ahead { kNothing, kResidual, kAll };
+// Whether residual and weights are loaded before the sums are there, as registers allow, or when they are needed.
+enum class Ahead { kNothing, kAll };
 
 template <typename T, int kUnits, Ahead kAhead>
 class RmsNorm {
@@ -26,8 +26,8 @@ class RmsNorm {
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       if (!rows_.has(k)) continue;
-      if (kHoldsResidual && norm_.residual) residual_[k] = Unit<T>::load(norm_.residual, first + rows_.unit(k));
-      if (kHoldsWeight) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
+      if (kHolds && norm_.residual) residual_[k] = Unit<T>::load(norm_.residual, first + rows_.unit(k));
+      if (kHolds) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
     }
     if (norm_.scale) given_ = *static_cast<const volatile float*>(norm_.scale);
   }
@@ -45,7 +45,7 @@ class RmsNorm {
       float x[Unit<T>::kElements];
       r[k] = sums[k];
       if (norm_.residual) {
-        r[k] = r[k].plus(kHoldsResidual ? residual_[k] : Unit<T>::load(norm_.residual, first + rows_.unit(k)));
+        r[k] = r[k].plus(kHolds ? residual_[k] : Unit<T>::load(norm_.residual, first + rows_.unit(k)));
       }
       r[k].widened(x);
       squares[k] = codec::sum_of_squares(x);
@@ -62,7 +62,7 @@ class RmsNorm {
       float x[Unit<T>::kElements];
       float weight[Unit<T>::kElements];
       r[k].widened(x);
-      (kHoldsWeight ? weight_[k] : Unit<T>::load(norm_.weight, rows_.unit(k))).widened(weight);
+      (kHolds ? weight_[k] : Unit<T>::load(norm_.weight, rows_.unit(k))).widened(weight);
 #pragma unroll
       for (int i = 0; i < Unit<T>::kElements; ++i)
         x[i] = codec::normed(x[i], inverse, codec::add(weight[i], norm_.weight_bias));
@@ -74,13 +74,12 @@ class RmsNorm {
   }
 
  private:
-  static constexpr bool kHoldsResidual = kAhead != Ahead::kNothing;
-  static constexpr bool kHoldsWeight = kAhead == Ahead::kAll;
+  static constexpr bool kHolds = kAhead == Ahead::kAll;
 
   const NormArguments& norm_;
   Rows<kUnits> rows_;
-  Unit<T> residual_[kHoldsResidual ? kUnits : 1];
-  Unit<T> weight_[kHoldsWeight ? kUnits : 1];
+  Unit<T> residual_[kHolds ? kUnits : 1];
+  Unit<T> weight_[kHolds ? kUnits : 1];
   float given_ = 0.0f;
 };
 
