@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -11,7 +10,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,6 @@ BATCHES = (1, 8, 32, 128)
 NOT_COUNTED = 10  # steps at either end of a run
 STOCK = "default"
 UNFUSED = "unfused"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What both benchmarks take, and what they give to the processes that they start."""
-    parser.add_argument("--width", type=int, default=4096)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
-    for internal in ("--variant", "--model", "--result", "--report"):
-        parser.add_argument(internal, help=argparse.SUPPRESS)
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:

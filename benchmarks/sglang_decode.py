@@ -247,11 +247,17 @@ def compare(tokens: dict[str, list[list[list[int]]]], tp: int, requests: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, nargs=1, default=[2])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--variants", nargs="+", default=[STOCK, "AUTO-unfused", "AUTO"])
     parser.add_argument("--starts", type=int, default=2, help="of each variant, in turns")
+    parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--device", choices=list(STEPS), default="cuda")
     parser.add_argument("--profile", type=Path, help="write a trace of the largest batch here (kernel_times.py)")
-    decode.add_arguments(parser)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    for internal in ("--variant", "--model", "--result", "--report"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         run_variant(arguments)

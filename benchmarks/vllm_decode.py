@@ -147,10 +147,16 @@ def start_variant(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
+    parser.add_argument("--width", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--variants", nargs="+", default=["default", "MINLATENCY"])
+    parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
     parser.add_argument("--quantization", choices=["fp8"], help="vLLM's; default: none")
-    decode.add_arguments(parser)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
+    for internal in ("--variant", "--model", "--result", "--report"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         run_variant(arguments)
