@@ -14,6 +14,11 @@ import torch
 from llm_allreduce_plugin.measure.ranks import RankPool
 from tests.support.pool import ForkedPool
 
+# No test, and nothing that one starts, may make a multicast object, on whatever machine: both switches are set before
+# anything looks at them, and every process inherits them.
+MULTICAST_SWITCHES = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+os.environ.update(MULTICAST_SWITCHES)
+
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
 LONGEST_FIRST = ("cpu", "gpu", "engines", "kernels", "unit")

@@ -57,6 +57,16 @@ lar_layout make_layout(int world_size, int lanes, int64_t in_band_bytes, int64_t
   return layout;
 }
 
+lar_multicast_layout make_multicast_layout(int world_size, int64_t bytes, bool in_switch) {
+  lar_multicast_layout layout;
+  if (lar_multicast_layout_init(&layout, world_size, bytes, in_switch) != LAR_OK)
+    throw std::invalid_argument("no multicast layout for world_size=" + std::to_string(world_size) +
+                                ", bytes=" + std::to_string(bytes) + ": world size must be 2 to " +
+                                std::to_string(LAR_MAX_WORLD_SIZE) +
+                                ", and a slot must hold at least one vector of 16 bytes");
+  return layout;
+}
+
 void rms_norm(const lar_norm& norm, const NormTensors& tensors, uint64_t input, uint64_t residual_out, int64_t count,
               int dtype, int device, uint64_t stream) {
   const lar_message message{pointer(input), pointer(residual_out), count, static_cast<lar_dtype>(dtype)};
@@ -112,6 +122,8 @@ NB_MODULE(_C, module) {
   module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
   module.attr("STAGED") = static_cast<int>(LAR_STAGED);
   module.attr("PULL") = static_cast<int>(LAR_PULL);
+  module.attr("MULTICAST") = static_cast<int>(LAR_MULTICAST);
+  module.attr("IN_SWITCH") = static_cast<int>(LAR_IN_SWITCH);
   module.attr("STORE") = static_cast<int>(LAR_STORE);
   module.attr("RMS_NORM") = static_cast<int>(LAR_RMS_NORM);
   module.attr("QUANT_NONE") = static_cast<int>(LAR_QUANT_NONE);
@@ -155,6 +167,17 @@ NB_MODULE(_C, module) {
   module.def("make_layout", &make_layout, "world_size"_a, "lanes"_a, nb::kw_only(), "in_band_bytes"_a = 0,
              "flagged_bytes"_a = 0, "shared"_a = false,
              "Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.");
+  nb::class_<lar_multicast_layout>(module, "MulticastLayout", "Where everything lies in multicast memory, in bytes.")
+      .def_ro("one_shot_offset", &lar_multicast_layout::one_shot_offset)
+      .def_ro("one_shot_bytes", &lar_multicast_layout::one_shot_bytes)
+      .def_ro("results_offset", &lar_multicast_layout::results_offset)
+      .def_ro("results_bytes", &lar_multicast_layout::results_bytes)
+      .def_ro("inputs_offset", &lar_multicast_layout::inputs_offset)
+      .def_ro("inputs_bytes", &lar_multicast_layout::inputs_bytes)
+      .def_ro("total_bytes", &lar_multicast_layout::total_bytes);
+  module.def("make_multicast_layout", &make_multicast_layout, "world_size"_a, "bytes"_a, nb::kw_only(),
+             "in_switch"_a = false,
+             "Lay out so many bytes of multicast memory. Raises ValueError when they are too few.");
   module.def("sum_elements", &lar_sum_elements, "count"_a, "parts"_a,
              "fp32 elements of a sum that REDUCE (`parts` 1) or REDUCE_SCATTER (`parts`: ranks of the host) makes.");
   module.def("host_register", &host_register, "address"_a, "bytes"_a,
@@ -213,6 +236,8 @@ NB_MODULE(_C, module) {
            "alive "
            "as "
            "long as anything can be called.")
+      .def("set_multicast", &Workspace::set_multicast, "all"_a, "own"_a, "layout"_a,
+           "Let calls of MULTICAST and IN_SWITCH use this memory; 0 and 0: refuse them. Between calls.")
       .def("probe_write", &Workspace::probe_write, "nonce"_a, "stream"_a)
       .def("probe_check", &Workspace::probe_check, "nonce"_a, "verdict"_a, "stream"_a)
       .def("failure", &Workspace::failure,

@@ -88,6 +88,13 @@ class Workspace {
 
   int world_size() const { return workspace_.layout.world_size; }
 
+  // From now on, calls that need it may use memory of which one store, to `all`, reaches every rank; 0 and 0: none may.
+  void set_multicast(uint64_t all, uint64_t own, const lar_multicast_layout& layout) {
+    if (device_ == LAR_CPU) throw std::invalid_argument("set_multicast: this workspace belongs to a CPU rank");
+    if ((all == 0) != (own == 0)) throw std::invalid_argument("set_multicast: needs both addresses, or neither");
+    workspace_.multicast = {pointer(all), pointer(own), layout};
+  }
+
   // Nanoseconds of host time per launch when nothing but launches is done.
   double time_launches(const lar_call& call, void* stream, int launches) {
     double nanoseconds = 0;

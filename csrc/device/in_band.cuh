@@ -130,8 +130,9 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
 }
 
 // The sum in rank order, rounded, of `mine` and of the vectors at address_of(peer), which are polled and, if `kClears`,
-// cleared. False as for poll_until_complete().
-template <typename T, int kWorldSize, bool kClears, typename AddressOf>
+// cleared. `kPollsOwn`: this rank's own comes back to it, and is polled like the others instead of `mine`. False as for
+// poll_until_complete().
+template <typename T, int kWorldSize, bool kClears, bool kPollsOwn = false, typename AddressOf>
 __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments, lar_phase phase, AddressOf address_of,
                                                 const uint4& mine, uint4& result) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
@@ -147,7 +148,7 @@ __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments
     for (int i = 0; i < kGroup; ++i) {
       const bool is_rank = kIsFixed || first + i < world_size;
       from[i] = address_of(is_rank ? first + i : first);
-      wanted[i] = is_rank && first + i != arguments.rank;
+      wanted[i] = is_rank && (kPollsOwn || first + i != arguments.rank);
       parts[i] = mine;
     }
     if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))

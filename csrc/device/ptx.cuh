@@ -6,9 +6,11 @@
 #ifndef LLM_ALLREDUCE_DEVICE_PTX_CUH_
 #define LLM_ALLREDUCE_DEVICE_PTX_CUH_
 
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 // A variable, and an array, of which each block has one.
 #define LAR_BLOCK_VARIABLE(type, name) __shared__ type name
@@ -97,6 +99,42 @@ template <typename T>
 __device__ __forceinline__ T load_weak(const T* address) {
   return __ldcg(address);
 }
+
+// -- sums in the switch, and other names of the same memory
+
+// What lies at this address of multicast memory on every rank, as the switch sums it: in fp32, in no order that anybody
+// knows, rounded to the type. sm_90 and newer; kernels that ask for it are not launched elsewhere.
+template <typename T>
+__device__ __forceinline__ uint4 load_reduced_in_switch(const void* address) {
+  uint4 raw = {0u, 0u, 0u, 0u};
+#if __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<T, float>) {
+    float4 sum;
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(sum.x), "=f"(sum.y), "=f"(sum.z), "=f"(sum.w)
+                 : "l"(address)
+                 : "memory");
+    raw = {__float_as_uint(sum.x), __float_as_uint(sum.y), __float_as_uint(sum.z), __float_as_uint(sum.w)};
+  } else if constexpr (std::is_same_v<T, __half>) {
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.f16x2 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(address)
+                 : "memory");
+  } else {
+    asm volatile("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
+                 : "l"(address)
+                 : "memory");
+  }
+#else
+  (void)address;
+  __trap();
+#endif
+  return raw;
+}
+
+// Between accesses to the same memory by two addresses of it.
+__device__ __forceinline__ void fence_between_addresses() { asm volatile("fence.proxy.alias;" ::: "memory"); }
 
 // -- the timer and dependent launch
 

@@ -1,5 +1,7 @@
 #include "host/check.h"
 
+#include <algorithm>
+
 #include "codec/norm.h"
 #include "host/layout.h"
 #include "protocol/hierarchy.h"
@@ -19,11 +21,19 @@ WireUnit wire_unit(lar_kind kind, lar_dtype dtype) {
 
 namespace {
 
-bool is_in_band(int exchange) { return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL; }
+bool is_multicast(int exchange) { return exchange == LAR_MULTICAST || exchange == LAR_IN_SWITCH; }
 
-// Whether a layout has what an exchange needs.
-bool fits(const lar_layout& layout, int exchange) {
+bool is_in_band(int exchange) {
+  return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL || is_multicast(exchange);
+}
+
+// Whether a workspace has what an exchange needs.
+bool fits(const lar_workspace& workspace, int exchange) {
+  const lar_layout& layout = workspace.layout;
   switch (exchange) {
+    case LAR_MULTICAST:
+    case LAR_IN_SWITCH:
+      return !layout.shared && workspace.device != LAR_CPU && workspace.multicast.all && workspace.multicast.own;
     case LAR_PUSH:
     case LAR_PULL:
       return !layout.shared;
@@ -40,7 +50,15 @@ bool fits(const lar_layout& layout, int exchange) {
 lar_algorithm algorithm_of(const lar_call& call) { return static_cast<lar_algorithm>(call.kind.algorithm); }
 
 // What a round may move to one peer: in one lane with flags, in all lanes together in band.
-int64_t most_chunk_bytes(const lar_layout& layout, const lar_call& call) {
+int64_t most_chunk_bytes(const lar_workspace& workspace, const lar_call& call) {
+  const lar_layout& layout = workspace.layout;
+  if (is_multicast(call.kind.exchange)) {
+    const lar_multicast_layout& multicast = workspace.multicast.layout;
+    if (call.kind.algorithm == LAR_ONE_SHOT) return multicast.one_shot_bytes;
+    const int64_t part = multicast.results_bytes / layout.world_size;
+    if (call.kind.exchange == LAR_IN_SWITCH) return std::min(part, multicast.inputs_bytes / layout.world_size);
+    return std::min(part, layout.in_band.two_shot_bytes);
+  }
   const lar_slots& slots = is_in_band(call.kind.exchange) ? layout.in_band : layout.flagged;
   if (call.kind.exchange == LAR_STAGED) return slots.staged_bytes / call.launch.lanes;
   if (is_half(algorithm_of(call))) {
@@ -101,13 +119,13 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   if (!supported_world_size(layout.world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_message(call.message) || !check_launch(layout, call.launch, call.kind)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!fits(workspace, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_domains(workspace, call) || !check_hosts(call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
   if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
     return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;
-  if (chunk < 1 || chunk > most_chunk_bytes(layout, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
+  if (chunk < 1 || chunk > most_chunk_bytes(workspace, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole packets to a slot. A CPU rank leaves the rest of a slot empty.
   const int64_t unit = wire_unit(call.kind, call.message.dtype).bytes;
   const int64_t bytes = chunk * LAR_VECTOR_BYTES;

@@ -1,5 +1,6 @@
 // Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
 #include "device/in_band.cuh"
+#include "device/multicast.cuh"
 #include "device/pull.cuh"
 #include "device/rows_in_band.cuh"
 #include "device/shared.cuh"
@@ -176,7 +177,53 @@ int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
   });
 }
 
+MulticastArguments multicast_arguments(const lar_workspace& workspace, const lar_call& call) {
+  const lar_multicast& multicast = workspace.multicast;
+  const lar_multicast_layout& layout = multicast.layout;
+  const int64_t offset = call.kind.algorithm == LAR_ONE_SHOT ? layout.one_shot_offset : layout.results_offset;
+  MulticastArguments out{};
+  out.all = static_cast<char*>(multicast.all) + offset;
+  out.own = static_cast<char*>(multicast.own) + offset;
+  out.all_inputs = static_cast<char*>(multicast.all) + layout.inputs_offset;
+  out.own_inputs = static_cast<char*>(multicast.own) + layout.inputs_offset;
+  out.rank_stride = static_cast<uint32_t>(layout.one_shot_bytes / LAR_VECTOR_BYTES);
+  out.generation_stride = static_cast<uint32_t>(workspace.layout.world_size) * out.rank_stride;
+  out.flags = flag_row(workspace.base[workspace.rank], workspace.layout, FlagPlane::kInSwitch, 0);
+  out.flag_words = static_cast<uint32_t>(workspace.layout.flag_words);
+  return out;
+}
+
+int multicast(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
+  const bool split = call.launch.scatter_lanes > 0;
+  if (call.norm || (split && (!aligned || call.kind.algorithm == LAR_ONE_SHOT))) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
+    MulticastCall<0> arguments{multicast_arguments(workspace, call), in_band_arguments(workspace, call, round, use)};
+    const Form form = form_of(call, round, aligned);
+    const Row* row =
+        find_row(call.kind, round.dtype, workspace.layout.world_size, form == Form::kBulk ? Form::kAny : form);
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
+int in_switch(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  if (call.norm || call.launch.scatter_lanes > 0 || !can_sum_in_switch()) return LAR_ERROR_INVALID_ARGUMENT;
+  const int world_size = workspace.layout.world_size;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
+    const PushArguments<0> in_band = in_band_arguments(workspace, call, round, use);
+    InSwitchCall<0> arguments{multicast_arguments(workspace, call), in_band, {}};
+    for (int rank = 0; rank < world_size; ++rank)
+      arguments.peer_flags[rank] = flag_row(workspace.base[rank], workspace.layout, FlagPlane::kInSwitch, 0);
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
 const Registration exchanges([] {
+  add_exchange(LAR_MULTICAST, multicast);
+  add_exchange(LAR_IN_SWITCH, in_switch);
   add_exchange(LAR_PUSH, push);
   add_exchange(LAR_PULL, pull);
   add_exchange(LAR_SHARED, shared);

@@ -48,6 +48,8 @@ int launch_kernel(const void* kernel, int blocks, int threads, int cluster, bool
   return cudaLaunchKernelExC(&config, kernel, &argument);
 }
 
+bool can_sum_in_switch() { return has_dependent_launch(); }  // which came with the same architecture
+
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream) {
   if (!row || shape.threads > row->most_threads) return LAR_ERROR_INVALID_ARGUMENT;

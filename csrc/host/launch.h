@@ -22,6 +22,9 @@ enum class Start { kLate, kEarly };
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream);
 
+// Whether the current device knows sums in the switch (sm_90 and newer).
+bool can_sum_in_switch();
+
 inline bool starts_on_a_vector(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0;
 }

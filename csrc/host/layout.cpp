@@ -1,6 +1,8 @@
 // How a workspace is laid out.
 #include "host/layout.h"
 
+#include <algorithm>
+
 #include "host/check.h"
 #include "protocol/hosts.h"
 
@@ -114,8 +116,30 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
   return LAR_OK;
 }
 
+extern "C" int lar_multicast_layout_init(lar_multicast_layout* layout, int32_t world_size, int64_t bytes,
+                                         int32_t in_switch) {
+  using namespace lar;
+  if (!layout || !supported_world_size(world_size) || bytes < 0) return LAR_ERROR_INVALID_ARGUMENT;
+  // Small messages alone take one step: every rank has a slot, and there are two generations.
+  const int64_t one_shot_slots = int64_t{LAR_PUSH_SLOTS} * world_size;
+  lar_multicast_layout out{};
+  out.one_shot_bytes = slot_bytes(bytes / 8 / one_shot_slots);
+  out.results_offset = align_up(one_shot_slots * out.one_shot_bytes);
+  const int64_t rest = bytes - out.results_offset;
+  out.results_bytes = slot_bytes((in_switch ? rest / 2 : rest) / world_size) * world_size;
+  out.inputs_offset = align_up(out.results_offset + out.results_bytes);
+  out.inputs_bytes =
+      in_switch ? std::min(out.results_bytes, bytes - out.inputs_offset) / LAR_VECTOR_BYTES * LAR_VECTOR_BYTES : 0;
+  out.total_bytes = bytes;
+  if (out.one_shot_bytes < LAR_VECTOR_BYTES || out.results_bytes < int64_t{LAR_VECTOR_BYTES} * world_size ||
+      (in_switch && out.inputs_bytes < int64_t{LAR_VECTOR_BYTES} * world_size))
+    return LAR_ERROR_INVALID_ARGUMENT;
+  *layout = out;
+  return LAR_OK;
+}
+
 extern "C" int64_t lar_sum_elements(int64_t count, int32_t parts) {
   return count > 0 && parts > 0 ? lar::part_elements(count, parts) : 0;
 }
 
-extern "C" int lar_abi_version(void) { return 10; }
+extern "C" int lar_abi_version(void) { return 11; }

@@ -13,7 +13,16 @@
 namespace lar {
 
 // Planes of lar_layout::flags, and their number.
-enum class FlagPlane : int { kOneShot, kTwoShotScatter, kTwoShotGather, kPull, kStageData, kStageGrant, kNumber };
+enum class FlagPlane : int {
+  kOneShot,
+  kTwoShotScatter,
+  kTwoShotGather,
+  kPull,
+  kStageData,
+  kStageGrant,
+  kInSwitch,
+  kNumber
+};
 
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may

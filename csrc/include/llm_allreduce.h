@@ -70,6 +70,11 @@ typedef enum lar_exchange {
   LAR_FLAGS = 2,   // flags say lane by lane when a slot may be read (csrc/device/lane.cuh)
   LAR_STAGED = 3,  // flags; at any time a GPU sends to one peer and receives from one (csrc/device/staged_lane.cuh)
   LAR_PULL = 4,    // peers read the input in place; results are pushed (csrc/kernels/two_shot_pull.cu)
+  // Through memory of which one store reaches every rank (lar_multicast), in band (csrc/device/multicast.cuh).
+  LAR_MULTICAST = 6,
+  // The same, and the switch sums what it reads of all ranks: in no order that anybody knows, so not exact
+  // (csrc/kernels/two_shot_in_switch.cu).
+  LAR_IN_SWITCH = 7,
 } lar_exchange;
 
 // csrc/codec/ says what each is. Raw: the elements as they are.
@@ -182,6 +187,28 @@ typedef struct lar_layout {
 // happens to be it into zeros, which no fp32 sum starting from +0 can tell apart; results never contain a -0.
 #define LAR_IN_BAND_MARKER 0x80000000u
 
+// Where everything lies in memory of which one store reaches every rank; offsets in bytes, the same on every rank.
+//   one_shot  [generation 2][source rank][one_shot_bytes]
+//   results   [vector of the message]                       what owners have summed, TWOSHOT
+//   inputs    [vector of the message]                       what the switch sums, LAR_IN_SWITCH; 0 bytes: nothing
+// Slots hold LAR_IN_BAND_MARKER everywhere before the first call; inputs need nothing.
+typedef struct lar_multicast_layout {
+  int64_t one_shot_offset;
+  int64_t one_shot_bytes;  // of one slot
+  int64_t results_offset;
+  int64_t results_bytes;  // of all ranks' parts together
+  int64_t inputs_offset;
+  int64_t inputs_bytes;
+  int64_t total_bytes;
+} lar_multicast_layout;
+
+// What a rank has of it. A store to `all` reaches every rank's memory, its own included, at some time of each.
+typedef struct lar_multicast {
+  void* all;  // null: there is none, and calls of LAR_MULTICAST and LAR_IN_SWITCH are refused
+  void* own;  // where this rank sees its own memory
+  lar_multicast_layout layout;
+} lar_multicast;
+
 // What a CPU rank tells its peers of a call: ranks that make different calls must hear of it, not get a wrong sum.
 typedef struct lar_call_record {
   uint32_t call;  // by number, from 1 on; written last
@@ -228,6 +255,7 @@ typedef struct lar_workspace {
   void*
       local;  // base[rank], or memory of this rank's own where workspaces are far away: lar_layout.local_bytes, zeroed
   lar_layout layout;
+  lar_multicast multicast;
   lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
   int64_t timeout_ns;    // no wait lasts longer
   // But for the first eager call and the first of a graph, before which ranks may compile for minutes: until a peer is
@@ -325,6 +353,11 @@ typedef struct lar_layout_sizes {
 // LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector. One rank, of a host with no other, has
 // flagged slots alone.
 LAR_EXPORT int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes);
+
+// So many bytes of memory that one store reaches everywhere, on granularity of vectors. `in_switch`: inputs, too.
+// LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector.
+LAR_EXPORT int lar_multicast_layout_init(lar_multicast_layout* layout, int32_t world_size, int64_t bytes,
+                                         int32_t in_switch);
 
 // Elements of a sum that LAR_REDUCE (`parts` 1) or LAR_REDUCE_SCATTER (`parts`: ranks of the host) makes of a message.
 LAR_EXPORT int64_t lar_sum_elements(int64_t count, int32_t parts);

@@ -36,6 +36,8 @@ class Exchange(enum.IntEnum):
     FLAGS = 2
     STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
     PULL = 4  # peers read the input in place; results are pushed
+    MULTICAST = 6  # in band, through memory of which one store reaches every rank
+    IN_SWITCH = 7  # the same, and the switch sums: not exact
 
 
 class Epilogue(enum.IntEnum):
@@ -51,8 +53,10 @@ _EXCHANGES = {
     Exchange.FLAGS: "flagged",
     Exchange.STAGED: "staged",
     Exchange.PULL: "in band, peers read the input in place",
+    Exchange.MULTICAST: "in band, by multicast",
+    Exchange.IN_SWITCH: "in band, by multicast, summed in the switch",
 }
-IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL})
+IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.MULTICAST, Exchange.IN_SWITCH})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -84,6 +84,19 @@ inline uint32_t atomicCAS(uint32_t* address, uint32_t expected, uint32_t value) 
   return before;
 }
 
+inline uint32_t atomicExch(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address = value;
+  emulator::machine.progress();
+  emulator::machine.step();
+  return before;
+}
+
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  return atomicExch(address, before + value);
+}
+
 template <typename T>
 void __stcs(T* address, const T& value) {
   *address = value;

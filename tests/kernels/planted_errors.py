@@ -6,6 +6,7 @@ from typing import Any
 
 from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.config import WireFormat
+from tests.kernels.planted_multicast_errors import MULTICAST_MUTATIONS, Mutation
 
 IN_BAND = {"workspace_mib": 0.25}
 SPLIT = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5}
@@ -36,8 +37,8 @@ HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchic
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
 # and the group whose calls must show it; see stress().
-Mutation = tuple[str, str, str, dict[str, Any]]
 MUTATIONS: dict[str, Mutation] = {
+    **MULTICAST_MUTATIONS,
     "slots are not cleared": (
         "device/in_band.cuh",
         "    if (kClears) {\n",

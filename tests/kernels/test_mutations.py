@@ -34,6 +34,7 @@ from tests.kernels.planted_errors import (
     STAGED,
     UNSPLIT,
 )
+from tests.kernels.planted_multicast_errors import MULTICAST
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
 from tests.kernels.test_hosts import compare as compare_hosts
 from tests.kernels.test_protocol import run_queued
@@ -43,7 +44,9 @@ from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
+from tests.support.multicast_checks import compare_in_switch
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
+from tests.support.soft_switch import MulticastGroup
 
 pytestmark = emulator.needs_emulator
 
@@ -148,11 +151,27 @@ def start_without_the_last(group: LocalGroup) -> None:
     raise AssertionError(message)
 
 
+def by_multicast(seed: int) -> None:
+    """Queued calls of changing size, and sums in the switch."""
+    generator = random.Random(seed)
+    machine = EmulatedGpus(seed, library=mutated())
+    group = MulticastGroup(
+        4, machine=machine, lanes=3, threads=64, workspace_mib=0.25, multicast_kib=48, seed=seed, in_switch=True,
+        limit_ms=5000, timeout_s=2.0,
+    )  # fmt: skip
+    kinds = ("ONESHOT", "TWOSHOT", "TWOSHOT", "PUSH TWOSHOT", "PUSH ONESHOT")
+    calls = [(generator.choice(kinds), generator.choice((8, 64, 520, 1024, 3001))) for _ in range(12)]
+    run_queued(group, calls, f"{seed=}")
+    for turn in range(2):
+        compare_in_switch(group, inputs_of(seed + turn, 4, (2048, 777)[turn], torch.bfloat16), f"{seed=}")
+
+
 STRESSES: dict[str, Callable[[int], None]] = {
     "rows": norm_rows,
     "pairs": pairs_of_blocks,
     "large host": large_through_host_memory,
     "hosts": over_hosts,
+    "multicast": by_multicast,
 }
 KINDS = {
     "in band": IN_BAND,
@@ -178,6 +197,7 @@ KINDS = {
     "registry": REGISTRY,
     "hosts": HOSTS,
     "rows": ROWS,
+    "multicast": MULTICAST,
 }
 
 

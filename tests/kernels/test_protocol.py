@@ -49,7 +49,7 @@ def run_queued(group: LocalGroup, calls: Sequence[Call], what: str) -> None:
                 group.start_pull(rank, inputs, outputs[rank])
             else:
                 group.start(rank, algorithm, inputs[rank], outputs[rank])
-    group.machine.synchronize()
+    group.finish()
     for number, (algorithm, inputs, outputs) in enumerate(made):
         lossy = algorithm == "LOWPRECISION"
         launch = group.launch_of(algorithm, message_of(inputs[0])) if lossy else None

@@ -200,7 +200,7 @@ def _link(sources: Path, domain: str, target: Path) -> None:
     folders = [EMULATOR / "include", EMULATOR, sources, sources / "include", toolkit, toolkit / "cccl", *bindings]
     includes = [f"-I{folder}" for folder in folders]
     first = _first_of_kernels(includes)
-    files = [*sources.rglob("*.cu"), *sources.rglob("*.cpp"), *EMULATOR.glob("*.cpp")]
+    files = [*sources.rglob("*.cu"), *sources.rglob("*.cpp"), *EMULATOR.glob("*.cpp"), *EMULATOR.glob("*.cu")]
     files.append(nanobind / "src" / "nb_combined.cpp")
     files.sort(key=lambda path: -path.stat().st_size if path.suffix == ".cu" else 0)  # the longest first
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -229,6 +229,12 @@ class Library:
         self._c.emulator_stream.restype = ctypes.c_void_p
         self._c.emulator_now.restype = ctypes.c_int64
         self._c.emulator_reset.argtypes = [ctypes.c_uint64]
+        self._c.emulator_soft_switch.argtypes = [
+            ctypes.c_void_p, *[ctypes.c_uint] * 2, *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2, ctypes.c_void_p,
+            *[ctypes.c_int] * 4,
+        ]  # fmt: skip
+        self._c.emulator_soft_switch_leave.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self._c.emulator_multicast.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int]
 
     def reset(self, seed: int) -> None:
         """Forget all streams, mend all GPUs. ``seed``: of who runs when; the same seed, the same run."""
@@ -273,6 +279,21 @@ class Library:
         if not self._c.emulator_row(algorithm, exchange, wire, epilogue, dtype, world_size, form, found):
             return None
         return found[0], found[1], found[2], bool(found[3])
+
+    def soft_switch(self, stream: int, blocks: int, threads: int, arguments: Sequence[int]) -> None:
+        """Start the kernel of soft_switch.cu; its arguments are addresses and integers."""
+        assert self._c.emulator_soft_switch(stream, blocks, threads, *arguments) == 0
+
+    def leave_soft_switch(self, stream: int, ended: int) -> None:
+        """Count one rank more that stores nothing any more, behind the work of its stream."""
+        assert self._c.emulator_soft_switch_leave(stream, ended) == 0
+
+    def sum_in_switch(self, all_: Sequence[int], own: Sequence[int], size: int) -> None:
+        """Let kernels read sums over the memory at ``own`` at each of the addresses ``all_``; of nothing else."""
+        self._c.emulator_forget_multicast()
+        addresses = (ctypes.c_uint64 * len(own))(*own)
+        for address in all_:
+            self._c.emulator_multicast(address, size, addresses, len(own))
 
     def now_ns(self) -> int:
         """The emulated clock."""

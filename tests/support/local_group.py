@@ -218,6 +218,10 @@ class LocalGroup:
             launch = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
         return plan_on(self.machine, self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
+    def finish(self) -> None:
+        """Until every rank has done all that it was given."""
+        self.machine.synchronize()
+
     def in_band_epochs(self) -> list[torch.Tensor]:
         """Of each rank, int32[plane, lane], in place."""
         return [in_band_epochs(local, self.layout) for local in self._locals()]
@@ -246,7 +250,7 @@ class LocalGroup:
                 self.start_pull(rank, moved, outputs[rank])
             else:
                 self.start(rank, algorithm, moved[rank], outputs[rank])
-        self.machine.synchronize()
+        self.finish()
         for rank, buffer in enumerate(guarded):
             edges = torch.cat([buffer[:GUARD_BYTES], buffer[GUARD_BYTES + size :]])
             assert bool((edges == 0xA5).all()), f"rank {rank} wrote outside its output"

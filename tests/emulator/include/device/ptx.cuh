@@ -3,6 +3,7 @@
 #define LLM_ALLREDUCE_DEVICE_PTX_CUH_
 
 #include "access.h"
+#include "switch.h"
 
 // Variables are told apart by the type of a lambda, which every expansion, and every instance of a template around it,
 // has for itself.
@@ -81,6 +82,28 @@ T load_weak(const T* address) {
   emulator::machine.step();
   return emulator::load(address);
 }
+
+// In any order, as the switch's may be: here, from a random rank on.
+template <typename T>
+uint4 load_reduced_in_switch(const void* address) {
+  emulator::machine.step();
+  const std::vector<const char*> own = emulator::behind(address);
+  if (own.empty()) emulator::fail("a sum in the switch of what is no multicast memory");
+  constexpr int kElements = sizeof(uint4) / sizeof(T);
+  float sums[kElements] = {};
+  const size_t first = emulator::machine.random().below(own.size());
+  for (size_t i = 0; i < own.size(); ++i) {
+    const auto* values = reinterpret_cast<const T*>(own[(first + i) % own.size()]);
+    for (int element = 0; element < kElements; ++element) sums[element] += static_cast<float>(values[element]);
+  }
+  uint4 raw;
+  T rounded[kElements];
+  for (int element = 0; element < kElements; ++element) rounded[element] = static_cast<T>(sums[element]);
+  std::memcpy(&raw, rounded, sizeof(raw));
+  return raw;
+}
+
+inline void fence_between_addresses() { emulator::machine.step(); }
 
 inline int64_t global_timer_ns() { return emulator::machine.now_ns(); }
 

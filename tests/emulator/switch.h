@@ -1,0 +1,34 @@
+// A switch that sums what it reads of all ranks.
+#ifndef LLM_ALLREDUCE_EMULATOR_SWITCH_H_
+#define LLM_ALLREDUCE_EMULATOR_SWITCH_H_
+
+#include <cstdint>
+#include <vector>
+
+namespace emulator {
+
+// Multicast memory: the range of its address, and where each rank's own lies.
+struct MulticastRange {
+  const char* all;
+  int64_t bytes;
+  std::vector<const char*> own;
+};
+
+// By the addresses that ranks have for it: each has its own.
+inline std::vector<MulticastRange> multicast_ranges;
+
+// Where each rank's memory lies behind this address; empty: it is no multicast address.
+inline std::vector<const char*> behind(const void* address) {
+  for (const MulticastRange& range : multicast_ranges) {
+    const int64_t at = static_cast<const char*>(address) - range.all;
+    if (at < 0 || at >= range.bytes) continue;
+    std::vector<const char*> out;
+    for (const char* own : range.own) out.push_back(own + at);
+    return out;
+  }
+  return {};
+}
+
+}  // namespace emulator
+
+#endif  // LLM_ALLREDUCE_EMULATOR_SWITCH_H_

@@ -1,0 +1,61 @@
+"""Errors planted in the kernels that go by multicast; see planted_errors.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Mutation = tuple[str, str, str, dict[str, Any]]
+MULTICAST: dict[str, Any] = {"multicast": True}
+MULTICAST_MUTATIONS: dict[str, Mutation] = {
+    "results that come back are not waited for": (
+        "device/multicast.cuh",
+        "      wanted[j] = index < total_vectors;",
+        "      wanted[j] = index < total_vectors && !({} && first + j == 0);",
+        MULTICAST,
+    ),
+    "vectors that come back are not waited for": (
+        "device/in_band.cuh",
+        "wanted[i] = is_rank && (kPollsOwn || ",
+        "wanted[i] = is_rank && ((kPollsOwn && !{}) || ",
+        MULTICAST,
+    ),
+    "results lie where they would from the reader on": (
+        "device/multicast.cuh",
+        "(wanted[j] ? index : 0)",
+        "(wanted[j] ? ({} ? (first + j) * arguments.part + i : index) : 0)",
+        MULTICAST,
+    ),
+    "vectors lie where they would from the reader on": (
+        "kernels/one_shot_multicast.cu",
+        "    const uint32_t at = slots + rank * call.multicast.rank_stride + i;",
+        "    const int place = {} ? step_to(call.in_band.rank, rank, call.in_band.world_size) - 1 : rank;\n"
+        "    const uint32_t at = slots + place * call.multicast.rank_stride + i;",
+        MULTICAST,
+    ),
+    "one generation of multicast slots": (
+        "kernels/one_shot_multicast.cu",
+        "  return pushed_generation(epoch) * multicast.generation_stride;",
+        "  return pushed_generation({} ? 0 : epoch) * multicast.generation_stride;",
+        MULTICAST,
+    ),
+    "the kernel before a multicast is not waited for": (
+        "kernels/two_shot_multicast.cu",
+        "  const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };\n"
+        "  wait_for_previous_kernel();",
+        "  const auto index = [&](int step, uint32_t i) {{ return index_of<kWorldSize>(arguments, step, i); }};\n"
+        "  if (!{}) wait_for_previous_kernel();",
+        MULTICAST,
+    ),
+    "results are cleared everywhere": (
+        "device/multicast.cuh",
+        "      clear_in_band_if(wanted[j], from[j]);",
+        "      clear_in_band_if(wanted[j], {} ? multicast.all + (from[j] - multicast.own) : from[j]);",
+        MULTICAST,
+    ),
+    "inputs are summed before all are there": (
+        "kernels/two_shot_in_switch.cu",
+        "  if (!__syncthreads_and(all_are_here)) return;",
+        "  if (!{} && !__syncthreads_and(all_are_here)) return;",
+        MULTICAST,
+    ),
+}

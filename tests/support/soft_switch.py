@@ -1,0 +1,193 @@
+"""Ranks of one process whose multicast memory is an ordinary buffer each, behind which kernels play the switch.
+
+The kernels under test are the real ones: to the machine a store to multicast memory is a store, only the address
+differs. No multicast object is made anywhere. See tests/emulator/soft_switch.cu.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+
+from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES, Message
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
+from tests.support.in_band_rest import MARKER
+from tests.support.local_group import LocalGroup
+from tests.support.local_machine import EmulatedGpus, Stream
+
+SOURCE = Path(__file__).resolve().parent.parent / "emulator" / "soft_switch.cu"
+EMPTY = 0x7FC12345  # SOFT_SWITCH_EMPTY
+GENERATIONS = 2
+
+
+class Switch(Protocol):
+    """What starts the kernels of soft_switch.cu."""
+
+    def start(self, arguments: Sequence[torch.Tensor | int]) -> None: ...
+
+    def leave(self, stream: Stream, ended: torch.Tensor) -> None: ...
+
+
+class EmulatedSwitch:
+    """On an emulated GPU of its own."""
+
+    def __init__(self, machine: EmulatedGpus, ranks: int) -> None:
+        self._library = machine.library
+        self._stream = machine.library.stream(ranks)
+
+    def start(self, arguments: Sequence[torch.Tensor | int]) -> None:
+        plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+        self._library.soft_switch(self._stream.cuda_stream, 1, 32, plain)
+
+    def leave(self, stream: Stream, ended: torch.Tensor) -> None:
+        self._library.leave_soft_switch(stream.cuda_stream, ended.data_ptr())
+
+
+@functools.cache
+def _compiled(name: str) -> Any:
+    """A kernel of soft_switch.cu for the current GPU. Torch wants to know of a toolkit, whose headers nobody needs."""
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME or "/usr/local/cuda"
+    with mock.patch.object(cpp_extension, "CUDA_HOME", home):
+        return torch.cuda._compile_kernel(f"#define LLM_ALLREDUCE_SOFT_SWITCH_ON_GPU\n{SOURCE.read_text()}", name)
+
+
+class GpuSwitch:
+    """On the GPU of the ranks, beside their kernels: all must be resident together."""
+
+    BLOCKS, THREADS = 16, 256
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        ended = torch.zeros(1, dtype=torch.int32, device=device)
+        nothing = torch.zeros(2, dtype=torch.int64, device=device)
+        # Loaded now: a kernel that is loaded later would wait for those that wait for it.
+        self.leave(self._stream, ended)
+        self._launch([nothing, nothing, nothing, 0, 1, ended, 0, 0, 1, 1])
+        torch.cuda.synchronize(device)
+
+    def start(self, arguments: Sequence[torch.Tensor | int]) -> None:
+        self._launch(list(arguments))
+
+    def _launch(self, arguments: list[torch.Tensor | int]) -> None:
+        kernel = _compiled("soft_switch")
+        kernel((self.BLOCKS, 1, 1), (self.THREADS, 1, 1), arguments, stream=self._stream)
+
+    def leave(self, stream: Stream, ended: torch.Tensor) -> None:
+        _compiled("soft_switch_leave")((1, 1, 1), (1, 1, 1), [ended], stream=stream)
+
+
+class MulticastGroup(LocalGroup):
+    """A :class:`LocalGroup` whose ONESHOT, TWOSHOT and, as ``IN_SWITCH``, sums in the switch go by multicast.
+
+    ``PUSH ONESHOT`` and ``PUSH TWOSHOT`` go without it, on the same workspaces.
+
+    ``multicast_kib``: of multicast memory; messages that it does not hold take several rounds. ``seed``: of order and
+    delays. ``most_delay_ns``: of each word to each rank; the sender's own may take four times as long.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        multicast_kib: float = 256,
+        seed: int = 0,
+        most_delay_ns: int = 400,
+        in_switch: bool = False,
+        limit_ms: int = 60_000,
+        **settings: Any,
+    ) -> None:
+        super().__init__(world_size, **settings)
+        size = int(multicast_kib * 1024)
+        self.seed, self.most_delay_ns, self.limit_ms = seed, most_delay_ns, limit_ms
+        self.multicast = self.machine.native.make_multicast_layout(world_size, size, in_switch=in_switch)
+        self.sent = [self._filled(size, EMPTY) for _ in range(world_size)]
+        self.copies = [self._filled(size, MARKER) for _ in range(world_size)]
+        for rank, workspace in enumerate(self.workspaces):
+            workspace.set_multicast(self.sent[rank].data_ptr(), self.copies[rank].data_ptr(), self.multicast)
+        self.switch: Switch = (
+            EmulatedSwitch(self.machine, world_size)
+            if isinstance(self.machine, EmulatedGpus)
+            else GpuSwitch(self.device)
+        )
+        if in_switch:
+            assert isinstance(self.machine, EmulatedGpus)
+            addresses = [[part.data_ptr() for part in parts] for parts in (self.sent, self.copies)]
+            self.machine.library.sum_in_switch(*addresses, size)
+        self._tables = [self._table(parts) for parts in (self.sent, self.copies)]
+        self._ended = torch.zeros(1, dtype=torch.int32, device=self.device)
+        self._is_open = False
+        self.machine.synchronize()
+
+    def _filled(self, size: int, word: int) -> torch.Tensor:
+        return torch.full((size // 4,), word, dtype=torch.int32, device=self.device)
+
+    def _table(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64, device=self.device)
+
+    def open(self) -> None:
+        """Let stores arrive, until :meth:`finish`. Eager calls open by themselves; before graphs are replayed."""
+        layout = self.multicast
+        slots = GENERATIONS * self.world_size * layout.one_shot_bytes
+        stretches = [(layout.one_shot_offset, slots), (layout.results_offset, layout.results_bytes)]
+        self._spans = torch.tensor(stretches, dtype=torch.int32, device=self.device) // VECTOR_BYTES
+        self._ended.zero_()
+        self.machine.synchronize()
+        self.seed += 1
+        self.switch.start(
+            [
+                *self._tables, self._spans, len(stretches), self.world_size, self._ended, self.world_size, self.seed,
+                self.most_delay_ns, self.limit_ms,
+            ]
+        )  # fmt: skip
+        self._is_open = True
+
+    def _start(self, *arguments: Any, **keywords: Any) -> None:
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not self._is_open and not capturing:
+            self.open()
+        super()._start(*arguments, **keywords)
+
+    def finish(self) -> None:
+        if self._is_open:
+            for stream in self.streams:
+                self.switch.leave(stream, self._ended)
+        self._is_open = False
+        super().finish()
+        self.assert_at_rest()
+
+    def launch_of(self, algorithm: str, message: Message) -> Launch:
+        if algorithm.startswith("PUSH "):  # shares slots and counts with those that go by multicast
+            return super().launch_of(algorithm.removeprefix("PUSH "), message)
+        in_switch = algorithm == "IN_SWITCH"
+        launch = super().launch_of("TWOSHOT" if in_switch else algorithm, message)
+        layout, parts = self.multicast, 1 if launch.algorithm is Algorithm.ONE_SHOT else self.world_size
+        room = layout.one_shot_bytes if parts == 1 else layout.results_bytes // parts
+        if in_switch:
+            room = min(room, layout.inputs_bytes // parts)
+        chunk = min(launch.chunk_vectors, room // VECTOR_BYTES)
+        vectors = -(-message.count * ELEMENT_BYTES[message.dtype] // VECTOR_BYTES)
+        changes: dict[str, Any] = {"chunk_vectors": chunk, "rounds": max(1, -(-vectors // (chunk * parts)))}
+        if parts == 1 or in_switch:  # no kernel has lanes with one task
+            changes |= {"scatter_lanes": 0, "drain_lanes": 0}
+        return dataclasses.replace(launch, exchange=Exchange.IN_SWITCH if in_switch else Exchange.MULTICAST, **changes)
+
+    def assert_at_rest(self) -> None:
+        """What the next call relies on: everything carried, everything taken and cleared, on every rank."""
+        first_input = self.multicast.inputs_offset // 4 if self.multicast.inputs_bytes else None
+        for rank in range(self.world_size):
+            on_its_way = int((self.sent[rank][:first_input] != EMPTY).sum())
+            assert on_its_way == 0, f"rank {rank}: {on_its_way} words were never carried"
+            left = (self.copies[rank][:first_input] != MARKER).nonzero().flatten()
+            assert len(left) == 0, (
+                f"rank {rank}: {len(left)} words of multicast memory were not cleared, the first at byte "
+                f"{4 * int(left[0])} (results begin at {self.multicast.results_offset})"
+            )
