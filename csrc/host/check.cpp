@@ -19,14 +19,20 @@ WireUnit wire_unit(lar_kind kind, lar_dtype dtype) {
 
 namespace {
 
-bool is_in_band(int exchange) { return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL; }
+// CPU ranks place by flags: their slots are those of flagged calls.
+bool is_in_band(int exchange) {
+  return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL || exchange == LAR_PLACE;
+}
 
 // Whether a layout has what an exchange needs.
-bool fits(const lar_layout& layout, int exchange) {
+bool fits(const lar_workspace& workspace, int exchange) {
+  const lar_layout& layout = workspace.layout;
   switch (exchange) {
     case LAR_PUSH:
     case LAR_PULL:
       return !layout.shared;
+    case LAR_PLACE:
+      return !layout.shared || workspace.device == LAR_CPU;
     case LAR_SHARED:
       return layout.shared != 0;
     case LAR_STAGED:
@@ -40,8 +46,10 @@ bool fits(const lar_layout& layout, int exchange) {
 lar_algorithm algorithm_of(const lar_call& call) { return static_cast<lar_algorithm>(call.kind.algorithm); }
 
 // What a round may move to one peer: in one lane with flags, in all lanes together in band.
-int64_t most_chunk_bytes(const lar_layout& layout, const lar_call& call) {
-  const lar_slots& slots = is_in_band(call.kind.exchange) ? layout.in_band : layout.flagged;
+int64_t most_chunk_bytes(const lar_workspace& workspace, const lar_call& call) {
+  const lar_layout& layout = workspace.layout;
+  const bool by_flags = call.kind.exchange == LAR_PLACE && workspace.device == LAR_CPU;
+  const lar_slots& slots = is_in_band(call.kind.exchange) && !by_flags ? layout.in_band : layout.flagged;
   if (call.kind.exchange == LAR_STAGED) return slots.staged_bytes / call.launch.lanes;
   if (is_half(algorithm_of(call))) {
     const bool one_after_another = call.kind.algorithm == LAR_REDUCE_SCATTER && layout.shared;
@@ -93,6 +101,14 @@ bool check_domains(const lar_workspace& workspace, const lar_call& call) {
   return make_domains(call.domains, workspace.layout.world_size, workspace.rank, &domains);
 }
 
+// Where every rank's output is, of the exchange that stores there.
+bool check_outputs(const lar_layout& layout, const lar_call& call) {
+  if ((call.kind.exchange == LAR_PLACE) != (call.outputs != nullptr)) return false;
+  for (int rank = 0; call.outputs && call.message.count > 0 && rank < layout.world_size; ++rank)
+    if (!call.outputs[rank] || !starts_on_a_vector(call.outputs[rank])) return false;
+  return true;
+}
+
 }  // namespace
 
 int check_call(const lar_workspace& workspace, const lar_call& call) {
@@ -101,13 +117,14 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   if (!supported_world_size(layout.world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_message(call.message) || !check_launch(layout, call.launch, call.kind)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!fits(layout, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_domains(workspace, call) || !check_hosts(call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!fits(workspace, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_domains(workspace, call) || !check_hosts(call) || !check_outputs(layout, call))
+    return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
   if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
     return LAR_ERROR_INVALID_ARGUMENT;
   const int64_t chunk = call.launch.chunk_vectors;
-  if (chunk < 1 || chunk > most_chunk_bytes(layout, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
+  if (chunk < 1 || chunk > most_chunk_bytes(workspace, call) / LAR_VECTOR_BYTES) return LAR_ERROR_INVALID_ARGUMENT;
   // Whole packets to a slot. A CPU rank leaves the rest of a slot empty.
   const int64_t unit = wire_unit(call.kind, call.message.dtype).bytes;
   const int64_t bytes = chunk * LAR_VECTOR_BYTES;

@@ -22,10 +22,6 @@ enum class Start { kLate, kEarly };
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream);
 
-inline bool starts_on_a_vector(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0;
-}
-
 inline bool ends_on_a_vector(const lar_message& message) {
   return message.count * element_bytes(message.dtype) % LAR_VECTOR_BYTES == 0;
 }

@@ -118,4 +118,4 @@ extern "C" int64_t lar_sum_elements(int64_t count, int32_t parts) {
   return count > 0 && parts > 0 ? lar::part_elements(count, parts) : 0;
 }
 
-extern "C" int lar_abi_version(void) { return 10; }
+extern "C" int lar_abi_version(void) { return 11; }

@@ -36,6 +36,7 @@ class Exchange(enum.IntEnum):
     FLAGS = 2
     STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
     PULL = 4  # peers read the input in place; results are pushed
+    PLACE = 5  # results are stored into peers' outputs; inputs are pushed
 
 
 class Epilogue(enum.IntEnum):
@@ -51,8 +52,9 @@ _EXCHANGES = {
     Exchange.FLAGS: "flagged",
     Exchange.STAGED: "staged",
     Exchange.PULL: "in band, peers read the input in place",
+    Exchange.PLACE: "results are stored into peers' outputs",
 }
-IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL})
+IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.PLACE})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +171,12 @@ class Decision:
 
     @property
     def counted_as(self) -> str:
-        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place."""
-        pulls = self.launch is not None and self.launch.exchange is Exchange.PULL
-        return f"{self.strategy} (pull)" if pulls else str(self.strategy)
+        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place.
+
+        Or store into its outputs, where the strategy's name does not say so.
+        """
+        how = {Exchange.PULL: "pull", Exchange.PLACE: "place"}.get(self.launch.exchange) if self.launch else None
+        return f"{self.strategy} ({how})" if how and self.strategy is not AllReduceStrategy.UB else str(self.strategy)
 
     @property
     def runs_another(self) -> bool:
