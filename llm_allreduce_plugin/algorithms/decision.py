@@ -36,6 +36,7 @@ class Exchange(enum.IntEnum):
     FLAGS = 2
     STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
     PULL = 4  # peers read the input in place; results are pushed
+    PLACE = 5  # results are stored into peers' outputs; inputs are pushed
     MULTICAST = 6  # in band, through memory of which one store reaches every rank
     IN_SWITCH = 7  # the same, and the switch sums: not exact
 
@@ -53,10 +54,13 @@ _EXCHANGES = {
     Exchange.FLAGS: "flagged",
     Exchange.STAGED: "staged",
     Exchange.PULL: "in band, peers read the input in place",
+    Exchange.PLACE: "results are stored into peers' outputs",
     Exchange.MULTICAST: "in band, by multicast",
     Exchange.IN_SWITCH: "in band, by multicast, summed in the switch",
 }
-IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.MULTICAST, Exchange.IN_SWITCH})
+IN_BAND = frozenset(
+    {Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.PLACE, Exchange.MULTICAST, Exchange.IN_SWITCH}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +177,12 @@ class Decision:
 
     @property
     def counted_as(self) -> str:
-        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place."""
-        pulls = self.launch is not None and self.launch.exchange is Exchange.PULL
-        return f"{self.strategy} (pull)" if pulls else str(self.strategy)
+        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place.
+
+        Or store into its outputs, where the strategy's name does not say so.
+        """
+        how = {Exchange.PULL: "pull", Exchange.PLACE: "place"}.get(self.launch.exchange) if self.launch else None
+        return f"{self.strategy} ({how})" if how and self.strategy is not AllReduceStrategy.UB else str(self.strategy)
 
     @property
     def runs_another(self) -> bool:

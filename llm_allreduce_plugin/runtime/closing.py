@@ -17,6 +17,7 @@ from llm_allreduce_plugin.runtime.network_calls import Between
 from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,13 @@ class Held:
     board: Board | None
     board_memory: ShmMemory | None
     between: Between | None = None
+    pool: RegisteredPool | None = None
 
     def forget(self) -> None:
         """Hold nothing that could keep memory alive."""
-        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = None
+        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = (
+            self.pool
+        ) = None
 
 
 def end(held: Held, ending: Ending) -> None:
@@ -117,7 +121,7 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     """The end of all memory."""
     buffers = held.planner.buffers
     held.planner.forget()
-    kept = [held.memory, held.workspace, *buffers]
+    kept = [held.memory, held.workspace, held.pool, *buffers]
     if not is_quiet:
         logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
         keep_for_ever(*kept)
@@ -128,6 +132,8 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     elif held.memory is not None:
         buffers.clear()
         ending.step(held.memory.close, "let go of the workspace's memory")
+        if held.pool is not None:
+            ending.step(held.pool.close, "let go of registered memory")
     del kept
     if held.board is not None:
         ending.step(held.board.close, "leave the board")

@@ -15,7 +15,7 @@ from llm_allreduce_plugin.wire import PACKETS
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 WIRE_FORMATS = {packet.code: wire for wire, packet in PACKETS.items()}
 _EXACT = {int(algorithm): algorithm.name.replace("_", "") for algorithm in Algorithm}
-PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
+PHASES = {0: "gather", 1: "scatter", 2: "exchange", 3: "output"}
 
 
 # Algorithm, exchange, wire format and epilogue of a call, as the library numbers them.
