@@ -48,9 +48,10 @@ def times(record: Document, candidate: str) -> dict[int, float]:
 
 
 def tokens(record: Document, variant: str) -> dict[int, float]:
-    """Milliseconds per token by batch size, the median of the starts (with two, their mean)."""
+    """Milliseconds per token by batch size, the mean of the starts; none where the variant was not measured."""
     rows = [row for row in record["rows"] if row.get("variant") == variant]
-    batches = [int(key.rsplit("_", 1)[1]) for key in rows[0] if key.startswith("ms_per_token_batch_")]
+    keys = set().union(*rows)
+    batches = sorted(int(key.rsplit("_", 1)[1]) for key in keys if key.startswith("ms_per_token_batch_"))
     return {batch: sum(row[f"ms_per_token_batch_{batch}"] for row in rows) / len(rows) for batch in batches}
 
 
@@ -161,7 +162,7 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
 
 
 def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
-    """What does a token cost in SGLang, by its own all-reduce and by ours?"""
+    """What does a token cost in SGLang, by its own all-reduce and by ours? ONESHOT is what AUTO runs at these sizes."""
     version = next(row["version"] for row in records[0]["rows"] if "version" in row)
     figure.suptitle(f"SGLang {version}, {records[0]['environment']['gpus']}: time per token, mean of the starts")
     panels = figure.subplots(1, len(records))
@@ -169,11 +170,14 @@ def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
     width = 0.27
     for axes, record in zip(panels, records, strict=True):
         for number, (name, label) in enumerate(labels.items()):
-            found = tokens(record, name)
+            found = tokens(record, name) or (tokens(record, "ONESHOT") if name == "AUTO" else {})
+            if not found:
+                continue
             places = [place + (number - 1) * width for place in range(len(found))]
             bars = axes.bar(places, list(found.values()), width, color=color_of(name), label=label)
             axes.bar_label(bars, [f"{time:.2f}" for time in found.values()], rotation=90, fontsize=11, padding=3)
-        axes.set_xticks(range(len(found)), [str(batch) for batch in found])
+        batches = list(tokens(record, "default"))
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axes.set_title(f"Llama {record['width']} wide x {record['layers']} layers", fontsize=13)
         axes.set_xlabel("batch size")
         axes.margins(y=0.2)
