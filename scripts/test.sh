@@ -37,8 +37,14 @@ echo "== ruff, clang-format, bash -n"
 "$python" -m ruff format --check "${source_files[@]}"
 git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 mkdir -p build
-"$python" -m mypy >build/mypy.log & # beside the tests, which wait now and then
+# Beside the tests, which wait now and then.
+"$python" -m mypy >build/mypy.log &
 mypy=$!
+registers=
+if (($# == 0)); then
+  "$python" scripts/register_report.py >build/registers.md 2>build/registers.log &
+  registers=$!
+fi
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests; types beside them"
@@ -52,8 +58,8 @@ wait "$mypy" || { cat build/mypy.log; exit 1; }
 ((tests == 0)) || exit "$tests"
 
 if (($# == 0)); then
+  wait "$registers" || { cat build/registers.log >&2; exit 1; }
   echo "== registers of every kernel: build/registers.md"
-  "$python" scripts/register_report.py >build/registers.md
   echo "== a wheel, installed away from the sources"
   check_wheel() {
     local folder packages profiles
