@@ -18,17 +18,12 @@ whole=()
 case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
 run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
 if (($# == 0)); then
-  # The CUDA kernels for a CPU, as they are and with planted errors: what tests/kernels would compile first.
+  # What tests/kernels would compile first.
   build_emulator() {
-    echo "compiling the kernels for tests/kernels, to run on a CPU: a minute or two"
-    "$python" -c '
-from tests.support import emulator
-if emulator.obstacle() is None:
-    from tests.kernels.test_mutations import mutated
-    emulator.library()
-    mutated()'
+    echo "compiling the CUDA kernels to run on a CPU, for tests/kernels: a minute or two"
+    "$python" scripts/build_emulator.py
   }
-  run_step .venv/.emulator "$(digest_of csrc tests/emulator tests/support/emulator.py tests/kernels)" build_emulator
+  run_step .venv/.emulator "$(digest_of csrc tests/emulator tests/support tests/kernels)" build_emulator
 fi
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
