@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -129,6 +130,41 @@ def speed_up(figure: Figure, records: Sequence[Document]) -> None:
     axes.set_ylabel("NCCL's time / this package's")
     _by_size(axes)
     axes.legend()
+
+
+def speed_up_over_peers(figure: Figure, records: Sequence[Document]) -> None:
+    """How much faster than others that know this topology: torch's kernels, and what engines run by themselves?"""
+    figure.suptitle("How many times faster than others, same node, same run (exact kernels, bf16)")
+    four, two, *engines = figure.subplots(1, 3, width_ratios=(3, 3, 2.4))
+    for axes, record, title in zip((four, two), records, ("4 H200, NVLink", "2 H200, NVLink"), strict=False):
+        ours = times(record, "MINLATENCY")
+        for name in ("NCCL", "NCCL-windows", "torch-one-shot", "torch-two-shot"):
+            theirs = times(record, name)
+            _curve(axes, {size: theirs[size] / ours[size] for size in ours if size in theirs}, name)
+        axes.axhline(1, color=LINK, linestyle=":")
+        axes.set_title(title, fontsize=13)
+        axes.set_ylim(0, 5.5)
+        _by_size(axes)
+        axes.xaxis.set_major_locator(LogLocator(base=4**3))
+    two.tick_params(labelleft=False)
+    four.set_ylabel("others' time / this package's")
+    figure.legend(*four.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    (axes,) = engines
+    looks = (("MINLATENCY", "vLLM 0.26, 2 H200", "-", "o"), ("MINLATENCY", "vLLM 0.26, 4 H200", "--", "s"),
+             ("ONESHOT", "SGLang 0.5.17, 2 H100", "-", "^"))  # fmt: skip
+    for record, (variant, label, line, marker) in zip(records[2:], looks, strict=True):
+        stock, found = tokens(record, "default"), tokens(record, variant)
+        color = color_of("sglang" if "SGLang" in label else "default")
+        points = {batch: stock[batch] / found[batch] for batch in stock}
+        _curve(axes, points, "", label=label, color=color, linestyle=line, marker=marker)
+    axes.axhline(1, color=LINK, linestyle=":")
+    axes.set_title("engines: time per token", fontsize=13)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(points), list(map(str, points)))
+    axes.set_ylim(0.98, 1.15)
+    axes.set_xlabel("batch size")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(fontsize=10)
 
 
 def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:

@@ -282,7 +282,7 @@ def in_environment(variables: Mapping[str, str] | None = None) -> Found:
 @functools.cache
 def _warn_of(unknown: tuple[str, ...]) -> None:
     """Once in a process, however often settings are read."""
-    logger.warning("environment: %s: no setting has this name, and none like it: not looked at", ", ".join(unknown))
+    logger.warning("environment: %s: not a setting, and ignored", ", ".join(unknown))
 
 
 def load_config(

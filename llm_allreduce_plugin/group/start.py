@@ -266,7 +266,7 @@ class _Start:
             opened.board_memory = ShmMemory.open(agreement, ROW_BYTES)
         except TransportError as error:
             if self._agreement.rank == 0:
-                logger.info("errors will not say what has become of a peer: %s", error)
+                logger.info("errors cannot say whether a peer has ended or is only late: %s", error)
             return
         opened.board = Board(opened.board_memory.buffer, agreement.rank, agreement.world_size)
 

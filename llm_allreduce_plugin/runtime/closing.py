@@ -123,11 +123,11 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     held.planner.forget()
     kept = [held.memory, held.workspace, held.pool, *buffers]
     if not is_quiet:
-        logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
+        logger.warning("an all-reduce may still be running: its memory is kept until this process ends")
         keep_for_ever(*kept)
     elif is_broken and held.transport is Transport.SYMMETRIC:
         # torch frees it with calls that end the process where the context has ended before.
-        logger.info("the GPU memory of this group is let go when this process ends: its CUDA context has failed")
+        logger.info("GPU memory of this group is freed when this process ends: its CUDA context has failed")
         keep_for_ever(*kept)
     elif held.memory is not None:
         buffers.clear()
