@@ -219,7 +219,8 @@ def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
         axes.margins(y=0.2)
         axes.grid(visible=True, axis="y", alpha=0.25)
     panels[0].set_ylabel("milliseconds per token")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend = max((axes.get_legend_handles_labels() for axes in panels), key=lambda found: len(found[1]))
+    figure.legend(*legend, loc="outside lower center", ncols=3)
 
 
 def _calls(record: Document, variant: str) -> set[str]:

@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 }
 
 const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Types<Store>>([](auto type, auto world, auto) {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 0>, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     const auto add = [](Form form, auto kernel) {

@@ -23,6 +23,8 @@ __device__ __forceinline__ char* gathered(const InBandArguments& arguments, uint
 template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_push_fp8_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
+  // More would be a lot of code: to encode takes most of the kernel's instructions.
+  constexpr int kEncodedAtOnce = World<kWorldSize>::kPeersAtOnce < 3 ? World<kWorldSize>::kPeersAtOnce : 3;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
   const Share share = tiles_of(0, gridDim.x, arguments.part);
@@ -33,7 +35,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t gather_slots = slots + arguments.gather_stride;
   for (uint32_t tile = share.first; tile < share.end; tile += share.stride) {
-#pragma unroll World < kWorldSize> ::kPeersAtOnce
+#pragma unroll kEncodedAtOnce
     for (int step = 1; step < world_size; ++step) {
       const uint32_t packet = packet_of<kWorldSize>(arguments, step, tile);
       if (packet < packets.number())

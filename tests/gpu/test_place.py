@@ -68,7 +68,7 @@ def test_an_output_that_is_still_read() -> None:
             group.start_place(rank, moved[rank], outputs)
         torch.cuda.synchronize()
         for rank in range(world_size):
-            assert_same_bits(read[rank], before[rank], f"turn {turn}: rank {rank} has read what came too early")
+            assert_same_bits(read[rank].cpu(), before[rank].cpu(), f"turn {turn}: rank {rank} has read what came too early")
             assert_same_bits(outputs[rank].cpu(), rank_ordered_sum(inputs), f"turn {turn}, rank {rank}")
 
 
@@ -89,7 +89,7 @@ def _large(context: RankContext) -> None:
                 mine = inputs[context.rank].to(context.device)
                 assert group.all_reduce(mine, out) is out
                 assert_same_bits(out.cpu(), rank_ordered_sum(inputs), f"{dtype} x {count}, {seed=}")
-                assert_same_bits(group.call_of("TWOSHOT", count, dtype)(mine), out, "TWOSHOT")
+                assert_same_bits(group.call_of("TWOSHOT", count, dtype)(mine).cpu(), out.cpu(), "TWOSHOT")
                 # A tensor that starts anywhere.
                 whole = torch.zeros(count + 1, dtype=dtype, device=context.device)
                 whole[1:].copy_(mine)

@@ -47,12 +47,18 @@ class Kernel:
     world_size: int
 
 
-def _in_band(name: str, algorithm: int, exchange: int = _C.PUSH, **what: str | tuple[str, ...]) -> Kernels:
+def _in_band(
+    name: str,
+    algorithm: int,
+    exchange: int = _C.PUSH,
+    world_sizes: tuple[int, ...] = (*FIXED, ANY),
+    **what: str | tuple[str, ...],
+) -> Kernels:
     return Kernels(
         name,
         algorithm,
         exchange,
-        world_sizes=(*FIXED, ANY),
+        world_sizes=world_sizes,
         most_threads=_C.MAX_THREADS,
         extra_threads=0,
         **what,  # type: ignore[arg-type]
@@ -89,8 +95,8 @@ ALL = (
     _in_band("two_shot_pull_kernel", _C.TWO_SHOT, _C.PULL),
     _in_band("two_shot_place_kernel", _C.TWO_SHOT, _C.PLACE),
     _in_band("two_shot_place_split_kernel", _C.TWO_SHOT, _C.PLACE, form="split"),
-    _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, form="short", **_FP8),
-    _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, **_FP8),
+    _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), form="short", **_FP8),
+    _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), **_FP8),
     _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, **_FP8),
     _in_band("two_shot_split_fp8_kernel", _C.TWO_SHOT, form="split", **_FP8),
     Kernels("one_shot_shared_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY)),

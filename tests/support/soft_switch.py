@@ -173,7 +173,7 @@ class MulticastGroup(LocalGroup):
         room = layout.one_shot_bytes if parts == 1 else layout.results_bytes // parts
         if in_switch:
             room = min(room, layout.inputs_bytes // parts)
-        chunk = min(launch.chunk_vectors, room // VECTOR_BYTES)
+        chunk = max(1, min(launch.chunk_vectors, room // VECTOR_BYTES))  # without room, the call is refused
         vectors = -(-message.count * ELEMENT_BYTES[message.dtype] // VECTOR_BYTES)
         changes: dict[str, Any] = {"chunk_vectors": chunk, "rounds": max(1, -(-vectors // (chunk * parts)))}
         if parts == 1 or in_switch:  # no kernel has lanes with one task
