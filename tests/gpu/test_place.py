@@ -68,7 +68,7 @@ def test_an_output_that_is_still_read() -> None:
             group.start_place(rank, moved[rank], outputs)
         torch.cuda.synchronize()
         for rank in range(world_size):
-            assert_same_bits(read[rank].cpu(), before[rank].cpu(), f"turn {turn}: rank {rank} has read what came too early")
+            assert_same_bits(read[rank].cpu(), before[rank].cpu(), f"turn {turn}, rank {rank}: what came too early")
             assert_same_bits(outputs[rank].cpu(), rank_ordered_sum(inputs), f"turn {turn}, rank {rank}")
 
 
