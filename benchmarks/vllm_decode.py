@@ -36,6 +36,8 @@ from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
 
 STEPS = 200
 PREFILLS = 3
+PROFILED_BATCH = 32
+PROFILED_TOKENS = 16
 
 
 def run_variant(arguments: argparse.Namespace) -> None:
@@ -53,6 +55,12 @@ def run_variant(arguments: argparse.Namespace) -> None:
         settings = decode.settings_of(arguments.variant, arguments.report)
         settings |= {"transport": "host"} if arguments.no_peer_access else {}
         extra["additional_config"] = {"allreduce": settings}
+    if arguments.profile is not None:
+        extra["profiler_config"] = {
+            "profiler": "torch",
+            "torch_profiler_dir": str(arguments.profile / arguments.variant),
+            "torch_profiler_with_stack": False,
+        }
     llm = LLM(
         model=arguments.model,
         load_format="dummy",
@@ -101,6 +109,10 @@ def run_variant(arguments: argparse.Namespace) -> None:
         steps = step_times(batch)
         result[f"ms_per_token_batch_{size}"] = decode.milliseconds(steps)
         result[f"steps_batch_{size}"] = len(steps)
+    if arguments.profile is not None:
+        llm.start_profile()
+        generate(prompts(PROFILED_BATCH, 32, 32), PROFILED_TOKENS)
+        llm.stop_profile()
     prefills = []
     for _ in range(PREFILLS + 1):  # the first one is not counted
         prefills.append(generate(prompts(32, 1024, 1024), 1)[0])
@@ -138,6 +150,8 @@ def start_variant(
     if arguments.no_peer_access:
         command.append("--no-peer-access")
         environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    if arguments.profile is not None:
+        command += ["--profile", str(arguments.profile)]
     command += ["--result", str(result), "--report", str(report)]
     answer = decode.run_process(f"{variant} at TP{tp}", command, environment, log, result, 400)
     answer["reports"] = decode.reports_in(report)
@@ -153,6 +167,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
     parser.add_argument("--quantization", choices=["fp8"], help="vLLM's; default: none")
+    parser.add_argument("--profile", type=Path, help=f"folder for traces of GPUs at batch {PROFILED_BATCH}")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
