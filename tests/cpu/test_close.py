@@ -197,7 +197,10 @@ def test_every_step_is_made_whatever_became_of_the_others() -> None:
         assert ended.kind == "ok", ended
         first, others, summaries = ended.value
         assert first == "monitor failed"
-        assert others == ["at the end also: OSError: memory failed", "at the end also: OSError: board failed"]
+        assert others == [
+            "another error at the end: OSError: memory failed",
+            "another error at the end: OSError: board failed",
+        ]
         assert summaries == 1
 
 

@@ -68,7 +68,7 @@ def test_an_end_makes_every_step(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == [
         "cannot wait for the device: not done after 0.1 s",
         "cannot wait for the device: not done after 0.5 s",
-        "at the end also: RuntimeError: device is busy",
+        "another error at the end: RuntimeError: device is busy",
     ]
     Ending().raise_first()
     assert quietly(made.close, "free")
