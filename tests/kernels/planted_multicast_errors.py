@@ -21,8 +21,8 @@ MULTICAST_MUTATIONS: dict[str, Mutation] = {
     ),
     "results lie where they would from the reader on": (
         "device/multicast.cuh",
-        "(wanted[j] ? index : 0)",
-        "(wanted[j] ? ({} ? (first + j) * arguments.part + i : index) : 0)",
+        "int64_t{wanted[j] ? index : 0}",
+        "int64_t{{wanted[j] ? ({} ? (first + j) * arguments.part + i : index) : 0}}",
         MULTICAST,
     ),
     "vectors lie where they would from the reader on": (
