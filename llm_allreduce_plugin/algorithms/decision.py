@@ -56,6 +56,7 @@ _EXCHANGES = {
     Exchange.MULTICAST: "in band, by multicast",
     Exchange.IN_SWITCH: "in band, by multicast, summed in the switch",
 }
+_COUNTED_APART = {Exchange.PULL: "pull", Exchange.MULTICAST: "multicast", Exchange.IN_SWITCH: "in switch"}
 IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.MULTICAST, Exchange.IN_SWITCH})
 
 
@@ -173,9 +174,9 @@ class Decision:
 
     @property
     def counted_as(self) -> str:
-        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place."""
-        pulls = self.launch is not None and self.launch.exchange is Exchange.PULL
-        return f"{self.strategy} (pull)" if pulls else str(self.strategy)
+        """What reports and metrics count it as: the strategy, and an exchange that is not the usual one."""
+        way = None if self.launch is None else _COUNTED_APART.get(self.launch.exchange)
+        return f"{self.strategy} ({way})" if way else str(self.strategy)
 
     @property
     def runs_another(self) -> bool:
@@ -191,7 +192,7 @@ class Decision:
         lines = [f"{self.strategy}: {self.algorithm}", f"  because {self.reason}"]
         if self.launch is not None:
             lines.append(f"  launch: {self.launch}")
-        if self.launch is not None and self.launch.hosts > 1:
+        if self.launch is not None and (self.launch.hosts > 1 or self.launch.exchange is Exchange.IN_SWITCH):
             lines.append(f"  bits: {self.numerics}")
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
         return "\n".join(lines)

@@ -17,6 +17,7 @@ from llm_allreduce_plugin.runtime.network_calls import Between
 from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.shm import ShmMemory
 
 logger = logging.getLogger(__name__)
@@ -44,10 +45,12 @@ class Held:
     board: Board | None
     board_memory: ShmMemory | None
     between: Between | None = None
+    multicast: Multicast | None = None
 
     def forget(self) -> None:
         """Hold nothing that could keep memory alive."""
         self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = None
+        self.multicast = None
 
 
 def end(held: Held, ending: Ending) -> None:
@@ -117,7 +120,7 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     """The end of all memory."""
     buffers = held.planner.buffers
     held.planner.forget()
-    kept = [held.memory, held.workspace, *buffers]
+    kept = [held.memory, held.workspace, held.multicast, *buffers]
     if not is_quiet:
         logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
         keep_for_ever(*kept)
@@ -127,6 +130,8 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         keep_for_ever(*kept)
     elif held.memory is not None:
         buffers.clear()
+        if held.multicast is not None:
+            ending.step(held.multicast.close, "let go of multicast memory")
         ending.step(held.memory.close, "let go of the workspace's memory")
     del kept
     if held.board is not None:

@@ -90,6 +90,7 @@ class TensorParallelCommunicator:
         self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
         self._memory, self._workspace = opened.memory, opened.workspace
         self._board, self._board_memory = opened.board, opened.board_memory
+        self._multicast = opened.multicast
         self._between = self._join_hosts(opened)
         self._health = self._health_of(opened)
         self._checker = (
@@ -319,11 +320,12 @@ class TensorParallelCommunicator:
         end(held, ending)
         held.forget()
         self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = None
+        self._multicast = None
         ending.raise_first()
 
     def _held(self) -> Held:
         return Held(
             self.rank, self.device, self.facts.transport, self.config.timeout_s, self._planner, self._checker,
             self._monitor, self._health, self._memory, self._workspace, self._board, self._board_memory,
-            self._between,
+            self._between, self._multicast,
         )  # fmt: skip

@@ -18,14 +18,13 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.attempt import Attempt
 from llm_allreduce_plugin.base.cleanup import quietly
 from llm_allreduce_plugin.errors import TransportError
-from llm_allreduce_plugin.settings.choices import MulticastChoice
 from llm_allreduce_plugin.transport.driver import DriverError
 from llm_allreduce_plugin.transport.multicast_driver import (
     ILLEGAL_STATE,
@@ -41,7 +40,6 @@ CLOSE_WAIT_S = 10.0
 TRIES = 4  # of a phase in which the fabric is not ready on some rank
 PAUSE_S = 0.25  # before the next of them, longer each time
 PROBE_WAIT_S = 5.0  # for what peers have stored to arrive
-TWO = 2  # ranks
 _HINTS = {
     OUT_OF_MEMORY: "the switches may have no room left for another multicast object",
     ILLEGAL_STATE: "the fabric manager may not have set up multicast",
@@ -322,32 +320,3 @@ def probe(steps: Agreement, made: Multicast, nonce: int, wait_s: float = PROBE_W
     # None writes before all have read what lay there.
     for make, step in ((begin, "to begin"), (write, "to store to all in"), (look, "to look in"), (restore, "to end")):
         steps.on_every_rank(make, f"{step} the proof of multicast", TransportError, failed, may_block=True)
-
-
-def refusal(
-    choice: MulticastChoice,
-    world_size: int,
-    supported: Sequence[bool | None],
-    switched_off: str | None,
-    other: str | None = None,
-) -> str | None:
-    """Why multicast is not even tried, or None. Pure.
-
-    Args:
-        choice: what is asked for.
-        world_size: ranks of the group.
-        supported: what NVML or the driver say of each GPU; None: they say nothing.
-        switched_off: of any rank, see :func:`~llm_allreduce_plugin.transport.multicast_driver.switched_off_by`.
-        other: what else stands against it: memory that is not peers' GPU memory, several hosts.
-    """
-    if choice is MulticastChoice.OFF:
-        return "multicast is off"
-    if switched_off is not None:
-        return f"multicast is switched off by {switched_off}"
-    if other is not None:
-        return other
-    if False in supported:
-        return f"the GPU of rank {list(supported).index(False)} has no multicast"
-    if choice is MulticastChoice.AUTO and world_size == TWO:
-        return "between two ranks one store reaches one peer, with multicast or without"
-    return None

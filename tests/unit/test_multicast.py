@@ -16,11 +16,12 @@ import pytest
 
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.group.multicast import refusal
 from llm_allreduce_plugin.settings.choices import MulticastChoice
 from llm_allreduce_plugin.transport import driver as drivers
 from llm_allreduce_plugin.transport import multicast, multicast_driver
 from llm_allreduce_plugin.transport.driver import DriverError
-from llm_allreduce_plugin.transport.multicast import Multicast, Opening, refusal
+from llm_allreduce_plugin.transport.multicast import Multicast, Opening
 from llm_allreduce_plugin.transport.multicast_driver import (
     ILLEGAL_STATE,
     MULTICAST_NAMES,
