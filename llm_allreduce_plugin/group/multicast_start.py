@@ -30,6 +30,18 @@ PHASE_WAIT_S = 30.0
 PROVED_COUNTS = (1 << 20, 12_345)
 
 
+def _open_driver(device: torch.device) -> MulticastDriver:
+    torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
+    return MulticastDriver(device.index)
+
+
+def _prepare(address: int, size: int, device: torch.device) -> None:
+    """The marker in every word, which the first call relies on."""
+    marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
+    bytes_at(address, size, device).view(torch.int32).fill_(marker)
+    torch.cuda.synchronize(device)
+
+
 def open_multicast(
     agreement: Agreement, device: torch.device, config: AllReduceConfig, facts: GroupFacts, workspace: _C.Workspace
 ) -> tuple[Multicast | None, GroupFacts]:
@@ -49,17 +61,13 @@ def open_multicast(
     layout = layout_of(config, facts.world_size)
     made: Multicast | None = None
 
-    def open_driver() -> MulticastDriver:
-        torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
-        return MulticastDriver(device.index)
-
-    def prepare(address: int) -> None:
-        marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
-        bytes_at(address, layout.total_bytes, device).view(torch.int32).fill_(marker)
-        torch.cuda.synchronize(device)
-
     try:
-        made = Opening(steps, open_driver, layout.total_bytes, prepare).open()
+        made = Opening(
+            steps,
+            lambda: _open_driver(device),
+            layout.total_bytes,
+            lambda address: _prepare(address, layout.total_bytes, device),
+        ).open()
         nonce = steps.from_first_rank(
             lambda: int.from_bytes(os.urandom(4), "little"), "to draw a number", TransportError
         )

@@ -39,20 +39,19 @@ def on_thread_ranks(world_size: int, run: Callable[[Agreement], Any], wait_s: fl
     groups = [_Group(store, rank, world_size) for rank in range(world_size)]
     results: list[Any] = [None] * world_size
 
+    def one(agreement: Agreement) -> None:
+        try:
+            results[agreement.rank] = run(agreement)
+        except Exception as error:  # looked at by the caller
+            results[agreement.rank] = error
+        finally:
+            agreement.close()
+
     with _ranks_of_threads():
         steps = [Agreement(group, wait_s) for group in groups]  # type: ignore[arg-type]
-
-    def one(rank: int) -> None:
-        try:
-            results[rank] = run(steps[rank])
-        except Exception as error:  # looked at by the caller
-            results[rank] = error
-        finally:
-            steps[rank].close()
-
-    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+        threads = [threading.Thread(target=one, args=(each,), daemon=True) for each in steps]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return results
