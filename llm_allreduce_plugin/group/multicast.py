@@ -54,6 +54,22 @@ def refusal(
     return None
 
 
+def outlook(supported: Sequence[bool | None], switched_off: str | None, ranks: int) -> str:
+    """What multicast would bring to ``ranks`` GPUs of a node, for people. Pure; arguments as of :func:`refusal`."""
+    if not supported or not all(supported):
+        without = [str(index) for index, has in enumerate(supported) if has is False]
+        return f"GPU {', '.join(without)} has none" if without else "not known of all GPUs"
+    off = f"switched off by {switched_off}" if switched_off else "off unless asked for (setting multicast)"
+    if ranks <= PAIR:
+        return f"all GPUs have it; {off}; nothing to win over two GPUs"
+    push, summed = 2 * (ranks - 1) / ranks, 1 + 1 / ranks
+    return (
+        f"all GPUs have it; {off}. ONESHOT and TWOSHOT would store once instead of {ranks - 1} times what is for all, "
+        f"with the same bits; with in_switch_sum a GPU would send {summed:.2f} bytes for each byte of a large message, "
+        f"not {push:.2f}. Neither has run on hardware yet"
+    )
+
+
 def _other_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     if facts.device != "cuda" or facts.transport is not Transport.SYMMETRIC:
         return "multicast is of GPU memory that ranks share"

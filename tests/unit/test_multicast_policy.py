@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +166,35 @@ def test_memory_is_as_the_layout_says() -> None:
         layout = multicast.layout_of(config_of(in_switch_sum=in_switch), 8)
         assert layout.total_bytes == multicast.MULTICAST_BYTES * (2 if in_switch else 1)
         assert bool(layout.inputs_bytes) == in_switch
+
+
+def test_what_it_would_bring_is_told() -> None:
+    told = multicast.outlook([True] * 8, None, 8)
+    assert "off unless asked for" in told
+    assert "store once instead of 7 times" in told
+    assert "1.12 bytes for each byte of a large message, not 1.75" in told
+    assert told.endswith("Neither has run on hardware yet")
+    assert "switched off by NCCL_NVLS_ENABLE=0" in multicast.outlook([True] * 4, "NCCL_NVLS_ENABLE=0", 4)
+    assert multicast.outlook([True, False, True, False], None, 4) == "GPU 1, 3 has none"
+    assert multicast.outlook([True, None], None, 2) == "not known of all GPUs"
+    assert "nothing to win" in multicast.outlook([True, True], None, 2)
+
+
+SWITCHED_OFF = pytest.mark.parametrize("switch", MULTICAST_SWITCHES.items())
+
+
+@SWITCHED_OFF
+@pytest.mark.parametrize(
+    "command", (["bash", "scripts/validate_multicast.sh"], [sys.executable, "benchmarks/multicast.py"])
+)
+def test_validation_refuses_while_a_switch_is_set(command: list[str], switch: tuple[str, str]) -> None:
+    """Whatever is installed: it comes before anything else."""
+    environment = {name: value for name, value in os.environ.items() if name not in MULTICAST_SWITCHES}
+    result = subprocess.run(
+        command, env=environment | dict([switch]), cwd=NODES.parents[1], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode != 0
+    assert "refused" in result.stderr.lower()
+    assert "=".join(switch) in result.stderr
+    assert "sked of the driver" in result.stderr
+    assert result.stdout == ""
