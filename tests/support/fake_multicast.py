@@ -36,10 +36,10 @@ PROOF = ("cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2")
 
 
 class _Object:
-    """What all ranks' handles of a multicast object mean. ``handles``: that are open, of all ranks."""
+    """What all ranks' handles of a multicast object mean. ``handles``: that are open, of all ranks; ``had``: or were."""
 
     def __init__(self, devices: int, size: int) -> None:
-        self.devices, self.size, self.handles = devices, size, 0
+        self.devices, self.size, self.handles, self.had = devices, size, 0, 0
         self.members: set[int] = set()
         self.bound: dict[int, int] = {}  # rank -> address of its memory
 
@@ -117,6 +117,7 @@ class FakeMulticast:
         self._handles[self._next] = meaning
         if isinstance(meaning, _Object):
             meaning.handles += 1
+            meaning.had += 1
         return self._next
 
     # -- the calls -----------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ class FakeMulticast:
         meaning = self._handles.get(handle.value)
         if not isinstance(meaning, _Object):
             return INVALID_HANDLE
-        if meaning.handles < meaning.devices:
+        if meaning.had < meaning.devices:
             return self._refuse("a GPU is added before all ranks have the object")
         meaning.members.add(self._rank)
         return SUCCESS

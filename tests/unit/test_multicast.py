@@ -243,6 +243,13 @@ def test_the_table_of_this_process_has_no_multicast(monkeypatch: pytest.MonkeyPa
                 getattr(table, name)
 
 
+def test_no_process_is_started_without_a_switch() -> None:
+    for environment in ({}, {"NCCL_NVLS_ENABLE": "1"}):
+        with pytest.raises(RuntimeError, match="a test starts"):
+            subprocess.run([sys.executable, "-c", ""], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", ""], env={"NCCL_NVLS_ENABLE": "0"}, check=True, timeout=60)
+
+
 def test_processes_that_the_suite_starts_inherit_both_switches() -> None:
     script = """
 from llm_allreduce_plugin.transport.multicast_driver import entry_names, switched_off_by
