@@ -15,8 +15,8 @@ MULTICAST_MUTATIONS: dict[str, Mutation] = {
     ),
     "vectors that come back are not waited for": (
         "device/in_band.cuh",
-        "wanted[i] = is_rank && (kPollsOwn || ",
-        "wanted[i] = is_rank && ((kPollsOwn && !{}) || ",
+        "(kPollsOwn || first",
+        "((kPollsOwn && !{}) || first",
         MULTICAST,
     ),
     "results lie where they would from the reader on": (

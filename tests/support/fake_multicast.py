@@ -36,7 +36,7 @@ PROOF = ("cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2")
 
 
 class _Object:
-    """What all ranks' handles of a multicast object mean. ``handles``: that are open, of all ranks; ``had``: or were."""
+    """What all handles of a multicast object mean. ``handles``: open ones, of all ranks; ``had``: ever."""
 
     def __init__(self, devices: int, size: int) -> None:
         self.devices, self.size, self.handles, self.had = devices, size, 0, 0
