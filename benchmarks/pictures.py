@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -48,9 +49,10 @@ def times(record: Document, candidate: str) -> dict[int, float]:
 
 
 def tokens(record: Document, variant: str) -> dict[int, float]:
-    """Milliseconds per token by batch size, the median of the starts (with two, their mean)."""
+    """Milliseconds per token by batch size, the mean of the starts; none where the variant was not measured."""
     rows = [row for row in record["rows"] if row.get("variant") == variant]
-    batches = [int(key.rsplit("_", 1)[1]) for key in rows[0] if key.startswith("ms_per_token_batch_")]
+    keys = set().union(*rows)
+    batches = sorted(int(key.rsplit("_", 1)[1]) for key in keys if key.startswith("ms_per_token_batch_"))
     return {batch: sum(row[f"ms_per_token_batch_{batch}"] for row in rows) / len(rows) for batch in batches}
 
 
@@ -130,6 +132,41 @@ def speed_up(figure: Figure, records: Sequence[Document]) -> None:
     axes.legend()
 
 
+def speed_up_over_peers(figure: Figure, records: Sequence[Document]) -> None:
+    """How much faster than others that know this topology: torch's kernels, and what engines run by themselves?"""
+    figure.suptitle("How many times faster than others, same node, same run (exact kernels, bf16)")
+    four, two, *engines = figure.subplots(1, 3, width_ratios=(3, 3, 2.4))
+    for axes, record, title in zip((four, two), records, ("4 H200, NVLink", "2 H200, NVLink"), strict=False):
+        ours = times(record, "MINLATENCY")
+        for name in ("NCCL", "NCCL-windows", "torch-one-shot", "torch-two-shot"):
+            theirs = times(record, name)
+            _curve(axes, {size: theirs[size] / ours[size] for size in ours if size in theirs}, name)
+        axes.axhline(1, color=LINK, linestyle=":")
+        axes.set_title(title, fontsize=13)
+        axes.set_ylim(0, 5.5)
+        _by_size(axes)
+        axes.xaxis.set_major_locator(LogLocator(base=4**3))
+    two.tick_params(labelleft=False)
+    four.set_ylabel("others' time / this package's")
+    figure.legend(*four.get_legend_handles_labels(), loc="outside lower left", ncols=4)
+    (axes,) = engines
+    looks = (("MINLATENCY", "vLLM 0.26, 2 H200", "-", "o"), ("MINLATENCY", "vLLM 0.26, 4 H200", "--", "s"),
+             ("ONESHOT", "SGLang 0.5.17, 2 H100", "-", "^"))  # fmt: skip
+    for record, (variant, label, line, marker) in zip(records[2:], looks, strict=True):
+        stock, found = tokens(record, "default"), tokens(record, variant)
+        color = color_of("sglang" if "SGLang" in label else "default")
+        points = {batch: stock[batch] / found[batch] for batch in stock}
+        _curve(axes, points, "", label=label, color=color, linestyle=line, marker=marker)
+    axes.axhline(1, color=LINK, linestyle=":")
+    axes.set_title("engines: time per token", fontsize=13)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(points), list(map(str, points)))
+    axes.set_ylim(0.98, 1.15)
+    axes.set_xlabel("batch size")
+    axes.grid(visible=True, alpha=0.25)
+    axes.legend(fontsize=10)
+
+
 def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
     """What does a served token gain?"""
     figure.suptitle("vLLM 0.26, Llama 8192 wide x 16 layers: time per token saved against stock vLLM")
@@ -161,7 +198,7 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
 
 
 def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
-    """What does a token cost in SGLang, by its own all-reduce and by ours?"""
+    """What does a token cost in SGLang, by its own all-reduce and by ours? ONESHOT is what AUTO runs at these sizes."""
     version = next(row["version"] for row in records[0]["rows"] if "version" in row)
     figure.suptitle(f"SGLang {version}, {records[0]['environment']['gpus']}: time per token, mean of the starts")
     panels = figure.subplots(1, len(records))
@@ -169,11 +206,14 @@ def sglang_ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
     width = 0.27
     for axes, record in zip(panels, records, strict=True):
         for number, (name, label) in enumerate(labels.items()):
-            found = tokens(record, name)
+            found = tokens(record, name) or (tokens(record, "ONESHOT") if name == "AUTO" else {})
+            if not found:
+                continue
             places = [place + (number - 1) * width for place in range(len(found))]
             bars = axes.bar(places, list(found.values()), width, color=color_of(name), label=label)
             axes.bar_label(bars, [f"{time:.2f}" for time in found.values()], rotation=90, fontsize=11, padding=3)
-        axes.set_xticks(range(len(found)), [str(batch) for batch in found])
+        batches = list(tokens(record, "default"))
+        axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
         axes.set_title(f"Llama {record['width']} wide x {record['layers']} layers", fontsize=13)
         axes.set_xlabel("batch size")
         axes.margins(y=0.2)

@@ -57,6 +57,10 @@ WANTED = {
     "speed_up": Picture(
         pictures.speed_up, ("h200/bench_tp4", "h200/bench_tp2", "h200/host_bench_tp4", "h200/host_bench_tp2"), 4.6
     ),
+    "speed_up_over_peers": Picture(
+        pictures.speed_up_over_peers,
+        ("h200/bench_tp4", "h200/bench_tp2", "h200/vllm_fused_8192_tp2", "h200/vllm_8192_tp4", "h100/sglang_4096_tp2"),
+    ),
     "ms_per_token": Picture(
         pictures.ms_per_token, ("h200/vllm_fused_8192_tp2", "h200/vllm_8192_tp4", "h200/vllm_8192_tp4_host")
     ),

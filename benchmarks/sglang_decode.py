@@ -8,8 +8,9 @@
 A Llama of the given width with SGLang's dummy weights, which are the same in every start; decode in full CUDA graphs.
 Every variant runs in a process of its own, each ``--starts`` times in turns: A B C A B C. ms per token at a batch size:
 the median time between two steps of rank 0's scheduler (``sglang_probe.py``), over the steps in which the whole batch
-decodes. With ``--requests``, ONESHOT and TWOSHOT must generate the same tokens, and so must every start of one variant;
-how many requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package.
+decodes, in several passes over all sizes: one takes a second, in which a machine may be busy with something else.
+With ``--requests``, ONESHOT and TWOSHOT must generate the same tokens, and so must every start of one variant; how many
+requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package.
 FlashInfer's fusion, which may use NVLink multicast, is off in all variants, and so is all that needs more of SGLang's
 CUDA packages than a dense model does. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays
 SGLang's.
@@ -42,6 +43,7 @@ PLUGIN = "llm_allreduce"
 PROBE = "decode_probe"
 # Steps for a batch, of which some are not counted. On CPU ranks a step is slow, and its time is of no interest.
 STEPS = {"cuda": 120, "cpu": 24}
+PASSES = {"cuda": 7, "cpu": 1}
 PROMPT_TOKENS = 16
 NEW_TOKENS = 48
 PROFILED_TOKENS = 16
@@ -137,12 +139,13 @@ def run_variant(arguments: argparse.Namespace) -> None:
         outputs = engine.generate(input_ids=batch, sampling_params=sampling, rid=names)
         return begin, time.perf_counter(), [list(output["output_ids"]) for output in outputs]
 
-    spans = {}
-    for size in BATCHES:
-        batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
-        generate(batch, 4)
-        begin, end, _ = generate(batch, STEPS[arguments.device])
-        spans[size] = begin, end
+    spans: dict[int, list[tuple[float, float]]] = {size: [] for size in BATCHES}
+    for _ in range(PASSES[arguments.device]):
+        for size in BATCHES:
+            batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
+            generate(batch, 4)
+            begin, end, _ = generate(batch, STEPS[arguments.device])
+            spans[size].append((begin, end))
     if arguments.profile is not None:
         engine.start_profile(
             output_dir=str(arguments.profile), activities=["GPU"], profile_prefix=arguments.variant, with_stack=False
@@ -154,10 +157,11 @@ def run_variant(arguments: argparse.Namespace) -> None:
         begin, end, result["tokens"] = generate(decode.prompts(generator, arguments.requests, 16, 96), NEW_TOKENS)
         result["requests_s"] = round(end - begin, 2)
     stamps = read_stamps(Path(os.environ[sglang_probe.FOLDER]) / sglang_probe.STEPS)
-    for size, (begin, end) in spans.items():
-        steps = step_times(stamps, size, begin, end)
-        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(steps)
-        result[f"steps_batch_{size}"] = len(steps)
+    for size, passes in spans.items():
+        steps = [step_times(stamps, size, begin, end) for begin, end in passes]
+        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(list(itertools.chain.from_iterable(steps)))
+        result[f"passes_batch_{size}"] = [decode.milliseconds(times) for times in steps]
+        result[f"steps_batch_{size}"] = sum(map(len, steps))
     time.sleep(1.5)  # the ranks' reports are written about once a second
     Path(arguments.result).write_text(json.dumps(result))
     engine.shutdown()

@@ -1,6 +1,7 @@
 """Launch shapes: every kernel at every size over blocks, threads and chunks, each verified, then timed in a graph.
 
     python benchmarks/shapes.py --gpus 4 --out benchmarks/h200/shapes_tp4.json
+    python benchmarks/shapes.py --gpus 2 --only UB --min 22 --blocks 1    # results stored into registered outputs
 
 The thresholds and launch tables of the package come from these. Microseconds per call, bf16.
 """
@@ -24,6 +25,7 @@ from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import call_of, time_graph
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
@@ -37,6 +39,11 @@ def shapes_of(
 ) -> list[Shape]:
     """One vector to a thread where that is enough, then more."""
     shapes = []
+    scatters, drains = {
+        "ONESHOT": ((12, 14, 16, 18, 20, 24), (0,)),
+        "TWOSHOT": ((32, 40, 48, 56), (24, 33, 40)),
+        "UB": ((16, 24, 32, 40, 48, 56, 64, 72, 80, 88), (0,)),
+    }[algorithm]
     most_threads = _C.MAX_THREADS if in_band else _C.MAX_FLAGGED_THREADS
     for size in sizes:
         pieces = math.ceil(size / 16 / parts)
@@ -50,8 +57,6 @@ def shapes_of(
                 seen.add((lanes, threads))
                 shapes.append((algorithm, size, lanes, threads, pieces if in_band else math.ceil(pieces / lanes), 0, 0))
                 if in_band and size >= SPLIT_FROM and threads == most_threads and lanes == multiprocessors:
-                    scatters = (12, 14, 16, 18, 20, 24) if algorithm == "ONESHOT" else (32, 40, 48, 56)
-                    drains = (0,) if algorithm == "ONESHOT" else (24, 33, 40)
                     shapes += [
                         (algorithm, size, lanes, threads, pieces, scatter, drain)
                         for scatter in scatters
@@ -63,7 +68,12 @@ def shapes_of(
 def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: int, in_band: bool) -> list[Any]:  # noqa: FBT001
     flagged = 0 if in_band else workspace_bytes
     layout = _C.make_layout(context.world_size, lanes, in_band_bytes=workspace_bytes - flagged, flagged_bytes=flagged)
-    memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
+    agreement = Agreement(context.control_group, 300.0)
+    memory = SymmetricMemory.open(agreement, context.group, context.device, layout)
+    placed = max([0, *(size for algorithm, size, *_ in shapes if algorithm == "UB")])
+    registered = (
+        RegisteredPool.open(agreement, context.group, context.device, memory.transport, placed) if placed else None
+    )
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -79,12 +89,18 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
             data.clear()
             data[count] = make_case(context, count, DTYPE)
         mine, expected = data[count]
-        output = torch.full_like(mine, float("nan"))
+        output = torch.empty_like(mine)
+        if algorithm == "UB" and registered is not None:
+            output = registered.storage[:size].view(DTYPE)
+        output.fill_(float("nan"))
+        torch.cuda.synchronize()
+        context.gather(None)  # nobody stores into an output that is still being filled
         kernel = _C.ONE_SHOT if algorithm == "ONESHOT" else _C.TWO_SHOT
         plan = _C.Plan(
             workspace,
             algorithm=kernel,
-            exchange=_C.PUSH if in_band else _C.FLAGS,
+            exchange=_C.PLACE if algorithm == "UB" else _C.PUSH if in_band else _C.FLAGS,
+            peer_distances=registered.peer_distances if algorithm == "UB" and registered is not None else (),
             count=count,
             dtype=DTYPE_CODES[DTYPE],
             lanes=used,
@@ -98,6 +114,8 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         torch.cuda.synchronize()
         wrong = wrong_elements(output, expected, exact=True, world_size=context.world_size)
         output.fill_(float("nan"))
+        torch.cuda.synchronize()
+        context.gather(None)
         timing = time_graph(context, call)
         wrong += wrong_elements(output, expected, exact=True, world_size=context.world_size)
         row = {"algorithm": algorithm, "bytes": size, "lanes": used, "threads": threads, "chunk_vectors": chunk}
@@ -120,6 +138,7 @@ def main() -> None:
         "--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor"
     )
     parser.add_argument("--workspace-mib", type=int, default=384)
+    parser.add_argument("--only", nargs="+", default=["ONESHOT", "TWOSHOT"], choices=["ONESHOT", "TWOSHOT", "UB"])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     world_size = arguments.gpus
@@ -130,8 +149,14 @@ def main() -> None:
     in_band = not arguments.flagged
     small = [size for size in sizes if size <= largest_one_shot]
     large = [size for size in sizes if size >= 1 << 16]
-    shapes = shapes_of("ONESHOT", 1, small, tried, multiprocessors, in_band=in_band)
-    shapes += shapes_of("TWOSHOT", world_size, large, tried, multiprocessors, in_band=in_band)
+    shapes = []
+    for algorithm, parts, tried_sizes in (
+        ("ONESHOT", 1, small),
+        ("TWOSHOT", world_size, large),
+        ("UB", world_size, large),
+    ):
+        if algorithm in arguments.only:
+            shapes += shapes_of(algorithm, parts, tried_sizes, tried, multiprocessors, in_band=in_band)
     pool = RankPool(world_size, "cuda")
     try:
         workspace = arguments.workspace_mib << 20

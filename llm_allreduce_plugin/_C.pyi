@@ -65,6 +65,8 @@ STAGED: int = 3
 
 PULL: int = 4
 
+PLACE: int = 5
+
 MULTICAST: int = 6
 
 IN_SWITCH: int = 7
@@ -306,7 +308,7 @@ class Plan:
 
     def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None, hosts: int = 0) -> None:
         """
-        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row. `hosts`: for HOST_SUM and HOST_SUM_GATHER, sums in the input.
+        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's; for PLACE, the same of its output. `norm`: for RMS_NORM; `cluster`: lanes that share a row. `hosts`: for HOST_SUM and HOST_SUM_GATHER, sums in the input.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

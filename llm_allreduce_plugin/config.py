@@ -83,6 +83,7 @@ def _profile(value: object) -> object:
 Strategy = Annotated[AllReduceStrategy, BeforeValidator(AllReduceStrategy.parse)]
 MessageBytes = Annotated[int, Field(ge=0, le=MOST_BYTES_OF_A_MESSAGE), BeforeValidator(size)]
 WorkspaceBytes = Annotated[int, Field(ge=2 << 20, le=1 << 33), BeforeValidator(size)]
+PoolBytes = Annotated[int, Field(ge=0, le=1 << 37), BeforeValidator(size)]
 Domain = Annotated[int, Field(ge=0, lt=MOST_DOMAINS), BeforeValidator(no_boolean)]
 Folder = Annotated[Path, BeforeValidator(path)]
 
@@ -144,6 +145,11 @@ class AllReduceConfig(Settings):
         default=None,
         description="memory per rank through which messages of any size are passed in chunks, as a number or like "
         "'64MiB'; default 384 MiB of a GPU; 48 MiB of host memory for all GPUs together; 4 MiB on a CPU rank",
+    )
+    registered_pool: PoolBytes | None = Field(
+        default=None,
+        description="registered memory of each rank, for outputs that UB has peers store into, as a number or like "
+        "'64MiB'; it never grows, and 0 is none; default 512 MiB of a GPU (16 MiB on a CPU rank) with UB, otherwise 0",
     )
     one_shot_max_bytes: MessageBytes | None = Field(
         default=None,
@@ -289,7 +295,7 @@ def in_environment(variables: Mapping[str, str] | None = None) -> Found:
 @functools.cache
 def _warn_of(unknown: tuple[str, ...]) -> None:
     """Once in a process, however often settings are read."""
-    logger.warning("environment: %s: no setting has this name, and none like it: not looked at", ", ".join(unknown))
+    logger.warning("environment: %s: not a setting, and ignored", ", ".join(unknown))
 
 
 def load_config(

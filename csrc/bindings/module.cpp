@@ -122,6 +122,7 @@ NB_MODULE(_C, module) {
   module.attr("FLAGS") = static_cast<int>(LAR_FLAGS);
   module.attr("STAGED") = static_cast<int>(LAR_STAGED);
   module.attr("PULL") = static_cast<int>(LAR_PULL);
+  module.attr("PLACE") = static_cast<int>(LAR_PLACE);
   module.attr("MULTICAST") = static_cast<int>(LAR_MULTICAST);
   module.attr("IN_SWITCH") = static_cast<int>(LAR_IN_SWITCH);
   module.attr("STORE") = static_cast<int>(LAR_STORE);
@@ -275,7 +276,8 @@ NB_MODULE(_C, module) {
           "peer_distances"_a = std::vector<int64_t>{}, "cluster"_a = 1, "norm"_a = nb::none(), "hosts"_a = 0,
           nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
-          "rank's input to where it sees each rank's. `norm`: for RMS_NORM; `cluster`: lanes that share a row. "
+          "rank's input to where it sees each rank's; for PLACE, the same of its output. `norm`: for RMS_NORM; "
+          "`cluster`: lanes that share a row. "
           "`hosts`: for "
           "HOST_SUM and HOST_SUM_GATHER, sums in the input.")
       .def("__call__", &Plan::operator(), "input"_a, "output"_a, "stream"_a = 0,

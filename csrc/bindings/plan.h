@@ -32,7 +32,7 @@ struct NormTensors {
 class Plan {
  public:
   // `call`: its addresses come with every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
-  // or the bytes from this rank's input to where it sees each rank's.
+  // or the bytes from this rank's input (LAR_PULL) or output (LAR_PLACE) to where it sees each rank's.
   // `norm`: null, or what LAR_RMS_NORM does, without addresses.
   Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances,
        const lar_norm* norm)
@@ -86,15 +86,21 @@ class Plan {
     Addressed(const Plan& plan, uint64_t input, uint64_t output) : call(plan.call_) {
       call.message.input = pointer(input);
       call.message.output = pointer(output);
+      const bool places = call.kind.exchange == LAR_PLACE;
       for (size_t rank = 0; rank < plan.peer_distances_.size(); ++rank)
-        inputs[rank] = pointer(input + plan.peer_distances_[rank]);
-      if (!plan.peer_distances_.empty()) call.inputs = inputs;
+        seen[rank] = pointer((places ? output : input) + plan.peer_distances_[rank]);
+      if (!plan.peer_distances_.empty()) {
+        if (places)
+          call.outputs = seen;
+        else
+          call.inputs = seen;
+      }
     }
     Addressed(const Addressed&) = delete;
     Addressed& operator=(const Addressed&) = delete;
 
     lar_call call;
-    const void* inputs[LAR_MAX_WORLD_SIZE];
+    void* seen[LAR_MAX_WORLD_SIZE];  // each rank's input or output
   };
 
   Workspace& workspace_;

@@ -18,7 +18,8 @@ namespace lar {
 // Tiles of a warp under way at once. Six of them for each warp are all the shared memory that needs no opting in.
 constexpr uint32_t kTilesUnderWay = 6;
 
-// Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); flush() at the end.
+// Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); at the end
+// flush(), or complete() where the next release must cover what was sent.
 class BulkSender {
  public:
 #if LAR_HAS_BULK_COPIES
@@ -50,6 +51,15 @@ class BulkSender {
     if (leads()) wait_for_bulk_reads<0>();
   }
 
+  // Everything has been written; a release behind the next barrier covers it.
+  __device__ __forceinline__ void complete() {
+    if (leads()) {
+      wait_for_bulk_writes();
+      fence_behind_bulk_copies();
+    }
+    __syncwarp();
+  }
+
  private:
   static constexpr uint32_t kTileBytes = kTileVectors * LAR_VECTOR_BYTES;
 
@@ -66,6 +76,7 @@ class BulkSender {
   }
   __device__ __forceinline__ void close() {}
   __device__ __forceinline__ void flush() {}
+  __device__ __forceinline__ void complete() {}
 
  private:
   uint4 raw_;

@@ -300,6 +300,13 @@ template <int kPending>
 __device__ __forceinline__ void wait_for_bulk_reads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
+
+// Until all copies of this thread have been written.
+__device__ __forceinline__ void wait_for_bulk_writes() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// Between copies that have been written and a release of this thread, or of one that it meets: the engine that has
+// copied is another proxy.
+__device__ __forceinline__ void fence_behind_bulk_copies() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 #endif
 
 }  // namespace lar

@@ -2,6 +2,7 @@
 #ifndef LLM_ALLREDUCE_DEVICE_TWO_SHOT_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_TWO_SHOT_IN_BAND_CUH_
 
+#include "device/bulk_sender.cuh"
 #include "device/in_band.cuh"
 
 namespace lar {
@@ -43,6 +44,37 @@ __device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t
     }
   }
   return true;
+}
+
+// For the first `scatter_lanes` blocks: this rank's partials, whole aligned vectors, into their owners' slots (from
+// `slots` on) by bulk copies.
+template <int kWorldSize, int kTableSize>
+__device__ __forceinline__ void scatter_in_bulk(const PushArguments<kTableSize>& arguments, BulkSender& sender,
+                                                uint32_t slots, uint32_t total_vectors) {
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
+  const uint32_t part = arguments.part;
+  const Share share = share_of(0, arguments.scatter_lanes, part);
+  for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
+#pragma unroll 1
+    for (int first = 1; first < world_size; first += kAtOnce) {
+      uint4 partials[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile) + warp_thread();
+        partials[j] = load_vector(arguments.input, min(index, total_vectors - 1));
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile);
+        if (index >= total_vectors) continue;
+        sender.fill(without_marker(partials[j]));
+        sender.send(arguments.to[first + j], slots + tile, min(min(kTileVectors, part - tile), total_vectors - index));
+        sender.close();
+      }
+    }
+  }
+  sender.flush();
 }
 
 }  // namespace lar

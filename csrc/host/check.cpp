@@ -23,8 +23,10 @@ namespace {
 
 bool is_multicast(int exchange) { return exchange == LAR_MULTICAST || exchange == LAR_IN_SWITCH; }
 
+// CPU ranks place by flags: their slots are those of flagged calls.
 bool is_in_band(int exchange) {
-  return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL || is_multicast(exchange);
+  return exchange == LAR_PUSH || exchange == LAR_SHARED || exchange == LAR_PULL || exchange == LAR_PLACE ||
+         is_multicast(exchange);
 }
 
 // Whether a workspace has what an exchange needs.
@@ -37,6 +39,8 @@ bool fits(const lar_workspace& workspace, int exchange) {
     case LAR_PUSH:
     case LAR_PULL:
       return !layout.shared;
+    case LAR_PLACE:
+      return !layout.shared || workspace.device == LAR_CPU;
     case LAR_SHARED:
       return layout.shared != 0;
     case LAR_STAGED:
@@ -59,7 +63,8 @@ int64_t most_chunk_bytes(const lar_workspace& workspace, const lar_call& call) {
     if (call.kind.exchange == LAR_IN_SWITCH) return std::min(part, multicast.inputs_bytes / layout.world_size);
     return std::min(part, layout.in_band.two_shot_bytes);
   }
-  const lar_slots& slots = is_in_band(call.kind.exchange) ? layout.in_band : layout.flagged;
+  const bool by_flags = call.kind.exchange == LAR_PLACE && workspace.device == LAR_CPU;
+  const lar_slots& slots = is_in_band(call.kind.exchange) && !by_flags ? layout.in_band : layout.flagged;
   if (call.kind.exchange == LAR_STAGED) return slots.staged_bytes / call.launch.lanes;
   if (is_half(algorithm_of(call))) {
     const bool one_after_another = call.kind.algorithm == LAR_REDUCE_SCATTER && layout.shared;
@@ -111,6 +116,14 @@ bool check_domains(const lar_workspace& workspace, const lar_call& call) {
   return make_domains(call.domains, workspace.layout.world_size, workspace.rank, &domains);
 }
 
+// Where every rank's output is, of the exchange that stores there.
+bool check_outputs(const lar_layout& layout, const lar_call& call) {
+  if ((call.kind.exchange == LAR_PLACE) != (call.outputs != nullptr)) return false;
+  for (int rank = 0; call.outputs && call.message.count > 0 && rank < layout.world_size; ++rank)
+    if (!call.outputs[rank] || !starts_on_a_vector(call.outputs[rank])) return false;
+  return true;
+}
+
 }  // namespace
 
 int check_call(const lar_workspace& workspace, const lar_call& call) {
@@ -120,7 +133,8 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_message(call.message) || !check_launch(layout, call.launch, call.kind)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(workspace, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_domains(workspace, call) || !check_hosts(call) || call.outputs) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!check_domains(workspace, call) || !check_hosts(call) || !check_outputs(layout, call))
+    return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
   if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))
     return LAR_ERROR_INVALID_ARGUMENT;

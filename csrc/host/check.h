@@ -20,6 +20,10 @@ struct WireUnit {
 // Of a kind that has passed check_call(). The ring's slots hold a packet's values as they are, too.
 WireUnit wire_unit(lar_kind kind, lar_dtype dtype);
 
+inline bool starts_on_a_vector(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0;
+}
+
 constexpr int kMostLanesOfARow = 8;
 
 constexpr int lanes_of_a_row(const lar_launch& launch) { return launch.cluster > 1 ? launch.cluster : 1; }

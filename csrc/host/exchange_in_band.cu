@@ -1,6 +1,7 @@
-// Launches of the kernels that exchange in band: pushed, pulled, and shared. One launch to a round.
+// Launches of the kernels that exchange in band: pushed, pulled, placed, and shared. One launch to a round.
 #include "device/in_band.cuh"
 #include "device/multicast.cuh"
+#include "device/place.cuh"
 #include "device/pull.cuh"
 #include "device/rows_in_band.cuh"
 #include "device/shared.cuh"
@@ -146,6 +147,21 @@ int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
   });
 }
 
+int place(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const int world_size = workspace.layout.world_size;
+  const bool aligned = starts_on_a_vector(call.message.input);
+  if (call.launch.drain_lanes > 0 || (call.launch.scatter_lanes > 0 && !aligned)) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
+    PlaceArguments arguments{workspace, {}, in_band_arguments(workspace, call, round, use)};
+    for (int step = 0; step < world_size; ++step)
+      arguments.outputs[step] = static_cast<char*>(call.outputs[(workspace.rank + step) % world_size]) + offset;
+    const bool split = call.launch.scatter_lanes > 0 && ends_on_a_vector(round);
+    const Row* row = find_row(call.kind, round.dtype, world_size, split ? Form::kSplit : Form::kAny);
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
 SharedArguments shared_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
                                  const SlotUse& use) {
   const lar_layout& layout = workspace.layout;
@@ -226,6 +242,7 @@ const Registration exchanges([] {
   add_exchange(LAR_IN_SWITCH, in_switch);
   add_exchange(LAR_PUSH, push);
   add_exchange(LAR_PULL, pull);
+  add_exchange(LAR_PLACE, place);
   add_exchange(LAR_SHARED, shared);
 });
 

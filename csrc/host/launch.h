@@ -25,10 +25,6 @@ int launch(const Row* row, const lar_workspace& workspace, const lar_launch& sha
 // Whether the current device knows sums in the switch (sm_90 and newer).
 bool can_sum_in_switch();
 
-inline bool starts_on_a_vector(const void* address) {
-  return reinterpret_cast<uintptr_t>(address) % LAR_VECTOR_BYTES == 0;
-}
-
 inline bool ends_on_a_vector(const lar_message& message) {
   return message.count * element_bytes(message.dtype) % LAR_VECTOR_BYTES == 0;
 }

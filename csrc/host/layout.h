@@ -21,13 +21,16 @@ enum class FlagPlane : int {
   kStageData,
   kStageGrant,
   kInSwitch,
+  kPlaceOutput,
+  kPlaceDone,
   kNumber
 };
 
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
 // begin. kExchangeBegun, kExchangeEnded: lane 0's words are what lar_failure says of exchanges between hosts.
-// kOneShotReduced: as kOneShot between calls; within one, rounds that the lane has reduced.
+// kOneShotReduced: as kOneShot between calls; within one, rounds that the lane has reduced. kPlace: calls that store
+// into peers' outputs; their scatter slots are counted as those of the other two-shots.
 enum class EpochPlane : int {
   kOneShot,
   kTwoShot,
@@ -39,6 +42,7 @@ enum class EpochPlane : int {
   kExchangeBegun,
   kExchangeEnded,
   kOneShotReduced,
+  kPlace,
   kNumber
 };
 

@@ -70,6 +70,7 @@ typedef enum lar_exchange {
   LAR_FLAGS = 2,   // flags say lane by lane when a slot may be read (csrc/device/lane.cuh)
   LAR_STAGED = 3,  // flags; at any time a GPU sends to one peer and receives from one (csrc/device/staged_lane.cuh)
   LAR_PULL = 4,    // peers read the input in place; results are pushed (csrc/kernels/two_shot_pull.cu)
+  LAR_PLACE = 5,  // results are stored into peers' outputs (csrc/protocol/place.h); inputs are pushed, CPU ranks: flags
   // Through memory of which one store reaches every rank (lar_multicast), in band (csrc/device/multicast.cuh).
   LAR_MULTICAST = 6,
   // The same, and the switch sums what it reads of all ranks: in no order that anybody knows, so not exact
@@ -115,7 +116,12 @@ typedef struct lar_kind {
 } lar_kind;
 
 // What a rank was waiting for when it gave up.
-typedef enum lar_phase { LAR_PHASE_GATHER = 0, LAR_PHASE_SCATTER = 1, LAR_PHASE_EXCHANGE = 2 } lar_phase;
+typedef enum lar_phase {
+  LAR_PHASE_GATHER = 0,
+  LAR_PHASE_SCATTER = 1,
+  LAR_PHASE_EXCHANGE = 2,
+  LAR_PHASE_OUTPUT = 3,  // LAR_PLACE: the peer's output may be written
+} lar_phase;
 
 // Where a kind of slots lies; offsets in bytes from the base of a rank's workspace. A slot of 0 bytes: there are none.
 typedef struct lar_slots {
@@ -315,8 +321,9 @@ typedef struct lar_launch {
   // kernel with flags, in further launches in band.
   int64_t chunk_vectors;
   // LAR_PUSH, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (two-shot)
-  // nothing but take in results; the others do the rest. 0: every lane does everything for its own vectors. LAR_FLAGS,
-  // one-shot: half of the lanes (scatter_lanes), every second block, only send.
+  // nothing but take in results; the others do the rest. LAR_PLACE: the same, but results are taken in by nobody. 0:
+  // every lane does everything for its own vectors. LAR_FLAGS, one-shot: half of the lanes (scatter_lanes), every
+  // second block, only send.
   int32_t scatter_lanes;
   int32_t drain_lanes;
   // LAR_RMS_NORM: lanes that share a row, 1 to 8, a cluster of blocks (sm_90 and newer); 0 counts as 1.
@@ -334,7 +341,7 @@ typedef struct lar_call {
   // LAR_PULL: where this rank sees each rank's input, its own included; whole vectors that start on 16 bytes. The input
   // may be overwritten as soon as the call has ended. Otherwise null.
   const void* const* inputs;
-  // Where this rank sees each rank's output, for an exchange that stores there. Null: no exchange does yet.
+  // LAR_PLACE: where this rank sees each rank's output, its own included; each starts on 16 bytes. Otherwise null.
   void* const* outputs;
   const lar_norm* norm;  // LAR_RMS_NORM; otherwise null
   // LAR_HOST_SUM, LAR_HOST_SUM_GATHER: how many sums message.input holds, one after another. Otherwise 0.

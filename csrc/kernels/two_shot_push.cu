@@ -116,7 +116,6 @@ template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_split_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t part = arguments.part;
   const uint32_t scatterers = arguments.scatter_lanes;
@@ -133,28 +132,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   LAR_BULK_SENDER_MEMORY(memory);
   BulkSender sender(memory);
   if (blockIdx.x < scatterers) {
-    const Share share = share_of(0, scatterers, part);
-    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
-#pragma unroll 1
-      for (int first = 1; first < world_size; first += kAtOnce) {
-        uint4 partials[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile) + warp_thread();
-          partials[j] = load_vector(arguments.input, min(index, total_vectors - 1));
-        }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile);
-          if (index >= total_vectors) continue;
-          sender.fill(without_marker(partials[j]));
-          sender.send(arguments.to[first + j], slots + tile,
-                      min(min(kTileVectors, part - tile), total_vectors - index));
-          sender.close();
-        }
-      }
-    }
-    sender.flush();
+    scatter_in_bulk<kWorldSize>(arguments, sender, slots, total_vectors);
     return;
   }
   if (blockIdx.x < scatterers + reducers) {

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, ClassVar
 from llm_allreduce_plugin.algorithms import tables
 from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
-from llm_allreduce_plugin.algorithms.ranges import Range, Table
+from llm_allreduce_plugin.algorithms.ranges import Range, Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
+from llm_allreduce_plugin.algorithms.user_buffer import UserBuffer
 from llm_allreduce_plugin.config import AllReduceStrategy
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
     from llm_allreduce_plugin.config import AllReduceConfig
 
+_PLACES = UserBuffer()
 _STEPS = {AllReduceStrategy.ONESHOT: "one step beats two", AllReduceStrategy.TWOSHOT: "two steps beat one"}
 
 
@@ -42,6 +44,10 @@ class TableStrategy(KernelStrategy):
 
     def _find(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, str]:
         """The fastest for a message, and why."""
+        least = tables.table_places_from(facts)
+        if least is not None and message.payload_bytes >= least and not _PLACES.obstacle(config, facts, message):
+            reason = f"results stored into registered outputs were faster from {bytes_in_words(least)} on"
+            return _PLACES.name, f"{reason} ({facts.world_size} ranks)"
         table = self.table(config, facts, message.element_bytes)
         fastest = AllReduceStrategy(table.range_of(message.payload_bytes)[1].strategy)
         return fastest, f"{table.place_of(message.payload_bytes)}, where {_STEPS[fastest]} ({table.source})"
@@ -51,7 +57,8 @@ class TableStrategy(KernelStrategy):
 
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         fastest, _ = self._find(config, facts, message)
-        return self.among[fastest].plan(config, facts, message)
+        kernel = _PLACES if fastest is _PLACES.name else self.among[fastest]
+        return kernel.plan(config, facts, message)
 
 
 class MinLatency(TableStrategy):

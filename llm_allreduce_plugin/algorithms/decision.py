@@ -36,6 +36,7 @@ class Exchange(enum.IntEnum):
     FLAGS = 2
     STAGED = 3  # flags, and at any time a GPU sends to one peer and receives from one
     PULL = 4  # peers read the input in place; results are pushed
+    PLACE = 5  # results are stored into peers' outputs; inputs are pushed
     MULTICAST = 6  # in band, through memory of which one store reaches every rank
     IN_SWITCH = 7  # the same, and the switch sums: not exact
 
@@ -53,11 +54,19 @@ _EXCHANGES = {
     Exchange.FLAGS: "flagged",
     Exchange.STAGED: "staged",
     Exchange.PULL: "in band, peers read the input in place",
+    Exchange.PLACE: "results are stored into peers' outputs",
     Exchange.MULTICAST: "in band, by multicast",
     Exchange.IN_SWITCH: "in band, by multicast, summed in the switch",
 }
-_COUNTED_APART = {Exchange.PULL: "pull", Exchange.MULTICAST: "multicast", Exchange.IN_SWITCH: "in switch"}
-IN_BAND = frozenset({Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.MULTICAST, Exchange.IN_SWITCH})
+_COUNTED_APART = {
+    Exchange.PULL: "pull",
+    Exchange.PLACE: "place",
+    Exchange.MULTICAST: "multicast",
+    Exchange.IN_SWITCH: "in switch",
+}
+IN_BAND = frozenset(
+    {Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.PLACE, Exchange.MULTICAST, Exchange.IN_SWITCH}
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +183,12 @@ class Decision:
 
     @property
     def counted_as(self) -> str:
-        """What reports and metrics count it as: the strategy, and an exchange that is not the usual one."""
-        way = None if self.launch is None else _COUNTED_APART.get(self.launch.exchange)
-        return f"{self.strategy} ({way})" if way else str(self.strategy)
+        """What reports and metrics count it as: the strategy, and an exchange that is not the usual one.
+
+        That peers store into its outputs is told where the strategy's name does not say so.
+        """
+        how = None if self.launch is None else _COUNTED_APART.get(self.launch.exchange)
+        return f"{self.strategy} ({how})" if how and self.strategy is not AllReduceStrategy.UB else str(self.strategy)
 
     @property
     def runs_another(self) -> bool:

@@ -83,6 +83,7 @@ class GroupFacts:
         domains: the NUMA node of each rank's GPU; empty when it is not known of all.
         topology_class: what the bytes travel over, as far as the first rank knows.
         tuned: what was measured about this group on this node or one like it; None: seed tables decide.
+        no_pool_reason: why registered memory could not be opened, where it was asked for.
     """
 
     world_size: int
@@ -103,6 +104,7 @@ class GroupFacts:
     domains: tuple[int, ...] = ()
     topology_class: TopologyClass = TopologyClass.UNKNOWN
     tuned: Tuned | None = None
+    no_pool_reason: str = ""
 
     @property
     def num_hosts(self) -> int:

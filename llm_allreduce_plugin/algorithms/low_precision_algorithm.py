@@ -43,7 +43,7 @@ def domains_of(config: AllReduceConfig, facts: GroupFacts) -> tuple[tuple[int, .
 def domains_obstacle(domains: Sequence[int]) -> str | None:
     """Why ranks do not form two domains of equal size, of 2 to 4 ranks each, or None."""
     if not domains:
-        return "the NUMA node of every rank's GPU is not known (low_precision.domains can tell)"
+        return "the NUMA node of every rank's GPU is not known (set low_precision.domains)"
     sizes = [domains.count(domain) for domain in dict.fromkeys(domains)]
     if len(sizes) == 2 and sizes[0] == sizes[1] and 2 <= sizes[0] <= MOST_MEMBERS:  # noqa: PLR2004
         return None
@@ -104,7 +104,7 @@ def _hierarchical_pays(config: AllReduceConfig, facts: GroupFacts) -> Merit:
     if facts.transport is not Transport.SYMMETRIC:
         return Merit(pays=False, reason="hierarchical is for GPUs")
     if facts.nvlink:
-        return Merit(pays=False, reason="NVLink joins all GPUs, as far as is known")
+        return Merit(pays=False, reason="NVLink seems to join all GPUs")
     if wire_format is not WireFormat.FP8:
         # 8 ranks, normal data, relative error (benchmarks/form_errors.json): TQ3 0.94 as a two-shot, 1.20 hierarchical;
         # HADAMARD2 0.43 and 0.51.

@@ -134,6 +134,8 @@ class Split:
 SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
     "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
+    # Nobody takes results in. An estimate from those of TWOSHOT.
+    "UB": {2: (Split(0, 132, 48, 0),), 3: (Split(0, 132, 56, 0),)},
     "LOWPRECISION": {
         2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
         4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
@@ -183,6 +185,13 @@ class RowShape:
     wide_threads: int = 0
     most_wide_rows: int = 0
 
+
+# Results that are stored into registered outputs. The smallest message, by world size (the next larger one, or the
+# last), where that was asked for: an estimate, below which two more flights of a flag cost more than a copy.
+PLACE_PAYS_FROM = {2: 4 * MIB, 72: 4 * MIB}
+PLACE_SOURCE = "an estimate"
+# The same where AUTO and MINLATENCY may choose it, of the world sizes for which it was measured to be faster: none yet.
+TABLE_PLACES_FROM: dict[int, int] = {}
 
 # All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
 # (benchmarks/h100/fused_shapes_tp2.json, wide blocks: fused_shapes_wide_tp2.json); for more ranks, and through host

@@ -34,7 +34,7 @@ def obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
 def pays(config: AllReduceConfig, facts: GroupFacts) -> Merit:
     """Whether a group that can should stage its large calls."""
     if config.staged is StagedChoice.AUTO and facts.nvlink:
-        return Merit(pays=False, reason="NVLink joins the GPUs, as far as is known")
+        return Merit(pays=False, reason="NVLink seems to join the GPUs")
     return Merit(pays=True)
 
 

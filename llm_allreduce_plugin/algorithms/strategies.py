@@ -1,26 +1,19 @@
-"""The list of all strategies: what runs, and what can be asked for. Those without a kernel are here alone."""
+"""The list of all strategies: what runs, and what can be asked for."""
 
 from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping
 
-from llm_allreduce_plugin.algorithms.base import KernelStrategy, MissingStrategy, Numerics, Strategy
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, Strategy
 from llm_allreduce_plugin.algorithms.by_table import Auto, MinLatency, TableStrategy
 from llm_allreduce_plugin.algorithms.low_precision import LowPrecision
 from llm_allreduce_plugin.algorithms.mnnvl import MultiNodeNvlink
 from llm_allreduce_plugin.algorithms.nccl import Nccl
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
+from llm_allreduce_plugin.algorithms.user_buffer import UserBuffer
 from llm_allreduce_plugin.config import AllReduceStrategy
-
-
-class UserBuffer(MissingStrategy):
-    name = AllReduceStrategy.UB
-    numerics = Numerics.EXACT
-    instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
-    algorithm = "zero-copy on registered buffers"
-
 
 # By the name under which they run.
 STRATEGIES: dict[AllReduceStrategy, Strategy] = {

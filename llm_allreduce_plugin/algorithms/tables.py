@@ -101,6 +101,20 @@ def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_byte
     return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
 
+def place_pays_from(facts: GroupFacts) -> tuple[int, str]:
+    """The smallest message for which results are stored into registered outputs, and how that is known."""
+    if facts.transport is Transport.SHM:
+        return 0, "CPU ranks store everything"
+    return _of(measured.PLACE_PAYS_FROM, facts.world_size), measured.PLACE_SOURCE
+
+
+def table_places_from(facts: GroupFacts) -> int | None:
+    """The same where a table chooses, in AUTO and MINLATENCY; None: no size was measured to be faster."""
+    if facts.transport is not Transport.SYMMETRIC or facts.world_size not in measured.TABLE_PLACES_FROM:
+        return None
+    return measured.TABLE_PLACES_FROM[facts.world_size]
+
+
 def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: int = 2) -> tuple[int | None, str]:
     """The smallest message per rank for which compression is faster, and how that is known; None: for none it is.
 

@@ -77,7 +77,7 @@ class Ending:
     def raise_first(self) -> None:
         """Raise the first error; further ones go to the log."""
         for error in self.errors[1:]:
-            logger.warning("at the end also: %s: %s", type(error).__name__, error)
+            logger.warning("another error at the end: %s: %s", type(error).__name__, error)
         if self.errors:
             raise self.errors[0]
 
@@ -89,7 +89,7 @@ def let_go(memory: Closable, *others: object, in_use: bool) -> None:
     waits for a GPU that hangs, and holds the interpreter meanwhile.
     """
     if in_use:
-        logger.warning("memory is kept until this process ends: a GPU that does not answer may still use it")
+        logger.warning("memory is kept until this process ends: a GPU does not answer, and may still use it")
         keep_for_ever(memory, *others)
     else:
         quietly(memory.close, "let go of shared memory")

@@ -45,7 +45,7 @@ def store_of(group: dist.ProcessGroup) -> Store:
             return group.get_group_store()
         return c10d._get_process_group_store(group)  # noqa: SLF001  (torch before it had the method)
     except (RuntimeError, KeyError) as error:
-        message = f"the process group has no store through which its ranks could agree: {error}"
+        message = f"the process group has no store, which ranks need to agree on their settings: {error}"
         raise StartError(message) from error
 
 

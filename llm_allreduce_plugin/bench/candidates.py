@@ -20,6 +20,7 @@ from llm_allreduce_plugin.measure.answers import MORE_ERROR, MOST_ERROR
 from llm_allreduce_plugin.measure.ranks import RankContext
 
 MIB = 1 << 20
+MOST_REGISTERED_BYTES = 256 * MIB  # messages of UB
 
 # A function that all-reduces one given input and returns the output.
 Bound = Callable[[], torch.Tensor]
@@ -87,6 +88,26 @@ def _ours(strategy: str) -> Opener:
         return Candidate(bind=lambda x: lambda: group.all_reduce(x), exact=not decision.runs_another, close=group.close)
 
     return open_
+
+
+def _registered(context: RankContext, settings: OurSettings) -> Candidate:
+    """UB into a tensor of registered memory, as the graph of an engine does; what does not pay by slots."""
+    group = context.communicator(
+        "UB",
+        transport=settings.transport,
+        tuning_profile=settings.tuning_profile,
+        registered_pool=MOST_REGISTERED_BYTES,
+    )
+    decision = group.explain((1 << 30,), torch.bfloat16, registered_output=True)
+    if decision.runs_another:
+        raise RuntimeError(decision.reason)
+    pool = group.registered_empty((MOST_REGISTERED_BYTES,), torch.uint8)
+
+    def bind(x: torch.Tensor) -> Bound:
+        out = pool[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        return lambda: group.all_reduce(x, out)
+
+    return Candidate(bind, exact=True, max_bytes=MOST_REGISTERED_BYTES, close=group.close)
 
 
 def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:
@@ -237,7 +258,8 @@ def _sglang(context: RankContext) -> Candidate:
 
 
 OURS: dict[str, Opener] = {name: _ours(name) for name in ("ONESHOT", "TWOSHOT", "MINLATENCY", "AUTO")} | {
-    "LOWPRECISION": _low_precision
+    "UB": _registered,
+    "LOWPRECISION": _low_precision,
 }
 _CPU: dict[str, Opener] = OURS | {"gloo": _peer(_process_group)}
 _GPU: dict[str, Opener] = OURS | {

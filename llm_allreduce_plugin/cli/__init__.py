@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     # What `check` would say, but for that it needs the library itself.
     message = (
-        f"FAIL  package  llm_allreduce_plugin {__version__} does not load: {error}\n      -> install it again with pip"
+        f"FAIL  package  llm_allreduce_plugin {__version__} does not load: {error}\n      -> reinstall it with pip"
     )
     raise SystemExit(message) from None
 

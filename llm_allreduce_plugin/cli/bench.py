@@ -57,7 +57,7 @@ def _devices(cpu: bool, ranks: int | None) -> tuple[str, int]:  # noqa: FBT001
         message = f"--tp {ranks}: this node has {available} GPUs"
         raise typer.BadParameter(message)
     if available == 1:
-        message = "this node has one GPU, which has nobody to reduce with; try --cpu"
+        message = "this node has one GPU, and an all-reduce needs two; try --cpu"
         raise typer.BadParameter(message)
     return "cuda", ranks or available
 

@@ -55,7 +55,7 @@ def norm_of(*, fused: bool, hidden: int | None, quant: QuantKind | None) -> Norm
     if fused:
         return Norm(8192 if hidden is None else hidden, quant)
     if hidden is not None:
-        message = f"--hidden {hidden}: messages have rows only with --fused"
+        message = f"--hidden {hidden}: give --fused, too: only then messages have rows"
         raise typer.BadParameter(message)
     return None
 

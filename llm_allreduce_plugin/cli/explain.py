@@ -35,7 +35,7 @@ EPILOG = options.epilog(
 def _why_sent(decision: Decision, message: Message) -> str | None:
     """Why an input is sent although peers could read it in place; None where they do."""
     if decision.launch is None:
-        return f"{decision.strategy} is not of this package"
+        return f"{decision.strategy} runs the engine's own all-reduce, which reads no input in place"
     return pulling.obstacle(decision.launch, message)
 
 

@@ -148,9 +148,11 @@ def _notes(members: NodeTopology, facts: GroupFacts) -> list[str]:
     if facts.transport is Transport.SYMMETRIC:
         if facts.multiprocessors is None:
             notes.append(
-                f"how many multiprocessors the GPUs have is not known: the launch is that of {ASSUMED_MULTIPROCESSORS}"
+                f"the number of multiprocessors is not known: the launch is computed for {ASSUMED_MULTIPROCESSORS}"
             )
-        notes.append("peer access is the driver's word; it is proved when a group starts, and by llm-allreduce check")
+        notes.append(
+            "peer access is what the driver says; a group proves it when it starts, as does llm-allreduce check"
+        )
     elif facts.transport is Transport.HOST and (fault := members.p2p_fault()) is not None:
         notes.append(f"through host memory: {fault}")
     if facts.fabric:

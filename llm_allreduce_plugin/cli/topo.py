@@ -110,7 +110,7 @@ def _p2p_line(topology: NodeTopology) -> str:
     if not statuses:
         return "no pairs"
     if statuses == {"OK"}:
-        return "OK between all pairs (the driver's word; proved with real bytes when a group starts)"
+        return "OK between all pairs (as the driver says; proved with real bytes when a group starts)"
     return topology.p2p_fault() or "not known for all pairs"
 
 

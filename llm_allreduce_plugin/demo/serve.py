@@ -7,6 +7,8 @@ vLLM in compiled graphs: on GPUs, and with --compile). Leaves no process behind,
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 import signal
@@ -15,6 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +108,26 @@ def server_setup(
     return ENGINES[engine].server_setup(strategy, work, model, port, compiled=compiled)
 
 
-def run(engine: Engine, strategy: str, work: Path, tokens_file: Path | None, *, compiled: bool) -> None:
-    """Serve, ask, and compare.
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a server has answered, and what its workers had counted by then."""
+
+    text: str
+    tokens: list[int]
+    expected: list[int]  # of Hugging Face, from the same weights
+    seconds: float
+    reports: list[dict[str, Any]]
+    counters: dict[str, float]
+    url: str
+    log: Path
+
+
+@contextlib.contextmanager
+def served(engine: Engine, strategy: str, work: Path, *, compiled: bool = False) -> Iterator[Answer]:
+    """A server that has answered the prompt, and runs inside of the block. Everything that it needs goes into ``work``.
 
     Raises:
-        DemoError: the server does not start, or does something else than it should.
+        DemoError: the server does not start, or does not answer.
     """
     model = work / "model"
     say("writing a small Llama with seeded random weights")
@@ -133,28 +151,48 @@ def run(engine: Engine, strategy: str, work: Path, tokens_file: Path | None, *, 
             raise DemoError(message) from None
         seconds = time.monotonic() - asked
         time.sleep(1.5)  # the workers write their reports some times a second
-        reports = read_reports(work / "report")
-        counters = read_metrics(f"{url}/metrics")
+        reports, counters = read_reports(work / "report"), read_metrics(f"{url}/metrics")
+        yield Answer(text, tokens, expected, seconds, reports, counters, url, log)
+
+
+def judge(engine: Engine, strategy: str, answer: Answer, *, compiled: bool = False) -> None:
+    """Say what a server that has ended did, and whether that is what it should do.
+
+    Raises:
+        DemoError: it is not: other tokens, another strategy, or boundaries that are not fused.
+    """
     say(f"prompt: {PROMPT!r}")
-    say(f"text:   {text!r}")
-    say(f"tokens: {tokens}")
-    say(f"{len(tokens)} tokens in {seconds:.2f} s")
-    check_reports(strategy, reports)
-    print_reports(reports)
-    for sample, value in counters.items():
+    say(f"text:   {answer.text!r}")
+    say(f"tokens: {answer.tokens}")
+    say(f"{len(answer.tokens)} tokens in {answer.seconds:.2f} s")
+    check_reports(strategy, answer.reports)
+    print_reports(answer.reports)
+    for sample, value in answer.counters.items():
         if "_total{" in sample:
             say(f"/metrics: {sample} {value:g}")
     wanted = None if strategy == "NCCL" else engine.boundaries(LAYERS, compiled=compiled)
-    check_fusion(wanted, log.read_text(errors="replace"))
-    for line in log.read_text(errors="replace").splitlines():
+    log = answer.log.read_text(errors="replace")
+    check_fusion(wanted, log)
+    for line in log.splitlines():
         if "all-reduce summary: " in line:
             say(f"at the end, the log says: {line[line.index('all-reduce summary: ') :]}")
-    if tokens != expected:
-        message = f"Hugging Face generates other tokens from the same weights: {expected}"
+    if answer.tokens != answer.expected:
+        message = f"Hugging Face generates other tokens from the same weights: {answer.expected}"
         raise DemoError(message)
     say("Hugging Face generates the same tokens from the same weights")
+
+
+def run(engine: Engine, strategy: str, work: Path, tokens_file: Path | None, *, compiled: bool) -> None:
+    """Serve, ask, and compare.
+
+    Raises:
+        DemoError: the server does not start, or does something else than it should.
+    """
+    with served(engine, strategy, work, compiled=compiled) as answer:
+        pass
+    judge(engine, strategy, answer, compiled=compiled)
     if tokens_file is not None:
-        tokens_file.write_text(json.dumps(tokens))
+        tokens_file.write_text(json.dumps(answer.tokens))
 
 
 def choices(words: list[str]) -> tuple[str, Engine]:

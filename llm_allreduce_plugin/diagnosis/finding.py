@@ -52,6 +52,6 @@ def guarded(name: str, probe: Callable[[], Finding | list[Finding]]) -> list[Fin
     try:
         found = probe()
     except Exception as error:  # noqa: BLE001  (whatever this machine does to a probe, the others must run)
-        text = f"cannot be looked at: {type(error).__name__}: {error}"
-        return [warn(name, text, "nothing, if all else is well; otherwise look at it by hand")]
+        text = f"could not be checked: {type(error).__name__}: {error}"
+        return [warn(name, text, "nothing, if all other checks pass; otherwise check it by hand")]
     return found if isinstance(found, list) else [found]

@@ -81,7 +81,7 @@ def gpus(topology: NodeTopology, *, hidden: int = 0) -> Finding:
     if len(names) > 1:
         return warn("GPUs", text, "a group must have GPUs of one architecture: choose them with CUDA_VISIBLE_DEVICES")
     if len(topology.gpus) == 1:
-        return warn("GPUs", text, "nothing to do at tensor parallel 1: there is nobody to reduce with")
+        return warn("GPUs", text, "nothing to do at tensor parallel 1, which has no all-reduces")
     return ok("GPUs", text)
 
 
@@ -117,7 +117,7 @@ def domain(topology: NodeTopology) -> Finding | None:
     obstacle = next(filter(None, map(gpu_obstacle, known)), None) or domain_obstacle(known)
     names = ", ".join(dict.fromkeys(map(domain_name, known)))
     if obstacle is None:
-        return ok("NVLink domain", f"{names}, by NVML's word; with --torchrun it is proved between hosts")
+        return ok("NVLink domain", f"{names}, as NVML says; check --torchrun proves it between hosts")
     return ok("NVLink domain", f"{names}; for ranks on several hosts NVLink is not used: {obstacle}")
 
 

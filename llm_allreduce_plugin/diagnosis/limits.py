@@ -77,7 +77,7 @@ def memory_limit(wanted: int, folder: Path = CGROUP) -> Finding:
     left = found.limit - found.used
     text = f"{size(left)} left of {size(found.limit)}"
     if left < 2 * wanted:
-        advice = "raise the container's memory limit: a rank that meets it is killed without a word"
+        advice = "raise the container's memory limit: the kernel kills a rank that reaches it, without an error"
         return warn("memory limit", f"{text}; workspaces want {size(wanted)}", advice)
     return ok("memory limit", text)
 

@@ -197,7 +197,7 @@ def findings(topology: NodeTopology, config: AllReduceConfig, runner: Runner = r
         return [_cpu(runner(Task("cpu", 2, TransportChoice.AUTO, size)))]
     ranks = largest_group(len(topology.gpus))
     if not ranks:
-        return [ok("proof", "one GPU has nobody to reach")]
+        return [ok("proof", "one GPU: no peer to prove anything with")]
     found = []
     peer: Proof | None = None
     through_peers = Transport.SYMMETRIC in transports(config, "cuda", peer_refusal())

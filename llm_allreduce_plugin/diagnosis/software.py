@@ -211,7 +211,7 @@ def tuning_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentit
     source = table_of(config, tuned).source if uses_table(config) else "not used"
     if ignored:
         broken = any(": ignored" in line for line in ignored)
-        advice = "measure again: llm-allreduce tune --force" if broken else "nothing, if that is as it should be"
+        advice = "measure again: llm-allreduce tune --force" if broken else "nothing, if that is intended"
         return warn("tuning profile", f"{source}; {'; '.join(ignored)}", advice)
     if tuned.tuned is None and uses_table(config):
         return ok("tuning profile", f"none: {source} (llm-allreduce tune measures this node)")
@@ -237,7 +237,7 @@ def variables(environment: Mapping[str, str] = os.environ, *, transport: str = "
         found.append(warn("environment", note, advice))
     with contextlib.suppress(ConfigError):  # which the settings' line tells
         if unknown := in_environment(environment).unknown:
-            text = f"{', '.join(unknown)}: no setting has this name, and none like it: not looked at"
+            text = f"{', '.join(unknown)}: not a setting, and ignored"
             found.append(warn("environment", text, "correct the name, or nothing if something else reads it"))
     if "expandable_segments:True" in environment.get("PYTORCH_CUDA_ALLOC_CONF", ""):
         text = "PYTORCH_CUDA_ALLOC_CONF has expandable_segments: our workspaces are allocated apart from it"

@@ -115,7 +115,9 @@ def reach_of(
     refusal = peer_refusal_of(cards)
     ways = transports(settings, device, refusal)
     if spread and ways == (Transport.HOST,):
-        no_domain = no_domain or f"{refusal or 'transport host'} keeps ranks to host memory, which is of one host"
+        no_domain = (
+            no_domain or f"{refusal or 'transport host'} makes ranks use host memory, which other hosts cannot reach"
+        )
     no_domain = (domain_fault(cards) or no_domain) if spread else None
     facts = GroupFacts(
         world_size=size,

@@ -65,8 +65,8 @@ def refusal_note(transport: TransportChoice, refusal: str | None) -> str | None:
     if refusal is None or transport is TransportChoice.HOST:
         return None
     if transport is TransportChoice.PEER:
-        return f"{refusal} does not count for transport peer, which was asked for by name"
-    return f"all-reduce keeps to host memory, and GPUs from each other's: {refusal} (transport peer would come over it)"
+        return f"{refusal} is ignored: transport peer was set, and overrides it"
+    return f"all-reduce uses host memory, not peer access between GPUs: {refusal}; set transport to peer to override it"
 
 
 def transports(config: AllReduceConfig, device_type: str, refusal: str | None = None) -> tuple[Transport, ...]:

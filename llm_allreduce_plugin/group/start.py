@@ -16,6 +16,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
+from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
 from llm_allreduce_plugin.base.step import store_of
@@ -40,6 +41,7 @@ from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.rail import Rail
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory, prove_peer_access
 
@@ -60,6 +62,7 @@ class Opened:
         places: of this rank; None: all ranks run on one host.
         rail: what joins it to other hosts; None: nothing need.
         multicast: memory of which one store reaches every rank; None: there is none.
+        pool: registered memory; None: there is none.
     """
 
     facts: GroupFacts
@@ -71,6 +74,7 @@ class Opened:
     places: Places | None = None
     rail: Rail | None = None
     multicast: Multicast | None = None
+    pool: RegisteredPool | None = None
 
     def close(self) -> None:
         """Let go of it, before any call was made."""
@@ -78,12 +82,14 @@ class Opened:
             quietly(functools.partial(self.workspace.close, 0.0), "close the workspace")
         if self.multicast is not None:
             quietly(self.multicast.close, "let go of multicast memory")
-        for held, what in ((self.board, "board"), (self.board_memory, "board"), (self.memory, "workspace")):
+        for held, what in ((self.board, "board"), (self.board_memory, "board"), (self.pool, "pool"),
+                           (self.memory, "workspace")):  # fmt: skip
             if held is not None:
                 quietly(held.close, f"let go of the {what}'s memory")
         if self.rail is not None:
             quietly(self.rail.abort, "let go of the connection between hosts")
-        self.memory = self.workspace = self.board = self.board_memory = self.rail = self.multicast = None
+        self.memory = self.workspace = self.board = self.board_memory = self.rail = self.pool = None
+        self.multicast = None
 
 
 def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.device, config: AllReduceConfig) -> Opened:
@@ -127,6 +133,7 @@ class _Start:
             opened.facts = self._with_table(opened.facts)
             if opened.workspace is not None:
                 self._open_board(opened)
+                self._open_pool(opened)
                 opened.multicast, opened.facts = open_multicast(
                     self._agreement, self._device, self._config, opened.facts, opened.workspace
                 )
@@ -269,9 +276,21 @@ class _Start:
             opened.board_memory = ShmMemory.open(agreement, ROW_BYTES)
         except TransportError as error:
             if self._agreement.rank == 0:
-                logger.info("errors will not say what has become of a peer: %s", error)
+                logger.info("errors cannot say whether a peer has ended or is only late: %s", error)
             return
         opened.board = Board(opened.board_memory.buffer, agreement.rank, agreement.world_size)
+
+    def _open_pool(self, opened: Opened) -> None:
+        """Registered memory, where it is wanted; without it, results travel through slots."""
+        facts = opened.facts
+        if (size := pool_bytes(self._config, facts)) == 0:
+            return
+        try:
+            opened.pool = RegisteredPool.open(self._agreement, self._group, self._device, facts.transport, size)
+        except TransportError as error:
+            opened.facts = dataclasses.replace(facts, no_pool_reason=f"registered memory cannot be opened: {error}")
+            if self._agreement.rank == 0:
+                logger.warning("%s", opened.facts.no_pool_reason)
 
 
 def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:

@@ -104,7 +104,7 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
         return Found(tuned)
     hosts = f" on {facts.summed_hosts} hosts" if facts.summed_hosts > 1 else ""
     wanted = f"{facts.world_size} ranks{hosts} through {facts.transport} memory"
-    return Found(None, (f"tuning profile {path}: it says nothing about {wanted} (but about {_has(profile)})",))
+    return Found(None, (f"tuning profile {path}: it has no entry for {wanted} (it has {_has(profile)})",))
 
 
 def _cached(node: NodeIdentity) -> tuple[Path | None, str | None]:

@@ -18,6 +18,7 @@ from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
 from llm_allreduce_plugin.transport.multicast import Multicast
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
 
 logger = logging.getLogger(__name__)
@@ -45,12 +46,14 @@ class Held:
     board: Board | None
     board_memory: ShmMemory | None
     between: Between | None = None
+    pool: RegisteredPool | None = None
     multicast: Multicast | None = None
 
     def forget(self) -> None:
         """Hold nothing that could keep memory alive."""
-        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = None
-        self.multicast = None
+        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = (
+            self.pool
+        ) = self.multicast = None
 
 
 def end(held: Held, ending: Ending) -> None:
@@ -120,19 +123,21 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     """The end of all memory."""
     buffers = held.planner.buffers
     held.planner.forget()
-    kept = [held.memory, held.workspace, held.multicast, *buffers]
+    kept = [held.memory, held.workspace, held.pool, held.multicast, *buffers]
     if not is_quiet:
-        logger.warning("an all-reduce may still be under way: its memory is kept until this process ends")
+        logger.warning("an all-reduce may still be running: its memory is kept until this process ends")
         keep_for_ever(*kept)
     elif is_broken and held.transport is Transport.SYMMETRIC:
         # torch frees it with calls that end the process where the context has ended before.
-        logger.info("the GPU memory of this group is let go when this process ends: its CUDA context has failed")
+        logger.info("GPU memory of this group is freed when this process ends: its CUDA context has failed")
         keep_for_ever(*kept)
     elif held.memory is not None:
         buffers.clear()
         if held.multicast is not None:
             ending.step(held.multicast.close, "let go of multicast memory")
         ending.step(held.memory.close, "let go of the workspace's memory")
+        if held.pool is not None:
+            ending.step(held.pool.close, "let go of registered memory")
     del kept
     if held.board is not None:
         ending.step(held.board.close, "leave the board")

@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
+from llm_allreduce_plugin.algorithms.user_buffer import pool_obstacle
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.group.start import Opened, log_start, open_group
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
-from llm_allreduce_plugin.runtime import metrics, norm_calls, reports
+from llm_allreduce_plugin.runtime import metrics, norm_calls, placed_calls, reports
 from llm_allreduce_plugin.runtime.calls import Call, torch_all_reduce
 from llm_allreduce_plugin.runtime.checked_calls import CallChecker
 from llm_allreduce_plugin.runtime.closing import Held, end
@@ -91,6 +92,7 @@ class TensorParallelCommunicator:
         self._memory, self._workspace = opened.memory, opened.workspace
         self._board, self._board_memory = opened.board, opened.board_memory
         self._multicast = opened.multicast
+        self._pool = opened.pool
         self._between = self._join_hosts(opened)
         self._health = self._health_of(opened)
         self._checker = (
@@ -99,6 +101,7 @@ class TensorParallelCommunicator:
         self._planner = Planner(
             config, self.facts, self.rank, self.device, fallback,
             workspace=self._workspace, health=self._health, checker=self._checker, between=self._between,
+            pool=opened.pool,
         )  # fmt: skip
         # Looked at in every call.
         self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
@@ -144,24 +147,29 @@ class TensorParallelCommunicator:
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
-    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, input_: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """The sum of ``input_`` over all ranks.
 
         Args:
             input_: any shape, dtype and layout, on this communicator's device; the same shape and dtype on every
                 rank. Never written.
+            out: where the sum goes; like ``input_``, contiguous, and of other memory. One of :meth:`registered_empty`,
+                at the same place in it on every rank, peers may store into straight away. None: a fresh tensor.
 
         Returns:
-            A fresh tensor like ``input_`` (shape, dtype, strides), bit-identical on every rank.
+            ``out``, or a fresh tensor like ``input_`` (shape, dtype, strides); bit-identical on every rank.
 
         Raises:
-            ValueError: ``input_`` is on another device.
+            ValueError: ``input_`` is on another device, or ``out`` cannot take its sum.
+            RankMismatchError: ranks pass an ``out`` at different places in registered memory.
             PeerTimeoutError: a peer did not arrive within ``timeout_s``, in this call (CPU) or an earlier one (GPU).
             RuntimeError: the communicator is closed, or CUDA failed.
         """
         if input_.device != self.device:
             message = f"input is on {input_.device}, this communicator on {self.device}"
             raise ValueError(message)
+        if out is not None:
+            return self._all_reduce_into(input_, out)
         if self._peer_visible and (call := self._planner.pull(input_)) is not None:
             return call(input_)
         key = (input_.numel(), input_.dtype)
@@ -169,6 +177,22 @@ class TensorParallelCommunicator:
         if entry is None:
             entry = self._planner.plan(*key)
         return entry[1](input_)
+
+    def _all_reduce_into(self, input_: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        placed_calls.check_output(input_, out)
+        offset = None if self._pool is None else self._pool.offset_of(out)
+        key = (input_.numel(), input_.dtype, offset)
+        planned = self._planner.into.get(key)
+        if planned is None:
+            if offset is not None:
+                agreement = Agreement(self._control_group, self.config.first_timeout_s, setting="first_timeout_s",
+                                      when="before a call")  # fmt: skip
+                try:
+                    placed_calls.agree_on_place(agreement, offset, key[0], dtype_name(input_.dtype))
+                finally:
+                    agreement.close()
+            planned = self._planner.plan_into(*key)
+        return planned.call(input_, out)
 
     def all_reduce_residual_rms_norm(
         self,
@@ -240,13 +264,59 @@ class TensorParallelCommunicator:
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def explain(self, shape: Sequence[int], dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+    def registered_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in registered memory, which peers store into: for the ``out`` of :meth:`all_reduce`.
+
+        Collective: every rank must ask for the same, in the same order. The pool that it comes from is opened at the
+        start (``registered_pool``) and does not grow; tensors live, and take room in it, as long as the communicator.
+
+        Args:
+            shape: of the tensor.
+            dtype: of its elements.
+
+        Returns:
+            An uninitialized tensor, from a multiple of 512 bytes on.
+
+        Raises:
+            RuntimeError: there is no registered memory, with the reason, or too little is left of it.
+            RankMismatchError: ranks ask for different tensors.
+        """
+        size = max(1, math.prod(shape)) * dtype.itemsize
+        if (pool := self._pool) is None:
+            reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
+            message = f"no registered memory: {reason}"
+            raise RuntimeError(message)
+        agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for registered memory")
+        try:
+            placed_calls.agree_on_place(agreement, pool.next_offset, math.prod(shape), dtype_name(dtype))
+        finally:
+            agreement.close()
+        if pool.next_offset + size > pool.size:
+            message = (
+                f"registered memory is full: a tensor of {size} bytes does not fit, {pool.used} of {pool.size} bytes "
+                "are in use, and it cannot grow: set registered_pool to more"
+            )
+            raise RuntimeError(message)
+        return pool.take(shape, dtype)
+
+    def explain(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        readable_in_place: bool = False,
+        registered_output: bool = False,
+    ) -> Decision:
         """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
 
         ``readable_in_place``: it lies in memory of :meth:`peer_visible_empty`, from a multiple of 16 bytes on.
+        ``registered_output``: ``out`` is a tensor of :meth:`registered_empty`.
         """
         count, name = math.prod(shape), dtype_name(dtype)
-        return decide(self.config, self.facts, count, name, readable_in_place=readable_in_place)
+        return decide(
+            self.config, self.facts, count, name,
+            readable_in_place=readable_in_place, registered_output=registered_output,
+        )  # fmt: skip
 
     def explain_fused(self, shape: Sequence[int], dtype: torch.dtype, quant: QuantKind | None = None) -> FusedDecision:
         """What :meth:`all_reduce_residual_rms_norm` does with a tensor ``[..., hidden]``, and why. Pure: runs nothing.
@@ -319,13 +389,14 @@ class TensorParallelCommunicator:
         ending, held = Ending(), self._held()
         end(held, ending)
         held.forget()
-        self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = None
-        self._multicast = None
+        self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = (
+            self._pool
+        ) = self._multicast = None
         ending.raise_first()
 
     def _held(self) -> Held:
         return Held(
             self.rank, self.device, self.facts.transport, self.config.timeout_s, self._planner, self._checker,
             self._monitor, self._health, self._memory, self._workspace, self._board, self._board_memory,
-            self._between, self._multicast,
+            self._between, self._pool, self._multicast,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from llm_allreduce_plugin.wire import PACKETS
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 WIRE_FORMATS = {packet.code: wire for wire, packet in PACKETS.items()}
 _EXACT = {int(algorithm): algorithm.name.replace("_", "") for algorithm in Algorithm}
-PHASES = {0: "gather", 1: "scatter", 2: "exchange"}
+PHASES = {0: "gather", 1: "scatter", 2: "exchange", 3: "output"}
 
 
 # Algorithm, exchange, wire format and epilogue of a call, as the library numbers them.
@@ -64,13 +64,13 @@ def breakage_of(workspace: _C.Workspace, ranks: Sequence[int] = ()) -> AllReduce
             )
         case _C.REASON_OVERWRITTEN:
             return GroupBrokenError(
-                f"what rank {peer} has told rank {rank} in {where} is {(seen - expected) % (1 << 32)} rounds ahead of "
-                "what it can have done: something else has written to their shared memory. Restart the group"
+                f"rank {rank} read a count of rank {peer} in {where} that is {(seen - expected) % (1 << 32)} rounds "
+                "too high: something else has written to their shared memory. Restart the group"
             )
         case _C.REASON_INTERRUPTED:
             return GroupBrokenError(
-                f"rank {rank} left a call, {where}, before its end: a signal handler raised, or the communicator was "
-                "closed. Ranks no longer agree on how many calls they have made; restart the group"
+                f"rank {rank} left the call {where} before it had ended: a signal handler raised, or the communicator "
+                "was closed. Ranks no longer agree on how many calls they have made; restart the group"
             )
         case _C.REASON_EXCHANGE:
             return GroupBrokenError(
@@ -135,7 +135,7 @@ def error_of_status(status: int, name: str) -> RuntimeError:
         return RuntimeError("this communicator is closed")
     if status == _C.STATUS_BUSY:
         return RuntimeError(
-            "another thread is in a call of this communicator: its calls must follow each other, on every rank in the "
-            "same order"
+            "another thread is inside a call of this communicator: make calls one after the other, on every rank in "
+            "the same order"
         )
     return RuntimeError(f"{name}: {_C.error_string(status)}")

@@ -76,9 +76,10 @@ class Monitor:
             self._reporter.close()
 
     def _run(self) -> None:
-        duties = [Guarded("waits cannot be watched", "waits are watched again", self._name_expired_wait)]
+        duties = [Guarded("cannot look for expired waits", "expired waits are seen again", self._name_expired_wait)]
         duties += [
-            Guarded("the group cannot be watched", "the group is watched again", watcher) for watcher in self._watchers
+            Guarded("cannot check whether peers are alive", "peers are checked again", watcher)
+            for watcher in self._watchers
         ]
         while not self._stop.wait(self.PERIOD_S) and self._alive():
             for duty in duties:

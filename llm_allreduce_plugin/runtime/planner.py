@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,15 +19,18 @@ from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.network_calls import Between, Shape, network_call
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
+from llm_allreduce_plugin.runtime.placed_calls import CallInto, copied_into, kernel_call_into
 from llm_allreduce_plugin.runtime.plans import Planned, Plans
 from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, Counted, CountedCall, Tally, fallback_of
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 
 logger = logging.getLogger(__name__)
 
 _NOT_PLANNED: Any = object()
+_Made = TypeVar("_Made", Call, CallInto)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -48,10 +51,12 @@ class Planner:
         checker: compares calls between ranks first; None: nobody does.
         health: of the group; None where there is no workspace.
         between: what joins this rank to other hosts; None: all run on one.
+        pool: registered memory; None: there is none.
 
     Attributes:
         plans: by count and type of the message.
         pulls: of inputs that peers read in place; by number of the buffer, count and type.
+        into: of messages with an output of the caller's; by count, type and where in registered memory that lies.
         normed: of messages with residual and norm behind them.
         buffers: memory that peers see.
         tally: of all calls that are planned here.
@@ -69,6 +74,7 @@ class Planner:
         health: Health | None,
         checker: CallChecker | None,
         between: Between | None = None,
+        pool: RegisteredPool | None = None,
     ) -> None:
         self._config = config
         self._facts = facts
@@ -79,11 +85,13 @@ class Planner:
         self._health = health
         self._checker = checker
         self._between = between
+        self._pool = pool
         self._capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
         self._logged: set[str] = set()
         self._closed = False
         self.plans: Plans[tuple[int, torch.dtype], Call] = Plans()
         self.pulls: Plans[tuple[int, int, torch.dtype], Call] = Plans()
+        self.into: Plans[tuple[int, torch.dtype, int | None], CallInto] = Plans()
         self.normed: Plans[NormShape, NormCall] = Plans()
         self.buffers: list[PeerVisibleBuffer] = []
         self.tally = Tally()
@@ -96,12 +104,13 @@ class Planner:
         """Let go of all plans, and of the workspace."""
         self.plans.clear()
         self.pulls.clear()
+        self.into.clear()
         self.normed.clear()
-        self._workspace = self._health = self._between = None
+        self._workspace = self._health = self._between = self._pool = None
 
     def log_missing_kernel(self) -> None:
         """Say at once what asking for a strategy without a kernel leads to."""
-        decision = decide(self._config, self._facts, 1, "bfloat16")
+        decision = decide(self._config, self._facts, 1 << 30, "bfloat16", registered_output=True)
         if self._facts.transport is not Transport.NONE and decision.is_fallback:
             self._log_fallback(decision)
 
@@ -122,9 +131,14 @@ class Planner:
             message = "this communicator is closed"
             raise RuntimeError(message)
 
-    def _decide(self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False) -> Decision:
+    def _decide(
+        self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False, registered_output: bool = False
+    ) -> Decision:
         self._check_open()
-        decision = decide(self._config, self._facts, count, dtype_name(dtype), readable_in_place=readable_in_place)
+        decision = decide(
+            self._config, self._facts, count, dtype_name(dtype),
+            readable_in_place=readable_in_place, registered_output=registered_output,
+        )  # fmt: skip
         if fallback_of(decision) is not None:
             self._log_fallback(decision)
         return decision
@@ -176,6 +190,31 @@ class Planner:
         planned = self._kernel_call(decision, count, dtype, self.buffers[found].peer_distances)
         return self._checked(planned, decision, count, dtype, f" in memory {found} that peers see")
 
+    def plan_into(self, count: int, dtype: torch.dtype, offset: int | None) -> Planned[CallInto]:
+        """What happens to messages whose output is the caller's. ``offset``: of that in registered memory, or None.
+
+        Raises:
+            RuntimeError: the communicator is closed.
+        """
+        decision = self._decide(count, dtype, registered_output=offset is not None)
+        launch, workspace, health = decision.launch, self._workspace, self._health
+        planned: Planned[CallInto]
+        if launch is None or launch.hosts > 1:
+            made = self._engine_call(decision) if launch is None else self._kernel_call(decision, count, dtype)
+            planned = Planned(decision, copied_into(made.call), made.counted)
+        else:
+            assert workspace is not None
+            assert health is not None
+            distances = self._pool.peer_distances if self._pool and launch.exchange is Exchange.PLACE else ()
+            plan = plan_of(workspace, launch, count, dtype, distances)
+            call = kernel_call_into(plan, launch, health, self._device, str(decision.strategy))
+            self.tally.add(decision, plan, call)
+            planned = Planned(decision, call, plan)
+        place = "" if offset is None else f" to byte {offset} of registered memory"
+        planned = self._checked(planned, decision, count, dtype, place)
+        self.into.keep((count, dtype, offset), planned)
+        return planned
+
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
     ) -> Planned[Call]:
@@ -203,8 +242,8 @@ class Planner:
         return CountedCall(call, self._capturing)
 
     def _checked(
-        self, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype, place: str = ""
-    ) -> Planned[Call]:
+        self, planned: Planned[_Made], decision: Decision, count: int, dtype: torch.dtype, place: str = ""
+    ) -> Planned[_Made]:
         """The same, compared between ranks first where that is asked for."""
         if self._checker is None:
             return planned

@@ -100,7 +100,7 @@ class Reporter:
         self._stop.set()
         self._thread.join(self.CLOSE_S)
         self._at_exit.cancel()
-        Guarded("no last report can be made", "", lambda: bool(self.tell(now=True)))()
+        Guarded("the last report cannot be made", "", lambda: bool(self.tell(now=True)))()
 
     def tell(self, *, now: bool = False) -> bool:
         """Report what has changed; False when there is nobody left to report on."""
@@ -123,7 +123,7 @@ class Reporter:
             nonlocal over
             over = not self.tell()
 
-        guarded = Guarded("no report can be made", "reports are made again", tell, self.RETRY_S)
+        guarded = Guarded("reports cannot be made", "reports are made again", tell, self.RETRY_S)
         while not over and not self._stop.wait(self.PERIOD_S):
             guarded()
         if over:

@@ -34,7 +34,13 @@ def table_of(config: AllReduceConfig, facts: GroupFacts, element_bytes: int = 2)
 
 
 def decide(
-    config: AllReduceConfig, facts: GroupFacts, count: int, dtype: str, *, readable_in_place: bool = False
+    config: AllReduceConfig,
+    facts: GroupFacts,
+    count: int,
+    dtype: str,
+    *,
+    readable_in_place: bool = False,
+    registered_output: bool = False,
 ) -> Decision:
     """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
 
@@ -42,8 +48,9 @@ def decide(
     graph or is made at once: ranks need not do so alike.
 
     ``readable_in_place``: on every rank the input lies, from a multiple of 16 bytes on, in memory that peers see.
+    ``registered_output``: on every rank the output lies, from a multiple of 16 bytes on, in registered memory.
     """
-    message = Message(count, dtype, ELEMENT_BYTES.get(dtype, 0), readable_in_place)
+    message = Message(count, dtype, ELEMENT_BYTES.get(dtype, 0), readable_in_place, registered_output)
     requested = config.allreduce_strategy
     asked = ASKED_FOR[requested]
     against: dict[AllReduceStrategy, str] = {}
@@ -172,12 +179,14 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     element = ELEMENT_BYTES[dtype]
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
+    # Where it was asked for, sites are what the graph's all-reduces mostly have.
+    registered = config.allreduce_strategy is AllReduceStrategy.UB
     ranges = table_of(config, facts, element).ranges
     limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.refusal(config, facts) is None:
         limits.add(facts.world_size * measured.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
-        decision = decide(config, facts, size // element, dtype)
+        decision = decide(config, facts, size // element, dtype, registered_output=registered)
         what = kernel_in_words(decision) or str(decision.strategy)
         if decision.launch is not None and decision.launch.staged:
             what += " in stages"

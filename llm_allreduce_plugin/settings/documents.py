@@ -66,9 +66,9 @@ def _check_events(text: str) -> None:
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         fault = None
         if isinstance(event, yaml.AliasEvent):
-            fault = f"alias *{shorter(str(event.anchor), 80)}: aliases are not taken; write the value out"
+            fault = f"alias *{shorter(str(event.anchor), 80)}: aliases are not supported; write the value out"
         elif (tag := getattr(event, "tag", None)) is not None:
-            fault = f"tag {shorter(str(tag), 80)}: tags are not taken"
+            fault = f"tag {shorter(str(tag), 80)}: tags are not supported"
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MOST_DEPTH:
             fault = f"nested more than {MOST_DEPTH} levels deep"

@@ -105,7 +105,7 @@ def path(value: object) -> object:
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        message = f"must be a path; {text.split('/')[0]} is no home folder that this system knows"
+        message = f"must be a path; {text.split('/')[0]} is no home folder of this system"
         raise ValueError(message) from None
 
 

@@ -33,7 +33,7 @@ def ranks_in_words(ranks: Sequence[int]) -> str:
 def gpu_obstacle(fabric: Fabric | None) -> str | None:
     """Why a GPU is in no NVLink domain that other hosts could be in, too, or None."""
     if fabric is None:
-        return "NVML knows no NVLink fabric of this GPU"
+        return "NVML reports no NVLink fabric for this GPU"
     if fabric.state != COMPLETED:
         return f"fabric state is {fabric.state!r}, must be {COMPLETED!r} (is nvidia-fabricmanager or nvidia-imex up?)"
     if fabric.status not in ("", SUCCESS):
@@ -44,7 +44,7 @@ def gpu_obstacle(fabric: Fabric | None) -> str | None:
         return "the driver has no fabric handles for this GPU, whatever its fabric state"
     if fabric.imex_channel is False:
         return (
-            "there is no IMEX channel that this user may open (/dev/nvidia-caps-imex-channels), and without one no "
+            "no IMEX channel can be opened (/dev/nvidia-caps-imex-channels), and without one no "
             "memory of another host can be imported"
         )
     return None
@@ -87,7 +87,7 @@ def domain_notes(fabrics: Sequence[Fabric | None]) -> tuple[str, ...]:
     known = [fabric for fabric in fabrics if fabric is not None]
     if not known or domain_obstacle(fabrics) is not None:
         return ()
-    notes = [f"one NVLink domain over several hosts ({domain_name(known[0])}) by NVML's word; proved at the start"]
+    notes = [f"one NVLink domain over several hosts ({domain_name(known[0])}) as NVML says; proved at the start"]
     if known[0].clique_id == PLACEHOLDER_CLIQUE:
         notes.append(f"clique {PLACEHOLDER_CLIQUE} is a placeholder: only the cluster UUID tells this domain apart")
     for what, values in (

@@ -42,7 +42,8 @@ def check(ranks: int, hosts: str) -> tuple[int, dict[str, Any]]:
                 ("sums", "OK", "4 ranks summed to the bit"),
             ],
         ),
-        (
+        # As tests/unit/test_across.py and tests/cpu/test_hosts.py say without torchrun.
+        slow(
             "$((RANK / 3))",
             [
                 ("hosts", "WARN", "4 ranks on 2 hosts (3, 1)"),

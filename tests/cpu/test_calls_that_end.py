@@ -108,7 +108,7 @@ def _two_threads(context: RankContext) -> tuple[int, int]:
             try:
                 output = group.all_reduce(mine)
             except RuntimeError as error:
-                if not str(error).startswith("another thread is in a call"):
+                if not str(error).startswith("another thread is inside a call"):
                     raise
                 refused[0] += 1
                 time.sleep(0.0001)

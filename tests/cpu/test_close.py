@@ -237,7 +237,7 @@ def test_a_device_that_does_not_answer_holds_nothing(hangs: bool) -> None:
         if hangs:
             assert said == ""
             assert "cannot wait for cuda:0: not done after 2 s" in lines
-            assert any("may still be under way: its memory is kept" in line for line in lines)
+            assert any("may still be running: its memory is kept" in line for line in lines)
         else:
             assert said == "CUDA error: unspecified launch failure"
 
@@ -258,7 +258,7 @@ def test_the_engines_own_end_comes_in_any_case(error: Exception | None, caplog: 
     made.destroy()
     assert made.ended == 1
     assert made.llm_allreduce.close.call_count == 1
-    assert ("something was wrong at the end" in caplog.text) == (error is not None)
+    assert ("the end was not clean; what failed is below" in caplog.text) == (error is not None)
 
 
 # -- what a rank hears of its peers ------------------------------------------------------------------------------------

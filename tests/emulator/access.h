@@ -13,14 +13,15 @@ namespace emulator {
 inline constexpr uint32_t kWordBytes = 4;
 
 // Stores into the block's buffer, from which words arrive in memory later.
-inline void store_word(Block& block, const Thread* writer, void* address, uint32_t value, uint32_t bytes) {
+inline void store_word(Block& block, const Thread* writer, void* address, uint32_t value, uint32_t bytes,
+                       const Thread* copier = nullptr) {
   machine.progress();
   const uint32_t most = machine.schedule().stores_under_way;
   if (most == 0) {
     std::memcpy(address, &value, bytes);
     return;
   }
-  block.stores.add(writer, address, value, bytes);
+  block.stores.add(writer, address, value, bytes, copier);
   machine.add_under_way(&block);
   while (block.stores.size() > most) block.stores.arrive(machine.random());
 }

@@ -137,7 +137,7 @@ void Block::finish_warp(uint32_t warp) {
 
 void Block::leave() {
   Thread* self = machine.self;
-  self->copies.read(*this, 0);
+  self->copies.read(*this, 0, self);
   copying.erase(std::remove(copying.begin(), copying.end(), self), copying.end());
   --live;
   const uint32_t warp = self->warp();
@@ -158,7 +158,7 @@ void Block::add_copies() {
 bool Block::advance() {
   if (!copying.empty() && (stores.empty() || machine.random().once_in(2))) {
     Thread* thread = copying[machine.random().below(copying.size())];
-    if (thread->copies.pending() > 0) thread->copies.read(*this, thread->copies.pending() - 1);
+    if (thread->copies.pending() > 0) thread->copies.read(*this, thread->copies.pending() - 1, thread);
     if (thread->copies.pending() == 0) copying.erase(std::find(copying.begin(), copying.end(), thread));
   } else if (!stores.empty()) {
     stores.arrive(machine.random());

@@ -10,6 +10,7 @@
 namespace emulator {
 
 struct Block;
+struct Thread;
 
 class BulkCopies {
  public:
@@ -18,8 +19,12 @@ class BulkCopies {
   }
   void commit();
 
-  // Lets the oldest groups read, until no more than so many are left.
-  void read(Block& block, size_t left);
+  // Lets the oldest groups read, until no more than so many are left. `copier`: whose copies these are.
+  void read(Block& block, size_t left, const Thread* copier);
+
+  // All have been read and written, as far as their thread is concerned: fence() makes them its stores.
+  void wait(Block& block, const Thread* copier);
+  void fence(Block& block, const Thread* copier);
 
   size_t pending() const { return groups_.size(); }
 
@@ -30,6 +35,7 @@ class BulkCopies {
     uint32_t bytes;
   };
 
+  bool waited_ = false;  // for all that was committed
   std::vector<Copy> open_;
   std::deque<std::vector<Copy>> groups_;
 };

@@ -15,9 +15,14 @@ bool is_same_word(const char* a, const char* b) {
 
 }  // namespace
 
-void StoreBuffer::add(const Thread* writer, void* address, uint32_t value, uint32_t bytes) {
-  words_.push_back({static_cast<char*>(address), writer, value, static_cast<uint8_t>(bytes), false});
+void StoreBuffer::add(const Thread* writer, void* address, uint32_t value, uint32_t bytes, const Thread* copier) {
+  words_.push_back({static_cast<char*>(address), writer, value, static_cast<uint8_t>(bytes), false, copier});
   ++count(address);
+}
+
+void StoreBuffer::adopt(const Thread* copier) {
+  for (Word& word : words_)
+    if (word.copier == copier) word.writer = copier;
 }
 
 void StoreBuffer::see(const Thread* reader, const void* address, uint32_t bytes, void* value) const {

@@ -21,7 +21,11 @@ class StoreBuffer {
   bool empty() const { return words_.empty(); }
   size_t size() const { return words_.size(); }
 
-  void add(const Thread* writer, void* address, uint32_t value, uint32_t bytes);
+  // `copier`: of a bulk copy, the thread that has asked for it; then there is no writer.
+  void add(const Thread* writer, void* address, uint32_t value, uint32_t bytes, const Thread* copier = nullptr);
+
+  // What this thread has copied in bulk, and waited for, counts as stored by itself.
+  void adopt(const Thread* copier);
 
   // What `reader` sees at this address: `value`, which lies in memory, and over it what is under way in its block.
   void see(const Thread* reader, const void* address, uint32_t bytes, void* value) const;
@@ -41,10 +45,11 @@ class StoreBuffer {
  private:
   struct Word {
     char* address;
-    const Thread* writer;  // null: of a bulk copy, which no release waits for
+    const Thread* writer;  // null: of a bulk copy, which no release waits for before adopt()
     uint32_t value;
     uint8_t bytes;
     bool shared;
+    const Thread* copier;
   };
 
   // Most loads are of what nobody in the block has stored. By the low bits of an address: words that are under way.

@@ -109,7 +109,9 @@ def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
     assert seen == [{"rank": rank, "groups": calls} for rank in (0, 1)]
     names = {report["group"].split(".")[0] for report in reports(tmp_path / "reports")}
     assert names == {"tp0", "pdmux-prefill-tp0"}
-    assert "group attention_tp:0 is a part of the tensor-parallel one and keeps SGLang's own" in result.stderr
+    assert (
+        "group attention_tp:0 is a part of the tensor-parallel group and keeps SGLang's own all-reduce" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(("named", "hooked"), [("another", False), slow("another,llm_allreduce", True)])
@@ -214,44 +216,49 @@ def same_tokens(server: Server, model: Path) -> None:
     assert answers == expected(model)
 
 
-def test_two_servers_at_once(model: Path, tmp_path: Path) -> None:
-    """ONESHOT by flags and TWOSHOT by --config, next to each other: both give Hugging Face's tokens.
+def started(model: Path, folder: Path, strategy: str, at_once: ThreadPoolExecutor, stack: contextlib.ExitStack) -> Any:
+    """The future of a server with this strategy by a flag, and the rest from --config."""
+    folder.mkdir()
+    rest = {"timeout_s": 6, "first_timeout_s": 60, "report_dir": str(folder / "reports")}
+    config = folder / "serve.yaml"
+    config.write_text(yaml.safe_dump({"allreduce-config": rest, "enable-metrics": True}))
+    flags = ("--allreduce-strategy", strategy.lower(), "--config", str(config))
+    return at_once.submit(stack.enter_context, serving(model, folder, *flags))
 
-    Then a rank of TWOSHOT's is killed and one of ONESHOT's stopped: both servers end, the second with an error
+
+# A second one beside the first shows that they keep apart, which groups of their own show without servers.
+@pytest.mark.parametrize("strategies", [("ONESHOT",), slow(("ONESHOT", "TWOSHOT"))], ids=" and ".join)
+def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...]) -> None:
+    """Each gives Hugging Face's tokens, counts its calls and fuses every boundary that it should.
+
+    Then a rank of ONESHOT's is stopped and one of TWOSHOT's killed: both servers end, the first with an error
     that names the rank.
     """
-    config = tmp_path / "serve.yaml"
-    two = {"allreduce_strategy": "TWOSHOT", "report_dir": str(tmp_path / "reports-two")}
-    config.write_text(yaml.safe_dump({"allreduce-config": two}))
-    one = json.dumps({"timeout_s": 6, "first_timeout_s": 60, "report_dir": str(tmp_path / "reports-one")})
-    flags = ("--allreduce-strategy", "oneshot", "--allreduce-config", one, "--enable-metrics")
-    expected(model)
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as at_once:
-        started = [
-            at_once.submit(stack.enter_context, serving(model, tmp_path / "one", *flags)),
-            at_once.submit(stack.enter_context, serving(model, tmp_path / "two", "--config", str(config))),
-        ]
-        first, second = (future.result() for future in started)
-        for server in (first, second):
+        futures = [started(model, tmp_path / strategy, strategy, at_once, stack) for strategy in strategies]
+        expected(model)  # while they start
+        servers = dict(zip(strategies, (future.result() for future in futures), strict=True))
+        for server in servers.values():
             same_tokens(server, model)
         time.sleep(1.5)  # ranks write their reports some times a second
-        for server, folder, strategy in ((first, "reports-one", "ONESHOT"), (second, "reports-two", "TWOSHOT")):
-            found = reports(tmp_path / folder)
+        for strategy, server in servers.items():
+            found = reports(tmp_path / strategy / "reports")
             assert [report["rank"] for report in found] == [0, 1]
             for report in found:
                 assert report["group"].startswith("tp0.ranks0-1.")
                 check_report(report, strategy)
             assert f"all-reduce fusion: {FUSED} layer boundaries fused ({FUSED} with RMSNorm)" in server.log
             assert f"allreduce_strategy {strategy}" in server.log
-        with urllib.request.urlopen(f"http://127.0.0.1:{first.port}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        for rank in (0, 1):
-            labels = rf'group="tp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="ONESHOT"'
-            counted = re.search(rf"llm_allreduce_calls_total\{{{labels}\}} ([0-9.]+)", text)
-            assert counted, text[-2000:]
-            assert float(counted[1]) == reports(tmp_path / "reports-one")[rank]["calls"]["ONESHOT"]
-        kill_a_rank(second)
-        stop_a_rank(first)
+            with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as answer:
+                text = answer.read().decode()
+            for rank in (0, 1):
+                labels = rf'group="tp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="{strategy}"'
+                counted = re.search(rf"llm_allreduce_calls_total\{{{labels}\}} ([0-9.]+)", text)
+                assert counted, text[-2000:]
+                assert float(counted[1]) == reports(tmp_path / strategy / "reports")[rank]["calls"][strategy]
+        if "TWOSHOT" in servers:
+            kill_a_rank(servers["TWOSHOT"])
+        stop_a_rank(servers["ONESHOT"])
     assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
 
 

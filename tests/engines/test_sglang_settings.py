@@ -167,7 +167,7 @@ SWITCHES = {
 def test_a_switch_leaves_sglang_alone(field: str) -> None:
     arguments = server_args({"llm_allreduce": {"timeout_s": 5}}, **{field: True})
     reason = stands_aside(arguments, settings_of(arguments))
-    assert reason == f"{SWITCHES[field]} was given (allreduce_strategy, set by name, would come over it)"
+    assert reason == f"{SWITCHES[field]} was given; set allreduce_strategy to override it"
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
 
@@ -179,7 +179,7 @@ def test_a_strategy_by_name_comes_over_a_switch(field: str, caplog: pytest.LogCa
     with caplog.at_level("WARNING", logger="llm_allreduce_plugin"):
         plugin.check_arguments(arguments)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{SWITCHES[field]} does not count for allreduce_strategy AUTO, which was asked for by name"
+        f"{SWITCHES[field]} is ignored: allreduce_strategy AUTO was set, and overrides it"
     ]
 
 
@@ -256,7 +256,7 @@ def test_flashinfers_fusion_by_name(field: dict[str, Any], caplog: pytest.LogCap
     with caplog.at_level("WARNING", logger="llm_allreduce_plugin"):
         plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
-    assert "--flashinfer-allreduce-fusion-backend does not count for allreduce_strategy ONESHOT" in caplog.text
+    assert "--flashinfer-allreduce-fusion-backend is ignored: allreduce_strategy ONESHOT was set" in caplog.text
 
 
 def test_a_user_who_turns_flashinfers_fusion_off_has_ours() -> None:
@@ -307,7 +307,7 @@ def test_versions_that_were_tried(version: str) -> None:
 
 @pytest.mark.parametrize("version", ("0.5.16", "0.5.24", "0.6.0", "1.0", "main"))
 def test_other_versions_are_named(version: str) -> None:
-    assert f"SGLang {version} was not tried, 0.5.17 to 0.5.23 were" in str(plugin.untried(version))
+    assert f"SGLang {version} is untested (0.5.17 to 0.5.23 are tested)" in str(plugin.untried(version))
 
 
 # -- models with kernels of their own ----------------------------------------------------------------------------------
@@ -323,8 +323,8 @@ def test_kernels_of_a_model_are_named_once(caplog: pytest.LogCaptureFixture, mon
         own_kernels.say(None)
         own_kernels.say(None)
     assert [record.getMessage() for record in caplog.records] == [
-        "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, past "
-        "allreduce_strategy: kimi_k3.all_reduce"
+        "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, "
+        "which bypasses allreduce_strategy: kimi_k3.all_reduce"
     ]
 
 
@@ -346,4 +346,4 @@ def test_the_summary_comes_before_a_server_kills_itself(monkeypatch: pytest.Monk
 def test_a_summary_that_fails_stops_no_end(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(summary, "_untold", [lambda: 1 / 0])
     plugin.before_kill(os.getpid())
-    assert "there is no summary" in caplog.text
+    assert "the summary at the end could not be made" in caplog.text

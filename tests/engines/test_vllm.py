@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import http.client
 import json
 import os
 import re
@@ -10,14 +11,18 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from llm_allreduce_plugin.demo import serve as serve_demo
+from llm_allreduce_plugin.demo.engines import ENGINES
+from llm_allreduce_plugin.demo.server import end_of
 from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.topology import NodeIdentity
-from tests.support.forked import left_in_shm
+from tests.support.forked import left_in_shm, wait_until
 from tests.support.marks import slow
 from tests.support.profiles import entry
 
@@ -31,6 +36,7 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+TIMEOUT_S = 5  # of a call, where a worker is stopped
 
 
 def run_python(script: str, **environment: str) -> str:
@@ -211,44 +217,75 @@ def counted(output: str, what: str, calls: int) -> None:
         assert re.search(rf"/metrics: llm_allreduce_calls_total\{{{labels}\}} {calls}\b", output), output
 
 
+def listens(url: str) -> bool:
+    try:
+        serve_demo.http(f"{url}/health", timeout=5)
+    except urllib.error.HTTPError:
+        return True  # unwell, but there
+    except OSError:
+        return False
+    return True
+
+
+def stop_a_worker(answer: serve_demo.Answer) -> None:
+    """A rank that does not answer any more must not hang the engine: the other gives up within timeout_s, vLLM ends."""
+    found = re.search(r"Worker_TP1 pid=(\d+)", answer.log.read_text(errors="replace"))
+    assert found is not None, end_of(answer.log)
+    os.kill(int(found[1]), signal.SIGSTOP)
+    # An error, or the end of the connection, and no wait without end.
+    with pytest.raises((urllib.error.HTTPError, ConnectionError, http.client.HTTPException)):
+        ENGINES["vllm"].ask(answer.url, serve_demo.PROMPT, 4)
+    said = answer.log.read_text(errors="replace")
+    assert re.search(rf"rank 0 waited {TIMEOUT_S}(\.\d+)? s for rank 1 in TWOSHOT/scatter", said), end_of(answer.log)
+    assert wait_until(lambda: not listens(answer.url), 60), f"the server goes on: {end_of(answer.log)}"
+
+
 # A server each. Reports are what the compiled model's metrics come from, too; groups with NCCL are tested above.
 @pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", slow("NCCL")))
-def test_demo_gives_the_same_tokens_with_every_strategy(
-    marked: tuple[dict[str, str], str], tmp_path: Path, strategy: str
+def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
+    marked: tuple[dict[str, str], str],
+    tmp_path: Path,
+    strategy: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The demo itself compares with Hugging Face and checks what the workers ran; it fails otherwise.
+    """The demo's own steps compare with Hugging Face and check what the workers ran; they raise otherwise.
 
     So all strategies give the same tokens. What ran shows at vLLM's metrics endpoint: read from reports with ONESHOT,
-    counted by the ranks in Prometheus' multi-process mode with TWOSHOT. And at the end in the log.
+    counted by the ranks in Prometheus' multi-process mode with TWOSHOT, of which a worker is then stopped. With the
+    others the server ends in order, and says in its log what ran.
     """
-    environment, _ = marked
     (tmp_path / "prometheus").mkdir()
-    own = {"TWOSHOT": {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus")}}
-    tokens = tmp_path / "tokens.json"
-    result = subprocess.run(
-        [*DEMO, strategy.lower(), "--tokens", str(tokens)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=environment | own.get(strategy, {}),
-    )
-    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "Hugging Face generates the same tokens from the same weights" in result.stdout
+    own = {
+        "TWOSHOT": {
+            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus"), "LLM_ALLREDUCE_TIMEOUT_S": str(TIMEOUT_S),
+        }
+    }  # fmt: skip
+    for name, value in (marked[0] | CPU | own.get(strategy, {})).items():
+        monkeypatch.setenv(name, value)
+    engine = ENGINES["vllm"]
+    with serve_demo.served(engine, strategy, tmp_path) as answer:
+        if strategy == "TWOSHOT":
+            stop_a_worker(answer)
+    serve_demo.judge(engine, strategy, answer)
+    said = capsys.readouterr().out
+    assert "Hugging Face generates the same tokens from the same weights" in said
     if strategy != "NCCL":
-        assert f"rank 1 reports: {strategy} 216 calls" in result.stdout
-        counted(result.stdout, strategy, 216)
-        assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in result.stdout
+        assert f"rank 1 reports: {strategy} 216 calls" in said
+        counted(said, strategy, 216)
+        if strategy == "ONESHOT":
+            assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in said
     else:
-        assert "vLLM's own all-reduce is left in place" in result.stdout
-    assert len(json.loads(tokens.read_text())) == 24
+        assert "vLLM's own all-reduce is left in place" in said
+    assert len(answer.tokens) == 24
 
 
-def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, str], str]) -> None:
+def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
     """Through vLLM's compiler and passes: the demo fails where a boundary is missing, or a token is another one."""
     environment, _ = marked
-    result = subprocess.run(
-        [*DEMO, "ONESHOT", "--compile"], capture_output=True, text=True, timeout=400, env=environment
-    )
+    tokens = tmp_path / "tokens.json"
+    command = [*DEMO, "oneshot", "--compile", "--tokens", str(tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert "the log says: all-reduce fusion: 9 layer boundaries fused (9 with RMSNorm)" in result.stdout
     assert "Hugging Face generates the same tokens from the same weights" in result.stdout
@@ -256,6 +293,8 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     for rank in (0, 1):
         assert f"rank {rank} reports: ONESHOT, then norm 225 calls" in result.stdout
     counted(result.stdout, "ONESHOT, then norm", 225)
+    assert "the log says: all-reduce summary: ONESHOT, then norm 225 calls; no fallbacks" in result.stdout
+    assert len(json.loads(tokens.read_text())) == 24
 
 
 def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:
@@ -302,52 +341,3 @@ def test_demo_refuses_an_unknown_strategy() -> None:
     result = subprocess.run([*DEMO, "FASTEST"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "must be one of AUTO, NCCL" in result.stdout
-
-
-def test_killed_worker_ends_the_server_with_the_named_error(marked: tuple[dict[str, str], str], tmp_path: Path) -> None:
-    """A rank that dies must not hang the engine: the other gives up within timeout_s, vLLM ends, nothing stays."""
-    script = f"""
-import os, signal, sys, time
-os.environ["HF_HUB_OFFLINE"] = "1"
-sys.path.insert(0, {str(ROOT)!r})
-from pathlib import Path
-from llm_allreduce_plugin.demo.model import make_model
-from vllm import LLM, SamplingParams
-
-def pid_of(worker):
-    return os.getpid()
-
-if __name__ == "__main__":
-    make_model(Path(sys.argv[1]))
-    llm = LLM(
-        sys.argv[1], tensor_parallel_size=2, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2,
-        kv_cache_memory_bytes=1 << 26, compilation_config={{"custom_ops": ["none"]}}, disable_log_stats=True,
-        additional_config={{"allreduce": {{"allreduce_strategy": "ONESHOT", "timeout_s": 3, "first_timeout_s": 3}}}},
-    )
-    workers = llm.collective_rpc(pid_of)
-    os.kill(workers[1], signal.SIGSTOP)
-    started = time.monotonic()
-    try:
-        llm.generate([{{"prompt_token_ids": [5, 6, 7]}}], SamplingParams(max_tokens=4, temperature=0), use_tqdm=False)
-        print("generated")
-    except BaseException as error:
-        print("stopped after", round(time.monotonic() - started, 1), type(error).__name__, flush=True)
-    for pid in workers:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-"""
-    environment, _ = marked
-    file = tmp_path / "stopped_worker.py"
-    file.write_text(script)
-    result = subprocess.run(
-        [sys.executable, str(file), str(tmp_path / "model")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**environment, **CPU, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"},
-    )
-    text = result.stdout + result.stderr
-    assert "stopped after" in text, text[-4000:]
-    assert re.search(r"rank 0 waited 3(\.\d+)? s for rank 1 in ONESHOT/gather", text), text[-4000:]

@@ -159,9 +159,7 @@ def test_a_strategy_by_name_comes_over_the_flag(
         apply_settings(config, custom_all_reduce=True)
     assert config.compilation_config.pass_config.fuse_allreduce_rms is False
     said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        f"--disable-custom-all-reduce does not count for allreduce_strategy {strategy}, which was asked for by name"
-    ]
+    assert said == [f"--disable-custom-all-reduce is ignored: allreduce_strategy {strategy} was set, and overrides it"]
 
 
 def test_nccl_and_the_flag_agree(caplog: pytest.LogCaptureFixture) -> None:
@@ -244,8 +242,8 @@ def test_ours_replaces_flashinfers_fusion(caplog: pytest.LogCaptureFixture) -> N
         apply_settings(config)
     assert config.compilation_config.pass_config.fuse_allreduce_rms is False
     assert [record.getMessage() for record in caplog.records] == [
-        "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away from "
-        "allreduce_strategy; ours fuses them instead"
+        "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would bypass "
+        "allreduce_strategy; this plugin fuses the same layer boundaries"
     ]
 
 
@@ -266,7 +264,7 @@ def test_where_ours_cannot_nothing_is_taken_away(config: Any, reason: str, caplo
     with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
         apply_settings(config)
     assert config.compilation_config.pass_config.fuse_allreduce_rms is True
-    assert f"fuse_allreduce_rms left on, because ours does not replace it: {said}" in caplog.text
+    assert f"fuse_allreduce_rms left on, because this plugin does not replace it: {said}" in caplog.text
 
 
 def test_compile_cache_tells_fused_graphs_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

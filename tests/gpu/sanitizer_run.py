@@ -1,13 +1,15 @@
 """A short run of every kernel: ``compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_run``.
 
-World sizes as arguments, to share the work out: ``python -m tests.gpu.sanitizer_run 2 5``.
+World sizes as arguments, to share the work out: ``python -m tests.gpu.sanitizer_run 2 5``. ``--parts norms`` runs one
+part; ``--short`` takes one size and one output of each norm kernel, for racecheck, under which a launch takes minutes.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from tests.support.norm_group import Shape, check, every_quant, random_boundary
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 WORLD_SIZES = (2, 4, 16)
+PARTS = ("exact", "compressed", "several", "norms")
+Tell = Callable[[str], None]
 
 
 def staged(world_size: int) -> None:
@@ -85,7 +89,7 @@ def compressed(world_size: int, wire: WireFormat, kind: dict[str, Any]) -> None:
             assert_same_bits(output, expected, f"{wire} x {size}")
 
 
-def normed(world_size: int) -> None:
+def normed(world_size: int, tell: Tell, *, short: bool) -> None:
     """The sum with a norm behind it: a block or a cluster to a row, lanes of one task, host memory; the norm alone."""
     push = LocalGroup(world_size, lanes=8, workspace_mib=8, timeout_s=30.0)
     host = LocalGroup(world_size, lanes=4, workspace_mib=8, timeout_s=30.0, host=True)
@@ -98,13 +102,17 @@ def normed(world_size: int) -> None:
         (push, two, _C.PUSH, Shape(4, 512, scatter_lanes=1, drain_lanes=1)),
         (host, one, _C.SHARED, Shape(4, 256)),
     )
-    for hidden, rows in ((512, 7), (2880, 3)):
-        for quant, (group, algorithm, exchange, shape) in itertools.product(every_quant(hidden), shapes):
-            inputs = [
-                rank_input(rows, rank, rows * hidden, torch.bfloat16).view(rows, hidden) for rank in range(world_size)
-            ]
-            boundary = random_boundary(rows, rows, hidden, torch.bfloat16, quant)
-            check(group, algorithm, exchange, shape, inputs, boundary, f"{algorithm.name} {shape} {quant}")
+    for hidden, rows in ((512, 3),) if short else ((512, 7), (2880, 3)):
+        quants = every_quant(hidden)
+        for index, (group, algorithm, exchange, shape) in enumerate(shapes):
+            for quant in (quants[index % len(quants)],) if short else quants:
+                inputs = [
+                    rank_input(rows, rank, rows * hidden, torch.bfloat16).view(rows, hidden)
+                    for rank in range(world_size)
+                ]
+                boundary = random_boundary(rows, rows, hidden, torch.bfloat16, quant)
+                check(group, algorithm, exchange, shape, inputs, boundary, f"{algorithm.name} {shape} {quant}")
+            tell(f"{world_size} ranks, {hidden} wide, with a norm: {algorithm.name} {shape}")
 
 
 IN_BAND: dict[str, Any] = {"in_band": True}
@@ -113,32 +121,36 @@ FLAGGED: dict[str, Any] = {"in_band": False}
 HOST: dict[str, Any] = {"host": True}
 
 
-def main(world_sizes: tuple[int, ...]) -> None:
+def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -> None:
     started = time.monotonic()
 
     def tell(what: str) -> None:
         print(f"{time.monotonic() - started:6.1f} s  {what}", flush=True)  # noqa: T201
 
-    for world_size in world_sizes:
-        for kind in (IN_BAND, SPLIT, FLAGGED, HOST):
-            exact(world_size, kind)
-            tell(f"{world_size} ranks, {kind}")
-        if world_size <= MOST_RANKS:
-            normed(world_size)
-            tell(f"{world_size} ranks, with a norm")
-        if world_size > LARGEST_WORLD_SIZE:
-            continue
-        for wire in WireFormat:
-            for kind in (SPLIT, FLAGGED, HOST) if wire is WireFormat.FP8 else (FLAGGED, HOST):
-                compressed(world_size, wire, kind)
-                tell(f"{world_size} ranks, {wire}, {kind}")
-        if world_size >= FEWEST_RANKS:
+    for world_size, part in itertools.product(world_sizes, parts):
+        if part == "exact":
+            for kind in (IN_BAND, SPLIT, FLAGGED, HOST):
+                exact(world_size, kind)
+                tell(f"{world_size} ranks, {kind}")
+        elif part == "norms" and world_size <= MOST_RANKS:
+            normed(world_size, tell, short=short)
+        elif part == "compressed" and world_size <= LARGEST_WORLD_SIZE:
+            for wire in WireFormat:
+                for kind in (SPLIT, FLAGGED, HOST) if wire is WireFormat.FP8 else (FLAGGED, HOST):
+                    compressed(world_size, wire, kind)
+                    tell(f"{world_size} ranks, {wire}, {kind}")
+        elif part == "several" and FEWEST_RANKS <= world_size <= LARGEST_WORLD_SIZE:
             staged(world_size)
             tell(f"{world_size} ranks, staged")
             forms(world_size)
             tell(f"{world_size} ranks, ring and hierarchical")
-    tell("every kernel ran")
+    tell(f"every kernel of {', '.join(parts)} ran")
 
 
 if __name__ == "__main__":
-    main(tuple(map(int, sys.argv[1:])) or WORLD_SIZES)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world_sizes", nargs="*", type=int, default=WORLD_SIZES)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--short", action="store_true", help="one size and one output of each norm kernel")
+    arguments = parser.parse_args()
+    main(tuple(arguments.world_sizes), tuple(arguments.parts), short=arguments.short)

@@ -47,6 +47,8 @@ def run_queued(group: LocalGroup, calls: Sequence[Call], what: str) -> None:
         for algorithm, inputs, outputs in made:
             if algorithm == "PULL":
                 group.start_pull(rank, inputs, outputs[rank])
+            elif algorithm == "PLACE":
+                group.start_place(rank, inputs[rank], outputs)
             else:
                 group.start(rank, algorithm, inputs[rank], outputs[rank])
     group.finish()

@@ -6,6 +6,7 @@ its fault, or null.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import traceback
@@ -178,6 +179,9 @@ def all_checks() -> dict[str, Callable[[], None]]:
 
 
 def main() -> int:
+    # The collector would go through all that torch has loaded, again and again: an eighth of the time.
+    gc.freeze()
+    gc.disable()
     serve_groups()
     wanted = sys.argv[1:]
     faults: dict[str, str | None] = {}

@@ -93,6 +93,8 @@ ALL = (
     _in_band("two_shot_multicast_kernel", _C.TWO_SHOT, _C.MULTICAST),
     _in_band("two_shot_multicast_split_kernel", _C.TWO_SHOT, _C.MULTICAST, form="split"),
     _in_band("two_shot_in_switch_kernel", _C.TWO_SHOT, _C.IN_SWITCH),
+    _in_band("two_shot_place_kernel", _C.TWO_SHOT, _C.PLACE),
+    _in_band("two_shot_place_split_kernel", _C.TWO_SHOT, _C.PLACE, form="split"),
     _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, form="short", **_FP8),
     _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, **_FP8),
     _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, **_FP8),

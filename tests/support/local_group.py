@@ -199,6 +199,12 @@ class LocalGroup:
         mine = inputs[rank]
         self._start(rank, "TWOSHOT", mine, output, [other.data_ptr() - mine.data_ptr() for other in inputs])
 
+    def start_place(self, rank: int, input_: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
+        """The same for TWOSHOT storing its results into every rank's output."""
+        mine = outputs[rank]
+        distances = [other.data_ptr() - mine.data_ptr() for other in outputs]
+        self._start(rank, "TWOSHOT", input_, mine, distances, exchange=Exchange.PLACE)
+
     def _start(
         self,
         rank: int,
@@ -207,15 +213,25 @@ class LocalGroup:
         output: torch.Tensor,
         peer_distances: list[int],
         stream: Stream | None = None,
+        *,
+        exchange: Exchange = Exchange.PULL,
     ) -> None:
-        plan = self.plan(rank, algorithm, input_, peer_distances)
+        plan = self.plan(rank, algorithm, input_, peer_distances, exchange)
         assert plan(input_.data_ptr(), output.data_ptr(), (stream or self.streams[rank]).cuda_stream) == 0
 
-    def plan(self, rank: int, algorithm: str, input_: torch.Tensor, peer_distances: Sequence[int] = ()) -> _C.Plan:
-        """A rank's call for inputs like this one."""
+    def plan(
+        self,
+        rank: int,
+        algorithm: str,
+        input_: torch.Tensor,
+        peer_distances: Sequence[int] = (),
+        exchange: Exchange = Exchange.PULL,
+    ) -> _C.Plan:
+        """A rank's call for inputs like this one. ``exchange``: of one with ``peer_distances``."""
         launch = self.launch_of(algorithm, message_of(input_))
         if peer_distances:
-            launch = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
+            scatter = launch.scatter_lanes if exchange is Exchange.PLACE else 0
+            launch = dataclasses.replace(launch, exchange=exchange, scatter_lanes=scatter, drain_lanes=0)
         return plan_on(self.machine, self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
 
     def finish(self) -> None:
@@ -234,7 +250,8 @@ class LocalGroup:
 
         What the next in-band call relies on is checked afterwards: cleared slots, and epochs that agree.
 
-        ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, or PULL for TWOSHOT that reads inputs in place.
+        ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, PULL for TWOSHOT that reads inputs in place, or PLACE for TWOSHOT
+        that stores results into all outputs.
         """
         moved = [part.to(self.device) for part in inputs]
         size = inputs[0].numel() * inputs[0].element_size()
@@ -248,6 +265,8 @@ class LocalGroup:
         for rank in range(self.world_size):
             if algorithm == "PULL":
                 self.start_pull(rank, moved, outputs[rank])
+            elif algorithm == "PLACE":
+                self.start_place(rank, moved[rank], outputs)
             else:
                 self.start(rank, algorithm, moved[rank], outputs[rank])
         self.finish()

@@ -164,7 +164,7 @@ def test_reference_is_the_sum_of_the_inputs() -> None:
         ),
         (["-b", "1M", "-e", "1K"], "is less than"),
         (["--cpu", "--fused", "--with", "ONESHOT"], "--with ONESHOT: must be one of fused, then-norm"),
-        (["--hidden", "64"], "--hidden 64: messages have rows only with --fused"),
+        (["--hidden", "64"], "--hidden 64: give --fused, too: only then messages have rows"),
         (["--fused", "--hidden", "100"], "--hidden 100: input: rows of 100 elements; RMSNorm needs a multiple of 8"),
         (["--quant", "nvfp4"], "--quant nvfp4: only norms are quantized"),
     ],

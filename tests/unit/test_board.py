@@ -180,4 +180,6 @@ def test_a_watch_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> No
     monitor = Monitor(None, None, dict, watchers=[fails, lambda: seen.set() if len(times) > 2 else None])
     assert seen.wait(10)
     monitor.close()
-    assert sum("the group cannot be watched: ValueError: broken board" in line for line in caplog.messages) == 1
+    assert (
+        sum("cannot check whether peers are alive: ValueError: broken board" in line for line in caplog.messages) == 1
+    )

@@ -146,7 +146,7 @@ def test_variables() -> None:
     assert [found.verdict for found in software.variables({"NCCL_P2P_DISABLE": "1"})] == [WARN]
     assert software.variables({"NCCL_P2P_DISABLE": "1"}, transport="host") == []
     assert [found.text for found in software.variables({"NCCL_P2P_DISABLE": "1"}, transport="peer")] == [
-        "NCCL_P2P_DISABLE=1 does not count for transport peer, which was asked for by name"
+        "NCCL_P2P_DISABLE=1 is ignored: transport peer was set, and overrides it"
     ]
     segments = software.variables({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
     assert [found.verdict for found in segments] == [OK]

@@ -114,7 +114,7 @@ def test_a_probe_that_breaks_is_a_finding() -> None:
 
     (found,) = guarded("anything", broken)
     assert found.verdict is WARN
-    assert found.text == "cannot be looked at: OSError: no such file"
+    assert found.text == "could not be checked: OSError: no such file"
     assert guarded("anything", lambda: ok("a", "b")) == [ok("a", "b")]
 
 

@@ -30,7 +30,7 @@ def test_gpus_and_links() -> None:
     assert hardware.gpus(mixed).verdict is WARN
     assert hardware.gpus(mixed).text.endswith(" and 1 x NVIDIA L40S (sm_89)")
     one = NodeTopology(gpus=h100.gpus[:1], links=(("X",),), p2p=(("X",),))
-    assert hardware.gpus(one).advice == "nothing to do at tensor parallel 1: there is nobody to reduce with"
+    assert hardware.gpus(one).advice == "nothing to do at tensor parallel 1, which has no all-reduces"
     assert hardware.links(load("h200_x4_nvswitch")).text.startswith("NV18 through NVSwitch; the driver says")
     without = hardware.links(load("rtx4090_x8_no_p2p"))
     assert without.verdict is WARN

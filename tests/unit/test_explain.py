@@ -200,7 +200,7 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_is_assumed_is_said() -> None:
     _, output = run("--topology", str(FOLDER / "gb200_x72_nvl72.json"), "--tp", "4")
-    assert "# how many multiprocessors the GPUs have is not known: the launch is that of 132" in output
+    assert "# the number of multiprocessors is not known: the launch is computed for 132" in output
     _, output = run("--topology", str(FOLDER / "rtx4090_x8_no_p2p.json"))
     assert "# through host memory: GPU0 and GPU1 have no peer access (CNS: chipset not supported)" in output
     _, output = run("--cpu", "--tp", "3")

@@ -44,10 +44,10 @@ VERDICTS: dict[str, str | None] = {
     "status": "rank 2: fabric status is 'Insufficient Resources', must be 'success'",
     "in_progress": "ranks 2-3: fabric state is 'in progress', must be 'completed' (is nvidia-fabricmanager or "
     "nvidia-imex up?)",
-    "no_imex_channel": "ranks 2-3: there is no IMEX channel that this user may open (/dev/nvidia-caps-imex-channels), "
+    "no_imex_channel": "ranks 2-3: no IMEX channel can be opened (/dev/nvidia-caps-imex-channels), "
     "and without one no memory of another host can be imported",
     "no_handles": "ranks 0-3: the driver has no fabric handles for this GPU, whatever its fabric state",
-    "unknown": "ranks 2-3: NVML knows no NVLink fabric of this GPU",
+    "unknown": "ranks 2-3: NVML reports no NVLink fabric for this GPU",
 }
 KERNELS = (S.MNNVL, S.AUTO, S.ONESHOT, S.TWOSHOT, S.MINLATENCY)
 
@@ -159,7 +159,7 @@ def test_a_rack(world_size: int) -> None:
 def test_host_memory_is_of_one_host() -> None:
     settings = AllReduceConfig(transport="host")
     facts = group_facts(domain("one_domain"), config=settings)
-    reason = "keeps ranks to host memory, which is of one host"
+    reason = "makes ranks use host memory, which other hosts cannot reach"
     assert (facts.fabric, facts.no_fabric_reason) == (False, f"transport host {reason}")
     facts = group_facts(domain("one_domain"), refusal="NCCL_P2P_DISABLE=1")
     assert (facts.fabric, facts.no_fabric_reason) == (False, f"NCCL_P2P_DISABLE=1 {reason}")
@@ -301,7 +301,7 @@ def test_a_verdict_needs_every_rank(fabrics: list[Fabric | None]) -> None:
 
 def test_notes_say_what_is_open() -> None:
     assert domain_notes([gpu.fabric for gpu in domain("placeholder_clique").gpus]) == (
-        "one NVLink domain over several hosts (5f6c1d3a... clique 32766) by NVML's word; proved at the start",
+        "one NVLink domain over several hosts (5f6c1d3a... clique 32766) as NVML says; proved at the start",
         "clique 32766 is a placeholder: only the cluster UUID tells this domain apart",
     )
     assert domain_notes([gpu.fabric for gpu in domain("completed_without_domain").gpus])[1:] == (

@@ -202,10 +202,10 @@ def test_a_recorded_group_on_two_racks_has_a_model_too() -> None:
 
 def test_explain_says_what_is_known_of_a_domain() -> None:
     notes = explained(topology="domains/placeholder_clique")["group"]["notes"]
-    assert any("by NVML's word; proved at the start" in note for note in notes)
+    assert any("as NVML says; proved at the start" in note for note in notes)
     assert any("clique 32766 is a placeholder" in note for note in notes)
     notes = explained(topology="domains/no_imex_channel")["group"]["notes"]
-    assert any(note.startswith("NVLink does not join the hosts: ranks 2-3: there is no IMEX channel") for note in notes)
+    assert any(note.startswith("NVLink does not join the hosts: ranks 2-3: no IMEX channel") for note in notes)
 
 
 # -- topo --------------------------------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ def test_auto_is_hierarchical_over_numa_nodes_without_nvlink() -> None:
 @pytest.mark.parametrize(
     ("group", "reason"),
     [
-        (pcie(nvlink=True), "NVLink joins all GPUs, as far as is known"),
-        (pcie(domains=()), "the NUMA node of every rank's GPU is not known (low_precision.domains can tell)"),
+        (pcie(nvlink=True), "NVLink seems to join all GPUs"),
+        (pcie(domains=()), "the NUMA node of every rank's GPU is not known (set low_precision.domains)"),
         (pcie(domains=(0,) * 8), "ranks form 1 domain of 8 ranks, not two of equal size with 2 to 4 ranks each"),
         (pcie(domains=(0, 1, 1, 1, 1, 1, 1, 1)), "ranks form 2 domains of 1, 7 ranks, not two of equal size"),
         (pcie(domains=(0, 0, 1, 1, 2, 2, 3, 3)), "ranks form 4 domains of 2, 2, 2, 2 ranks, not two"),

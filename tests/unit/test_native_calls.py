@@ -136,7 +136,7 @@ def test_a_flag_far_ahead_of_its_round_does_not_end_the_wait(distance: int) -> N
     assert time.monotonic() - started < 2
     error = breakage_of(ranks.workspaces[0])
     assert isinstance(error, GroupBrokenError)
-    assert f"what rank 1 has told rank 0 in ONESHOT/gather is {distance} rounds ahead" in str(error)
+    assert f"rank 0 read a count of rank 1 in ONESHOT/gather that is {distance} rounds too high" in str(error)
 
 
 # -- patience ----------------------------------------------------------------------------------------------------------
@@ -331,4 +331,4 @@ def test_a_handler_that_raises_ends_the_wait(handler: Callable[[Callable[..., An
         ranks.call(0, ranks.plan(0))
     assert time.monotonic() - started < 2
     assert ranks.call(0, ranks.plan(0)) == _C.STATUS_TIMEOUT, "its peers no longer agree with it"
-    assert "rank 0 left a call, ONESHOT/gather, before its end" in str(breakage_of(ranks.workspaces[0]))
+    assert "rank 0 left the call ONESHOT/gather before it had ended" in str(breakage_of(ranks.workspaces[0]))

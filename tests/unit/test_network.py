@@ -71,7 +71,7 @@ def test_each_host_needs_as_many_ranks() -> None:
     assert found.transport is Transport.NONE
     assert found.no_transport_reason == (
         "ranks run on 2 hosts, which must have as many each: there are 3 on host 0, 1 on host 1; "
-        "no NVLink domain joins them: ranks 0-3: NVML knows no NVLink fabric of this GPU"
+        "no NVLink domain joins them: ranks 0-3: NVML reports no NVLink fabric for this GPU"
     )
     assert facts((0,) * 73 + (1,) * 73).no_transport_reason.startswith(
         "no kernel for 146 ranks on 2 hosts (there are for 72"

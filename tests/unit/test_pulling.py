@@ -170,7 +170,7 @@ def test_explain_says_whether_peers_read_the_input() -> None:
         (("--bytes", "1000002"), "1000002 bytes are no whole vectors of 16 bytes"),
         (("--bytes", "4K"), "only for an exact two-shot"),
         (("--bytes", "8M", "--transport", "host"), "only what would be pushed in band, through GPU memory"),
-        (("--strategy", "NCCL"), "NCCL is not of this package"),
+        (("--strategy", "NCCL"), "NCCL runs the engine's own all-reduce, which reads no input in place"),
     ):
         text = explained(*arguments)
         assert "the input is sent: " in text

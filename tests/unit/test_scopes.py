@@ -19,7 +19,8 @@ def test_what_runs_together_is_there(begin: str) -> None:
 
 
 def test_scopes() -> None:
-    alike = ("tests/cpu/test_close.py::test_a[1]", "tests/cpu/test_norm.py::test_b")
+    alike = ("tests/cpu/test_close.py::test_a[1]", "tests/cpu/test_plans.py::test_b")
     assert {scope_of(name) for name in alike} == {"CPU ranks"}
+    assert scope_of("tests/cpu/test_norm.py::test_b") != "CPU ranks", "it has none"
     for name in ("tests/unit/test_files.py::test_a", "tests/kernels/test_exact.py::test_sizes[2-ONESHOT-in band]"):
         assert scope_of(name) == name, "any worker runs it"

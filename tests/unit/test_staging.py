@@ -134,7 +134,7 @@ def test_the_setting_forces_and_forbids() -> None:
     for group, choice, reason in (
         (pcie(), off, "staged is off"),
         (pcie(2), on, "each of 2 ranks has one stream out and one in anyway"),
-        (dataclasses.replace(pcie(), nvlink=True), StagedChoice.AUTO, "NVLink joins the GPUs, as far as is known"),
+        (dataclasses.replace(pcie(), nvlink=True), StagedChoice.AUTO, "NVLink seems to join the GPUs"),
         (facts(4, Transport.HOST), on, "not for host memory"),
         (facts(4, Transport.SHM), on, "not for shm memory"),
     ):

@@ -28,14 +28,17 @@ class PacketUnits {
                [&](int64_t i) { Packet::store(slots[k] + i * Packet::kBytes, packets_.encoded(parts[k].first + i)); });
   }
 
-  // The packets of some ranks are on their way together.
+  // The packets of some ranks are on their way together, and so are this rank's own values, where registers hold both.
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, int world_size, Sources source_of,
                                          Targets for_each_target) const {
-    constexpr int kGroup = Packet::kThreadValues > 16 ? 1 : World<0>::kRanksAtOnce;  // that fit the registers
+    constexpr bool kIsLong = Packet::kThreadValues > 16;
+    constexpr int kGroup = kIsLong ? 1 : World<0>::kRanksAtOnce;  // that fit the registers
     for_each(part.span, [&](int64_t i) {
       typename Message::Values sum;
+      typename Message::Raw own;
       Message::clear(sum);
+      if (!kIsLong) packets_.load_own(part.first + i, own);
 #pragma unroll 1
       for (int first = 0; first < world_size; first += kGroup) {
         typename Packet::Encoded others[kGroup];
@@ -45,10 +48,14 @@ class PacketUnits {
             others[k] = Packet::load(source_of(first + k) + i * Packet::kBytes);
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
-          if (first + k == rank)
-            packets_.add_own(part.first + i, sum);
-          else if (first + k < world_size)
+          if (first + k == rank) {
+            if constexpr (kIsLong)
+              packets_.add_own(part.first + i, sum);
+            else
+              Message::add_own(own, sum);
+          } else if (first + k < world_size) {
             Message::add(others[k], sum);
+          }
         }
       }
       const typename Packet::Encoded result = packets_.encoded_sum(part.first + i, sum);

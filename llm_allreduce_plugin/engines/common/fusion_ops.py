@@ -136,7 +136,7 @@ def all_reduce_rms_norm(  # noqa: PLR0917  (an operator's arguments have an orde
     communicator = _communicators.get(group)
     if communicator is None:
         message = (
-            f"fused all-reduce of group {group!r}: no communicator of this process serves it; served are "
+            f"fused all-reduce of group {group!r}: this process has no communicator for it, only for "
             f"{sorted(_communicators) or 'none'}; clear the engine's compile cache if its settings have changed"
         )
         raise RuntimeError(message)

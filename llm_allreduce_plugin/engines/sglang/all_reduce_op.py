@@ -31,6 +31,6 @@ def all_reduce(input: torch.Tensor, group: str) -> torch.Tensor:  # noqa: A002
     """
     communicator = fusion_ops.communicator_of(group)
     if communicator is None:
-        message = f"all-reduce of group {group!r}: no communicator of this process serves it; was the group destroyed?"
+        message = f"all-reduce of group {group!r}: this process has no communicator for it; was the group destroyed?"
         raise RuntimeError(message)
     return communicator.all_reduce(input)

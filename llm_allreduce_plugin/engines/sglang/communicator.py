@@ -47,7 +47,8 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     if kind not in _OURS:
         if kind in _PARTS and group.rank_in_group == 0:
             logger.info(
-                "all-reduce: group %s is a part of the tensor-parallel one and keeps SGLang's own", group.unique_name
+                "all-reduce: group %s is a part of the tensor-parallel group and keeps SGLang's own all-reduce",
+                group.unique_name,
             )
         return
     server_args = _server_args()
@@ -55,7 +56,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     name = f"{kind}{number}"
     reason = stands_aside(server_args, settings, group.device.type)
     if reason is None and (lost := hooks.not_applied(HOOKS)):
-        reason = f"the hooks at {', '.join(lost)} did not take"
+        reason = f"the hooks at {', '.join(lost)} could not be installed"
     if reason is not None:
         from llm_allreduce_plugin.engines.common.reports import report_engines_own
 
@@ -95,7 +96,7 @@ def _stock(group: Any) -> Call:  # noqa: ANN401
     def run(input_: torch.Tensor) -> torch.Tensor:
         owner = found()
         if owner is None:
-            message = "all-reduce: the group that SGLang made has been dropped"
+            message = "all-reduce: SGLang has destroyed this group; make a new one before the next call"
             raise RuntimeError(message)
         # SGLang may sum in place, and takes its inputs for lost; CPU ranks always do, where copies cost little.
         output: torch.Tensor = method(owner, input_.clone() if input_.device.type == "cpu" else input_)
@@ -132,7 +133,7 @@ def close(group: Any, *_args: Any, **_kwargs: Any) -> None:  # noqa: ANN401
         communicator.close()
     except Exception:
         # The engine's own clean-up must run whatever was wrong with ours.
-        logger.exception("all-reduce: something was wrong at the end")
+        logger.exception("all-reduce: the end was not clean; what failed is below")
 
 
 HOOKS = (

@@ -41,7 +41,7 @@ def say(_result: object, *_args: object, **_kwargs: object) -> None:
 @functools.cache
 def _say_once(modules: str) -> None:
     logger.info(
-        "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, past "
-        "allreduce_strategy: %s",
+        "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, "
+        "which bypasses allreduce_strategy: %s",
         modules,
     )

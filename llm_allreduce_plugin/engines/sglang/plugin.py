@@ -65,7 +65,8 @@ def untried(version: str) -> str | None:
     if numbers is not None and TRIED[0] <= numbers <= TRIED[1]:
         return None
     first, last = (".".join(map(str, end)) for end in TRIED)
-    return f"all-reduce: SGLang {version} was not tried, {first} to {last} were; its hooks are there, so it goes on"
+    tested = f"SGLang {version} is untested ({first} to {last} are tested)"
+    return f"all-reduce: {tested}; all hooks were found, so the plugin stays on"
 
 
 def our_hooks() -> list[Hook]:
@@ -113,7 +114,7 @@ def before_kill(parent_pid: int | None, include_parent: bool = True, *_args: Any
         try:
             tell_now()
         except Exception:
-            logger.exception("all-reduce: there is no summary")  # and SGLang's end goes on
+            logger.exception("all-reduce: the summary at the end could not be made")  # and SGLang's end goes on
 
 
 def _log_as_it_is() -> None:

@@ -85,7 +85,7 @@ def overridden(server_args: Any, settings: AllReduceConfig) -> list[str]:  # noq
     """
     if not by_name(settings):
         return []
-    why = f"does not count for {SHORTHAND} {settings.allreduce_strategy}, which was asked for by name"
+    why = f"is ignored: {SHORTHAND} {settings.allreduce_strategy} was set, and overrides it"
     switches = [f"{switch} {why}" for switch in _given(server_args)]
     if _fusion_given(server_args) and settings.fuse_norm:
         switches.append(f"{_FUSION} {why}: it fuses layer boundaries, too")
@@ -107,7 +107,7 @@ def stands_aside(server_args: Any, settings: AllReduceConfig, device: str | None
     if settings.allreduce_strategy is AllReduceStrategy.NCCL:
         return f"{SHORTHAND} is NCCL"
     if not by_name(settings) and (switches := _given(server_args)):
-        return f"{', '.join(switches)} was given ({SHORTHAND}, set by name, would come over it)"
+        return f"{', '.join(switches)} was given; set {SHORTHAND} to override it"
     return None
 
 
@@ -128,7 +128,7 @@ def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa:
     if not settings.fuse_norm:
         return "fuse_norm is off"
     if not by_name(settings) and _fusion_given(server_args):
-        return f"{_FUSION} was given ({SHORTHAND}, set by name, would come over it)"
+        return f"{_FUSION} was given; set {SHORTHAND} to override it"
     if getattr(server_args, "enable_deterministic_inference", False):
         return "deterministic inference asks for SGLang's own norm"
     exchange = getattr(server_args, "moe_a2a_backend", None)

@@ -107,7 +107,7 @@ def _communicator_class(stock: type) -> type:
                 self.llm_allreduce.close()
             except Exception:
                 # The engine's own clean-up must run whatever was wrong with ours.
-                logger.exception("all-reduce: something was wrong at the end")
+                logger.exception("all-reduce: the end was not clean; what failed is below")
             finally:
                 super().destroy()
 

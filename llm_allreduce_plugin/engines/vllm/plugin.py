@@ -127,12 +127,12 @@ def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
     if reason is None:
         pass_config.fuse_allreduce_rms = False
         logger.info(
-            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would take all-reduces away "
-            "from allreduce_strategy; ours fuses them instead"
+            "compilation pass fuse_allreduce_rms turned off: FlashInfer's fused kernel would bypass "
+            "allreduce_strategy; this plugin fuses the same layer boundaries"
         )
     else:
         logger.info(
-            "compilation pass fuse_allreduce_rms left on, because ours does not replace it: %s; the all-reduces that "
-            "it fuses go past allreduce_strategy",
+            "compilation pass fuse_allreduce_rms left on, because this plugin does not replace it: %s; the "
+            "all-reduces that it fuses bypass allreduce_strategy",
             reason,
         )

@@ -42,7 +42,7 @@ def flag_overridden(vllm_config: Any, settings: AllReduceConfig, *, custom_all_r
         return None
     if not flag_given(vllm_config, custom_all_reduce=custom_all_reduce):
         return None
-    return f"{_FLAG} does not count for {SHORTHAND} {settings.allreduce_strategy}, which was asked for by name"
+    return f"{_FLAG} is ignored: {SHORTHAND} {settings.allreduce_strategy} was set, and overrides it"
 
 
 def stands_aside(
@@ -60,7 +60,7 @@ def stands_aside(
     if settings.allreduce_strategy is AllReduceStrategy.NCCL:
         return "allreduce_strategy is NCCL"
     if SHORTHAND not in settings.model_fields_set and flag_given(vllm_config, custom_all_reduce=custom_all_reduce):
-        return f"{_FLAG} was given ({SHORTHAND}, set by name, would come over it)"
+        return f"{_FLAG} was given; set {SHORTHAND} to override it"
     return None
 
 

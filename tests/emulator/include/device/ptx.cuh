@@ -163,8 +163,17 @@ inline void commit_bulk_copies() {
 
 template <int kPending>
 void wait_for_bulk_reads() {
-  emulator::machine.self->copies.read(*emulator::machine.self->block, kPending);
+  emulator::machine.self->copies.read(*emulator::machine.self->block, kPending, emulator::machine.self);
   emulator::machine.step();
+}
+
+inline void wait_for_bulk_writes() {
+  emulator::machine.self->copies.wait(*emulator::machine.self->block, emulator::machine.self);
+  emulator::machine.step();
+}
+
+inline void fence_behind_bulk_copies() {
+  emulator::machine.self->copies.fence(*emulator::machine.self->block, emulator::machine.self);
 }
 
 }  // namespace lar

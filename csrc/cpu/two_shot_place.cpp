@@ -1,0 +1,92 @@
+// TWOSHOT on CPU ranks that stores results into the outputs of all ranks: the steps of protocol/place.h with one lane
+// per rank. Partial sums travel by flags, in the slots of two_shot_flags.cpp and counted with them.
+#include "cpu/lane.h"
+#include "cpu/units.h"
+#include "host/registry.h"
+#include "protocol/place.h"
+
+namespace lar::cpu {
+namespace {
+
+class PlaceSteps {
+ public:
+  // `chunk`: elements that fit a slot.
+  PlaceSteps(const Call& call, const lar_call& described, int64_t chunk)
+      : workspace_(call.workspace()),
+        world_size_(workspace_.layout.world_size),
+        outputs_(described.outputs),
+        slots_(workspace_.layout.flagged),
+        calls_(call, EpochPlane::kPlace),
+        lane_(call, EpochPlane::kTwoShot),
+        elements_(described.message, world_size_),
+        cut_{elements_.total(), chunk, world_size_, 1, 0},
+        call_number_(calls_.epoch() + 1),
+        epoch_(lane_.epoch()) {}
+
+  int run() const {
+    if (!run_place(cut_.chunks(), *this)) return lane_.broken();
+    lane_.finish(epoch_ + static_cast<uint32_t>(cut_.chunks()));
+    calls_.finish(call_number_);
+    return LAR_OK;
+  }
+
+  void announce() const { calls_.publish(FlagPlane::kPlaceOutput, call_number_); }
+
+  bool admit() const { return calls_.wait(FlagPlane::kPlaceOutput, LAR_PHASE_OUTPUT, call_number_); }
+
+  bool scatter(int64_t chunk) const {
+    for (int step = 1; step < world_size_; ++step)
+      elements_.pack(cut_.piece(chunk, peer(step)), scatter_slot(peer(step), workspace_.rank, chunk));
+    lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
+    return true;
+  }
+
+  bool reduce(int64_t chunk) const {
+    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
+    const int rank = workspace_.rank;
+    const Piece part = cut_.piece(chunk, rank);
+    const char* sources[LAR_MAX_WORLD_SIZE];
+    char* outputs[LAR_MAX_WORLD_SIZE];
+    for (int other = 0; other < world_size_; ++other)
+      sources[other] = other == rank ? nullptr : scatter_slot(rank, other, chunk);
+    for (int step = 1; step < world_size_; ++step)
+      outputs[step - 1] = static_cast<char*>(outputs_[peer(step)]) + part.first * elements_.bytes();
+    elements_.reduce(part, sources, outputs, world_size_ - 1);
+    lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
+    return true;
+  }
+
+  bool settle(int64_t chunk) const { return lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk)); }
+
+ private:
+  uint32_t round(int64_t chunk) const { return epoch_ + static_cast<uint32_t>(chunk) + 1; }
+
+  char* scatter_slot(int owner, int source, int64_t chunk) const {
+    return lane_.slot(slots_.scatter_offset, slots_.two_shot_bytes, owner, source, round(chunk), false);
+  }
+
+  int peer(int step) const { return (workspace_.rank + step) % world_size_; }
+
+  const lar_workspace& workspace_;
+  const int world_size_;
+  void* const* const outputs_;
+  const lar_slots& slots_;
+  const Lane calls_;
+  const Lane lane_;
+  const ElementUnits elements_;
+  const Cut cut_;
+  const uint32_t call_number_;
+  const uint32_t epoch_;
+};
+
+int two_shot_place(const lar_workspace& workspace, const lar_call& described) {
+  Call call(workspace, described);
+  if (const int status = call.begin(); status != LAR_OK) return status;
+  const int64_t chunk = described.launch.chunk_vectors * LAR_VECTOR_BYTES / element_bytes(described.message.dtype);
+  return PlaceSteps(call, described, chunk).run();
+}
+
+const Registration rows([] { add_cpu(kind_of(LAR_TWO_SHOT, LAR_PLACE), two_shot_place); });
+
+}  // namespace
+}  // namespace lar::cpu

@@ -1,0 +1,52 @@
+// TWOSHOT that stores its results into the outputs of all ranks: no slots for them, and no copy out of those. Shared by
+// CUDA and CPU ranks.
+//
+//     announce            tell every peer that my output may be written
+//     scatter             store my partials into their owners' scatter slots
+//     admit               wait until every peer has said the same of its output
+//     reduce              take the partials of my part, sum ranks 0..N-1 in order, round once, store the result into
+//     the
+//                         output of every rank, tell them so
+//     settle              wait until every owner has told me
+//
+// An output holds any bits, so nothing in it can say that it is there: flags must. What they stand for:
+//   - "may be written" is the first thing that a rank stores in a call, once all that it did before has ended, reads of
+//     what the output held included (on GPUs griddepcontrol.wait; a CPU rank's reads come before its call). It is
+//     counted by calls, so that one of an earlier call opens nothing.
+//   - "is written" comes behind the results: the flag's release must cover them. Bulk copies are another proxy's, so
+//     they are waited for to the end, writes included, and a proxy fence stands before the release.
+// Both are told by lane: lane b of an owner writes what lane b of that owner has summed, and tells lane b of its peers.
+//
+// Nobody waits in a circle: to announce and to scatter a rank waits for nobody. Every lane announces before it waits;
+// lanes with one task, of which the first ones only scatter, start in the order of their numbers, and of all lanes that
+// reduce the lowest that has not ended waits for those of the same number, for which there is room on every rank.
+//
+// Scatter slots are those of the other two-shots, and counted with them. The proof of protocol/generations.h holds: a
+// peer that stores into what this rank cleared in call e has ended call e+1, in which it took flags of this rank's call
+// e+1. With flags (CPU ranks) that of protocol/two_shot.h does: settle() is its drain() without a copy.
+#ifndef LLM_ALLREDUCE_PROTOCOL_PLACE_H_
+#define LLM_ALLREDUCE_PROTOCOL_PLACE_H_
+
+#include "protocol/two_shot.h"
+
+namespace lar {
+
+// Calls steps.announce(), scatter(chunk), admit() once, reduce(chunk) and settle(chunk), with as many chunks in flight
+// as in run_two_shot(). Without chunks nobody waits. False as soon as one of them is.
+template <typename Steps>
+LAR_HOST_DEVICE bool run_place(int64_t chunks, const Steps& steps) {
+  if (chunks == 0) return true;
+  steps.announce();
+#pragma unroll 1
+  for (int64_t step = 0; step < chunks + 2; ++step) {
+    if (step < chunks && !steps.scatter(step)) return false;
+    if (step == 0 && !steps.admit()) return false;
+    if (step >= 1 && step <= chunks && !steps.reduce(step - 1)) return false;
+    if (step >= 2 && !steps.settle(step - 2)) return false;
+  }
+  return true;
+}
+
+}  // namespace lar
+
+#endif  // LLM_ALLREDUCE_PROTOCOL_PLACE_H_

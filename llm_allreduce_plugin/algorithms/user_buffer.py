@@ -1,0 +1,89 @@
+"""UB: a two-shot that stores its results straight into the outputs of all ranks, which lie in registered memory.
+
+Kernels: csrc/kernels/two_shot_place.cu, csrc/cpu/two_shot_place.cpp. The memory: transport/registered.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics, spread, spread_in_band
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
+from llm_allreduce_plugin.config import AllReduceStrategy
+from llm_allreduce_plugin.topology.links import Transport
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.algorithms.decision import Launch
+    from llm_allreduce_plugin.algorithms.facts import GroupFacts
+    from llm_allreduce_plugin.config import AllReduceConfig
+
+# Where nothing is set, of each rank: two sites of the largest prefill that the default workspace is for, and as much
+# again for smaller batches. CPU ranks have it in shared memory, of which containers have little.
+DEFAULT_GPU_POOL_BYTES = 512 << 20
+DEFAULT_CPU_POOL_BYTES = 16 << 20
+
+
+def pool_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
+    """Why a group has no registered memory, or None when it has."""
+    if facts.transport is Transport.NONE:
+        return facts.no_transport_reason or "ranks cannot reach each other's memory"
+    if facts.num_hosts > 1:
+        return f"ranks run on {facts.num_hosts} hosts, and registered memory is that of one"
+    if facts.transport is Transport.HOST:
+        return "ranks share host memory, and outputs lie with the GPUs"
+    if facts.transport is Transport.SYMMETRIC and not facts.in_band.two_shot:
+        return "in_band is off, and results are stored into outputs only where inputs travel in band"
+    if facts.no_pool_reason:
+        return facts.no_pool_reason
+    if wanted_pool_bytes(config, facts) == 0:
+        return "registered_pool is 0: there is no registered memory"
+    return None
+
+
+def wanted_pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
+    """Registered memory of each rank that the settings ask for, in bytes."""
+    if config.registered_pool is not None:
+        return int(config.registered_pool)
+    if config.allreduce_strategy is not AllReduceStrategy.UB:
+        return 0
+    return DEFAULT_CPU_POOL_BYTES if facts.transport is Transport.SHM else DEFAULT_GPU_POOL_BYTES
+
+
+def pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
+    """Registered memory of each rank, in bytes; 0: there is none."""
+    return 0 if pool_obstacle(config, facts) is not None else wanted_pool_bytes(config, facts)
+
+
+class UserBuffer(KernelStrategy):
+    name = AllReduceStrategy.UB
+    numerics = Numerics.EXACT
+    instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
+    algorithm = "two-shot: every rank sums its share in rank order and stores the result into all ranks' outputs"
+
+    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
+        if (reason := super().obstacle(config, facts, message)) is not None:
+            return reason
+        if (reason := pool_obstacle(config, facts)) is not None:
+            return reason
+        if not message.registered_output:
+            return "its output does not lie in registered memory"
+        return None
+
+    def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002
+        least, source = tables.place_pays_from(facts)
+        if message.payload_bytes >= least:
+            return Merit(pays=True)
+        words = f"below {bytes_in_words(least)} results travel as fast through slots ({source})"
+        return Merit(pays=False, reason=words)
+
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:  # noqa: ARG002
+        parts = facts.world_size
+        if facts.transport is Transport.SHM:
+            pushed = spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, facts.lanes, parts)
+        else:
+            split = tables.split(self.name, parts, message.payload_bytes)
+            pushed = spread_in_band(message, facts, Algorithm.TWO_SHOT, facts.in_band.two_shot, parts, split)
+        return dataclasses.replace(pushed, exchange=Exchange.PLACE, drain_lanes=0)

@@ -1,0 +1,174 @@
+"""UB on CPU ranks: results that peers store into registered outputs, against the sum in rank order."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from llm_allreduce_plugin import PeerTimeoutError, RankMismatchError
+from llm_allreduce_plugin.algorithms.decision import Exchange
+from llm_allreduce_plugin.measure.ranks import RankContext
+from tests.conftest import PoolFor
+from tests.support import checks
+from tests.support.reference import DTYPES, assert_same_bits, poison, rank_input, rank_ordered_sum, special_inputs
+
+SIZES = (1, 3, 8, 1000, 4099, 300_001)
+
+
+def _inputs(context: RankContext, seed: int, size: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [rank_input(seed, rank, size, dtype) for rank in range(context.world_size)]
+
+
+def _sizes(context: RankContext) -> None:
+    with checks.communicator(context, "UB", workspace_bytes="2MiB") as group:
+        for turn, size in enumerate(SIZES):
+            for dtype in DTYPES:
+                out = poison(group.registered_empty((size,), dtype))
+                launch = group.explain((size,), dtype, registered_output=True).launch
+                assert launch is not None
+                assert launch.exchange is Exchange.PLACE
+                for call in range(2):
+                    inputs = _inputs(context, turn + call, size, dtype)
+                    kept = inputs[context.rank].clone()
+                    assert group.all_reduce(inputs[context.rank], out) is out
+                    assert_same_bits(out, rank_ordered_sum(inputs), f"{dtype} x {size}")
+                    assert_same_bits(inputs[context.rank], kept, "the input")
+        assert set(group.report()["calls"]) == {"UB"}
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_every_size_and_type(cpu_pool: PoolFor, world_size: int) -> None:
+    cpu_pool(world_size).run(_sizes)
+
+
+def _special(context: RankContext) -> None:
+    with checks.communicator(context, "UB") as group:
+        for dtype in DTYPES:
+            inputs = special_inputs(context.world_size, dtype)
+            out = poison(group.registered_empty(tuple(inputs[0].shape), dtype))
+            group.all_reduce(inputs[context.rank], out)
+            assert_same_bits(out, rank_ordered_sum(inputs), str(dtype))
+
+
+def test_special_values(cpu_pool: PoolFor) -> None:
+    cpu_pool(4).run(_special)
+
+
+def _one_output(context: RankContext) -> None:
+    """What a rank reads from its output between two calls is the sum of the first, however slow it reads."""
+    generator = random.Random(context.rank)
+    with checks.communicator(context, "UB") as group:
+        out = poison(group.registered_empty((5000,), torch.float32))
+        for call in range(30):
+            inputs = _inputs(context, call, 5000, torch.float32)
+            group.all_reduce(inputs[context.rank], out)
+            if generator.random() < 0.3:
+                torch.randn(200, 200).matmul(torch.randn(200, 200))
+            assert_same_bits(out, rank_ordered_sum(inputs), f"call {call}")
+            if call % 3 == 0:
+                assert_same_bits(group.all_reduce(inputs[context.rank]), rank_ordered_sum(inputs), f"TWOSHOT {call}")
+
+
+def test_one_output_for_all_calls_and_others_between(cpu_pool: PoolFor) -> None:
+    cpu_pool(3).run(_one_output)
+
+
+def _elsewhere(context: RankContext) -> dict[str, int]:
+    """Outputs that peers cannot store into get the same bits by other ways."""
+    with checks.communicator(context, "UB") as group:
+        inputs = _inputs(context, 1, 1000, torch.bfloat16)
+        pool = group.registered_empty((2048,), torch.bfloat16)
+        for out in (torch.empty(1000, dtype=torch.bfloat16), pool[1:1001], pool[8:1008]):
+            poison(out)
+            assert group.all_reduce(inputs[context.rank], out) is out
+            assert_same_bits(out, rank_ordered_sum(inputs), "out")
+        whole = torch.ones(7, dtype=torch.int32)
+        assert group.all_reduce(whole, torch.empty_like(whole)).tolist() == [context.world_size] * 7
+        calls: dict[str, int] = group.report()["calls"]
+        return calls
+
+
+def test_other_outputs(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_elsewhere) == [{"TWOSHOT": 2, "UB": 1, "NCCL": 1}] * 2
+
+
+def _wrong_outputs(context: RankContext) -> None:
+    with checks.communicator(context, "UB") as group:
+        x = torch.ones(8)
+        for out, text in (
+            (torch.empty(8, dtype=torch.float16), "out: its dtype is torch.float16, that of the input torch.float32"),
+            (torch.empty(9), "out: its shape is"),
+            (torch.empty(16)[::2], "out: has strides"),
+            (x, "out: overlaps the input"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                group.all_reduce(x, out)
+
+
+def test_outputs_that_cannot_take_the_sum(cpu_pool: PoolFor) -> None:
+    cpu_pool(2).run(_wrong_outputs)
+
+
+def _full(context: RankContext) -> None:
+    with checks.communicator(context, "UB", registered_pool="8K") as group:
+        group.registered_empty((1024,), torch.float32)
+        with pytest.raises(
+            RuntimeError, match="registered memory is full: .* 4096 of 8192 bytes are in use, and it can"
+        ):
+            group.registered_empty((1025,), torch.float32)
+        group.registered_empty((1024,), torch.float32)
+    with (
+        checks.communicator(context, "TWOSHOT") as group,
+        pytest.raises(RuntimeError, match="no registered memory: registered_pool is 0"),
+    ):
+        group.registered_empty((8,), torch.float32)
+
+
+def test_the_pool_does_not_grow(cpu_pool: PoolFor) -> None:
+    cpu_pool(2).run(_full)
+
+
+def _different_tensors(context: RankContext) -> list[str]:
+    errors = []
+    with checks.communicator(context, "UB") as group:
+        try:
+            group.registered_empty((8 + context.rank,), torch.float32)
+        except RankMismatchError as error:
+            errors.append(str(error))
+        pool = group.registered_empty((64,), torch.float32)
+        x = torch.ones(8)
+        try:
+            group.all_reduce(x, pool[8 * context.rank :][:8])
+        except RankMismatchError as error:
+            errors.append(str(error))
+        out = group.all_reduce(x, pool[8:16])  # nothing was made of it, so the group works on
+        assert out.tolist() == [context.world_size] * 8
+    return errors
+
+
+def test_different_offsets_are_refused_on_every_rank(cpu_pool: PoolFor) -> None:
+    found = cpu_pool(2).run(_different_tensors)
+    assert found[0] == found[1]
+    assert "8 float32 at byte 0 on rank 0; 9 float32 at byte 0 on rank 1" in found[0][0]
+    assert "8 float32 at byte 0 on rank 0; 8 float32 at byte 32 on rank 1" in found[0][1]
+
+
+def _missing(context: RankContext) -> str:
+    with checks.communicator(context, "UB", timeout_s=1.0, first_timeout_s=1.0) as group:
+        out = group.registered_empty((8,), torch.float32)
+        group.all_reduce(torch.ones(8), out)
+        if context.rank == 1:
+            return ""
+        try:
+            group.all_reduce(torch.ones(8), out)
+        except PeerTimeoutError as error:
+            return str(error)
+    return "no error"
+
+
+def test_a_rank_that_does_not_come(cpu_pool: PoolFor) -> None:
+    """The first thing that is waited for is that its output may be written."""
+    assert "waited" in (text := cpu_pool(2).run(_missing)[0])
+    assert "for rank 1 in TWOSHOT/output" in text
