@@ -19,8 +19,9 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, Mult
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.group.multicast import layout_of
 from llm_allreduce_plugin.transport.fabric import bytes_at
-from llm_allreduce_plugin.transport.multicast import Multicast, Opening, probe
+from llm_allreduce_plugin.transport.multicast import Multicast, Opening
 from llm_allreduce_plugin.transport.multicast_driver import MulticastDriver
+from llm_allreduce_plugin.transport.multicast_probe import probe
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,12 @@ def open_multicast(
         probe(steps, made, nonce)
         workspace.set_multicast(made.all, made.own, layout)
         _compare(steps, device, config, facts, workspace)
-    except TransportError as error:
+    except BaseException as error:
         workspace.set_multicast(0, 0, layout)
         if made is not None:
             let_go(made, in_use=steps.abandoned)
+        if not isinstance(error, TransportError):
+            raise
         level = logging.WARNING if config.multicast is MulticastChoice.ON else logging.INFO
         if agreement.rank == 0:
             logger.log(level, "all-reduces go without multicast: %s", error)

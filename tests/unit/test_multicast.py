@@ -30,6 +30,7 @@ from llm_allreduce_plugin.transport.multicast_driver import (
     MulticastDriver,
     ObjectProperties,
 )
+from llm_allreduce_plugin.transport.multicast_probe import probe
 from tests.conftest import MULTICAST_SWITCHES
 from tests.support.fake_fabric import UNKNOWN
 from tests.support.fake_multicast import GRANULARITY, OPENING, PROOF, FakeMulticast, Switch
@@ -58,7 +59,7 @@ def open_on_all(
         made = opening.open()
         try:
             if prove:
-                multicast.probe(steps, made, 7, wait_s=0.2)
+                probe(steps, made, 7, wait_s=0.2)
         except BaseException:
             made.close()
             raise

@@ -11,7 +11,7 @@ import torch
 from llm_allreduce_plugin import AllReduceConfig
 from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group import multicast_start
 from llm_allreduce_plugin.group.multicast import layout_of
 from llm_allreduce_plugin.group.multicast_start import open_multicast
@@ -115,3 +115,22 @@ def test_nothing_is_asked_where_there_is_none(start: Any, caplog: pytest.LogCapt
     assert switch.calls == []
     assert all(workspace.multicast == [] for workspace in workspaces)
     assert caplog.text.count("multicast is on, but not used: the GPU of rank 1 has no multicast") == 1
+
+
+def test_a_rank_that_is_gone_leaves_nothing_behind_on_the_others(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That ends the start, as everywhere."""
+
+    def leave(steps: Agreement, *_others: object) -> None:
+        if steps.rank == 2:
+            steps.give_up(ValueError("no"))
+            message = "no"
+            raise ValueError(message)
+        steps.barrier("to compare")
+
+    monkeypatch.setattr(multicast_start, "_compare", leave)
+    switch = Switch()
+    entry_points = drivers_of(switch)
+    found, workspaces = start(entry_points)
+    assert [type(each) for each in found] == [StartError, StartError, ValueError]
+    assert all(workspace.multicast[-1] == (0, 0) for workspace in workspaces)
+    assert_nothing_left(switch, entry_points)
