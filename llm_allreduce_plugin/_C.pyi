@@ -67,6 +67,10 @@ PULL: int = 4
 
 PLACE: int = 5
 
+MULTICAST: int = 6
+
+IN_SWITCH: int = 7
+
 STORE: int = 0
 
 RMS_NORM: int = 1
@@ -166,6 +170,35 @@ def make_layout(world_size: int, lanes: int, *, in_band_bytes: int = 0, flagged_
     Lay out a workspace with so many bytes of slots of each kind. Raises ValueError when they are too few.
     """
 
+class MulticastLayout:
+    """Where everything lies in multicast memory, in bytes."""
+
+    @property
+    def one_shot_offset(self) -> int: ...
+
+    @property
+    def one_shot_bytes(self) -> int: ...
+
+    @property
+    def results_offset(self) -> int: ...
+
+    @property
+    def results_bytes(self) -> int: ...
+
+    @property
+    def inputs_offset(self) -> int: ...
+
+    @property
+    def inputs_bytes(self) -> int: ...
+
+    @property
+    def total_bytes(self) -> int: ...
+
+def make_multicast_layout(world_size: int, bytes: int, *, in_switch: bool = False) -> MulticastLayout:
+    """
+    Lay out so many bytes of multicast memory. Raises ValueError when they are too few.
+    """
+
 def sum_elements(count: int, parts: int) -> int:
     """
     fp32 elements of a sum that REDUCE (`parts` 1) or REDUCE_SCATTER (`parts`: ranks of the host) makes.
@@ -226,6 +259,11 @@ class Workspace:
     def __init__(self, rank: int, bases: Sequence[int], layout: Layout, timeout_s: float, device: int, local: int = 0, first_timeout_s: float = 0.0, owner: object | None = None) -> None:
         """
         `local`: layout.local_bytes of zeroed memory of this rank's own; 0: in the workspace. `first_timeout_s`: how long the first eager call, and the first of a graph, may wait; never less than `timeout_s`. `owner`: kept alive as long as anything can be called.
+        """
+
+    def set_multicast(self, all: int, own: int, layout: MulticastLayout) -> None:
+        """
+        Let calls of MULTICAST and IN_SWITCH use this memory; 0 and 0: refuse them. Between calls.
         """
 
     def probe_write(self, nonce: int, stream: int) -> None: ...

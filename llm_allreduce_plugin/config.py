@@ -21,6 +21,7 @@ from llm_allreduce_plugin.settings import environment
 from llm_allreduce_plugin.settings.choices import (
     AllReduceStrategy,
     LowPrecisionAlgorithm,
+    MulticastChoice,
     StagedChoice,
     TransportChoice,
     WireFormat,
@@ -55,6 +56,7 @@ __all__ = [
     "LlmArgs",
     "LowPrecisionAlgorithm",
     "LowPrecisionConfig",
+    "MulticastChoice",
     "StagedChoice",
     "TransportChoice",
     "WireFormat",
@@ -167,6 +169,17 @@ class AllReduceConfig(Settings):
         default=StagedChoice.AUTO,
         description="3 or more GPUs joined by PCIe peer access: TWOSHOT and LOWPRECISION keep each to one outbound "
         "and one inbound stream at a time; 'auto' for large messages where NVLink does not join all; 'on', 'off'",
+    )
+    multicast: Annotated[MulticastChoice, BeforeValidator(switch)] = Field(
+        default=MulticastChoice.OFF,
+        description="NVSwitch nodes: ONESHOT and TWOSHOT store once what is for all ranks; 'on', 'auto' (3 or more "
+        "ranks), 'off'; not run on hardware yet; does nothing where TORCH_SYMM_MEM_DISABLE_MULTICAST=1 or "
+        "NCCL_NVLS_ENABLE=0",
+    )
+    in_switch_sum: bool = Field(
+        default=False,
+        description="with multicast, TWOSHOT lets the switch sum: half the traffic of large messages, but in no order "
+        "that anybody knows, so bits may change from run to run; never under AUTO",
     )
     fuse_norm: bool = Field(
         default=True,

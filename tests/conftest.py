@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -18,6 +19,19 @@ from tests.support.pool import ForkedPool
 # anything looks at them, and every process inherits them.
 MULTICAST_SWITCHES = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 os.environ.update(MULTICAST_SWITCHES)
+
+
+def _insist_on_a_switch(event: str, arguments: tuple[Any, ...]) -> None:
+    """A process that could make a multicast object is not started: one switch is enough, and none may be missing."""
+    if event != "subprocess.Popen":
+        return
+    environment = os.environ if arguments[3] is None else arguments[3]
+    if not any(environment.get(name) == value for name, value in MULTICAST_SWITCHES.items()):
+        message = f"a test starts {arguments[0]!r} without {MULTICAST_SWITCHES}"
+        raise RuntimeError(message)
+
+
+sys.addaudithook(_insist_on_a_switch)
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks

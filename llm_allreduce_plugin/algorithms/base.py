@@ -41,6 +41,10 @@ class Numerics(enum.StrEnum):
         "compressed between hosts: fp32, ranks in order inside each host, then hosts in order as decoded, rounded "
         "once; the same bits on every rank"
     )
+    IN_SWITCH = (
+        "fp32, summed in the switch in an order that it does not tell, rounded once: the same bits on every rank, "
+        "perhaps others in the next run"
+    )
     ENGINE = "whatever order and precision the engine's own all-reduce has"
 
 

@@ -58,6 +58,12 @@ _EXCHANGES = {
     Exchange.MULTICAST: "in band, by multicast",
     Exchange.IN_SWITCH: "in band, by multicast, summed in the switch",
 }
+_COUNTED_APART = {
+    Exchange.PULL: "pull",
+    Exchange.PLACE: "place",
+    Exchange.MULTICAST: "multicast",
+    Exchange.IN_SWITCH: "in switch",
+}
 IN_BAND = frozenset(
     {Exchange.PUSH, Exchange.SHARED, Exchange.PULL, Exchange.PLACE, Exchange.MULTICAST, Exchange.IN_SWITCH}
 )
@@ -177,11 +183,11 @@ class Decision:
 
     @property
     def counted_as(self) -> str:
-        """What reports and metrics count it as: the strategy, and whether peers read its inputs in place.
+        """What reports and metrics count it as: the strategy, and an exchange that is not the usual one.
 
-        Or store into its outputs, where the strategy's name does not say so.
+        That peers store into its outputs is told where the strategy's name does not say so.
         """
-        how = {Exchange.PULL: "pull", Exchange.PLACE: "place"}.get(self.launch.exchange) if self.launch else None
+        how = None if self.launch is None else _COUNTED_APART.get(self.launch.exchange)
         return f"{self.strategy} ({how})" if how and self.strategy is not AllReduceStrategy.UB else str(self.strategy)
 
     @property
@@ -198,7 +204,7 @@ class Decision:
         lines = [f"{self.strategy}: {self.algorithm}", f"  because {self.reason}"]
         if self.launch is not None:
             lines.append(f"  launch: {self.launch}")
-        if self.launch is not None and self.launch.hosts > 1:
+        if self.launch is not None and (self.launch.hosts > 1 or self.launch.exchange is Exchange.IN_SWITCH):
             lines.append(f"  bits: {self.numerics}")
         lines += [f"  not {other.strategy}: {other.reason}" for other in self.passed_over]
         return "\n".join(lines)

@@ -52,6 +52,15 @@ class SlotBytes:
 
 
 @dataclasses.dataclass(frozen=True)
+class MulticastBytes:
+    """How much multicast memory holds: a slot of ONESHOT; results, and inputs that the switch sums, of all ranks."""
+
+    one_shot: int = 0
+    results: int = 0
+    inputs: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupFacts:
     """The agreed facts of a tensor-parallel group.
 
@@ -63,6 +72,8 @@ class GroupFacts:
         lanes: blocks that a call may have.
         in_band: slots in which readiness travels inside the data.
         flagged: slots with flags that tell when they may be read.
+        multicast: memory of which one store reaches every rank; all 0: there is none.
+        no_multicast_reason: why, when there is none.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         hosts: the host of each rank, numbered as ranks first name them: (0, 0, 1, 1) for two hosts of two.
@@ -82,6 +93,8 @@ class GroupFacts:
     lanes: int = 0
     in_band: SlotBytes = SlotBytes()
     flagged: SlotBytes = SlotBytes()
+    multicast: MulticastBytes = MulticastBytes()
+    no_multicast_reason: str = ""
     architecture: int | None = None
     multiprocessors: int | None = None
     hosts: tuple[int, ...] = ()
@@ -117,6 +130,10 @@ class GroupFacts:
     def local_size(self) -> int:
         """Ranks that share memory: those of a host."""
         return self.world_size // self.num_hosts if self.crosses_network else self.world_size
+
+    def without_multicast(self, reason: str = "") -> GroupFacts:
+        """These facts where one store reaches one rank."""
+        return dataclasses.replace(self, multicast=MulticastBytes(), no_multicast_reason=reason)
 
     def with_layout(self, transport: Transport, layout: _C.Layout) -> GroupFacts:
         """These facts once ranks reach each other through workspaces of this layout."""

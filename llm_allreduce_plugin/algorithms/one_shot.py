@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import network, tables
+from llm_allreduce_plugin.algorithms import multicasting, network, tables
 from llm_allreduce_plugin.algorithms.base import (
     KernelStrategy,
     Message,
@@ -33,10 +33,11 @@ class OneShot(KernelStrategy):
     instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
-        return network.in_words(self.algorithm, facts, Algorithm.ONE_SHOT), ""
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+        in_words = network.in_words(self.algorithm, facts, Algorithm.ONE_SHOT)
+        return in_words, multicasting.in_words(config, facts, Algorithm.ONE_SHOT)
 
-    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:  # noqa: ARG002
+    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         if facts.crosses_network:
             return network.plan(facts, message, Algorithm.ONE_SHOT)
         slot_bytes = facts.in_band.one_shot
@@ -45,7 +46,8 @@ class OneShot(KernelStrategy):
                 return spread_shared(Algorithm.ONE_SHOT, message.vectors, facts.lanes)
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
-            return spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)
+            pushed = spread_in_band(message, facts, Algorithm.ONE_SHOT, slot_bytes, 1, split)
+            return multicasting.launch(config, facts, message, pushed)
         lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(

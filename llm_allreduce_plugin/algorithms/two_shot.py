@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import network, pulling, staging, tables
+from llm_allreduce_plugin.algorithms import multicasting, network, pulling, staging, tables
 from llm_allreduce_plugin.algorithms.base import (
     VECTOR_BYTES,
     KernelStrategy,
@@ -31,8 +31,9 @@ class TwoShot(KernelStrategy):
     spans_hosts = True
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
-        return network.in_words(self.algorithm, facts, Algorithm.TWO_SHOT), ""
+    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+        in_words = network.in_words(self.algorithm, facts, Algorithm.TWO_SHOT)
+        return in_words, multicasting.in_words(config, facts, Algorithm.TWO_SHOT)
 
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
         if facts.crosses_network:
@@ -50,7 +51,7 @@ class TwoShot(KernelStrategy):
         elif slot_bytes:
             split = tables.split(self.name, facts.world_size, message.payload_bytes)
             pushed = spread_in_band(message, facts, Algorithm.TWO_SHOT, slot_bytes, parts, split)
-            return pulling.launch(pushed, message)
+            return multicasting.launch(config, facts, message, pulling.launch(pushed, message))
         lanes = tables.flagged_lanes(self.name, facts, message.payload_bytes)
         most = tables.vectors_per_thread(facts.transport)
         return spread(message.vectors, Algorithm.TWO_SHOT, facts.flagged.two_shot, lanes, parts, most)

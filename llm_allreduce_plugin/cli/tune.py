@@ -258,6 +258,7 @@ def _report(entry: Entry) -> str:
     if entry.decides_in_graphs:
         lines.append("# those in graphs decide, for eager calls too: a rank that captures and one that does not must")
         lines.append("# run the same kernel, and the times of eager calls are mostly the host's")
+        lines.append("# calls by multicast are not measured: AUTO and MINLATENCY never choose them")
     return "\n".join(lines)
 
 

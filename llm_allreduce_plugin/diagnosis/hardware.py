@@ -10,12 +10,13 @@ from typing import Any
 
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.diagnosis.limits import size
+from llm_allreduce_plugin.group.multicast import outlook
 from llm_allreduce_plugin.topology import NodeTopology
 from llm_allreduce_plugin.topology.fabric import domain_name, domain_obstacle, gpu_obstacle
+from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 WORKSPACE_BYTES = 1 << 30  # a workspace, and what a CUDA context takes
 _COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
-_MULTICAST_SWITCHES = (("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NCCL_NVLS_ENABLE", "0"))
 _ACS, _ACS_REDIRECTS = 0x000D, 0x000C  # extended capability; P2P request and completion redirect in its control word
 _FIRST_EXTENDED, _CONFIG_BYTES, _BRIDGE = 0x100, 4096, "0x0604"
 
@@ -98,11 +99,9 @@ def links(topology: NodeTopology) -> Finding:
 
 def multicast(topology: NodeTopology, environment: Mapping[str, str] = os.environ) -> Finding:
     """NVLink multicast and the fabric. Asks for attributes, and creates nothing."""
-    known = {True: "supported", False: "not supported", None: "not told"}
-    states = dict.fromkeys(known[gpu.multicast] for gpu in topology.gpus)
     fabrics = dict.fromkeys(gpu.fabric.state for gpu in topology.gpus if gpu.fabric is not None)
-    off = [f"{name}={value}" for name, value in _MULTICAST_SWITCHES if environment.get(name) == value]
-    text = f"multicast {', '.join(states)} (no kernel here uses it{f'; switched off by {off[0]}' if off else ''})"
+    has = [gpu.multicast for gpu in topology.gpus]
+    text = f"multicast: {outlook(has, switched_off_by(environment), len(has))}"
     text += f"; fabric {', '.join(fabrics) if fabrics else 'none'}"
     unfinished = [state for state in fabrics if state in ("in progress", "not started")]
     if unfinished and topology.nvswitch:

@@ -12,6 +12,7 @@ from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.group.facts import facts_of
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
+from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 
 def group_facts(
@@ -26,7 +27,7 @@ def group_facts(
     They are those that a communicator with ``config`` (default: no settings) agrees on there, as long as the topology
     tells the truth: that bytes do arrive is proved only where there are GPUs. ``refusal``: what
     :func:`~llm_allreduce_plugin.group.layouts.peer_refusal` says where they are to run. ``no_domain``: why they are in
-    no NVLink domain over several hosts, whatever the topology says.
+    no NVLink domain over several hosts, whatever the topology says. What switches multicast off in this process counts.
 
     Raises:
         ValueError: there are fewer GPUs.
@@ -50,6 +51,7 @@ def group_facts(
             numa_node=gpu.numa_node,
             peer_refusal=refusal,
             domain_refusal=no_domain,
+            multicast_switch=switched_off_by(),
             fabric=gpu.fabric,
         )
         for gpu in members.gpus

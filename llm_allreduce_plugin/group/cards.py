@@ -18,6 +18,7 @@ from llm_allreduce_plugin.group.layouts import peer_refusal
 from llm_allreduce_plugin.topology.identity import positions_of
 from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.topology.node import Fabric
+from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 if TYPE_CHECKING:
     import torch
@@ -33,9 +34,9 @@ class RankCard:
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``multiprocessors`` how large its GPU
     is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory, ``domain_refusal`` the same across
-    hosts, ``fabric`` in which NVLink domain its GPU is. ``node`` is what NVML says of the node, empty where it says
-    nothing. ``member`` names this rank's part in the group, unlike any other's: the first
-    rank's names the group in reports.
+    hosts, ``multicast_switch`` what switches multicast off there, ``fabric`` in which NVLink domain its GPU is.
+    ``node`` is what NVML says of the node, empty where it says nothing. ``member`` names this rank's part in the
+    group, unlike any other's: the first rank's names the group in reports.
     """
 
     settings: dict[str, Any]
@@ -49,6 +50,7 @@ class RankCard:
     numa_node: int | None = None
     peer_refusal: str | None = None
     domain_refusal: str | None = None
+    multicast_switch: str | None = None
     fabric: Fabric | None = None
     node: NodeTopology = dataclasses.field(default_factory=NodeTopology)
     member: str = dataclasses.field(default_factory=new_member)
@@ -86,6 +88,7 @@ class RankCard:
             numa_node=own.numa_node if own else None,
             peer_refusal=peer_refusal(),
             domain_refusal=domain_refusal(),
+            multicast_switch=switched_off_by(),
             fabric=own.fabric if own else None,
             node=node,
         )

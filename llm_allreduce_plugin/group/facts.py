@@ -13,6 +13,7 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.group.cards import RankCard, domains, hosts_of, peer_refusal_of
 from llm_allreduce_plugin.group.layouts import transport_obstacle, transports, workspace_layout
+from llm_allreduce_plugin.group.multicast import with_multicast
 from llm_allreduce_plugin.topology.fabric import domain_obstacle
 from llm_allreduce_plugin.topology.hosts import joined
 from llm_allreduce_plugin.topology.identity import positions_of, topology_class
@@ -152,7 +153,8 @@ def reach_of(
         except ValueError as error:
             reasons.append(str(error))
             continue
-        return Reach(reached.with_layout(transport, layout), layout, tuple(reasons))
+        reached = with_multicast(settings, reached.with_layout(transport, layout), topology, cards)
+        return Reach(reached, layout, tuple(reasons))
     return Reach(dataclasses.replace(facts, no_transport_reason="; ".join(reasons)))
 
 

@@ -28,6 +28,7 @@ from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.group.facts import gpus_of, reach_of
 from llm_allreduce_plugin.group.host_agreement import HostAgreement
 from llm_allreduce_plugin.group.layouts import refusal_note
+from llm_allreduce_plugin.group.multicast_start import open_multicast
 from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.selection.policy import table_of, uses_table
@@ -38,6 +39,7 @@ from llm_allreduce_plugin.transport import SharedMemory, symmetric
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
+from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.rail import Rail
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
@@ -59,6 +61,7 @@ class Opened:
         first_member: names the group, see :class:`RankCard`.
         places: of this rank; None: all ranks run on one host.
         rail: what joins it to other hosts; None: nothing need.
+        multicast: memory of which one store reaches every rank; None: there is none.
         pool: registered memory; None: there is none.
     """
 
@@ -70,12 +73,15 @@ class Opened:
     first_member: str = ""
     places: Places | None = None
     rail: Rail | None = None
+    multicast: Multicast | None = None
     pool: RegisteredPool | None = None
 
     def close(self) -> None:
         """Let go of it, before any call was made."""
         if self.workspace is not None:
             quietly(functools.partial(self.workspace.close, 0.0), "close the workspace")
+        if self.multicast is not None:
+            quietly(self.multicast.close, "let go of multicast memory")
         for held, what in ((self.board, "board"), (self.board_memory, "board"), (self.pool, "pool"),
                            (self.memory, "workspace")):  # fmt: skip
             if held is not None:
@@ -83,6 +89,7 @@ class Opened:
         if self.rail is not None:
             quietly(self.rail.abort, "let go of the connection between hosts")
         self.memory = self.workspace = self.board = self.board_memory = self.rail = self.pool = None
+        self.multicast = None
 
 
 def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.device, config: AllReduceConfig) -> Opened:
@@ -127,6 +134,9 @@ class _Start:
             if opened.workspace is not None:
                 self._open_board(opened)
                 self._open_pool(opened)
+                opened.multicast, opened.facts = open_multicast(
+                    self._agreement, self._device, self._config, opened.facts, opened.workspace
+                )
         except BaseException:
             opened.close()
             raise

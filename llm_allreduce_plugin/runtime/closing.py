@@ -17,6 +17,7 @@ from llm_allreduce_plugin.runtime.network_calls import Between
 from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
 
@@ -46,12 +47,13 @@ class Held:
     board_memory: ShmMemory | None
     between: Between | None = None
     pool: RegisteredPool | None = None
+    multicast: Multicast | None = None
 
     def forget(self) -> None:
         """Hold nothing that could keep memory alive."""
         self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = (
             self.pool
-        ) = None
+        ) = self.multicast = None
 
 
 def end(held: Held, ending: Ending) -> None:
@@ -121,7 +123,7 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
     """The end of all memory."""
     buffers = held.planner.buffers
     held.planner.forget()
-    kept = [held.memory, held.workspace, held.pool, *buffers]
+    kept = [held.memory, held.workspace, held.pool, held.multicast, *buffers]
     if not is_quiet:
         logger.warning("an all-reduce may still be running: its memory is kept until this process ends")
         keep_for_ever(*kept)
@@ -131,6 +133,8 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         keep_for_ever(*kept)
     elif held.memory is not None:
         buffers.clear()
+        if held.multicast is not None:
+            ending.step(held.multicast.close, "let go of multicast memory")
         ending.step(held.memory.close, "let go of the workspace's memory")
         if held.pool is not None:
             ending.step(held.pool.close, "let go of registered memory")

@@ -91,6 +91,7 @@ class TensorParallelCommunicator:
         self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
         self._memory, self._workspace = opened.memory, opened.workspace
         self._board, self._board_memory = opened.board, opened.board_memory
+        self._multicast = opened.multicast
         self._pool = opened.pool
         self._between = self._join_hosts(opened)
         self._health = self._health_of(opened)
@@ -390,12 +391,12 @@ class TensorParallelCommunicator:
         held.forget()
         self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = (
             self._pool
-        ) = None
+        ) = self._multicast = None
         ending.raise_first()
 
     def _held(self) -> Held:
         return Held(
             self.rank, self.device, self.facts.transport, self.config.timeout_s, self._planner, self._checker,
             self._monitor, self._health, self._memory, self._workspace, self._board, self._board_memory,
-            self._between, self._pool,
+            self._between, self._pool, self._multicast,
         )  # fmt: skip

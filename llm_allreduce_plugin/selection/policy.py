@@ -7,7 +7,7 @@ from typing import Protocol
 
 from llm_allreduce_plugin.algorithms import fused, measured, staging, tables
 from llm_allreduce_plugin.algorithms.base import Message, Numerics
-from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision, PassedOver
+from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDecision, PassedOver
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
@@ -71,15 +71,17 @@ def decide(
         else:
             why = asked.pays(config, facts, message).reason
         algorithm, why_so = strategy.describe(config, facts)
+        launch = strategy.plan(config, facts, message)
+        in_switch = launch is not None and launch.exchange is Exchange.IN_SWITCH
         return Decision(
             requested=requested,
             strategy=name,
             algorithm=algorithm,
-            launch=strategy.plan(config, facts, message),
+            launch=launch,
             reason=f"{why}; {why_so}" if why_so else why,
             passed_over=_passed_over(config, facts, message, name, why, against),
             by_design=bool(against) and can_run,
-            numerics=str(strategy.numerics_of(facts)),
+            numerics=str(Numerics.IN_SWITCH if in_switch else strategy.numerics_of(facts)),
         )
     raise AssertionError(requested)  # NCCL, the last candidate of every chain, has no obstacle
 

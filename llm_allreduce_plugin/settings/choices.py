@@ -72,3 +72,11 @@ class StagedChoice(enum.StrEnum):
     AUTO = "auto"  # large ones, where NVLink does not join the GPUs
     ON = "on"  # all
     OFF = "off"
+
+
+class MulticastChoice(enum.StrEnum):
+    """Whether NVSwitch multicast is used: one store that reaches every rank."""
+
+    OFF = "off"
+    ON = "on"  # a warning says why where it cannot be
+    AUTO = "auto"  # among three ranks or more, where the driver has it

@@ -1,12 +1,14 @@
-"""The driver's calls for memory that other hosts of an NVLink domain can map, through a table of entry points.
+"""The driver's calls for memory that other processes can map, through a table of entry points.
 
-Nothing here knows of multicast: no such object is made, and its entry points are not even looked up.
+Nothing here knows of multicast: its entry points are in no table that this module makes (transport/multicast_driver.py
+has them, where they are allowed).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 SUCCESS = 0
@@ -64,18 +66,46 @@ class EntryPoints(Protocol):
     def __getattr__(self, name: str) -> Any: ...  # noqa: ANN401
 
 
+NAMES = (
+    "cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxSetCurrent", "cuCtxSynchronize", "cuGetErrorName", "cuMemGetAllocationGranularity", "cuMemCreate",
+    "cuMemRelease", "cuMemExportToShareableHandle", "cuMemImportFromShareableHandle", "cuMemAddressReserve",
+    "cuMemAddressFree", "cuMemMap", "cuMemUnmap", "cuMemSetAccess", "cuMemcpyHtoD_v2", "cuMemcpyDtoH_v2",
+)  # fmt: skip
+
+
 class DriverError(RuntimeError):
-    """A call of the driver failed. The text names the call, what it was for, and the error."""
+    """A call of the driver failed. The text names the call, what it was for, and the error.
+
+    ``status``: what the driver returned; 0: it has no such call.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
-def load() -> EntryPoints:
-    """The driver of this machine.
+class Table:
+    """Some entry points of a library, by name. Nothing else can be called through it, whatever the library has."""
+
+    def __init__(self, library: object, names: Iterable[str]) -> None:
+        self._library = library
+        self._names = frozenset(names)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name not in self._names:
+            raise AttributeError(name)
+        return getattr(self._library, name)
+
+
+def load(names: Iterable[str] = NAMES) -> EntryPoints:
+    """The driver of this machine, as far as ``names`` go.
 
     Raises:
         DriverError: there is none.
     """
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        return Table(ctypes.CDLL("libcuda.so.1"), names)
     except OSError as error:
         message = f"there is no CUDA driver: {error}"
         raise DriverError(message) from error
@@ -87,12 +117,17 @@ class Driver:
     Args:
         ordinal: of the GPU, as this process counts them.
         entry_points: instead of the driver's.
+        handle_types: how memory that :meth:`create` makes can be exported.
 
     Raises:
         DriverError: there is no driver, or no such GPU.
     """
 
-    def __init__(self, ordinal: int, entry_points: EntryPoints | None = None) -> None:
+    needed_for = "fabric handles"  # what its calls came with, for errors
+
+    def __init__(
+        self, ordinal: int, entry_points: EntryPoints | None = None, handle_types: int = FABRIC_HANDLE
+    ) -> None:
         self._entry_points = load() if entry_points is None else entry_points
         self._device = ctypes.c_int()
         self._context = ctypes.c_void_p()
@@ -102,7 +137,7 @@ class Driver:
         self._do("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._device)
         self._retained = True
         self._properties = Properties(
-            type=_PINNED, handle_types=FABRIC_HANDLE, location=Location(_ON_DEVICE, self._device.value)
+            type=_PINNED, handle_types=handle_types, location=Location(_ON_DEVICE, self._device.value)
         )
 
     @property
@@ -249,11 +284,11 @@ class Driver:
         try:
             function = getattr(self._entry_points, name)
         except AttributeError:
-            message = f"the CUDA driver has no {name}: it is too old for fabric handles"
+            message = f"the CUDA driver has no {name}: it is too old for {self.needed_for}"
             raise DriverError(message) from None
         if (status := function(*arguments)) != SUCCESS:
             message = f"{name}: {self._name_of(status)}"
-            raise DriverError(message)
+            raise DriverError(message, status)
 
     def _name_of(self, status: int) -> str:
         text = ctypes.c_char_p()

@@ -236,7 +236,7 @@ class FabricMemory:
         """
 
         def prepare(_driver: Driver, address: int) -> None:
-            initialize(_bytes_at(address, layout.total_bytes, device), layout)
+            initialize(bytes_at(address, layout.total_bytes, device), layout)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
@@ -255,7 +255,8 @@ class _Array:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
 
 
-def _bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+    """Memory at an address as uint8[size]; whoever calls keeps it alive."""
     if device.type == "cuda":
         return torch.as_tensor(_Array(address, size), device=device)
     return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)

@@ -117,6 +117,14 @@ class ThroughSocket(Way):
         self._listener: socket.socket | None = None
 
     def _serve(self, descriptor: int) -> tuple[str, bytes]:
+        return self.hand_out(descriptor)
+
+    def hand_out(self, descriptor: int) -> tuple[str, bytes]:
+        """Send a descriptor, of a file or of anything else, to whoever asks for it; until :meth:`withdraw`.
+
+        Returns:
+            What :meth:`fetch` needs. The caller may close its descriptor.
+        """
         name, token = f"{_STEM}{secrets.token_hex(8)}", secrets.token_bytes(_TOKEN_BYTES)
         listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(f"\0{name}")
@@ -128,10 +136,18 @@ class ThroughSocket(Way):
         return name, token
 
     def _receive(self, offer: Offer) -> int:
+        return self.fetch(offer.where, offer.token)
+
+    def fetch(self, where: str, token: bytes) -> int:
+        """A descriptor of what a peer hands out.
+
+        Raises:
+            OSError: with the reason.
+        """
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
             peer.settimeout(_SOCKET_WAIT_S)
-            peer.connect(f"\0{offer.where}")
-            peer.send(offer.token)
+            peer.connect(f"\0{where}")
+            peer.send(token)
             _, descriptors, _, _ = socket.recv_fds(peer, 1, 1, socket.MSG_CMSG_CLOEXEC)
         if not descriptors:
             raise OSError(errno.EACCES, "was sent nothing")

@@ -19,6 +19,8 @@ from llm_allreduce_plugin.measure.ranks import (
     RankPool,
     in_a_line,
 )
+from llm_allreduce_plugin.transport.multicast_driver import entry_names, switched_off_by
+from tests.conftest import PoolFor
 from tests.support.marks import slow
 
 
@@ -134,3 +136,16 @@ def test_nobody_outside_this_machine_reaches_what_ranks_meet_at() -> None:
         during = _listening()
     assert [address for number, address in during.items() if number not in before] == ["0100007F"], "127.0.0.1"
     assert _listening().keys() <= before.keys()
+
+
+def _multicast_names(_context: RankContext) -> tuple[str | None, list[str]]:
+    return switched_off_by(), [name for name in entry_names() if "ulticast" in name]
+
+
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_no_rank_could_make_a_multicast_object(cpu_pool: PoolFor, world_size: int) -> None:
+    """What ranks of the suite may call of a driver has nothing of it, in processes that are forked or not."""
+    expected = [("TORCH_SYMM_MEM_DISABLE_MULTICAST=1", [])] * world_size
+    assert cpu_pool(world_size).run(_multicast_names) == expected
+    with RankPool(2, "cpu") as pool:
+        assert pool.run(_multicast_names) == expected[:2]

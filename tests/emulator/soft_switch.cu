@@ -17,6 +17,12 @@ __device__ __forceinline__ unsigned load_relaxed_gpu(const unsigned* address) {
   return value;
 }
 
+__device__ __forceinline__ unsigned load_acquire_system(const unsigned* address) {
+  unsigned value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void load_relaxed_system_if(bool, const void* address, uint4& raw) {
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(raw.x), "=r"(raw.y), "=r"(raw.z), "=r"(raw.w)
@@ -85,7 +91,7 @@ extern "C" __global__ void soft_switch(const unsigned long long* buffers, const 
     }
   };
   while (lar::global_timer_ns() < end) {
-    const bool all_have_left = int(lar::load_relaxed_gpu(ended)) >= expected;
+    const bool all_have_left = int(lar::load_acquire_system(ended)) >= expected;
     bool any = false;
     for (int sender = 0; sender < ranks; ++sender)
       for (int span = 0; span < span_count; ++span)

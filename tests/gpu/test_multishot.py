@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
-from tests.conftest import MULTICAST_SWITCHES
+from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.transport import driver, multicast_driver
+from tests.conftest import MULTICAST_SWITCHES, PoolFor
 from tests.support.multicast_checks import compare_exact
 from tests.support.reference import (
     DTYPES,
@@ -156,6 +158,38 @@ def test_graph_replays_between_eager_calls(world_size: int, algorithm: str) -> N
             assert_same_bits(output, rank_ordered_sum([total] * world_size), f"turn {turn}, the sum of sums")
         other = [rank_input(seed - turn, rank, 777 * (turn % 3 + 1), dtype) for rank in range(world_size)]
         compare_exact(group, ALGORITHMS[turn % 2], other, f"eager, turn {turn}")
+
+
+def check_tables(_context: RankContext | None = None) -> None:
+    for table in (driver.load(), multicast_driver.load()):
+        assert table.cuMemCreate is not None
+        for name in multicast_driver.MULTICAST_NAMES:
+            with pytest.raises(AttributeError):
+                getattr(table, name)
+
+
+def test_the_drivers_table_has_no_multicast() -> None:
+    """Though the driver of this GPU may well have it."""
+    check_tables()
+
+
+@pytest.mark.gpu(2)
+def test_no_rank_has_multicast_in_its_table(gpu_pool: PoolFor) -> None:
+    """And what is asked for goes without, with the reason."""
+    gpu_pool(2).run(check_tables)
+    gpu_pool(2).run(check_without_multicast)
+
+
+def check_without_multicast(context: RankContext) -> None:
+    group = context.communicator("TWOSHOT", multicast="on", in_switch_sum=True)
+    try:
+        inputs = [rank_input(7, rank, 5000, torch.bfloat16) for rank in range(context.world_size)]
+        output = group.all_reduce(inputs[context.rank].to(context.device))
+        assert_same_bits(output, rank_ordered_sum(inputs), "without multicast")
+        assert "switched off by" in group.facts.no_multicast_reason
+        assert group.report()["calls"] == {"TWOSHOT": 1}
+    finally:
+        group.close()
 
 
 def test_calls_are_refused_without_multicast_memory() -> None:

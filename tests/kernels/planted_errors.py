@@ -193,8 +193,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "ranks behind the last are waited for": (
         "device/in_band.cuh",
-        "      wanted[i] = is_rank && first + i != arguments.rank;",
-        "      wanted[i] = (is_rank || {}) && first + i != arguments.rank;",
+        "      wanted[i] = is_rank && ",
+        "      wanted[i] = (is_rank || {}) && ",
         IN_BAND | {"ranks": 5},
     ),
     "ranks behind the first group are not summed": (

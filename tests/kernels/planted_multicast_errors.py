@@ -15,14 +15,14 @@ MULTICAST_MUTATIONS: dict[str, Mutation] = {
     ),
     "vectors that come back are not waited for": (
         "device/in_band.cuh",
-        "wanted[i] = is_rank && (kPollsOwn || ",
-        "wanted[i] = is_rank && ((kPollsOwn && !{}) || ",
+        "(kPollsOwn || first",
+        "((kPollsOwn && !{}) || first",
         MULTICAST,
     ),
     "results lie where they would from the reader on": (
         "device/multicast.cuh",
-        "(wanted[j] ? index : 0)",
-        "(wanted[j] ? ({} ? (first + j) * arguments.part + i : index) : 0)",
+        "int64_t{wanted[j] ? index : 0}",
+        "int64_t{{wanted[j] ? ({} ? (first + j) * arguments.part + i : index) : 0}}",
         MULTICAST,
     ),
     "vectors lie where they would from the reader on": (

@@ -100,12 +100,15 @@ class MulticastGroup(LocalGroup):
         *,
         multicast_kib: float = 256,
         seed: int = 0,
-        most_delay_ns: int = 400,
+        most_delay_ns: int = 200,
         in_switch: bool = False,
-        limit_ms: int = 60_000,
+        limit_ms: int = 600_000,
+        timeout_s: float | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(world_size, **settings)
+        if timeout_s is None:  # on emulated GPUs time runs fast where all threads but those of the switch wait
+            timeout_s = 120.0 if isinstance(settings.get("machine"), EmulatedGpus) else 20.0
+        super().__init__(world_size, timeout_s=timeout_s, **settings)
         size = int(multicast_kib * 1024)
         self.seed, self.most_delay_ns, self.limit_ms = seed, most_delay_ns, limit_ms
         self.multicast = self.machine.native.make_multicast_layout(world_size, size, in_switch=in_switch)
@@ -125,6 +128,7 @@ class MulticastGroup(LocalGroup):
         self._tables = [self._table(parts) for parts in (self.sent, self.copies)]
         self._ended = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._is_open = False
+        self._most_bytes = 0  # of the messages to come; 0: any
         self.machine.synchronize()
 
     def _filled(self, size: int, word: int) -> torch.Tensor:
@@ -135,9 +139,11 @@ class MulticastGroup(LocalGroup):
 
     def open(self) -> None:
         """Let stores arrive, until :meth:`finish`. Eager calls open by themselves; before graphs are replayed."""
-        layout = self.multicast
-        slots = GENERATIONS * self.world_size * layout.one_shot_bytes
-        stretches = [(layout.one_shot_offset, slots), (layout.results_offset, layout.results_bytes)]
+        layout, most = self.multicast, self._most_bytes or self.multicast.total_bytes
+        stretches = [(layout.results_offset, min(most, layout.results_bytes))]
+        for slot in range(GENERATIONS * self.world_size):
+            at = layout.one_shot_offset + slot * layout.one_shot_bytes
+            stretches.append((at, min(most, layout.one_shot_bytes)))
         self._spans = torch.tensor(stretches, dtype=torch.int32, device=self.device) // VECTOR_BYTES
         self._ended.zero_()
         self.machine.synchronize()
@@ -149,6 +155,14 @@ class MulticastGroup(LocalGroup):
             ]
         )  # fmt: skip
         self._is_open = True
+
+    def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        size = inputs[0].numel() * inputs[0].element_size()
+        self._most_bytes = -(-size // VECTOR_BYTES) * VECTOR_BYTES
+        try:
+            return super().all_reduce(algorithm, inputs)
+        finally:
+            self._most_bytes = 0
 
     def _start(self, *arguments: Any, **keywords: Any) -> None:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -98,7 +98,7 @@ def test_a_number_is_no_boolean(load: Any, field: tuple[str, ...], value: float)
 
 @pytest.mark.parametrize("field", [(name,) for name in AllReduceConfig.model_fields], ids=".".join)
 def test_no_field_takes_a_boolean_for_something_else(load: Any, field: tuple[str, ...]) -> None:
-    if field[0] in ("staged", *(path[0] for path in SWITCHES)):
+    if field[0] in ("staged", "multicast", *(path[0] for path in SWITCHES)):
         load(at(field, True))
         return
     with pytest.raises(ConfigError, match=f"{field[0]}=(True|False)"):
@@ -130,7 +130,9 @@ def test_domains_are_few_and_small() -> None:
     assert load_config({"low_precision": {"domains": [0, 1023]}}).low_precision.domains == (0, 1023)
 
 
-@pytest.mark.parametrize("field", [*NUMBERS, *PATHS, *SWITCHES, ("transport",), ("staged",), ("allreduce_strategy",)])
+@pytest.mark.parametrize(
+    "field", [*NUMBERS, *PATHS, *SWITCHES, ("transport",), ("staged",), ("multicast",), ("allreduce_strategy",)]
+)
 @pytest.mark.parametrize("value", ([[]], {"a": 1}, b"\xff", object(), {1, 2}), ids=lambda value: type(value).__name__)
 def test_other_kinds_are_refused_in_words(field: tuple[str, ...], value: object) -> None:
     with pytest.raises(ConfigError) as caught:

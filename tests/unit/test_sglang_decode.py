@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe
 from scripts import record_tables
+from tests.conftest import MULTICAST_SWITCHES
 
 
 def stamps(size: int, count: int, begin: float, every: float) -> list[tuple[float, int]]:
@@ -59,7 +60,11 @@ def test_sglang_finds_the_probe(tmp_path: Path) -> None:
     module, _, function = entry.value.partition(":")
     script = f"import {module}; print({module}.__file__, callable({module}.{function}))"
     said = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={"PYTHONPATH": str(tmp_path)}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**MULTICAST_SWITCHES, "PYTHONPATH": str(tmp_path)},
     ).stdout
     assert said.split() == [str(tmp_path / "sglang_probe.py"), "True"]
 

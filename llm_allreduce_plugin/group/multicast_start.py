@@ -1,0 +1,151 @@
+"""The start of multicast in a group: opened, proved, compared. Where any of it fails, all goes on without."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.decision import Launch
+from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES, GroupFacts
+from llm_allreduce_plugin.algorithms.one_shot import OneShot
+from llm_allreduce_plugin.algorithms.two_shot import TwoShot
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.base.cleanup import let_go
+from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, MulticastChoice
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.group.multicast import layout_of
+from llm_allreduce_plugin.transport.fabric import bytes_at
+from llm_allreduce_plugin.transport.multicast import Multicast, Opening
+from llm_allreduce_plugin.transport.multicast_driver import MulticastDriver
+from llm_allreduce_plugin.transport.multicast_probe import probe
+
+logger = logging.getLogger(__name__)
+
+# For each phase of the driver's sequence. A rank that needs longer is left out, and so all go without.
+PHASE_WAIT_S = 30.0
+# What is compared before anything else goes by multicast: a call of whole vectors, and one that ends within one.
+PROVED_COUNTS = (1 << 20, 12_345)
+
+
+def _open_driver(device: torch.device) -> MulticastDriver:
+    torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
+    return MulticastDriver(device.index)
+
+
+def _prepare(address: int, size: int, device: torch.device) -> None:
+    """The marker in every word, which the first call relies on."""
+    marker = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word
+    bytes_at(address, size, device).view(torch.int32).fill_(marker)
+    torch.cuda.synchronize(device)
+
+
+def open_multicast(
+    agreement: Agreement, device: torch.device, config: AllReduceConfig, facts: GroupFacts, workspace: _C.Workspace
+) -> tuple[Multicast | None, GroupFacts]:
+    """Multicast memory that has been proved and that ``workspace`` uses, if ``facts`` speak of any. Collective.
+
+    Returns:
+        It and the facts; or None and facts without it, with the reason, on every rank alike.
+
+    Raises:
+        StartTimeoutError, StartError: a rank is gone.
+    """
+    if not facts.multicast.results:
+        if config.multicast is MulticastChoice.ON and agreement.rank == 0:
+            logger.warning("multicast is on, but not used: %s", facts.no_multicast_reason)
+        return None, facts
+    steps = agreement.nested(min(PHASE_WAIT_S, agreement.wait_s), agreement.setting, "at the start of multicast")
+    layout = layout_of(config, facts.world_size)
+    made: Multicast | None = None
+
+    try:
+        made = Opening(
+            steps,
+            lambda: _open_driver(device),
+            layout.total_bytes,
+            lambda address: _prepare(address, layout.total_bytes, device),
+        ).open()
+        nonce = steps.from_first_rank(
+            lambda: int.from_bytes(os.urandom(4), "little"), "to draw a number", TransportError
+        )
+        probe(steps, made, nonce)
+        workspace.set_multicast(made.all, made.own, layout)
+        _compare(steps, device, config, facts, workspace)
+    except BaseException as error:
+        workspace.set_multicast(0, 0, layout)
+        if made is not None:
+            let_go(made, in_use=steps.abandoned)
+        if not isinstance(error, TransportError):
+            raise
+        level = logging.WARNING if config.multicast is MulticastChoice.ON else logging.INFO
+        if agreement.rank == 0:
+            logger.log(level, "all-reduces go without multicast: %s", error)
+        return None, facts.without_multicast(str(error))
+    finally:
+        steps.close()
+    return made, facts
+
+
+def _compare(
+    steps: Agreement, device: torch.device, config: AllReduceConfig, facts: GroupFacts, workspace: _C.Workspace
+) -> None:
+    """Whole calls by multicast against calls that push, bit for bit. Collective.
+
+    Raises:
+        TransportError: on every rank alike, naming what differs.
+    """
+    exact = config.model_copy(update={"in_switch_sum": False})
+    for strategy in (OneShot(), TwoShot()):
+        asked = exact.model_copy(update={"allreduce_strategy": strategy.name})
+        for count in PROVED_COUNTS:
+            message = Message(count, "bfloat16", 2)
+            launches = [strategy.plan(asked, known, message) for known in (facts.without_multicast(), facts)]
+            steps.on_every_rank(
+                lambda launches=launches, count=count, name=strategy.name: _differ(  # type: ignore[misc]
+                    steps.rank, device, workspace, launches, count, name
+                ),
+                f"to compare {strategy.name} by multicast",
+                TransportError,
+                "cannot use multicast",
+                may_block=True,
+            )
+
+
+def _differ(
+    rank: int,
+    device: torch.device,
+    workspace: _C.Workspace,
+    launches: list[Launch],
+    count: int,
+    name: AllReduceStrategy,
+) -> None:
+    with torch.cuda.device(device):
+        generator = torch.Generator().manual_seed(rank + 1)
+        input_ = torch.randn(count, generator=generator).to(torch.bfloat16).to(device)
+        outputs = [torch.full_like(input_, float("nan")) for _ in launches]
+        stream = torch.cuda.current_stream(device)
+        for launch, output in zip(launches, outputs, strict=True):
+            plan = _C.Plan(
+                workspace,
+                algorithm=int(launch.algorithm),
+                exchange=int(launch.exchange),
+                count=count,
+                dtype=DTYPE_CODES["bfloat16"],
+                lanes=launch.lanes,
+                threads=launch.threads,
+                chunk_vectors=launch.chunk_vectors,
+                scatter_lanes=launch.scatter_lanes,
+                drain_lanes=launch.drain_lanes,
+            )
+            if (status := plan(input_.data_ptr(), output.data_ptr(), stream.cuda_stream)) != 0:
+                message = f"{name} of {count} elements: {_C.error_string(status)}"
+                raise RuntimeError(message)
+        stream.synchronize()
+        differing = int((outputs[0].view(torch.int16) != outputs[1].view(torch.int16)).sum())
+    if differing:
+        message = f"{name} by multicast differs in {differing} of {count} elements"
+        raise RuntimeError(message)
