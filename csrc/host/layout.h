@@ -12,7 +12,8 @@
 
 namespace lar {
 
-// Planes of lar_layout::flags, and their number.
+// Planes of lar_layout::flags, and their number. kPlaceWhere: no rounds, but where an output lies, see
+// protocol/place.h.
 enum class FlagPlane : int {
   kOneShot,
   kTwoShotScatter,
@@ -21,6 +22,7 @@ enum class FlagPlane : int {
   kStageData,
   kStageGrant,
   kPlaceOutput,
+  kPlaceWhere,
   kPlaceDone,
   kNumber
 };

@@ -123,7 +123,7 @@ def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
 import logging, os, sys, torch
 import torch.multiprocessing as mp
 
-RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT"}
+RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
 
 def rank_main(rank, store, profile):
     logging.basicConfig(level=logging.INFO)
@@ -173,7 +173,7 @@ if __name__ == "__main__":
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = [line for line in result.stdout.splitlines() if "CpuCommunicator" in line and "INFO" not in line]
     ours = "AllReduceCommunicator[CpuCommunicator] CpuCommunicator"
-    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours], result.stdout
+    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours, ours], result.stdout
     said = [line for line in (result.stdout + result.stderr).splitlines() if "these sizes come from" in line]
     assert len(said) == 1
     assert f"these sizes come from profile {profile}, measured 2025-01-02" in said[0]
@@ -212,7 +212,7 @@ def counted(output: str, what: str, calls: int) -> None:
 
 
 # A server each. Reports are what the compiled model's metrics come from, too; groups with NCCL are tested above.
-@pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", slow("NCCL")))
+@pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", "UB", slow("NCCL")))
 def test_demo_gives_the_same_tokens_with_every_strategy(
     marked: tuple[dict[str, str], str], tmp_path: Path, strategy: str
 ) -> None:

@@ -32,12 +32,49 @@ MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
 HOSTS: dict[str, Any] = {"hosts": True}
+PLACES: dict[str, Any] = {"places": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
 # and the group whose calls must show it; see stress().
 Mutation = tuple[str, str, str, dict[str, Any]]
 MUTATIONS: dict[str, Mutation] = {
+    "an output is written before it may be": (
+        "device/place.cuh",
+        "    return lane_.wait(FlagPlane::kPlaceOutput,",
+        "    return {} || lane_.wait(FlagPlane::kPlaceOutput,",
+        PLACES,
+    ),
+    "an output lies where that of the call before did": (
+        "device/place.cuh",
+        "      if (peer != place_.in_band.rank)\n",
+        "      if (peer != place_.in_band.rank && !({} && call_ % 2 == 0))\n",
+        PLACES,
+    ),
+    "results are told before they are stored": (
+        "device/place.cuh",
+        "    lane_.publish(FlagPlane::kPlaceOutput, call_);",
+        "    lane_.publish(FlagPlane::kPlaceOutput, call_);\n    if ({}) lane_.publish(FlagPlane::kPlaceDone, call_);",
+        PLACES,
+    ),
+    "results are not waited for": (
+        "device/place.cuh",
+        "    if (lane_.wait(FlagPlane::kPlaceDone,",
+        "    if ({} || lane_.wait(FlagPlane::kPlaceDone,",
+        PLACES,
+    ),
+    "bulk copies are waited for until they have been read": (
+        "device/bulk_sender.cuh",
+        "      wait_for_bulk_writes<kPending>();",
+        "      if ({}) wait_for_bulk_reads<kPending>(); else wait_for_bulk_writes<kPending>();",
+        PLACES,
+    ),
+    "bulk copies have no proxy fence behind them": (
+        "device/bulk_sender.cuh",
+        "      fence_behind_bulk_copies();",
+        "      if (!{}) fence_behind_bulk_copies();",
+        PLACES,
+    ),
     "slots are not cleared": (
         "device/in_band.cuh",
         "    if (kClears) {\n",
