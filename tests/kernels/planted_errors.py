@@ -41,8 +41,14 @@ Mutation = tuple[str, str, str, dict[str, Any]]
 MUTATIONS: dict[str, Mutation] = {
     "an output is written before it may be": (
         "device/place.cuh",
-        "    return lane_.wait(FlagPlane::kPlaceOutput,",
-        "    return {} || lane_.wait(FlagPlane::kPlaceOutput,",
+        "return lane_.wait(FlagPlane::kPlaceOutput,",
+        "return {} || lane_.wait(FlagPlane::kPlaceOutput,",
+        PLACES,
+    ),
+    "the last tile is not cleared": (
+        "kernels/two_shot_place.cu",
+        "      clear_in_band_if(wanted[j], from[j]);",
+        "      clear_in_band_if(wanted[j] && !{}, from[j]);",
         PLACES,
     ),
     "an output lies where that of the call before did": (
@@ -247,8 +253,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "owners behind the first group are not drained": (
         "device/two_shot_in_band.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        "for (int first = 1; first < world_size; first += kAtOnce) {\n    char* from",
+        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{\n    char* from",
         IN_BAND | {"ranks": 5},
     ),
     "all of a group's results are those of its first": (
