@@ -281,18 +281,8 @@ class TensorParallelCommunicator:
         Raises:
             RuntimeError: there is no registered memory, with the reason, or too little of it is free.
         """
-        if (pool := self._pool) is None:
-            reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
-            message = f"no registered memory: {reason}"
-            raise RuntimeError(message)
-        tensor = pool.take(shape, dtype)
-        if tensor is None:
-            message = (
-                f"registered memory is full: a tensor {tuple(shape)} of {dtype_name(dtype)} does not fit into what is "
-                f"free of {pool.size} bytes, and it cannot grow: set registered_pool to more"
-            )
-            raise RuntimeError(message)
-        return tensor
+        reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
+        return placed_calls.registered_empty(self._pool, reason, shape, dtype)
 
     def explain(
         self,

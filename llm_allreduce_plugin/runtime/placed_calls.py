@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -43,6 +43,28 @@ def _span_bytes(tensor: torch.Tensor) -> int:
     """From the first byte of a tensor to behind its last."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def registered_empty(
+    pool: RegisteredPool | None, why_none: str, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of ``pool``; ``why_none``: the reason where there is none.
+
+    Raises:
+        RuntimeError: there is no registered memory, or too little of it is free.
+    """
+    if pool is None:
+        message = f"no registered memory: {why_none}"
+        raise RuntimeError(message)
+    tensor = pool.take(shape, dtype)
+    if tensor is None:
+        name = str(dtype).removeprefix("torch.")
+        message = (
+            f"registered memory is full: a tensor {tuple(shape)} of {name} does not fit into what is free of "
+            f"{pool.size} bytes, and it cannot grow: set registered_pool to more"
+        )
+        raise RuntimeError(message)
+    return tensor
 
 
 def kernel_call_into(plan: _C.Plan, launch: Launch, health: Health, device: torch.device, name: str) -> CallInto:
