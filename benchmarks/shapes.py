@@ -72,7 +72,9 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
     memory = SymmetricMemory.open(agreement, context.group, context.device, layout)
     placed = max([0, *(size for algorithm, size, *_ in shapes if algorithm == "UB")])
     registered = (
-        RegisteredPool.open(agreement, context.group, context.device, memory.transport, placed) if placed else None
+        RegisteredPool.open(agreement, context.group, context.device, memory.transport, placed, placed)
+        if placed
+        else None
     )
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
@@ -91,7 +93,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         mine, expected = data[count]
         output = torch.empty_like(mine)
         if algorithm == "UB" and registered is not None:
-            output = registered.storage[:size].view(DTYPE)
+            output = registered.lend((count,), DTYPE, 0)
         output.fill_(float("nan"))
         torch.cuda.synchronize()
         context.gather(None)  # nobody stores into an output that is still being filled
@@ -100,7 +102,7 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
             workspace,
             algorithm=kernel,
             exchange=_C.PLACE if algorithm == "UB" else _C.PUSH if in_band else _C.FLAGS,
-            peer_distances=registered.peer_distances if algorithm == "UB" and registered is not None else (),
+            pools=registered.bases if algorithm == "UB" and registered is not None else (),
             count=count,
             dtype=DTYPE_CODES[DTYPE],
             lanes=used,

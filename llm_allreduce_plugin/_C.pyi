@@ -246,6 +246,11 @@ def rms_norm(norm: Norm, tensors: NormTensors, input: int, residual_out: int, co
     Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.
     """
 
+def capture_of(stream: int) -> int:
+    """
+    A number for the CUDA graph that a stream is being captured into; 0: none.
+    """
+
 def abi_version() -> int: ...
 
 def cuda_release() -> int:
@@ -306,9 +311,9 @@ class Plan:
     All-reduces of one size and type: called with input, output and stream.
     """
 
-    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None, hosts: int = 0) -> None:
+    def __init__(self, workspace: Workspace, *, algorithm: int, exchange: int, wire: int = 0, count: int, dtype: int, lanes: int, threads: int, chunk_vectors: int, scatter_lanes: int = 0, drain_lanes: int = 0, epilogue: int = 0, domains: Sequence[int] = [], peer_distances: Sequence[int] = [], pools: Sequence[int] = [], cluster: int = 1, norm: Norm | None = None, hosts: int = 0) -> None:
         """
-        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's; for PLACE, the same of its output. `norm`: for RMS_NORM; `cluster`: lanes that share a row. `hosts`: for HOST_SUM and HOST_SUM_GATHER, sums in the input.
+        `domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this rank's input to where it sees each rank's. `pools`: for PLACE, where it sees each rank's registered memory. `norm`: for RMS_NORM; `cluster`: lanes that share a row. `hosts`: for HOST_SUM and HOST_SUM_GATHER, sums in the input.
         """
 
     def __call__(self, input: int, output: int, stream: int = 0) -> int:

@@ -223,6 +223,9 @@ NB_MODULE(_C, module) {
   module.def("rms_norm", &rms_norm, "norm"_a, "tensors"_a, "input"_a, "residual_out"_a, "count"_a, "dtype"_a,
              "device"_a, "stream"_a = 0,
              "Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.");
+  module.def(
+      "capture_of", [](uint64_t stream) { return lar_capture_of(pointer(stream)); }, "stream"_a,
+      "A number for the CUDA graph that a stream is being captured into; 0: none.");
   module.def("abi_version", &lar_abi_version);
   module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
@@ -260,23 +263,24 @@ NB_MODULE(_C, module) {
           "__init__",
           [](Plan* self, Workspace& workspace, int algorithm, int exchange, int wire, int64_t count, int dtype,
              int lanes, int threads, int64_t chunk_vectors, int scatter_lanes, int drain_lanes, int epilogue,
-             const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances, int cluster,
-             const lar_norm* norm, int hosts) {
+             const std::vector<int32_t>& domains, const std::vector<int64_t>& peer_distances,
+             const std::vector<uint64_t>& pools, int cluster, const lar_norm* norm, int hosts) {
             lar_call call{};
             call.kind = {static_cast<uint8_t>(algorithm), static_cast<uint8_t>(exchange), static_cast<uint8_t>(wire),
                          static_cast<uint8_t>(epilogue)};
             call.message = {nullptr, nullptr, count, static_cast<lar_dtype>(dtype)};
             call.launch = {lanes, threads, chunk_vectors, scatter_lanes, drain_lanes, cluster};
             call.hosts = hosts;
-            new (self) Plan(workspace, call, domains, peer_distances, norm);
+            new (self) Plan(workspace, call, domains, peer_distances, pools, norm);
           },
           "workspace"_a, nb::kw_only(), "algorithm"_a, "exchange"_a, "wire"_a = static_cast<int>(LAR_WIRE_RAW),
           "count"_a, "dtype"_a, "lanes"_a, "threads"_a, "chunk_vectors"_a, "scatter_lanes"_a = 0, "drain_lanes"_a = 0,
           "epilogue"_a = static_cast<int>(LAR_STORE), "domains"_a = std::vector<int32_t>{},
-          "peer_distances"_a = std::vector<int64_t>{}, "cluster"_a = 1, "norm"_a = nb::none(), "hosts"_a = 0,
-          nb::keep_alive<1, 2>(),
+          "peer_distances"_a = std::vector<int64_t>{}, "pools"_a = std::vector<uint64_t>{}, "cluster"_a = 1,
+          "norm"_a = nb::none(), "hosts"_a = 0, nb::keep_alive<1, 2>(),
           "`domains`: for HIERARCHICAL, the number of each rank's domain. `peer_distances`: for PULL, bytes from this "
-          "rank's input to where it sees each rank's; for PLACE, the same of its output. `norm`: for RMS_NORM; "
+          "rank's input to where it sees each rank's. `pools`: for PLACE, where it sees each rank's registered memory. "
+          "`norm`: for RMS_NORM; "
           "`cluster`: lanes that share a row. "
           "`hosts`: for "
           "HOST_SUM and HOST_SUM_GATHER, sums in the input.")

@@ -32,14 +32,18 @@ struct NormTensors {
 class Plan {
  public:
   // `call`: its addresses come with every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
-  // or the bytes from this rank's input (LAR_PULL) or output (LAR_PLACE) to where it sees each rank's.
+  // or the bytes from this rank's input to where it sees each rank's. `pools`: of LAR_PLACE, the address at which this
+  // rank sees each rank's registered memory; otherwise empty.
   // `norm`: null, or what LAR_RMS_NORM does, without addresses.
   Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances,
-       const lar_norm* norm)
+       const std::vector<uint64_t>& pools, const lar_norm* norm)
       : workspace_(workspace), call_(call), domains_(std::move(domains)), peer_distances_(std::move(peer_distances)) {
     if (norm) norm_ = *norm;
     check("domains", domains_.size());
     check("peer_distances", peer_distances_.size());
+    check("pools", pools.size());
+    for (const uint64_t pool : pools) pools_.push_back(pointer(pool));
+    if (!pools_.empty()) call_.pools = pools_.data();
     if (!domains_.empty()) call_.domains = domains_.data();
   }
   Plan(const Plan&) = delete;
@@ -86,21 +90,15 @@ class Plan {
     Addressed(const Plan& plan, uint64_t input, uint64_t output) : call(plan.call_) {
       call.message.input = pointer(input);
       call.message.output = pointer(output);
-      const bool places = call.kind.exchange == LAR_PLACE;
       for (size_t rank = 0; rank < plan.peer_distances_.size(); ++rank)
-        seen[rank] = pointer((places ? output : input) + plan.peer_distances_[rank]);
-      if (!plan.peer_distances_.empty()) {
-        if (places)
-          call.outputs = seen;
-        else
-          call.inputs = seen;
-      }
+        inputs[rank] = pointer(input + plan.peer_distances_[rank]);
+      if (!plan.peer_distances_.empty()) call.inputs = inputs;
     }
     Addressed(const Addressed&) = delete;
     Addressed& operator=(const Addressed&) = delete;
 
     lar_call call;
-    void* seen[LAR_MAX_WORLD_SIZE];  // each rank's input or output
+    const void* inputs[LAR_MAX_WORLD_SIZE];
   };
 
   Workspace& workspace_;
@@ -108,6 +106,7 @@ class Plan {
   lar_norm norm_{};  // without addresses
   const std::vector<int32_t> domains_;
   const std::vector<int64_t> peer_distances_;
+  std::vector<void*> pools_;
   int64_t calls_ = 0;
   int64_t captured_ = 0;
 };

@@ -14,7 +14,8 @@ class PlaceSteps {
   PlaceSteps(const Call& call, const lar_call& described, int64_t chunk)
       : workspace_(call.workspace()),
         world_size_(workspace_.layout.world_size),
-        outputs_(described.outputs),
+        pools_(described.pools),
+        where_(static_cast<uint32_t>(distance_in_vectors(pools_[workspace_.rank], described.message.output))),
         slots_(workspace_.layout.flagged),
         calls_(call, EpochPlane::kPlace),
         lane_(call, EpochPlane::kTwoShot),
@@ -30,7 +31,11 @@ class PlaceSteps {
     return LAR_OK;
   }
 
-  void announce() const { calls_.publish(FlagPlane::kPlaceOutput, call_number_); }
+  void announce() const {
+    for (int step = 1; step < world_size_; ++step)
+      __atomic_store_n(where_word(workspace_, peer(step), workspace_.rank, 0), where_, __ATOMIC_RELAXED);
+    calls_.publish(FlagPlane::kPlaceOutput, call_number_);
+  }
 
   bool admit() const { return calls_.wait(FlagPlane::kPlaceOutput, LAR_PHASE_OUTPUT, call_number_); }
 
@@ -50,7 +55,7 @@ class PlaceSteps {
     for (int other = 0; other < world_size_; ++other)
       sources[other] = other == rank ? nullptr : scatter_slot(rank, other, chunk);
     for (int step = 1; step < world_size_; ++step)
-      outputs[step - 1] = static_cast<char*>(outputs_[peer(step)]) + part.first * elements_.bytes();
+      outputs[step - 1] = output_of(peer(step)) + part.first * elements_.bytes();
     elements_.reduce(part, sources, outputs, world_size_ - 1);
     lane_.publish(FlagPlane::kTwoShotGather, round(chunk));
     return true;
@@ -65,11 +70,18 @@ class PlaceSteps {
     return lane_.slot(slots_.scatter_offset, slots_.two_shot_bytes, owner, source, round(chunk), false);
   }
 
+  // After admit().
+  char* output_of(int rank) const {
+    const uint32_t where = __atomic_load_n(where_word(workspace_, workspace_.rank, rank, 0), __ATOMIC_RELAXED);
+    return static_cast<char*>(pools_[rank]) + int64_t{where} * LAR_VECTOR_BYTES;
+  }
+
   int peer(int step) const { return (workspace_.rank + step) % world_size_; }
 
   const lar_workspace& workspace_;
   const int world_size_;
-  void* const* const outputs_;
+  void* const* const pools_;
+  const uint32_t where_;  // of this rank's output
   const lar_slots& slots_;
   const Lane calls_;
   const Lane lane_;

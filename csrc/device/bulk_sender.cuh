@@ -19,7 +19,7 @@ namespace lar {
 constexpr uint32_t kTilesUnderWay = 6;
 
 // Sends tiles. Every function is for the whole warp: fill(), send() to each receiver, close(); at the end
-// flush(), or complete() where the next release must cover what was sent.
+// flush(), and complete() before, where a release must cover what was sent.
 class BulkSender {
  public:
 #if LAR_HAS_BULK_COPIES
@@ -51,10 +51,11 @@ class BulkSender {
     if (leads()) wait_for_bulk_reads<0>();
   }
 
-  // Everything has been written; a release behind the next barrier covers it.
+  // All tiles but the newest `kPending` have been written; a release behind the next barrier covers them.
+  template <int kPending>
   __device__ __forceinline__ void complete() {
     if (leads()) {
-      wait_for_bulk_writes();
+      wait_for_bulk_writes<kPending>();
       fence_behind_bulk_copies();
     }
     __syncwarp();
@@ -76,6 +77,7 @@ class BulkSender {
   }
   __device__ __forceinline__ void close() {}
   __device__ __forceinline__ void flush() {}
+  template <int kPending>
   __device__ __forceinline__ void complete() {}
 
  private:

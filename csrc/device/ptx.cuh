@@ -301,8 +301,11 @@ __device__ __forceinline__ void wait_for_bulk_reads() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// Until all copies of this thread have been written.
-__device__ __forceinline__ void wait_for_bulk_writes() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// The same until they have been written.
+template <int kPending>
+__device__ __forceinline__ void wait_for_bulk_writes() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Between copies that have been written and a release of this thread, or of one that it meets: the engine that has
 // copied is another proxy.

@@ -6,6 +6,7 @@
 #include "host/layout.h"
 #include "protocol/hierarchy.h"
 #include "protocol/hosts.h"
+#include "protocol/place.h"
 
 namespace lar {
 
@@ -116,12 +117,14 @@ bool check_domains(const lar_workspace& workspace, const lar_call& call) {
   return make_domains(call.domains, workspace.layout.world_size, workspace.rank, &domains);
 }
 
-// Where every rank's output is, of the exchange that stores there.
-bool check_outputs(const lar_layout& layout, const lar_call& call) {
-  if ((call.kind.exchange == LAR_PLACE) != (call.outputs != nullptr)) return false;
-  for (int rank = 0; call.outputs && call.message.count > 0 && rank < layout.world_size; ++rank)
-    if (!call.outputs[rank] || !starts_on_a_vector(call.outputs[rank])) return false;
-  return true;
+// Where the output lies in registered memory, of the exchange whose peers store there.
+bool check_pools(const lar_workspace& workspace, const lar_call& call) {
+  if ((call.kind.exchange == LAR_PLACE) != (call.pools != nullptr)) return false;
+  if (!call.pools || call.message.count == 0) return true;
+  for (int rank = 0; rank < workspace.layout.world_size; ++rank)
+    if (!call.pools[rank] || !starts_on_a_vector(call.pools[rank])) return false;
+  const int64_t where = distance_in_vectors(call.pools[workspace.rank], call.message.output);
+  return where >= 0 && where <= UINT32_MAX && starts_on_a_vector(call.message.output);
 }
 
 }  // namespace
@@ -133,7 +136,7 @@ int check_call(const lar_workspace& workspace, const lar_call& call) {
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return LAR_ERROR_INVALID_ARGUMENT;
   if (!check_message(call.message) || !check_launch(layout, call.launch, call.kind)) return LAR_ERROR_INVALID_ARGUMENT;
   if (!fits(workspace, call.kind.exchange) || !check_wire(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_domains(workspace, call) || !check_hosts(call) || !check_outputs(layout, call))
+  if (!check_domains(workspace, call) || !check_hosts(call) || !check_pools(workspace, call))
     return LAR_ERROR_INVALID_ARGUMENT;
   if ((call.kind.epilogue == LAR_RMS_NORM) != (call.norm != nullptr)) return LAR_ERROR_INVALID_ARGUMENT;
   if (call.norm && (call.kind.wire != LAR_WIRE_RAW || !check_norm(call.message, *call.norm)))

@@ -152,10 +152,12 @@ int place(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const bool aligned = starts_on_a_vector(call.message.input);
   if (call.launch.drain_lanes > 0 || (call.launch.scatter_lanes > 0 && !aligned)) return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
-  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
-    PlaceArguments arguments{workspace, {}, in_band_arguments(workspace, call, round, use)};
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
+    const int64_t where = distance_in_vectors(call.pools[workspace.rank], round.output);
+    PlaceArguments arguments{
+        workspace, {}, static_cast<uint32_t>(where), in_band_arguments(workspace, call, round, use)};
     for (int step = 0; step < world_size; ++step)
-      arguments.outputs[step] = static_cast<char*>(call.outputs[(workspace.rank + step) % world_size]) + offset;
+      arguments.pools[step] = static_cast<char*>(call.pools[(workspace.rank + step) % world_size]);
     const bool split = call.launch.scatter_lanes > 0 && ends_on_a_vector(round);
     const Row* row = find_row(call.kind, round.dtype, world_size, split ? Form::kSplit : Form::kAny);
     return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);

@@ -12,7 +12,8 @@
 
 namespace lar {
 
-// Planes of lar_layout::flags, and their number.
+// Planes of lar_layout::flags, and their number. kPlaceWhere: no rounds, but where an output lies, see
+// protocol/place.h.
 enum class FlagPlane : int {
   kOneShot,
   kTwoShotScatter,
@@ -22,6 +23,7 @@ enum class FlagPlane : int {
   kStageGrant,
   kInSwitch,
   kPlaceOutput,
+  kPlaceWhere,
   kPlaceDone,
   kNumber
 };

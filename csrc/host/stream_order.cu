@@ -114,6 +114,13 @@ cudaError_t follow_in_graph(lar_stream_order* order, cudaStream_t stream, const 
 
 }  // namespace
 
+extern "C" uint64_t lar_capture_of(void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  Capture capture;
+  if (is_default(stream) || ask(stream, &capture) != cudaSuccess || !capture.is_active()) return 0;
+  return capture.id;
+}
+
 extern "C" int lar_stream_order_begin(lar_stream_order* order, void* stream_handle, lar_call_order* call) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   *call = {0, 0};

@@ -341,8 +341,10 @@ typedef struct lar_call {
   // LAR_PULL: where this rank sees each rank's input, its own included; whole vectors that start on 16 bytes. The input
   // may be overwritten as soon as the call has ended. Otherwise null.
   const void* const* inputs;
-  // LAR_PLACE: where this rank sees each rank's output, its own included; each starts on 16 bytes. Otherwise null.
-  void* const* outputs;
+  // LAR_PLACE: where this rank sees each rank's registered memory, its own included, in which message.output lies, from
+  // a multiple of 16 bytes on and at most 64 GiB in. Where in there may differ from rank to rank: they tell each other.
+  // Otherwise null.
+  void* const* pools;
   const lar_norm* norm;  // LAR_RMS_NORM; otherwise null
   // LAR_HOST_SUM, LAR_HOST_SUM_GATHER: how many sums message.input holds, one after another. Otherwise 0.
   int32_t hosts;
@@ -416,6 +418,9 @@ typedef struct lar_call_order {
 } lar_call_order;
 LAR_EXPORT int lar_stream_order_begin(lar_stream_order* order, void* stream, lar_call_order* call);
 LAR_EXPORT int lar_stream_order_end(lar_stream_order* order, void* stream);
+
+// lar_call_order.capture of a call on `stream`; 0 also where CUDA says nothing.
+LAR_EXPORT uint64_t lar_capture_of(void* stream);
 
 // Pins `bytes` of host memory at `address`, whole pages, and tells where the current device sees them.
 LAR_EXPORT int lar_host_register(void* address, int64_t bytes, void** device_address);

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
     from llm_allreduce_plugin.config import AllReduceConfig
 
-# Where nothing is set, of each rank: two sites of the largest prefill that the default workspace is for, and as much
-# again for smaller batches. CPU ranks have it in shared memory, of which containers have little.
+# Where nothing is set, of each rank: outputs to 128 MiB, three of them at once and one to spare. CPU ranks have it in
+# shared memory, of which containers have little.
 DEFAULT_GPU_POOL_BYTES = 512 << 20
 DEFAULT_CPU_POOL_BYTES = 16 << 20
 
@@ -41,6 +41,11 @@ def pool_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     if wanted_pool_bytes(config, facts) == 0:
         return "registered_pool is 0: there is no registered memory"
     return None
+
+
+def largest_output(pool: int) -> int:
+    """Of ``pool`` bytes: as much is kept for when nothing else is free."""
+    return pool // 4
 
 
 def wanted_pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
@@ -70,6 +75,8 @@ class UserBuffer(KernelStrategy):
             return reason
         if not message.registered_output:
             return "its output does not lie in registered memory"
+        if message.payload_bytes > (most := largest_output(pool_bytes(config, facts))):
+            return f"{bytes_in_words(message.payload_bytes)} are more than a quarter of registered_pool, {most} bytes"
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
+from llm_allreduce_plugin.algorithms.user_buffer import DEFAULT_CPU_POOL_BYTES, largest_output
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, WireFormat
 from llm_allreduce_plugin.measure.answers import MORE_ERROR, MOST_ERROR
 from llm_allreduce_plugin.measure.ranks import RankContext
 
 MIB = 1 << 20
-MOST_REGISTERED_BYTES = 256 * MIB  # messages of UB
+REGISTERED_POOL_BYTES = 1024 * MIB  # of UB, for messages to a quarter of it
 
 # A function that all-reduces one given input and returns the output.
 Bound = Callable[[], torch.Tensor]
@@ -91,23 +92,24 @@ def _ours(strategy: str) -> Opener:
 
 
 def _registered(context: RankContext, settings: OurSettings) -> Candidate:
-    """UB into a tensor of registered memory, as the graph of an engine does; what does not pay by slots."""
+    """UB with memory for its largest messages; what does not pay travels by slots."""
     group = context.communicator(
         "UB",
         transport=settings.transport,
         tuning_profile=settings.tuning_profile,
-        registered_pool=MOST_REGISTERED_BYTES,
+        registered_pool=None if context.device.type == "cpu" else REGISTERED_POOL_BYTES,
     )
-    decision = group.explain((1 << 30,), torch.bfloat16, registered_output=True)
-    if decision.runs_another:
+    decision = group.explain((1 << 22,), torch.bfloat16)
+    if decision.runs_another and not decision.by_design:
+        group.close()
         raise RuntimeError(decision.reason)
-    pool = group.registered_empty((MOST_REGISTERED_BYTES,), torch.uint8)
 
     def bind(x: torch.Tensor) -> Bound:
-        out = pool[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        out = group.registered_empty(tuple(x.shape), x.dtype)
         return lambda: group.all_reduce(x, out)
 
-    return Candidate(bind, exact=True, max_bytes=MOST_REGISTERED_BYTES, close=group.close)
+    most = group.config.registered_pool or DEFAULT_CPU_POOL_BYTES
+    return Candidate(bind, exact=True, max_bytes=largest_output(int(most)), close=group.close)
 
 
 def _low_precision(context: RankContext, settings: OurSettings) -> Candidate:

@@ -16,6 +16,7 @@ _COLORS = {
     "(one-shot)": "#56B4E9",
     "twoshot": "#003F73",
     "(two-shot)": "#003F73",
+    "ub": "#1E90FF",
     "fused": EXACT,
     "then-norm": "#56B4E9",
     "minlatency-unfused": "#56B4E9",

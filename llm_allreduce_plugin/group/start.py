@@ -16,7 +16,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
-from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
+from llm_allreduce_plugin.algorithms.user_buffer import largest_output, pool_bytes
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
 from llm_allreduce_plugin.base.step import store_of
@@ -286,7 +286,9 @@ class _Start:
         if (size := pool_bytes(self._config, facts)) == 0:
             return
         try:
-            opened.pool = RegisteredPool.open(self._agreement, self._group, self._device, facts.transport, size)
+            opened.pool = RegisteredPool.open(
+                self._agreement, self._group, self._device, facts.transport, size, largest_output(size)
+            )
         except TransportError as error:
             opened.facts = dataclasses.replace(facts, no_pool_reason=f"registered memory cannot be opened: {error}")
             if self._agreement.rank == 0:

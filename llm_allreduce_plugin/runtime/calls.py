@@ -68,10 +68,13 @@ def plan_of(
     dtype: torch.dtype,
     peer_distances: Sequence[int] = (),
     norm: _C.Norm | None = None,
+    *,
+    pools: Sequence[int] = (),
 ) -> _C.Plan:
     """A launch for messages of ``count`` elements, ready to be called with addresses.
 
     ``peer_distances``: PULL: bytes from this rank's input to where it sees each rank's. ``norm``: RMS_NORM: which one.
+    ``pools``: PLACE: where this rank sees each rank's registered memory.
     """
     return _C.Plan(
         workspace,
@@ -88,6 +91,7 @@ def plan_of(
         epilogue=int(launch.epilogue),
         domains=launch.domains,
         peer_distances=peer_distances,
+        pools=pools,
         cluster=launch.cluster,
         norm=norm,
     )

@@ -78,6 +78,8 @@ def end(held: Held, ending: Ending) -> None:
     ending.step(tally.end, "count calls")
     if held.rank == 0:
         ending.step(lambda: logger.info("all-reduce summary: %s", tally.counts()), "log the summary")
+    if held.rank == 0 and (pool := held.pool) is not None:
+        ending.step(lambda: logger.info("%s", pool), "log what registered memory was used for")
     if held.monitor is not None:
         ending.step(held.monitor.close, "end the monitor", _MONITOR_WAIT_S)
     _free(held, ending, is_quiet=is_quiet, is_broken=is_broken)

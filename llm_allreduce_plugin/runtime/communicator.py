@@ -153,15 +153,15 @@ class TensorParallelCommunicator:
         Args:
             input_: any shape, dtype and layout, on this communicator's device; the same shape and dtype on every
                 rank. Never written.
-            out: where the sum goes; like ``input_``, contiguous, and of other memory. One of :meth:`registered_empty`,
-                at the same place in it on every rank, peers may store into straight away. None: a fresh tensor.
+            out: where the sum goes; like ``input_``, contiguous, and of other memory. Into those of
+                :meth:`registered_empty`, which all ranks pass or none, peers may store straight away. None: a fresh
+                tensor, which with ``UB`` is one of those.
 
         Returns:
             ``out``, or a fresh tensor like ``input_`` (shape, dtype, strides); bit-identical on every rank.
 
         Raises:
             ValueError: ``input_`` is on another device, or ``out`` cannot take its sum.
-            RankMismatchError: ranks pass an ``out`` at different places in registered memory.
             PeerTimeoutError: a peer did not arrive within ``timeout_s``, in this call (CPU) or an earlier one (GPU).
             RuntimeError: the communicator is closed, or CUDA failed.
         """
@@ -180,18 +180,11 @@ class TensorParallelCommunicator:
 
     def _all_reduce_into(self, input_: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         placed_calls.check_output(input_, out)
-        offset = None if self._pool is None else self._pool.offset_of(out)
-        key = (input_.numel(), input_.dtype, offset)
+        registered = self._pool is not None and self._pool.holds(out)
+        key = (input_.numel(), input_.dtype, registered)
         planned = self._planner.into.get(key)
         if planned is None:
-            if offset is not None:
-                agreement = Agreement(self._control_group, self.config.first_timeout_s, setting="first_timeout_s",
-                                      when="before a call")  # fmt: skip
-                try:
-                    placed_calls.agree_on_place(agreement, offset, key[0], dtype_name(input_.dtype))
-                finally:
-                    agreement.close()
-            planned = self._planner.plan_into(*key)
+            planned = self._planner.plan_into(input_.numel(), input_.dtype, registered=registered)
         return planned.call(input_, out)
 
     def all_reduce_residual_rms_norm(
@@ -264,11 +257,20 @@ class TensorParallelCommunicator:
         self._peer_visible.append(buffer)
         return buffer.storage[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def registered_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor in registered memory, which peers store into: for the ``out`` of :meth:`all_reduce`.
+    def let_graphs_share(self) -> None:
+        """Let CUDA graphs take turns with the registered memory of their outputs, as those of one memory pool do.
 
-        Collective: every rank must ask for the same, in the same order. The pool that it comes from is opened at the
-        start (``registered_pool``) and does not grow; tensors live, and take room in it, as long as the communicator.
+        For engines that capture all their graphs into one pool: what a graph has returned lasts until the next replay.
+        """
+        if self._pool is not None:
+            self._pool.graphs_share = True
+
+    def registered_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor in registered memory, which peers may store into: for the ``out`` of :meth:`all_reduce`.
+
+        The pool that it comes from is opened at the start (``registered_pool``) and does not grow. When the last
+        reference to the tensor has gone, its bytes are free again. Ranks may take different tensors, at different
+        places; but where one passes one of them to a call, all must.
 
         Args:
             shape: of the tensor.
@@ -278,26 +280,10 @@ class TensorParallelCommunicator:
             An uninitialized tensor, from a multiple of 512 bytes on.
 
         Raises:
-            RuntimeError: there is no registered memory, with the reason, or too little is left of it.
-            RankMismatchError: ranks ask for different tensors.
+            RuntimeError: there is no registered memory, with the reason, or too little of it is free.
         """
-        size = max(1, math.prod(shape)) * dtype.itemsize
-        if (pool := self._pool) is None:
-            reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
-            message = f"no registered memory: {reason}"
-            raise RuntimeError(message)
-        agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for registered memory")
-        try:
-            placed_calls.agree_on_place(agreement, pool.next_offset, math.prod(shape), dtype_name(dtype))
-        finally:
-            agreement.close()
-        if pool.next_offset + size > pool.size:
-            message = (
-                f"registered memory is full: a tensor of {size} bytes does not fit, {pool.used} of {pool.size} bytes "
-                "are in use, and it cannot grow: set registered_pool to more"
-            )
-            raise RuntimeError(message)
-        return pool.take(shape, dtype)
+        reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
+        return placed_calls.registered_empty(self._pool, reason, shape, dtype)
 
     def explain(
         self,
@@ -305,12 +291,12 @@ class TensorParallelCommunicator:
         dtype: torch.dtype,
         *,
         readable_in_place: bool = False,
-        registered_output: bool = False,
+        registered_output: bool | None = None,
     ) -> Decision:
         """What :meth:`all_reduce` does with a tensor of this shape and dtype, and why. Pure: runs nothing.
 
         ``readable_in_place``: it lies in memory of :meth:`peer_visible_empty`, from a multiple of 16 bytes on.
-        ``registered_output``: ``out`` is a tensor of :meth:`registered_empty`.
+        ``registered_output``: ``out`` is a tensor of :meth:`registered_empty`, or another; None: there is none.
         """
         count, name = math.prod(shape), dtype_name(dtype)
         return decide(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Launch
-from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.errors import RankMismatchError, ranks_text, ranks_with
 from llm_allreduce_plugin.runtime.calls import Call, current_stream_of
 from llm_allreduce_plugin.runtime.failures import error_of_status
 from llm_allreduce_plugin.runtime.health import Health
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 
 # Stores the sum of the first tensor into the second.
 CallInto = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -46,6 +45,28 @@ def _span_bytes(tensor: torch.Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def registered_empty(
+    pool: RegisteredPool | None, why_none: str, shape: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of ``pool``; ``why_none``: the reason where there is none.
+
+    Raises:
+        RuntimeError: there is no registered memory, or too little of it is free.
+    """
+    if pool is None:
+        message = f"no registered memory: {why_none}"
+        raise RuntimeError(message)
+    tensor = pool.take(shape, dtype)
+    if tensor is None:
+        name = str(dtype).removeprefix("torch.")
+        message = (
+            f"registered memory is full: a tensor {tuple(shape)} of {name} does not fit into what is free of "
+            f"{pool.size} bytes, and it cannot grow: set registered_pool to more"
+        )
+        raise RuntimeError(message)
+    return tensor
+
+
 def kernel_call_into(plan: _C.Plan, launch: Launch, health: Health, device: torch.device, name: str) -> CallInto:
     """A function that runs ``plan``, with all that does not change bound. ``name``: of the strategy, for errors."""
     index = device.index
@@ -75,19 +96,23 @@ def copied_into(call: Call) -> CallInto:
     return run
 
 
-def agree_on_place(agreement: Agreement, offset: int, count: int, dtype: str) -> None:
-    """Compare where in registered memory an output lies: it must be the same place on every rank. Collective.
+def placing_call(plan: _C.Plan, launch: Launch, health: Health, pool: RegisteredPool, name: str) -> Call:
+    """A function that runs ``plan``, whose results peers store into tensors of ``pool``.
 
-    Raises:
-        RankMismatchError: on every rank alike, naming the ranks behind each place.
-        StartTimeoutError: a rank did not come: it may be in a call with an output that it has used before.
+    Where nothing is free there, results are copied out. That is this rank's affair alone: peers store all the same.
     """
-    place = f"{count} {dtype} at byte {offset}"
-    found: list[str] = agreement.gather(place, "to compare where outputs lie in registered memory")
-    if len(set(found)) > 1:
-        parts = "; ".join(f"{what} on {ranks_text(ranks)}" for what, ranks in ranks_with(found).items())
-        message = (
-            f"outputs lie at different places in registered memory: {parts}. Every rank must take the same tensors of "
-            "registered_empty, in the same order, and pass the same ones to a call"
-        )
-        raise RankMismatchError(message)
+    into = kernel_call_into(plan, launch, health, pool.device, name)
+    on_gpu = pool.device.type == "cuda"
+    current_stream, index = current_stream_of(pool.device), pool.device.index
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        stream = current_stream(index)
+        capture = _C.capture_of(stream) if on_gpu else 0
+        out = pool.take(input_.shape, input_.dtype, capture)
+        if out is None:
+            out = into(input_, pool.lend(input_.shape, input_.dtype, stream, capture)).clone()
+        else:
+            into(input_, out)
+        return out if input_.is_contiguous() else torch.empty_like(input_).copy_(out)
+
+    return run

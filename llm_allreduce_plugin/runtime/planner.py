@@ -19,7 +19,7 @@ from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.network_calls import Between, Shape, network_call
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
-from llm_allreduce_plugin.runtime.placed_calls import CallInto, copied_into, kernel_call_into
+from llm_allreduce_plugin.runtime.placed_calls import CallInto, copied_into, kernel_call_into, placing_call
 from llm_allreduce_plugin.runtime.plans import Planned, Plans
 from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, Counted, CountedCall, Tally, fallback_of
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
@@ -56,7 +56,7 @@ class Planner:
     Attributes:
         plans: by count and type of the message.
         pulls: of inputs that peers read in place; by number of the buffer, count and type.
-        into: of messages with an output of the caller's; by count, type and where in registered memory that lies.
+        into: of messages with an output of the caller's; by count, type and whether that lies in registered memory.
         normed: of messages with residual and norm behind them.
         buffers: memory that peers see.
         tally: of all calls that are planned here.
@@ -91,7 +91,7 @@ class Planner:
         self._closed = False
         self.plans: Plans[tuple[int, torch.dtype], Call] = Plans()
         self.pulls: Plans[tuple[int, int, torch.dtype], Call] = Plans()
-        self.into: Plans[tuple[int, torch.dtype, int | None], CallInto] = Plans()
+        self.into: Plans[tuple[int, torch.dtype, bool], CallInto] = Plans()
         self.normed: Plans[NormShape, NormCall] = Plans()
         self.buffers: list[PeerVisibleBuffer] = []
         self.tally = Tally()
@@ -110,7 +110,7 @@ class Planner:
 
     def log_missing_kernel(self) -> None:
         """Say at once what asking for a strategy without a kernel leads to."""
-        decision = decide(self._config, self._facts, 1 << 30, "bfloat16", registered_output=True)
+        decision = decide(self._config, self._facts, 1, "bfloat16")
         if self._facts.transport is not Transport.NONE and decision.is_fallback:
             self._log_fallback(decision)
 
@@ -120,7 +120,10 @@ class Planner:
         Raises:
             RuntimeError: the strategy cannot run here, with the reason.
         """
-        settings = self._config.model_copy(update={"allreduce_strategy": AllReduceStrategy.parse(strategy)})
+        registered = 0 if self._pool is None else self._pool.size  # what there is, whatever that strategy would ask for
+        settings = self._config.model_copy(
+            update={"allreduce_strategy": AllReduceStrategy.parse(strategy), "registered_pool": registered}
+        )
         decision = decide(settings, self._facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
@@ -132,7 +135,7 @@ class Planner:
             raise RuntimeError(message)
 
     def _decide(
-        self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False, registered_output: bool = False
+        self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False, registered_output: bool | None = None
     ) -> Decision:
         self._check_open()
         decision = decide(
@@ -190,13 +193,13 @@ class Planner:
         planned = self._kernel_call(decision, count, dtype, self.buffers[found].peer_distances)
         return self._checked(planned, decision, count, dtype, f" in memory {found} that peers see")
 
-    def plan_into(self, count: int, dtype: torch.dtype, offset: int | None) -> Planned[CallInto]:
-        """What happens to messages whose output is the caller's. ``offset``: of that in registered memory, or None.
+    def plan_into(self, count: int, dtype: torch.dtype, *, registered: bool) -> Planned[CallInto]:
+        """What happens to messages whose output is the caller's. ``registered``: it lies in registered memory.
 
         Raises:
             RuntimeError: the communicator is closed.
         """
-        decision = self._decide(count, dtype, registered_output=offset is not None)
+        decision = self._decide(count, dtype, registered_output=registered)
         launch, workspace, health = decision.launch, self._workspace, self._health
         planned: Planned[CallInto]
         if launch is None or launch.hosts > 1:
@@ -205,14 +208,13 @@ class Planner:
         else:
             assert workspace is not None
             assert health is not None
-            distances = self._pool.peer_distances if self._pool and launch.exchange is Exchange.PLACE else ()
-            plan = plan_of(workspace, launch, count, dtype, distances)
+            pools = self._pool.bases if self._pool is not None and launch.exchange is Exchange.PLACE else ()
+            plan = plan_of(workspace, launch, count, dtype, pools=pools)
             call = kernel_call_into(plan, launch, health, self._device, str(decision.strategy))
             self.tally.add(decision, plan, call)
             planned = Planned(decision, call, plan)
-        place = "" if offset is None else f" to byte {offset} of registered memory"
-        planned = self._checked(planned, decision, count, dtype, place)
-        self.into.keep((count, dtype, offset), planned)
+        planned = self._checked(planned, decision, count, dtype, " to an output of the caller's")
+        self.into.keep((count, dtype, registered), planned)
         return planned
 
     def _kernel_call(
@@ -227,8 +229,13 @@ class Planner:
             over_hosts = self._network_call(launch, str(decision.strategy), count, dtype)
             self.tally.add(decision, over_hosts.made, over_hosts)
             return Planned(decision, over_hosts, over_hosts.made)
-        plan = plan_of(workspace, launch, count, dtype, peer_distances)
-        call = kernel_call(plan, launch, health, self._device, str(decision.strategy))
+        if launch.exchange is Exchange.PLACE:
+            assert self._pool is not None
+            plan = plan_of(workspace, launch, count, dtype, pools=self._pool.bases)
+            call = placing_call(plan, launch, health, self._pool, str(decision.strategy))
+        else:
+            plan = plan_of(workspace, launch, count, dtype, peer_distances)
+            call = kernel_call(plan, launch, health, self._device, str(decision.strategy))
         self.tally.add(decision, plan, call)
         return Planned(decision, call, plan)
 

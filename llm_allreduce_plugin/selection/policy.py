@@ -11,6 +11,7 @@ from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDe
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
+from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.quantization import QuantKind, check_hidden
 
@@ -40,7 +41,7 @@ def decide(
     dtype: str,
     *,
     readable_in_place: bool = False,
-    registered_output: bool = False,
+    registered_output: bool | None = None,
 ) -> Decision:
     """What runs for a message of ``count`` elements of ``dtype`` (as torch spells it, e.g. ``"bfloat16"``).
 
@@ -48,8 +49,11 @@ def decide(
     graph or is made at once: ranks need not do so alike.
 
     ``readable_in_place``: on every rank the input lies, from a multiple of 16 bytes on, in memory that peers see.
-    ``registered_output``: on every rank the output lies, from a multiple of 16 bytes on, in registered memory.
+    ``registered_output``: on every rank the output lies, from a multiple of 16 bytes on, in registered memory; None:
+    it is the communicator's own, which takes it from there where there is such memory.
     """
+    if registered_output is None:
+        registered_output = pool_bytes(config, facts) > 0
     message = Message(count, dtype, ELEMENT_BYTES.get(dtype, 0), readable_in_place, registered_output)
     requested = config.allreduce_strategy
     asked = ASKED_FOR[requested]
@@ -133,7 +137,8 @@ def decide_fused(
         ValueError: rows of this size cannot be normed, or not quantized like this.
     """
     check_hidden(hidden, quant)
-    all_reduce = decide(config, facts, rows * hidden, dtype)
+    # What is summed is an intermediate of one kernel or of two, and no output.
+    all_reduce = decide(config, facts, rows * hidden, dtype, registered_output=False)
     if rows == 0 or not config.fuse_norm:
         reason = "there are no rows" if rows == 0 else "fuse_norm is off"
         return FusedDecision(None, reason, all_reduce, by_design=True)
@@ -179,14 +184,12 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     element = ELEMENT_BYTES[dtype]
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
-    # Where it was asked for, sites are what the graph's all-reduces mostly have.
-    registered = config.allreduce_strategy is AllReduceStrategy.UB
     ranges = table_of(config, facts, element).ranges
     limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.refusal(config, facts) is None:
         limits.add(facts.world_size * measured.STAGED_ABOVE_STAGE_BYTES)
     for size in sorted({1 << power for power in range(4, 31)} | limits):
-        decision = decide(config, facts, size // element, dtype, registered_output=registered)
+        decision = decide(config, facts, size // element, dtype)
         what = kernel_in_words(decision) or str(decision.strategy)
         if decision.launch is not None and decision.launch.staged:
             what += " in stages"

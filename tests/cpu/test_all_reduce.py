@@ -125,7 +125,7 @@ def _log_lines(context: RankContext, strategy: str) -> list[tuple[str, str]]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with checks.communicator(context, strategy) as group:
+        with checks.communicator(context, strategy, registered_pool=0) as group:
             group.all_reduce(torch.ones(3))
             group.all_reduce(torch.ones(3, dtype=torch.int32))
             group.all_reduce(torch.ones(4, dtype=torch.int32))
@@ -139,17 +139,16 @@ def test_one_line_says_what_runs_and_each_fallback_is_logged_once(cpu_pool: Pool
     assert rank_1 == []
     assert rank_0 == [
         ("INFO", "all-reduce over 2 ranks (shm memory, allreduce_strategy UB, sizes per rank): TWOSHOT at every size"),
-        ("WARNING", "UB falls back to TWOSHOT: the UB kernel does not exist yet"),
+        ("WARNING", "UB falls back to TWOSHOT: registered_pool is 0: there is no registered memory"),
         (
             "WARNING",
-            "UB falls back to NCCL: the UB kernel does not exist yet; no kernel for dtype int32 "
-            "(there are for float32, float16, bfloat16)",
+            "UB falls back to NCCL: no kernel for dtype int32 (there are for float32, float16, bfloat16)",
         ),
         (
             "INFO",
             "all-reduce summary: TWOSHOT 1 call, NCCL 2 calls; fallbacks: "
-            "UB -> TWOSHOT 1 (the UB kernel does not exist yet); "
-            "UB -> NCCL 2 (the UB kernel does not exist yet; no kernel for dtype int32 "
+            "UB -> TWOSHOT 1 (registered_pool is 0: there is no registered memory); "
+            "UB -> NCCL 2 (no kernel for dtype int32 "
             "(there are for float32, float16, bfloat16))",
         ),
     ]

@@ -30,12 +30,12 @@ def test_bench_on_cpu_ranks(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["bench", *flags])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
-    for name in ("ONESHOT", "TWOSHOT", "MINLATENCY", "AUTO", "LOWPRECISION", "gloo"):
+    for name in ("ONESHOT", "TWOSHOT", "MINLATENCY", "AUTO", "UB", "LOWPRECISION", "gloo"):
         assert f"# {name}" in lines
     assert "# Out of bounds values : 0 OK" in lines
     answer = json.loads(record.read_text())
     assert answer["environment"]["command"]
-    assert len(answer["rows"]) == 6 * 3
+    assert len(answer["rows"]) == 7 * 3
     for row in answer["rows"]:
         assert row["eager_us"] > 0
         assert row["eager_wrong"] == 0

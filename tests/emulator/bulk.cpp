@@ -25,8 +25,8 @@ void BulkCopies::read(Block& block, size_t left, const Thread* copier) {
   }
 }
 
-void BulkCopies::wait(Block& block, const Thread* copier) {
-  read(block, 0, copier);
+void BulkCopies::wait(Block& block, size_t left, const Thread* copier) {
+  read(block, left, copier);
   waited_ = true;
 }
 

@@ -22,8 +22,8 @@ class BulkCopies {
   // Lets the oldest groups read, until no more than so many are left. `copier`: whose copies these are.
   void read(Block& block, size_t left, const Thread* copier);
 
-  // All have been read and written, as far as their thread is concerned: fence() makes them its stores.
-  void wait(Block& block, const Thread* copier);
+  // All but so many have been read and written, as far as their thread is concerned: fence() makes them its stores.
+  void wait(Block& block, size_t left, const Thread* copier);
   void fence(Block& block, const Thread* copier);
 
   size_t pending() const { return groups_.size(); }
@@ -35,7 +35,7 @@ class BulkCopies {
     uint32_t bytes;
   };
 
-  bool waited_ = false;  // for all that was committed
+  bool waited_ = false;  // since the last was committed
   std::vector<Copy> open_;
   std::deque<std::vector<Copy>> groups_;
 };

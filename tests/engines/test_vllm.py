@@ -129,7 +129,7 @@ def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
 import logging, os, sys, torch
 import torch.multiprocessing as mp
 
-RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT"}
+RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
 
 def rank_main(rank, store, profile):
     logging.basicConfig(level=logging.INFO)
@@ -179,7 +179,7 @@ if __name__ == "__main__":
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     lines = [line for line in result.stdout.splitlines() if "CpuCommunicator" in line and "INFO" not in line]
     ours = "AllReduceCommunicator[CpuCommunicator] CpuCommunicator"
-    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours], result.stdout
+    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours, ours], result.stdout
     said = [line for line in (result.stdout + result.stderr).splitlines() if "these sizes come from" in line]
     assert len(said) == 1
     assert f"these sizes come from profile {profile}, measured 2025-01-02" in said[0]
@@ -241,7 +241,7 @@ def stop_a_worker(answer: serve_demo.Answer) -> None:
 
 
 # A server each. Reports are what the compiled model's metrics come from, too; groups with NCCL are tested above.
-@pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", slow("NCCL")))
+@pytest.mark.parametrize("strategy", (slow("ONESHOT"), "TWOSHOT", "UB", slow("NCCL")))
 def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
     marked: tuple[dict[str, str], str],
     tmp_path: Path,

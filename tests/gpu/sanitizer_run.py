@@ -64,7 +64,7 @@ def forms(world_size: int) -> None:
 def exact(world_size: int, kind: dict[str, Any]) -> None:
     """ONESHOT, TWOSHOT, inputs read in place, and the probe."""
     group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **kind)
-    algorithms = ("ONESHOT", "TWOSHOT", "PULL") if kind == {"in_band": True} else ("ONESHOT", "TWOSHOT")
+    algorithms = ("ONESHOT", "TWOSHOT", "PULL", "PLACE") if kind == {"in_band": True} else ("ONESHOT", "TWOSHOT")
     for algorithm, dtype in itertools.product(algorithms, (torch.bfloat16, torch.float32)):
         for size in (40_000, 8) if algorithm == "PULL" else (1, 1023, 40_001, 40_000):
             inputs = [rank_input(size, rank, size, dtype) for rank in range(world_size)]

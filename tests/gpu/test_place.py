@@ -74,12 +74,12 @@ def test_an_output_that_is_still_read() -> None:
 
 def _large(context: RankContext) -> None:
     generator = random.Random(context.shared_seed())
-    with checks.communicator(context, "UB", registered_pool="256MiB") as group:
+    with checks.communicator(context, "UB", registered_pool="1GiB") as group:
         pool = group.registered_empty((192 * MIB,), torch.uint8)
         for size in (4 * MIB, 4 * MIB + 2, 16 * MIB, 16 * MIB + 48, 64 * MIB, 180 * MIB):
             dtype = generator.choice(DTYPES) if size % 4 == 0 else torch.bfloat16
             count = size // dtype.itemsize
-            launch = group.explain((count,), dtype, registered_output=True).launch
+            launch = group.explain((count,), dtype).launch
             assert launch is not None
             assert launch.exchange is Exchange.PLACE
             out = poison(pool[: count * dtype.itemsize].view(dtype))
@@ -90,6 +90,8 @@ def _large(context: RankContext) -> None:
                 assert group.all_reduce(mine, out) is out
                 assert_same_bits(out.cpu(), rank_ordered_sum(inputs), f"{dtype} x {count}, {seed=}")
                 assert_same_bits(group.call_of("TWOSHOT", count, dtype)(mine).cpu(), out.cpu(), "TWOSHOT")
+                kept = group.all_reduce(mine)  # of the same memory, at a place of its own
+                assert_same_bits(kept.cpu(), out.cpu(), "an output of the communicator's")
                 # A tensor that starts anywhere.
                 whole = torch.zeros(count + 1, dtype=dtype, device=context.device)
                 whole[1:].copy_(mine)
@@ -99,30 +101,38 @@ def _large(context: RankContext) -> None:
 
 
 def _graphs(context: RankContext) -> None:
-    """A ring of two sites in a graph whose kernels read one while peers store into the other."""
+    """Outputs of the caller's by turns, others of the communicator's, and eager ones that live while graphs run."""
     count = 8 * MIB
-    with checks.communicator(context, "UB", registered_pool="64MiB") as group:
+    with checks.communicator(context, "UB", registered_pool="512MiB") as group:
         sites = [poison(group.registered_empty((count,), torch.bfloat16)) for _ in range(2)]
         x = torch.zeros(count, dtype=torch.bfloat16, device=context.device)
 
         def body() -> list[torch.Tensor]:
-            return [group.all_reduce(x + turn, sites[turn % 2]).clone() for turn in range(6)]
+            outs = (sites[0], None, sites[1], None, sites[0], None)
+            return [group.all_reduce(x + turn, out).clone() for turn, out in enumerate(outs)]
 
         body()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = body()
-        for replay in range(10):
+        eager: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for replay in range(12):
             seed = context.shared_seed()
             inputs = [rank_input(seed, rank, count, torch.bfloat16) for rank in range(context.world_size)]
             x.copy_(inputs[context.rank])
+            eager.append((group.all_reduce(x), rank_ordered_sum(inputs)))
             graph.replay()
-            if replay % 3 == 0:
-                group.all_reduce(x, sites[0])
             for turn, result in enumerate(results):
                 expected = rank_ordered_sum([part + turn for part in inputs])
                 assert_same_bits(result.cpu(), expected, f"replay {replay}, call {turn}, {seed=}")
+            for number, (found, expected) in enumerate(eager):
+                assert_same_bits(found.cpu(), expected, f"replay {replay}: eager output {number}, which still lives")
+            while len(eager) > 1 + (replay + context.rank) % 9:
+                eager.pop(0)
+        pool = group._pool
+        assert pool is not None
+        assert pool.taken > pool.lent >= 0
 
 
 @pytest.mark.gpu(2)

@@ -33,12 +33,55 @@ MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
 HOSTS: dict[str, Any] = {"hosts": True}
+PLACES: dict[str, Any] = {"places": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
 # and the group whose calls must show it; see stress().
 MUTATIONS: dict[str, Mutation] = {
     **MULTICAST_MUTATIONS,
+    "an output is written before it may be": (
+        "device/place.cuh",
+        "return lane_.wait(FlagPlane::kPlaceOutput,",
+        "return {} || lane_.wait(FlagPlane::kPlaceOutput,",
+        PLACES,
+    ),
+    "the last tile is not cleared": (
+        "kernels/two_shot_place.cu",
+        "      clear_in_band_if(wanted[j], from[j]);",
+        "      clear_in_band_if(wanted[j] && !{}, from[j]);",
+        PLACES,
+    ),
+    "an output lies where that of the call before did": (
+        "device/place.cuh",
+        "      if (peer != place_.in_band.rank)\n",
+        "      if (peer != place_.in_band.rank && !({} && call_ % 2 == 0))\n",
+        PLACES,
+    ),
+    "results are told before they are stored": (
+        "device/place.cuh",
+        "    lane_.publish(FlagPlane::kPlaceOutput, call_);",
+        "    lane_.publish(FlagPlane::kPlaceOutput, call_);\n    if ({}) lane_.publish(FlagPlane::kPlaceDone, call_);",
+        PLACES,
+    ),
+    "results are not waited for": (
+        "device/place.cuh",
+        "    if (lane_.wait(FlagPlane::kPlaceDone,",
+        "    if ({} || lane_.wait(FlagPlane::kPlaceDone,",
+        PLACES,
+    ),
+    "bulk copies are waited for until they have been read": (
+        "device/bulk_sender.cuh",
+        "      wait_for_bulk_writes<kPending>();",
+        "      if ({}) wait_for_bulk_reads<kPending>(); else wait_for_bulk_writes<kPending>();",
+        PLACES,
+    ),
+    "bulk copies have no proxy fence behind them": (
+        "device/bulk_sender.cuh",
+        "      fence_behind_bulk_copies();",
+        "      if (!{}) fence_behind_bulk_copies();",
+        PLACES,
+    ),
     "slots are not cleared": (
         "device/in_band.cuh",
         "    if (kClears) {\n",
@@ -211,8 +254,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "owners behind the first group are not drained": (
         "device/two_shot_in_band.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        "for (int first = 1; first < world_size; first += kAtOnce) {\n    char* from",
+        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{\n    char* from",
         IN_BAND | {"ranks": 5},
     ),
     "all of a group's results are those of its first": (

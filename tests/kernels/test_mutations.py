@@ -27,6 +27,7 @@ from tests.kernels.planted_errors import (
     MUTATIONS,
     ONE_STEP,
     PAIRS,
+    PLACES,
     REGISTRY,
     RING,
     ROWS,
@@ -46,6 +47,7 @@ from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.multicast_checks import compare_in_switch
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
+from tests.support.reference import assert_same_bits, rank_ordered_sum
 from tests.support.soft_switch import MulticastGroup
 
 pytestmark = emulator.needs_emulator
@@ -137,6 +139,29 @@ def norm_rows(seed: int) -> None:
         check(group, algorithm, _C.PUSH, shape, inputs, boundary, f"rows, call {call}, {seed=}")
 
 
+def into_registered_memory(seed: int) -> None:
+    """Results that peers store into outputs, of which each is read before the next one may come."""
+    generator = random.Random(seed)
+    size = 1024
+    for kind in ({"workspace_mib": 0.25}, {"split": (1, 0), "lanes": 4, "workspace_mib": 0.5}):
+        group = LocalGroup(3, machine=EmulatedGpus(seed, library=mutated()), **({"lanes": 3, "threads": 64} | kind))
+        pools = [torch.full((4 * size,), 7.0, dtype=torch.bfloat16) for _ in range(3)]
+        calls = []
+        for number in range(8):
+            inputs = inputs_of(seed + number, 3, size, torch.bfloat16)
+            outputs = [pool[8 * rank + size * generator.randrange(2) :][:size] for rank, pool in enumerate(pools)]
+            calls.append((inputs, outputs, [torch.zeros_like(part) for part in inputs]))
+        for rank in range(3):
+            for inputs, outputs, read in calls:
+                group.start_place(rank, inputs[rank], outputs, pools)
+                group.start(rank, "ONESHOT", outputs[rank], read[rank])
+        group.machine.synchronize()
+        for inputs, _, read in calls:
+            expected = rank_ordered_sum([rank_ordered_sum(inputs)] * 3)
+            for found in read:
+                assert_same_bits(found, expected, f"places, {seed=}")
+
+
 def start_without_the_last(group: LocalGroup) -> None:
     """All other ranks must wait for it until they give up."""
     inputs = inputs_of(1, group.world_size, 1024, torch.bfloat16)
@@ -168,6 +193,7 @@ def by_multicast(seed: int) -> None:
 
 STRESSES: dict[str, Callable[[int], None]] = {
     "rows": norm_rows,
+    "places": into_registered_memory,
     "pairs": pairs_of_blocks,
     "large host": large_through_host_memory,
     "hosts": over_hosts,
@@ -198,6 +224,7 @@ KINDS = {
     "hosts": HOSTS,
     "rows": ROWS,
     "multicast": MULTICAST,
+    "places": PLACES,
 }
 
 

@@ -199,11 +199,22 @@ class LocalGroup:
         mine = inputs[rank]
         self._start(rank, "TWOSHOT", mine, output, [other.data_ptr() - mine.data_ptr() for other in inputs])
 
-    def start_place(self, rank: int, input_: torch.Tensor, outputs: Sequence[torch.Tensor]) -> None:
-        """The same for TWOSHOT storing its results into every rank's output."""
-        mine = outputs[rank]
-        distances = [other.data_ptr() - mine.data_ptr() for other in outputs]
-        self._start(rank, "TWOSHOT", input_, mine, distances, exchange=Exchange.PLACE)
+    def start_place(
+        self,
+        rank: int,
+        input_: torch.Tensor,
+        outputs: Sequence[torch.Tensor],
+        pools: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """The same for TWOSHOT storing its results into every rank's output, at a place that differs by rank.
+
+        ``pools``: memory that the outputs lie in; None: it begins shortly before each.
+        """
+        if pools is None:
+            starts = [output.data_ptr() - _C.VECTOR_BYTES * (3 + number) for number, output in enumerate(outputs)]
+        else:
+            starts = [pool.data_ptr() for pool in pools]
+        self._start(rank, "TWOSHOT", input_, outputs[rank], [], pools=starts)
 
     def _start(
         self,
@@ -214,9 +225,9 @@ class LocalGroup:
         peer_distances: list[int],
         stream: Stream | None = None,
         *,
-        exchange: Exchange = Exchange.PULL,
+        pools: Sequence[int] = (),
     ) -> None:
-        plan = self.plan(rank, algorithm, input_, peer_distances, exchange)
+        plan = self.plan(rank, algorithm, input_, peer_distances, pools)
         assert plan(input_.data_ptr(), output.data_ptr(), (stream or self.streams[rank]).cuda_stream) == 0
 
     def plan(
@@ -225,14 +236,15 @@ class LocalGroup:
         algorithm: str,
         input_: torch.Tensor,
         peer_distances: Sequence[int] = (),
-        exchange: Exchange = Exchange.PULL,
+        pools: Sequence[int] = (),
     ) -> _C.Plan:
-        """A rank's call for inputs like this one. ``exchange``: of one with ``peer_distances``."""
+        """A rank's call for inputs like this one."""
         launch = self.launch_of(algorithm, message_of(input_))
         if peer_distances:
-            scatter = launch.scatter_lanes if exchange is Exchange.PLACE else 0
-            launch = dataclasses.replace(launch, exchange=exchange, scatter_lanes=scatter, drain_lanes=0)
-        return plan_on(self.machine, self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances)
+            launch = dataclasses.replace(launch, exchange=Exchange.PULL, scatter_lanes=0, drain_lanes=0)
+        if pools:
+            launch = dataclasses.replace(launch, exchange=Exchange.PLACE, drain_lanes=0)
+        return plan_on(self.machine, self.workspaces[rank], launch, input_.numel(), input_.dtype, peer_distances, pools)
 
     def finish(self) -> None:
         """Until every rank has done all that it was given."""

@@ -88,8 +88,9 @@ def plan_on(
     launch: Launch,
     count: int,
     dtype: torch.dtype,
-    peer_distances: Sequence[int],
+    peer_distances: Sequence[int] = (),
+    pools: Sequence[int] = (),
 ) -> _C.Plan:
     """As calls.plan_of() makes it, with the bindings of this machine."""
     with mock.patch.object(calls, "_C", machine.native):
-        return calls.plan_of(workspace, launch, count, dtype, peer_distances)
+        return calls.plan_of(workspace, launch, count, dtype, peer_distances, pools=pools)

@@ -304,14 +304,21 @@ def test_tables_know_every_group_and_size(world_size: int, architecture: int | N
 
 
 @pytest.mark.parametrize(
-    ("strategy", "runs"),
-    [("UB", "TWOSHOT")],
+    ("settings", "group", "reason"),
+    [
+        ({"registered_pool": 0}, facts(in_band=True), "registered_pool is 0: there is no registered memory"),
+        ({}, facts(), "in_band is off, and results are stored into outputs only where inputs travel in band"),
+        ({}, facts(transport=Transport.HOST), "ranks share host memory, and outputs lie with the GPUs"),
+        ({}, dataclasses.replace(facts(in_band=True), no_pool_reason="it cannot be opened"), "it cannot be opened"),
+    ],
 )
-def test_missing_kernels_fall_back_with_exactly_that_reason(strategy: str, runs: str) -> None:
-    decision = decide(config(strategy), facts(), 64, "bfloat16")
-    assert decision.strategy == runs
+def test_without_registered_memory_ub_falls_back_with_exactly_that_reason(
+    settings: dict[str, Any], group: GroupFacts, reason: str
+) -> None:
+    decision = decide(config("UB", **settings), group, 64 << 20, "bfloat16")
+    assert decision.strategy == "TWOSHOT"
     assert decision.is_fallback
-    assert decision.reason == f"the {strategy} kernel does not exist yet"
+    assert decision.reason == reason
 
 
 def low_precision(count: int, dtype: str, group: GroupFacts, **settings: Any) -> Decision:

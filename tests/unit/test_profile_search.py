@@ -235,9 +235,9 @@ def test_one_choice_whether_or_not_a_rank_captures(
         assert f"(profile x, measured 2025-01-02 {measured})" in decision.reason
     for function in (decide, describe, table_of, sweep):
         assert "capturing" not in inspect.signature(function).parameters
-    # Whether the input lies in memory that peers see is the same on all ranks, unlike whether a call is captured.
+    # Whether input or output lie in memory that peers see is the same on all ranks, unlike whether a call is captured.
     fields = {field.name for field in dataclasses.fields(Message)}
-    assert fields == {"count", "dtype", "element_bytes", "readable_in_place"}
+    assert fields == {"count", "dtype", "element_bytes", "readable_in_place", "registered_output"}
 
 
 # -- the node ----------------------------------------------------------------------------------------------------------

@@ -148,7 +148,8 @@ def test_the_communicator_pulls_what_it_may_and_sends_the_rest() -> None:
 def test_pulled_calls_are_counted_by_name() -> None:
     group, tally = facts(4, in_band=True), Tally()
     for place, calls in ((False, 2), (True, 5)):
-        decision = decide(AllReduceConfig(allreduce_strategy=S.UB), group, MIB, "bfloat16", readable_in_place=place)
+        settings = AllReduceConfig(allreduce_strategy=S.UB, registered_pool=0)
+        decision = decide(settings, group, MIB, "bfloat16", readable_in_place=place)
         tally.add(decision, Made(calls=calls))
     counts = tally.counts()
     assert dict(counts.calls) == {"TWOSHOT": 2, "TWOSHOT (pull)": 5}

@@ -73,6 +73,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
         fallback=_stock(group),
         name=name,
     )
+    communicator.let_graphs_share()  # SGLang's have one memory pool
     setattr(group, ATTRIBUTE, communicator)
     fusion_ops.serve(group.unique_name, communicator)
     fusion.install(server_args, settings, talks=group.rank_in_group == 0)

@@ -92,6 +92,7 @@ def _communicator_class(stock: type) -> type:
                 fallback=self._stock_all_reduce,
                 name=llm_allreduce_name,
             )
+            self.llm_allreduce.let_graphs_share()  # vLLM's have one memory pool
             fusion_ops.serve(kwargs["unique_name"], self.llm_allreduce)
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:

@@ -167,8 +167,9 @@ void wait_for_bulk_reads() {
   emulator::machine.step();
 }
 
-inline void wait_for_bulk_writes() {
-  emulator::machine.self->copies.wait(*emulator::machine.self->block, emulator::machine.self);
+template <int kPending>
+void wait_for_bulk_writes() {
+  emulator::machine.self->copies.wait(*emulator::machine.self->block, kPending, emulator::machine.self);
   emulator::machine.step();
 }
 

@@ -1,0 +1,208 @@
+"""UB: which messages it takes, and the memory that outputs lie in."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.algorithms import measured
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
+from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
+from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
+from tests.unit.test_policy import config, facts
+
+S = AllReduceStrategy
+MIB = 1 << 20
+
+
+def pool_of(size: int, largest: int) -> RegisteredPool:
+    storage = torch.empty(size + 4096, dtype=torch.uint8)
+    start = -storage.data_ptr() % 4096
+    storage = storage[start : start + size]
+    return RegisteredPool(storage, [storage.data_ptr()], None, largest)
+
+
+# -- the policy --------------------------------------------------------------------------------------------------------
+
+
+def test_large_messages_are_placed_and_small_ones_left_to_two_shot() -> None:
+    group = facts(4, in_band=True)
+    for size in (4 * MIB, 16 * MIB, 128 * MIB):
+        decision = decide(config("UB"), group, size // 2, "bfloat16")
+        assert (decision.strategy, decision.is_fallback, decision.counted_as) == (S.UB, False, "UB")
+        assert decision.launch is not None
+        assert (decision.launch.algorithm, decision.launch.exchange) == (Algorithm.TWO_SHOT, Exchange.PLACE)
+        assert (0 < decision.launch.scatter_lanes < decision.launch.lanes) == (size > 8 * MIB), "where lanes share"
+        assert decision.launch.drain_lanes == 0
+        assert decision.launch.chunk_vectors * 16 <= group.in_band.two_shot
+    small = decide(config("UB"), group, MIB, "bfloat16")
+    assert (small.strategy, small.by_design, small.is_fallback) == (S.TWOSHOT, True, False)
+    assert small.reason == "below 4 MiB results travel as fast through slots (an estimate)"
+    large = decide(config("UB", registered_pool="64MiB"), group, 8 * MIB + 1, "bfloat16")
+    assert (large.strategy, large.is_fallback) == (S.TWOSHOT, True)
+    assert large.reason == "16 MiB are more than a quarter of registered_pool, 16777216 bytes"
+
+
+def test_an_output_of_the_callers_must_lie_there() -> None:
+    group = facts(2, in_band=True)
+    elsewhere = decide(config("UB"), group, 8 * MIB, "bfloat16", registered_output=False)
+    assert (elsewhere.strategy, elsewhere.is_fallback) == (S.TWOSHOT, True)
+    assert elsewhere.reason == "its output does not lie in registered memory"
+    assert decide(config("UB"), group, 8 * MIB, "bfloat16", registered_output=True).strategy is S.UB
+    fused = decide_fused(config("UB"), group, 4096, 8192, "bfloat16")
+    assert fused.all_reduce.strategy is S.TWOSHOT, "the sum is no output there"
+
+
+def test_the_log_says_from_which_size_on() -> None:
+    assert describe(config("UB"), facts(4, in_band=True)) == "TWOSHOT to 2 MiB, UB to 128 MiB, then TWOSHOT"
+    assert describe(config("UB"), facts(transport=Transport.SHM)) == "UB to 4 MiB, then TWOSHOT"
+
+
+@pytest.mark.parametrize("strategy", ["AUTO", "MINLATENCY"])
+def test_tables_choose_it_only_where_it_was_measured(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    group, with_pool = facts(4, in_band=True), config(strategy, registered_pool="512MiB")
+    before = decide(with_pool, group, 8 * MIB, "bfloat16").launch
+    assert before is not None
+    assert before.exchange is Exchange.PUSH
+    monkeypatch.setitem(measured.TABLE_PLACES_FROM, 4, 16 * MIB)
+    decision = decide(with_pool, group, 8 * MIB, "bfloat16")
+    assert decision.launch is not None
+    assert decision.launch.exchange is Exchange.PLACE
+    assert decision.strategy == ("UB" if strategy == "AUTO" else "MINLATENCY")
+    assert "stored into registered outputs were faster from 16 MiB on" in decision.reason
+    assert decision.numerics == decide(config("TWOSHOT"), group, 8 * MIB, "bfloat16").numerics
+    for other in (
+        decide(with_pool, group, 8 * MIB - 1, "bfloat16"),
+        decide(with_pool, group, 8 * MIB, "bfloat16", registered_output=False),
+        decide(config(strategy), group, 8 * MIB, "bfloat16"),
+        decide(with_pool, facts(2, in_band=True), 8 * MIB, "bfloat16"),
+    ):
+        assert other.launch is not None
+        assert other.launch.exchange is Exchange.PUSH
+
+
+def test_there_is_memory_only_where_it_is_wanted_and_of_use() -> None:
+    group = facts(2, in_band=True)
+    assert pool_bytes(config("UB"), group) == 512 * MIB
+    assert pool_bytes(config("AUTO"), group) == 0
+    assert pool_bytes(config("AUTO", registered_pool="1GiB"), group) == 1 << 30
+    assert pool_bytes(config("UB"), facts(transport=Transport.SHM)) == 16 * MIB
+    for other in (
+        facts(transport=Transport.HOST),
+        facts(transport=Transport.NONE),
+        dataclasses.replace(group, hosts=(0, 1)),
+        dataclasses.replace(group, no_pool_reason="a test says so"),
+    ):
+        assert pool_bytes(config("UB"), other) == 0
+
+
+@pytest.mark.parametrize("value", [-1, "1T", "64MB", True])
+def test_a_wrong_size_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="registered_pool"):
+        AllReduceConfig(registered_pool=value)  # type: ignore[arg-type]
+
+
+# -- the memory --------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 1 << 32))
+def test_tensors_never_share_bytes_and_all_come_back(seed: int) -> None:
+    generator = random.Random(seed)
+    pool = pool_of(64 * ALIGNMENT, 16 * ALIGNMENT)
+    kept: list[tuple[torch.Tensor, int]] = []
+    for number in range(60):
+        tensor = pool.take((generator.randrange(1, 5000),), torch.uint8)
+        if tensor is None:
+            assert kept, "nothing lives, so something must be free"
+        else:
+            assert pool.holds(tensor)
+            assert (tensor.data_ptr() - pool.bases[0]) % ALIGNMENT == 0
+            tensor.fill_(number)
+            kept.append((tensor, number))
+        assert all(bool((found == value).all()) for found, value in kept)
+        while kept and generator.random() < 0.45:
+            found, value = kept.pop(generator.randrange(len(kept)))
+            if generator.random() < 0.3:
+                kept.append((found[len(found) // 2 :], value))  # a view keeps all of it
+            del found
+    kept.clear()
+    tensor = None
+    whole = pool.take((48 * ALIGNMENT,), torch.uint8)
+    assert whole is not None, "all that was taken is one block again"
+    assert pool.take((1,), torch.uint8) is None
+    # What is lent lies behind it, always at the same place.
+    lent = pool.lend((16 * ALIGNMENT,), torch.uint8, stream=5)
+    assert lent.data_ptr() == whole.data_ptr() + 48 * ALIGNMENT
+
+
+def test_what_a_graph_has_taken_stays_with_it() -> None:
+    """A replay writes there, whatever lives then: neither eager calls nor other graphs get those bytes."""
+    pool = pool_of(8 * ALIGNMENT, 0)
+    of_graph = pool.take((2 * ALIGNMENT,), torch.uint8, capture=7)
+    assert of_graph is not None
+    first = of_graph.data_ptr()
+    del of_graph
+    again = pool.take((2 * ALIGNMENT,), torch.uint8, capture=7)
+    assert again is not None
+    assert again.data_ptr() == first, "the same graph uses it by turns"
+    del again
+    taken = [pool.take((ALIGNMENT,), torch.uint8) for _ in range(7)]
+    live = [tensor for tensor in taken if tensor is not None]
+    assert len(live) == 6
+    assert first not in [tensor.data_ptr() for tensor in live]
+    taken.clear()
+    live.clear()
+    gc.collect()
+    other = pool.take((2 * ALIGNMENT,), torch.uint8, capture=8)
+    assert other is not None
+    assert other.data_ptr() != first
+    assert pool.take((1,), torch.uint8, capture=8) is None, "graphs keep half at the most"
+    assert pool.take((1,), torch.uint8) is not None
+
+
+def test_graphs_of_one_memory_pool_take_turns() -> None:
+    pool = pool_of(8 * ALIGNMENT, 0)
+    pool.graphs_share = True
+    places = []
+    for capture in (7, 8, 9):
+        tensor = pool.take((3 * ALIGNMENT,), torch.uint8, capture)
+        assert tensor is not None
+        places.append(tensor.data_ptr())
+        assert pool.take((2 * ALIGNMENT,), torch.uint8, capture) is None
+        del tensor
+    assert len(set(places)) == 1
+    eager = pool.take((5 * ALIGNMENT,), torch.uint8)
+    assert eager is not None
+    assert pool.take((1,), torch.uint8) is None, "what graphs have taken is no eager call's"
+
+
+def test_what_is_lent_stays_on_one_stream() -> None:
+    pool = pool_of(8 * ALIGNMENT, 4 * ALIGNMENT)
+    for _ in range(2):
+        pool.lend((8,), torch.float32, stream=1)
+        pool.lend((8,), torch.float32, stream=2, capture=5)
+        pool.lend((8,), torch.float32, stream=3, capture=6)
+    with pytest.raises(RuntimeError, match="several streams: 4096 bytes are too few, .* set registered_pool to more"):
+        pool.lend((8,), torch.float32, stream=2)
+    with pytest.raises(RuntimeError, match="on several streams"):
+        pool.lend((8,), torch.float32, stream=2, capture=6)
+    assert pool.lent == 6
+
+
+def test_only_whole_outputs_are_held() -> None:
+    pool = pool_of(16 * ALIGNMENT, 4 * ALIGNMENT)
+    tensor = pool.take((1000,), torch.float32)
+    assert tensor is not None
+    held = {"all": tensor, "aligned": tensor[4:], "odd": tensor[1:], "strided": tensor[::2], "none": tensor[:0]}
+    assert [name for name, found in held.items() if pool.holds(found)] == ["all", "aligned"]
+    assert not pool.holds(torch.empty(1000))
