@@ -19,6 +19,13 @@
 
 namespace lar {
 
+// Switches that send a store to every rank came with sm_90: kernels of older GPUs are empty, and are never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kKnowsMulticast = false;
+#else
+constexpr bool kKnowsMulticast = true;
+#endif
+
 // Before the arguments of in-band kernels, whose table is cut to the world size.
 struct MulticastArguments {
   char* all;                   // slots or results, where one store reaches every rank

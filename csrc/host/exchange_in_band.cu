@@ -214,7 +214,8 @@ MulticastArguments multicast_arguments(const lar_workspace& workspace, const lar
 int multicast(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
   const bool split = call.launch.scatter_lanes > 0;
-  if (call.norm || (split && (!aligned || call.kind.algorithm == LAR_ONE_SHOT))) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm || !knows_multicast()) return LAR_ERROR_INVALID_ARGUMENT;
+  if (split && (!aligned || call.kind.algorithm == LAR_ONE_SHOT)) return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
     MulticastCall<0> arguments{multicast_arguments(workspace, call), in_band_arguments(workspace, call, round, use)};
@@ -226,7 +227,7 @@ int multicast(const lar_workspace& workspace, const lar_call& call, void* stream
 }
 
 int in_switch(const lar_workspace& workspace, const lar_call& call, void* stream) {
-  if (call.norm || call.launch.scatter_lanes > 0 || !can_sum_in_switch()) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm || call.launch.scatter_lanes > 0 || !knows_multicast()) return LAR_ERROR_INVALID_ARGUMENT;
   const int world_size = workspace.layout.world_size;
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);

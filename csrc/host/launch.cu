@@ -48,7 +48,7 @@ int launch_kernel(const void* kernel, int blocks, int threads, int cluster, bool
   return cudaLaunchKernelExC(&config, kernel, &argument);
 }
 
-bool can_sum_in_switch() { return has_dependent_launch(); }  // which came with the same architecture
+bool knows_multicast() { return has_dependent_launch(); }  // which came with the same architecture
 
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream) {

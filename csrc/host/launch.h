@@ -22,8 +22,8 @@ enum class Start { kLate, kEarly };
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream);
 
-// Whether the current device knows sums in the switch (sm_90 and newer).
-bool can_sum_in_switch();
+// Whether kernels that go by multicast are more than empty on the current device (sm_90 and newer).
+bool knows_multicast();
 
 inline bool ends_on_a_vector(const lar_message& message) {
   return message.count * element_bytes(message.dtype) % LAR_VECTOR_BYTES == 0;

@@ -29,6 +29,7 @@ __device__ __forceinline__ bool take_and_sum(const MulticastCall<kWorldSize>& ca
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_multicast_short_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t index = grid_thread();
@@ -54,6 +55,7 @@ constexpr int kLead = 2;
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_multicast_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
   const Payload<T> input(arguments.input, arguments.count);
   const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);

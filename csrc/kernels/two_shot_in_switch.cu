@@ -19,6 +19,7 @@ namespace {
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_in_switch_kernel(const __grid_constant__ InSwitchCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const InBandArguments& arguments = call.in_band;
   const MulticastArguments& multicast = call.multicast;
   const int world_size = World<kWorldSize>::size(arguments.world_size);

@@ -17,6 +17,7 @@ namespace {
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_short_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
@@ -63,6 +64,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
@@ -108,6 +110,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
 template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_split_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
+  if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
