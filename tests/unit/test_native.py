@@ -56,8 +56,8 @@ def test_machine_code_for_every_architecture_asked_for() -> None:
     asked = os.environ.get("LLM_ALLREDUCE_CUDA_ARCHS", "80;86;89;90;100;120").split(";")
     listed = cuobjdump("--list-elf", LIBRARY)
     assert set(re.findall(r"sm_(\d+)", listed)) == set(asked)
-    ptx = cuobjdump("--list-ptx", LIBRARY)
-    assert f"sm_{asked[-1]}" in ptx, "PTX of the newest, for GPUs to come"
+    ptx = {int(version) for version in re.findall(r"sm_(\d+)", cuobjdump("--list-ptx", LIBRARY))}
+    assert max(ptx) >= min(int(asked[-1]), 90), "PTX for GPUs to come; newer ones are given that of 90"
 
 
 def test_the_library_holds_the_kernels_that_it_should() -> None:
