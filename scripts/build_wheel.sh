@@ -24,7 +24,7 @@ trap 'rm -rf "$work"' EXIT
 export PATH=$work/tools/bin:$PATH # auditwheel calls patchelf
 
 echo "making the sdist"
-python -m build --sdist --outdir dist . >"$work/sdist.log" || { cat "$work/sdist.log" >&2; exit 1; }
+python -m build --sdist --outdir dist . >"$work/sdist.log" 2>&1 || { cat "$work/sdist.log" >&2; exit 1; }
 for interpreter in "${interpreters[@]}"; do
   echo "building with $("$interpreter" --version): a minute or two for each architecture"
   "$interpreter" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$work/raw" .
