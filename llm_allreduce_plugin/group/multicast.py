@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MULTICAST_BYTES = 64 << 20  # of each rank's memory; as much again for inputs that the switch sums
 PAIR = 2  # ranks
+FIRST_ARCHITECTURE = 90
 
 
 def layout_of(config: AllReduceConfig, world_size: int) -> _C.MulticastLayout:
@@ -75,6 +76,8 @@ def _other_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
         return "multicast is of GPU memory that ranks share"
     if facts.num_hosts > 1:
         return f"ranks run on {facts.num_hosts} hosts, and multicast here is of one"
+    if facts.architecture is not None and facts.architecture < FIRST_ARCHITECTURE:
+        return f"switches of sm_{facts.architecture} have no multicast; those of sm_{FIRST_ARCHITECTURE} and newer may"
     return None if config.in_band else "in_band is off, and multicast is in band"
 
 

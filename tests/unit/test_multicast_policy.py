@@ -139,7 +139,7 @@ def test_one_switch_is_enough(switch: tuple[str, str], monkeypatch: pytest.Monke
 def test_where_there_is_none() -> None:
     reasons = {
         "off": facts_of(AllReduceConfig()),
-        "no multicast": facts_of(config_of(), "l40s_x8_two_numa"),
+        "switches of sm_89": facts_of(config_of(), "l40s_x8_two_numa"),
         "GPU memory that ranks share": facts_of(config_of(transport="host")),
         "in_band is off": facts_of(config_of(in_band=False)),
         "hosts": facts_of(config_of(), "gb200_x72_nvl72"),
