@@ -16,6 +16,7 @@ from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchan
 from llm_allreduce_plugin.algorithms.measured import RowShape
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, bytes_in_words
+from llm_allreduce_plugin.algorithms.two_shot import TwoShot
 from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
 
     Over two GPUs one step sends no more than two do, and its rows are whole everywhere.
     """
+    if exact.exchange is Exchange.PLACE:  # whose sums are outputs: in one kernel they are none
+        exact = TwoShot().plan(config, facts, message)
     if facts.world_size == PAIR and facts.transport is not Transport.SHM and exact.algorithm is Algorithm.TWO_SHOT:
         return OneShot().plan(config, facts, message)
     return exact
