@@ -57,14 +57,15 @@ class Message:
         dtype: as torch spells it, e.g. ``"bfloat16"``.
         element_bytes: 0 when no kernel handles the type.
         readable_in_place: it lies, from a multiple of 16 bytes on, in memory that every peer sees.
-        registered_output: its output lies, from a multiple of 16 bytes on, in registered memory.
+        registered_output: its output lies, from a multiple of 16 bytes on, in registered memory; None: it is the
+            communicator's own, which takes it from there where there is such memory.
     """
 
     count: int
     dtype: str
     element_bytes: int
     readable_in_place: bool = False
-    registered_output: bool = False
+    registered_output: bool | None = None
 
     @property
     def payload_bytes(self) -> int:

@@ -233,7 +233,8 @@ class FusedDecision:
         if self.launch is None:
             return f"{self.all_reduce.counted_as}, then norm"
         kernel = self.launch.algorithm.name.replace("_", "")
-        names_kernel = self.all_reduce.strategy in {AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT}
+        names = {AllReduceStrategy.ONESHOT, AllReduceStrategy.TWOSHOT, AllReduceStrategy.UB}
+        names_kernel = self.all_reduce.strategy in names
         return f"{kernel if names_kernel else self.all_reduce.strategy} (fused norm)"
 
     def __str__(self) -> str:

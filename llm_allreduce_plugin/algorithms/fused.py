@@ -64,6 +64,8 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
         facts = facts.without_multicast()
         strategy = OneShot() if exact.algorithm is Algorithm.ONE_SHOT else TwoShot()
         exact = strategy.plan(config, facts, message)
+    if exact.exchange is Exchange.PLACE:  # whose sums are outputs: in one kernel they are none
+        exact = TwoShot().plan(config, facts, message)
     if facts.world_size == PAIR and facts.transport is not Transport.SHM and exact.algorithm is Algorithm.TWO_SHOT:
         return OneShot().plan(config, facts, message)
     return exact

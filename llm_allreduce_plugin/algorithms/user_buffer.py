@@ -73,7 +73,7 @@ class UserBuffer(KernelStrategy):
             return reason
         if (reason := pool_obstacle(config, facts)) is not None:
             return reason
-        if not message.registered_output:
+        if message.registered_output is False:
             return "its output does not lie in registered memory"
         if message.payload_bytes > (most := largest_output(pool_bytes(config, facts))):
             return f"{bytes_in_words(message.payload_bytes)} are more than a quarter of registered_pool, {most} bytes"

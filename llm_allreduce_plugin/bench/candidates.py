@@ -99,7 +99,7 @@ def _registered(context: RankContext, settings: OurSettings) -> Candidate:
         tuning_profile=settings.tuning_profile,
         registered_pool=None if context.device.type == "cpu" else REGISTERED_POOL_BYTES,
     )
-    decision = group.explain((1 << 22,), torch.bfloat16)
+    decision = group.explain((1 << 20,), torch.bfloat16)
     if decision.runs_another and not decision.by_design:
         group.close()
         raise RuntimeError(decision.reason)

@@ -299,8 +299,13 @@ class Planner:
             RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
             ValueError: such rows cannot be normed, or not quantized like this.
         """
+        registered = 0 if self._pool is None else self._pool.size
         settings = self._config.model_copy(
-            update={"allreduce_strategy": AllReduceStrategy.parse(strategy), "fuse_norm": fused}
+            update={
+                "allreduce_strategy": AllReduceStrategy.parse(strategy),
+                "fuse_norm": fused,
+                "registered_pool": registered,
+            }
         )
         decision = decide_fused(
             settings, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant, however_slow=True
@@ -328,5 +333,10 @@ class Planner:
         if launch.hosts > 1:
             over_hosts = self._network_call(launch, name, shape.elements, shape.dtype)
             return norm_calls.engine_then_norm(over_hosts, shape, self._device), over_hosts.made
+        if launch.exchange is Exchange.PLACE:
+            assert self._pool is not None
+            plan = plan_of(self._workspace, launch, shape.elements, shape.dtype, pools=self._pool.bases)
+            placed = placing_call(plan, launch, self._health, self._pool, name)
+            return norm_calls.engine_then_norm(placed, shape, self._device), plan
         plan = plan_of(self._workspace, launch, shape.elements, shape.dtype)
         return norm_calls.kernel_then_norm(plan, shape, self._health, self._device, name), plan

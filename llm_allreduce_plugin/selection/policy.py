@@ -11,7 +11,6 @@ from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDe
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
-from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.quantization import QuantKind, check_hidden
 
@@ -52,8 +51,6 @@ def decide(
     ``registered_output``: on every rank the output lies, from a multiple of 16 bytes on, in registered memory; None:
     it is the communicator's own, which takes it from there where there is such memory.
     """
-    if registered_output is None:
-        registered_output = pool_bytes(config, facts) > 0
     message = Message(count, dtype, ELEMENT_BYTES.get(dtype, 0), readable_in_place, registered_output)
     requested = config.allreduce_strategy
     asked = ASKED_FOR[requested]
@@ -137,8 +134,7 @@ def decide_fused(
         ValueError: rows of this size cannot be normed, or not quantized like this.
     """
     check_hidden(hidden, quant)
-    # What is summed is an intermediate of one kernel or of two, and no output.
-    all_reduce = decide(config, facts, rows * hidden, dtype, registered_output=False)
+    all_reduce = decide(config, facts, rows * hidden, dtype)
     if rows == 0 or not config.fuse_norm:
         reason = "there are no rows" if rows == 0 else "fuse_norm is off"
         return FusedDecision(None, reason, all_reduce, by_design=True)

@@ -10,6 +10,7 @@ import torch
 from llm_allreduce_plugin import PeerTimeoutError
 from llm_allreduce_plugin.algorithms.decision import Exchange
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.oracle.norm import residual_rms_norm
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.reference import DTYPES, assert_same_bits, poison, rank_input, rank_ordered_sum, special_inputs
@@ -196,6 +197,27 @@ def _different_places(context: RankContext) -> None:
 
 def test_outputs_at_different_places(cpu_pool: PoolFor) -> None:
     cpu_pool(3).run(_different_places)
+
+
+def _normed(context: RankContext, fuse: bool) -> dict[str, int]:
+    with checks.communicator(context, "UB", fuse_norm=fuse) as group:
+        for call in range(3):
+            inputs = [part.view(6, 512) for part in _inputs(context, call, 6 * 512, torch.bfloat16)]
+            torch.manual_seed(call)  # on every rank alike
+            residual, weight = torch.randn(6, 512).bfloat16(), torch.randn(512).bfloat16()
+            found = group.all_reduce_residual_rms_norm(inputs[context.rank], residual, weight, 1e-5)
+            expected = residual_rms_norm(rank_ordered_sum(inputs), residual, weight, 1e-5)
+            assert found.norm_out is not None
+            assert expected.norm_out is not None
+            assert_same_bits(found.norm_out, expected.norm_out, f"norm {call}")
+            assert_same_bits(found.residual_out, expected.residual_out, f"residual {call}")
+        calls: dict[str, int] = group.report()["calls"]
+        return calls
+
+
+@pytest.mark.parametrize(("fuse", "counted"), [(False, "UB, then norm"), (True, "TWOSHOT (fused norm)")])
+def test_a_norm_behind_the_sum(cpu_pool: PoolFor, fuse: bool, counted: str) -> None:
+    assert cpu_pool(2).run(_normed, fuse) == [{counted: 3}] * 2
 
 
 def _missing(context: RankContext) -> str:

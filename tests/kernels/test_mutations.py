@@ -142,8 +142,8 @@ def norm_rows(seed: int) -> None:
 def into_registered_memory(seed: int) -> None:
     """Results that peers store into outputs, of which each is read before the next one may come."""
     generator = random.Random(seed)
-    size = 1024
-    for kind in ({"workspace_mib": 0.25}, {"split": (1, 0), "lanes": 4, "workspace_mib": 0.5}):
+    # Of lanes with one task each warp has several tiles, the last of which travels in band.
+    for size, kind in ((1024, {"workspace_mib": 0.25}), (12_288, {"split": (1, 0), "workspace_mib": 1})):
         group = LocalGroup(3, machine=EmulatedGpus(seed, library=mutated()), **({"lanes": 3, "threads": 64} | kind))
         pools = [torch.full((4 * size,), 7.0, dtype=torch.bfloat16) for _ in range(3)]
         calls = []

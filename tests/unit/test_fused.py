@@ -357,7 +357,7 @@ def test_what_is_not_fused_is_counted_with_the_reason() -> None:
 def test_the_sums_own_fallback_comes_first_and_what_nobody_asked_for_is_none() -> None:
     to_engine = decide_fused(config("ONESHOT"), facts(2, Transport.NONE), 8, 8192, "bfloat16")
     assert fallbacks_of(to_engine) == (Fallback("ONESHOT", "NCCL", "a test says so"),)
-    unwritten = decide_fused(config("UB"), facts(2), 8, 8192, "float32")
+    unwritten = decide_fused(config("UB", registered_pool=0), facts(2), 8, 8192, "float32")
     assert [found.requested for found in fallbacks_of(unwritten)] == ["UB", FUSED]
     for nothing in (
         decide_fused(config("NCCL"), facts(2), 8, 8192, "bfloat16"),

@@ -58,8 +58,16 @@ def test_an_output_of_the_callers_must_lie_there() -> None:
     assert (elsewhere.strategy, elsewhere.is_fallback) == (S.TWOSHOT, True)
     assert elsewhere.reason == "its output does not lie in registered memory"
     assert decide(config("UB"), group, 8 * MIB, "bfloat16", registered_output=True).strategy is S.UB
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(2, "ONESHOT (fused norm)"), (4, "TWOSHOT (fused norm)")])
+def test_in_one_kernel_with_the_norm_the_sum_is_no_output(world_size: int, name: str) -> None:
+    group = facts(world_size, in_band=True, architecture=90)
     fused = decide_fused(config("UB"), group, 4096, 8192, "bfloat16")
-    assert fused.all_reduce.strategy is S.TWOSHOT, "the sum is no output there"
+    assert fused.launch is not None
+    assert (fused.launch.exchange, fused.counted_as) == (Exchange.PUSH, name)
+    two = decide_fused(config("UB", fuse_norm=False), group, 4096, 8192, "bfloat16")
+    assert (two.launch, two.counted_as) == (None, "UB, then norm")
 
 
 def test_the_log_says_from_which_size_on() -> None:
