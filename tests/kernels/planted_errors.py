@@ -70,18 +70,6 @@ MUTATIONS: dict[str, Mutation] = {
         "    if ({} || lane_.wait(FlagPlane::kPlaceDone,",
         PLACES,
     ),
-    "bulk copies are waited for until they have been read": (
-        "device/bulk_sender.cuh",
-        "      wait_for_bulk_writes<kPending>();",
-        "      if ({}) wait_for_bulk_reads<kPending>(); else wait_for_bulk_writes<kPending>();",
-        PLACES,
-    ),
-    "bulk copies have no proxy fence behind them": (
-        "device/bulk_sender.cuh",
-        "      fence_behind_bulk_copies();",
-        "      if (!{}) fence_behind_bulk_copies();",
-        PLACES,
-    ),
     "slots are not cleared": (
         "device/in_band.cuh",
         "    if (kClears) {\n",
