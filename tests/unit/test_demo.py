@@ -106,7 +106,7 @@ time.sleep(60)
 
 
 def _interrupted_twice(log: Path) -> None:
-    with serve_demo.server([sys.executable, "-c", SLEEPER], {}, log):
+    with serve_demo.server([sys.executable, "-c", SLEEPER], dict(os.environ), log):
         try:
             wait_until(lambda: "ready" in log.read_text())
             raise KeyboardInterrupt
@@ -137,7 +137,7 @@ def test_a_start_says_what_it_waits_for(
     log = tmp_path / "log"
     url = f"http://127.0.0.1:{serve_demo.free_port()}/health"
     with (
-        serve_demo.server([sys.executable, "-c", SLEEPER], {}, log) as process,
+        serve_demo.server([sys.executable, "-c", SLEEPER], dict(os.environ), log) as process,
         pytest.raises(DemoError, match="was not healthy within 3.0 s"),
     ):
         serve_demo.wait_for_health(process, url, log)

@@ -131,13 +131,13 @@ def test_tokens_that_differ_are_a_failure() -> None:
 def test_an_engine_that_fails_shows_its_log(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print('no such flag')"]
     with pytest.raises(RuntimeError, match="(?s)AUTO failed:.*no such flag"):
-        decode.run_process("AUTO", command, {}, tmp_path / "log", tmp_path / "result", 60)
+        decode.run_process("AUTO", command, dict(os.environ), tmp_path / "log", tmp_path / "result", 60)
 
 
 def test_an_engine_that_takes_too_long_leaves_nothing_behind(tmp_path: Path) -> None:
     command = ["/bin/sh", "-c", "sleep 300 & echo $!; wait"]
     with pytest.raises(subprocess.TimeoutExpired):
-        decode.run_process("AUTO", command, {"PATH": os.defpath}, tmp_path / "log", tmp_path / "result", 2)
+        decode.run_process("AUTO", command, dict(os.environ), tmp_path / "log", tmp_path / "result", 2)
     pid = int((tmp_path / "log").read_text())
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[-1][:3]:
