@@ -45,7 +45,7 @@ from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
-from tests.support.multicast_checks import compare_in_switch
+from tests.support.multicast_checks import compare_exact, compare_in_switch
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
 from tests.support.reference import assert_same_bits, rank_ordered_sum
 from tests.support.soft_switch import MulticastGroup
@@ -187,6 +187,8 @@ def by_multicast(seed: int) -> None:
     kinds = ("ONESHOT", "TWOSHOT", "TWOSHOT", "PUSH TWOSHOT", "PUSH ONESHOT")
     calls = [(generator.choice(kinds), generator.choice((8, 64, 520, 1024, 3001))) for _ in range(12)]
     run_queued(group, calls, f"{seed=}")
+    run_queued(group, [("ONESHOT", generator.choice((8, 64, 256))) for _ in range(16)], f"one step, {seed=}")
+    compare_exact(group, "ONESHOT", inputs_of(seed, 4, 520, torch.float32), f"in order, {seed=}")
     for turn in range(2):
         compare_in_switch(group, inputs_of(seed + turn, 4, (2048, 777)[turn], torch.bfloat16), f"{seed=}")
 
