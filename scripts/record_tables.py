@@ -238,6 +238,20 @@ def error_of_algorithms() -> str:
     return markdown(["", *algorithms], lines)
 
 
+def registered() -> str:
+    """UB beside what pushes into slots, over two GPUs and four."""
+    rows = []
+    for ranks in (2, 4):
+        name = f"h100/bench_ub_tp{ranks}"
+        placed, fastest, nccl = (times(name, candidate) for candidate in ("UB", "MINLATENCY", "NCCL"))
+        rows += [
+            [str(ranks), size(count), number(placed[count]), number(fastest[count]), number(nccl[count])]
+            for count in placed
+            if count >= 4 * MIB and count.bit_length() % 2 == 1
+        ]
+    return markdown(["GPUs", "bytes", "UB", "MINLATENCY", "NCCL"], rows)
+
+
 _STOCK = {"default": "stock vLLM"}
 _OURS = {"MINLATENCY": "MINLATENCY"}
 _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"}
@@ -246,6 +260,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "nvlink_h100": nvlink_h100,
     "host_memory": host_memory,
     "fused": fused,
+    "registered": registered,
     "vllm_fused_8192_tp2": lambda: tokens("h200/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),

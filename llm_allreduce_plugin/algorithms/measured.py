@@ -134,8 +134,9 @@ class Split:
 SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
     "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
-    # Nobody takes results in. An estimate from those of TWOSHOT.
-    "UB": {2: (Split(0, 132, 48, 0),), 3: (Split(0, 132, 56, 0),)},
+    # Nobody takes results in. Two ranks: benchmarks/h100/shapes_ub_tp2.json, before the last tile travelled in band.
+    # More: an estimate from those of TWOSHOT.
+    "UB": {2: (Split(0, 132, 48, 0), Split(8 * MIB, 132, 64, 0)), 3: (Split(0, 132, 56, 0),)},
     "LOWPRECISION": {
         2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
         4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
@@ -187,7 +188,9 @@ class RowShape:
 
 
 # Results that are stored into registered outputs. The smallest message, by world size (the next larger one, or the
-# last), where that was asked for: an estimate, below which two more flights of a flag cost more than a copy.
+# last), where that was asked for: an estimate, below which two more flights of a flag cost more than a copy. Measured
+# with estimated shapes on H100, TWOSHOT by slots was faster at 2 ranks up to 64 MiB (benchmarks/h100/bench_ub_tp2.json),
+# and MINLATENCY at 4 ranks everywhere (bench_ub_tp4.json): whoever asks for UB by name gets it, and nobody else.
 PLACE_PAYS_FROM = {2: 4 * MIB, 72: 4 * MIB}
 PLACE_SOURCE = "an estimate"
 # The same where AUTO and MINLATENCY may choose it, of the world sizes for which it was measured to be faster: none yet.
