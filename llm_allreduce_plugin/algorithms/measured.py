@@ -189,8 +189,8 @@ class RowShape:
 
 # Results that are stored into registered outputs. The smallest message, by world size (the next larger one, or the
 # last), where that was asked for: an estimate, below which two more flights of a flag cost more than a copy. Measured
-# with estimated shapes on H100, TWOSHOT by slots was faster at 2 ranks up to 64 MiB (benchmarks/h100/bench_ub_tp2.json),
-# and MINLATENCY at 4 ranks everywhere (bench_ub_tp4.json): whoever asks for UB by name gets it, and nobody else.
+# with estimated shapes on H100 (benchmarks/h100/bench_ub_tp2.json, bench_ub_tp4.json), TWOSHOT by slots was faster at 2
+# ranks up to 64 MiB, and MINLATENCY at 4 ranks everywhere: whoever asks for UB by name gets it, and nobody else.
 PLACE_PAYS_FROM = {2: 4 * MIB, 72: 4 * MIB}
 PLACE_SOURCE = "an estimate"
 # The same where AUTO and MINLATENCY may choose it, of the world sizes for which it was measured to be faster: none yet.
