@@ -97,7 +97,7 @@ def test_every_setting_can_be_carried(tmp_path: Path) -> None:
         allreduce_strategy="LOWPRECISION", timeout_s=1.5, first_timeout_s=2, start_timeout_s=3, transport="host",
         workspace_bytes="64MiB", one_shot_max_bytes=0, tuning_profile="none", in_band=False, staged="on",
         low_precision={"wire_format": "tq3", "domains": [0, 1], "min_bytes": None}, report_dir=tmp_path,
-        check_calls=True, fuse_norm=False,
+        check_calls=True, fuse_norm=False, registered_pool="1GiB", multicast="auto", in_switch_sum=True,
     )  # fmt: skip
     assert given.model_fields_set == set(AllReduceConfig.model_fields)
     parse("--allreduce-config", given.model_dump_json())

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C
-from scripts import build_backend
 from tests.support import kernel_list
 from tests.support.cuda_tools import cuobjdump, library_path
 
-SOURCE = Path(__file__).parents[2] / "csrc"
+OLDEST_WITH_MULTICAST = 90
 IN_SWITCH = "two_shot_in_switch_kernel"
 # Of each type, what the switch is told: fp32 sums of 16-bit values, too.
 SUMS = {
@@ -50,25 +46,13 @@ def check(ptx: str) -> int:
 
 
 def test_exact_kernels_do_not_sum_in_the_switch() -> None:
-    """As the library holds them, for the newest architecture."""
+    """As the library holds them: in the PTX that machine code of every architecture with multicast is made from."""
+    if max(map(int, re.findall(r"sm_(\d+)", cuobjdump("--list-ptx", library_path())))) < OLDEST_WITH_MULTICAST:
+        pytest.skip("built for GPUs without multicast, for which these kernels are empty")
     ptx = cuobjdump("--dump-ptx", library_path())
     kernels = {kernel for kernel, _ in entries(ptx)}
     assert {kernel for kernel, _ in kernel_list.expected()} <= kernels
     assert check(ptx) == len(SUMS) * 4
-
-
-@pytest.mark.parametrize("source", ("two_shot_in_switch", "two_shot_multicast", "one_shot_multicast"))
-@pytest.mark.parametrize("architecture", (90, 100, 120))
-def test_sums_in_the_switch_are_in_fp32_on_every_architecture(architecture: int, source: str, tmp_path: Path) -> None:
-    if (nvcc := build_backend.installed_nvcc()) is None:
-        pytest.skip("no CUDA toolkit here")
-    target = tmp_path / "kernels.ptx"
-    includes = [f"-I{SOURCE}", f"-I{SOURCE / 'include'}"]
-    command = [nvcc, "--std=c++17", "--ptx", f"-arch=compute_{architecture}", *includes]
-    subprocess.run(
-        [*command, "-o", target, SOURCE / "kernels" / f"{source}.cu"], check=True, env=os.environ, timeout=300
-    )
-    assert check(target.read_text()) == (len(SUMS) * 4 if source == "two_shot_in_switch" else 0)
 
 
 @given(st.integers(-1, 80), st.integers(-1, 1 << 26), st.booleans())
