@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib
 import itertools
+import multiprocessing.resource_tracker
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def run_child(parent: int, module: str, function: str, *arguments: Any) -> None:
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
     """Children that are started here get no Ctrl-C before :func:`run_child` has said what it means to them."""
+    # With the first child that is spawned multiprocessing starts this process, and lets Ctrl-C in again behind it.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -163,3 +163,23 @@ with processes.interrupts_held():
 print(during, got)
 """
     assert python(script).communicate(timeout=10)[0] == "[] [1]\n"
+
+
+START = """
+import multiprocessing
+from llm_allreduce_plugin.base.processes import interrupts_held
+looks = "import signal; raise SystemExit(0 if signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []) else 3)"
+children = [multiprocessing.get_context("spawn").Process(target=exec, args=(looks,)) for _ in range(2)]
+with interrupts_held():
+    for child in children:
+        child.start()
+for child in children:
+    child.join()
+print([child.exitcode for child in children])
+"""
+
+
+def test_the_first_child_of_a_process_gets_no_ctrl_c_either() -> None:
+    """Beside it, multiprocessing starts a process of its own, and lets signals in again behind it."""
+    result = subprocess.run([sys.executable, "-c", START], capture_output=True, text=True, check=True, timeout=60)
+    assert result.stdout == "[0, 0]\n", result.stdout + result.stderr
