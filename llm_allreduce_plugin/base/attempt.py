@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -52,3 +53,46 @@ class Attempt(Generic[T]):
             error, self._error = self._error, None
             raise error
         return self._result.pop()
+
+
+class EndsWhenUnused:
+    """What ends when it has been closed and nothing uses it any more.
+
+    For what a step uses that may have been given up, but still be on its way, or never return.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._over = False
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Until its end, nothing is let go of.
+
+        Raises:
+            RuntimeError: it has been closed already.
+        """
+        with self._lock:
+            if self._over:
+                message = "this rank has given up before"
+                raise RuntimeError(message)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                is_last = self._over and not self._users
+            if is_last:
+                self._let_go()
+
+    def _end(self, name: str, seconds: float) -> bool:
+        """Close it. False when letting go, in a thread of this ``name``, has not ended by then. Idempotent."""
+        with self._lock:
+            is_last = not self._over and not self._users
+            self._over = True
+        return not is_last or Attempt(self._let_go, name).wait(seconds)
+
+    def _let_go(self) -> None:
+        raise NotImplementedError

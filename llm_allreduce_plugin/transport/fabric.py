@@ -6,18 +6,16 @@ agreement, so that every step has its deadline, and what one rank cannot do stop
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.base.attempt import Attempt
+from llm_allreduce_plugin.base.attempt import EndsWhenUnused
 from llm_allreduce_plugin.base.cleanup import quietly
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
@@ -79,7 +77,7 @@ class Segment:
             quietly(functools.partial(self._driver.release, handle), "let go of memory of an NVLink domain")
 
 
-class Mapped:
+class Mapped(EndsWhenUnused):
     """The memory of all ranks, as this one sees it.
 
     It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
@@ -87,47 +85,21 @@ class Mapped:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.driver: Driver | None = None
         self.segments: list[Segment] = []  # as they were made; in rank order in the end
-        self._lock = threading.Lock()
-        self._users = 0
-        self._over = False
 
     @property
     def bases(self) -> list[int]:
         """The address of each rank's, in rank order."""
         return [segment.address for segment in self.segments]
 
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Until its end, nothing is let go of.
-
-        Raises:
-            RuntimeError: it has been closed already.
-        """
-        with self._lock:
-            if self._over:
-                message = "this rank has given up before"
-                raise RuntimeError(message)
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                is_last = self._over and not self._users
-            if is_last:
-                self._let_go()
-
     def close(self) -> None:
         """Unmap all of it, as soon as nothing uses it, and wait for that for a while. No kernel may be running on it.
 
         Idempotent.
         """
-        with self._lock:
-            is_last = not self._over and not self._users
-            self._over = True
-        if is_last and not Attempt(self._let_go, "fabric").wait(CLOSE_WAIT_S):
+        if not self._end("fabric", CLOSE_WAIT_S):
             logger.warning("the driver has not let go of memory of an NVLink domain after %g s", CLOSE_WAIT_S)
 
     def _let_go(self) -> None:

@@ -11,18 +11,16 @@ must outlive every import.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.base.attempt import Attempt
+from llm_allreduce_plugin.base.attempt import EndsWhenUnused
 from llm_allreduce_plugin.base.cleanup import quietly
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.transport.driver import DriverError
@@ -46,7 +44,7 @@ _HINTS = {
 }
 
 
-class Multicast:
+class Multicast(EndsWhenUnused):
     """One rank's part of a multicast object. ``all``: where one store reaches every rank; ``own``: its own memory.
 
     It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
@@ -54,46 +52,20 @@ class Multicast:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.all = self.own = self.size = 0
         self.driver: MulticastDriver | None = None
         self.handle: int | None = None
         self.memory: int | None = None
         self.bound = False
         self.way: ThroughSocket | None = None
-        self._lock = threading.Lock()
-        self._users = 0
-        self._over = False
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[MulticastDriver | None]:
-        """Until its end, nothing is let go of.
-
-        Raises:
-            RuntimeError: it has been closed already.
-        """
-        with self._lock:
-            if self._over:
-                message = "this rank has given up before"
-                raise RuntimeError(message)
-            self._users += 1
-        try:
-            yield self.driver
-        finally:
-            with self._lock:
-                self._users -= 1
-                is_last = self._over and not self._users
-            if is_last:
-                self._let_go()
 
     def close(self) -> None:
         """Let go of all of it, as soon as nothing uses it, and wait for that for a while. No kernel may be using it.
 
         Idempotent.
         """
-        with self._lock:
-            is_last = not self._over and not self._users
-            self._over = True
-        if is_last and not Attempt(self._let_go, "multicast").wait(CLOSE_WAIT_S):
+        if not self._end("multicast", CLOSE_WAIT_S):
             logger.warning("the driver has not let go of multicast memory after %g s", CLOSE_WAIT_S)
 
     def withdraw(self) -> None:
@@ -191,7 +163,8 @@ class Opening:
         done: list[Any] = []
 
         def run() -> bool:
-            with self._made.in_use() as driver:
+            with self._made.in_use():
+                driver = self._made.driver
                 if done:
                     return True
                 try:

@@ -27,17 +27,20 @@ def probe(steps: Agreement, made: Multicast, nonce: int, wait_s: float = PROBE_W
         return (nonce * 0x9E3779B97F4A7C15 + rank + 1).to_bytes(24, "little")[:length]
 
     def begin() -> None:
-        with made.in_use() as driver:
+        with made.in_use():
+            driver = made.driver
             assert driver is not None
             before.extend(driver.read(made.own, length * steps.world_size))
 
     def write() -> None:
-        with made.in_use() as driver:
+        with made.in_use():
+            driver = made.driver
             assert driver is not None
             driver.write(made.all + length * steps.rank, word(steps.rank))
 
     def look() -> None:
-        with made.in_use() as driver:
+        with made.in_use():
+            driver = made.driver
             assert driver is not None
             deadline = time.monotonic() + wait_s
             while True:
@@ -53,7 +56,8 @@ def probe(steps: Agreement, made: Multicast, nonce: int, wait_s: float = PROBE_W
                 time.sleep(0.001)
 
     def restore() -> None:
-        with made.in_use() as driver:
+        with made.in_use():
+            driver = made.driver
             assert driver is not None
             driver.write(made.own, bytes(before))
 
