@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ BATCHES = (1, 8, 32, 128)
 NOT_COUNTED = 10  # steps at either end of a run
 STOCK = "default"
 UNFUSED = "unfused"
+PLUGIN = "llm_allreduce"
+PROBE = "decode_probe"
 
 
 def write_model(folder: Path, width: int, layers: int) -> None:
@@ -53,6 +58,32 @@ def settings_of(variant: str, report: str) -> dict[str, Any]:
     """Our settings for ``STRATEGY`` or ``STRATEGY-unfused``. ``report``: the folder of the ranks' reports."""
     strategy, _, norm = variant.partition("-")
     return {"allreduce_strategy": strategy, "report_dir": report, "fuse_norm": norm != UNFUSED}
+
+
+@contextlib.contextmanager
+def alone(lock: str | None) -> Iterator[None]:
+    """Hold the file ``lock``, if one is named: two benchmarks on one machine then do not take their times at once."""
+    if lock is None:
+        yield
+        return
+    with Path(lock).open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def install_probe(folder: Path, source: Path, entry_points: str) -> None:
+    """A folder for ``PYTHONPATH`` in which an engine finds ``source`` as a plugin named ``PROBE``."""
+    shutil.copy(source, folder)
+    about = folder / f"{PROBE}-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROBE}\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(f"[{entry_points}]\n{PROBE} = {source.stem}:register\n")
+
+
+def said_in(log: str) -> list[str]:
+    """Lines of ours in an engine's log, without time and rank, each once."""
+    found = re.findall(r"(?:all-reduce fusion: |all-reduce over |all-reduce summary: |SGLang \S+ is left alone).*", log)
+    return list(dict.fromkeys(line.strip() for line in found))
 
 
 def milliseconds(seconds: Sequence[float]) -> float:

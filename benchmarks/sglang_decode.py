@@ -23,8 +23,6 @@ import itertools
 import json
 import os
 import random
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,10 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import decode, sglang_probe  # noqa: E402
-from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
+from benchmarks.decode import BATCHES, NOT_COUNTED, PLUGIN, PROBE, STOCK  # noqa: E402
 
-PLUGIN = "llm_allreduce"
-PROBE = "decode_probe"
 # Steps for a batch, of which some are not counted. On CPU ranks a step is slow, and its time is of no interest.
 STEPS = {"cuda": 120, "cpu": 24}
 PASSES = {"cuda": 7, "cpu": 1}
@@ -55,15 +51,6 @@ CPU = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-
-
-def install_probe(folder: Path) -> None:
-    """A folder for ``PYTHONPATH`` in which SGLang finds the probe as a plugin."""
-    shutil.copy(ROOT / "benchmarks" / "sglang_probe.py", folder)
-    about = folder / f"{PROBE}-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {PROBE}\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{PROBE} = sglang_probe:register\n")
 
 
 def read_stamps(path: Path) -> list[tuple[float, int]]:
@@ -144,7 +131,8 @@ def run_variant(arguments: argparse.Namespace) -> None:
         for size in BATCHES:
             batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
             generate(batch, 4)
-            begin, end, _ = generate(batch, STEPS[arguments.device])
+            with decode.alone(arguments.quiet):
+                begin, end, _ = generate(batch, STEPS[arguments.device])
             spans[size].append((begin, end))
     if arguments.profile is not None:
         engine.start_profile(
@@ -187,17 +175,13 @@ def start_variant(variant: str, start: int, arguments: argparse.Namespace, work:
     command += ["--result", str(result), "--report", str(report)]
     if arguments.profile is not None:
         command += ["--profile", str(arguments.profile)]
+    if arguments.quiet is not None:
+        command += ["--quiet", arguments.quiet]
     answer = decode.run_process(name, command, environment, log, result, START_AND_RUN_S)
-    answer["log"] = said_in(log.read_text(errors="replace"))
+    answer["log"] = decode.said_in(log.read_text(errors="replace"))
     answer["reports"] = decode.reports_in(report)
     check_variant(variant, arguments.tp[0], answer)
     return answer
-
-
-def said_in(log: str) -> list[str]:
-    """Lines of ours in a server's log, without time and rank, each once."""
-    found = re.findall(r"(?:all-reduce fusion: |all-reduce over |all-reduce summary: |SGLang \S+ is left alone).*", log)
-    return list(dict.fromkeys(line.strip() for line in found))
 
 
 def check_variant(variant: str, tp: int, answer: dict[str, Any]) -> None:
@@ -258,6 +242,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--device", choices=list(STEPS), default="cuda")
     parser.add_argument("--profile", type=Path, help="write a trace of the largest batch here (kernel_times.py)")
+    parser.add_argument("--quiet", metavar="FILE", help="times are taken while this file is locked: others wait")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
@@ -288,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sglang-bench-") as name:
         work = Path(name)
         (work / "probe").mkdir()
-        install_probe(work / "probe")
+        decode.install_probe(work / "probe", ROOT / "benchmarks" / "sglang_probe.py", "sglang.srt.plugins")
         decode.write_model(work / "model", arguments.width, arguments.layers)
         tokens: dict[str, list[list[list[int]]]] = {variant: [] for variant in arguments.variants}
         for start, variant in itertools.product(range(arguments.starts), arguments.variants):

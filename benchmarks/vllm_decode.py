@@ -3,6 +3,7 @@
     python benchmarks/vllm_decode.py --tp 4 --width 8192 --out benchmarks/h200/vllm_tp4.json
     python benchmarks/vllm_decode.py --tp 4 --variants default ONESHOT TWOSHOT
     python benchmarks/vllm_decode.py --tp 2 --variants default MINLATENCY-unfused MINLATENCY
+    python benchmarks/vllm_decode.py --tp 2 --hosts 2 --variants default ONESHOT TWOSHOT
 
 A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
@@ -11,7 +12,9 @@ jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the s
 tokens for the same 256 requests. ``--no-peer-access``: as on a node whose GPUs do not see each other: NCCL with
 NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median time of 32 prompts of 1024 tokens with
 one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's. ``--quantization
-fp8``: weights and activations, as vLLM quantizes a 16-bit model when it loads it.
+fp8``: weights and activations, as vLLM quantizes a 16-bit model when it loads it. ``--hosts 2``: the ranks as those of
+two hosts, as NCCL and this package tell hosts apart, with sockets on the loopback device as the network between them;
+that shows that it works, and its times are of no network that a cluster has.
 """
 
 from __future__ import annotations
@@ -31,21 +34,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode  # noqa: E402
-from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
+from benchmarks import decode, vllm_probe  # noqa: E402
+from benchmarks.decode import BATCHES, NOT_COUNTED, PLUGIN, PROBE, STOCK  # noqa: E402
 
 STEPS = 200
 PREFILLS = 3
+BETWEEN_HOSTS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}  # the network between hosts of one machine
 PROFILED_BATCH = 32
 PROFILED_TOKENS = 16
 
 
-def run_variant(arguments: argparse.Namespace) -> None:
-    """One engine: write times and tokens to ``--result``."""
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    started = time.monotonic()
+def engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What differs between variants."""
     extra: dict[str, Any] = {}
     if arguments.quantization:
         extra["quantization"] = arguments.quantization
@@ -61,6 +61,15 @@ def run_variant(arguments: argparse.Namespace) -> None:
             "torch_profiler_dir": str(arguments.profile / arguments.variant),
             "torch_profiler_with_stack": False,
         }
+    return extra
+
+
+def run_variant(arguments: argparse.Namespace) -> None:
+    """One engine: write times and tokens to ``--result``."""
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    started = time.monotonic()
     llm = LLM(
         model=arguments.model,
         load_format="dummy",
@@ -71,7 +80,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
         enable_prefix_caching=False,
         disable_log_stats=True,
         compilation_config={"cudagraph_capture_sizes": [1, 8, 32, 128, 256]},
-        **extra,
+        **engine_arguments(arguments),
     )
     result: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
     generator = random.Random(7)
@@ -98,9 +107,10 @@ def run_variant(arguments: argparse.Namespace) -> None:
         for number, prompt in enumerate(batch):
             engine.add_request(f"{len(batch)}-{number}", prompt, sampling)
         stamps = []
-        while engine.has_unfinished_requests():
-            if len(engine.step()) == len(batch):
-                stamps.append(time.perf_counter())
+        with decode.alone(arguments.quiet):
+            while engine.has_unfinished_requests():
+                if len(engine.step()) == len(batch):
+                    stamps.append(time.perf_counter())
         return [later - earlier for earlier, later in itertools.pairwise(stamps)][NOT_COUNTED:-NOT_COUNTED]
 
     for size in BATCHES:
@@ -114,8 +124,9 @@ def run_variant(arguments: argparse.Namespace) -> None:
         generate(prompts(PROFILED_BATCH, 32, 32), PROFILED_TOKENS)
         llm.stop_profile()
     prefills = []
-    for _ in range(PREFILLS + 1):  # the first one is not counted
-        prefills.append(generate(prompts(32, 1024, 1024), 1)[0])
+    with decode.alone(arguments.quiet):
+        for _ in range(PREFILLS + 1):  # the first one is not counted
+            prefills.append(generate(prompts(32, 1024, 1024), 1)[0])
     result["prefill_32x1024_s"] = round(statistics.median(prefills[1:]), 3)
     result["tokens"] = []
     if arguments.requests:
@@ -133,6 +144,13 @@ def start_variant(
     environment = dict(os.environ)
     if variant == STOCK:
         environment["VLLM_PLUGINS"] = ""  # as if this package were not there
+    if arguments.hosts > 1:
+        environment |= {
+            **BETWEEN_HOSTS,
+            "VLLM_PLUGINS": PROBE if variant == STOCK else f"{PROBE},{PLUGIN}",
+            vllm_probe.RANKS_OF_A_HOST: str(tp // arguments.hosts),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(work / "probe"), os.environ.get("PYTHONPATH", "")])),
+        }
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -152,9 +170,21 @@ def start_variant(
         environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     if arguments.profile is not None:
         command += ["--profile", str(arguments.profile)]
+    if arguments.quiet is not None:
+        command += ["--quiet", arguments.quiet]
     command += ["--result", str(result), "--report", str(report)]
     answer = decode.run_process(f"{variant} at TP{tp}", command, environment, log, result, 400)
+    answer["log"] = decode.said_in(log.read_text(errors="replace"))
     answer["reports"] = decode.reports_in(report)
+    if (
+        arguments.hosts > 1
+        and variant != STOCK
+        and not any(f"each of {arguments.hosts} hosts" in line for line in answer["log"])
+    ):
+        message = (
+            f"{variant} at TP{tp}: the log does not say that ranks are on {arguments.hosts} hosts: {answer['log']}"
+        )
+        raise RuntimeError(message)
     return answer
 
 
@@ -168,6 +198,8 @@ def main() -> None:
     parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
     parser.add_argument("--quantization", choices=["fp8"], help="vLLM's; default: none")
     parser.add_argument("--profile", type=Path, help=f"folder for traces of GPUs at batch {PROFILED_BATCH}")
+    parser.add_argument("--hosts", type=int, default=1, help="ranks are those of so many hosts (NCCL_HOSTID)")
+    parser.add_argument("--quiet", metavar="FILE", help="times are taken while this file is locked: others wait")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
@@ -193,11 +225,14 @@ def main() -> None:
                 layers=arguments.layers,
                 quantization=arguments.quantization,
                 peer_access=not arguments.no_peer_access,
+                hosts=arguments.hosts,
             )
 
     with tempfile.TemporaryDirectory(prefix="vllm-bench-") as folder:
         work = Path(folder)
         decode.write_model(work / "model", arguments.width, arguments.layers)
+        (work / "probe").mkdir()
+        decode.install_probe(work / "probe", ROOT / "benchmarks" / "vllm_probe.py", "vllm.general_plugins")
         for tp in arguments.tp:
             tokens = {}
             for variant in arguments.variants:
@@ -213,6 +248,11 @@ def main() -> None:
                     flush=True,
                 )
                 record()
+            if arguments.requests:
+                first, *rest = arguments.variants
+                same = {name: decode.equal_requests(tokens[first], tokens[name]) for name in rest}
+                rows.append({"tp": tp, "requests": arguments.requests, f"same_tokens_as_{first}": same})
+                print(f"TP{tp}: requests with the tokens of {first}, of {arguments.requests}: {same}", flush=True)
             if "ONESHOT" in tokens and "TWOSHOT" in tokens:
                 equal = decode.equal_requests(tokens["ONESHOT"], tokens["TWOSHOT"])
                 rows.append({"tp": tp, "requests": arguments.requests, "same_tokens_oneshot_twoshot": equal})

@@ -7,14 +7,16 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe
+from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe, vllm_probe
 from scripts import record_tables
 from tests.conftest import MULTICAST_SWITCHES
 
@@ -52,11 +54,15 @@ def test_a_batch_begins_when_it_is_complete() -> None:
         assert sglang_probe.complete([name], begun), "requests that are not the benchmark's are not held"
 
 
-def test_sglang_finds_the_probe(tmp_path: Path) -> None:
-    sglang_decode.install_probe(tmp_path)
+@pytest.mark.parametrize(
+    ("probe", "entry_points"), ((sglang_probe, "sglang.srt.plugins"), (vllm_probe, "vllm.general_plugins"))
+)
+def test_engines_find_the_probe(tmp_path: Path, probe: ModuleType, entry_points: str) -> None:
+    source = Path(str(probe.__file__))
+    decode.install_probe(tmp_path, source, entry_points)
     (found,) = importlib.metadata.Distribution.discover(path=[str(tmp_path)])
     (entry,) = found.entry_points
-    assert (entry.group, entry.name) == ("sglang.srt.plugins", sglang_decode.PROBE)
+    assert (entry.group, entry.name) == (entry_points, decode.PROBE)
     module, _, function = entry.value.partition(":")
     script = f"import {module}; print({module}.__file__, callable({module}.{function}))"
     said = subprocess.run(
@@ -66,7 +72,25 @@ def test_sglang_finds_the_probe(tmp_path: Path) -> None:
         check=True,
         env={**MULTICAST_SWITCHES, "PYTHONPATH": str(tmp_path)},
     ).stdout
-    assert said.split() == [str(tmp_path / "sglang_probe.py"), "True"]
+    assert said.split() == [str(tmp_path / source.name), "True"]
+
+
+def test_two_benchmarks_do_not_take_their_times_at_once(tmp_path: Path) -> None:
+    lock = str(tmp_path / "quiet")
+    waiting = threading.Event()
+
+    def measure() -> None:
+        with decode.alone(lock):
+            waiting.set()
+
+    other = threading.Thread(target=measure)
+    with decode.alone(lock):
+        other.start()
+        assert not waiting.wait(0.3)
+    assert waiting.wait(10)
+    other.join()
+    with decode.alone(None), decode.alone(None):
+        pass
 
 
 OVER = "all-reduce over 2 ranks (shm memory, allreduce_strategy AUTO, sizes per rank): ONESHOT"
@@ -112,7 +136,7 @@ def test_lines_of_a_log() -> None:
 [2026-11-26 09:00:02 TP0] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
 [2026-11-26 09:00:02 TP1] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
 """
-    assert sglang_decode.said_in(log) == [OVER, "all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)"]
+    assert decode.said_in(log) == [OVER, "all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)"]
 
 
 def test_tokens_that_differ_are_a_failure() -> None:
