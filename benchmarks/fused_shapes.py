@@ -6,7 +6,9 @@ Beside them, for the same rows: the all-reduce and then our norm, and our norm a
 come from these. Microseconds per call, bf16.
 
 With ``--between 4096`` each call stands behind a matrix product of that inner dimension, as in a model: calls in a row
-flatter kernels that start while the one before them ends. ``us`` is then what the call adds to the product's own time.
+flatter kernels that start while the one before them ends. With ``--behind 28672`` a product of that many columns reads
+what each call has normed: the launch of one kernel can make the next one slower. ``us`` is then what the call adds to
+the products' own time.
 """
 
 from __future__ import annotations
@@ -166,32 +168,38 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-class Between:
-    """A matrix product before each call; ``inner`` 0: there is none."""
+class Products:
+    """Matrix products around each call.
 
-    def __init__(self, context: RankContext, rows: int, hidden: int, inner: int) -> None:
-        self.us = 0.0
+    One before it of inner dimension ``inner``, and one behind it of ``outer`` columns that reads what the call has
+    normed. 0: there is none.
+    """
+
+    def __init__(self, context: RankContext, case: Case, inner: int, outer: int) -> None:
         self._context = context
-        self._factors: tuple[torch.Tensor, ...] | None = None
-        if inner:
-            a = torch.randn(rows, inner, device=context.device, dtype=DTYPE)
-            b = torch.randn(inner, hidden, device=context.device, dtype=DTYPE)
-            self._factors = a, b, torch.empty(rows, hidden, device=context.device, dtype=DTYPE)
-            self.us = time_graph(context, self._product).median
+        self._before: tuple[torch.Tensor, ...] | None = None
+        self._behind: tuple[torch.Tensor, ...] | None = None
+        rows, hidden = case.mine.shape
 
-    def _product(self) -> None:
-        if self._factors is not None:
-            a, b, out = self._factors
-            torch.mm(a, b, out=out)
+        def some(rows: int, columns: int) -> torch.Tensor:
+            return torch.randn(rows, columns, device=context.device, dtype=DTYPE)
+
+        if inner:
+            self._before = some(rows, inner), some(inner, hidden), some(rows, hidden)
+        if outer and case.outputs.norm_out is not None:
+            self._behind = case.outputs.norm_out, some(outer, hidden).t(), some(rows, outer)  # as in a linear layer
+        self.us = time_graph(context, lambda: self._around(lambda: None)).median if inner or outer else 0.0
+
+    def _around(self, call: Callable[[], None]) -> None:
+        for factors, then in ((self._before, call), (self._behind, None)):
+            if factors is not None:
+                torch.mm(factors[0], factors[1], out=factors[2])
+            if then is not None:
+                then()
 
     def time(self, call: Callable[[], None]) -> dict[str, float]:
-        """Microseconds that ``call`` adds to the product."""
-
-        def both() -> None:
-            self._product()
-            call()
-
-        timing = time_graph(self._context, both)
+        """Microseconds that ``call`` adds to the products."""
+        timing = time_graph(self._context, lambda: self._around(call))
         return {"us": round(timing.median - self.us, 2), "fastest_us": round(timing.fastest - self.us, 2)}
 
 
@@ -203,6 +211,7 @@ def measure(
     workspace_bytes: int,
     wide: bool,  # noqa: FBT001
     inner: int,
+    outer: int,
 ) -> list[dict[str, Any]]:
     layout = _C.make_layout(context.world_size, 264, in_band_bytes=workspace_bytes, flagged_bytes=0)
     memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
@@ -216,10 +225,10 @@ def measure(
             if kind != "none":
                 quant = Quant(QuantKind(kind), scale if QuantKind(kind).needs_scale else None)
             case = Case(context, rows, hidden, quant)
-            between = Between(context, rows, hidden, inner)
+            products = Products(context, case, inner, outer)
             row = {"hidden": hidden, "rows": rows, "bytes": rows * hidden * 2, "quant": kind}
-            if inner:
-                row |= {"between": inner, "product_us": round(between.us, 2)}
+            if inner or outer:
+                row |= {"between": inner, "behind": outer, "product_us": round(products.us, 2)}
 
             def alone(case: Case = case) -> None:
                 _C.rms_norm(
@@ -231,11 +240,11 @@ def measure(
             alone()
             torch.cuda.synchronize()
             wrong = case.wrong()
-            results.append(row | {"what": "norm alone"} | between.time(alone) | {"wrong": wrong})
+            results.append(row | {"what": "norm alone"} | products.time(alone) | {"wrong": wrong})
             results.append(
                 row
                 | {"what": "sum, then norm"}
-                | between.time(two_kernels(workspace, layout, case, alone, context.world_size))
+                | products.time(two_kernels(workspace, layout, case, alone, context.world_size))
             )
             for shape in shapes_of(rows, hidden, context.world_size, wide=wide):
                 plan = plan_of(workspace, layout, case, shape, context.world_size)
@@ -250,7 +259,7 @@ def measure(
                 fused()
                 torch.cuda.synchronize()
                 wrong = case.wrong()
-                found = row | {"what": "fused"} | dataclasses.asdict(shape) | between.time(fused)
+                found = row | {"what": "fused"} | dataclasses.asdict(shape) | products.time(fused)
                 results.append(found | {"wrong": sum(context.gather(wrong))})
     torch.cuda.synchronize()
     memory.close()
@@ -267,6 +276,7 @@ def main() -> None:
     parser.add_argument(
         "--between", type=int, default=0, metavar="K", help="a matrix product of inner dimension K before each call"
     )
+    parser.add_argument("--behind", type=int, default=0, metavar="N", help="one of N columns behind each call")
     parser.add_argument("--workspace-mib", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -276,7 +286,7 @@ def main() -> None:
         for hidden in arguments.hidden:
             results += pool.run(
                 measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, arguments.wide,
-                arguments.between, timeout_s=500,
+                arguments.between, arguments.behind, timeout_s=500,
             )[0]  # fmt: skip
     finally:
         pool.close()
