@@ -39,6 +39,14 @@ def cuobjdump(*arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def runs_on(code: str, architecture: str) -> bool:
+    """Whether machine code of ``code`` runs on a GPU of ``architecture``: CUDA's binary compatibility.
+
+    Both as compute capabilities without the dot: a GPU of the same generation that is not older.
+    """
+    return int(code) // 10 == int(architecture) // 10 and int(code) <= int(architecture)
+
+
 def kernel_resources(library: Path) -> list[KernelResources]:
     """Every kernel of the library on every architecture."""
     found = []
