@@ -265,6 +265,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
+    "vllm_fused_fp8_tp2": lambda: tokens("h200/vllm_fused_fp8_tp2", _FUSED),
+    "vllm_ub_tp2": lambda: tokens(
+        "h200/vllm_ub_tp2",
+        {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "UB-unfused": "UB, norm left to vLLM"},
+    ),
     "vllm_host_tp2": lambda: tokens(
         "h100/vllm_host_tp2", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
     ),
