@@ -13,15 +13,19 @@ namespace emulator {
 inline constexpr uint32_t kWordBytes = 4;
 
 // Stores into the block's buffer, from which words arrive in memory later.
-inline void store_word(Block& block, const Thread* writer, void* address, uint32_t value, uint32_t bytes,
-                       const Thread* copier = nullptr) {
+inline void store_word(Block& block, const StoreBuffer::Word& word) {
   machine.progress();
-  const uint32_t most = machine.schedule().stores_under_way;
-  if (most == 0) {
-    std::memcpy(address, &value, bytes);
+  if (word.copier && machine.schedule().copies_are_late) {
+    block.stores.add_late(word);
+    machine.add_under_way(&block);
     return;
   }
-  block.stores.add(writer, address, value, bytes, copier);
+  const uint32_t most = machine.schedule().stores_under_way;
+  if (most == 0) {
+    std::memcpy(word.address, &word.value, word.bytes);
+    return;
+  }
+  block.stores.add(word);
   machine.add_under_way(&block);
   while (block.stores.size() > most) block.stores.arrive(machine.random());
 }
@@ -35,7 +39,7 @@ void store(T* address, const T& value) {
   for (uint32_t at = 0; at < sizeof(T); at += kBytes) {
     uint32_t word = 0;
     std::memcpy(&word, reinterpret_cast<const char*>(&value) + at, kBytes);
-    store_word(*machine.self->block, machine.self, reinterpret_cast<char*>(address) + at, word, kBytes);
+    store_word(*machine.self->block, {reinterpret_cast<char*>(address) + at, machine.self, word, kBytes});
   }
   machine.step();
 }

@@ -1,11 +1,16 @@
 #include "block.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "machine.h"
 #include "report.h"
 
 namespace emulator {
+
+namespace {
+constexpr int kForeignByte = 0x3c;  // what others have left in shared memory; no word of it is the in-band marker
+}
 
 void Runnable::add(Thread* thread, bool polls) {
   std::vector<Thread*>& list = polls ? polling : ready;
@@ -137,9 +142,7 @@ void Block::finish_warp(uint32_t warp) {
 
 void Block::leave() {
   Thread* self = machine.self;
-  self->copies.read(*this, 0, self);
-  copying.erase(std::remove(copying.begin(), copying.end(), self), copying.end());
-  --live;
+  if (--live == 0) lose_shared_memory();
   const uint32_t warp = self->warp();
   --live_in_warp_[warp];
   // Those who wait do not wait for threads that have ended.
@@ -155,21 +158,43 @@ void Block::add_copies() {
   machine.add_under_way(this);
 }
 
-bool Block::advance() {
-  if (!copying.empty() && (stores.empty() || machine.random().once_in(2))) {
+bool Block::advance(const std::vector<uintptr_t>* polled) {
+  const bool is_late = machine.schedule().copies_are_late;
+  const auto is_read = [](const Thread* thread) { return !thread->copies.has_unread(); };
+  copying.erase(std::remove_if(copying.begin(), copying.end(), is_read), copying.end());
+  const bool may_read = !copying.empty() && (polled || !is_late);
+  if (may_read && (stores.empty() || machine.random().once_in(2))) {
     Thread* thread = copying[machine.random().below(copying.size())];
-    if (thread->copies.pending() > 0) thread->copies.read(*this, thread->copies.pending() - 1, thread);
-    if (thread->copies.pending() == 0) copying.erase(std::find(copying.begin(), copying.end(), thread));
-  } else if (!stores.empty()) {
-    stores.arrive(machine.random());
+    thread->copies.read_any(*this, machine.random(), thread);
+    return true;
   }
-  return !copying.empty() || !stores.empty();
+  if (polled && !polled->empty() && stores.has_late() && (stores.empty() || machine.random().once_in(2)) &&
+      stores.arrive_late(machine.random(), *polled))
+    return true;
+  if (stores.empty()) return false;
+  stores.arrive(machine.random());
+  return true;
+}
+
+void Block::show_engine(uint32_t offset, uint32_t bytes) {
+  std::memcpy(engine_memory_.get() + offset, shared_memory_.get() + offset, bytes);
+}
+
+// Another block has it now: copies that nobody has waited for read anything.
+void Block::lose_shared_memory() {
+  if (engine_memory_) std::memset(engine_memory_.get(), kForeignByte, shared_bytes_);
+  for (Thread& thread : threads) thread.copies.read_all(*this, &thread);
+  copying.clear();
 }
 
 uint32_t Block::shared(const void* key, size_t bytes) {
   for (const Variable& variable : variables_)
     if (variable.key == key) return variable.offset;
-  if (!shared_memory_) shared_memory_.reset(new char[2 * kSharedBytes]());
+  if (!shared_memory_) {
+    shared_memory_.reset(new char[2 * kSharedBytes]());
+    engine_memory_.reset(new char[2 * kSharedBytes]);
+    std::memset(engine_memory_.get(), kForeignByte, 2 * kSharedBytes);
+  }
   const auto offset = (shared_bytes_ + 127) / 128 * 128;
   shared_bytes_ = offset + static_cast<uint32_t>(bytes);
   if (shared_bytes_ > kSharedBytes + 1024) fail("a block has more shared memory than there is without opting in");

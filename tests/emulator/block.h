@@ -78,12 +78,18 @@ struct Block {
   // For the thread that runs: it has begun bulk copies.
   void add_copies();
 
-  // A word or a copy that is under way, by chance. False when there are none left.
-  bool advance();
+  // A word or a copy that is under way, by chance. `polled`: somebody waits, and these are the vectors that threads
+  // have looked at since anything has changed; null: nobody does. False when there is none that may come now.
+  bool advance(const std::vector<uintptr_t>* polled);
+  bool has_any_under_way() const { return !copying.empty() || !stores.empty() || stores.has_late(); }
 
   // Of the variable with this key, zeroed the first time; its offset.
   uint32_t shared(const void* key, size_t bytes);
   char* shared_memory(uint32_t offset) { return shared_memory_.get() + offset; }
+
+  // The same as the engine of bulk copies sees it: what it has not been shown is not what lies there.
+  const char* engine_memory(uint32_t offset) const { return engine_memory_.get() + offset; }
+  void show_engine(uint32_t offset, uint32_t bytes);
 
   Grid* grid;
   uint3 index{};
@@ -101,6 +107,7 @@ struct Block {
   void arrive(Meet& meet, Meeting what, bool value);
   void finish(Meet& meet);
   void finish_warp(uint32_t warp);
+  void lose_shared_memory();
 
   Meet barriers_[kBarriers];
   std::vector<Meet> warps_;
@@ -111,6 +118,7 @@ struct Block {
   };
   std::vector<Variable> variables_;
   std::unique_ptr<char[]> shared_memory_;
+  std::unique_ptr<char[]> engine_memory_;
   uint32_t shared_bytes_ = 0;
 };
 

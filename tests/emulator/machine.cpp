@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "llm_allreduce.h"
 #include "report.h"
 
 // The variables that kernels have.
@@ -20,6 +21,8 @@ constexpr int64_t kStepNs = 10;
 // While nothing happens but polls, time runs faster: a wait ends after some hundred polls of its thread, not billions.
 constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of every thread
 constexpr int64_t kPollsPerRound = 256;
+constexpr size_t kPolledVectors = 8192;
+constexpr uint32_t kMostLateWords = 4096;
 constexpr int kTries = 16;  // to find somebody who is not starved
 
 }  // namespace
@@ -35,7 +38,7 @@ void Machine::reset(uint64_t seed) {
   for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
   random_ = Random(seed);
   schedule_ = Schedule(seed);
-  fruitless_ = 0;
+  progress();
   idle_ = false;
 }
 
@@ -69,18 +72,25 @@ void Machine::add_under_way(Block* block) {
 void Machine::let_stores_arrive() {
   if (under_way_.empty()) return;
   // Those who wait for what is under way must get it, and all of it: what arrives may be long in coming, not for ever.
-  const bool is_waited_for = fruitless_ > 4 * runnable_threads();
+  const bool is_waited_for = fruitless_ > vain_ + 4 * runnable_threads();
   if (!is_waited_for && (schedule_.arrivals == 0 || !random_.once_in(schedule_.arrivals))) return;
-  const uint32_t chosen = random_.below(under_way_.size());
-  Block* block = under_way_[chosen];
-  progress();
-  for (uint32_t words = is_waited_for ? 1 + random_.below(256) : 1; words > 0; --words)
-    if (!block->advance()) {
+  const std::vector<uintptr_t> polled = is_waited_for ? polled_ : std::vector<uintptr_t>();
+  const bool of_all = is_waited_for && schedule_.copies_are_late;  // they wait for few words of many blocks
+  uint32_t words = of_all ? 1 + random_.below(kMostLateWords) : is_waited_for ? 1 + random_.below(256) : 1;
+  size_t chosen = random_.below(under_way_.size());
+  for (size_t blocks = of_all ? under_way_.size() : 1; blocks > 0 && words > 0; --blocks) {
+    Block* block = under_way_[chosen];
+    for (; words > 0 && block->advance(is_waited_for ? &polled : nullptr); --words) progress();
+    if (block->has_any_under_way()) {
+      ++chosen;
+    } else {
       block->is_under_way = false;
       under_way_[chosen] = under_way_.back();
       under_way_.pop_back();
-      return;
     }
+    if (chosen >= under_way_.size()) chosen = 0;
+  }
+  if (is_waited_for) vain_ = fruitless_;  // nothing has come: it takes as many polls before the next try
 }
 
 // A kernel that ends leaves nothing under way.
@@ -110,6 +120,15 @@ void Machine::polled() {
     return;
   }
   switch_away(true);
+}
+
+void Machine::polled(const void* vector) {
+  const uintptr_t number = reinterpret_cast<uintptr_t>(vector) / LAR_VECTOR_BYTES;
+  if (polled_.size() < kPolledVectors)
+    polled_.push_back(number);
+  else
+    polled_[fruitless_ % kPolledVectors] = number;
+  polled();
 }
 
 void Machine::switch_away(bool polls) {

@@ -95,6 +95,7 @@ class Machine {
   // Lets others run, now or soon. A poll that came to nothing is one for which others had better run.
   void step();
   void polled();
+  void polled(const void* vector);
 
   // Until wake() is called for this thread.
   void block();
@@ -108,7 +109,11 @@ class Machine {
   void add_under_way(Block* block);
 
   // Something has changed that a poll might have waited for.
-  void progress() { fruitless_ = 0; }
+  void progress() {
+    fruitless_ = 0;
+    vain_ = 0;
+    polled_.clear();
+  }
 
   int64_t now_ns() const { return now_ns_; }
   Random& random() { return random_; }
@@ -140,7 +145,9 @@ class Machine {
   Schedule schedule_{0};
   int64_t now_ns_ = 1;
   uint32_t budget_ = 0;
-  uint64_t fruitless_ = 0;  // polls in a row, of all threads, that came to nothing
+  uint64_t fruitless_ = 0;         // polls in a row, of all threads, that came to nothing
+  uint64_t vain_ = 0;              // as many at the last try to let come what they wait for, of which nothing came
+  std::vector<uintptr_t> polled_;  // the vectors, by their number in memory, that they looked at; the newest
   bool idle_ = false;
   size_t turn_ = 0;
   bool may_start_blocks_ = false;

@@ -20,6 +20,7 @@ struct Schedule {
     bias = static_cast<Bias>(random.below(4));
     which = random.below(1 << 16);
     starves_warp = (which >> 14 & 1) != 0;
+    copies_are_late = random.once_in(2);
   }
 
   enum class Bias : uint32_t { kNone, kAhead, kBehind, kStarved };
@@ -29,7 +30,8 @@ struct Schedule {
   uint32_t arrivals;          // a word arrives once in so many steps; 0: only where others have to wait for it
   Bias bias;                  // kAhead, kBehind: one stream; kStarved: one thread, or one warp
   uint32_t which;
-  bool starves_warp;  // instead of a thread: the other warps of its block go on without any thread of it
+  bool copies_are_late;  // bulk copies read, and what they write arrives, only where others have to wait for it
+  bool starves_warp;     // instead of a thread: the other warps of its block go on without any thread of it
 };
 
 }  // namespace emulator

@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
+#include <iterator>
 
 #include "block.h"
+#include "llm_allreduce.h"
 #include "random.h"
 
 namespace emulator {
@@ -13,16 +16,31 @@ bool is_same_word(const char* a, const char* b) {
   return reinterpret_cast<uintptr_t>(a) / sizeof(uint32_t) == reinterpret_cast<uintptr_t>(b) / sizeof(uint32_t);
 }
 
+uintptr_t vector_of(const void* address) { return reinterpret_cast<uintptr_t>(address) / LAR_VECTOR_BYTES; }
+
 }  // namespace
 
-void StoreBuffer::add(const Thread* writer, void* address, uint32_t value, uint32_t bytes, const Thread* copier) {
-  words_.push_back({static_cast<char*>(address), writer, value, static_cast<uint8_t>(bytes), false, copier});
-  ++count(address);
+void StoreBuffer::add(const Word& word) {
+  words_.push_back(word);
+  ++count(word.address);
 }
 
-void StoreBuffer::adopt(const Thread* copier) {
+void StoreBuffer::add_late(const Word& word) { late_[vector_of(word.address)].push_back(word); }
+
+void StoreBuffer::adopt(const Thread* copier, uint64_t end_of_groups) {
+  const auto is_meant = [&](const Word& word) { return word.copier == copier && word.group < end_of_groups; };
   for (Word& word : words_)
-    if (word.copier == copier) word.writer = copier;
+    if (is_meant(word)) word.writer = copier;
+  for (auto vector = late_.begin(); vector != late_.end();) {
+    std::vector<Word>& words = vector->second;
+    const auto first = std::stable_partition(words.begin(), words.end(), std::not_fn(is_meant));
+    for (auto word = first; word != words.end(); ++word) {
+      add(*word);
+      words_.back().writer = copier;
+    }
+    words.erase(first, words.end());
+    vector = words.empty() ? late_.erase(vector) : std::next(vector);
+  }
 }
 
 void StoreBuffer::see(const Thread* reader, const void* address, uint32_t bytes, void* value) const {
@@ -61,6 +79,21 @@ void StoreBuffer::arrive(Random& random) {
   words_.erase(words_.begin() + static_cast<ptrdiff_t>(chosen));
 }
 
+bool StoreBuffer::arrive_late(Random& random, const std::vector<uintptr_t>& vectors) {
+  const size_t first = random.below(vectors.size());
+  for (size_t i = 0; i < vectors.size(); ++i) {
+    const auto vector = late_.find(vectors[(first + i) % vectors.size()]);
+    if (vector == late_.end()) continue;
+    std::vector<Word>& words = vector->second;
+    const size_t chosen = random.below(words.size());
+    std::memcpy(words[chosen].address, &words[chosen].value, words[chosen].bytes);
+    words.erase(words.begin() + static_cast<ptrdiff_t>(chosen));
+    if (words.empty()) late_.erase(vector);
+    return true;
+  }
+  return false;
+}
+
 void StoreBuffer::release(const Thread* writer) {
   const auto arrives = [&](const Word& word) {
     const bool is_meant = word.shared || word.writer == writer;
@@ -73,6 +106,9 @@ void StoreBuffer::release(const Thread* writer) {
 void StoreBuffer::arrive_all() {
   for (const Word& word : words_) store(word);
   words_.clear();
+  for (const auto& [_, words] : late_)
+    for (const Word& word : words) std::memcpy(word.address, &word.value, word.bytes);
+  late_.clear();
 }
 
 }  // namespace emulator

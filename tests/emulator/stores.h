@@ -4,11 +4,15 @@
 // order with others but those to the same word. Meanwhile the thread that stored it reads it here, and, once they
 // have met at a barrier, so do the others of the block. A release or a fence of a thread waits for its own words and
 // for those that it shares with it; the end of the kernel waits for all.
+//
+// Words of bulk copies are no thread's until adopt(): no thread of the block sees them, and no release waits for them.
+// With a schedule in which copies are late they lie apart, and arrive only where somebody polls for them.
 #ifndef LLM_ALLREDUCE_EMULATOR_STORES_H_
 #define LLM_ALLREDUCE_EMULATOR_STORES_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <unordered_map>
 #include <vector>
 
 namespace emulator {
@@ -18,14 +22,25 @@ class Random;
 
 class StoreBuffer {
  public:
+  struct Word {
+    char* address;
+    const Thread* writer;
+    uint32_t value;
+    uint32_t bytes;
+    bool shared = false;
+    const Thread* copier = nullptr;  // of a bulk copy, whose it is; then there is no writer before adopt()
+    uint64_t group = 0;              // of that thread's bulk copies
+  };
+
   bool empty() const { return words_.empty(); }
   size_t size() const { return words_.size(); }
+  bool has_late() const { return !late_.empty(); }
 
-  // `copier`: of a bulk copy, the thread that has asked for it; then there is no writer.
-  void add(const Thread* writer, void* address, uint32_t value, uint32_t bytes, const Thread* copier = nullptr);
+  void add(const Word& word);
+  void add_late(const Word& word);
 
-  // What this thread has copied in bulk, and waited for, counts as stored by itself.
-  void adopt(const Thread* copier);
+  // What this thread has copied in bulk, in groups before this one, counts as stored by itself.
+  void adopt(const Thread* copier, uint64_t end_of_groups);
 
   // What `reader` sees at this address: `value`, which lies in memory, and over it what is under way in its block.
   void see(const Thread* reader, const void* address, uint32_t bytes, void* value) const;
@@ -34,8 +49,11 @@ class StoreBuffer {
   void share();
   void share(uint32_t first, uint32_t end);
 
-  // Any word arrives.
+  // Any word arrives, late ones aside.
   void arrive(Random& random);
+
+  // A late word of one of these vectors arrives. False if none is under way.
+  bool arrive_late(Random& random, const std::vector<uintptr_t>& vectors);
 
   // All that this thread has stored or shares arrives.
   void release(const Thread* writer);
@@ -43,15 +61,6 @@ class StoreBuffer {
   void arrive_all();
 
  private:
-  struct Word {
-    char* address;
-    const Thread* writer;  // null: of a bulk copy, which no release waits for before adopt()
-    uint32_t value;
-    uint8_t bytes;
-    bool shared;
-    const Thread* copier;
-  };
-
   // Most loads are of what nobody in the block has stored. By the low bits of an address: words that are under way.
   static constexpr size_t kCounts = 1024;
   uint16_t& count(const void* address) { return counts_[reinterpret_cast<uintptr_t>(address) / 4 % kCounts]; }
@@ -60,6 +69,7 @@ class StoreBuffer {
   void store(const Word& word);
 
   std::vector<Word> words_;
+  std::unordered_map<uintptr_t, std::vector<Word>> late_;  // by the address of their vector
   uint16_t counts_[kCounts] = {};
 };
 

@@ -37,7 +37,7 @@ PLACES: dict[str, Any] = {"places": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
-# and the group whose calls must show it; see stress().
+# and the groups whose calls must each show it; see stress().
 MUTATIONS: dict[str, Mutation] = {
     **MULTICAST_MUTATIONS,
     "an output is written before it may be": (
@@ -118,6 +118,43 @@ MUTATIONS: dict[str, Mutation] = {
         "    if (leads()) wait_for_bulk_reads<kTilesUnderWay - 1>();",
         "    if (leads() && !{}) wait_for_bulk_reads<kTilesUnderWay - 1>();",
         SPLIT,
+        PLACES,
+    ),
+    "no fence is between a tile's stores and its copies": (
+        "device/bulk_sender.cuh",
+        "    fence_before_bulk_copies();",
+        "    if (!{}) fence_before_bulk_copies();",
+        SPLIT,
+        FP8,
+        ONE_STEP,
+        PLACES,
+    ),
+    "a block ends before its tiles have been read": (
+        "device/bulk_sender.cuh",
+        "    if (leads()) wait_for_bulk_reads<0>();",
+        "    if (leads() && !{}) wait_for_bulk_reads<0>();",
+        SPLIT,
+        FP8,
+        ONE_STEP,
+        PLACES,
+    ),
+    "results are told once their copies have been read": (
+        "device/bulk_sender.cuh",
+        "      wait_for_bulk_writes<kPending>();",
+        "      {} ? wait_for_bulk_reads<kPending>() : wait_for_bulk_writes<kPending>();",
+        PLACES,
+    ),
+    "results are told while a copy more is under way": (
+        "kernels/two_shot_place.cu",
+        "  sender.complete<1>();",
+        "  {} ? sender.complete<2>() : sender.complete<1>();",
+        PLACES,
+    ),
+    "no fence is between copied results and their flag": (
+        "device/bulk_sender.cuh",
+        "      fence_behind_bulk_copies();",
+        "      if (!{}) fence_behind_bulk_copies();",
+        PLACES,
     ),
     "shared slots are cleared a call too early": (
         "device/shared.cuh",

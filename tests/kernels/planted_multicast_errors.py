@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-Mutation = tuple[str, str, str, dict[str, Any]]
+Mutation = tuple[str, str, str, *tuple[dict[str, Any], ...]]
 MULTICAST: dict[str, Any] = {"multicast": True}
 MULTICAST_MUTATIONS: dict[str, Mutation] = {
     "results that come back are not waited for": (

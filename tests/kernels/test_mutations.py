@@ -59,7 +59,7 @@ SEEDS = 12  # in which an error must show at least once
 @functools.cache
 def mutated() -> emulator.Library:
     patches: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for number, (file, old, new, _) in enumerate(MUTATIONS.values(), 1):
+    for number, (file, old, new, *_) in enumerate(MUTATIONS.values(), 1):
         patches[file].append((old, new.format(f"(::emulator::mutation == {number})")))
     return emulator.Library(emulator.build(patches))
 
@@ -237,14 +237,16 @@ def test_nothing_is_wrong_without_an_error(kind: dict[str, Any]) -> None:
         stress(seed, kind)
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_an_error_shows(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "group"), [(name, group) for name, error in MUTATIONS.items() for group in range(len(error) - 3)]
+)
+def test_an_error_shows(name: str, group: int) -> None:
     """As wrong bits, slots or counts, or as a wait that expires."""
     mutated().mutate(1 + list(MUTATIONS).index(name))
     try:
         for seed in range(SEEDS):
             try:
-                stress(seed, MUTATIONS[name][3])
+                stress(seed, MUTATIONS[name][3 + group])
             except (AssertionError, emulator.BrokenContextError, emulator.EmulatorError):
                 return
     finally:

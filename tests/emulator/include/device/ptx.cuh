@@ -62,7 +62,7 @@ inline void store_relaxed_system(uint4* address, const uint4& raw) { emulator::s
 
 inline void load_relaxed_system_if(bool wanted, const void* address, uint4& raw) {
   if (!wanted) return;
-  emulator::machine.polled();
+  emulator::machine.polled(address);
   raw = emulator::load(static_cast<const uint4*>(address));
 }
 
@@ -146,18 +146,20 @@ inline uint32_t shared_address(const void* shared) {
 
 inline void store_shared(uint32_t address, const uint4& raw) {
   std::memcpy(emulator::machine.self->block->shared_memory(address), &raw, sizeof(raw));
+  emulator::machine.self->copies.stored(address);
   emulator::machine.step();
 }
 
-inline void fence_before_bulk_copies() {}
+inline void fence_before_bulk_copies() { emulator::machine.self->copies.fence_stores(*emulator::machine.self->block); }
 
 inline void copy_bulk(void* to, uint32_t from_shared, uint32_t bytes) {
   emulator::machine.self->copies.add(to, from_shared, bytes);
+  emulator::machine.self->block->add_copies();
+  emulator::machine.step();
 }
 
 inline void commit_bulk_copies() {
   emulator::machine.self->copies.commit();
-  emulator::machine.self->block->add_copies();
   emulator::machine.step();
 }
 
@@ -169,12 +171,12 @@ void wait_for_bulk_reads() {
 
 template <int kPending>
 void wait_for_bulk_writes() {
-  emulator::machine.self->copies.wait(*emulator::machine.self->block, kPending, emulator::machine.self);
+  emulator::machine.self->copies.complete(*emulator::machine.self->block, kPending, emulator::machine.self);
   emulator::machine.step();
 }
 
 inline void fence_behind_bulk_copies() {
-  emulator::machine.self->copies.fence(*emulator::machine.self->block, emulator::machine.self);
+  emulator::machine.self->copies.fence_copies(*emulator::machine.self->block, emulator::machine.self);
 }
 
 }  // namespace lar
