@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
+# Workers, ranks and commands are hundreds of processes, which would each compile the same modules.
+unset PYTHONDONTWRITEBYTECODE
 
 mapfile -t engines < <(engines_in .venv)
 make_environment .venv "${engines[@]}"

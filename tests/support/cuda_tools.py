@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -39,8 +40,9 @@ def cuobjdump(*arguments: str | Path) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def kernel_resources(library: Path) -> list[KernelResources]:
-    """Every kernel of the library on every architecture."""
+@functools.cache
+def kernel_resources(library: Path) -> tuple[KernelResources, ...]:
+    """Every kernel of the library on every architecture. A process reads it once."""
     found = []
     architecture = ""
     usage = cuobjdump("--dump-resource-usage", library)
@@ -50,4 +52,4 @@ def kernel_resources(library: Path) -> list[KernelResources]:
             architecture = match[1]
             continue
         found.append(KernelResources(match[2], architecture, int(match[3]), int(match[4]), int(match[5])))
-    return found
+    return tuple(found)
