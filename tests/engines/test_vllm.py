@@ -209,7 +209,9 @@ def processes_mentioning(text: str) -> list[str]:
 def marked() -> Iterator[tuple[dict[str, str], str]]:
     """An environment with a mark, by which every process that inherits it can be found."""
     mark = f"DEMO_MARK={os.urandom(8).hex()}"
-    yield {**os.environ, **FORK, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}, mark
+    environment = {**os.environ, **FORK, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}
+    # vLLM gives its processes titles, which are written over what the kernel shows of their environment.
+    yield environment | {"VLLM_PROCESS_NAME_PREFIX": mark}, mark
     assert processes_mentioning(mark) == [], "the demo left processes behind"
     assert left_in_shm() == []
 
