@@ -63,6 +63,8 @@ TOGETHER = {
     "tests/engines/test_vllm_fusion.py": "graphs of vLLM",
     "tests/engines/": "servers",
     "tests/unit/test_accuracy.py": "errors of formats",
+    "tests/unit/test_reports.py": "reports",
+    "tests/unit/test_settings_documents.py::test_poisoned_files": "poisoned files",
 }
 # Of those that run together, and then of folders: what takes long comes first, so that all workers end together. What
 # waits most of its time has what computes beside it.
