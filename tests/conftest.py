@@ -66,9 +66,9 @@ TOGETHER = {
     "tests/unit/test_reports.py": "reports",
     "tests/unit/test_settings_documents.py::test_poisoned_files": "poisoned files",
 }
-# Of those that run together, and then of folders: what takes long comes first, so that all workers end together. What
-# waits most of its time has what computes beside it.
-ORDER = ("servers", "CPU ranks that end", "CPU ranks", "kernels", "commands", "cpu", "engines", "unit", "gpu")
+# Of those that run together, and then of folders. What is long comes first, and many short ones last, so that all
+# workers end together.
+ORDER = ("servers", "CPU ranks that end", "CPU ranks", "commands", "kernels", "cpu", "engines", "unit", "gpu")
 
 # A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
