@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Tries what would be released, for every night: builds wheels and sdist, installs each in a bare environment that has
 # nothing but torch, away from the sources, and lets `llm-allreduce check` look at it. Takes minutes.
+#   scripts/check_release.sh [PYTHON...]: default every one of python3.11, python3.12 and python3.13 found. Each tries the
+#   wheel that is for it: of 3.12 and newer, one built by the oldest that there is.
 #   LLM_ALLREDUCE_CUDA_ARCHS  default here: 90, to be quick; all six for a release
 #   DEMO=1                    serve the demo from the first wheel, too, with vLLM
 set -euo pipefail
@@ -19,14 +21,39 @@ bare_environment() {
 # check_in FOLDER: away from the sources, which Python would find first.
 check_in() { (cd "$work" && "$1/bin/llm-allreduce" --version && "$1/bin/llm-allreduce" check); }
 
+# minor_of PYTHON: 12 for Python 3.12
+minor_of() { "$1" -c 'import sys; print(sys.version_info.minor)'; }
+
+pythons=("$@")
+if ((${#pythons[@]} == 0)); then
+  for candidate in python3.11 python3.12 python3.13; do
+    if "$candidate" --version >/dev/null 2>&1; then pythons+=("$candidate"); fi
+  done
+fi
+if ((${#pythons[@]} == 0)); then
+  echo "none of python3.11 to python3.13 is on PATH; name an interpreter: scripts/check_release.sh PYTHON" >&2
+  exit 1
+fi
+builders=()
+oldest=
+for python in "${pythons[@]}"; do
+  minor=$(minor_of "$python")
+  if ((minor == 11)); then
+    builders+=("$python")
+  elif [[ -z $oldest ]] || ((minor < $(minor_of "$oldest"))); then
+    oldest=$python
+  fi
+done
+if [[ -n $oldest ]]; then builders+=("$oldest"); fi
+
 rm -rf dist
-scripts/build_wheel.sh "$@"
-for wheel in dist/*.whl; do
-  case $wheel in *cp311-cp311*) python=python3.11 ;; *) python=python3.12 ;; esac
-  "$python" --version >/dev/null 2>&1 || { echo "$wheel: not tried, there is no $python"; continue; }
-  echo "== $wheel"
+scripts/build_wheel.sh "${builders[@]}"
+for python in "${pythons[@]}"; do
+  wheel=(dist/*abi3*.whl)
+  if (($(minor_of "$python") == 11)); then wheel=(dist/*cp311-cp311*.whl); fi
+  echo "== ${wheel[0]}, $("$python" --version)"
   bare_environment "$work/of-wheel" "$python"
-  pip_install "$work/of-wheel" "$wheel"
+  pip_install "$work/of-wheel" "${wheel[0]}"
   check_in "$work/of-wheel"
   if [[ -n ${DEMO:-} ]]; then
     install_vllm "$work/of-wheel"
@@ -42,6 +69,6 @@ for name in csrc/CMakeLists.txt scripts/build_backend.py configs/tuning LICENSE;
   grep -q "^[^/]*/$name" <<<"$held" || { echo "the sdist lacks $name" >&2; exit 1; }
 done
 if grep "/\.venv" <<<"$held"; then echo "the sdist has an environment in it" >&2; exit 1; fi
-bare_environment "$work/of-sdist" "$(find_python)"
+bare_environment "$work/of-sdist" "${pythons[0]}"
 pip_install "$work/of-sdist" dist/*.tar.gz
 check_in "$work/of-sdist"

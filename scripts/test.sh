@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
+# Workers, ranks and commands are hundreds of processes, which would each compile the same modules.
+unset PYTHONDONTWRITEBYTECODE
 
 mapfile -t engines < <(engines_in .venv)
 make_environment .venv "${engines[@]}"
@@ -43,7 +45,7 @@ fi
 for script in scripts/*.sh .ci/run; do bash -n "$script"; done
 
 echo "== tests; types beside them"
-# All of them by three workers, in the order of tests/conftest.py: CPU ranks and servers wait much of their time, and
+# All of them by three workers, in the order of tests/conftest.py: servers and CPU ranks wait much of their time, and
 # leave two cores to the third. Some of them by one.
 workers=()
 (($# > 0)) || workers=(--numprocesses 3 --dist loadscope --no-loadscope-reorder)

@@ -35,12 +35,26 @@ sys.addaudithook(_insist_on_a_switch)
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
-LONGEST_FIRST = ("cpu", "engines", "kernels", "unit", "gpu")
 # With several workers, which tests one of them runs: their names begin so, and the first that fits counts. CPU ranks
-# share pools, look for what was left in shared memory, and have deadlines of a second or two, beside which there is
+# share pools, and those that end look for what was left in shared memory, where nobody else leaves anything; there is
 # one server at a time; those on GPUs share the GPUs; others share one process.
 TOGETHER = {
     "tests/cpu/test_norm.py": "norms without ranks",
+    "tests/cpu/test_norm_ranks.py": "threads as ranks",
+    "tests/cpu/test_low_precision_forms.py": "threads as ranks",
+    "tests/cpu/test_across.py": "commands",
+    "tests/cpu/test_bench.py": "commands",
+    "tests/cpu/test_diagnosis.py": "commands",
+    "tests/cpu/test_killed_commands.py": "commands",
+    "tests/cpu/test_ranks.py": "commands",
+    "tests/cpu/test_tune": "commands",
+    "tests/cpu/test_agreement.py": "CPU ranks that end",
+    "tests/cpu/test_all_reduce.py": "CPU ranks that end",
+    "tests/cpu/test_attacks.py": "CPU ranks that end",
+    "tests/cpu/test_close.py": "CPU ranks that end",
+    "tests/cpu/test_fabric.py": "CPU ranks that end",
+    "tests/cpu/test_hosts.py": "CPU ranks that end",
+    "tests/cpu/test_shared_memory.py": "CPU ranks that end",
     "tests/cpu/": "CPU ranks",
     "tests/gpu/": "GPUs",
     "tests/engines/test_sglang.py::test_hooks_in_sglangs_own_layers": "SGLang's layers",
@@ -49,7 +63,12 @@ TOGETHER = {
     "tests/engines/test_vllm_fusion.py": "graphs of vLLM",
     "tests/engines/": "servers",
     "tests/unit/test_accuracy.py": "errors of formats",
+    "tests/unit/test_reports.py": "reports",
+    "tests/unit/test_settings_documents.py::test_poisoned_files": "poisoned files",
 }
+# Of those that run together, and then of folders. What is long comes first, and many short ones last, so that all
+# workers end together.
+ORDER = ("servers", "CPU ranks that end", "CPU ranks", "commands", "kernels", "cpu", "engines", "unit", "gpu")
 
 # A shell without job control starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -131,14 +150,12 @@ def _world_size(item: pytest.Item) -> int:
 
 
 def _order(item: pytest.Item) -> tuple[int, str, int, str, int]:
-    """Tests that share a pool follow each other: those of a large one across the files of a folder.
-
-    With several workers, which take tests in this order, what takes long comes first, so that all end together.
-    """
+    """Tests that share a pool follow each other: those of a large one across the files that run together."""
     world_size = _world_size(item)
     uses_large = world_size > SMALL and "cpu_pool" in getattr(item, "fixturenames", ())
-    folder = item.path.parent
-    place = LONGEST_FIRST.index(folder.name) if folder.name in LONGEST_FIRST else len(LONGEST_FIRST)
+    folder, scope = item.path.parent, scope_of(item.nodeid)
+    what = scope if scope in ORDER else folder.name
+    place = ORDER.index(what) if what in ORDER else len(ORDER)
     return place, str(folder), world_size if uses_large else 0, str(item.path), world_size
 
 

@@ -86,6 +86,9 @@ class Vllm(Engine):
             environment |= {**CPU_RANKS, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
             if compiled:
                 environment |= {"CPU_OPS_COMPILE": "1", "VLLM_CACHE_ROOT": str(work / "cache")}
+            else:
+                # Some of vLLM's helpers are compiled in eager mode, too: seconds, for a model that needs none of that.
+                environment["TORCHDYNAMO_DISABLE"] = "1"
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), "--config", str(config)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo"]
         return command, environment

@@ -22,6 +22,7 @@ from llm_allreduce_plugin.measure.ranks import (
 from llm_allreduce_plugin.transport.multicast_driver import entry_names, switched_off_by
 from tests.conftest import PoolFor
 from tests.support.marks import slow
+from tests.support.pool import ForkedPool
 
 
 def _behave(context: RankContext, behaviours: dict[int, str]) -> int:
@@ -66,17 +67,18 @@ def _all_ended(pool: RankPool) -> bool:
         ({1: "raises", 2: "hangs"}, RankFailedError, "rank 1: ValueError: bad 1"),
     ],
 )
-def test_who_is_named(behaviours: dict[int, str], kind: type[Exception], text: str) -> None:
+def test_who_is_named(behaviours: dict[int, str], kind: type[Exception], text: str, tmp_path: Path) -> None:
+    """Ranks are forked, but for those of which one is killed: new interpreters take seconds each."""
     before = set(multiprocessing.active_children())  # pools that other tests share
     with pytest.raises(kind) as caught:
-        _use_three(behaviours)
+        _use_three(behaviours, RankPool(3, "cpu") if "killed" in behaviours.values() else ForkedPool(3, tmp_path))
     assert isinstance(caught.value, FAILURES)
     assert in_a_line(caught.value) == text
     assert set(multiprocessing.active_children()) == before
 
 
-def _use_three(behaviours: dict[int, str]) -> None:
-    with RankPool(3, "cpu") as pool:
+def _use_three(behaviours: dict[int, str], made: RankPool) -> None:
+    with made as pool:
         assert pool.run(_behave, {}) == [0, 1, 2]
         assert pool.run(_interrupted) == ["interrupted"] * 3
         groups = pool.run(_process_group)

@@ -27,6 +27,7 @@ import pytest
 import yaml
 
 from llm_allreduce_plugin.demo import serve as serve_demo
+from tests.support.forked import left_in_shm
 from tests.support.marks import slow
 
 pytestmark = [
@@ -259,7 +260,7 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...]) -> No
         if "TWOSHOT" in servers:
             kill_a_rank(servers["TWOSHOT"])
         stop_a_rank(servers["ONESHOT"])
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+    assert left_in_shm() == []
 
 
 # What is left alone in vLLM's groups and in SGLang's processes is tested without servers, too.

@@ -36,16 +36,17 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+FORK = {"CPU_OPS_FORK": "1"}  # of scripts/vllm_cpu_ops: a server's processes do not each import vLLM
 TIMEOUT_S = 5  # of a call, where a worker is stopped
 
 
-def run_python(script: str, **environment: str) -> str:
+def run_python(script: str) -> str:
     result = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **CPU, **environment},
+        env={**os.environ, **CPU},
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result.stdout
@@ -55,11 +56,22 @@ def run_python(script: str, **environment: str) -> str:
 def said_in_one_process() -> dict[str, str]:
     """What the tests of a single process ask of a real vLLM, whose import takes longest."""
     out = run_python("""
-import json, torch
-from vllm.plugins import load_general_plugins
-load_general_plugins()
+import json, os, torch
 from vllm.config import ParallelConfig, VllmConfig
 from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+
+# -- a process of its own, in which this plugin is not named
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.environ["VLLM_PLUGINS"] = "vllm_cpu_ops"
+    load_general_plugins()
+    os.write(writer, current_platform.get_device_communicator_cls().encode())
+    os._exit(0)
+assert os.wait()[1] == 0
+alone = os.read(reader, 200).decode()
+
+load_general_plugins()
 from llm_allreduce_plugin.engines.vllm import register
 from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, has_custom_all_reduce, stock_communicator_path
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
@@ -88,7 +100,7 @@ assert reason(False) is None
 assert reason(True, allreduce_strategy="ONESHOT") is None
 
 assert not torch.cuda.is_initialized()
-print(json.dumps({"stock": stock, "reason": reason(True)}))
+print(json.dumps({"stock": stock, "reason": reason(True), "alone": alone}))
 """)
     said: dict[str, str] = json.loads(out.strip().splitlines()[-1])
     return said
@@ -105,16 +117,7 @@ def test_the_flag_against_custom_all_reduce_in_a_real_vllm_config() -> None:
 
 
 def test_plugin_not_named_leaves_vllm_alone() -> None:
-    out = run_python(
-        """
-from vllm.plugins import load_general_plugins
-load_general_plugins()
-from vllm.platforms import current_platform
-print(current_platform.get_device_communicator_cls())
-""",
-        VLLM_PLUGINS="vllm_cpu_ops",
-    )
-    assert out.strip().endswith("cpu_communicator.CpuCommunicator")
+    assert said_in_one_process()["alone"].endswith("cpu_communicator.CpuCommunicator")
 
 
 def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
@@ -128,20 +131,21 @@ def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
     script = """
 import logging, os, sys, torch
 import torch.multiprocessing as mp
+# Here, before ranks are forked: once for both.
+from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state as ps
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.plugins import load_general_plugins
 
 RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
 
 def rank_main(rank, store, profile):
     logging.basicConfig(level=logging.INFO)
-    from vllm.plugins import load_general_plugins
     load_general_plugins()
     for strategy, runs in RUNS.items():
         groups_of(rank, store + strategy, strategy, runs, profile)
 
 def groups_of(rank, store, strategy, runs, profile):
-    from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state as ps
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     config = VllmConfig(additional_config={"allreduce": {"allreduce_strategy": strategy, "tuning_profile": profile}})
     with set_current_vllm_config(config):
         ps.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
@@ -162,7 +166,7 @@ def groups_of(rank, store, strategy, runs, profile):
         ps.destroy_distributed_environment()
 
 if __name__ == "__main__":
-    mp.start_processes(rank_main, (sys.argv[1], sys.argv[2]), 2, start_method="spawn")
+    mp.start_processes(rank_main, (sys.argv[1], sys.argv[2]), 2, start_method="fork")
 """
     path = ROOT / ".demo"
     path.mkdir(exist_ok=True)
@@ -205,7 +209,9 @@ def processes_mentioning(text: str) -> list[str]:
 def marked() -> Iterator[tuple[dict[str, str], str]]:
     """An environment with a mark, by which every process that inherits it can be found."""
     mark = f"DEMO_MARK={os.urandom(8).hex()}"
-    yield {**os.environ, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}, mark
+    environment = {**os.environ, **FORK, "DEMO_DEVICE": "cpu", "DEMO_MARK": mark.split("=")[1]}
+    # vLLM gives its processes titles, which are written over what the kernel shows of their environment.
+    yield environment | {"VLLM_PROCESS_NAME_PREFIX": mark}, mark
     assert processes_mentioning(mark) == [], "the demo left processes behind"
     assert left_in_shm() == []
 
@@ -256,11 +262,14 @@ def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
     others the server ends in order, and says in its log what ran.
     """
     (tmp_path / "prometheus").mkdir()
+    # One of them starts its processes as vLLM's command does by itself.
     own = {
         "TWOSHOT": {
-            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus"), "LLM_ALLREDUCE_TIMEOUT_S": str(TIMEOUT_S),
+            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "prometheus"),
+            "LLM_ALLREDUCE_TIMEOUT_S": str(TIMEOUT_S),
+            "CPU_OPS_FORK": "0",
         }
-    }  # fmt: skip
+    }
     for name, value in (marked[0] | CPU | own.get(strategy, {})).items():
         monkeypatch.setenv(name, value)
     engine = ENGINES["vllm"]

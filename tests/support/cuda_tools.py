@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -86,8 +87,9 @@ def runs_on(code: str, architecture: str) -> bool:
     return int(code) // 10 == int(architecture) // 10 and int(code) <= int(architecture)
 
 
-def kernel_resources(library: Path) -> list[KernelResources]:
-    """Every kernel of the library on every architecture."""
+@functools.cache
+def kernel_resources(library: Path) -> tuple[KernelResources, ...]:
+    """Every kernel of the library on every architecture. A process reads it once."""
     found = []
     architecture = ""
     usage = cuobjdump("--dump-resource-usage", library)
@@ -97,4 +99,4 @@ def kernel_resources(library: Path) -> list[KernelResources]:
             architecture = match[1]
             continue
         found.append(KernelResources(match[2], architecture, int(match[3]), int(match[4]), int(match[5])))
-    return found
+    return tuple(found)

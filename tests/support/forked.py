@@ -165,7 +165,8 @@ def left_in_shm(pids: Sequence[int | None] = ()) -> list[str]:
     """What is left of ours in the folder of shared memory, and of sockets.
 
     Names have this user's number in them; or that of one of ``pids``: others may run tests on this machine too. What
-    these have is there for a moment only, so what is left is what stays.
+    these have is there for a moment only, so what is left is what stays. Sockets of another worker's tests are not
+    ours.
     """
     numbers = "|".join(str(number) for number in (os.getuid(), os.getpid(), *pids) if number is not None)
     left: set[str] | None = None
@@ -173,13 +174,28 @@ def left_in_shm(pids: Sequence[int | None] = ()) -> list[str]:
     def nothing() -> bool:
         nonlocal left
         names = {name for name in os.listdir("/dev/shm") if re.match(rf"llm-allreduce-({numbers})-", name)}
-        sockets = (line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines())
-        names |= {name for name in sockets if name.startswith("@llm-allreduce")}
+        names |= _sockets()
         left = names if left is None else left & names
         return not left
 
     wait_until(nothing, 1.0)
     return sorted(left or ())
+
+
+def _sockets() -> set[str]:
+    """Names of ours in the kernel's list, but for those that only processes of other workers of pytest-xdist have."""
+    fields = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
+    ours = {f"socket:[{field[6]}]": field[-1] for field in fields if field[-1].startswith("@llm-allreduce")}
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if not ours or worker is None:
+        return set(ours.values())
+    mine, others = f"PYTEST_XDIST_WORKER={worker}".encode(), set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if any(entry.startswith(b"PYTEST_XDIST_WORKER=") for entry in environment) and mine not in environment:
+                others |= {os.readlink(file) for file in (process / "fd").iterdir()}
+    return {name for socket_, name in ours.items() if socket_ not in others}
 
 
 def open_files() -> set[str]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
+from tests.support.forked import left_in_shm
 from tests.support.sglang_cases import fusion_attribute, load
 
 NAMES = ("tp", "pdmux_prefill_tp", "attention_tp", "pp")
@@ -22,7 +22,6 @@ NAMES = ("tp", "pdmux_prefill_tp", "attention_tp", "pp")
 def rank_main(rank: int, store: str) -> None:
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
-    load()
     from sglang.srt.distributed import parallel_state
 
     parallel_state.init_distributed_environment(
@@ -60,8 +59,9 @@ def communicator_of(group: Any) -> Any:
 
 
 def main() -> None:
-    mp.start_processes(rank_main, (sys.argv[1],), 2, start_method="spawn")  # type: ignore[attr-defined]
-    assert [name for name in os.listdir("/dev/shm") if name.startswith("llm-allreduce")] == []
+    load()  # before ranks are forked: once for both
+    mp.start_processes(rank_main, (sys.argv[1],), 2, start_method="fork")  # type: ignore[attr-defined]
+    assert left_in_shm() == []
 
 
 if __name__ == "__main__":

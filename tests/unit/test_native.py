@@ -41,6 +41,12 @@ def test_needs_nothing_of_cuda_or_torch(path: Path) -> None:
     assert not re.search(r"torch|cudart|nccl", output("ldd", path))
 
 
+def test_the_bindings_load_the_library_beside_them() -> None:
+    """Whatever LD_LIBRARY_PATH says: that comes after DT_RPATH, but before DT_RUNPATH."""
+    dynamic = output("readelf", "-d", Path(_C.__file__))
+    assert re.findall(r"\((RPATH|RUNPATH)\).*\[(.*?)\]", dynamic) == [("RPATH", "$ORIGIN")]
+
+
 def test_exports_only_the_c_abi() -> None:
     """The static CUDA runtime stays private: torch brings its own."""
     exported = {line.split()[-1] for line in output("nm", "-D", "--defined-only", LIBRARY).splitlines()}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.errors import UnreadableFileError
 from llm_allreduce_plugin.runtime import reports
 from llm_allreduce_plugin.runtime.metrics import ReportCollector
+from tests.support.forks import Forks
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -75,14 +76,16 @@ def place(folder: Path, name: str) -> None:
         path.symlink_to(path)
 
 
-READ = """
-import logging, sys
+SETUP = """
+import logging
 from pathlib import Path
 from prometheus_client import CollectorRegistry, generate_latest
 from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector
+"""
+READ = """
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-folder = Path(sys.argv[1])
+folder = Path(os.environ["FOLDER"])
 collector = ReportCollector(folder)
 collector._since = 0.0
 registry = CollectorRegistry()
@@ -92,20 +95,27 @@ tell(folder, 0.0)
 """
 
 
-@pytest.mark.parametrize("name", [*POISON, *TEXTS, "a pipe", "a device", "a folder", "a loop"])
-def test_nothing_that_lies_there_breaks_or_hangs_a_reader(tmp_path: Path, name: str) -> None:
-    """The scrape and the summary: in a process of their own, which must end, and soon, with what is good."""
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
     pytest.importorskip("prometheus_client")
+    forks = Forks(SETUP)
+    yield forks
+    forks.close()
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", [*POISON, *TEXTS, "a pipe", "a device", "a folder", "a loop"])
+def test_nothing_that_lies_there_breaks_or_hangs_a_reader(tmp_path: Path, name: str, forks: Forks) -> None:
+    """The scrape and the summary: in a process of their own, which must end, and soon, with what is good."""
     (tmp_path / "rank-0.json").write_text(json.dumps(GOOD))
     place(tmp_path, name)
-    run = [sys.executable, "-c", READ, str(tmp_path)]
-    result = subprocess.run(run, capture_output=True, text=True, timeout=20)
-    assert result.returncode == 0, result.stderr
-    samples = [line for line in result.stdout.splitlines() if line.startswith("llm_allreduce_calls_total{")]
+    code, said = forks.run(READ, FOLDER=str(tmp_path))
+    assert code == 0, said
+    samples = [line for line in said.splitlines() if line.startswith("llm_allreduce_calls_total{")]
     assert len(samples) == 1
     assert 'rank="0"' in samples[0]
     assert samples[0].endswith(" 7.0")
-    assert "all-reduce summary: ONESHOT 7 calls; no fallbacks (rank 0's last report)" in result.stdout
+    assert "all-reduce summary: ONESHOT 7 calls; no fallbacks (rank 0's last report)" in said
 
 
 def test_errors_name_the_file_and_the_field(tmp_path: Path) -> None:

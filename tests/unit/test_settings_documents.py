@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hypothesis import strategies as st
 
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, load_config
 from llm_allreduce_plugin.config import LowPrecisionConfig
+from tests.support.forks import Forks
 
 MOST_SECONDS = 10.0  # for any file; a rank that reads one on a busy machine
 
@@ -43,7 +42,6 @@ Load = Callable[[str, "str | bytes"], AllReduceConfig]
 READ = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-from llm_allreduce_plugin import ConfigError, load_config
 try:
     load_config()
 except ConfigError as error:
@@ -83,23 +81,24 @@ def poisoned(folder: Path, kind: str, suffix: str) -> tuple[Path, str]:
     return path, "not UTF-8 text"
 
 
-@pytest.mark.timeout(120)
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    forks = Forks("from llm_allreduce_plugin import ConfigError, load_config")
+    yield forks
+    forks.close()
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("suffix", (".yaml", ".yml", ".json"))
 @pytest.mark.parametrize("kind", ("pipe", "folder", "endless", "terminal", "loop", "large", "utf16", "binary"))
-def test_poisoned_files(kind: str, suffix: str, tmp_path: Path) -> None:
+def test_poisoned_files(kind: str, suffix: str, tmp_path: Path, forks: Forks) -> None:
     """In a process of their own with 2 GiB: the faults looked for hang, or take all memory."""
     path, reason = poisoned(tmp_path, kind, suffix)
-    result = subprocess.run(
-        [sys.executable, "-c", READ],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "LLM_ALLREDUCE_CONFIG": str(path)},
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert result.stdout.startswith(f"ConfigError: file {path}: "), result.stdout
-    assert reason in result.stdout
-    assert "LLM_ALLREDUCE_CONFIG" in result.stdout
+    code, said = forks.run(READ, LLM_ALLREDUCE_CONFIG=str(path))
+    assert code == 0, said[-2000:]
+    assert said.startswith(f"ConfigError: file {path}: "), said
+    assert reason in said
+    assert "LLM_ALLREDUCE_CONFIG" in said
 
 
 # -- documents that say too much ---------------------------------------------------------------------------------------
