@@ -35,16 +35,16 @@ class Payload {
     return raw;
   }
 
-  // Neighbours, from `index` on. Whole ones leave together: behind a branch for each, the second would wait for the
-  // first.
-  template <int kCount>
-  __device__ __forceinline__ void load_run(int64_t index, uint4 (&raw)[kCount]) const {
-    if (index + kCount <= whole_vectors_) {
+  // Those at index_of(0), index_of(1), ..., which rise. Whole ones leave together: behind a branch for each, the second
+  // would wait for the first.
+  template <int kCount, typename IndexOf>
+  __device__ __forceinline__ void load_all(IndexOf index_of, uint4 (&raw)[kCount]) const {
+    if (index_of(kCount - 1) < whole_vectors_) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) raw[j] = reinterpret_cast<const uint4*>(address_)[index + j];
+      for (int j = 0; j < kCount; ++j) raw[j] = reinterpret_cast<const uint4*>(address_)[index_of(j)];
     } else {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) raw[j] = load(index + j);
+      for (int j = 0; j < kCount; ++j) raw[j] = load(index_of(j));
     }
   }
 
