@@ -43,8 +43,8 @@ struct Tq3 {
     const float scale = from_half_bits(block.scale);
 #pragma unroll
     for (int i = 0; i < Block32::kValues; ++i) {
-      const float size = (block.second & 1u << i) != 0 ? scale : 0.0f;
-      values[i] = from_bits(bits_of(size) ^ (block.first << (31 - i) & 0x80000000u));
+      const float size = (block.second >> i) & 1u ? scale : 0.0f;
+      values[i] = (block.first >> i) & 1u ? from_bits(bits_of(size) ^ 0x80000000u) : size;
     }
   }
 };

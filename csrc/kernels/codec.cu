@@ -22,7 +22,7 @@ __device__ __forceinline__ void for_each_packet(int64_t packets, Body body) {
 }
 
 template <typename T, typename Packet>
-__global__ void __launch_bounds__(kThreads) encode_kernel(const void* values, int64_t count, char* packets) {
+__global__ void __launch_bounds__(kThreads, 4) encode_kernel(const void* values, int64_t count, char* packets) {
   const Packets<T, Packet, Store> message(values, nullptr, count);
   for_each_packet(message.number(),
                   [&](int64_t packet) { Packet::store(packets + packet * Packet::kBytes, message.encoded(packet)); });

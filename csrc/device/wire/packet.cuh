@@ -67,13 +67,7 @@ struct Fp8Packet {
     const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
     const float scale = Codec::scale(__uint_as_float(most));
     const float multiplier = Codec::multiplier(scale);
-    uint4 raw;
-    auto* words = reinterpret_cast<uint32_t*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kThreadValues; i += 4) {
-      const float four[] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
-      words[i / 4] = Codec::encode(four, multiplier);
-    }
+    const uint4 raw = words_of(values, multiplier);
     return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
   }
 
@@ -91,6 +85,33 @@ struct Fp8Packet {
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
     return load_weak(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
+  }
+
+ private:
+  __device__ __forceinline__ static uint4 words_of(const float (&values)[kThreadValues], float multiplier) {
+    uint4 raw;
+#if __CUDA_ARCH__ >= 890
+    auto* words = reinterpret_cast<uint32_t*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; i += 4) {
+      const float four[] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+      words[i / 4] = Codec::encode(four, multiplier);
+    }
+#else
+    // Once for all four words, which take turns: here a code takes more than ten instructions.
+    float rest[kThreadValues];
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) rest[i] = values[i];
+    raw = {0u, 0u, 0u, 0u};
+#pragma unroll 1
+    for (int turn = 0; turn < kThreadValues / 4; ++turn) {
+      const float four[] = {rest[0], rest[1], rest[2], rest[3]};
+      raw = {raw.y, raw.z, raw.w, Codec::encode(four, multiplier)};
+#pragma unroll
+      for (int i = 0; i + 4 < kThreadValues; ++i) rest[i] = rest[i + 4];
+    }
+#endif
+    return raw;
   }
 };
 
