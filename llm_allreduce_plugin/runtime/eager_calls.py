@@ -34,7 +34,7 @@ class EagerCalls:
 
     def __init__(self, device: torch.device) -> None:
         self._calls = _native(device)
-        self.call: EagerCall = no_eager_call if self._calls is None else cast(EagerCall, self._calls)
+        self.call: EagerCall = no_eager_call if self._calls is None else cast("EagerCall", self._calls)
 
     def keep(
         self, count: int, dtype: torch.dtype, plan: _C.Plan, health: Health, name: str, *, must_be_aligned: bool
