@@ -15,6 +15,7 @@ from llm_allreduce_plugin.topology.links import Transport
 logger = logging.getLogger(__name__)
 
 _SHORTEST_S = 0.005  # of a part that is worth a word
+SLOW_S = 3.0  # of a start that somebody waits for
 
 
 class StartTimes:
@@ -34,10 +35,15 @@ class StartTimes:
         self.parts_s[part] = self.parts_s.get(part, 0.0) + now - self._last
         self._last = now
 
+    @property
+    def total_s(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.parts_s.values())
+
     def __str__(self) -> str:
         """``1.23 s: settings of all ranks 0.02, memory 0.31, kernels 0.90``, without what took no time to speak of."""
         parts = [f"{part} {seconds:.2f}" for part, seconds in self.parts_s.items() if seconds >= _SHORTEST_S]
-        total = f"{sum(self.parts_s.values()):.2f} s"
+        total = f"{self.total_s:.2f} s"
         return f"{total}: {', '.join(parts)}" if parts else total
 
 
@@ -72,5 +78,5 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
 
 
 def log_times(times: StartTimes) -> None:
-    """How long the start took, for the log of the first rank."""
-    logger.info("the start took %s", times)
+    """How long the start took, for the log of the first rank: where it was slow, for everybody to see."""
+    logger.log(logging.INFO if times.total_s >= SLOW_S else logging.DEBUG, "the start took %s", times)

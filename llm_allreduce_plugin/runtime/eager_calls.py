@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, current_stream_of, empty_strided_of, raise_refused
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, Call, current_stream_of, empty_strided_of, raise_refused
 from llm_allreduce_plugin.runtime.health import Health
 
 EagerCall = Callable[[torch.Tensor], torch.Tensor | None]
@@ -35,6 +35,18 @@ class EagerCalls:
     def __init__(self, device: torch.device) -> None:
         self._calls = _native(device)
         self.call: EagerCall = no_eager_call if self._calls is None else cast("EagerCall", self._calls)
+
+    def around(self, call: Call) -> Call:
+        """The sum in one step where that is to be had, by ``call`` otherwise."""
+        if self._calls is None:
+            return call
+        eager_call = self.call
+
+        def run(input_: torch.Tensor) -> torch.Tensor:
+            output = eager_call(input_)
+            return call(input_) if output is None else output
+
+        return run
 
     def keep(
         self, count: int, dtype: torch.dtype, plan: _C.Plan, health: Health, name: str, *, must_be_aligned: bool

@@ -132,7 +132,9 @@ class Planner:
         decision = decide(settings, self._facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
-        return self._kernel_call(decision, count, dtype).call
+        planned, eager = self._kernel_call(decision, count, dtype), EagerCalls(self._device)
+        self._keep_eager(eager, planned, decision, count, dtype)
+        return eager.around(planned.call)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -162,17 +164,20 @@ class Planner:
         planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
         planned = self._checked(planned, decision, count, dtype)
         self.plans.keep((count, dtype), planned)
-        self._keep_eager(planned, decision, count, dtype)
+        if self._checker is None:
+            self._keep_eager(self._eager, planned, decision, count, dtype)
         return planned
 
-    def _keep_eager(self, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype) -> None:
+    def _keep_eager(
+        self, eager: EagerCalls, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype
+    ) -> None:
         """Where it is one kernel and nothing else, from a tensor's address to another's."""
         launch, plan = decision.launch, planned.counted
-        if launch is None or not isinstance(plan, _C.Plan) or self._checker is not None:
+        if launch is None or not isinstance(plan, _C.Plan):
             return
         if launch.exchange is not Exchange.PLACE and self._health is not None:
             name, aligned = str(decision.strategy), launch.scatter_lanes > 0
-            self._eager.keep(count, dtype, plan, self._health, name, must_be_aligned=aligned)
+            eager.keep(count, dtype, plan, self._health, name, must_be_aligned=aligned)
 
     def _engine_call(self, decision: Decision) -> Planned[Call]:
         """A function that runs what no kernel here can."""

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from llm_allreduce_plugin.group import start_log
-from llm_allreduce_plugin.group.start_log import StartTimes, log_times
+from llm_allreduce_plugin.group.start_log import SLOW_S, StartTimes, log_times
 
 
 @pytest.fixture
@@ -25,6 +25,12 @@ def test_parts_add_up_and_short_ones_are_not_named(clock: list[float], caplog: p
         times.ended(part)
     assert list(times.parts_s) == ["memory", "board", "kernels"]
     assert sum(times.parts_s.values()) == pytest.approx(1.001)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     log_times(times)
-    assert caplog.messages == ["the start took 1.00 s: memory 0.50, kernels 0.50"]
+    clock[0] += SLOW_S - 1
+    times.ended("kernels")
+    log_times(times)
+    assert [(record.levelname, record.message) for record in caplog.records] == [
+        ("DEBUG", "the start took 1.00 s: memory 0.50, kernels 0.50"),
+        ("INFO", "the start took 3.00 s: memory 0.50, kernels 2.50"),
+    ]
