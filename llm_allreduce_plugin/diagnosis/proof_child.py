@@ -66,6 +66,7 @@ def main() -> None:
     _say(step="loading torch")
     import torch
 
+    import llm_allreduce_plugin.measure.answers  # noqa: F401  (for the ranks, once)
     from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
 
     with contextlib.ExitStack() as ends:
