@@ -363,6 +363,13 @@ class EagerCalls:
         Address, elements, number of the type, and whether it is contiguous; None for what is never taken.
         """
 
+    @property
+    def empty_strided(self) -> object:
+        """What outputs are made by."""
+
+    @empty_strided.setter
+    def empty_strided(self, arg: object, /) -> None: ...
+
     def __len__(self) -> int: ...
 
     def __call__(self, tensor: object) -> object:

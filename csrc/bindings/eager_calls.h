@@ -53,6 +53,9 @@ class EagerCalls {
   void clear() { entries_.clear(); }
   size_t size() const { return entries_.size(); }
 
+  const nb::object& empty_strided() const { return empty_strided_; }
+  void set_empty_strided(nb::object function) { empty_strided_ = std::move(function); }
+
   // Where a tensor lies, as calls see it: address, elements, number of its type, whether it is contiguous. None: it is
   // not of this device, or not one of the types that are summed, or no plain tensor.
   using Seen = std::tuple<uint64_t, int64_t, int, bool>;
@@ -79,7 +82,8 @@ class EagerCalls {
     const nb::object plan_object = entry.plan_object;
     const nb::object refused = entry.refused;
     Plan& plan = *entry.plan;
-    nb::object output = nb::steal(PyObject_CallObject(empty_strided_.ptr(), arguments.ptr()));
+    const nb::object empty_strided = empty_strided_;
+    nb::object output = nb::steal(PyObject_CallObject(empty_strided.ptr(), arguments.ptr()));
     if (!output.is_valid()) throw nb::python_error();
     dlpack::Tensor made;
     if (!find(output, &made)) return nb::none();  // the caller's current device is another
@@ -170,7 +174,7 @@ class EagerCalls {
   }
 
   const nb::object tensor_type_;
-  const nb::object empty_strided_;
+  nb::object empty_strided_;
   const nb::object current_stream_;
   const bool on_cpu_;
   const int device_index_;

@@ -310,6 +310,8 @@ NB_MODULE(_C, module) {
       .def("clear", &EagerCalls::clear, "Let go of all plans.")
       .def("see", &EagerCalls::see, "tensor"_a,
            "Address, elements, number of the type, and whether it is contiguous; None for what is never taken.")
+      .def_prop_rw("empty_strided", &EagerCalls::empty_strided, &EagerCalls::set_empty_strided,
+                   "What outputs are made by.")
       .def("__len__", &EagerCalls::size)
       .def("__call__", &EagerCalls::operator(), "tensor"_a, "None where nothing is kept for such a tensor.");
 }

@@ -61,30 +61,43 @@ def _tasks() -> Iterator[Task]:
         yield Task(fields["device"], fields["ranks"], TransportChoice(fields["transport"]), fields["workspace_bytes"])
 
 
+def _start(task: Task) -> RankPool:
+    """The ranks: forked, so that they need not load torch once more.
+
+    Raises:
+        RankEndedError: a rank has ended at its start.
+    """
+    import torch
+
+    from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
+
+    try:
+        return RankPool(task.ranks, task.device, forked=True)
+    except RankEndedError:
+        # Not asked before: it may use CUDA, which ranks could then not.
+        if task.device == "cuda" and (seen := torch.cuda.device_count()) < task.ranks:
+            message = f"torch sees {seen} of {task.ranks} GPUs"
+            raise RankEndedError(message) from None
+    return RankPool(task.ranks, task.device)  # something may have used CUDA all the same
+
+
 def main() -> None:
     """In the child: JSON lines of where it is, and of each task the answer. The first that is not proved ends it."""
     _say(step="loading torch")
-    import torch
-
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # or whoever asks whether there is CUDA uses it
     import llm_allreduce_plugin.measure.answers  # noqa: F401  (for the ranks, once)
-    from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
+    from llm_allreduce_plugin.measure.ranks import RankEndedError
 
     with contextlib.ExitStack() as ends:
         pool: RankPool | None = None
         for task in _tasks():
-            if pool is None:
-                if task.device == "cuda" and torch.cuda.device_count() < task.ranks:
-                    _say(answer=f"torch sees {torch.cuda.device_count()} of {task.ranks} GPUs")
-                    return
-                if task.transport is TransportChoice.HOST:
-                    os.environ["NCCL_P2P_DISABLE"] = "1"  # the links may be broken, and are not what is proved
             answer: str | None
             try:
                 if pool is None:
+                    if task.transport is TransportChoice.HOST:
+                        os.environ["NCCL_P2P_DISABLE"] = "1"  # the links may be broken, and are not what is proved
                     _say(step=f"starting {task.ranks} ranks{' and NCCL' if task.device == 'cuda' else ''}")
-                    # Then ranks need not load torch again.
-                    forked = not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-                    pool = ends.enter_context(RankPool(task.ranks, task.device, forked=forked))
+                    pool = ends.enter_context(_start(task))
                 _say(step="ranks writing to and reading from each other")
                 answer = next(filter(None, pool.run(prove, task, timeout_s=TIMEOUT_S)), None)
             except AssertionError as error:  # of all ranks, the tracebacks; the pool says it so
