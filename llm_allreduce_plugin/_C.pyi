@@ -212,7 +212,9 @@ def host_register(address: int, bytes: int) -> int:
 def host_unregister(address: int) -> None: ...
 
 def load_kernels(world_size: int) -> None:
-    """Load all kernels for a world size onto the current device."""
+    """
+    Load all kernels for a world size onto the current device. Others may run Python meanwhile.
+    """
 
 def wire_codes() -> dict[str, int]:
     """The number of each wire format, raw among them, by its name."""
@@ -336,3 +338,39 @@ class Plan:
     @property
     def captured(self) -> int:
         """Calls that went into a CUDA graph."""
+
+class EagerCalls:
+    """The plans of a communicator: called with a tensor, gives its sum."""
+
+    def __init__(self, api: object, tensor_type: object, device: int, empty_strided: object, current_stream: object) -> None:
+        """
+        `api`: the capsule of DLPack's C exchange interface. `tensor_type`: of the tensors that are taken. `device`: the index of a CUDA device, or CPU. `empty_strided`: called with shape, strides and dtype. `current_stream`: called with the device's index; not on a CPU.
+        """
+
+    def keep(self, count: int, type_code: int, dtype: object, plan: object, must_be_aligned: bool, refused: object) -> None:
+        """
+        Messages like this run by `plan`. `refused`: called with the status of a call that was refused, and raises.
+        """
+
+    def forget(self, count: int, type_code: int) -> None:
+        """They do no longer."""
+
+    def clear(self) -> None:
+        """Let go of all plans."""
+
+    def see(self, tensor: object) -> tuple[int, int, int, bool] | None:
+        """
+        Address, elements, number of the type, and whether it is contiguous; None for what is never taken.
+        """
+
+    @property
+    def empty_strided(self) -> object:
+        """What outputs are made by."""
+
+    @empty_strided.setter
+    def empty_strided(self, arg: object, /) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, tensor: object) -> object:
+        """None where nothing is kept for such a tensor."""

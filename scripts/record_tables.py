@@ -158,9 +158,11 @@ def sglang() -> str:
     if has_record("h100/sglang_tokens_tp2"):
         (same,) = (row for row in record("h100/sglang_tokens_tp2")["rows"] if "requests" in row)
         equal = same["same_tokens_oneshot_twoshot"]
+        stock = ""
+        if "same_tokens_as_default" in same:
+            stock = f", and {same['same_tokens_as_default']['ONESHOT']} the tokens of stock SGLang, too"
         parts.append(
-            f"Of {same['requests']} requests, {equal} had the same tokens with `ONESHOT` and `TWOSHOT`, and "
-            f"{same['same_tokens_as_default']['ONESHOT']} the tokens of stock SGLang, too "
+            f"Of {same['requests']} requests, {equal} had the same tokens with `ONESHOT` and `TWOSHOT`{stock} "
             "(`benchmarks/h100/sglang_tokens_tp2.json`).\n"
         )
     return "\n".join(parts)

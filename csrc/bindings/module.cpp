@@ -8,6 +8,7 @@
 
 #include <map>
 
+#include "bindings/eager_calls.h"
 #include "bindings/plan.h"
 
 using namespace nb::literals;
@@ -188,7 +189,8 @@ NB_MODULE(_C, module) {
       "address"_a);
   module.def(
       "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
-      "world_size"_a, "Load all kernels for a world size onto the current device.");
+      "world_size"_a, nb::call_guard<nb::gil_scoped_release>(),
+      "Load all kernels for a world size onto the current device. Others may run Python meanwhile.");
   module.def("wire_codes", &wire_codes, "The number of each wire format, raw among them, by its name.");
   module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
   module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
@@ -293,4 +295,23 @@ NB_MODULE(_C, module) {
            "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
       .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")
       .def_prop_ro("captured", &Plan::captured, "Calls that went into a CUDA graph.");
+
+  nb::class_<EagerCalls>(module, "EagerCalls", "The plans of a communicator: called with a tensor, gives its sum.")
+      .def(nb::init<const nb::object&, nb::object, int, nb::object, nb::object>(), "api"_a, "tensor_type"_a, "device"_a,
+           "empty_strided"_a, "current_stream"_a,
+           "`api`: the capsule of DLPack's C exchange interface. `tensor_type`: of the tensors that are taken. "
+           "`device`: "
+           "the index of a CUDA device, or CPU. `empty_strided`: called with shape, strides and dtype. "
+           "`current_stream`: called with the device's index; not on a CPU.")
+      .def(
+          "keep", &EagerCalls::keep, "count"_a, "type_code"_a, "dtype"_a, "plan"_a, "must_be_aligned"_a, "refused"_a,
+          "Messages like this run by `plan`. `refused`: called with the status of a call that was refused, and raises.")
+      .def("forget", &EagerCalls::forget, "count"_a, "type_code"_a, "They do no longer.")
+      .def("clear", &EagerCalls::clear, "Let go of all plans.")
+      .def("see", &EagerCalls::see, "tensor"_a,
+           "Address, elements, number of the type, and whether it is contiguous; None for what is never taken.")
+      .def_prop_rw("empty_strided", &EagerCalls::empty_strided, &EagerCalls::set_empty_strided,
+                   "What outputs are made by.")
+      .def("__len__", &EagerCalls::size)
+      .def("__call__", &EagerCalls::operator(), "tensor"_a, "None where nothing is kept for such a tensor.");
 }

@@ -13,19 +13,25 @@ namespace lar::codec {
 constexpr float kLargestE4m3 = 448.0f;
 constexpr uint8_t kE4m3Nan = 0x7f;
 
-// One rounding to nearest even; what is larger than 448, infinity too, becomes 448. The sign of a zero stays.
+// The code of |value|, one rounding to nearest even; what is larger than 448, infinity too, becomes 448, and so does
+// NaN.
+//
+// Adding a power of two that is 20 binades above aligns the last bit of the fp32 sum with that of the code: the FPU
+// rounds. Below 2^-6 codes are subnormal, multiples of 2^-9, as those of 2^-6 are. What the sum is above the power
+// counts these multiples, from 8 on where the code is normal; a count of 16 is the next binade's 8.
+LAR_CODEC uint32_t e4m3_of_magnitude(float value) {
+  const float size = smaller(magnitude(value), kLargestE4m3);
+  constexpr uint32_t kLeast = (127u - 6u) << 23;
+  const uint32_t of_size = bits_of(size) & kInfinityBits;
+  const uint32_t binade = of_size > kLeast ? of_size : kLeast;
+  const uint32_t power = binade + (20u << 23);
+  return bits_of(add(size, from_bits(power))) - power + ((binade - kLeast) >> 20);
+}
+
+// The sign of a zero stays.
 LAR_CODEC uint8_t e4m3_on_bits(float value) {
-  const uint32_t bits = bits_of(value);
-  const uint32_t sign = (bits >> 24) & 0x80u;
-  const uint32_t absolute = bits & kMagnitudeMask;
-  if (absolute > kInfinityBits) return kE4m3Nan;
-  if (absolute < 0x3c800000u) {  // below 2^-6: subnormal, multiples of 2^-9
-    // Adding 2^14 aligns the last bit of the fp32 sum with 2^-9: the FPU rounds.
-    const uint32_t multiple = bits_of(add(from_bits(absolute), 0x1p14f)) - bits_of(0x1p14f);
-    return static_cast<uint8_t>(sign | multiple);
-  }
-  const uint32_t rounded = (absolute + 0x7ffffu + ((absolute >> 20) & 1u) - ((127u - 7u) << 23)) >> 20;
-  return static_cast<uint8_t>(sign | (rounded > 0x7eu ? 0x7eu : rounded));
+  if (is_nan(value)) return kE4m3Nan;
+  return static_cast<uint8_t>(e4m3_of_magnitude(value) | (bits_of(value) >> 24 & 0x80u));
 }
 
 LAR_CODEC uint8_t to_e4m3(float value) {
@@ -36,13 +42,10 @@ LAR_CODEC uint8_t to_e4m3(float value) {
 #endif
 }
 
+// The bits of a code are those of an fp16 that is 2^8 smaller, subnormals and all.
 LAR_CODEC float from_e4m3(uint8_t code) {
-  const uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
-  const uint32_t absolute = code & 0x7fu;
-  if (absolute == kE4m3Nan) return nan();
-  const float normal = from_bits((absolute << 20) + ((127u - 7u) << 23));
-  const float subnormal = multiply(static_cast<float>(static_cast<int>(absolute)), 0x1p-9f);
-  return from_bits(sign | bits_of(absolute < 8 ? subnormal : normal));
+  const uint32_t half = (code & 0x80u) << 8 | (code & 0x7fu) << 7;
+  return (code & 0x7fu) == kE4m3Nan ? nan() : multiply(from_half_bits(static_cast<uint16_t>(half)), 256.0f);
 }
 
 #if defined(__CUDACC__)

@@ -60,15 +60,18 @@ struct Fp8 {
     const uint32_t low = __nv_cvt_float2_to_fp8x2({scaled[0], scaled[1]}, __NV_SATFINITE, __NV_E4M3);
     const uint32_t high = __nv_cvt_float2_to_fp8x2({scaled[2], scaled[3]}, __NV_SATFINITE, __NV_E4M3);
     const uint32_t codes = low | high << 16;
-    // Negative values that round to zero have the code -0: bytes whose other bits are 0 lose their sign.
-    const uint32_t magnitudes = codes & 0x7f7f7f7fu;
-    const uint32_t not_zero = (magnitudes + 0x7f7f7f7fu) & 0x80808080u;
-    return magnitudes | (codes & not_zero);
+    return with_signs(codes & 0x7f7f7f7fu, codes);
 #else
-    uint32_t codes = 0;
+    uint32_t magnitudes = 0;
+    uint32_t signs = 0;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) codes |= static_cast<uint32_t>(encode(values[i], multiplier)) << (8 * i);
-    return codes;
+    for (int i = 3; i >= 0; --i) {
+      const bool finite = is_finite(values[i]);
+      const float scaled = finite ? multiply(values[i], multiplier) : nan();
+      magnitudes = magnitudes << 8 | (finite ? e4m3_of_magnitude(scaled) : kE4m3Nan);
+      signs = signs << 8 | bits_of(scaled) >> 24;
+    }
+    return with_signs(magnitudes, signs);
 #endif
   }
 
@@ -79,9 +82,21 @@ struct Fp8 {
     first = multiply(from_half_bits(halves.x), scale);
     second = multiply(from_half_bits(halves.y), scale);
 #else
-    first = decode(static_cast<uint8_t>(codes), scale);
-    second = decode(static_cast<uint8_t>(codes >> 8), scale);
+    // As from_e4m3(), both at once: codes in the upper bytes, which NaN alone leaves when one is added.
+    const uint32_t upper = (codes & 0xffu) << 8 | (codes & 0xff00u) << 16;
+    const uint32_t size = upper & 0x7f007f00u;
+    const uint32_t carry = (size + 0x01000100u) & 0x80008000u;
+    const uint32_t bits = (upper & 0x80008000u) | size >> 1 | (carry - (carry >> 5));
+    first = multiply(multiply(from_half_bits(static_cast<uint16_t>(bits)), 256.0f), scale);
+    second = multiply(multiply(from_half_bits(static_cast<uint16_t>(bits >> 16)), 256.0f), scale);
 #endif
+  }
+
+ private:
+  // Four codes with the top bits of `signs`: but negative values that round to zero have none, else they would be -0.
+  __device__ __forceinline__ static uint32_t with_signs(uint32_t magnitudes, uint32_t signs) {
+    const uint32_t not_zero = (magnitudes + 0x7f7f7f7fu) & 0x80808080u;
+    return magnitudes | (signs & not_zero);
   }
 #endif
 };

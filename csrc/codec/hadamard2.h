@@ -25,39 +25,33 @@ struct Hadamard2 {
 
   LAR_CODEC static Block32 encode(const float (&input)[Block32::kValues]) {
     float values[Block32::kValues];
-    bool all_finite = true;
+    float largest = 0.0f;
 #pragma unroll
     for (int i = 0; i < Block32::kValues; ++i) {
-      all_finite &= is_finite(input[i]);
-      values[i] = input[i] > kLargestInput ? kLargestInput : input[i] < -kLargestInput ? -kLargestInput : input[i];
+      values[i] = input[i];
+      largest = larger(largest, magnitude(input[i]));
     }
-    if (!all_finite) return {0u, 0u, kHalfNan};
+    if (!is_finite(largest)) return {0u, 0u, kHalfNan};
+    if (largest > kLargestInput) limit(values);
     rotate(values);
+    if (is_nan(values[0])) return {0u, 0u, kHalfNan};  // the sum of all
     float squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < Block32::kValues; ++i) squares = add(squares, multiply(values[i], values[i]));
-    float scale = square_root(multiply(squares, 1.0f / Block32::kValues));
-    uint32_t large = 0;
     // The levels of the root mean square, then those of the best scale for them.
+    float scale = square_root(multiply(squares, 1.0f / Block32::kValues));
+    float apart = 0.0f;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
-      const float apart = multiply(scale, kApart);
-      float products = 0.0f;
-      float weights = 0.0f;
-      large = 0;
-#pragma unroll
-      for (int i = 0; i < Block32::kValues; ++i) {
-        const bool is_large = magnitude(values[i]) > apart;
-        const float level = is_large ? kLarge : kSmall;
-        large |= static_cast<uint32_t>(is_large) << i;
-        products = add(products, multiply(magnitude(values[i]), level));
-        weights = add(weights, multiply(level, level));
-      }
-      scale = divide(products, weights);
+      apart = multiply(scale, kApart);
+      scale = best_scale(values, apart);
     }
-    Block32 out{0u, large, half_bits(scale > kLargestHalf ? kLargestHalf : scale)};
+    Block32 out{0u, 0u, half_bits(scale > kLargestHalf ? kLargestHalf : scale)};
 #pragma unroll
-    for (int i = 0; i < Block32::kValues; ++i) out.first |= (bits_of(values[i]) >> 31) << i;
+    for (int i = Block32::kValues - 1; i >= 0; --i) {
+      out.first = behind(out.first, values[i]);
+      out.second = behind(out.second, add(apart, -magnitude(values[i])));
+    }
     return out;
   }
 
@@ -67,13 +61,35 @@ struct Hadamard2 {
     const float large = multiply(scale, kLarge);
 #pragma unroll
     for (int i = 0; i < Block32::kValues; ++i) {
-      const float size = (block.second >> i) & 1u ? large : small;
-      values[i] = (block.first >> i) & 1u ? from_bits(bits_of(size) ^ 0x80000000u) : size;
+      const float size = (block.second & 1u << i) != 0 ? large : small;
+      values[i] = from_bits(bits_of(size) ^ (block.first << (31 - i) & 0x80000000u));
     }
     rotate(values);
   }
 
  private:
+  // NaN stays.
+  LAR_CODEC static void limit(float (&values)[Block32::kValues]) {
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) {
+      if (values[i] > kLargestInput) values[i] = kLargestInput;
+      if (values[i] < -kLargestInput) values[i] = -kLargestInput;
+    }
+  }
+
+  // The scale with the least squared error for the levels that `apart` sets apart.
+  LAR_CODEC static float best_scale(const float (&values)[Block32::kValues], float apart) {
+    float products = 0.0f;
+    float weights = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Block32::kValues; ++i) {
+      const float level = magnitude(values[i]) > apart ? kLarge : kSmall;
+      products = add(products, multiply(magnitude(values[i]), level));
+      weights = add(weights, multiply(level, level));
+    }
+    return divide(products, weights);
+  }
+
   // The Hadamard matrix of order 32, divided by the root of 32: its own inverse. Five steps of sums and differences.
   LAR_CODEC static void rotate(float (&values)[Block32::kValues]) {
 #pragma unroll

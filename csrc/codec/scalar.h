@@ -16,11 +16,14 @@
 
 namespace lar::codec {
 
+// larger, smaller: where one is NaN, the other.
 #if defined(__CUDA_ARCH__)
 LAR_CODEC float add(float a, float b) { return __fadd_rn(a, b); }
 LAR_CODEC float multiply(float a, float b) { return __fmul_rn(a, b); }
 LAR_CODEC float divide(float a, float b) { return __fdiv_rn(a, b); }
 LAR_CODEC float square_root(float a) { return __fsqrt_rn(a); }
+LAR_CODEC float larger(float a, float b) { return fmaxf(a, b); }
+LAR_CODEC float smaller(float a, float b) { return fminf(a, b); }
 LAR_CODEC uint32_t bits_of(float value) { return __float_as_uint(value); }
 LAR_CODEC float from_bits(uint32_t bits) { return __uint_as_float(bits); }
 #else
@@ -28,6 +31,8 @@ LAR_CODEC float add(float a, float b) { return a + b; }
 LAR_CODEC float multiply(float a, float b) { return a * b; }
 LAR_CODEC float divide(float a, float b) { return a / b; }
 LAR_CODEC float square_root(float a) { return __builtin_sqrtf(a); }
+LAR_CODEC float larger(float a, float b) { return a != a || b > a ? b : a; }
+LAR_CODEC float smaller(float a, float b) { return a != a || b < a ? b : a; }
 LAR_CODEC uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof(bits));
@@ -47,7 +52,13 @@ constexpr float kLargestHalf = 65504.0f;
 
 LAR_CODEC bool is_nan(float value) { return (bits_of(value) & kMagnitudeMask) > kInfinityBits; }
 LAR_CODEC bool is_finite(float value) { return (bits_of(value) & kMagnitudeMask) < kInfinityBits; }
+#if defined(__CUDA_ARCH__)
+LAR_CODEC float magnitude(float value) { return fabsf(value); }  // most instructions take it on the way
+#else
 LAR_CODEC float magnitude(float value) { return from_bits(bits_of(value) & kMagnitudeMask); }
+#endif
+// The sign of `value` as the lowest bit, behind those of `signs`.
+LAR_CODEC uint32_t behind(uint32_t signs, float value) { return signs << 1 | bits_of(value) >> 31; }
 LAR_CODEC float nan() { return from_bits(0x7fffffffu); }
 
 // For formats that send infinity as NaN: what a rank's own values must look like beside the decoded ones, and a sum

@@ -17,25 +17,25 @@ struct Tq3 {
   static constexpr const char* kName = "tq3";
   static constexpr bool kSendsInfinity = true;
   LAR_CODEC static Block32 encode(const float (&values)[Block32::kValues]) {
-    float largest = 0.0f;
-    bool any_nan = false;
+    // Magnitudes are in the order of their bits, NaN the largest.
+    uint32_t largest_bits = 0;
 #pragma unroll
     for (int i = 0; i < Block32::kValues; ++i) {
-      any_nan |= is_nan(values[i]);
-      const float size = magnitude(values[i]);
-      largest = size > largest ? size : largest;
+      const uint32_t size = bits_of(values[i]) & kMagnitudeMask;
+      largest_bits = size > largest_bits ? size : largest_bits;
     }
-    if (any_nan) return {0u, ~0u, kHalfNan};
+    float largest = from_bits(largest_bits);
+    if (is_nan(largest)) return {0u, ~0u, kHalfNan};
     if (is_finite(largest) && largest > kLargestHalf) largest = kLargestHalf;
     Block32 out{0u, 0u, half_bits(largest)};
     const float threshold = multiply(from_half_bits(out.scale), 0.5f);
     if (threshold == 0.0f) return {0u, 0u, 0};
 #pragma unroll
-    for (int i = 0; i < Block32::kValues; ++i) {
-      const uint32_t set = magnitude(values[i]) >= threshold;
-      out.second |= set << i;
-      out.first |= (set & (bits_of(values[i]) >> 31)) << i;
+    for (int i = Block32::kValues - 1; i >= 0; --i) {
+      out.first = behind(out.first, values[i]);
+      if (magnitude(values[i]) >= threshold) out.second |= 1u << i;
     }
+    out.first &= out.second;
     return out;
   }
 

@@ -35,16 +35,23 @@ class Payload {
     return raw;
   }
 
-  // Neighbours, from `index` on. Whole ones leave together: behind a branch for each, the second would wait for the
-  // first.
-  template <int kCount>
-  __device__ __forceinline__ void load_run(int64_t index, uint4 (&raw)[kCount]) const {
-    if (index + kCount <= whole_vectors_) {
+  // Those at index_of(0), index_of(1), ..., which rise. Whole ones leave together: behind a branch for each, the second
+  // would wait for the first.
+  template <int kCount, typename IndexOf>
+  __device__ __forceinline__ void load_all(IndexOf index_of, uint4 (&raw)[kCount]) const {
+    if (index_of(kCount - 1) < whole_vectors_) {
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) raw[j] = reinterpret_cast<const uint4*>(address_)[index + j];
-    } else {
+      for (int j = 0; j < kCount; ++j) raw[j] = reinterpret_cast<const uint4*>(address_)[index_of(j)];
+      return;
+    }
+    // Behind the last whole one: the code for one vector, which all of them pass through by turns.
 #pragma unroll
-      for (int j = 0; j < kCount; ++j) raw[j] = load(index + j);
+    for (int j = 0; j < kCount; ++j) raw[j] = {0u, 0u, 0u, 0u};
+#pragma unroll 1
+    for (int turn = 0; turn < kCount; ++turn) {
+#pragma unroll
+      for (int j = 0; j + 1 < kCount; ++j) raw[j] = raw[j + 1];
+      raw[kCount - 1] = load(index_of(turn));
     }
   }
 
@@ -54,11 +61,19 @@ class Payload {
       reinterpret_cast<uint4*>(out)[index] = raw;
       return;
     }
-    const T* values = reinterpret_cast<const T*>(&raw);
+    // Element by element in a loop, the lowest first: unrolled it would be much of every kernel's code.
     const int64_t first = index * kElements;
-#pragma unroll
-    for (int i = 0; i < kElements; ++i)
-      if (first + i < count_) out[first + i] = values[i];
+    const int here = static_cast<int>(min(int64_t{kElements}, count_ - first));
+    uint4 rest = raw;
+#pragma unroll 1
+    for (int i = 0; i < here; ++i) {
+      out[first + i] = *reinterpret_cast<const T*>(&rest);
+      if (sizeof(T) == 4) {
+        rest = {rest.y, rest.z, rest.w, 0u};
+      } else {
+        rest = {rest.x >> 16 | rest.y << 16, rest.y >> 16 | rest.z << 16, rest.z >> 16 | rest.w << 16, rest.w >> 16};
+      }
+    }
   }
 
  private:

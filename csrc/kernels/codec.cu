@@ -3,7 +3,7 @@
 
 #include "device/kernel.cuh"
 #include "device/sink/store.cuh"
-#include "device/wire/packet.cuh"
+#include "device/wire/packets.cuh"
 #include "host/check.h"
 
 namespace lar {
@@ -13,35 +13,28 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int64_t kMostBlocks = 1 << 16;
 
-// Every warp takes every so many packets: body(packet, the first vector of this thread in it).
-template <typename T, typename Packet, typename Body>
+// Every warp takes every so many packets.
+template <typename Body>
 __device__ __forceinline__ void for_each_packet(int64_t packets, Body body) {
-  constexpr int kThreadVectors = Packet::kThreadValues / Vector<T>::kElements;
   for (int64_t packet = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; packet < packets;
        packet += int64_t{gridDim.x} * kWarps)
-    body(packet, (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors);
+    body(packet);
 }
 
 template <typename T, typename Packet>
-__global__ void __launch_bounds__(kThreads)
-    encode_kernel(const void* values, int64_t count, char* packets, int64_t num_packets) {
-  const Payload<T> from(values, count);
-  for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
-    float thread_values[Packet::kThreadValues];
-    load_values(from, vector, thread_values);
-    Packet::store(packets + packet * Packet::kBytes, Packet::encode(thread_values));
-  });
+__global__ void __launch_bounds__(kThreads, 4) encode_kernel(const void* values, int64_t count, char* packets) {
+  const Packets<T, Packet, Store> message(values, nullptr, count);
+  for_each_packet(message.number(),
+                  [&](int64_t packet) { Packet::store(packets + packet * Packet::kBytes, message.encoded(packet)); });
 }
 
 template <typename T, typename Packet>
-__global__ void __launch_bounds__(kThreads)
-    decode_kernel(const char* packets, int64_t num_packets, void* values, int64_t count) {
-  const typename Store::template Any<T> to(values, count);
-  const int64_t total_vectors = ceil_div(count, Vector<T>::kElements);
-  for_each_packet<T, Packet>(num_packets, [&](int64_t packet, int64_t vector) {
-    float thread_values[Packet::kThreadValues];
-    Packet::decode(Packet::load(packets + packet * Packet::kBytes), thread_values);
-    if (threadIdx.x % 32 < Packet::kThreads) store_values<T>(to, vector, total_vectors, thread_values);
+__global__ void __launch_bounds__(kThreads) decode_kernel(const char* packets, void* values, int64_t count) {
+  const Packets<T, Packet, Store> message(nullptr, values, count);
+  for_each_packet(message.number(), [&](int64_t packet) {
+    typename Packets<T, Packet, Store>::Values decoded;
+    Packet::decode(Packet::load(packets + packet * Packet::kBytes), decoded);
+    message.store(packet, decoded);
   });
 }
 
@@ -60,9 +53,9 @@ cudaError_t run(const Call& call) {
   const auto blocks = static_cast<unsigned>(std::min(ceil_div(call.packets, kWarps), kMostBlocks));
   if (call.encodes)
     return launch(encode_kernel<T, Packet>, blocks, kThreads, call.stream, call.from, call.count,
-                  static_cast<char*>(call.to), call.packets);
-  return launch(decode_kernel<T, Packet>, blocks, kThreads, call.stream, static_cast<const char*>(call.from),
-                call.packets, call.to, call.count);
+                  static_cast<char*>(call.to));
+  return launch(decode_kernel<T, Packet>, blocks, kThreads, call.stream, static_cast<const char*>(call.from), call.to,
+                call.count);
 }
 
 template <typename Packet>

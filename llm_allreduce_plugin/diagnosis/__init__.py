@@ -97,7 +97,11 @@ def _ranks(gpus: int, config: AllReduceConfig) -> int:
     return proof.largest_group(gpus) if gpus else 2
 
 
-def prove(topology: NodeTopology, runner: proof.Runner = proof.run) -> list[Finding]:
-    """That ranks reach each other on this node, by doing it. Starts processes; takes seconds, at most minutes."""
+def prove(topology: NodeTopology, runner: proof.Runner | None = None) -> list[Finding]:
+    """That ranks reach each other on this node, by doing it. Starts processes; takes seconds, at most minutes.
+
+    ``runner``: proves one thing; by default one set of ranks proves all.
+    """
     _, config = software.settings()
-    return guarded("proof", lambda: proof.findings(topology, config, runner))
+    with proof.Prover() as prover:
+        return guarded("proof", lambda: proof.findings(topology, config, runner or prover))

@@ -9,23 +9,21 @@ import contextlib
 import dataclasses
 import json
 import os
+import selectors
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, Self
 
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
 from llm_allreduce_plugin.base import processes
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice
+from llm_allreduce_plugin.config import AllReduceConfig, TransportChoice
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.group.layouts import peer_refusal, transports
 from llm_allreduce_plugin.topology import NodeTopology
 from llm_allreduce_plugin.topology.links import Transport
-
-if TYPE_CHECKING:
-    from llm_allreduce_plugin.measure.ranks import RankContext
 
 TIMEOUT_S = 120.0  # eight ranks import torch, make contexts and NCCL's group
 WAIT_S = 10.0  # a rank for a peer
@@ -34,8 +32,8 @@ DTYPE = "bfloat16"
 _CHILD = """
 import sys
 from llm_allreduce_plugin.base.processes import end_with_parent
-end_with_parent(int(sys.argv[2]))
-from llm_allreduce_plugin.diagnosis.proof import main
+end_with_parent(int(sys.argv[1]))
+from llm_allreduce_plugin.diagnosis.proof_child import main
 main()
 """
 
@@ -63,123 +61,143 @@ class Task:
     workspace_bytes: int | None = None
 
 
-# -- in the processes that prove ---------------------------------------------------------------------------------------
+class _Child:
+    """A session of processes that prove what they are asked to, with the same ranks.
+
+    Args:
+        command: what it runs; it is given the id of this process.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._errors = os.fdopen(os.memfd_create("errors"), "w+b")
+        self._process = subprocess.Popen(  # noqa: S603
+            [*command, str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,
+            bufsize=0,
+        )
+        self._forget = processes.at_last(self.end)
+        self._rest = b""  # of a line that has come in part
+
+    def ask(self, task: Task) -> None:
+        """Let it prove something next."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # what it says is asked for all the same
+            self._process.stdin.write(json.dumps(dataclasses.asdict(task)).encode() + b"\n")
+
+    def lines(self, deadline: float) -> Iterator[dict[str, str | None]]:
+        """What it says, until it ends.
+
+        Raises:
+            TimeoutError: nothing more has come by ``deadline``, of the monotonic clock.
+        """
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            while True:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError
+                if not (data := os.read(self._process.stdout.fileno(), 1 << 16)):
+                    return
+                *whole, self._rest = (self._rest + data).split(b"\n")
+                yield from _lines(whole)
+
+    def last_words(self, deadline: float) -> str:
+        """Of one that has said no more: the last line of its errors, or its exit code."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline - time.monotonic()))
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else f"exit code {self._process.returncode}"
+
+    def end(self) -> None:
+        """All of its session, at once. What the kernel does not let go is left behind, not waited for."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(5)
+        self._forget()
+
+    def close(self) -> None:
+        """End it, and let go of what leads to it."""
+        self.end()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
 
 
-def prove(context: RankContext, task: Task) -> str | None:
-    """On a rank: a communicator over this transport alone, and sums whose every bit is compared. None: proved."""
-    import torch
-
-    from llm_allreduce_plugin.measure.answers import make_case, wrong_elements
-
-    settings = {"transport": task.transport, "timeout_s": WAIT_S, "workspace_bytes": task.workspace_bytes}
-    group = context.communicator("MINLATENCY", **settings)
-    try:
-        if group.facts.transport is Transport.NONE:
-            return group.facts.no_transport_reason
-        for count in COUNTS:
-            mine, expected = make_case(context, count, getattr(torch, DTYPE))
-            ran = group.explain(mine.shape, mine.dtype).strategy
-            if ran is not AllReduceStrategy.MINLATENCY:
-                return f"{ran} ran instead of a kernel"
-            wrong = wrong_elements(group.all_reduce(mine), expected, exact=True, world_size=context.world_size)
-            wrong = max(context.gather(wrong))  # so that all ranks stop, or none
-            if wrong:
-                return f"{wrong} of {count} sums are wrong"
-        return None
-    finally:
-        group.close()
-
-
-def _say(**fields: object) -> None:
-    sys.stdout.write(json.dumps(fields) + "\n")
-    sys.stdout.flush()
-
-
-def _cause(tracebacks: str) -> str:
-    """What the first rank to fail raised: tracebacks are indented, what was raised is not."""
-    lines = [line for line in tracebacks.splitlines() if line and not line[0].isspace()]
-    raised = [number for number, line in enumerate(lines) if line.startswith("Traceback")]
-    return " ".join(tracebacks.split()) if not raised else " ".join(lines[raised[0] + 1 : raised[0] + 3])
-
-
-def main() -> None:
-    """In the child: JSON lines of where it is, the last one with the answer."""
-    fields = json.loads(sys.argv[1])
-    task = Task(fields["device"], fields["ranks"], TransportChoice(fields["transport"]), fields["workspace_bytes"])
-    _say(step="loading torch")
-    from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
-
-    if task.device == "cuda":
-        import torch
-
-        if torch.cuda.device_count() < task.ranks:
-            _say(answer=f"torch sees {torch.cuda.device_count()} of {task.ranks} GPUs")
-            return
-    _say(step=f"starting {task.ranks} ranks{' and NCCL' if task.device == 'cuda' else ''}")
-    try:
-        with RankPool(task.ranks, task.device) as pool:
-            _say(step="ranks writing to and reading from each other")
-            answer = next(filter(None, pool.run(prove, task, timeout_s=TIMEOUT_S)), None)
-    except AssertionError as error:  # of all ranks, the tracebacks; the pool says it so
-        answer = _cause(str(error))
-    except RankEndedError as error:
-        answer = str(error)
-    _say(answer=answer)
-
-
-# -- around them -------------------------------------------------------------------------------------------------------
-
-
-def _lines(output: bytes) -> list[dict[str, str | None]]:
-    found = []
-    for line in output.decode(errors="replace").splitlines():
+def _lines(lines: Iterable[bytes]) -> Iterator[dict[str, str | None]]:
+    for line in lines:
         with contextlib.suppress(ValueError):
             parsed = json.loads(line)
             if isinstance(parsed, dict):
-                found.append(parsed)
-    return found
+                yield parsed
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """All of its session, at once. What the kernel does not let go is left behind, not waited for."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+class Prover:
+    """Proves one thing after another, with the same ranks as long as all is well.
+
+    Args:
+        timeout_s: for each of them.
+        command: of the process that starts the ranks.
+    """
+
+    def __init__(
+        self, *, timeout_s: float = TIMEOUT_S, command: Sequence[str] = (sys.executable, "-c", _CHILD)
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._command = command
+        self._child: _Child | None = None
+        self._ranks: tuple[str, int] | None = None  # device and number of those that there are
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, task: Task) -> Proof:
+        """Prove it, within ``timeout_s`` seconds."""
+        if self._ranks != (task.device, task.ranks):
+            self.close()
+        if self._child is None:
+            self._child, self._ranks = _Child(self._command), (task.device, task.ranks)
+        proof = self._ask(self._child, task)
+        if proof.outcome != "proved":
+            self.close()  # whatever it was, these ranks may have been left in
+        return proof
+
+    def _ask(self, child: _Child, task: Task) -> Proof:
+        began = time.monotonic()
+        deadline, steps = began + self._timeout_s, ["none"]
+        child.ask(task)
+        try:
+            for line in child.lines(deadline):
+                if "step" in line:
+                    steps.append(str(line["step"]))
+                if "answer" in line:
+                    if line["answer"] is not None:
+                        return Proof("failed", line["answer"])
+                    seconds = time.monotonic() - began
+                    return Proof("proved", f"{task.ranks} ranks summed to the bit ({seconds:.1f} s)")
+        except TimeoutError:
+            return Proof("hung", f"no answer within {self._timeout_s:g} s; the last step was: {steps[-1]}")
+        return Proof("failed", f"the ranks ended early: {child.last_words(deadline)}")
+
+    def close(self) -> None:
+        """End the ranks."""
+        child, self._child, self._ranks = self._child, None, None
+        if child is not None:
+            child.close()
 
 
 def run(task: Task, *, timeout_s: float = TIMEOUT_S, command: Sequence[str] = (sys.executable, "-c", _CHILD)) -> Proof:
-    """Prove it, within ``timeout_s`` seconds."""
-    environment = dict(os.environ)
-    if task.transport is TransportChoice.HOST:
-        environment["NCCL_P2P_DISABLE"] = "1"  # the links may be broken, and are not what is proved
-    started = time.monotonic()
-    process = subprocess.Popen(  # noqa: S603
-        [*command, json.dumps(dataclasses.asdict(task)), str(os.getpid())],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    forget = processes.at_last(lambda: _end(process))
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired as expired:
-        steps = [line["step"] for line in _lines(expired.stdout or b"") if "step" in line]
-        return Proof("hung", f"no answer within {timeout_s:g} s; the last step was: {steps[-1] if steps else 'none'}")
-    finally:
-        _end(process)
-        forget()
-    seconds = time.monotonic() - started
-    answers = [line["answer"] for line in _lines(output) if "answer" in line]
-    if not answers:
-        last = (errors.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        return Proof("failed", f"the ranks ended early: {last}")
-    if answers[-1] is not None:
-        return Proof("failed", answers[-1])
-    return Proof("proved", f"{task.ranks} ranks summed to the bit ({seconds:.0f} s)")
+    """Prove it alone, within ``timeout_s`` seconds."""
+    with Prover(timeout_s=timeout_s, command=command) as prover:
+        return prover(task)
 
 
 Runner = Callable[[Task], Proof]
@@ -190,7 +208,7 @@ def largest_group(gpus: int) -> int:
     return max((size for size in SUPPORTED_WORLD_SIZES if size <= gpus), default=0)
 
 
-def findings(topology: NodeTopology, config: AllReduceConfig, runner: Runner = run) -> list[Finding]:
+def findings(topology: NodeTopology, config: AllReduceConfig, runner: Runner) -> list[Finding]:
     """The proofs that this node and these settings call for."""
     size = None if config.workspace_bytes is None else int(config.workspace_bytes)
     if not topology.gpus:

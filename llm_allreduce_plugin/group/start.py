@@ -13,25 +13,24 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms import staging
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.algorithms.user_buffer import largest_output, pool_bytes
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go, quietly
 from llm_allreduce_plugin.base.step import store_of
-from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
+from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import ConfigError, TransportError
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.board import ROW_BYTES, Board
 from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.group.facts import gpus_of, reach_of
 from llm_allreduce_plugin.group.host_agreement import HostAgreement
+from llm_allreduce_plugin.group.kernel_load import KernelLoad
 from llm_allreduce_plugin.group.layouts import refusal_note
 from llm_allreduce_plugin.group.multicast_start import open_multicast
 from llm_allreduce_plugin.group.places import Places
+from llm_allreduce_plugin.group.start_log import StartTimes
 from llm_allreduce_plugin.profiles.search import with_profile
-from llm_allreduce_plugin.selection.policy import table_of, uses_table
 from llm_allreduce_plugin.topology.identity import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
@@ -63,6 +62,7 @@ class Opened:
         rail: what joins it to other hosts; None: nothing need.
         multicast: memory of which one store reaches every rank; None: there is none.
         pool: registered memory; None: there is none.
+        times: where the time of the start went.
     """
 
     facts: GroupFacts
@@ -75,6 +75,7 @@ class Opened:
     rail: Rail | None = None
     multicast: Multicast | None = None
     pool: RegisteredPool | None = None
+    times: StartTimes = dataclasses.field(default_factory=StartTimes)
 
     def close(self) -> None:
         """Let go of it, before any call was made."""
@@ -100,13 +101,16 @@ def open_group(agreement: Agreement, group: dist.ProcessGroup, device: torch.dev
         RankMismatchError: ranks disagree about a setting or a capability.
         StartError, StartTimeoutError: a rank has failed or did not come.
     """
+    times = StartTimes()
     # NVML is asked here and nowhere else: what it says goes with the card.
     node = NodeTopology.detect() if device.type == "cuda" else NodeTopology()
     card = RankCard.of_this_rank(config, device, node)
+    times.ended("what is here")
     found: list[RankCard] = agreement.gather(card, "to compare settings")
     cards.check(found)
     config.check_world_size(agreement.world_size)
-    return _Start(agreement, group, device, config, found).open()
+    times.ended("settings of all ranks")
+    return _Start(agreement, group, device, config, found, times).open()
 
 
 class _Start:
@@ -117,26 +121,34 @@ class _Start:
         device: torch.device,
         config: AllReduceConfig,
         found: list[RankCard],
+        times: StartTimes,
     ) -> None:
         self._agreement = agreement
         self._group = group
         self._device = device
         self._config = config
         self._cards = found
+        self._times = times
+        self._kernels = KernelLoad(device)
         self._over_fabric = False  # the memory that is opened is of an NVLink domain over several hosts
         self._places: Places | None = None  # of ranks that run on several hosts
 
     def open(self) -> Opened:
         opened = self._open_workspace()
         opened.first_member = self._cards[0].member
+        opened.times = times = self._times
         try:
             opened.facts = self._with_table(opened.facts)
+            times.ended("tuning profile")
             if opened.workspace is not None:
                 self._open_board(opened)
+                times.ended("board")
                 self._open_pool(opened)
+                times.ended("registered memory")
                 opened.multicast, opened.facts = open_multicast(
                     self._agreement, self._device, self._config, opened.facts, opened.workspace
                 )
+                times.ended("multicast")
         except BaseException:
             opened.close()
             raise
@@ -160,6 +172,7 @@ class _Start:
         if reach.facts.fabric and (no_domain := domain_fault(agreement, self._device)) is not None:
             topology = gpus_of(self._cards, no_domain)
             reach = reach_of(topology, self._cards, config, failed, no_domain)
+        self._times.ended("links")
         while reach.layout is not None:
             transport = reach.facts.transport
             self._over_fabric = reach.facts.fabric
@@ -167,6 +180,7 @@ class _Start:
             try:
                 memory, workspace = self._connect(transport, reach.layout)
                 rail = self._open_rail(memory, workspace)
+                self._times.ended("network")
             except TransportError as error:
                 if reach.facts.fabric:
                     no_domain = str(error)
@@ -192,6 +206,8 @@ class _Start:
             agreement = HostAgreement(agreement, places)
             name = f"llm_allreduce/{self._cards[0].member}/host/{places.host}"
             rendezvous = symmetric.among(store_of(group), places.index, len(places.members), name)
+        if transport is not Transport.SHM:
+            self._kernels.begin(agreement.world_size)
         memory: SharedMemory
         if self._over_fabric:
             memory = FabricMemory.open(agreement, device, layout, transport)
@@ -201,13 +217,13 @@ class _Start:
             memory = HostMemory.open(agreement, device, layout)
         else:
             memory = SymmetricMemory.open(agreement, group, device, layout, rendezvous)
+        self._times.ended("memory")
 
         made: list[_C.Workspace] = []
 
         def make() -> _C.Workspace:
             if transport is not Transport.SHM:
-                with torch.cuda.device(device):
-                    _C.load_kernels(agreement.world_size)
+                self._kernels.end(agreement.world_size, agreement.wait_s)
             workspace = _C.Workspace(
                 agreement.rank,
                 memory.bases,
@@ -225,8 +241,10 @@ class _Start:
             workspace = agreement.on_every_rank(
                 make, "to set up their workspaces", TransportError, "cannot set up its workspace", may_block=True
             )
+            self._times.ended("kernels")
             if transport is not Transport.SHM:
                 prove_peer_access(workspace, agreement, device)
+            self._times.ended("proof of the links")
         except BaseException:
             let_go(memory, *made, in_use=agreement.abandoned)
             raise
@@ -293,33 +311,3 @@ class _Start:
             opened.facts = dataclasses.replace(facts, no_pool_reason=f"registered memory cannot be opened: {error}")
             if self._agreement.rank == 0:
                 logger.warning("%s", opened.facts.no_pool_reason)
-
-
-def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
-    """What runs and why, for the log of the first rank."""
-    if (hosts := len(set(facts.hosts))) > 1:
-        if facts.fabric:
-            logger.info("ranks on %d hosts are in one NVLink domain, as was proved with real bytes", hosts)
-        else:
-            logger.info("NVLink does not join the %d hosts: %s", hosts, facts.no_fabric_reason)
-    if facts.transport is Transport.NONE:
-        logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
-        return
-    where = f"{facts.transport} memory"
-    if facts.crosses_network:
-        where += f" inside each of {facts.num_hosts} hosts, a network between them"
-    logger.info(
-        "all-reduce over %d ranks (%s, allreduce_strategy %s, sizes per rank): %s",
-        facts.world_size,
-        where,
-        config.allreduce_strategy,
-        sizes,
-    )
-    if config.allreduce_strategy is AllReduceStrategy.LOWPRECISION:
-        choice = algorithm_of(config, facts)
-        level = logging.WARNING if choice.is_fallback else logging.INFO
-        logger.log(level, "LOWPRECISION runs as %s: %s", choice.algorithm, choice.reason)
-    if config.staged is StagedChoice.ON and (why := staging.refusal(config, facts)) is not None:
-        logger.warning("staged is on, but nothing is staged: %s", why)
-    if uses_table(config):
-        logger.info("these sizes come from %s", table_of(config, facts).source)

@@ -122,12 +122,11 @@ def in_a_line(error: BaseException) -> str:
     return error.summary if isinstance(error, RankFailedError) else " ".join(str(error).split())
 
 
-def _meeting_place() -> Any:  # noqa: ANN401  (torch's stubs have no TCPStore)
+def _meeting_place(listener: socket.socket) -> Any:  # noqa: ANN401  (torch's stubs have no TCPStore)
     """A store for ranks of this machine: in this process's memory, so that nothing of it is left however this ends.
 
     By itself it would listen to every network that the machine is in.
     """
-    listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(  # type: ignore[attr-defined]
         LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
@@ -153,38 +152,52 @@ class RankPool:
     Ranks end with the process that made the pool, however that ends: more exactly with the thread, so a pool is made
     in one that lasts. As a context manager it ends them at once when its block raises.
 
+    Args:
+        world_size: number of ranks.
+        device_type: ``"cuda"``, a GPU each, or ``"cpu"``.
+        forked: they have what this process has loaded, and need not load torch again. It must have no threads, and must
+            not have used CUDA.
+
     Raises:
         RankEndedError: a rank's process ended before it was ready.
         RankFailedError: a rank could not start.
         TimeoutError: a rank was not ready within ``START_LIMIT_S``.
     """
 
-    def __init__(self, world_size: int, device_type: str) -> None:
+    def __init__(self, world_size: int, device_type: str, *, forked: bool = False) -> None:
+        self._method = "fork" if forked else "spawn"
         self.world_size = world_size
         self.device_type = device_type
-        self._store: Any = _meeting_place()
+        self._store: Any = None
         self._pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         self._forget = processes.at_last(self.kill)
+        listener = socket.create_server((LOOPBACK, 0))
         try:
             for rank in range(world_size):
                 ours, theirs = multiprocessing.Pipe()
-                process = self._process(rank, self._store.port, theirs)
+                process = self._process(rank, listener.getsockname()[1], theirs)
                 with processes.interrupts_held():
                     process.start()
                     self.processes.append(process)
                 theirs.close()
                 self._pipes.append(ours)
+            # Behind them, for it has threads, which a process that is forked must not have. Who comes first waits.
+            self._store = _meeting_place(listener)
             self._collect(START_LIMIT_S, range(world_size))
         except BaseException:
+            listener.close()
             self._end()
             raise
 
     def _process(self, rank: int, port: int, pipe: Connection) -> BaseProcess:
         """A rank's process, not yet started."""
         arguments = (os.getpid(), __name__, serve.__name__, rank, self.world_size, self.device_type, port, pipe)
-        spawn = multiprocessing.get_context("spawn")
-        return spawn.Process(target=processes.run_child, args=arguments, daemon=True, name=f"rank-{rank}")
+        context = multiprocessing.get_context(self._method)
+        made: BaseProcess = context.Process(  # type: ignore[attr-defined]
+            target=processes.run_child, args=arguments, daemon=True, name=f"rank-{rank}"
+        )
+        return made
 
     def __enter__(self) -> Self:
         return self

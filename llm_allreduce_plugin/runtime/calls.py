@@ -31,17 +31,24 @@ def _no_stream(_index: int | None) -> int:
     return 0
 
 
+EmptyStrided = Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor]
+
+
+def empty_strided_of(device: torch.device) -> EmptyStrided | None:
+    """What torch's compiler allocates with, past the dispatcher; on the current device. None where it is gone.
+
+    Allocating is most of an eager call's own time.
+    """
+    guards = getattr(torch._C._dynamo, "guards", None)  # noqa: SLF001
+    found: EmptyStrided | None = getattr(guards, f"_empty_strided_{device.type}", None)
+    return found
+
+
 def _empty_strided_like(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_strided(size, stride, dtype=dtype, device="cuda")
 
 
-# What torch's compiler allocates with, past the dispatcher: allocating is most of an eager call's own time. On the
-# current device. The public way where it is gone.
-_empty_strided: Callable[[Sequence[int], Sequence[int], torch.dtype], torch.Tensor] = getattr(
-    getattr(torch._C._dynamo, "guards", None),  # noqa: SLF001
-    "_empty_strided_cuda",
-    _empty_strided_like,
-)
+_empty_strided: EmptyStrided = empty_strided_of(torch.device("cuda")) or _empty_strided_like
 
 
 def torch_all_reduce(group: dist.ProcessGroup) -> Call:
@@ -117,9 +124,14 @@ def kernel_call(plan: _C.Plan, launch: Launch, health: Health, device: torch.dev
             output = torch.empty_like(source)
         status = plan(source.data_ptr(), output.data_ptr(), current_stream(index))
         if status != 0:
-            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
-                health.raise_error()
-            raise error_of_status(status, name)
+            raise_refused(status, health, name)
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 
     return run
+
+
+def raise_refused(status: int, health: Health, name: str) -> None:
+    """Raise the error for a call that was refused, or has broken the group. ``name``: of the strategy."""
+    if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
+        health.raise_error()
+    raise error_of_status(status, name)

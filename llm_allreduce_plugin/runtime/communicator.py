@@ -15,7 +15,8 @@ from llm_allreduce_plugin.algorithms.user_buffer import pool_obstacle
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.group.start import Opened, log_start, open_group
+from llm_allreduce_plugin.group.start import Opened, open_group
+from llm_allreduce_plugin.group.start_log import log_start, log_times
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
 from llm_allreduce_plugin.runtime import metrics, norm_calls, placed_calls, reports
 from llm_allreduce_plugin.runtime.calls import Call, torch_all_reduce
@@ -105,11 +106,12 @@ class TensorParallelCommunicator:
         )  # fmt: skip
         # Looked at in every call.
         self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
-        self._normed = self._planner.normed
+        self._eager_call, self._normed = self._planner.eager_call, self._planner.normed
         self._tally = self._planner.tally
         self._sizes = describe(config, self.facts)
         if self.rank == 0:
             log_start(config, self.facts, self._sizes)
+            log_times(opened.times)
             self._planner.log_missing_kernel()
         self._monitor: Monitor | None = None
         counters = metrics.RankCounters.if_wanted()
@@ -165,6 +167,8 @@ class TensorParallelCommunicator:
             PeerTimeoutError: a peer did not arrive within ``timeout_s``, in this call (CPU) or an earlier one (GPU).
             RuntimeError: the communicator is closed, or CUDA failed.
         """
+        if out is None and not self._peer_visible and (output := self._eager_call(input_)) is not None:
+            return output
         if input_.device != self.device:
             message = f"input is on {input_.device}, this communicator on {self.device}"
             raise ValueError(message)

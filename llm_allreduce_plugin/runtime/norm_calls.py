@@ -13,8 +13,7 @@ from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout, empty_outputs
-from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, Call, current_stream_of, plan_of
-from llm_allreduce_plugin.runtime.failures import error_of_status
+from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, Call, current_stream_of, plan_of, raise_refused
 from llm_allreduce_plugin.runtime.health import Health
 
 # Of input, residual (None: there is none), weight and quantization.
@@ -261,10 +260,3 @@ def _norm_call(shape: NormShape, device: torch.device) -> Callable[[_Tensors, in
         _C.rms_norm(norm, tensors.addresses, address, tensors.sum, shape.elements, dtype, index, stream)
 
     return run
-
-
-def raise_refused(status: int, health: Health, name: str) -> None:
-    """Raise the error for a call that was refused, or has broken the group."""
-    if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
-        health.raise_error()
-    raise error_of_status(status, name)

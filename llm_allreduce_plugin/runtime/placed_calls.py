@@ -9,8 +9,7 @@ import torch
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Launch
-from llm_allreduce_plugin.runtime.calls import Call, current_stream_of
-from llm_allreduce_plugin.runtime.failures import error_of_status
+from llm_allreduce_plugin.runtime.calls import Call, current_stream_of, raise_refused
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 
@@ -79,9 +78,7 @@ def kernel_call_into(plan: _C.Plan, launch: Launch, health: Health, device: torc
             source = source.clone()
         status = plan(source.data_ptr(), out.data_ptr(), current_stream(index))
         if status != 0:
-            if status not in (_C.STATUS_CLOSED, _C.STATUS_BUSY):
-                health.raise_error()
-            raise error_of_status(status, name)
+            raise_refused(status, health, name)
         return out
 
     return run

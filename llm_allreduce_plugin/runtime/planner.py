@@ -16,6 +16,7 @@ from llm_allreduce_plugin.runtime import norm_calls
 from llm_allreduce_plugin.runtime.calls import Call, kernel_call, plan_of
 from llm_allreduce_plugin.runtime.checked_calls import CallChecker, Description, describe_fused
 from llm_allreduce_plugin.runtime.checked_calls import describe as describe_one
+from llm_allreduce_plugin.runtime.eager_calls import EagerCalls
 from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.network_calls import Between, Shape, network_call
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
@@ -55,6 +56,7 @@ class Planner:
 
     Attributes:
         plans: by count and type of the message.
+        eager_call: the sum of a message by one of them, in one step; None where that is not to be had.
         pulls: of inputs that peers read in place; by number of the buffer, count and type.
         into: of messages with an output of the caller's; by count, type and whether that lies in registered memory.
         normed: of messages with residual and norm behind them.
@@ -89,7 +91,9 @@ class Planner:
         self._capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
         self._logged: set[str] = set()
         self._closed = False
-        self.plans: Plans[tuple[int, torch.dtype], Call] = Plans()
+        self._eager = EagerCalls(device)
+        self.eager_call = self._eager.call
+        self.plans: Plans[tuple[int, torch.dtype], Call] = Plans(gone=self._eager.forget)
         self.pulls: Plans[tuple[int, int, torch.dtype], Call] = Plans()
         self.into: Plans[tuple[int, torch.dtype, bool], CallInto] = Plans()
         self.normed: Plans[NormShape, NormCall] = Plans()
@@ -102,6 +106,7 @@ class Planner:
 
     def forget(self) -> None:
         """Let go of all plans, and of the workspace."""
+        self._eager.clear()
         self.plans.clear()
         self.pulls.clear()
         self.into.clear()
@@ -127,7 +132,9 @@ class Planner:
         decision = decide(settings, self._facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
-        return self._kernel_call(decision, count, dtype).call
+        planned, eager = self._kernel_call(decision, count, dtype), EagerCalls(self._device)
+        self._keep_eager(eager, planned, decision, count, dtype)
+        return eager.around(planned.call)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -157,7 +164,20 @@ class Planner:
         planned = self._kernel_call(decision, count, dtype) if is_ours else self._engine_call(decision)
         planned = self._checked(planned, decision, count, dtype)
         self.plans.keep((count, dtype), planned)
+        if self._checker is None:
+            self._keep_eager(self._eager, planned, decision, count, dtype)
         return planned
+
+    def _keep_eager(
+        self, eager: EagerCalls, planned: Planned[Call], decision: Decision, count: int, dtype: torch.dtype
+    ) -> None:
+        """Where it is one kernel and nothing else, from a tensor's address to another's."""
+        launch, plan = decision.launch, planned.counted
+        if launch is None or not isinstance(plan, _C.Plan):
+            return
+        if launch.exchange is not Exchange.PLACE and self._health is not None:
+            name, aligned = str(decision.strategy), launch.scatter_lanes > 0
+            eager.keep(count, dtype, plan, self._health, name, must_be_aligned=aligned)
 
     def _engine_call(self, decision: Decision) -> Planned[Call]:
         """A function that runs what no kernel here can."""

@@ -43,11 +43,14 @@ class Plans(dict[_Key, Planned[_Call] | None], Generic[_Key, _Call]):
 
     Looking one up is a dictionary's, and notes nothing down. What is in use shows in the counts that there are anyway:
     an entry whose turn to go has come, the oldest one first, stays and becomes the youngest if it was called since.
+
+    ``gone`` is told the key of an entry that must go, before it does.
     """
 
-    def __init__(self, most: int = MOST_PLANS) -> None:
+    def __init__(self, most: int = MOST_PLANS, gone: Callable[[_Key], None] = lambda _key: None) -> None:
         super().__init__()
         self._most = most
+        self._gone = gone
         self._lock = threading.Lock()
 
     def keep(self, key: _Key, planned: Planned[_Call] | None) -> None:
@@ -62,6 +65,9 @@ class Plans(dict[_Key, Planned[_Call] | None], Generic[_Key, _Call]):
             key = next(iter(self))
             planned = self.pop(key)
             if planned is None or planned.made <= planned.seen:
+                self._gone(key)
                 return
             self[key] = planned._replace(seen=planned.made)
-        del self[next(iter(self))]  # all are in use
+        key = next(iter(self))  # all are in use
+        self._gone(key)
+        del self[key]

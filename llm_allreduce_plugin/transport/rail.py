@@ -24,12 +24,14 @@ _ABORT_S = 5.0
 # torch ends the process of a collective that takes longer. Here the watch between hosts names who is missing, before.
 _NCCL_TIMEOUT = timedelta(days=1)
 # It would also end the process, and those of all other ranks, as soon as NCCL says that the other side has closed its
-# connection, and hold the host where a wait is for the stream. Read when a process group is made, by this one only.
+# connection, or CUDA that a kernel has given up its wait, and hold the host where a wait is for the stream. Read when a
+# process group is made, by this one only.
 _LEFT_TO_THE_WATCH = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
     "TORCH_NCCL_BLOCKING_WAIT": "0",
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
 }
 
 

@@ -58,6 +58,12 @@ def _marked(marker: str) -> dict[int, str]:
     return found
 
 
+def _parent(pid: int) -> int | None:
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def _takes_signals(pid: int) -> bool:
     """Whether the command has come so far that it handles signals: before, Python's and the kernel's ways apply."""
     with contextlib.suppress(OSError):
@@ -101,7 +107,12 @@ class Started:
         return {pid: command for pid, command in _marked(self.marker).items() if pid != self.process.pid}
 
     def ranks(self) -> list[int]:
-        return [pid for pid, command in self.others().items() if "spawn_main" in command]
+        """Those that are spawned; of check, those that are forked from what the command has started."""
+        return [
+            pid
+            for pid, command in self.others().items()
+            if "spawn_main" in command or ("proof_child" in command and _parent(pid) not in (None, self.process.pid))
+        ]
 
     def check_nothing_is_left(self, what: str) -> None:
         assert _until(lambda: not self.others(), GONE_WITHIN_S), f"{what}: lives on: {self.others()}"
@@ -200,7 +211,7 @@ def test_ranks_that_are_stuck_end_with_their_command(
     ranks = _with_ranks(command, 2)
     assert _until(lambda: all(os.getpgid(rank) == rank for rank in ranks), 30.0)
     for rank in ranks:
-        # The ranks of check end once both have done their work, so the first is stopped while they still load torch.
+        # The ranks of check end once both have done their work, so the first is stopped while they still start.
         if rank != ranks[0] or name != "check":
             time.sleep(random.uniform(0, 2))
         os.kill(rank, signal.SIGSTOP)

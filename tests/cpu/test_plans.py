@@ -7,7 +7,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankContext
@@ -107,3 +109,55 @@ def _no_reports(context: RankContext) -> int:
 
 def test_nothing_is_added_up_where_nobody_wants_a_report(cpu_pool: PoolFor) -> None:
     assert cpu_pool(2).run(_no_reports) == [0, 0]
+
+
+def _kept_for_eager_calls(context: RankContext) -> tuple[int, int, dict[str, int]]:
+    """Plans that calls in one step have, of all that are kept; and what was counted."""
+    with checks.communicator(context, "MINLATENCY") as group:
+        for size in range(1, 2 * MOST_PLANS):
+            whole = group.all_reduce(torch.ones(size, 2))
+            assert torch.equal(whole, torch.full((size, 2), float(context.world_size)))
+        group.all_reduce(torch.ones(3, dtype=torch.int32))  # no kernel
+        eager: Any = group._eager_call
+        kept = len(eager)
+        assert eager(torch.ones(1, 2)) is None, "evicted with its plan"
+        assert torch.equal(eager(torch.ones(size, 2)), whole)
+        before = group.report()["calls"]["MINLATENCY"]
+        assert torch.equal(group.all_reduce(torch.ones(2, size).t()), whole), "of another layout: in Python"
+        assert group.report()["calls"]["MINLATENCY"] == before + 1
+        ours = sum(entry is not None and entry.decision.launch is not None for entry in group._plans.values())
+    with pytest.raises(RuntimeError, match="closed"):
+        group.all_reduce(torch.ones(size, 2))
+    assert len(eager) == 0
+    return kept, ours, group.report()["calls"]
+
+
+def test_calls_in_one_step_have_the_plans_that_are_kept(cpu_pool: PoolFor) -> None:
+    for kept, ours, calls in cpu_pool(2).run(_kept_for_eager_calls):
+        assert kept == ours <= MOST_PLANS
+        assert calls == {"MINLATENCY": 2 * MOST_PLANS + 1, "NCCL": 1}
+
+
+def _plans_of_eager_calls(context: RankContext, strategy: str, settings: dict[str, Any]) -> int:
+    with checks.communicator(context, strategy, **settings) as group:
+        mine = torch.full((1 << 20,), context.rank + 1.0)
+        for _ in range(2):
+            assert torch.equal(group.all_reduce(mine), torch.full((1 << 20,), 3.0))
+        assert sum(group.report()["calls"].values()) == 2
+        eager: Any = group._eager_call
+        return len(eager)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "kept"),
+    [
+        ("TWOSHOT", {}, 1),
+        ("UB", {"registered_pool": 64 << 20}, 0),  # outputs are of that
+        ("ONESHOT", {"check_calls": True}, 0),  # ranks compare first
+        ("NCCL", {}, 0),
+    ],
+)
+def test_what_more_than_one_step_is_needed_for(
+    cpu_pool: PoolFor, strategy: str, settings: dict[str, Any], kept: int
+) -> None:
+    assert cpu_pool(2).run(_plans_of_eager_calls, strategy, settings) == [kept, kept]

@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_word(unsigned* address, unsigned word) {
 // One for each rank's stream, behind its calls.
 extern "C" __global__ void soft_switch_leave(unsigned* ended) { atomicAdd(ended, 1u); }
 
-// buffers[rank], own[rank]: addresses. spans[2 * i]: the first vector of a stretch that calls use, spans[2 * i + 1]:
+// buffers[rank], own[rank]: addresses; a buffer at 0 is another switch's, on the GPU of its rank. spans[2 * i]: the first vector of a stretch that calls use, spans[2 * i + 1]:
 // how many. Runs until `expected` ranks have left and everything has been carried, or for limit_ms.
 extern "C" __global__ void soft_switch(const unsigned long long* buffers, const unsigned long long* own,
                                        const unsigned* spans, int span_count, int ranks, const unsigned* ended,
@@ -94,7 +94,7 @@ extern "C" __global__ void soft_switch(const unsigned long long* buffers, const 
     const bool all_have_left = int(lar::load_acquire_system(ended)) >= expected;
     bool any = false;
     for (int sender = 0; sender < ranks; ++sender)
-      for (int span = 0; span < span_count; ++span)
+      for (int span = 0; span < span_count && buffers[sender] != 0; ++span)
         for (unsigned i = thread; i < spans[2 * span + 1]; i += threads) {
           const unsigned vector = spans[2 * span] + i;
           unsigned* words = reinterpret_cast<unsigned*>(buffers[sender]) + 4ll * vector;

@@ -1,4 +1,4 @@
-"""The kernels that go by multicast, ranks on one GPU behind a switch that other kernels play.
+"""The kernels that go by multicast, ranks on one GPU or on two behind a switch that other kernels play.
 
 No multicast object is made: tests/support/soft_switch.py says how the real kernels run without one. Sums in the switch
 are only emulated (tests/kernels/test_multishot.py): no ordinary address answers to them.
@@ -16,6 +16,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.transport import driver, multicast_driver
 from tests.conftest import MULTICAST_SWITCHES, PoolFor
+from tests.support.local_machine import LocalMachine, OneGpu, TwoGpus, peer_obstacle
 from tests.support.multicast_checks import compare_exact
 from tests.support.reference import (
     DTYPES,
@@ -41,6 +42,9 @@ KINDS: dict[str, Kind] = {
     "split, reducers drain": {"multicast_kib": 64, "split": (1, 0), "lanes": 3},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+every_number_of_gpus = pytest.mark.parametrize(
+    "gpus", (pytest.param(1, id="one GPU"), pytest.param(2, id="two GPUs", marks=pytest.mark.gpu(2)))
+)
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +53,23 @@ def _switches() -> None:
     assert MULTICAST_SWITCHES.items() <= os.environ.items()
 
 
-def group_of(world_size: int, kind: Kind) -> MulticastGroup:
-    return MulticastGroup(world_size, seed=fresh_seed() % (1 << 30), **({"lanes": 3, "workspace_mib": 16} | kind))
+def group_of(world_size: int, kind: Kind, gpus: int = 1) -> MulticastGroup:
+    """With two GPUs even ranks lie on one, odd ranks on the other, and each has a switch for what its ranks store."""
+    if gpus == 2 and (reason := peer_obstacle()) is not None:
+        pytest.skip(reason)
+    machine: LocalMachine = TwoGpus() if gpus == 2 else OneGpu()
+    settings = {"lanes": 3, "workspace_mib": 16} | kind
+    return MulticastGroup(world_size, seed=fresh_seed() % (1 << 30), machine=machine, **settings)
 
 
+@every_number_of_gpus
 @every_kind
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sizes(world_size: int, algorithm: str, kind: Kind) -> None:
+def test_sizes(world_size: int, algorithm: str, kind: Kind, gpus: int) -> None:
     if "split" in kind and algorithm == "ONESHOT":
         pytest.skip("no lanes have one task")
-    group = group_of(world_size, kind)
+    group = group_of(world_size, kind, gpus)
     for dtype in DTYPES:
         for size in SIZES:
             seed = fresh_seed()
@@ -67,12 +77,13 @@ def test_sizes(world_size: int, algorithm: str, kind: Kind) -> None:
             compare_exact(group, algorithm, inputs, f"{dtype} x {size}, {seed=}, switch {group.seed}")
 
 
+@every_number_of_gpus
 @pytest.mark.parametrize("most_delay_ns", (1, 400, 20_000))
 @every_kind
 @pytest.mark.parametrize("world_size", (2, 4, 8))
-def test_calls_that_follow_each_other(world_size: int, kind: Kind, most_delay_ns: int) -> None:
+def test_calls_that_follow_each_other(world_size: int, kind: Kind, most_delay_ns: int, gpus: int) -> None:
     """Without a stop between them, of sizes that change, among calls that push into the same slots."""
-    group = group_of(world_size, kind | {"most_delay_ns": most_delay_ns})
+    group = group_of(world_size, kind | {"most_delay_ns": most_delay_ns}, gpus)
     generator = torch.Generator().manual_seed(fresh_seed())
     kinds = (*ALGORITHMS, "TWOSHOT", "PUSH ONESHOT", "PUSH TWOSHOT")
     for turn in range(4):
@@ -81,7 +92,7 @@ def test_calls_that_follow_each_other(world_size: int, kind: Kind, most_delay_ns
             size = (8, 64, 520, 2048, 4096)[int(torch.randint(5, (), generator=generator))]
             algorithm = kinds[int(torch.randint(len(kinds), (), generator=generator))]
             inputs = [rank_input(100 * turn + call, rank, size, torch.bfloat16) for rank in range(world_size)]
-            moved = [part.to(group.device) for part in inputs]
+            moved = [part.to(group.device_of(rank)) for rank, part in enumerate(inputs)]
             made.append((algorithm, inputs, moved, [poison(torch.empty_like(part)) for part in moved]))
         group.machine.synchronize()
         for rank in range(world_size):
@@ -94,10 +105,11 @@ def test_calls_that_follow_each_other(world_size: int, kind: Kind, most_delay_ns
                 assert_same_bits(output, rank_ordered_sum(inputs), what)
 
 
+@every_number_of_gpus
 @every_kind
 @pytest.mark.parametrize("world_size", (2, 4, 8))
-def test_the_bits_of_pushed_calls(world_size: int, kind: Kind) -> None:
-    group = group_of(world_size, kind)
+def test_the_bits_of_pushed_calls(world_size: int, kind: Kind, gpus: int) -> None:
+    group = group_of(world_size, kind, gpus)
     for dtype in DTYPES:
         seed = fresh_seed()
         inputs = [rank_input(seed, rank, 20_000, dtype) for rank in range(world_size)]

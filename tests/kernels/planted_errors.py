@@ -295,6 +295,19 @@ MUTATIONS: dict[str, Mutation] = {
         "for (int j = 0; j < kAtOnce; ++j) partials[j] = load({} ? 1 + j : first + j);",
         IN_BAND | {"ranks": 5},
     ),
+    "quarters of blocks stay with the threads that loaded them": (
+        "device/wire/packet.cuh",
+        "        (gives_first ? first : second) = taken;\n",
+        "        if (!{}) (gives_first ? first : second) = taken;\n",
+        RING,
+    ),
+    "sums behind the end count in another thread's block": (
+        "device/wire/packets.cuh",
+        "    const int64_t first = packet * Packet::kValues + Packet::first_value();\n",
+        "    const int64_t first = packet * Packet::kValues + ({} ? threadIdx.x % 32 * kThreadValues : "
+        "Packet::first_value());\n",
+        RING,
+    ),
     "packets behind the first group are not summed": (
         "device/fp8_in_band.cuh",
         "for (int first = 0; first < world_size; first += kGroup) {",

@@ -77,6 +77,15 @@ def test_calls_that_follow_each_other(world_size: int, kind: Kind) -> None:
         run_queued(group, calls, f"{seed=}")
 
 
+@pytest.mark.parametrize("world_size", (2, 5))
+def test_two_switches(world_size: int) -> None:
+    """As on two GPUs: each carries what every second rank stores."""
+    for seed in seeds(2):
+        group = group_of(seed, world_size, {"workspace_mib": 0.25}, multicast_kib=32, switches=2)
+        calls = [(algorithm, size) for size in (8, 520, 1024) for algorithm in (*ALGORITHMS, "PUSH TWOSHOT")]
+        run_queued(group, calls, f"{seed=}")
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_special_values(dtype: torch.dtype, algorithm: str) -> None:

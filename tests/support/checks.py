@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import TensorParallelCommunicator
+from llm_allreduce_plugin import _C, TensorParallelCommunicator
 from llm_allreduce_plugin.group.layouts import workspace_layout
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime import calls
@@ -39,9 +39,25 @@ def poisoned_outputs() -> Iterator[None]:
             poison(empty_like(*args, **kwargs).contiguous()) if args[0].is_contiguous() else empty_like(*args, **kwargs)
         )
 
+    all_reduce = TensorParallelCommunicator.all_reduce
+
+    def poisoned_all_reduce(
+        group: TensorParallelCommunicator, input_: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        eager: Any = group._eager_call
+        if not isinstance(eager, _C.EagerCalls):
+            return all_reduce(group, input_, out)
+        made_by: Any = eager.empty_strided
+        eager.empty_strided = lambda *args: poison(made_by(*args))
+        try:
+            return all_reduce(group, input_, out)
+        finally:
+            eager.empty_strided = made_by
+
     with (
         mock.patch.object(torch, "empty_like", poisoned),
         mock.patch.object(calls, "_empty_strided", lambda *args: poison(empty_strided(*args))),
+        mock.patch.object(TensorParallelCommunicator, "all_reduce", poisoned_all_reduce),
     ):
         yield
 

@@ -34,17 +34,18 @@ def assert_at_rest(
 ) -> None:
     """Pushed slots hold the marker, and all lanes of all ranks have counted the same in-band calls.
 
-    The host waits for the device once. ``buffers``: the workspace of each rank; ``locals_``: what only that rank
+    The host waits for each device once. ``buffers``: the workspace of each rank; ``locals_``: what only that rank
     touches, which may be the beginning of its workspace; both of the ranks from ``first_rank`` on.
 
     Raises:
         AssertionError: it is not so; says where.
     """
-    epochs = torch.stack([in_band_epochs(local, layout) for local in locals_])  # [rank, plane, lane]
+    first = locals_[0].device
+    epochs = torch.stack([in_band_epochs(local, layout).to(first) for local in locals_])  # [rank, plane, lane]
     agree = (epochs == epochs[:1, :, :1]).all().view(1)
     slots = [words for buffer in buffers if (words := pushed_slots(buffer, layout)) is not None]
     cleared = [(words.max() == MARKER).view(1) for words in slots]  # no copy as large as the slots
-    if all(torch.cat([agree, *cleared]).tolist()):
+    if all(torch.cat([agree, *(each.to(first) for each in cleared)]).tolist()):
         return
     for name, plane in zip(EPOCH_PLANES, epochs.unbind(1), strict=True):
         assert bool((plane == plane[0, 0]).all()), f"in-band epochs of {name} differ, [rank][lane]: {plane.tolist()}"

@@ -104,21 +104,21 @@ class LocalGroup:
         else:
             share = size // (STAGED_IN_BAND_SHARE if staged else 1) if in_band else 0
             self.layout = native.make_layout(world_size, lanes, in_band_bytes=share, flagged_bytes=size - share)
-        # A rank of this process that loads a kernel would wait for those that wait for it.
-        native.load_kernels(world_size)
+        self.machine.load_kernels(world_size)
         self.buffers = [
             torch.empty(
                 self.layout.total_bytes,
                 dtype=torch.uint8,
-                device="cpu" if host else self.device,
+                device="cpu" if host else self.device_of(rank),
                 pin_memory=host and self.device.type == "cuda",
             )
-            for _ in range(world_size)
+            for rank in range(world_size)
         ]
         for buffer in self.buffers:
             initialize(buffer, self.layout)
         self.locals = [
-            torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device) for _ in range(world_size)
+            torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device_of(rank))
+            for rank in range(world_size)
         ]
         bases = [buffer.data_ptr() for buffer in self.buffers]
         self.streams: list[Any] = [self.machine.stream(rank) for rank in range(world_size)]
@@ -135,6 +135,10 @@ class LocalGroup:
             )
             for rank in range(world_size)
         ]
+
+    def device_of(self, rank: int) -> torch.device:
+        """Where a rank's tensors lie."""
+        return self.machine.device_of(rank)
 
     def use(self, algorithm: str, domains: Sequence[int] | None = None) -> None:
         """Let LOWPRECISION run as ``two_shot``, ``ring`` or ``hierarchical`` from now on."""
@@ -265,10 +269,12 @@ class LocalGroup:
         ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, PULL for TWOSHOT that reads inputs in place, or PLACE for TWOSHOT
         that stores results into all outputs.
         """
-        moved = [part.to(self.device) for part in inputs]
+        moved = [part.to(self.device_of(rank)) for rank, part in enumerate(inputs)]
         size = inputs[0].numel() * inputs[0].element_size()
         padded = -(-size // 16) * 16
-        guarded = [torch.full((padded + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8, device=self.device) for _ in inputs]
+        guarded = [
+            torch.full((padded + 2 * GUARD_BYTES,), 0xA5, dtype=torch.uint8, device=part.device) for part in moved
+        ]
         outputs = [
             buffer[GUARD_BYTES : GUARD_BYTES + size].view(part.dtype)
             for buffer, part in zip(guarded, moved, strict=True)

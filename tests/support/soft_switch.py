@@ -38,9 +38,9 @@ class Switch(Protocol):
 class EmulatedSwitch:
     """On an emulated GPU of its own."""
 
-    def __init__(self, machine: EmulatedGpus, ranks: int) -> None:
+    def __init__(self, machine: EmulatedGpus, gpu: int) -> None:
         self._library = machine.library
-        self._stream = machine.library.stream(ranks)
+        self._stream = machine.library.stream(gpu)
 
     def start(self, arguments: Sequence[torch.Tensor | int]) -> None:
         plain = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -51,21 +51,22 @@ class EmulatedSwitch:
 
 
 @functools.cache
-def _compiled(name: str) -> Any:
-    """A kernel of soft_switch.cu for the current GPU. Torch wants to know of a toolkit, whose headers nobody needs."""
+def _compiled(name: str, gpu: int) -> Any:
+    """A kernel of soft_switch.cu, for and on one GPU. Torch wants to know of a toolkit, whose headers nobody needs."""
     from torch.utils import cpp_extension
 
     home = cpp_extension.CUDA_HOME or "/usr/local/cuda"
-    with mock.patch.object(cpp_extension, "CUDA_HOME", home):
+    with torch.cuda.device(gpu), mock.patch.object(cpp_extension, "CUDA_HOME", home):
         return torch.cuda._compile_kernel(f"#define LLM_ALLREDUCE_SOFT_SWITCH_ON_GPU\n{SOURCE.read_text()}", name)
 
 
 class GpuSwitch:
-    """On the GPU of the ranks, beside their kernels: all must be resident together."""
+    """On a GPU of ranks, beside their kernels: all must be resident together."""
 
     BLOCKS, THREADS = 16, 256
 
     def __init__(self, device: torch.device) -> None:
+        self._gpu = device.index
         self._stream = torch.cuda.Stream(device)
         ended = torch.zeros(1, dtype=torch.int32, device=device)
         nothing = torch.zeros(2, dtype=torch.int64, device=device)
@@ -78,11 +79,45 @@ class GpuSwitch:
         self._launch(list(arguments))
 
     def _launch(self, arguments: list[torch.Tensor | int]) -> None:
-        kernel = _compiled("soft_switch")
-        kernel((self.BLOCKS, 1, 1), (self.THREADS, 1, 1), arguments, stream=self._stream)
+        kernel = _compiled("soft_switch", self._gpu)
+        with torch.cuda.device(self._gpu):
+            kernel((self.BLOCKS, 1, 1), (self.THREADS, 1, 1), arguments, stream=self._stream)
 
     def leave(self, stream: Stream, ended: torch.Tensor) -> None:
-        _compiled("soft_switch_leave")((1, 1, 1), (1, 1, 1), [ended], stream=stream)
+        kernel = _compiled("soft_switch_leave", self._gpu)
+        with torch.cuda.device(self._gpu):
+            kernel((1, 1, 1), (1, 1, 1), [ended], stream=stream)
+
+
+class Part:
+    """What carries the stores of those ranks that lie on one device, to all ranks."""
+
+    def __init__(
+        self, switch: Switch, ranks: Sequence[int], sent: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]
+    ) -> None:
+        self.switch, self.ranks = switch, ranks
+        self._device = sent[ranks[0]].device
+        self.ended = torch.zeros(1, dtype=torch.int32, device=self._device)
+        own = [part.data_ptr() if rank in ranks else 0 for rank, part in enumerate(sent)]
+        self._tables = [
+            torch.tensor(addresses, dtype=torch.int64, device=self._device)
+            for addresses in (own, [part.data_ptr() for part in copies])
+        ]
+        self._spans = torch.zeros(0)
+
+    def prepare(self, stretches: Sequence[tuple[int, int]]) -> None:
+        """For calls that store to these (offsets, lengths) in bytes; the host must wait for it before :meth:`start`."""
+        self._spans = torch.tensor(stretches, dtype=torch.int32, device=self._device) // VECTOR_BYTES
+        self.ended.zero_()
+
+    def start(self, seed: int, most_delay_ns: int, limit_ms: int) -> None:
+        world_size = self._tables[0].numel()
+        self.switch.start(
+            [
+                *self._tables, self._spans, len(self._spans), world_size, self.ended, len(self.ranks), seed,
+                most_delay_ns, limit_ms,
+            ]
+        )  # fmt: skip
 
 
 class MulticastGroup(LocalGroup):
@@ -91,7 +126,8 @@ class MulticastGroup(LocalGroup):
     ``PUSH ONESHOT`` and ``PUSH TWOSHOT`` go without it, on the same workspaces.
 
     ``multicast_kib``: of multicast memory; messages that it does not hold take several rounds. ``seed``: of order and
-    delays. ``most_delay_ns``: of each word to each rank; the sender's own may take four times as long.
+    delays. ``most_delay_ns``: of each word to each rank; the sender's own may take four times as long. ``switches``: on
+    emulated GPUs, kernels that play the switch, of which each carries what some ranks store; GPUs have one each.
     """
 
     def __init__(
@@ -101,6 +137,7 @@ class MulticastGroup(LocalGroup):
         multicast_kib: float = 256,
         seed: int = 0,
         most_delay_ns: int = 200,
+        switches: int = 1,
         in_switch: bool = False,
         limit_ms: int = 600_000,
         timeout_s: float | None = None,
@@ -112,30 +149,32 @@ class MulticastGroup(LocalGroup):
         size = int(multicast_kib * 1024)
         self.seed, self.most_delay_ns, self.limit_ms = seed, most_delay_ns, limit_ms
         self.multicast = self.machine.native.make_multicast_layout(world_size, size, in_switch=in_switch)
-        self.sent = [self._filled(size, EMPTY) for _ in range(world_size)]
-        self.copies = [self._filled(size, MARKER) for _ in range(world_size)]
+        self.sent = [self._filled(rank, size, EMPTY) for rank in range(world_size)]
+        self.copies = [self._filled(rank, size, MARKER) for rank in range(world_size)]
         for rank, workspace in enumerate(self.workspaces):
             workspace.set_multicast(self.sent[rank].data_ptr(), self.copies[rank].data_ptr(), self.multicast)
-        self.switch: Switch = (
-            EmulatedSwitch(self.machine, world_size)
-            if isinstance(self.machine, EmulatedGpus)
-            else GpuSwitch(self.device)
-        )
+        self.parts = [Part(switch, ranks, self.sent, self.copies) for switch, ranks in self._switches(switches).items()]
         if in_switch:
             assert isinstance(self.machine, EmulatedGpus)
             addresses = [[part.data_ptr() for part in parts] for parts in (self.sent, self.copies)]
             self.machine.library.sum_in_switch(*addresses, size)
-        self._tables = [self._table(parts) for parts in (self.sent, self.copies)]
-        self._ended = torch.zeros(1, dtype=torch.int32, device=self.device)
         self._is_open = False
         self._most_bytes = 0  # of the messages to come; 0: any
         self.machine.synchronize()
 
-    def _filled(self, size: int, word: int) -> torch.Tensor:
-        return torch.full((size // 4,), word, dtype=torch.int32, device=self.device)
+    def _filled(self, rank: int, size: int, word: int) -> torch.Tensor:
+        return torch.full((size // 4,), word, dtype=torch.int32, device=self.device_of(rank))
 
-    def _table(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.tensor([part.data_ptr() for part in parts], dtype=torch.int64, device=self.device)
+    def _switches(self, emulated: int) -> dict[Switch, list[int]]:
+        """Each with the ranks whose stores it carries."""
+        ranks = range(self.world_size)
+        if isinstance(self.machine, EmulatedGpus):
+            return {
+                EmulatedSwitch(self.machine, self.world_size + turn): list(ranks[turn::emulated])
+                for turn in range(emulated)
+            }
+        devices = dict.fromkeys(self.device_of(rank) for rank in ranks)
+        return {GpuSwitch(device): [rank for rank in ranks if self.device_of(rank) == device] for device in devices}
 
     def open(self) -> None:
         """Let stores arrive, until :meth:`finish`. Eager calls open by themselves; before graphs are replayed."""
@@ -144,16 +183,12 @@ class MulticastGroup(LocalGroup):
         for slot in range(GENERATIONS * self.world_size):
             at = layout.one_shot_offset + slot * layout.one_shot_bytes
             stretches.append((at, min(most, layout.one_shot_bytes)))
-        self._spans = torch.tensor(stretches, dtype=torch.int32, device=self.device) // VECTOR_BYTES
-        self._ended.zero_()
+        for part in self.parts:
+            part.prepare(stretches)
         self.machine.synchronize()
-        self.seed += 1
-        self.switch.start(
-            [
-                *self._tables, self._spans, len(stretches), self.world_size, self._ended, self.world_size, self.seed,
-                self.most_delay_ns, self.limit_ms,
-            ]
-        )  # fmt: skip
+        for part in self.parts:
+            self.seed += 1
+            part.start(self.seed, self.most_delay_ns, self.limit_ms)
         self._is_open = True
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -172,8 +207,9 @@ class MulticastGroup(LocalGroup):
 
     def finish(self) -> None:
         if self._is_open:
-            for stream in self.streams:
-                self.switch.leave(stream, self._ended)
+            for part in self.parts:
+                for rank in part.ranks:
+                    part.switch.leave(self.streams[rank], part.ended)
         self._is_open = False
         super().finish()
         self.assert_at_rest()

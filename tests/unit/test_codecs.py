@@ -141,6 +141,18 @@ def test_fp8_keeps_bf16_subnormals_and_large_neighbours_apart() -> None:
     assert (seen[496:] == 2.0**-126).all()
 
 
+def test_fp8_rounds_every_binade_as_torch_does() -> None:
+    """At a scale of 1: on, beside and between values of 7 bits, from below half of the smallest code to the largest."""
+    upper = torch.arange(115 << 7, 136 << 7, dtype=torch.int32) << 16
+    lower = torch.tensor((0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF), dtype=torch.int32)
+    sizes = (upper[:, None] | lower).flatten().view(torch.float32)
+    values = torch.cat((sizes[sizes <= 448], -sizes[sizes <= 448]))
+    packets = torch.full((-(-values.numel() // 495), 496), 448.0)
+    packets[:, :495] = torch.nn.functional.pad(values, (0, packets.shape[0] * 495 - values.numel())).view(-1, 495)
+    seen = assert_same(CODECS[WireFormat.FP8], packets).view(-1, 496)[:, :495].reshape(-1)[: values.numel()]
+    assert torch.equal(seen, values.to(torch.float8_e4m3fn).float())
+
+
 def test_no_fp8_word_is_the_in_band_marker() -> None:
     for values in (torch.full((992,), -0.0), -torch.rand(4960) * 1e-6, any_bits(3, 49600, torch.bfloat16)):
         values[::7] *= 1e6

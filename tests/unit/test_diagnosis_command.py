@@ -104,6 +104,29 @@ def test_answers_of_the_child() -> None:
     assert proof.run(TASK, command=fake(silent)) == Proof("failed", "the ranks ended early: exit code 7")
 
 
+def test_the_same_ranks_prove_one_thing_after_another(tmp_path: Path) -> None:
+    """Until something is not proved: then others do."""
+    script = f"""
+for line in sys.stdin:
+    task = json.loads(line)
+    with open({str(tmp_path / "asked")!r}, "a") as file:
+        print(__import__("os").getpid(), task["transport"], file=file)
+    print(json.dumps({{"step": "summing"}}), json.dumps({{"answer": "lost" if task["workspace_bytes"] else None}}),
+          sep="\\n", flush=True)
+"""
+    peer, host = (Task("cpu", 2, transport) for transport in (TransportChoice.PEER, TransportChoice.HOST))
+    broken = Task("cpu", 2, TransportChoice.PEER, workspace_bytes=1)
+    with proof.Prover(command=fake(script)) as prover:
+        outcomes = [prover(task).outcome for task in (peer, host, broken, host, Task("cpu", 3, TransportChoice.HOST))]
+    assert outcomes == ["proved", "proved", "failed", "proved", "proved"]
+    asked = [line.split() for line in (tmp_path / "asked").read_text().splitlines()]
+    assert [transport for _, transport in asked] == ["peer", "host", "peer", "host", "host"]
+    children = [pid for pid, _ in asked]
+    assert children[0] == children[1] == children[2]
+    assert len(set(children)) == 3, "others after a failure, and for another number of ranks"
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

@@ -176,7 +176,8 @@ def test_few_rows_are_shared_by_a_cluster() -> None:
     assert (one.lanes, one.cluster, one.threads) == (8, 8, 128)
     assert "(8 to a row)" in str(one)
     clusters = [launch_of(group, rows, 8192).cluster for rows in (4, 5, 16, 17, 32, 33, 256)]
-    assert clusters == [8, 4, 4, 2, 2, 1, 1]
+    assert clusters == [8, 4, 4, 1, 1, 1, 1]
+    assert [launch_of(group, rows, 8192).threads for rows in (17, 32)] == [1024, 1024]
     assert [launch_of(group, rows, 16384).cluster for rows in (4, 5, 64, 65, 128)] == [8, 4, 4, 2, 2]
     assert [launch_of(group, rows, 4096).cluster for rows in (1, 16, 17)] == [4, 4, 1]
     assert launch_of(group, 1, 2880).cluster == 1, "too short a row"

@@ -10,20 +10,7 @@ namespace lar {
 
 constexpr uint32_t kWholeWarp = 0xffffffffu;
 
-// `count` values of a thread as neighbouring vectors of T, the first of them `index`.
-template <typename T, int kCount>
-__device__ __forceinline__ void load_values(const Payload<T>& from, int64_t index, float (&values)[kCount]) {
-  constexpr int kElements = Vector<T>::kElements;
-  static_assert(kCount % kElements == 0, "a thread has whole vectors");
-#pragma unroll
-  for (int j = 0; j < kCount / kElements; ++j) {
-    const uint4 raw = from.load(index + j);
-    const T* elements = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) values[j * kElements + i] = widen(elements[i]);
-  }
-}
-
+// Vectors of T to values and back. Rounding is to nearest even.
 template <typename T, int kCount, int kVectors>
 __device__ __forceinline__ void widen_values(const uint4 (&raw)[kVectors], float (&values)[kCount]) {
   constexpr int kElements = Vector<T>::kElements;
@@ -36,19 +23,20 @@ __device__ __forceinline__ void widen_values(const uint4 (&raw)[kVectors], float
   }
 }
 
-template <typename T, int kCount, typename Sink>
-__device__ __forceinline__ void store_values(const Sink& sink, int64_t index, int64_t total_vectors,
-                                             const float (&values)[kCount]) {
+template <typename T, int kCount, int kVectors>
+__device__ __forceinline__ void round_values(const float (&values)[kCount], uint4 (&raw)[kVectors]) {
   constexpr int kElements = Vector<T>::kElements;
+  static_assert(kCount == kVectors * kElements, "a thread has whole vectors");
 #pragma unroll
-  for (int j = 0; j < kCount / kElements; ++j) {
-    uint4 raw;
-    T* elements = reinterpret_cast<T*>(&raw);
+  for (int j = 0; j < kVectors; ++j) {
+    T* elements = reinterpret_cast<T*>(&raw[j]);
 #pragma unroll
     for (int i = 0; i < kElements; ++i) elements[i] = round_to<T>(values[j * kElements + i]);
-    if (index + j < total_vectors) sink(index + j, raw);
   }
 }
+
+// What a packet says of itself: which vectors of the message a thread moves, vector<T>(j) of its packet, and what it
+// then has to do so that its values are those of its share, exchange<T>(raw), which is also the way back.
 
 // FP8: threads 0 to 30 have 16 values each, thread 31 the scale.
 struct Fp8Packet {
@@ -60,6 +48,15 @@ struct Fp8Packet {
   static constexpr int kValues = Codec::kValues;
   static constexpr int kBytes = Codec::kBytes;
 
+  // The first of this thread's values in the packet: they are neighbours, and so are its vectors.
+  __device__ __forceinline__ static int first_value() { return static_cast<int>(threadIdx.x % 32) * kThreadValues; }
+  template <typename T>
+  __device__ __forceinline__ static int vector(int j) {
+    return first_value() / Vector<T>::kElements + j;
+  }
+  template <typename T, int kVectors>
+  __device__ __forceinline__ static void exchange(uint4 (&)[kVectors]) {}
+
   // For the whole warp. What thread 31 passes does not count.
   __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
     const bool has_values = threadIdx.x % 32 < kThreads;
@@ -70,13 +67,7 @@ struct Fp8Packet {
     const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
     const float scale = Codec::scale(__uint_as_float(most));
     const float multiplier = Codec::multiplier(scale);
-    uint4 raw;
-    auto* words = reinterpret_cast<uint32_t*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kThreadValues; i += 4) {
-      const float four[] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
-      words[i / 4] = Codec::encode(four, multiplier);
-    }
+    const uint4 raw = words_of(values, multiplier);
     return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
   }
 
@@ -95,9 +86,39 @@ struct Fp8Packet {
   __device__ __forceinline__ static Encoded load(const char* packet) {
     return load_weak(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
   }
+
+ private:
+  __device__ __forceinline__ static uint4 words_of(const float (&values)[kThreadValues], float multiplier) {
+    uint4 raw;
+#if __CUDA_ARCH__ >= 890
+    auto* words = reinterpret_cast<uint32_t*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; i += 4) {
+      const float four[] = {values[i], values[i + 1], values[i + 2], values[i + 3]};
+      words[i / 4] = Codec::encode(four, multiplier);
+    }
+#else
+    // Once for all four words, which take turns: here a code takes more than ten instructions.
+    float rest[kThreadValues];
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) rest[i] = values[i];
+    raw = {0u, 0u, 0u, 0u};
+#pragma unroll 1
+    for (int turn = 0; turn < kThreadValues / 4; ++turn) {
+      const float four[] = {rest[0], rest[1], rest[2], rest[3]};
+      raw = {raw.y, raw.z, raw.w, Codec::encode(four, multiplier)};
+#pragma unroll
+      for (int i = 0; i + 4 < kThreadValues; ++i) rest[i] = rest[i + 4];
+    }
+#endif
+    return raw;
+  }
 };
 
-// The formats of 10 bytes for 32 values: one block to a thread.
+// The formats of 10 bytes for 32 values: one block to a thread, because sums over a block have an order.
+//
+// A thread does not load its block: it would be 64 bytes behind that of the thread before it. The warp moves
+// neighbours, units of 8 values, and four threads, which then have a quarter of each of four blocks, exchange them.
 template <typename BlockCodec, lar_wire kWireFormat>
 struct BlockPacket {
   using Codec = BlockCodec;
@@ -108,6 +129,36 @@ struct BlockPacket {
   static constexpr int kValues = codec::Packet32::kValues;
   static constexpr int kBytes = codec::Packet32::kBytes;
 
+  __device__ __forceinline__ static int first_value() { return block() * kThreadValues; }
+
+  // Unit j of thread t is the unit 32 j + t: quarter t % 4 of the block 8 j + t / 4.
+  template <typename T>
+  __device__ __forceinline__ static int vector(int j) {
+    constexpr int kVectorsOfUnit = kUnitValues / Vector<T>::kElements;
+    const int unit = j / kVectorsOfUnit * 32 + static_cast<int>(threadIdx.x % 32);
+    return unit * kVectorsOfUnit + j % kVectorsOfUnit;
+  }
+
+  // For the whole warp. The matrix of four units of four threads is transposed: by halves, then by quarters.
+  template <typename T, int kVectors>
+  __device__ __forceinline__ static void exchange(uint4 (&raw)[kVectors]) {
+    constexpr int kWords = kVectors / kQuarters * 4;  // of a unit
+    auto* words = reinterpret_cast<uint32_t*>(&raw);
+    const int thread = static_cast<int>(threadIdx.x % 32);
+#pragma unroll
+    for (int step = 1; step < kQuarters; step *= 2) {
+      const bool gives_first = (thread & step) != 0;
+#pragma unroll
+      for (int i = 0; i < kQuarters * kWords; ++i) {
+        if ((i / kWords & step) != 0) continue;
+        uint32_t& first = words[i];
+        uint32_t& second = words[i + step * kWords];
+        const uint32_t taken = __shfl_sync(kWholeWarp, gives_first ? first : second, thread ^ step);
+        (gives_first ? first : second) = taken;
+      }
+    }
+  }
+
   __device__ __forceinline__ static Encoded encode(const float (&values)[kThreadValues]) {
     return BlockCodec::encode(values);
   }
@@ -117,19 +168,27 @@ struct BlockPacket {
   }
 
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
-    const int block = threadIdx.x % 32;
-    store_weak(reinterpret_cast<uint32_t*>(packet) + block, encoded.first);
-    store_weak(reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte) + block, encoded.second);
-    store_weak(reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte) + block, encoded.scale);
+    store_weak(reinterpret_cast<uint32_t*>(packet) + block(), encoded.first);
+    store_weak(reinterpret_cast<uint32_t*>(packet + codec::Packet32::kSecondByte) + block(), encoded.second);
+    store_weak(reinterpret_cast<uint16_t*>(packet + codec::Packet32::kScaleByte) + block(), encoded.scale);
   }
 
   __device__ __forceinline__ static Encoded load(const char* packet) {
-    const int block = threadIdx.x % 32;
     codec::Block32 encoded;
-    encoded.first = load_weak(reinterpret_cast<const uint32_t*>(packet) + block);
-    encoded.second = load_weak(reinterpret_cast<const uint32_t*>(packet + codec::Packet32::kSecondByte) + block);
-    encoded.scale = load_weak(reinterpret_cast<const uint16_t*>(packet + codec::Packet32::kScaleByte) + block);
+    encoded.first = load_weak(reinterpret_cast<const uint32_t*>(packet) + block());
+    encoded.second = load_weak(reinterpret_cast<const uint32_t*>(packet + codec::Packet32::kSecondByte) + block());
+    encoded.scale = load_weak(reinterpret_cast<const uint16_t*>(packet + codec::Packet32::kScaleByte) + block());
     return encoded;
+  }
+
+ private:
+  static constexpr int kQuarters = 4;
+  static constexpr int kUnitValues = kThreadValues / kQuarters;
+
+  // That of this thread, behind the exchange.
+  __device__ __forceinline__ static int block() {
+    const int thread = static_cast<int>(threadIdx.x % 32);
+    return thread % kQuarters * (32 / kQuarters) + thread / kQuarters;
   }
 };
 

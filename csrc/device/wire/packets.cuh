@@ -7,7 +7,8 @@
 
 namespace lar {
 
-// A thread's values are neighbours: `kThreadVectors` vectors of the tensor.
+// A thread's values are neighbours, its share of a packet. What it moves between the tensor and its registers are other
+// vectors where that lets the warp move neighbours (device/wire/packet.cuh).
 template <typename T, typename Packet, typename Epilogue>
 class Packets {
  public:
@@ -15,7 +16,7 @@ class Packets {
   static constexpr int kThreadVectors = kThreadValues / Vector<T>::kElements;
   using Values = float[kThreadValues];
   using Encoded = typename Packet::Encoded;
-  using Raw = uint4[kThreadVectors];
+  using Raw = uint4[kThreadVectors];                             // as they are moved
   static constexpr int kRawBytes = Packet::kValues * sizeof(T);  // of a packet's values as they are
 
   __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
@@ -27,22 +28,21 @@ class Packets {
 
   __device__ __forceinline__ int64_t number() const { return number_; }
 
-  // This rank's own values, as they are: to be loaded before they are needed. Where a warp has little to do but to wait
-  // for them, this and encoded(own) are faster than encoded(packet), and more code.
+  // This rank's own values, as they are: to be loaded before they are needed.
   __device__ __forceinline__ void load_own(int64_t packet, Raw& raw) const {
-    input_.load_run(first_vector(packet), raw);
+    input_.load_all([&](int j) { return vector(packet, j); }, raw);
   }
 
   __device__ __forceinline__ static Encoded encoded(const Raw& own) {
     Values values;
-    widen_values<T>(own, values);
+    widen_own(own, values);
     return Packet::encode(values);
   }
 
   __device__ __forceinline__ Encoded encoded(int64_t packet) const {
-    Values values;
-    load_values(input_, first_vector(packet), values);
-    return Packet::encode(values);
+    Raw own;
+    load_own(packet, own);
+    return encoded(own);
   }
 
   // Decodes and stores to the output. A zero is +0.
@@ -50,7 +50,14 @@ class Packets {
     Values values;
     Packet::decode(encoded, values);
     positive_zeros(values);
-    if (has_values()) store_values<T>(sink_, first_vector(packet), total_vectors_, values);
+    store(packet, values);
+  }
+
+  // Values as they are, rounded.
+  __device__ __forceinline__ void store(int64_t packet, const Values& values) const {
+    Raw raw;
+    round_own(values, raw);
+    store(packet, raw);
   }
 
   // A sum is made term by term, from +0: this rank's own values, as they are, and what others sent.
@@ -60,15 +67,19 @@ class Packets {
   }
 
   __device__ __forceinline__ void add_own(int64_t packet, Values& sum) const {
-    Values values;
-    load_values(input_, first_vector(packet), values);
-    add_own(values, sum);
+    Raw own;
+    load_own(packet, own);
+    add_own(own, sum);
   }
 
   __device__ __forceinline__ static void add_own(const Raw& own, Values& sum) {
     Values values;
-    widen_values<T>(own, values);
-    add_own(values, sum);
+    widen_own(own, values);
+    if (!Packet::Codec::kSendsInfinity) {
+#pragma unroll
+      for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
+    }
+    add_to(sum, values);
   }
 
   __device__ __forceinline__ static void add(const Encoded& encoded, Values& sum) {
@@ -85,12 +96,9 @@ class Packets {
   }
 
   __device__ __forceinline__ static void round_sum(Values& sum, Raw& raw) {
-    constexpr int kElements = Vector<T>::kElements;
     limit(sum);
     positive_zeros(sum);
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i)
-      reinterpret_cast<T*>(&raw[i / kElements])[i % kElements] = round_to<T>(sum[i]);
+    round_own(sum, raw);
   }
 
   // Rounded values in a slot: those vectors that the threads of a warp move together are neighbours.
@@ -111,22 +119,28 @@ class Packets {
     if (!has_values()) return;
 #pragma unroll
     for (int j = 0; j < kThreadVectors; ++j)
-      if (first_vector(packet) + j < total_vectors_) sink_(first_vector(packet) + j, raw[j]);
+      if (vector(packet, j) < total_vectors_) sink_(vector(packet, j), raw[j]);
   }
 
  private:
   __device__ __forceinline__ static bool has_values() { return threadIdx.x % 32 < Packet::kThreads; }
 
-  __device__ __forceinline__ int64_t first_vector(int64_t packet) const {
-    return (packet * Packet::kThreads + threadIdx.x % 32) * kThreadVectors;
+  // The j-th of the vectors that this thread moves.
+  __device__ __forceinline__ static int64_t vector(int64_t packet, int j) {
+    return packet * (Packet::kValues / Vector<T>::kElements) + Packet::template vector<T>(j);
   }
 
-  __device__ __forceinline__ static void add_own(Values& values, Values& sum) {
-    if (!Packet::Codec::kSendsInfinity) {
+  __device__ __forceinline__ static void widen_own(const Raw& raw, Values& values) {
+    Raw own;
 #pragma unroll
-      for (int i = 0; i < kThreadValues; ++i) values[i] = codec::infinity_as_nan(values[i]);
-    }
-    add_to(sum, values);
+    for (int j = 0; j < kThreadVectors; ++j) own[j] = raw[j];
+    Packet::template exchange<T>(own);
+    widen_values<T>(own, values);
+  }
+
+  __device__ __forceinline__ static void round_own(const Values& values, Raw& raw) {
+    round_values<T>(values, raw);
+    Packet::template exchange<T>(raw);
   }
 
   __device__ __forceinline__ static void add_to(Values& sum, const Values& values) {
@@ -149,7 +163,7 @@ class Packets {
 
   // Sums behind the message's end, which must not count.
   __device__ __forceinline__ void clear_behind_end(int64_t packet, Values& values) const {
-    const int64_t first = first_vector(packet) * Vector<T>::kElements;
+    const int64_t first = packet * Packet::kValues + Packet::first_value();
     if (first + kThreadValues <= count_) return;
 #pragma unroll
     for (int i = 0; i < kThreadValues; ++i)
