@@ -2,6 +2,7 @@
 
     python benchmarks/shapes.py --gpus 4 --out benchmarks/h200/shapes_tp4.json
     python benchmarks/shapes.py --gpus 2 --only UB --min 22 --blocks 1    # results stored into registered outputs
+    python benchmarks/shapes.py --gpus 2 --only UB PULLED_UB --min 20 --blocks 1    # the same, and inputs read in place
 
 The thresholds and launch tables of the package come from these. Microseconds per call, bf16.
 """
@@ -25,13 +26,15 @@ from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import call_of, time_graph
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
-from llm_allreduce_plugin.transport.registered import RegisteredPool
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
 DTYPE = torch.bfloat16
 # algorithm, bytes, lanes, threads, chunk vectors, lanes that only scatter, lanes that only drain
 Shape = tuple[str, int, int, int, int, int, int]
 SPLIT_FROM = 1 << 22  # bytes from which lanes with one task are tried
+PLACED = ("UB", "PULLED_UB")  # outputs, and of the second inputs, lie in registered memory
 
 
 def shapes_of(
@@ -43,6 +46,7 @@ def shapes_of(
         "ONESHOT": ((12, 14, 16, 18, 20, 24), (0,)),
         "TWOSHOT": ((32, 40, 48, 56), (24, 33, 40)),
         "UB": ((16, 24, 32, 40, 48, 56, 64, 72, 80, 88), (0,)),
+        "PULLED_UB": ((), ()),  # nothing is scattered
     }[algorithm]
     most_threads = _C.MAX_THREADS if in_band else _C.MAX_FLAGGED_THREADS
     for size in sizes:
@@ -65,17 +69,30 @@ def shapes_of(
     return shapes
 
 
+class Registered:
+    """Memory that peers see: for an output of at most ``size`` bytes, and an input, at the same place on every rank."""
+
+    def __init__(self, agreement: Agreement, context: RankContext, transport: Transport, size: int) -> None:
+        self.pool = RegisteredPool.open(
+            agreement, context.group, context.device, transport, 2 * size + ALIGNMENT, largest=size
+        )
+        inputs = self.pool.take((size // DTYPE.itemsize,), DTYPE)  # nothing else is taken
+        assert inputs is not None
+        self.inputs = inputs
+        self.distances = [base - self.pool.bases[context.rank] for base in self.pool.bases]
+
+    def output(self, count: int) -> torch.Tensor:
+        """Of so many elements; another one lies there, too."""
+        return self.pool.lend((count,), DTYPE, 0)
+
+
 def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lanes: int, in_band: bool) -> list[Any]:  # noqa: FBT001
     flagged = 0 if in_band else workspace_bytes
     layout = _C.make_layout(context.world_size, lanes, in_band_bytes=workspace_bytes - flagged, flagged_bytes=flagged)
     agreement = Agreement(context.control_group, 300.0)
     memory = SymmetricMemory.open(agreement, context.group, context.device, layout)
-    placed = max([0, *(size for algorithm, size, *_ in shapes if algorithm == "UB")])
-    registered = (
-        RegisteredPool.open(agreement, context.group, context.device, memory.transport, placed, placed)
-        if placed
-        else None
-    )
+    placed = max([0, *(size for algorithm, size, *_ in shapes if algorithm in PLACED)])
+    registered = Registered(agreement, context, memory.transport, placed) if placed else None
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []
     data: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -92,8 +109,10 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
             data[count] = make_case(context, count, DTYPE)
         mine, expected = data[count]
         output = torch.empty_like(mine)
-        if algorithm == "UB" and registered is not None:
-            output = registered.lend((count,), DTYPE, 0)
+        if algorithm in PLACED and registered is not None:
+            output = registered.output(count)
+        if algorithm == "PULLED_UB" and registered is not None:
+            mine = registered.inputs[:count].copy_(mine)
         output.fill_(float("nan"))
         torch.cuda.synchronize()
         context.gather(None)  # nobody stores into an output that is still being filled
@@ -101,8 +120,9 @@ def measure(context: RankContext, shapes: list[Shape], workspace_bytes: int, lan
         plan = _C.Plan(
             workspace,
             algorithm=kernel,
-            exchange=_C.PLACE if algorithm == "UB" else _C.PUSH if in_band else _C.FLAGS,
-            pools=registered.bases if algorithm == "UB" and registered is not None else (),
+            exchange=_C.PLACE if algorithm in PLACED else _C.PUSH if in_band else _C.FLAGS,
+            pools=registered.pool.bases if algorithm in PLACED and registered is not None else (),
+            peer_distances=registered.distances if algorithm == "PULLED_UB" and registered is not None else (),
             count=count,
             dtype=DTYPE_CODES[DTYPE],
             lanes=used,
@@ -140,7 +160,7 @@ def main() -> None:
         "--blocks", type=float, nargs="+", default=[0.25, 0.5, 1, 2], help="most blocks per multiprocessor"
     )
     parser.add_argument("--workspace-mib", type=int, default=384)
-    parser.add_argument("--only", nargs="+", default=["ONESHOT", "TWOSHOT"], choices=["ONESHOT", "TWOSHOT", "UB"])
+    parser.add_argument("--only", nargs="+", default=["ONESHOT", "TWOSHOT"], choices=["ONESHOT", "TWOSHOT", *PLACED])
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     world_size = arguments.gpus
@@ -155,7 +175,7 @@ def main() -> None:
     for algorithm, parts, tried_sizes in (
         ("ONESHOT", 1, small),
         ("TWOSHOT", world_size, large),
-        ("UB", world_size, large),
+        *((algorithm, world_size, large) for algorithm in PLACED),
     ):
         if algorithm in arguments.only:
             shapes += shapes_of(algorithm, parts, tried_sizes, tried, multiprocessors, in_band=in_band)

@@ -32,9 +32,9 @@ struct NormTensors {
 class Plan {
  public:
   // `call`: its addresses come with every call. `domains`: empty, or a number for each rank. `peer_distances`: empty,
-  // or the bytes from this rank's input to where it sees each rank's. `pools`: of LAR_PLACE, the address at which this
-  // rank sees each rank's registered memory; otherwise empty.
-  // `norm`: null, or what LAR_RMS_NORM does, without addresses.
+  // or the bytes from this rank's input to where it sees each rank's, in whose place peers read it. `pools`: of
+  // LAR_PLACE, the address at which this rank sees each rank's registered memory; otherwise empty. `norm`: null, or
+  // what LAR_RMS_NORM does, without addresses.
   Plan(Workspace& workspace, const lar_call& call, std::vector<int32_t> domains, std::vector<int64_t> peer_distances,
        const std::vector<uint64_t>& pools, const lar_norm* norm)
       : workspace_(workspace), call_(call), domains_(std::move(domains)), peer_distances_(std::move(peer_distances)) {

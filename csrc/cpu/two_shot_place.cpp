@@ -1,5 +1,6 @@
 // TWOSHOT on CPU ranks that stores results into the outputs of all ranks: the steps of protocol/place.h with one lane
-// per rank. Partial sums travel by flags, in the slots of two_shot_flags.cpp and counted with them.
+// per rank. Partial sums travel by flags, in the slots of two_shot_flags.cpp and counted with them; or are read in
+// place.
 #include "cpu/lane.h"
 #include "cpu/units.h"
 #include "host/registry.h"
@@ -15,6 +16,7 @@ class PlaceSteps {
       : workspace_(call.workspace()),
         world_size_(workspace_.layout.world_size),
         pools_(described.pools),
+        inputs_(described.inputs),
         where_(static_cast<uint32_t>(distance_in_vectors(pools_[workspace_.rank], described.message.output))),
         slots_(workspace_.layout.flagged),
         calls_(call, EpochPlane::kPlace),
@@ -40,6 +42,7 @@ class PlaceSteps {
   bool admit() const { return calls_.wait(FlagPlane::kPlaceOutput, LAR_PHASE_OUTPUT, call_number_); }
 
   bool scatter(int64_t chunk) const {
+    if (inputs_) return true;
     for (int step = 1; step < world_size_; ++step)
       elements_.pack(cut_.piece(chunk, peer(step)), scatter_slot(peer(step), workspace_.rank, chunk));
     lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
@@ -47,13 +50,15 @@ class PlaceSteps {
   }
 
   bool reduce(int64_t chunk) const {
-    if (!lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
+    if (!inputs_ && !lane_.wait(FlagPlane::kTwoShotScatter, LAR_PHASE_SCATTER, round(chunk))) return false;
     const int rank = workspace_.rank;
     const Piece part = cut_.piece(chunk, rank);
     const char* sources[LAR_MAX_WORLD_SIZE];
     char* outputs[LAR_MAX_WORLD_SIZE];
     for (int other = 0; other < world_size_; ++other)
-      sources[other] = other == rank ? nullptr : scatter_slot(rank, other, chunk);
+      sources[other] = other == rank ? nullptr
+                       : inputs_     ? static_cast<const char*>(inputs_[other]) + part.first * elements_.bytes()
+                                     : scatter_slot(rank, other, chunk);
     for (int step = 1; step < world_size_; ++step)
       outputs[step - 1] = output_of(peer(step)) + part.first * elements_.bytes();
     elements_.reduce(part, sources, outputs, world_size_ - 1);
@@ -81,7 +86,8 @@ class PlaceSteps {
   const lar_workspace& workspace_;
   const int world_size_;
   void* const* const pools_;
-  const uint32_t where_;  // of this rank's output
+  const void* const* const inputs_;  // null: they are scattered
+  const uint32_t where_;             // of this rank's output
   const lar_slots& slots_;
   const Lane calls_;
   const Lane lane_;

@@ -15,6 +15,12 @@ struct PlaceArguments {
   PushArguments<0> in_band;
 };
 
+// The same where inputs are read in place: of `in_band`, nothing that belongs to slots is used.
+struct PlacePullArguments {
+  PlaceArguments place;
+  const void* inputs[LAR_MAX_WORLD_SIZE];  // by rank
+};
+
 // The flags of one lane in one call.
 class PlaceFlags {
  public:

@@ -131,12 +131,17 @@ int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
   });
 }
 
+// Whether peers may read the inputs of a call in place.
+bool has_whole_inputs(const lar_workspace& workspace, const lar_call& call) {
+  bool whole = call.inputs && ends_on_a_vector(call.message) && starts_on_a_vector(call.message.output);
+  for (int rank = 0; whole && rank < workspace.layout.world_size; ++rank)
+    whole = call.inputs[rank] && starts_on_a_vector(call.inputs[rank]);
+  return whole;
+}
+
 int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const int world_size = workspace.layout.world_size;
-  bool whole = call.inputs && ends_on_a_vector(call.message) && starts_on_a_vector(call.message.output);
-  for (int rank = 0; whole && rank < world_size; ++rank)
-    whole = call.inputs[rank] && starts_on_a_vector(call.inputs[rank]);
-  if (!whole) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!has_whole_inputs(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
@@ -147,19 +152,38 @@ int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
   });
 }
 
-int place(const lar_workspace& workspace, const lar_call& call, void* stream) {
+PlaceArguments place_arguments(const lar_workspace& workspace, const lar_call& call, const lar_message& round,
+                               const SlotUse& use) {
   const int world_size = workspace.layout.world_size;
+  const int64_t where = distance_in_vectors(call.pools[workspace.rank], round.output);
+  PlaceArguments out{workspace, {}, static_cast<uint32_t>(where), in_band_arguments(workspace, call, round, use)};
+  for (int step = 0; step < world_size; ++step)
+    out.pools[step] = static_cast<char*>(call.pools[(workspace.rank + step) % world_size]);
+  return out;
+}
+
+int place_pulled(const lar_workspace& workspace, const lar_call& call, void* stream) {
+  const int world_size = workspace.layout.world_size;
+  if (call.launch.scatter_lanes > 0 || !has_whole_inputs(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  const SlotUse use = slot_use(workspace.layout, call.kind);
+  const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kPull);
+  return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
+    PlacePullArguments arguments{place_arguments(workspace, call, round, use), {}};
+    for (int rank = 0; rank < world_size; ++rank)
+      arguments.inputs[rank] = static_cast<const char*>(call.inputs[rank]) + offset;
+    return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
+  });
+}
+
+int place(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const bool aligned = starts_on_a_vector(call.message.input);
   if (call.launch.drain_lanes > 0 || (call.launch.scatter_lanes > 0 && !aligned)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.inputs) return place_pulled(workspace, call, stream);
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
-    const int64_t where = distance_in_vectors(call.pools[workspace.rank], round.output);
-    PlaceArguments arguments{
-        workspace, {}, static_cast<uint32_t>(where), in_band_arguments(workspace, call, round, use)};
-    for (int step = 0; step < world_size; ++step)
-      arguments.pools[step] = static_cast<char*>(call.pools[(workspace.rank + step) % world_size]);
+    PlaceArguments arguments = place_arguments(workspace, call, round, use);
     const bool split = call.launch.scatter_lanes > 0 && ends_on_a_vector(round);
-    const Row* row = find_row(call.kind, round.dtype, world_size, split ? Form::kSplit : Form::kAny);
+    const Row* row = find_row(call.kind, round.dtype, workspace.layout.world_size, split ? Form::kSplit : Form::kAny);
     return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
   });
 }

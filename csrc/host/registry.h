@@ -20,6 +20,7 @@ enum class Form : uint8_t {
   kSplit,  // lanes with one task each
   kWide,   // of rows: kShort with blocks of up to LAR_MAX_WIDE_THREADS
   kBulk,   // whole aligned vectors, several to a thread: every lane sends its own by bulk copies
+  kPull,   // whole aligned vectors; inputs are read in place. On all ranks or none
 };
 
 // World sizes that a kernel is compiled for; 0: any, at run time.

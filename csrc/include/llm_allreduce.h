@@ -70,7 +70,9 @@ typedef enum lar_exchange {
   LAR_FLAGS = 2,   // flags say lane by lane when a slot may be read (csrc/device/lane.cuh)
   LAR_STAGED = 3,  // flags; at any time a GPU sends to one peer and receives from one (csrc/device/staged_lane.cuh)
   LAR_PULL = 4,    // peers read the input in place; results are pushed (csrc/kernels/two_shot_pull.cu)
-  LAR_PLACE = 5,  // results are stored into peers' outputs (csrc/protocol/place.h); inputs are pushed, CPU ranks: flags
+  // Results are stored into peers' outputs (csrc/protocol/place.h); inputs are pushed (CPU ranks: by flags), or read in
+  // place.
+  LAR_PLACE = 5,
   // Through memory of which one store reaches every rank (lar_multicast), in band (csrc/device/multicast.cuh).
   LAR_MULTICAST = 6,
   // The same, and the switch sums what it reads of all ranks: in no order that anybody knows, so not exact
@@ -338,8 +340,9 @@ typedef struct lar_call {
   // LAR_HIERARCHICAL: a number for each rank, the same for ranks of one domain. Two domains of equal size, 2 to 4 ranks
   // each. Otherwise null.
   const int32_t* domains;
-  // LAR_PULL: where this rank sees each rank's input, its own included; whole vectors that start on 16 bytes. The input
-  // may be overwritten as soon as the call has ended. Otherwise null.
+  // LAR_PULL, and LAR_PLACE of inputs that are read in place, on all ranks or none: where this rank sees each rank's
+  // input, its own included; whole vectors that start on 16 bytes. The input may be overwritten as soon as the call has
+  // ended. Otherwise null.
   const void* const* inputs;
   // LAR_PLACE: where this rank sees each rank's registered memory, its own included, in which message.output lies, from
   // a multiple of 16 bytes on and at most 64 GiB in. Where in there may differ from rank to rank: they tell each other.

@@ -18,6 +18,10 @@
 // the first flag says where, in vectors from the start of that memory. The next call overwrites it, when the rank has
 // ended this one, with flags of every owner that has read it.
 //
+// Where peers see the inputs, too, nothing is scattered: owners read them in place. Then "may be written" also says
+// that the input is there, for which all that wrote it has ended before the call, and "is written" that its owner has
+// read it: behind settle() it may be overwritten. Ranks must do so together; slots are not touched.
+//
 // Some results may travel in band beside the others, through the gather slots of the other two-shots, in time that
 // flags need: what lies there is its own news.
 //

@@ -7,12 +7,13 @@ import random
 import pytest
 import torch
 
-from llm_allreduce_plugin import PeerTimeoutError
+from llm_allreduce_plugin import _C, PeerTimeoutError
 from llm_allreduce_plugin.algorithms.decision import Exchange
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle.norm import residual_rms_norm
 from tests.conftest import PoolFor
 from tests.support import checks
+from tests.support.cpu_group import CpuGroup
 from tests.support.reference import DTYPES, assert_same_bits, poison, rank_input, rank_ordered_sum, special_inputs
 
 SIZES = (1, 3, 8, 1000, 4099, 300_001)
@@ -42,6 +43,27 @@ def _sizes(context: RankContext) -> None:
 @pytest.mark.parametrize("world_size", (2, 3, 4))
 def test_every_size_and_type(cpu_pool: PoolFor, world_size: int) -> None:
     cpu_pool(world_size).run(_sizes)
+
+
+@pytest.mark.parametrize("world_size", (2, 3, 5))
+def test_inputs_read_in_place(world_size: int) -> None:
+    """Nothing is scattered; in one chunk and in several, which share the counts of calls that scatter."""
+    group = CpuGroup(world_size)
+    jitter = random.Random(world_size)
+    for turn, size in enumerate((8, 24, 1000, 5000)):
+        for dtype in DTYPES:
+            inputs = [rank_input(turn, rank, size, dtype) for rank in range(world_size)]
+            outputs = group.all_reduce(
+                _C.TWO_SHOT, inputs, exchange=_C.PLACE, chunk=(64, 7)[turn % 2], jitter=jitter, in_place=True
+            )
+            for rank, output in enumerate(outputs):
+                assert_same_bits(output, rank_ordered_sum(inputs), f"{dtype} x {size}, rank {rank}")
+    assert 0 in group.two_shot_flags(), "no flag of the scatter has been set"
+    for in_place in (False, True, False):
+        inputs = [rank_input(7, rank, 3000, torch.float32) for rank in range(world_size)]
+        outputs = group.all_reduce(_C.TWO_SHOT, inputs, exchange=_C.PLACE, chunk=16, jitter=jitter, in_place=in_place)
+        for output in outputs:
+            assert_same_bits(output, rank_ordered_sum(inputs), f"{in_place=}")
 
 
 def _special(context: RankContext) -> None:

@@ -13,6 +13,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.local_group import LocalGroup
+from tests.support.local_machine import OneGpu, TwoGpus, peer_obstacle
 from tests.support.reference import (
     DTYPES,
     assert_same_bits,
@@ -47,6 +48,46 @@ def test_ranks_on_one_gpu(world_size: int, kind: dict[str, Any]) -> None:
         inputs = special_inputs(world_size, dtype)
         for output in group.all_reduce("PLACE", inputs):
             assert_same_bits(output.cpu(), rank_ordered_sum(inputs), f"special values, {dtype}")
+
+
+@pytest.mark.parametrize("gpus", (pytest.param(1, id="one GPU"), pytest.param(2, id="two", marks=pytest.mark.gpu(2))))
+@pytest.mark.parametrize("kind", (KINDS["one form"], KINDS["rounds"]), ids=("one round", "rounds"))
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_inputs_read_in_place(world_size: int, kind: dict[str, Any], gpus: int) -> None:
+    if gpus == 2 and (reason := peer_obstacle()) is not None:
+        pytest.skip(reason)
+    group = LocalGroup(world_size, machine=TwoGpus() if gpus == 2 else OneGpu(), **kind)
+    for turn, size in enumerate((8, 1024, 40_000, 300_000)):
+        for algorithm in ("PULLED PLACE", "PLACE", "PULLED PLACE"):
+            dtype, seed = DTYPES[turn % 3], fresh_seed()
+            inputs = [rank_input(seed, rank, size, dtype) for rank in range(world_size)]
+            expected = rank_ordered_sum(inputs)
+            for rank, output in enumerate(group.all_reduce(algorithm, inputs)):
+                assert_same_bits(output.cpu(), expected, f"{algorithm} {dtype} x {size}, {seed=}, rank {rank}")
+
+
+@pytest.mark.parametrize("gpus", (pytest.param(1, id="one GPU"), pytest.param(2, id="two", marks=pytest.mark.gpu(2))))
+def test_inputs_read_in_place_are_overwritten_behind_the_call(gpus: int) -> None:
+    """Each call's input is what the kernel before has written, and the kernel behind writes it again."""
+    if gpus == 2 and (reason := peer_obstacle()) is not None:
+        pytest.skip(reason)
+    world_size, size, calls = 2, 1 << 18, 8
+    group = LocalGroup(world_size, machine=TwoGpus() if gpus == 2 else OneGpu(), workspace_mib=32)
+    for turn in range(5):
+        inputs = [rank_input(turn, rank, size, torch.float32) for rank in range(world_size)]
+        moved = [part.to(group.device_of(rank)) for rank, part in enumerate(inputs)]
+        outputs = [[poison(torch.empty_like(part)) for part in moved] for _ in range(calls)]
+        group.machine.synchronize()
+        for call in range(calls):
+            for rank in range(world_size):
+                group.start_place(rank, moved[rank], outputs[call], inputs=moved)
+                group.start(rank, "ONESHOT", outputs[call][rank], moved[rank])
+        group.finish()
+        expected = rank_ordered_sum(inputs)
+        for call in range(calls):
+            for rank in range(world_size):
+                assert_same_bits(outputs[call][rank].cpu(), expected, f"turn {turn}, call {call}, rank {rank}")
+            expected = rank_ordered_sum([rank_ordered_sum([expected] * world_size)] * world_size)
 
 
 def test_an_output_that_is_still_read() -> None:

@@ -34,6 +34,7 @@ REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
 HOSTS: dict[str, Any] = {"hosts": True}
 PLACES: dict[str, Any] = {"places": True}
+PULLED_PLACES: dict[str, Any] = {"pulled": True}
 HIERARCHICAL = {"in_band": False, "workspace_mib": 0.1, "algorithm": "hierarchical", "domains": (0, 0, 1, 1)}
 
 # What is wrong: the file, what stands there, what stands there instead when this error is made (`{}`: whether it is),
@@ -58,6 +59,24 @@ MUTATIONS: dict[str, Mutation] = {
         "      if (peer != place_.in_band.rank && !({} && call_ % 2 == 0))\n",
         PLACES,
     ),
+    "inputs are read in place before they are there": (
+        "kernels/two_shot_place_pull.cu",
+        "  if (!flags.admit()) return;",
+        "  if (!{} && !flags.admit()) return;",
+        PULLED_PLACES,
+    ),
+    "what was read in place is told before it is stored": (
+        "kernels/two_shot_place_pull.cu",
+        "  sender.complete<0>();",
+        "  if (!{}) sender.complete<0>();",
+        PULLED_PLACES,
+    ),
+    "every second tile of those read together is not sent": (
+        "kernels/two_shot_place_pull.cu",
+        "      if (begin >= share.end) continue;",
+        "      if (begin >= share.end || ({} && j == 1)) continue;",
+        PULLED_PLACES,
+    ),
     "results are told before they are stored": (
         "device/place.cuh",
         "    lane_.publish(FlagPlane::kPlaceOutput, call_);",
@@ -69,6 +88,7 @@ MUTATIONS: dict[str, Mutation] = {
         "    if (lane_.wait(FlagPlane::kPlaceDone,",
         "    if ({} || lane_.wait(FlagPlane::kPlaceDone,",
         PLACES,
+        PULLED_PLACES,
     ),
     "slots are not cleared": (
         "device/in_band.cuh",

@@ -28,6 +28,7 @@ from tests.kernels.planted_errors import (
     ONE_STEP,
     PAIRS,
     PLACES,
+    PULLED_PLACES,
     REGISTRY,
     RING,
     ROWS,
@@ -162,6 +163,30 @@ def into_registered_memory(seed: int) -> None:
                 assert_same_bits(found, expected, f"places, {seed=}")
 
 
+def out_of_registered_memory(seed: int) -> None:
+    """Inputs that owners read in place: what the kernel before has written, and the one behind writes again."""
+    generator = random.Random(seed)
+    group = LocalGroup(3, machine=EmulatedGpus(seed, library=mutated()), lanes=3, threads=64, workspace_mib=0.25)
+    size, apart = 3072, 5200
+    inputs = inputs_of(seed, 3, size, torch.float32)
+    moved = [part.clone() for part in inputs]
+    pools = [torch.full((6 * apart,), 7.0) for _ in range(3)]
+    made = []
+    for turn in range(6):
+        places = [apart * turn + 4 * generator.randrange(500) for _ in pools]
+        made.append([pool[place:][:size] for pool, place in zip(pools, places, strict=True)])
+    for rank in range(3):
+        for outputs in made:
+            group.start_place(rank, moved[rank], outputs, pools, moved)
+            group.start(rank, "ONESHOT", outputs[rank], moved[rank])
+    group.machine.synchronize()
+    expected = rank_ordered_sum(inputs)
+    for outputs in made:
+        for output in outputs:
+            assert_same_bits(output, expected, f"pulled places, {seed=}")
+        expected = rank_ordered_sum([rank_ordered_sum([expected] * 3)] * 3)
+
+
 def start_without_the_last(group: LocalGroup) -> None:
     """All other ranks must wait for it until they give up."""
     inputs = inputs_of(1, group.world_size, 1024, torch.bfloat16)
@@ -196,6 +221,7 @@ def by_multicast(seed: int) -> None:
 STRESSES: dict[str, Callable[[int], None]] = {
     "rows": norm_rows,
     "places": into_registered_memory,
+    "pulled": out_of_registered_memory,
     "pairs": pairs_of_blocks,
     "large host": large_through_host_memory,
     "hosts": over_hosts,
@@ -227,6 +253,7 @@ KINDS = {
     "rows": ROWS,
     "multicast": MULTICAST,
     "places": PLACES,
+    "pulled places": PULLED_PLACES,
 }
 
 

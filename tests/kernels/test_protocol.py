@@ -49,6 +49,8 @@ def run_queued(group: LocalGroup, calls: Sequence[Call], what: str) -> None:
                 group.start_pull(rank, inputs, outputs[rank])
             elif algorithm == "PLACE":
                 group.start_place(rank, inputs[rank], outputs)
+            elif algorithm == "PULLED PLACE":
+                group.start_place(rank, inputs[rank], outputs, inputs=inputs)
             else:
                 group.start(rank, algorithm, inputs[rank], outputs[rank])
     group.finish()

@@ -88,8 +88,12 @@ class CpuGroup:
         domains: Sequence[int] = (),
         ranks: Sequence[int] | None = None,
         jitter: random.Random | None = None,
+        in_place: bool = False,
     ) -> list[torch.Tensor]:
         """Every rank's output, poisoned first. ``chunk``: packets, or without a wire format vectors.
+
+        ``exchange``: with PLACE, outputs lie at places that differ by rank. ``in_place``: peers read the inputs where
+        they lie, and each is overwritten as soon as its rank's call has ended.
 
         ``jitter``: ranks come in any order, some milliseconds apart.
 
@@ -102,6 +106,11 @@ class CpuGroup:
         outputs = [poison(torch.empty_like(part)) for part in inputs]
         statuses = dict.fromkeys(taking_part, -99)
         code = _C.WIRE_RAW if wire is None else PACKETS[wire].code
+        pools = []
+        if exchange == _C.PLACE:
+            pools = [output.data_ptr() - (3 + rank) * _C.VECTOR_BYTES for rank, output in enumerate(outputs)]
+        if in_place:
+            inputs = [part.clone() for part in inputs]
         delays = {rank: jitter.choice((0.0, 0.0, 0.001, 0.003)) if jitter else 0.0 for rank in taking_part}
 
         def run(rank: int) -> None:
@@ -116,9 +125,13 @@ class CpuGroup:
                 threads=32,
                 chunk_vectors=vectors,
                 domains=list(domains),
+                peer_distances=[part.data_ptr() - inputs[rank].data_ptr() for part in inputs] if in_place else [],
+                pools=pools,
             )
             time.sleep(delays[rank])
             statuses[rank] = plan(inputs[rank].data_ptr(), outputs[rank].data_ptr())
+            if in_place:
+                inputs[rank].fill_(float("nan"))
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in taking_part]
         for thread in threads:

@@ -11,7 +11,7 @@ from llm_allreduce_plugin import _C
 ALL_TYPES = ("bf16", "fp16", "fp32")
 SIXTEEN_BITS = ALL_TYPES[:2]
 TYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # lar_dtype
-FORMS = ("any", "short", "split", "wide", "bulk")  # lar::Form
+FORMS = ("any", "short", "split", "wide", "bulk", "pull")  # lar::Form
 WIRES = {"raw": _C.WIRE_RAW, "fp8": _C.WIRE_FP8, "tq3": _C.WIRE_TQ3, "hadamard2": _C.WIRE_HADAMARD2}
 COMPRESSED = tuple(WIRES)[1:]
 ANY = 0  # in the place of a world size: one kernel serves them all
@@ -101,6 +101,7 @@ ALL = (
     _in_band("two_shot_in_switch_kernel", _C.TWO_SHOT, _C.IN_SWITCH),
     _in_band("two_shot_place_kernel", _C.TWO_SHOT, _C.PLACE),
     _in_band("two_shot_place_split_kernel", _C.TWO_SHOT, _C.PLACE, form="split"),
+    _in_band("two_shot_place_pull_kernel", _C.TWO_SHOT, _C.PLACE, form="pull"),
     _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), form="short", **_FP8),
     _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), **_FP8),
     _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, **_FP8),

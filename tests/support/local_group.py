@@ -49,6 +49,11 @@ def message_of(tensor: torch.Tensor) -> Message:
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
+def _distances(rank: int, inputs: Sequence[torch.Tensor]) -> list[int]:
+    """From a rank's input to those of all."""
+    return [other.data_ptr() - inputs[rank].data_ptr() for other in inputs]
+
+
 class LocalGroup:
     """``world_size`` ranks on ``machine``, by default the current GPU; ``lanes`` bounds every rank's grid.
 
@@ -200,8 +205,7 @@ class LocalGroup:
 
     def start_pull(self, rank: int, inputs: list[torch.Tensor], output: torch.Tensor) -> None:
         """The same for TWOSHOT reading every rank's input in place."""
-        mine = inputs[rank]
-        self._start(rank, "TWOSHOT", mine, output, [other.data_ptr() - mine.data_ptr() for other in inputs])
+        self._start(rank, "TWOSHOT", inputs[rank], output, _distances(rank, inputs))
 
     def start_place(
         self,
@@ -209,16 +213,18 @@ class LocalGroup:
         input_: torch.Tensor,
         outputs: Sequence[torch.Tensor],
         pools: Sequence[torch.Tensor] | None = None,
+        inputs: Sequence[torch.Tensor] = (),
     ) -> None:
         """The same for TWOSHOT storing its results into every rank's output, at a place that differs by rank.
 
-        ``pools``: memory that the outputs lie in; None: it begins shortly before each.
+        ``pools``: memory that the outputs lie in; None: it begins shortly before each. ``inputs``: of every rank, to be
+        read in place.
         """
         if pools is None:
             starts = [output.data_ptr() - _C.VECTOR_BYTES * (3 + number) for number, output in enumerate(outputs)]
         else:
             starts = [pool.data_ptr() for pool in pools]
-        self._start(rank, "TWOSHOT", input_, outputs[rank], [], pools=starts)
+        self._start(rank, "TWOSHOT", input_, outputs[rank], _distances(rank, inputs), pools=starts)
 
     def _start(
         self,
@@ -266,8 +272,8 @@ class LocalGroup:
 
         What the next in-band call relies on is checked afterwards: cleared slots, and epochs that agree.
 
-        ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, PULL for TWOSHOT that reads inputs in place, or PLACE for TWOSHOT
-        that stores results into all outputs.
+        ``algorithm``: ONESHOT, TWOSHOT, LOWPRECISION, PULL for TWOSHOT that reads inputs in place, PLACE for TWOSHOT
+        that stores results into all outputs, or PULLED PLACE for both.
         """
         moved = [part.to(self.device_of(rank)) for rank, part in enumerate(inputs)]
         size = inputs[0].numel() * inputs[0].element_size()
@@ -285,6 +291,8 @@ class LocalGroup:
                 self.start_pull(rank, moved, outputs[rank])
             elif algorithm == "PLACE":
                 self.start_place(rank, moved[rank], outputs)
+            elif algorithm == "PULLED PLACE":
+                self.start_place(rank, moved[rank], outputs, inputs=moved)
             else:
                 self.start(rank, algorithm, moved[rank], outputs[rank])
         self.finish()
