@@ -69,8 +69,9 @@ __device__ __forceinline__ void store_word(unsigned* address, unsigned word) {
 // One for each rank's stream, behind its calls.
 extern "C" __global__ void soft_switch_leave(unsigned* ended) { atomicAdd(ended, 1u); }
 
-// buffers[rank], own[rank]: addresses; a buffer at 0 is another switch's, on the GPU of its rank. spans[2 * i]: the first vector of a stretch that calls use, spans[2 * i + 1]:
-// how many. Runs until `expected` ranks have left and everything has been carried, or for limit_ms.
+// buffers[rank], own[rank]: addresses; a buffer at 0 is another switch's, on the GPU of its rank. spans[2 * i]: the
+// first vector of a stretch that calls use, spans[2 * i + 1]: how many. Runs until `expected` ranks have left and
+// everything has been carried, or for limit_ms.
 extern "C" __global__ void soft_switch(const unsigned long long* buffers, const unsigned long long* own,
                                        const unsigned* spans, int span_count, int ranks, const unsigned* ended,
                                        int expected, int seed, int most_delay_ns, int limit_ms) {
