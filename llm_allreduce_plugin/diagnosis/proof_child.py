@@ -73,9 +73,12 @@ def _start(task: Task) -> RankPool:
 
     try:
         return RankPool(task.ranks, task.device, forked=True)
-    except RankEndedError:
+    except RankEndedError as error:
+        # One that was killed is what is looked for; one that cannot use CUDA has raised.
+        if task.device == "cpu" or "ended with exit code" not in str(error):
+            raise
         # Not asked before: it may use CUDA, which ranks could then not.
-        if task.device == "cuda" and (seen := torch.cuda.device_count()) < task.ranks:
+        if (seen := torch.cuda.device_count()) < task.ranks:
             message = f"torch sees {seen} of {task.ranks} GPUs"
             raise RankEndedError(message) from None
     return RankPool(task.ranks, task.device)  # something may have used CUDA all the same
