@@ -128,6 +128,8 @@ class MulticastGroup(LocalGroup):
     ``multicast_kib``: of multicast memory; messages that it does not hold take several rounds. ``seed``: of order and
     delays. ``most_delay_ns``: of each word to each rank; the sender's own may take four times as long. ``switches``: on
     emulated GPUs, kernels that play the switch, of which each carries what some ranks store; GPUs have one each.
+    ``most_bytes``: of the messages to come, 0: any. The fewer, the less the switch looks through before it comes by a
+    word again: on emulated GPUs its looks are polls, and after many polls of nothing the clock runs fast.
     """
 
     def __init__(
@@ -159,7 +161,7 @@ class MulticastGroup(LocalGroup):
             addresses = [[part.data_ptr() for part in parts] for parts in (self.sent, self.copies)]
             self.machine.library.sum_in_switch(*addresses, size)
         self._is_open = False
-        self._most_bytes = 0  # of the messages to come; 0: any
+        self.most_bytes = 0
         self.machine.synchronize()
 
     def _filled(self, rank: int, size: int, word: int) -> torch.Tensor:
@@ -178,7 +180,7 @@ class MulticastGroup(LocalGroup):
 
     def open(self) -> None:
         """Let stores arrive, until :meth:`finish`. Eager calls open by themselves; before graphs are replayed."""
-        layout, most = self.multicast, self._most_bytes or self.multicast.total_bytes
+        layout, most = self.multicast, self.most_bytes or self.multicast.total_bytes
         stretches = [(layout.results_offset, min(most, layout.results_bytes))]
         for slot in range(GENERATIONS * self.world_size):
             at = layout.one_shot_offset + slot * layout.one_shot_bytes
@@ -193,11 +195,11 @@ class MulticastGroup(LocalGroup):
 
     def all_reduce(self, algorithm: str, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         size = inputs[0].numel() * inputs[0].element_size()
-        self._most_bytes = -(-size // VECTOR_BYTES) * VECTOR_BYTES
+        self.most_bytes = -(-size // VECTOR_BYTES) * VECTOR_BYTES
         try:
             return super().all_reduce(algorithm, inputs)
         finally:
-            self._most_bytes = 0
+            self.most_bytes = 0
 
     def _start(self, *arguments: Any, **keywords: Any) -> None:
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
