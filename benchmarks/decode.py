@@ -80,6 +80,11 @@ def install_probe(folder: Path, source: Path, entry_points: str) -> None:
     (about / "entry_points.txt").write_text(f"[{entry_points}]\n{PROBE} = {source.stem}:register\n")
 
 
+def python_path(folder: Path) -> str:
+    """``PYTHONPATH`` with a folder ahead of what it has."""
+    return os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+
+
 def said_in(log: str) -> list[str]:
     """Lines of ours in an engine's log, without time and rank, each once."""
     found = re.findall(r"(?:all-reduce fusion: |all-reduce over |all-reduce summary: |SGLang \S+ is left alone).*", log)

@@ -168,6 +168,12 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
+def _multiply(factors: tuple[torch.Tensor, ...] | None) -> None:
+    """The product of the first two, into the third."""
+    if factors is not None:
+        torch.mm(factors[0], factors[1], out=factors[2])
+
+
 class Products:
     """Matrix products around each call.
 
@@ -191,11 +197,9 @@ class Products:
         self.us = time_graph(context, lambda: self._around(lambda: None)).median if inner or outer else 0.0
 
     def _around(self, call: Callable[[], None]) -> None:
-        for factors, then in ((self._before, call), (self._behind, None)):
-            if factors is not None:
-                torch.mm(factors[0], factors[1], out=factors[2])
-            if then is not None:
-                then()
+        _multiply(self._before)
+        call()
+        _multiply(self._behind)
 
     def time(self, call: Callable[[], None]) -> dict[str, float]:
         """Microseconds that ``call`` adds to the products."""

@@ -166,7 +166,7 @@ def start_variant(variant: str, start: int, arguments: argparse.Namespace, work:
         # Who is named is loaded, and nothing else: without ours, SGLang is as if this package were not there.
         "SGLANG_PLUGINS": PROBE if variant == STOCK else f"{PROBE},{PLUGIN}",
         sglang_probe.FOLDER: str(folder / "stamps"),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(work / "probe"), os.environ.get("PYTHONPATH", "")])),
+        "PYTHONPATH": decode.python_path(work / "probe"),
     }
     if arguments.device == "cpu":
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(arguments.tp[0]))))

@@ -149,7 +149,7 @@ def start_variant(
             **BETWEEN_HOSTS,
             "VLLM_PLUGINS": PROBE if variant == STOCK else f"{PROBE},{PLUGIN}",
             vllm_probe.RANKS_OF_A_HOST: str(tp // arguments.hosts),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(work / "probe"), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONPATH": decode.python_path(work / "probe"),
         }
     command = [
         sys.executable,

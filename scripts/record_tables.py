@@ -254,6 +254,17 @@ def registered() -> str:
     return markdown(["GPUs", "bytes", "UB", "MINLATENCY", "NCCL"], rows)
 
 
+def codecs() -> str:
+    """What encoding and decoding reach alone, in two versions."""
+    found = {(row["wire"], row["direction"]): row for row in record("h100/codec_speed")["rows"]}
+    lines = [
+        [wire, *(f"{found[wire, direction][when]:.2f}" for direction in ("encode", "decode")
+                 for when in ("old_tb_s", "new_tb_s"))]
+        for wire in ("fp8", "tq3", "hadamard2")
+    ]  # fmt: skip
+    return markdown(["", "encode, before", "now", "decode, before", "now"], lines)
+
+
 _STOCK = {"default": "stock vLLM"}
 _OURS = {"MINLATENCY": "MINLATENCY"}
 _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"}
@@ -263,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host_memory": host_memory,
     "fused": fused,
     "registered": registered,
+    "codecs": codecs,
     "vllm_fused_8192_tp2": lambda: tokens("h200/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
