@@ -9,13 +9,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "access.h"
+#include "arithmetic.h"
 #include "report.h"
 
 // From here on, the code of the project sees a compiler for sm_90.
@@ -105,22 +105,6 @@ void __stcs(T* address, const T& value) {
 [[noreturn]] inline void __trap() { emulator::machine.break_device(); }
 
 // -- arithmetic
-
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-
-inline uint32_t __float_as_uint(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-inline float __uint_as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {

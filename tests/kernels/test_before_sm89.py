@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin.oracle.norm import e4m3
-from tests.support.emulator import COMPILER, FLAGS, SOURCES, needs_emulator, toolkit_headers
+from tests.support.emulator import COMPILER, EMULATOR, FLAGS, SOURCES, needs_emulator, toolkit_headers
 
 pytestmark = needs_emulator
 
@@ -20,7 +20,7 @@ pytestmark = needs_emulator
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     made = tmp_path_factory.mktemp("before_sm89") / "codec.so"
-    includes = [f"-I{folder}" for folder in (SOURCES, SOURCES / "include", toolkit_headers())]
+    includes = [f"-I{folder}" for folder in (EMULATOR, SOURCES, SOURCES / "include", toolkit_headers())]
     source = Path(__file__).with_name("before_sm89.cpp")
     command = [COMPILER, *FLAGS, "-fvisibility=default", "-O1", *includes, "-shared", str(source), "-o", str(made)]
     subprocess.run(command, check=True)
