@@ -33,6 +33,7 @@ from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.answers import make_case
 from llm_allreduce_plugin.measure.environment import write_record
+from llm_allreduce_plugin.measure.products import MatrixProduct
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import time_graph
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
@@ -168,12 +169,6 @@ def stream() -> int:
     return int(torch.cuda.current_stream().cuda_stream)
 
 
-def _multiply(factors: tuple[torch.Tensor, ...] | None) -> None:
-    """The product of the first two, into the third."""
-    if factors is not None:
-        torch.mm(factors[0], factors[1], out=factors[2])
-
-
 class Products:
     """Matrix products around each call.
 
@@ -183,7 +178,7 @@ class Products:
 
     def __init__(self, context: RankContext, case: Case, inner: int, outer: int) -> None:
         self._context = context
-        self._before: tuple[torch.Tensor, ...] | None = None
+        self._before: MatrixProduct | None = None
         self._behind: tuple[torch.Tensor, ...] | None = None
         rows, hidden = case.mine.shape
 
@@ -191,15 +186,18 @@ class Products:
             return torch.randn(rows, columns, device=context.device, dtype=DTYPE)
 
         if inner:
-            self._before = some(rows, inner), some(inner, hidden), some(rows, hidden)
+            self._before = MatrixProduct(context, rows, inner, hidden, DTYPE)
         if outer and case.outputs.norm_out is not None:
             self._behind = case.outputs.norm_out, some(outer, hidden).t(), some(rows, outer)  # as in a linear layer
         self.us = time_graph(context, lambda: self._around(lambda: None)).median if inner or outer else 0.0
 
     def _around(self, call: Callable[[], None]) -> None:
-        _multiply(self._before)
+        if self._before is not None:
+            self._before.run()
         call()
-        _multiply(self._behind)
+        if self._behind is not None:
+            normed, weights, product = self._behind
+            torch.mm(normed, weights, out=product)
 
     def time(self, call: Callable[[], None]) -> dict[str, float]:
         """Microseconds that ``call`` adds to the products."""

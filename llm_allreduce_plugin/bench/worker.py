@@ -17,9 +17,11 @@ from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
 from llm_allreduce_plugin.bench.messages import Message, NormMessage, SumMessage
 from llm_allreduce_plugin.bench.norm_candidates import NormCandidate
 from llm_allreduce_plugin.measure import timing
+from llm_allreduce_plugin.measure.products import MatrixProduct
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.quantization import QuantKind
 
+ROW = 8192  # elements: the hidden size of the models in docs/performance.md
 _open: dict[str, Any] = {}  # Candidate, or NormCandidate
 
 
@@ -35,6 +37,8 @@ class Options:
         check: compare results.
         hidden: elements of a row that is normed; None: sums alone.
         quant: how the norm is quantized; None: it is not.
+        between: in a graph, a matrix product of this inner dimension stands before each call, with as many rows of
+            ``hidden`` (or :data:`ROW`) elements as the message, at least one; 0: nothing does.
     """
 
     dtype: str
@@ -44,6 +48,7 @@ class Options:
     check: bool = True
     hidden: int | None = None
     quant: QuantKind | None = None
+    between: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +60,11 @@ class Measurement:
         bytes: payload per rank.
         count: elements per rank.
         eager_us: calls from the host in a row.
-        graph_us: calls in a CUDA graph.
+        graph_us: calls in a CUDA graph; with products between them, what the calls add to those.
         eager_wrong: elements of the answer that are wrong, over all ranks; None when not checked.
         graph_wrong: the same for the last replay.
         left_out: why nothing was measured.
+        product_us: the product before each call in the graph, alone; None where there is none.
     """
 
     candidate: str
@@ -69,6 +75,7 @@ class Measurement:
     eager_wrong: int | None = None
     graph_wrong: int | None = None
     left_out: str = ""
+    product_us: float | None = None
 
     @property
     def time_us(self) -> float | None:
@@ -147,7 +154,22 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     row = dataclasses.replace(row, eager_us=round(eager.median, 2), eager_wrong=eager_wrong)
     if context.device.type != "cuda":
         return row
-    graph = timing.time_graph(context, call, options.calls, options.replays, options.warmup, candidate.capturing)
+    product = _product(context, row.count, options) if options.between else None
+    product_us = product.time_us(options.calls, options.replays, options.warmup) if product else 0.0
+
+    def timed() -> Any:  # noqa: ANN401
+        if product is not None:
+            product.run()
+        return call()
+
+    graph = timing.time_graph(context, timed, options.calls, options.replays, options.warmup, candidate.capturing)
     # In place, the answer of one call is the input of the next: what was checked is the first.
     graph_wrong = eager_wrong if candidate.in_place else wrong(graph.output)
-    return dataclasses.replace(row, graph_us=round(graph.median, 2), graph_wrong=graph_wrong)
+    row = dataclasses.replace(row, graph_us=round(graph.median - product_us, 2), graph_wrong=graph_wrong)
+    return dataclasses.replace(row, product_us=round(product_us, 2)) if product else row
+
+
+def _product(context: RankContext, count: int, options: Options) -> MatrixProduct:
+    hidden = options.hidden or ROW
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return MatrixProduct(context, max(1, count // hidden), options.between, hidden, dtype)

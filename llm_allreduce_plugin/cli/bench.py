@@ -24,11 +24,12 @@ EPILOG = options.epilog(
     "llm-allreduce bench --tp 2 --with ONESHOT,TWOSHOT,NCCL --json times.json --plot times.png",
     "llm-allreduce bench --transport host --with LOWPRECISION,NCCL",
     "llm-allreduce bench --cpu -b 1K -e 64K -f 8",
+    "llm-allreduce bench --between 4096 -b 16K -e 2M --with MINLATENCY,NCCL",
     "llm-allreduce bench --fused --hidden 8192 --quant fp8 -b 16K -e 64M -f 4",
 )
 
 
-def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *, between: bool) -> list[int]:
+def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *, halves: bool) -> list[int]:
     """Bytes per rank from ``smallest`` to ``largest``, times ``factor`` or plus ``step``; or also 3/2 of each.
 
     Raises:
@@ -41,7 +42,7 @@ def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *,
     size = smallest
     while size <= largest:
         sizes.append(size)
-        if between and size * 3 // 2 <= largest:
+        if halves and size * 3 // 2 <= largest:
             sizes.append(size * 3 // 2)
         size = size + step if step else size * factor
     return sizes
@@ -87,7 +88,17 @@ def bench(
     stepbytes: Annotated[
         str | None, typer.Option("--stepbytes", "-i", metavar="SIZE", help="Fixed step between sizes.")
     ] = None,
-    between: Annotated[bool, typer.Option("--between", help="Also one and a half times each size.")] = False,
+    halves: Annotated[bool, typer.Option("--halves", help="Also one and a half times each size.")] = False,
+    between: Annotated[
+        int,
+        typer.Option(
+            "--between",
+            min=0,
+            max=1 << 17,
+            metavar="K",
+            help="In graphs, a product of depth K before each call.",
+        ),
+    ] = 0,
     ngpus: Annotated[
         int | None,
         typer.Option(
@@ -142,7 +153,9 @@ def bench(
     Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph"
     the same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum;
     others may be off by what rounding can cost. `--fused` measures all-reduces with residual and norm behind them, ours
-    in one kernel and in two; sizes are rounded down to whole rows.
+    in one kernel and in two; sizes are rounded down to whole rows. With `--between 4096` calls in graphs stand between
+    products of (rows, 4096) and (4096, hidden), as in a model, and times are what they add to those: calls in a row
+    hide part of each behind the one before.
     """
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
@@ -153,18 +166,30 @@ def bench(
     dtype = parse_dtype(datatype)
     norm = norm_of(fused=fused, hidden=hidden, quant=options.parse_quant(quant, fused=fused))
     step = parse_bytes(stepbytes) if stepbytes else None
-    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, between=between)
+    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, halves=halves)
     element = ELEMENT_BYTES[dtype]
     counts = norm.counts(sizes, dtype) if norm else [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)
     wanted = _chosen(with_, norm, device_type)
+    if between and device_type == "cpu":
+        message = f"--between {between}: products stand in CUDA graphs, which CPU ranks have none of; leave it out"
+        raise typer.BadParameter(message)
     measured = subject(
-        norm, settings, dtype=dtype, calls=iters, replays=replays, warmup=warmup_iters, check=bool(check)
+        norm,
+        settings,
+        dtype=dtype,
+        calls=iters,
+        replays=replays,
+        warmup=warmup_iters,
+        check=bool(check),
+        between=between,
     )
     where = _device_line(device_type, ranks)
     typer.echo(f"# llm-allreduce bench: {where}; {iters} calls x {replays} replays, median, slowest rank")
     if norm is not None:
         typer.echo(f"# with residual and norm, hidden size {norm.hidden}, {norm.quant or 'not quantized'}")
+    if between:
+        typer.echo(f"# in graphs behind matrix products of depth {between}: microseconds that calls add to those")
     rows: list[Measurement] = []
 
     def save() -> None:

@@ -160,7 +160,7 @@ def tune(
     groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
     chosen = _transport(transport, device)
     largest = parse_bytes(maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
-    sizes = message_sizes(parse_bytes(minbytes), largest, 4 if quick else 2, None, between=False)
+    sizes = message_sizes(parse_bytes(minbytes), largest, 4 if quick else 2, None, halves=False)
     if sizes[0] % 16:
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)

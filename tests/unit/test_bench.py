@@ -35,18 +35,18 @@ def test_what_is_not_a_size(text: str) -> None:
 
 @given(st.integers(1, 1 << 20), st.integers(0, 1 << 24), st.integers(2, 8), st.none() | st.integers(1 << 16, 1 << 20))
 def test_size_ranges(smallest: int, more: int, factor: int, step: int | None) -> None:
-    sizes = message_sizes(smallest, smallest + more, factor, step, between=False)
+    sizes = message_sizes(smallest, smallest + more, factor, step, halves=False)
     assert sizes[0] == smallest
     assert sizes == sorted(set(sizes))
     assert sizes[-1] <= smallest + more
     following = sizes[-1] + step if step else sizes[-1] * factor
     assert following > smallest + more
-    assert set(sizes) <= set(message_sizes(smallest, smallest + more, factor, step, between=True))
+    assert set(sizes) <= set(message_sizes(smallest, smallest + more, factor, step, halves=True))
 
 
 def test_empty_range() -> None:
     with pytest.raises(typer.BadParameter, match="--maxbytes 10 is less than --minbytes 20"):
-        message_sizes(20, 10, 2, None, between=False)
+        message_sizes(20, 10, 2, None, halves=False)
 
 
 def test_bandwidths_are_those_of_nccl_tests() -> None:
@@ -173,3 +173,9 @@ def test_wrong_flags_are_named(arguments: list[str], complaint: str) -> None:
     result = RUNNER.invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 2
     assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
+def test_products_between_calls_are_for_graphs() -> None:
+    result = RUNNER.invoke(app, ["bench", "--cpu", "--between", "4096"])
+    assert result.exit_code == 2
+    assert "products stand in CUDA graphs, which CPU ranks have none of" in " ".join(result.output.split())
