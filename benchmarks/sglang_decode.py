@@ -2,6 +2,7 @@
 
     python benchmarks/sglang_decode.py --tp 2 --out benchmarks/h100/sglang_4096_tp2.json
     python benchmarks/sglang_decode.py --tp 2 --width 8192 --requests 0 --variants default AUTO-unfused AUTO
+    python benchmarks/sglang_decode.py --tp 2 --requests 0 --together
     python benchmarks/sglang_decode.py --tp 2 --starts 1 --variants default ONESHOT TWOSHOT
     python benchmarks/sglang_decode.py --device cpu --width 256 --layers 2 --requests 16 --variants default ONESHOT
 
@@ -10,7 +11,10 @@ Every variant runs in a process of its own, each ``--starts`` times in turns: A 
 the median time between two steps of rank 0's scheduler (``sglang_probe.py``), over the steps in which the whole batch
 decodes, in several passes over all sizes: one takes a second, in which a machine may be busy with something else.
 With ``--requests``, ONESHOT and TWOSHOT must generate the same tokens, and so must every start of one variant; how many
-requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package.
+requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package. ``--together``: the
+engines of one start, a variant each, are all there at once, idle but for the one whose turn it is: pass by pass, A B C
+A B C. What slows a machine down for minutes then slows all variants alike, and a row has the median of the ratios of
+passes that stood side by side.
 FlashInfer's fusion, which may use NVLink multicast, is off in all variants, and so is all that needs more of SGLang's
 CUDA packages than a dense model does. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays
 SGLang's.
@@ -19,22 +23,25 @@ SGLang's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode, sglang_probe  # noqa: E402
+from benchmarks import decode, sglang_probe, turns  # noqa: E402
 from benchmarks.decode import BATCHES, NOT_COUNTED, PLUGIN, PROBE, STOCK  # noqa: E402
 
 # Steps for a batch, of which some are not counted. On CPU ranks a step is slow, and its time is of no interest.
@@ -45,6 +52,7 @@ NEW_TOKENS = 48
 PROFILED_TOKENS = 16
 # A first start compiles kernels, which takes a minute and a half.
 START_AND_RUN_S = 400
+TOKENS = 65536  # of several engines on the same GPUs, each; by itself each would take half of the memory it finds
 CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
@@ -75,11 +83,19 @@ def step_times(stamps: Iterable[tuple[float, int]], size: int, begin: float, end
     return times[NOT_COUNTED:-NOT_COUNTED]
 
 
-def engine_arguments(device: str) -> dict[str, Any]:
+def free_port() -> int:
+    """One that engines which start at the same time do not both choose."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def engine_arguments(device: str, *, several: bool = False) -> dict[str, Any]:
     """Kernels that need no further packages, and graphs of the batch sizes that are measured."""
     if device == "cpu":
         return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 32768}
-    return {
+    room = {"max_total_tokens": TOKENS} if several else {}
+    return room | {
         "attention_backend": "triton",
         "mm_feature_transport": "cpu",
         "mem_fraction_static": 0.5,
@@ -95,7 +111,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
     from llm_allreduce_plugin import LlmArgs
 
     started = time.monotonic()
-    extra = engine_arguments(arguments.device)
+    extra = engine_arguments(arguments.device, several=arguments.turns is not None)
     if arguments.variant != STOCK:
         extra |= LlmArgs(allreduce=decode.settings_of(arguments.variant, arguments.report)).sglang_kwargs()
     engine = sglang.Engine(
@@ -111,6 +127,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
         grammar_backend="none",
         enforce_disable_flashinfer_allreduce_fusion=True,
         random_seed=7,
+        nccl_port=free_port(),
         log_level="info",
         **extra,
     )
@@ -127,13 +144,18 @@ def run_variant(arguments: argparse.Namespace) -> None:
         return begin, time.perf_counter(), [list(output["output_ids"]) for output in outputs]
 
     spans: dict[int, list[tuple[float, float]]] = {size: [] for size in BATCHES}
-    for _ in range(PASSES[arguments.device]):
-        for size in BATCHES:
-            batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
-            generate(batch, 4)
-            with decode.alone(arguments.quiet):
-                begin, end, _ = generate(batch, STEPS[arguments.device])
-            spans[size].append((begin, end))
+    mine = turns.Turns(arguments.turns, arguments.place, arguments.count) if arguments.turns else None
+    passes = arguments.passes or PASSES[arguments.device]
+    for _ in range(passes):
+        with mine.next() if mine else contextlib.nullcontext():
+            for size in BATCHES:
+                batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
+                generate(batch, 4)
+                with decode.alone(arguments.quiet):
+                    begin, end, _ = generate(batch, STEPS[arguments.device])
+                spans[size].append((begin, end))
+    if mine is not None:
+        mine.all_over(passes)
     if arguments.profile is not None:
         engine.start_profile(
             output_dir=str(arguments.profile), activities=["GPU"], profile_prefix=arguments.variant, with_stack=False
@@ -155,8 +177,14 @@ def run_variant(arguments: argparse.Namespace) -> None:
     engine.shutdown()
 
 
-def start_variant(variant: str, start: int, arguments: argparse.Namespace, work: Path, log: Path) -> dict[str, Any]:
-    """Run one start of a variant; what it measured, what its log said of ours, and the ranks' reports."""
+def start_variant(
+    variant: str, start: int, arguments: argparse.Namespace, work: Path, options: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Run one start of a variant; what it measured, what its log said of ours, and the ranks' reports.
+
+    ``options``: of its turns, where several engines are there at once.
+    """
+    log = arguments.logs / f"sglang-{arguments.width}-{variant}-tp{arguments.tp[0]}-{start}.log"
     name = f"{variant}-tp{arguments.tp[0]}-{start}"
     folder = work / name
     (folder / "stamps").mkdir(parents=True)
@@ -172,7 +200,9 @@ def start_variant(variant: str, start: int, arguments: argparse.Namespace, work:
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(arguments.tp[0]))))
     command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(arguments.tp[0])]
     command += ["--model", str(work / "model"), "--requests", str(arguments.requests), "--device", arguments.device]
-    command += ["--result", str(result), "--report", str(report)]
+    command += ["--result", str(result), "--report", str(report), *options]
+    if arguments.passes is not None:
+        command += ["--passes", str(arguments.passes)]
     if arguments.profile is not None:
         command += ["--profile", str(arguments.profile)]
     if arguments.quiet is not None:
@@ -182,6 +212,42 @@ def start_variant(variant: str, start: int, arguments: argparse.Namespace, work:
     answer["reports"] = decode.reports_in(report)
     check_variant(variant, arguments.tp[0], answer)
     return answer
+
+
+def start_all(
+    start: int, arguments: argparse.Namespace, work: Path
+) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
+    """One start of every variant, at once or one after another: its name, and what it measured or why it failed."""
+    count = len(arguments.variants)
+    together: Path | None = work / f"turns-{start}" if arguments.together else None
+    if together is not None:
+        turns.begin(together)
+
+    def one(place: int) -> dict[str, Any] | Exception:
+        options = ("--turns", str(together), "--place", str(place), "--count", str(count)) if together else ()
+        try:
+            return start_variant(arguments.variants[place], start, arguments, work, options)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            if together is not None:
+                turns.give_up(together, arguments.variants[place])
+            return error
+
+    with ThreadPoolExecutor(count if together else 1) as pool:
+        try:
+            yield from zip(arguments.variants, pool.map(one, range(count)), strict=True)
+        except BaseException:
+            if together is not None:
+                turns.give_up(together, "the benchmark")  # or this would wait for the engines' last turns
+            raise
+
+
+def all_starts(
+    arguments: argparse.Namespace, work: Path
+) -> Iterator[tuple[int, tuple[str, dict[str, Any] | Exception]]]:
+    """Every start of every variant, as they end."""
+    for start in range(arguments.starts):
+        for found in start_all(start, arguments, work):
+            yield start, found
 
 
 def check_variant(variant: str, tp: int, answer: dict[str, Any]) -> None:
@@ -232,13 +298,15 @@ def compare(tokens: dict[str, list[list[list[int]]]], tp: int, requests: int) ->
     return row, equal
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, nargs=1, default=[2])
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--variants", nargs="+", default=[STOCK, "AUTO-unfused", "AUTO"])
     parser.add_argument("--starts", type=int, default=2, help="of each variant, in turns")
+    parser.add_argument("--together", action="store_true", help="engines of one start at once, passes in turns")
+    parser.add_argument("--passes", type=int, help="over all batch sizes")
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
     parser.add_argument("--device", choices=list(STEPS), default="cuda")
     parser.add_argument("--profile", type=Path, help="write a trace of the largest batch here (kernel_times.py)")
@@ -247,7 +315,14 @@ def main() -> None:
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     for internal in ("--variant", "--model", "--result", "--report"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)
+    for internal in ("--place", "--count"):
+        parser.add_argument(internal, type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed()
     if arguments.variant:
         run_variant(arguments)
         return
@@ -276,12 +351,9 @@ def main() -> None:
         decode.install_probe(work / "probe", ROOT / "benchmarks" / "sglang_probe.py", "sglang.srt.plugins")
         decode.write_model(work / "model", arguments.width, arguments.layers)
         tokens: dict[str, list[list[list[int]]]] = {variant: [] for variant in arguments.variants}
-        for start, variant in itertools.product(range(arguments.starts), arguments.variants):
-            log = arguments.logs / f"sglang-{arguments.width}-{variant}-tp{tp}-{start}.log"
-            try:
-                answer = start_variant(variant, start, arguments, work, log)
-            except (RuntimeError, subprocess.TimeoutExpired) as error:
-                print(f"TP{tp} {variant:>12}: {error}", flush=True)
+        for start, (variant, answer) in all_starts(arguments, work):
+            if isinstance(answer, Exception):
+                print(f"TP{tp} {variant:>12}: {answer}", flush=True)
                 good = False
                 continue  # the others are worth their time
             tokens[variant].append(answer.pop("tokens"))
@@ -291,6 +363,11 @@ def main() -> None:
             print(
                 f"TP{tp} {variant:>12}: ms per token at batch {BATCHES}: {times}; start {row['start_s']} s", flush=True
             )
+            record()
+        if arguments.together:
+            beside = turns.ratios(rows, BATCHES, STOCK)
+            rows.append({"tp": tp, "ratios_to_default": beside})
+            print(f"TP{tp}: over default, pass by pass: {beside}", flush=True)
             record()
         if arguments.requests:
             row, equal = compare({name: starts for name, starts in tokens.items() if starts}, tp, arguments.requests)

@@ -178,4 +178,4 @@ def test_wrong_flags_are_named(arguments: list[str], complaint: str) -> None:
 def test_products_between_calls_are_for_graphs() -> None:
     result = RUNNER.invoke(app, ["bench", "--cpu", "--between", "4096"])
     assert result.exit_code == 2
-    assert "products stand in CUDA graphs, which CPU ranks have none of" in " ".join(result.output.split())
+    assert "products stand in CUDA graphs" in result.output

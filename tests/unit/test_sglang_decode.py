@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe, vllm_probe
+from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe, turns, vllm_probe
 from scripts import record_tables
 from tests.conftest import MULTICAST_SWITCHES
 
@@ -73,6 +73,62 @@ def test_engines_find_the_probe(tmp_path: Path, probe: ModuleType, entry_points:
         env={**MULTICAST_SWITCHES, "PYTHONPATH": str(tmp_path)},
     ).stdout
     assert said.split() == [str(tmp_path / source.name), "True"]
+
+
+def test_engines_that_are_there_at_once_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "turns"
+    turns.begin(path)
+    taken: list[int] = []
+    ended: list[int] = []
+
+    def engine(place: int) -> None:
+        mine = turns.Turns(path, place, 3)
+        time.sleep(0.02 * (3 - place))  # the first is the last to be ready
+        for _ in range(4):
+            with mine.next():
+                taken.append(place)
+                time.sleep(0.001)
+                taken.append(place)
+        mine.all_over(4)
+        ended.append(len(taken))
+
+    engines = [threading.Thread(target=engine, args=(place,)) for place in range(3)]
+    for thread in engines:
+        thread.start()
+    for thread in engines:
+        thread.join(10.0)
+    assert taken == [0, 0, 1, 1, 2, 2] * 4
+    assert ended == [len(taken)] * 3, "none ended while another had a turn to come"
+
+
+def test_nobody_waits_for_an_engine_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "turns"
+    turns.begin(path)
+    second = turns.Turns(path, 1, 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(turns, "TURN_S", 0.01)
+        with pytest.raises(TimeoutError, match=r"no turn within 0.01 s: 0 are over, and this is number 1 of 2"):
+            second.all_over(1)
+    turns.give_up(path, "default")
+    with pytest.raises(RuntimeError, match="default takes no turn any more"), second.next():
+        pass
+
+
+def test_ratios_are_those_of_passes_side_by_side() -> None:
+    """A machine that becomes half as fast for some passes changes both, and so no ratio."""
+
+    def row(variant: str, start: int, times: list[float]) -> dict[str, Any]:
+        return {"variant": variant, "start": start} | {f"passes_batch_{size}": times for size in decode.BATCHES}
+
+    rows = [
+        row("default", 0, [2.0, 4.0, 4.0]),
+        row("AUTO", 0, [1.8, 3.6, 3.6]),
+        row("default", 1, [2.0, 2.0, 4.0]),
+        row("AUTO", 1, [1.8, 1.8, 3.6]),
+        row("AUTO", 2, [9.0, 9.0, 9.0]),  # the stock engine of that start has failed
+    ]
+    found = turns.ratios(rows, decode.BATCHES, decode.STOCK)
+    assert found == {"AUTO": dict.fromkeys(map(str, decode.BATCHES), 0.9)}
 
 
 def test_two_benchmarks_do_not_take_their_times_at_once(tmp_path: Path) -> None:
