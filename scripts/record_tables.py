@@ -95,6 +95,22 @@ def nvlink_h100() -> str:
     return by_size(curves, [4 * KIB * 4**step for step in range(9)])
 
 
+def between_products() -> str:
+    """Calls in a row, and behind matrix products."""
+    names = ("MINLATENCY", "TWOSHOT", "NCCL")
+    places = {"in a row": "h100/bench_in_a_row_tp2", "behind a product": "h100/bench_between_tp2"}
+    return by_size({f"{name}, {place}": times(path, name) for name in names for place, path in places.items()})
+
+
+def workspaces() -> str:
+    """Large messages with less memory to pass through: how much slower."""
+    rows = record("h100/workspace_sizes_tp2")["rows"]
+    names = [name for name in rows[0] if name.endswith("MiB")]
+    lines = [[size(row["bytes"]), number(row[names[0]]["us"]), *(f"{row[name]['ratio']:.3f}" for name in names[1:])]
+             for row in rows]  # fmt: skip
+    return markdown(["bytes", f"{names[0]}, us", *names[1:]], lines)
+
+
 def host_memory() -> str:
     """All-reduces through host memory."""
     return by_size(
@@ -271,6 +287,8 @@ _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "
 TABLES: dict[str, Callable[[], str]] = {
     "nvlink": nvlink,
     "nvlink_h100": nvlink_h100,
+    "between_products": between_products,
+    "workspaces": workspaces,
     "host_memory": host_memory,
     "fused": fused,
     "registered": registered,

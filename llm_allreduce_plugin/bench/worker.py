@@ -22,6 +22,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.quantization import QuantKind
 
 ROW = 8192  # elements: the hidden size of the models in docs/performance.md
+LEAST_US = 0.01  # what a call adds that is hidden wholly, as far as clocks tell
 _open: dict[str, Any] = {}  # Candidate, or NormCandidate
 
 
@@ -165,7 +166,8 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
     graph = timing.time_graph(context, timed, options.calls, options.replays, options.warmup, candidate.capturing)
     # In place, the answer of one call is the input of the next: what was checked is the first.
     graph_wrong = eager_wrong if candidate.in_place else wrong(graph.output)
-    row = dataclasses.replace(row, graph_us=round(graph.median - product_us, 2), graph_wrong=graph_wrong)
+    added = max(graph.median - product_us, LEAST_US)
+    row = dataclasses.replace(row, graph_us=round(added, 2), graph_wrong=graph_wrong)
     return dataclasses.replace(row, product_us=round(product_us, 2)) if product else row
 
 

@@ -129,7 +129,7 @@ def bench(
         str,
         typer.Option(
             "--transport",
-            help="GPUs: auto, peer or host memory for this package's strategies.",
+            help="GPUs: auto, peer or host memory for our strategies.",
             autocompletion=options.complete_transport,
         ),
     ] = "auto",
@@ -153,9 +153,8 @@ def bench(
     Time is the median over replays, of the slowest rank. "out-of-place" are calls from the host in a row, "in graph"
     the same calls in a CUDA graph. #wrong: exact strategies must give the very bits of the rank-ordered fp32 sum;
     others may be off by what rounding can cost. `--fused` measures all-reduces with residual and norm behind them, ours
-    in one kernel and in two; sizes are rounded down to whole rows. With `--between 4096` calls in graphs stand between
-    products of (rows, 4096) and (4096, hidden), as in a model, and times are what they add to those: calls in a row
-    hide part of each behind the one before.
+    in one kernel and in two; sizes are rounded down to whole rows. With `--between` products stand between calls in
+    graphs, as in a model, and times are what calls add to those: less of each is hidden behind the one before.
     """
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)

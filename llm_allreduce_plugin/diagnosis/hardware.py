@@ -135,7 +135,9 @@ def sharing(
     full = [state for state in states if state.free_bytes is not None and state.free_bytes < WORKSPACE_BYTES]
     if full:
         text = ", ".join(f"GPU {state.index} has {size(state.free_bytes or 0)} free" for state in full)
-        found.append(warn("GPU sharing", text, "end what uses it (nvidia-smi): a rank takes 384 MiB and a context"))
+        found.append(
+            warn("GPU sharing", text, "end what uses it (nvidia-smi): a rank takes up to 384 MiB and a context")
+        )
     if "CUDA_MPS_PIPE_DIRECTORY" in environment or _runs(proc, "nvidia-cuda-mps"):
         text = "MPS is in use: a rank's kernel that waits may keep others of the same GPU from running"
         found.append(warn("GPU sharing", text, "one rank to a GPU; stop MPS on GPUs that serve tensor parallel"))

@@ -28,6 +28,7 @@ class Row(BaseModel):
     eager_wrong: Wrong | None = None
     graph_wrong: Wrong | None = None
     left_out: str = ""
+    product_us: Microseconds | None = None
 
 
 class Settings(BaseModel):
