@@ -1,24 +1,10 @@
-// TWOSHOT by flags, each lane alone, of vectors as they are and in every wire format: device/two_shot_lane.cuh.
-#include "device/two_shot_lane.cuh"
-#include "device/wire/two_shot_units.cuh"
+// TWOSHOT by flags, of vectors as they are and in every wire format but FP8: device/two_shot_flags.cuh.
+#include "device/two_shot_flags.cuh"
 
 namespace lar {
 namespace {
 
-template <typename Units>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
-    two_shot_flags_kernel(const __grid_constant__ FlagsArguments arguments) {
-  const Units units(arguments.message);
-  TwoShotLane<Units>(arguments, units).run();
-}
-
-const Registration rows([] {
-  for_each_two_shot_units([](auto units, lar_wire wire, lar_dtype dtype, lar_epilogue epilogue) {
-    using Units = typename decltype(units)::type;
-    add_row({kind_of(LAR_TWO_SHOT, LAR_FLAGS, wire, epilogue), dtype, 0, Form::kAny,
-             kernel_address(two_shot_flags_kernel<Units>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
-  });
-});
+const Registration rows([] { add_two_shot_flags<Wires::kOthers>(); });
 
 }  // namespace
 }  // namespace lar

@@ -224,7 +224,7 @@ MUTATIONS: dict[str, Mutation] = {
         STAGED,
     ),
     "a hop has no credit": (
-        "kernels/ring_flags.cu",
+        "device/ring_flags.cuh",
         "return lane_.wait(FlagPlane::kTwoShotGather,",
         "return ({} && hop < hops_ - 1) || lane_.wait(FlagPlane::kTwoShotGather,",
         RING,
@@ -267,7 +267,7 @@ MUTATIONS: dict[str, Mutation] = {
         HOSTS,
     ),
     "the counterpart is not waited for": (
-        "kernels/hierarchical_flags.cu",
+        "device/hierarchical_flags.cuh",
         "    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         "    if (!{} && !lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         HIERARCHICAL,

@@ -20,7 +20,7 @@ from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
 from llm_allreduce_plugin.transport.symmetric import initialize
 from scripts import register_report
 from tests.support import kernel_list
-from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path, runs_on
+from tests.support.cuda_tools import cuobjdump, kernel_resources, library_path, ptx_of_kernels, runs_on
 
 FOLDER = Path(llm_allreduce_plugin._C.__file__).parent
 LIBRARY = library_path()
@@ -88,13 +88,37 @@ def test_the_library_holds_the_kernels_that_it_should() -> None:
                 f"{resources.name}: no kernel that is known"
             )
     assert len(set(held)) == len(held)
-    expected = {kernel for kernel, _ in kernel_list.expected()}
-    assert {kernel for kernel, _ in held} == expected
+    expected = dict(kernel_list.expected())
+    assert {kernel for kernel, _ in held} == set(expected)
     for kernel, asked in itertools.product(expected, architectures()):
         codes = [code for holder, code in held if holder == kernel and runs_on(code, asked)]
         assert codes, f"{kernel} on sm_{asked}"
-        if kernel.wire == "fp8" and asked == "89":
+        if converts_fp8(kernel, expected[kernel]) and asked == "89":
             assert "89" in codes, f"{kernel}: software FP8 on a GPU that has instructions for it"
+
+
+def converts_fp8(kernel: kernel_list.Kernel, of: kernel_list.Kernels) -> bool:
+    return kernel.wire == "fp8" or of.epilogue == _C.RMS_NORM
+
+
+def test_kernels_use_what_newer_architectures_have() -> None:
+    """Dependent launch from 90 on, but where kernels wait for flags; conversions of FP8 from 89 on.
+
+    As PTX says it: no kernel is made of one that is too old for it (csrc/CMakeLists.txt).
+    """
+    newest = max(map(int, architectures()))
+    expected = dict(kernel_list.expected())
+    found = {}
+    for (_, name), ptx in ptx_of_kernels(LIBRARY).items():
+        if kernel := kernel_list.kernel_of(name):
+            found[kernel] = ptx
+        elif "norm" in name or "Fp8" in name:
+            assert ("e4m3x2" in ptx) == (newest >= 89), name
+    assert found.keys() == expected.keys()
+    for kernel, ptx in found.items():
+        early = expected[kernel].exchange not in (_C.FLAGS, _C.STAGED)
+        assert ("griddepcontrol.wait" in ptx) == (early and newest >= 90), kernel
+        assert ("e4m3x2" in ptx) == (converts_fp8(kernel, expected[kernel]) and newest >= 89), kernel
 
 
 def test_no_kernel_spills() -> None:

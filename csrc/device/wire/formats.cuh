@@ -7,24 +7,32 @@
 
 namespace lar {
 
+// Kernels that send FP8 are in files of their own (kernels/*_fp8.cu): machine code of 89, which has instructions for
+// FP8, is compiled of these alone. That of 80 does for the others.
+enum class Wires { kFp8, kOthers };
+
 namespace detail {
 
-template <typename T, typename... Format, typename Add>
+template <Wires kWires, typename T, typename... Format, typename Add>
 void for_each_format(codec::FormatList<Format...>, Add add) {
-  (add(Type<T>{}, Type<PacketOf<Format>>{}), ...);
+  const auto add_format = [&](auto format) {
+    using Packet = PacketOf<decltype(format)>;
+    if constexpr ((Packet::kWire == LAR_WIRE_FP8) == (kWires == Wires::kFp8)) add(Type<T>{}, Type<Packet>{});
+  };
+  (add_format(Format{}), ...);
 }
 
-template <typename... T, typename Add>
+template <Wires kWires, typename... T, typename Add>
 void for_each_packet(Types<T...>, Add add) {
-  (for_each_format<T>(codec::Formats{}, add), ...);
+  (for_each_format<kWires, T>(codec::Formats{}, add), ...);
 }
 
 }  // namespace detail
 
-// Calls add(Type<T>, Type<Packet>) for each of the types and each format.
-template <typename Types, typename Add>
+// Calls add(Type<T>, Type<Packet>) for each of the types and each of these formats.
+template <Wires kWires, typename Types, typename Add>
 void for_each_packet(Add add) {
-  detail::for_each_packet(Types{}, add);
+  detail::for_each_packet<kWires>(Types{}, add);
 }
 
 }  // namespace lar

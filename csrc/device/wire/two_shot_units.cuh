@@ -8,15 +8,17 @@
 
 namespace lar {
 
-// Calls add(Type<Units>, wire, dtype, epilogue) for each.
-template <typename Add>
+// Calls add(Type<Units>, wire, dtype, epilogue) for each of these wires, of which kOthers has vectors as they are.
+template <Wires kWires, typename Add>
 void for_each_two_shot_units(Add add) {
-  for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<0>, Epilogues>([&](auto type, auto, auto epilogue) {
-    using T = typename decltype(type)::type;
-    using Epilogue = typename decltype(epilogue)::type;
-    add(Type<VectorUnits<T, Epilogue>>{}, LAR_WIRE_RAW, dtype_of<T>(), Epilogue::kEpilogue);
-  });
-  for_each_packet<Types<__half, __nv_bfloat16>>([&](auto type, auto packet) {
+  if constexpr (kWires == Wires::kOthers) {
+    for_each_instance<Types<float, __half, __nv_bfloat16>, Worlds<0>, Epilogues>([&](auto type, auto, auto epilogue) {
+      using T = typename decltype(type)::type;
+      using Epilogue = typename decltype(epilogue)::type;
+      add(Type<VectorUnits<T, Epilogue>>{}, LAR_WIRE_RAW, dtype_of<T>(), Epilogue::kEpilogue);
+    });
+  }
+  for_each_packet<kWires, Types<__half, __nv_bfloat16>>([&](auto type, auto packet) {
     using T = typename decltype(type)::type;
     using Packet = typename decltype(packet)::type;
     add(Type<PacketUnits<T, Packet, Store>>{}, Packet::kWire, dtype_of<T>(), LAR_STORE);
