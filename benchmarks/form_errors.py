@@ -31,12 +31,16 @@ def errors(world_size: int, wire: WireFormat) -> dict[str, Any]:
     inputs = [torch.randn(SHAPE, generator=generator).bfloat16() for _ in range(world_size)]
     exact = torch.stack([part.double() for part in inputs]).sum(0)
     domains = [rank * 2 // world_size for rank in range(world_size)]
-    outputs = {"one_shot": one_step_sum(inputs, wire)} if wire is WireFormat.FP8 else {}
-    outputs |= {
-        "two_shot": compressed_sum(inputs, wire, CHUNK),
-        "hierarchical": hierarchical_sum(inputs, wire, domains, CHUNK),
-        "ring": ring_sum(inputs, wire, CHUNK),
-    }
+    outputs = {"one_shot": one_step_sum(inputs, wire)} if wire.goes_in_band else {}
+    outputs["two_shot"] = compressed_sum(inputs, wire, CHUNK)
+    outputs |= (
+        {}
+        if wire.keeps_rows
+        else {
+            "hierarchical": hierarchical_sum(inputs, wire, domains, CHUNK),
+            "ring": ring_sum(inputs, wire, CHUNK),
+        }
+    )
     return {
         "wire_format": str(wire),
         "world_size": world_size,

@@ -141,6 +141,7 @@ NB_MODULE(_C, module) {
   module.attr("WIRE_FP8") = static_cast<int>(LAR_WIRE_FP8);
   module.attr("WIRE_TQ3") = static_cast<int>(LAR_WIRE_TQ3);
   module.attr("WIRE_HADAMARD2") = static_cast<int>(LAR_WIRE_HADAMARD2);
+  module.attr("WIRE_FP8_GROUP") = static_cast<int>(LAR_WIRE_FP8_GROUP);
   module.attr("CPU") = static_cast<int>(LAR_CPU);
 
   nb::class_<lar_slots>(module, "Slots",

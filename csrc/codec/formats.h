@@ -6,6 +6,7 @@
 
 #include "codec/block32.h"
 #include "codec/fp8.h"
+#include "codec/fp8_group.h"
 #include "codec/hadamard2.h"
 #include "codec/tq3.h"
 #include "llm_allreduce.h"
@@ -13,20 +14,22 @@
 namespace lar::codec {
 
 // `Codec`: its arithmetic; with kBlocks blocks of 32 values to a packet (codec/block32.h),
-// or, like Fp8, values that share a scale.
+// or, like Fp8, codes of 8 bits, which is what such codecs are derived from.
 template <lar_wire kWireFormat, typename CodecType>
 struct Format {
   static constexpr lar_wire kWire = kWireFormat;
   using Codec = CodecType;
-  static constexpr bool kHasBlocks = !std::is_same_v<Codec, Fp8>;
-  static constexpr int kValues = kHasBlocks ? Packet32::kValues : Fp8::kValues;
-  static constexpr int kBytes = kHasBlocks ? Packet32::kBytes : Fp8::kBytes;
+  static constexpr bool kHasBlocks = !std::is_base_of_v<Fp8, Codec>;
+  using Packet = std::conditional_t<kHasBlocks, Packet32, Codec>;
+  static constexpr int kValues = Packet::kValues;
+  static constexpr int kBytes = Packet::kBytes;
 };
 
 template <typename... Format>
 struct FormatList {};
 
-using Formats = FormatList<Format<LAR_WIRE_FP8, Fp8>, Format<LAR_WIRE_TQ3, Tq3>, Format<LAR_WIRE_HADAMARD2, Hadamard2>>;
+using Formats = FormatList<Format<LAR_WIRE_FP8, Fp8>, Format<LAR_WIRE_TQ3, Tq3>, Format<LAR_WIRE_HADAMARD2, Hadamard2>,
+                           Format<LAR_WIRE_FP8_GROUP, Fp8Group>>;
 
 namespace detail {
 

@@ -20,6 +20,7 @@ namespace lar::codec {
 struct Fp8 {
   static constexpr const char* kName = "fp8";
   static constexpr bool kSendsInfinity = false;
+  static constexpr bool kOwnAsSent = false;  // a rank's own values count in a sum as they are
   static constexpr int kValues = 496;
   static constexpr int kBytes = 512;
   static constexpr int kScaleByte = 496;

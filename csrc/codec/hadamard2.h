@@ -17,6 +17,7 @@ namespace lar::codec {
 struct Hadamard2 {
   static constexpr const char* kName = "hadamard2";
   static constexpr bool kSendsInfinity = false;
+  static constexpr bool kOwnAsSent = false;
   static constexpr float kSmall = 0.4527800f;
   static constexpr float kLarge = 1.5104176f;
   static constexpr float kApart = 0.9815988f;

@@ -16,6 +16,7 @@ namespace lar::codec {
 struct Tq3 {
   static constexpr const char* kName = "tq3";
   static constexpr bool kSendsInfinity = true;
+  static constexpr bool kOwnAsSent = false;
   LAR_CODEC static Block32 encode(const float (&values)[Block32::kValues]) {
     // Magnitudes are in the order of their bits, NaN the largest.
     uint32_t largest_bits = 0;

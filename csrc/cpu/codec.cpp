@@ -12,12 +12,14 @@ namespace {
 
 using codec::Block32;
 using codec::Fp8;
+using codec::Fp8Group;
 using codec::Packet32;
 
 static_assert(Fp8::kValues <= kMostPacketValues && Packet32::kValues <= kMostPacketValues);
 static_assert(Fp8::kBytes <= kMostPacketBytes && Packet32::kBytes <= kMostPacketBytes);
+static_assert(Fp8Group::kValues <= kMostPacketValues && Fp8Group::kBytes <= kMostPacketBytes);
 
-void encode_fp8(const float* values, char* packet) {
+void encode_packet_of(Fp8, const float* values, char* packet) {
   float largest = 0.0f;
   for (int i = 0; i < Fp8::kValues; ++i) largest = std::max(largest, Fp8::weight(values[i]));
   const float scale = Fp8::scale(largest);
@@ -27,10 +29,31 @@ void encode_fp8(const float* values, char* packet) {
   std::memcpy(packet + Fp8::kScaleByte, &scale, sizeof(scale));
 }
 
-void decode_fp8(const char* packet, float* values) {
+void decode_packet_of(Fp8, const char* packet, float* values) {
   float scale;
   std::memcpy(&scale, packet + Fp8::kScaleByte, sizeof(scale));
   for (int i = 0; i < Fp8::kValues; ++i) values[i] = Fp8::decode(static_cast<uint8_t>(packet[i]), scale);
+}
+
+void encode_packet_of(Fp8Group, const float* values, char* packet) {
+  std::memset(packet + Fp8Group::kValues, 0, Fp8Group::kBytes - Fp8Group::kValues);
+  for (int group = 0; group < Fp8Group::kGroups; ++group) {
+    const int first = group * Fp8Group::kGroupValues;
+    float largest = 0.0f;
+    for (int i = 0; i < Fp8Group::kGroupValues; ++i) largest = std::max(largest, Fp8::weight(values[first + i]));
+    const uint32_t exponent = Fp8Group::exponent(largest);
+    const float multiplier = Fp8Group::multiplier(exponent);
+    for (int i = 0; i < Fp8Group::kGroupValues; ++i)
+      packet[first + i] = static_cast<char>(Fp8::encode(values[first + i], multiplier));
+    packet[Fp8Group::exponent_byte(group)] = static_cast<char>(exponent);
+  }
+}
+
+void decode_packet_of(Fp8Group, const char* packet, float* values) {
+  for (int i = 0; i < Fp8Group::kValues; ++i) {
+    const char exponent = packet[Fp8Group::exponent_byte(i / Fp8Group::kGroupValues)];
+    values[i] = Fp8::decode(static_cast<uint8_t>(packet[i]), Fp8Group::scale(static_cast<uint8_t>(exponent)));
+  }
 }
 
 template <typename Codec>
@@ -76,7 +99,7 @@ void encode_packet(lar_wire wire, const float* values, char* packet) {
     if constexpr (Format::kHasBlocks)
       encode_blocks<typename Format::Codec>(values, packet);
     else
-      encode_fp8(values, packet);
+      encode_packet_of(typename Format::Codec{}, values, packet);
   });
 }
 
@@ -86,25 +109,34 @@ void decode_packet(lar_wire wire, const char* packet, float* values) {
     if constexpr (Format::kHasBlocks)
       decode_blocks<typename Format::Codec>(packet, values);
     else
-      decode_fp8(packet, values);
+      decode_packet_of(typename Format::Codec{}, packet, values);
   });
 }
 
 namespace {
 
 template <typename... Format>
-std::vector<lar_wire> wires_of(codec::FormatList<Format...>) {
-  return {Format::kWire...};
+std::vector<lar_wire> wires_of(codec::FormatList<Format...>, bool own_as_sent) {
+  std::vector<lar_wire> wires;
+  ((own_as_sent || !Format::Codec::kOwnAsSent ? wires.push_back(Format::kWire) : void()), ...);
+  return wires;
 }
 
 }  // namespace
 
-std::vector<lar_wire> packet_wires() { return wires_of(codec::Formats{}); }
+std::vector<lar_wire> packet_wires() { return wires_of(codec::Formats{}, true); }
+std::vector<lar_wire> wires_of_any_owner() { return wires_of(codec::Formats{}, false); }
 
 bool sends_infinity(lar_wire wire) {
   bool sends = true;
   codec::with_format(wire, [&](auto format) { sends = decltype(format)::Codec::kSendsInfinity; });
   return sends;
+}
+
+bool own_as_sent(lar_wire wire) {
+  bool is_so = false;
+  codec::with_format(wire, [&](auto format) { is_so = decltype(format)::Codec::kOwnAsSent; });
+  return is_so;
 }
 
 void widen(lar_dtype dtype, const void* elements, int64_t count, float* values) {

@@ -143,7 +143,8 @@ int hierarchical_flags(const lar_workspace& workspace, const lar_call& described
 }
 
 const Registration rows([] {
-  for (const lar_wire wire : packet_wires()) add_cpu(kind_of(LAR_HIERARCHICAL, LAR_FLAGS, wire), hierarchical_flags);
+  for (const lar_wire wire : wires_of_any_owner())
+    add_cpu(kind_of(LAR_HIERARCHICAL, LAR_FLAGS, wire), hierarchical_flags);
 });
 
 }  // namespace

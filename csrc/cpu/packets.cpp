@@ -38,6 +38,11 @@ void Packets::store(int64_t packet, const char* encoded) const {
 void Packets::clear(float* sum) const { std::fill_n(sum, values_, 0.0f); }
 
 void Packets::add_own(int64_t packet, float* sum) const {
+  if (own_as_sent(format_)) {
+    char encoded[kMostPacketBytes];
+    encode(packet, encoded);
+    return add(encoded, sum);
+  }
   const bool infinity_travels = sends_infinity(format_);
   float values[kMostPacketValues];
   load(packet, values);

@@ -24,7 +24,8 @@ class Packets {
   // Decodes and stores to the output. A zero is +0.
   void store(int64_t packet, const char* encoded) const;
 
-  // A sum is made term by term, from +0: this rank's own values, as they are, and what others sent.
+  // A sum is made term by term, from +0: this rank's own values, as they are or as others see
+  // them (codec.h), and what others sent.
   void clear(float* sum) const;
   void add_own(int64_t packet, float* sum) const;
   void add(const char* encoded, float* sum) const;

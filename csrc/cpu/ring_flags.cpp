@@ -107,7 +107,7 @@ int ring_flags(const lar_workspace& workspace, const lar_call& described) {
 }
 
 const Registration rows([] {
-  for (const lar_wire wire : packet_wires()) add_cpu(kind_of(LAR_RING, LAR_FLAGS, wire), ring_flags);
+  for (const lar_wire wire : wires_of_any_owner()) add_cpu(kind_of(LAR_RING, LAR_FLAGS, wire), ring_flags);
 });
 
 }  // namespace

@@ -1,7 +1,7 @@
 // What the in-band kernels of FP8 share: packets that travel as vectors do.
 //
-// A packet of 496 values is one vector of each thread of a warp, and no word of it is the in-band marker
-// (codec/fp8.h), so packets travel as any vectors do (device/in_band.cuh).
+// A packet is one vector of each thread of a warp, and no word of it is the in-band marker (codec/fp8.h,
+// codec/fp8_group.h), so packets travel as any vectors do (device/in_band.cuh).
 #ifndef LLM_ALLREDUCE_DEVICE_FP8_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_FP8_IN_BAND_CUH_
 
@@ -13,17 +13,18 @@
 namespace lar {
 
 constexpr int kPacketVectors = Fp8Packet::kBytes / LAR_VECTOR_BYTES;
-static_assert(kPacketVectors == kTileVectors, "a packet is a tile");
+static_assert(kPacketVectors == kTileVectors && Fp8GroupPacket::kBytes == Fp8Packet::kBytes, "a packet is a tile");
 static_assert(LAR_IN_BAND_MARKER == 0x80000000u, "codes are never 0x80, and a scale is not negative");
 
-template <typename T>
-using Fp8Message = Packets<T, Fp8Packet, Store>;
+// `Packet`: Fp8Packet or Fp8GroupPacket.
+template <typename T, typename Packet>
+using Fp8Message = Packets<T, Packet, Store>;
 
-template <typename T>
-__device__ __forceinline__ uint4 encoded_own(const Fp8Message<T>& packets, int64_t packet) {
-  typename Fp8Message<T>::Raw own;
+template <typename Message>
+__device__ __forceinline__ uint4 encoded_own(const Message& packets, int64_t packet) {
+  typename Message::Raw own;
   packets.load_own(packet, own);
-  return Fp8Message<T>::encoded(own);
+  return Message::encoded(own);
 }
 
 // The packet at `tile`, in vectors, of the part of the rank `step` places on; behind the last if there is none.
@@ -48,13 +49,13 @@ __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase
 
 // Adds what each rank has for a packet, in rank order: add_own(sum), and of the others what is polled at from_of(rank),
 // some at a time. False when a wait expired.
-template <typename T, int kWorldSize, bool kClears, typename From, typename Own>
+template <typename Message, int kWorldSize, bool kClears, typename From, typename Own>
 __device__ __forceinline__ bool add_in_rank_order(const InBandArguments& arguments, lar_phase phase, From from_of,
-                                                  Own add_own, typename Fp8Message<T>::Values& sum) {
+                                                  Own add_own, typename Message::Values& sum) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  Fp8Message<T>::clear(sum);
+  Message::clear(sum);
 #pragma unroll 1
   for (int first = 0; first < world_size; first += kGroup) {
     char* from[kGroup];
@@ -73,7 +74,7 @@ __device__ __forceinline__ bool add_in_rank_order(const InBandArguments& argumen
       if (first + i == arguments.rank)
         add_own(sum);
       else if (kIsFixed || first + i < world_size)
-        Fp8Message<T>::add(vectors[i], sum);
+        Message::add(vectors[i], sum);
     }
   }
   return true;
@@ -87,17 +88,18 @@ __device__ __forceinline__ char* tile_vector(const InBandArguments& arguments, u
 }
 
 // The encoded sum of a packet of my part, whose in-band slots begin at `slots`. This rank's own values are added as
-// they are, which costs nothing and leaves one error fewer; they are loaded before the others' are waited for.
-template <typename T, int kWorldSize, bool kClears>
-__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Fp8Message<T>& packets,
-                                           uint32_t slots, uint32_t packet, uint32_t tile, uint4& result) {
-  typename Fp8Message<T>::Raw own;
-  packets.load_own(packet, own);
-  typename Fp8Message<T>::Values sum;
-  if (!add_in_rank_order<T, kWorldSize, kClears>(
+// they are, which costs nothing and leaves one error fewer, unless the format says otherwise; they are loaded before
+// the others' are waited for.
+template <typename Message, int kWorldSize, bool kClears>
+__device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, const Message& packets, uint32_t slots,
+                                           uint32_t packet, uint32_t tile, uint4& result) {
+  typename Message::Own own;
+  packets.take_own(packet, own);
+  typename Message::Values sum;
+  if (!add_in_rank_order<Message, kWorldSize, kClears>(
           arguments, LAR_PHASE_SCATTER,
           [&](int rank) { return tile_vector<kWorldSize>(arguments, slots + tile, rank); },
-          [&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add_own(own, to); }, sum))
+          [&](typename Message::Values& to) { Message::add_own(own, to); }, sum))
     return false;
   result = packets.encoded_sum(packet, sum);
   return true;
@@ -105,25 +107,24 @@ __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, con
 
 // One-shot: the sum of a packet of which this rank has sent `mine`, to the output. It counts as the others see it, so
 // that all ranks make the same sum; from_of(rank): where the others' vectors lie.
-template <typename T, int kWorldSize, bool kClears, typename From>
-__device__ __forceinline__ bool store_sum(const InBandArguments& arguments, const Fp8Message<T>& packets,
-                                          uint32_t packet, const uint4& mine, From from_of) {
-  typename Fp8Message<T>::Values sum;
-  if (!add_in_rank_order<T, kWorldSize, kClears>(
-          arguments, LAR_PHASE_GATHER, from_of,
-          [&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add(mine, to); }, sum))
+template <typename Message, int kWorldSize, bool kClears, typename From>
+__device__ __forceinline__ bool store_sum(const InBandArguments& arguments, const Message& packets, uint32_t packet,
+                                          const uint4& mine, From from_of) {
+  typename Message::Values sum;
+  if (!add_in_rank_order<Message, kWorldSize, kClears>(
+          arguments, LAR_PHASE_GATHER, from_of, [&](typename Message::Values& to) { Message::add(mine, to); }, sum))
     return false;
-  typename Fp8Message<T>::Raw raw;
-  Fp8Message<T>::round_sum(sum, raw);
+  typename Message::Raw raw;
+  Message::round_sum(sum, raw);
   packets.store(packet, raw);
   return true;
 }
 
 // Polls the packets at `tile` of the other owners, some at a time, and stores them. from(step): where the packet of the
 // rank `step` places on lies.
-template <typename T, int kWorldSize, bool kClears, typename From>
-__device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Fp8Message<T>& packets,
-                                              uint32_t tile, From from_of) {
+template <typename Message, int kWorldSize, bool kClears, typename From>
+__device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Message& packets, uint32_t tile,
+                                              From from_of) {
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
 #pragma unroll 1

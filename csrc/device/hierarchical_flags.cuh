@@ -196,8 +196,10 @@ void add_hierarchical_flags() {
   for_each_packet<kWires, Types<__half, __nv_bfloat16>>([](auto type, auto packet) {
     using T = typename decltype(type)::type;
     using Packet = typename decltype(packet)::type;
-    add_row({kind_of(LAR_HIERARCHICAL, LAR_FLAGS, Packet::kWire), dtype_of<T>(), 0, Form::kAny,
-             kernel_address(hierarchical_flags_kernel<T, Packet>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+    if constexpr (!Packet::Codec::kOwnAsSent) {
+      add_row({kind_of(LAR_HIERARCHICAL, LAR_FLAGS, Packet::kWire), dtype_of<T>(), 0, Form::kAny,
+               kernel_address(hierarchical_flags_kernel<T, Packet>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads, false});
+    }
   });
 }
 

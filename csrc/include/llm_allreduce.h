@@ -81,7 +81,13 @@ typedef enum lar_exchange {
 } lar_exchange;
 
 // csrc/codec/ says what each is. Raw: the elements as they are.
-typedef enum lar_wire { LAR_WIRE_RAW = 0, LAR_WIRE_FP8 = 1, LAR_WIRE_TQ3 = 2, LAR_WIRE_HADAMARD2 = 3 } lar_wire;
+typedef enum lar_wire {
+  LAR_WIRE_RAW = 0,
+  LAR_WIRE_FP8 = 1,
+  LAR_WIRE_TQ3 = 2,
+  LAR_WIRE_HADAMARD2 = 3,
+  LAR_WIRE_FP8_GROUP = 4,  // sums in one step and two steps alone: a ring's depend on who begins
+} lar_wire;
 
 // What becomes of a reduced vector.
 typedef enum lar_epilogue {

@@ -15,11 +15,12 @@ namespace {
 // Packets on their way ahead of the one that a warp waits for.
 constexpr int kLead = 2;
 
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, typename Packet>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_short_fp8_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(packets.number()) * kPacketVectors;
   const Share share = tiles_of(0, gridDim.x, total_vectors);
   const uint32_t tile = share.first;
@@ -37,15 +38,17 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   }
   advance_epoch(arguments, epoch);
   if (!has_tile) return;
-  store_sum<T, kWorldSize, true>(arguments, packets, tile / kPacketVectors, mine,
-                                 [&](int rank) { return tile_vector<kWorldSize>(arguments, slots + tile, rank); });
+  store_sum<Message, kWorldSize, true>(arguments, packets, tile / kPacketVectors, mine, [&](int rank) {
+    return tile_vector<kWorldSize>(arguments, slots + tile, rank);
+  });
 }
 
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, typename Packet>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     one_shot_push_fp8_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(packets.number()) * kPacketVectors;
   const Share share = tiles_of(0, gridDim.x, total_vectors);
   wait_for_previous_kernel();
@@ -75,7 +78,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   for (uint32_t tile = share.first; tile < share.end; tile += share.stride) {
     const uint4 next = push();
     const auto from = [&](int rank) { return tile_vector<kWorldSize>(arguments, slots + tile, rank); };
-    if (!store_sum<T, kWorldSize, true>(arguments, packets, tile / kPacketVectors, sent[0], from)) return;
+    if (!store_sum<Message, kWorldSize, true>(arguments, packets, tile / kPacketVectors, sent[0], from)) return;
 #pragma unroll
     for (int i = 0; i + 1 < kLead; ++i) sent[i] = sent[i + 1];
     sent[kLead - 1] = next;
@@ -83,17 +86,23 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   sender.flush();
 }
 
-const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 0>, Types<Store>>([](auto type, auto world, auto) {
+template <typename Packet, typename Worlds>
+void add_rows() {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     const auto add = [](Form form, auto kernel) {
-      add_row({kind_of(LAR_ONE_SHOT, LAR_PUSH, LAR_WIRE_FP8), dtype_of<T>(), kWorldSize, form, kernel_address(kernel),
+      add_row({kind_of(LAR_ONE_SHOT, LAR_PUSH, Packet::kWire), dtype_of<T>(), kWorldSize, form, kernel_address(kernel),
                LAR_MAX_THREADS, 0, false});
     };
-    add(Form::kShort, one_shot_short_fp8_kernel<T, kWorldSize>);
-    add(Form::kAny, one_shot_push_fp8_kernel<T, kWorldSize>);
+    add(Form::kShort, one_shot_short_fp8_kernel<T, kWorldSize, Packet>);
+    add(Form::kAny, one_shot_push_fp8_kernel<T, kWorldSize, Packet>);
   });
+}
+
+const Registration rows([] {
+  add_rows<Fp8Packet, Worlds<2, 0>>();
+  add_rows<Fp8GroupPacket, Worlds<2, 0>>();
 });
 
 }  // namespace

@@ -11,7 +11,8 @@ template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     one_shot_shared_fp8_kernel(const __grid_constant__ SharedArguments shared) {
   const InBandArguments& arguments = shared.in_band;
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Fp8Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(packets.number()) * kPacketVectors;
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     if (is_large && !call.wait_for_tile(LAR_PHASE_GATHER, tile)) return call.leave_clears();
     const uint4 mine = tile == first ? sent : encoded_own(packets, tile / kPacketVectors);
     const auto from = [&](int rank) { return call.vector(rank, tile + warp_thread()); };
-    if (!store_sum<T, kWorldSize, false>(arguments, packets, tile / kPacketVectors, mine, from)) {
+    if (!store_sum<Message, kWorldSize, false>(arguments, packets, tile / kPacketVectors, mine, from)) {
       if (is_large) call.leave_clears();
       return;
     }

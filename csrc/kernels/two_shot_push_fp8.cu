@@ -20,13 +20,14 @@ __device__ __forceinline__ char* gathered(const InBandArguments& arguments, uint
   return arguments.own + static_cast<int64_t>(at) * LAR_VECTOR_BYTES;
 }
 
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, typename Packet>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_push_fp8_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   // More would be a lot of code: to encode takes most of the kernel's instructions.
   constexpr int kEncodedAtOnce = World<kWorldSize>::kPeersAtOnce < 3 ? World<kWorldSize>::kPeersAtOnce : 3;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   const Share share = tiles_of(0, gridDim.x, arguments.part);
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -45,8 +46,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   advance_epoch(arguments, epoch);
 
   const auto drain = [&](uint32_t tile) {
-    return drain_packets<T, kWorldSize, true>(arguments, packets, tile,
-                                              [&](int step) { return gathered(arguments, gather_slots, tile, step); });
+    return drain_packets<Message, kWorldSize, true>(
+        arguments, packets, tile, [&](int step) { return gathered(arguments, gather_slots, tile, step); });
   };
   // One packet behind: the sums of the last one are on their way meanwhile.
   uint32_t behind = share.end;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     const uint32_t packet = packet_of<kWorldSize>(arguments, 0, tile);
     if (packet < packets.number()) {
       uint4 result;
-      if (!sum_packet<T, kWorldSize, true>(arguments, packets, slots, packet, tile, result)) return;
+      if (!sum_packet<Message, kWorldSize, true>(arguments, packets, slots, packet, tile, result)) return;
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
       for (int step = 1; step < world_size; ++step)
         store_in_band(arguments.to[step], gather_slots + tile + warp_thread(), result);
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   if (behind < share.end) drain(behind);
 }
 
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, typename Packet>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_split_fp8_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   const int world_size = World<kWorldSize>::size(arguments.world_size);
@@ -74,7 +75,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t scatterers = arguments.scatter_lanes;
   const uint32_t drainers = arguments.drain_lanes;
   const uint32_t reducers = gridDim.x - scatterers - drainers;
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -105,7 +107,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       const uint32_t packet = packet_of<kWorldSize>(arguments, 0, tile);
       if (packet >= packets.number()) break;
       uint4 result;
-      if (!sum_packet<T, kWorldSize, true>(arguments, packets, slots, packet, tile, result)) return;
+      if (!sum_packet<Message, kWorldSize, true>(arguments, packets, slots, packet, tile, result)) return;
       sender.fill(result);
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
       for (int step = 1; step < world_size; ++step) sender.send(arguments.to[step], gather_slots + tile, kTileVectors);
@@ -119,21 +121,27 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       drainers > 0 ? tiles_of(scatterers + reducers, drainers, part) : tiles_of(scatterers, reducers, part);
   for (uint32_t tile = share.first; tile < share.end; tile += share.stride) {
     const auto from = [&](int step) { return gathered(arguments, gather_slots, tile, step); };
-    if (!drain_packets<T, kWorldSize, true>(arguments, packets, tile, from)) return;
+    if (!drain_packets<Message, kWorldSize, true>(arguments, packets, tile, from)) return;
   }
 }
 
-const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 4, 8, 0>, Types<Store>>([](auto type, auto world, auto) {
+template <typename Packet, typename Worlds>
+void add_rows() {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
     const auto add = [](Form form, auto kernel) {
-      add_row({kind_of(LAR_TWO_SHOT, LAR_PUSH, LAR_WIRE_FP8), dtype_of<T>(), kWorldSize, form, kernel_address(kernel),
+      add_row({kind_of(LAR_TWO_SHOT, LAR_PUSH, Packet::kWire), dtype_of<T>(), kWorldSize, form, kernel_address(kernel),
                LAR_MAX_THREADS, 0, false});
     };
-    add(Form::kAny, two_shot_push_fp8_kernel<T, kWorldSize>);
-    add(Form::kSplit, two_shot_split_fp8_kernel<T, kWorldSize>);
+    add(Form::kAny, two_shot_push_fp8_kernel<T, kWorldSize, Packet>);
+    add(Form::kSplit, two_shot_split_fp8_kernel<T, kWorldSize, Packet>);
   });
+}
+
+const Registration rows([] {
+  add_rows<Fp8Packet, Worlds<2, 4, 8, 0>>();
+  add_rows<Fp8GroupPacket, Worlds<4, 0>>();  // two ranks take one step
 });
 
 }  // namespace

@@ -7,13 +7,14 @@
 namespace lar {
 namespace {
 
-template <typename T, int kWorldSize>
+template <typename T, int kWorldSize, typename Packet>
 __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     two_shot_shared_fp8_kernel(const __grid_constant__ SharedArguments shared) {
   const PushArguments<0>& arguments = shared.in_band;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   const uint32_t part = arguments.part;  // wire vectors of the part of one rank
-  const Fp8Message<T> packets(arguments.input, arguments.output, arguments.count);
+  using Message = Fp8Message<T, Packet>;
+  const Message packets(arguments.input, arguments.output, arguments.count);
   const auto packet = [&](int step, uint32_t tile) { return packet_of<kWorldSize>(arguments, step, tile); };
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 
   for (uint32_t tile = start; tile < part && packet(0, tile) < packets.number(); tile += stride) {
     uint4 result;
-    if (!sum_packet<T, kWorldSize, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
+    if (!sum_packet<Message, kWorldSize, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
     call.store(tile + warp_thread(), result);
     packets.store(packet(0, tile), result);
   }
@@ -41,18 +42,24 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     const auto from = [&](int step) {
       return call.vector(rotated(arguments.rank, step, world_size), tile + warp_thread());
     };
-    if (!drain_packets<T, kWorldSize, false>(arguments, packets, tile, from)) return;
+    if (!drain_packets<Message, kWorldSize, false>(arguments, packets, tile, from)) return;
   }
 }
 
-const Registration rows([] {
-  for_each_instance<Types<__half, __nv_bfloat16>, Worlds<2, 0>, Types<Store>>([](auto type, auto world, auto) {
+template <typename Packet, typename Worlds>
+void add_rows() {
+  for_each_instance<Types<__half, __nv_bfloat16>, Worlds, Types<Store>>([](auto type, auto world, auto) {
     using T = typename decltype(type)::type;
     constexpr int kWorldSize = decltype(world)::value;
-    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, LAR_WIRE_FP8), dtype_of<T>(), kWorldSize, Form::kAny,
-             kernel_address(two_shot_shared_fp8_kernel<T, kWorldSize>), LAR_MAX_FLAGGED_THREADS, kReleaserThreads,
-             false});
+    add_row({kind_of(LAR_TWO_SHOT, LAR_SHARED, Packet::kWire), dtype_of<T>(), kWorldSize, Form::kAny,
+             kernel_address(two_shot_shared_fp8_kernel<T, kWorldSize, Packet>), LAR_MAX_FLAGGED_THREADS,
+             kReleaserThreads, false});
   });
+}
+
+const Registration rows([] {
+  add_rows<Fp8Packet, Worlds<2, 0>>();
+  add_rows<Fp8GroupPacket, Worlds<0>>();
 });
 
 }  // namespace

@@ -26,7 +26,7 @@ from llm_allreduce_plugin.algorithms.base import (
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import AlgorithmChoice, algorithm_of, unit_bytes
 from llm_allreduce_plugin.algorithms.packets import WARP_THREADS, packets_of, spread_packets
-from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm, WireFormat
+from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 
@@ -47,6 +47,7 @@ _WORDS = {
     LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, "
     "which exchange them",
 }
+_ONE_STEP_ALWAYS = "one-shot, compressed on the wire"
 _KERNELS = {
     LowPrecisionAlgorithm.TWO_SHOT: Algorithm.TWO_SHOT,
     LowPrecisionAlgorithm.RING: Algorithm.RING,
@@ -65,6 +66,8 @@ class LowPrecision(KernelStrategy):
         choice = algorithm_of(config, facts)
         if facts.crosses_network:
             return network.compressed_in_words(facts, config.low_precision.wire_format), choice.reason
+        if config.low_precision.wire_format.keeps_rows and choice.algorithm is LowPrecisionAlgorithm.ONE_SHOT:
+            return _ONE_STEP_ALWAYS, choice.reason
         return _WORDS[choice.algorithm], choice.reason
 
     def numerics_of(self, facts: GroupFacts) -> Numerics:
@@ -75,6 +78,11 @@ class LowPrecision(KernelStrategy):
             return reason
         if message.element_bytes != ELEMENT_BYTES:
             return f"compression is for bfloat16 and float16, not {message.dtype}"
+        if facts.crosses_network and config.low_precision.wire_format.keeps_rows:
+            return (
+                f"{config.low_precision.wire_format} is not sent between hosts: there parts of a message begin inside "
+                "its groups, and the answer for a row would depend on the rows beside it"
+            )
         if facts.crosses_network:  # inside a host nothing is compressed, and all slots are those of exact sums
             return None
         if facts.world_size > LARGEST_WORLD_SIZE:
@@ -92,10 +100,17 @@ class LowPrecision(KernelStrategy):
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:
-        """Small messages are faster with the exact kernels, or the settings say so."""
+        """Small messages are faster with the exact kernels, or the settings say so.
+
+        A format that keeps rows is asked for because of that: without ``min_bytes`` it runs at every size.
+        """
         settings = config.low_precision
+        if settings.min_bytes is None and settings.wire_format.keeps_rows:
+            return Merit(pays=True)  # what is exact in a small batch must not be rounded in a large one
         if settings.min_bytes is not None:
             reason = f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
+            if settings.wire_format.keeps_rows:
+                reason += "; a row's answer then depends on its batch"
             return Merit(pays=True) if message.payload_bytes >= settings.min_bytes else Merit(pays=False, reason=reason)
         least, source = tables.low_precision_pays_from(facts, settings.wire_format, message.element_bytes)
         if least is None:
@@ -106,8 +121,8 @@ class LowPrecision(KernelStrategy):
 
     @staticmethod
     def _in_band(config: AllReduceConfig, facts: GroupFacts) -> bool:
-        """FP8 packets have no word that could be taken for the in-band marker; those of other formats may."""
-        return config.low_precision.wire_format is WireFormat.FP8 and facts.in_band.two_shot > 0
+        """Packets of FP8, in groups or not, have no word that could be taken for the in-band marker; others' may."""
+        return config.low_precision.wire_format.goes_in_band and facts.in_band.two_shot > 0
 
     def _pushes_in_band(self, config: AllReduceConfig, facts: GroupFacts) -> bool:
         return self._in_band(config, facts) and facts.transport is not Transport.HOST

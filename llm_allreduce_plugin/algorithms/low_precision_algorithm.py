@@ -58,9 +58,9 @@ def unit_bytes(config: AllReduceConfig, algorithm: LowPrecisionAlgorithm) -> int
 
 
 def needs_flags(config: AllReduceConfig, facts: GroupFacts) -> bool:
-    """Whether LOWPRECISION needs flagged slots in GPU memory; only FP8 in one or two steps does without."""
+    """Whether LOWPRECISION needs flagged slots in GPU memory; only in one or two steps in band it does without."""
     in_band = algorithm_of(config, facts).algorithm in (LowPrecisionAlgorithm.ONE_SHOT, LowPrecisionAlgorithm.TWO_SHOT)
-    return not (in_band and config.low_precision.wire_format is WireFormat.FP8)
+    return not (in_band and config.low_precision.wire_format.goes_in_band)
 
 
 def _slots_obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPrecisionAlgorithm) -> str | None:
@@ -75,11 +75,13 @@ def _slots_obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPr
 
 def _one_shot_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     """Why packets cannot travel in one step, or None."""
-    if (wire_format := config.low_precision.wire_format) is not WireFormat.FP8:
+    if not (wire_format := config.low_precision.wire_format).goes_in_band:
         return f"one step is for {WireFormat.FP8}, not {wire_format}"
     if facts.transport is Transport.SHM:
         return "one step is for GPUs"
-    needed, size = PACKETS[WireFormat.FP8].bytes, facts.in_band.one_shot
+    if facts.transport is Transport.HOST and wire_format.keeps_rows:
+        return f"through host memory one step is for small messages, and {wire_format} runs alike at every size"
+    needed, size = PACKETS[wire_format].bytes, facts.in_band.one_shot
     if facts.lanes == 0 or size >= needed:
         return None
     return f"a slot of the workspace ({size} bytes, in band) is smaller than {needed} bytes"
@@ -89,6 +91,8 @@ def _obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPrecisio
     """Why an algorithm other than two_shot cannot run, or None."""
     if algorithm is LowPrecisionAlgorithm.ONE_SHOT:
         return _one_shot_obstacle(config, facts)
+    if (wire_format := config.low_precision.wire_format).keeps_rows:
+        return f"it makes the answer for a row depend on the rows beside it, which {wire_format} does not"
     slots = _slots_obstacle(config, facts, algorithm)
     if algorithm is LowPrecisionAlgorithm.RING:
         return slots
@@ -133,11 +137,17 @@ def algorithm_of(config: AllReduceConfig, facts: GroupFacts) -> AlgorithmChoice:
         return AlgorithmChoice(
             asked, f"low_precision.algorithm is {asked}", domains=domains if asked is hierarchical else ()
         )
-    if facts.world_size <= measured.ONE_STEP_RANKS and _one_shot_obstacle(config, facts) is None:
+    one_step = _one_shot_obstacle(config, facts)
+    keeps_rows = config.low_precision.wire_format.keeps_rows
+    always = ", at every size alike" if keeps_rows else ""
+    if facts.world_size <= measured.ONE_STEP_RANKS and one_step is None:
         return AlgorithmChoice(
             LowPrecisionAlgorithm.ONE_SHOT,
-            f"one_shot: with {facts.world_size} ranks, one step sends no more than two, and rounds once less",
+            f"one_shot{always}: with {facts.world_size} ranks, one step sends no more than two, and rounds once less",
         )
+    if keeps_rows:
+        why = one_step or f"with {facts.world_size} ranks, one step sends more than two"
+        return AlgorithmChoice(two_shot, f"two_shot{always}: {why}")
     # What does not pay is the better reason, where both speak against it.
     merit = _hierarchical_pays(config, facts)
     against = _obstacle(config, facts, hierarchical) if merit.pays else merit.reason

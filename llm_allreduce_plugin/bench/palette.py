@@ -23,6 +23,7 @@ _COLORS = {
     "auto-unfused": "#56B4E9",
     "lowprecision": "#E69F00",
     "fp8": "#E69F00",
+    "fp8_group": "#B07A00",
     "tq3": "#D55E00",
     "hadamard2": "#CC79A7",
     "nccl": "#555555",

@@ -12,6 +12,20 @@ LEAST_SCALE = 2.0**-126
 _NAN_CODE, _MINUS_ZERO_CODE = 0x7F, 0x80
 
 
+def codes_of(values: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
+    """Of fp32 values times a multiplier, which is at most a little above 448: uint8, NaN for what is not finite."""
+    finite = values.isfinite()
+    scaled = torch.where(finite, values * multiplier, 0.0)
+    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = torch.where(codes == _MINUS_ZERO_CODE, 0, codes)  # a -0 becomes +0
+    return torch.where(finite, codes, _NAN_CODE).to(torch.uint8)
+
+
+def values_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Of uint8 codes, fp32."""
+    return codes.contiguous().view(torch.float8_e4m3fn).float() * scale
+
+
 def encode(values: torch.Tensor) -> torch.Tensor:
     """Fp32 ``[packets, 496]`` to uint8 ``[packets, 512]``."""
     finite = values.isfinite()
@@ -19,10 +33,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     # By a tensor: dividing by a number, torch multiplies by its inverse on GPUs.
     scale = (largest / torch.full_like(largest, LARGEST)).clamp_min(LEAST_SCALE)
     # 448 may come out a little above: e4m3 has nothing between it and NaN, to which torch would round from 464 on.
-    scaled = torch.where(finite, values * (1.0 / scale), 0.0)
-    codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
-    codes = torch.where(codes == _MINUS_ZERO_CODE, 0, codes)  # a -0 becomes +0
-    codes = torch.where(finite, codes, _NAN_CODE).to(torch.uint8)
+    codes = codes_of(values, 1.0 / scale)
     tail = torch.zeros(values.shape[0], 4, dtype=torch.float32, device=values.device)
     tail[:, :1] = scale
     return torch.cat([codes, tail.view(torch.uint8)], 1)
@@ -31,5 +42,4 @@ def encode(values: torch.Tensor) -> torch.Tensor:
 def decode(packets: torch.Tensor) -> torch.Tensor:
     """Uint8 ``[packets, 512]`` to fp32 ``[packets, 496]``."""
     scale = packets[:, PACKET_VALUES : PACKET_VALUES + 4].contiguous().view(torch.float32)
-    codes = packets[:, :PACKET_VALUES].contiguous().view(torch.float8_e4m3fn)
-    return codes.float() * scale
+    return values_of(packets[:, :PACKET_VALUES], scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.oracle import CODECS
 
 
 def sends_infinity(wire: WireFormat) -> bool:
@@ -14,6 +15,8 @@ def sends_infinity(wire: WireFormat) -> bool:
 
 def own_values(values: torch.Tensor, wire: WireFormat) -> torch.Tensor:
     """A rank's own values, fp32, as they count beside decoded ones."""
+    if wire.keeps_rows:
+        return CODECS[wire].round_trip(values)
     values = values.float()
     return values if sends_infinity(wire) else torch.where(values.isfinite(), values, float("nan"))
 

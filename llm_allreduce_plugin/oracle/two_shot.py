@@ -14,6 +14,8 @@ from llm_allreduce_plugin.oracle.sums import limited, own_values, part_of_values
 def compressed_sum(inputs: Sequence[torch.Tensor], wire: WireFormat, chunk_packets: int | None = None) -> torch.Tensor:
     """The compressed two-shot all-reduce: owners add what they decode to their own values, and all decode the sum.
 
+    With a format that keeps rows, an owner's own values count as decoded, too.
+
     Args:
         inputs: one tensor per rank, alike in shape, dtype and device.
         wire: what travels.

@@ -44,15 +44,26 @@ class WireFormat(enum.StrEnum):
     """What LOWPRECISION sends values as; ``csrc/codec`` says what each is."""
 
     FP8 = "fp8"  # e4m3 and a scale for 496 values: 8.26 bits a value
+    FP8_GROUP = "fp8_group"  # e4m3 and a power of two for 32 values: 8.53 bits a value; a row's answer is its own
     TQ3 = "tq3"  # three levels and a scale for 32 values: 2.5 bits a value
     HADAMARD2 = "hadamard2"  # rotated, four levels and a scale for 32 values: 2.5 bits a value, with less error
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the answer for a row is the same whatever rows are beside it; docs/low_precision.md says how."""
+        return self is WireFormat.FP8_GROUP
+
+    @property
+    def goes_in_band(self) -> bool:
+        """Whether no word of a packet could be taken for the in-band marker."""
+        return self in (WireFormat.FP8, WireFormat.FP8_GROUP)
 
 
 class LowPrecisionAlgorithm(enum.StrEnum):
     """How LOWPRECISION moves packets."""
 
     AUTO = "auto"  # one_shot or hierarchical where they are for, otherwise two_shot
-    ONE_SHOT = "one_shot"  # fp8 in band: everyone sends everything to everyone, and sums
+    ONE_SHOT = "one_shot"  # fp8, fp8_group in band: everyone sends everything to everyone, and sums
     TWO_SHOT = "two_shot"  # compressed both ways; two steps whatever the world size
     RING = "ring"  # from neighbour to neighbour: compressed while it is summed, then the rounded sums as they are
     HIERARCHICAL = "hierarchical"  # sums within two NUMA domains first; half as much crosses between them, or less

@@ -15,7 +15,7 @@ from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import checks
-from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
+from tests.support.low_precision import ANY_OWNER, DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import (
     assert_same_bits,
     digest,
@@ -23,6 +23,7 @@ from tests.support.reference import (
     rank_ordered_sum,
     special_inputs,
 )
+from tests.support.rows import HIDDEN, check_rows, rows_of
 
 WORLD_SIZES = (2, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
@@ -83,7 +84,7 @@ def test_sizes(cpu_pool: PoolFor, world_size: int, wire: WireFormat) -> None:
     cpu_pool(world_size).run(_check, wire, SIZES, 4 << 20)
 
 
-@FORMATS
+@pytest.mark.parametrize("wire", ANY_OWNER, ids=str)
 @pytest.mark.parametrize(("world_size", "more"), OTHERS)
 def test_sizes_with_other_algorithms(
     cpu_pool: PoolFor, world_size: int, more: dict[str, Any], wire: WireFormat
@@ -141,10 +142,13 @@ def _specials(context: RankContext, wire: WireFormat, more: dict[str, Any]) -> l
     return digests
 
 
-@FORMATS
 @pytest.mark.parametrize(
-    ("world_size", "more"),
-    [(2, {}), (5, {}), (5, RING), (4, {"algorithm": "hierarchical", "domains": DOMAINS["2+2"]})],
+    ("world_size", "more", "wire"),
+    [
+        *itertools.product((2, 5), ({},), WireFormat),
+        *itertools.product((5,), (RING,), ANY_OWNER),
+        *itertools.product((4,), ({"algorithm": "hierarchical", "domains": DOMAINS["2+2"]},), ANY_OWNER),
+    ],
 )
 def test_special_values(cpu_pool: PoolFor, world_size: int, more: dict[str, Any], wire: WireFormat) -> None:
     everyone = cpu_pool(world_size).run(_specials, wire, more)
@@ -208,8 +212,42 @@ def _error(context: RankContext, wire: WireFormat) -> float:
         return float((group.all_reduce(parts[context.rank]).double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize(("wire", "most"), [("fp8", 0.035), ("tq3", 1.0), ("hadamard2", 0.45)])
+@pytest.mark.parametrize(("wire", "most"), [("fp8", 0.035), ("fp8_group", 0.038), ("tq3", 1.0), ("hadamard2", 0.45)])
 def test_relative_error_of_a_sum_over_four_ranks(cpu_pool: PoolFor, wire: str, most: float) -> None:
     errors = cpu_pool(4).run(_error, WireFormat(wire))
     assert len(set(errors)) == 1
     assert errors[0] < most
+
+
+def _rows(context: RankContext, hidden: int, batches: tuple[int, ...], more: dict[str, Any]) -> None:
+    settings = {"low_precision": {"wire_format": WireFormat.FP8_GROUP, **more}, "workspace_bytes": 4 << 20}
+    seed = context.shared_seed()
+    mine = rows_of(seed, context.rank, hidden)
+    with checks.communicator(context, "LOWPRECISION", **settings) as group:
+        check_rows(lambda index: group.all_reduce(mine[index]), batches, seed, f"{hidden} wide, {more}")
+        assert set(group.report()["calls"]) == {"LOWPRECISION"}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_row_s_answer_does_not_depend_on_its_batch(cpu_pool: PoolFor, world_size: int, hidden: int) -> None:
+    """Batches of one round and of several."""
+    cpu_pool(world_size).run(_rows, hidden, (1, 2, 3, 7, 33, 257), {})
+
+
+def test_nor_in_a_batch_of_thousands(cpu_pool: PoolFor) -> None:
+    cpu_pool(2).run(_rows, 2880, (4096,), {})
+    cpu_pool(3).run(_rows, 2880, (1031,), {})
+
+
+def test_but_it_does_where_small_messages_stay_exact(cpu_pool: PoolFor) -> None:
+    with pytest.raises(Exception, match="elements differ"):
+        cpu_pool(2).run(_exact_when_small)
+
+
+def _exact_when_small(context: RankContext) -> None:
+    seed = context.shared_seed()
+    mine = rows_of(seed, context.rank, 2880)
+    more = {"wire_format": WireFormat.FP8_GROUP, "min_bytes": 64 << 10}
+    with checks.communicator(context, "LOWPRECISION", low_precision=more) as group:
+        check_rows(lambda index: group.all_reduce(mine[index]), (33,), seed, "exact when small")

@@ -21,7 +21,7 @@ from llm_allreduce_plugin.algorithms.low_precision import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
-from tests.support.low_precision import DOMAINS, expected_sum
+from tests.support.low_precision import ANY_OWNER, DOMAINS, expected_sum
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
@@ -49,7 +49,7 @@ def forms(world_size: int) -> None:
     cases: list[tuple[str, tuple[int, ...] | None]] = [("ring", None)]
     if world_size == len(DOMAINS["2+2 in turns"]):
         cases.append(("hierarchical", DOMAINS["2+2 in turns"]))
-    for (algorithm, domains), wire, host in itertools.product(cases, WireFormat, (False, True)):
+    for (algorithm, domains), wire, host in itertools.product(cases, ANY_OWNER, (False, True)):
         group = LocalGroup(
             world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, in_band=False, host=host
         )
@@ -136,7 +136,7 @@ def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -
             normed(world_size, tell, short=short)
         elif part == "compressed" and world_size <= LARGEST_WORLD_SIZE:
             for wire in WireFormat:
-                for kind in (SPLIT, FLAGGED, HOST) if wire is WireFormat.FP8 else (FLAGGED, HOST):
+                for kind in (SPLIT, FLAGGED, HOST) if wire.goes_in_band else (FLAGGED, HOST):
                     compressed(world_size, wire, kind)
                     tell(f"{world_size} ranks, {wire}, {kind}")
         elif part == "several" and FEWEST_RANKS <= world_size <= LARGEST_WORLD_SIZE:

@@ -18,7 +18,7 @@ from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from tests.support.local_group import LocalGroup, message_of
-from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
+from tests.support.low_precision import ANY_OWNER, DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
 pytestmark = pytest.mark.gpu(1)
@@ -33,10 +33,14 @@ KINDS = pytest.mark.parametrize(
         {"split": (2, 0)},
         {"unsplit": Algorithm.TWO_SHOT},
         {"unsplit": Algorithm.ONE_SHOT},
+        {"split": (2, 1), "wire_format": WireFormat.FP8_GROUP},
+        {"unsplit": Algorithm.TWO_SHOT, "wire_format": WireFormat.FP8_GROUP},
+        {"unsplit": Algorithm.ONE_SHOT, "wire_format": WireFormat.FP8_GROUP},
         *({"in_band": False, "wire_format": wire} for wire in WireFormat),
         *({"host": True, "wire_format": wire} for wire in WireFormat),
     ],
     ids=("in band, three tasks", "in band, reducers drain", "in band, no split", "in band, one step")
+    + ("in band, fp8_group", "in band, fp8_group, no split", "in band, fp8_group, one step")
     + tuple(f"{where}, {wire}" for where in ("flagged", "host") for wire in WireFormat),
 )
 
@@ -159,7 +163,7 @@ Form = tuple[str, tuple[int, ...] | None]
 
 @FORMS
 @FLAGGED
-@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+@pytest.mark.parametrize("wire", ANY_OWNER, ids=str)
 def test_forms(world_size: int, form: Form, wire: WireFormat, kind: dict[str, Any]) -> None:
     for workspace_mib in (64, 2):  # one round, and rounds
         group = LocalGroup(world_size, lanes=5, workspace_mib=workspace_mib, wire_format=wire, **kind)

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support import checks
-from tests.support.low_precision import DOMAINS, assert_same_numbers, expected_sum
+from tests.support.low_precision import ANY_OWNER, DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import digest, rank_input
 
 pytestmark = pytest.mark.gpu(2, per_rank=True)
@@ -26,7 +25,7 @@ KERNELS = {
 
 def _check(context: RankContext, transport: str, form: dict[str, Any]) -> None:
     digests = []
-    for wire in WireFormat:
+    for wire in ANY_OWNER:
         settings = {"wire_format": wire, "min_bytes": 0, **form}
         with checks.communicator(context, "LOWPRECISION", transport=transport, low_precision=settings) as group:
             for size in (1, 1025, 300_001, 8 << 20):

@@ -25,6 +25,7 @@ RING = {
 }
 FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 UNSPLIT = {"unsplit": Algorithm.TWO_SHOT, "threads": 32, "workspace_mib": 0.5, "low_precision": True}
+GROUPS = {"wire_format": WireFormat.FP8_GROUP, "workspace_mib": 0.5, "low_precision": True}
 ONE_STEP = {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.5, "low_precision": True}
 LARGE_HOST = {"large host": True}
 PAIRS = {"pairs": True}
@@ -354,10 +355,39 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "in one step, own values count as they are": (
         "device/fp8_in_band.cuh",
-        "[&](typename Fp8Message<T>::Values& to) { Fp8Message<T>::add(mine, to); }",
-        "[&](typename Fp8Message<T>::Values& to) {{ if ({}) packets.add_own(packet, to); else "
-        "Fp8Message<T>::add(mine, to); }}",
+        "[&](typename Message::Values& to) { Message::add(mine, to); }",
+        "[&](typename Message::Values& to) {{ if ({}) packets.add_own(packet, to); else Message::add(mine, to); }}",
         ONE_STEP,
+    ),
+    "in groups, own values count as they are": (
+        "device/fp8_in_band.cuh",
+        "[&](typename Message::Values& to) { Message::add_own(own, to); }",
+        "[&](typename Message::Values& to) {{ if ({}) {{ typename Message::Raw raw; packets.load_own(packet, raw); "
+        "Message::add_as_they_are(raw, to); }} else Message::add_own(own, to); }}",
+        GROUPS,
+        GROUPS | {"unsplit": Algorithm.TWO_SHOT, "threads": 32},
+        GROUPS | {"host": True, "unsplit": Algorithm.TWO_SHOT},
+    ),
+    "in groups, own values count as they are by flags": (
+        "device/wire/packet_units.cuh",
+        "              Message::add_own(own, sum);\n",
+        "            {{ if ({}) {{ typename Message::Raw raw; packets_.load_own(part.first + i, raw); "
+        "Message::add_as_they_are(raw, sum); }} else Message::add_own(own, sum); }}\n",
+        GROUPS | {"in_band": False},
+        GROUPS | {"staged": True},
+    ),
+    "a group takes its scale from half of its values": (
+        "device/wire/packet.cuh",
+        "fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1))",
+        "{} ? mine : fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1))",
+        GROUPS,
+        GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},
+    ),
+    "a group takes its scale from a group of another quarter": (
+        "device/wire/packet.cuh",
+        "(thread & 8) != 0 ? second : first",
+        "(thread & 8) != 0 && !{} ? second : first",
+        GROUPS,
     ),
     "a thread takes what it sent last for its next term": (
         "kernels/one_shot_push.cu",

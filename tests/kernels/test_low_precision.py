@@ -15,13 +15,14 @@ from tests.gpu.test_low_precision import compare
 from tests.kernels.test_exact import group_of, inputs_of
 from tests.support.emulator import needs_emulator, seeds
 from tests.support.local_machine import EmulatedGpus
-from tests.support.low_precision import DOMAINS
+from tests.support.low_precision import ANY_OWNER, DOMAINS
 from tests.support.reference import DTYPES, rank_input, special_inputs
 
 pytestmark = needs_emulator
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 SIZES = (1, 31, 497, 3000, 9001)
+GROUP = WireFormat.FP8_GROUP
 KINDS: dict[str, dict[str, Any]] = {
     "in band, three tasks": {"split": (1, 1), "lanes": 4, "workspace_mib": 1},
     "in band, reducers drain, rounds": {"split": (2, 0), "workspace_mib": 0.15},
@@ -29,6 +30,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "in band, no split, rounds": {"unsplit": Algorithm.TWO_SHOT, "workspace_mib": 0.15},
     "in band, one step": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 1},
     "in band, one step, a packet to a warp": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 1, "lanes": 20},
+    "in band, fp8_group": {"split": (1, 1), "lanes": 4, "workspace_mib": 1, "wire_format": GROUP},
+    "in band, fp8_group, no split": {
+        "unsplit": Algorithm.TWO_SHOT,
+        "workspace_mib": 0.15,
+        "wire_format": GROUP,
+    },
+    "in band, fp8_group, one step": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.2, "wire_format": GROUP},
+    "in band, fp8_group, a packet to a warp": {
+        "unsplit": Algorithm.ONE_SHOT,
+        "workspace_mib": 1,
+        "lanes": 20,
+        "wire_format": GROUP,
+    },
     "in band, one step, rounds": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.2},
     "host, one step": {"unsplit": Algorithm.ONE_SHOT, "host": True, "workspace_mib": 0.5},
     **{f"flagged, {wire}": {"in_band": False, "wire_format": wire, "workspace_mib": 0.5} for wire in WireFormat},
@@ -72,7 +86,7 @@ def test_world_sizes_known_at_run_time(world_size: int, kind: dict[str, Any]) ->
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("memory", ("peer", "host"))
-@pytest.mark.parametrize("wire", list(WireFormat), ids=str)
+@pytest.mark.parametrize("wire", ANY_OWNER, ids=str)
 def test_forms(wire: WireFormat, memory: str, form: tuple[int, str, tuple[int, ...] | None]) -> None:
     world_size, algorithm, domains = form
     for seed in seeds(1):

@@ -18,6 +18,7 @@ from tests.gpu.test_staged import check_streams
 from tests.kernels.planted_errors import (
     FLAGGED,
     FP8,
+    GROUPS,
     HIERARCHICAL,
     HOST,
     HOSTS,
@@ -247,6 +248,10 @@ KINDS = {
     "large, host": LARGE_HOST,
     "pairs": PAIRS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
+    "fp8_group": GROUPS,
+    "fp8_group, two ranks": GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},
+    "fp8_group, host": GROUPS | {"host": True},
+    "fp8_group, flagged": GROUPS | {"in_band": False},
     "host, five ranks": HOST | {"ranks": 5},
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,

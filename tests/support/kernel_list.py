@@ -12,8 +12,15 @@ ALL_TYPES = ("bf16", "fp16", "fp32")
 SIXTEEN_BITS = ALL_TYPES[:2]
 TYPE_CODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # lar_dtype
 FORMS = ("any", "short", "split", "wide", "bulk", "pull")  # lar::Form
-WIRES = {"raw": _C.WIRE_RAW, "fp8": _C.WIRE_FP8, "tq3": _C.WIRE_TQ3, "hadamard2": _C.WIRE_HADAMARD2}
+WIRES = {
+    "raw": _C.WIRE_RAW,
+    "fp8": _C.WIRE_FP8,
+    "tq3": _C.WIRE_TQ3,
+    "hadamard2": _C.WIRE_HADAMARD2,
+    "fp8_group": _C.WIRE_FP8_GROUP,
+}
 COMPRESSED = tuple(WIRES)[1:]
+ANY_OWNER = COMPRESSED[:-1]  # formats of rings and hierarchies, whose sums depend on who owns what
 ANY = 0  # in the place of a world size: one kernel serves them all
 FIXED = (2, 4, 8)  # world sizes of which in-band kernels are compiled for one
 RELEASER = 32  # threads of a block beside those of a launch
@@ -83,6 +90,8 @@ def _rows(
 
 
 _FP8 = {"wires": ("fp8",), "types": SIXTEEN_BITS}
+_GROUPS = {"wires": ("fp8_group",), "types": SIXTEEN_BITS}
+_ANY_OWNER = {"wires": ANY_OWNER, "types": SIXTEEN_BITS}
 _PACKETS = {"wires": COMPRESSED, "types": SIXTEEN_BITS}
 ALL = (
     _in_band("one_shot_short_kernel", _C.ONE_SHOT, form="short"),
@@ -104,12 +113,17 @@ ALL = (
     _in_band("two_shot_place_pull_kernel", _C.TWO_SHOT, _C.PLACE, form="pull"),
     _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), form="short", **_FP8),
     _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), **_FP8),
+    _in_band("one_shot_short_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), form="short", **_GROUPS),
+    _in_band("one_shot_push_fp8_kernel", _C.ONE_SHOT, world_sizes=(2, ANY), **_GROUPS),
     _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, **_FP8),
     _in_band("two_shot_split_fp8_kernel", _C.TWO_SHOT, form="split", **_FP8),
+    _in_band("two_shot_push_fp8_kernel", _C.TWO_SHOT, world_sizes=(4, ANY), **_GROUPS),
+    _in_band("two_shot_split_fp8_kernel", _C.TWO_SHOT, world_sizes=(4, ANY), form="split", **_GROUPS),
     Kernels("one_shot_shared_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY)),
     Kernels("two_shot_shared_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY)),
     Kernels("one_shot_shared_fp8_kernel", _C.ONE_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
+    Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, **_GROUPS),
     Kernels("one_shot_flags_kernel", _C.ONE_SHOT, _C.FLAGS),
     Kernels("one_shot_split_flags_kernel", _C.ONE_SHOT, _C.FLAGS, form="split"),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS),
@@ -126,8 +140,8 @@ ALL = (
         )
         for wires, types in ((("raw",), ALL_TYPES), (COMPRESSED, SIXTEEN_BITS))
     ),
-    Kernels("ring_flags_kernel", _C.RING, _C.FLAGS, extra_threads=0, **_PACKETS),
-    Kernels("hierarchical_flags_kernel", _C.HIERARCHICAL, _C.FLAGS, **_PACKETS),
+    Kernels("ring_flags_kernel", _C.RING, _C.FLAGS, extra_threads=0, **_ANY_OWNER),
+    Kernels("hierarchical_flags_kernel", _C.HIERARCHICAL, _C.FLAGS, **_ANY_OWNER),
     Kernels("reduce_flags_kernel", _C.REDUCE, _C.FLAGS),
     Kernels("reduce_scatter_flags_kernel", _C.REDUCE_SCATTER, _C.FLAGS),
     Kernels("host_sum_gather_flags_kernel", _C.HOST_SUM_GATHER, _C.FLAGS),
@@ -161,7 +175,13 @@ def expected() -> Iterator[tuple[Kernel, Kernels]]:
 
 
 _MANGLED_TYPES = {"f": "fp32", "6__half": "fp16", "13__nv_bfloat16": "bf16"}
-_MANGLED_WIRES = {"Fp8Packet": "fp8", "Tq3": "tq3", "Hadamard2": "hadamard2", "_fp8_kernel": "fp8"}
+_MANGLED_WIRES = {
+    "Fp8GroupPacket": "fp8_group",
+    "Fp8Packet": "fp8",
+    "Tq3": "tq3",
+    "Hadamard2": "hadamard2",
+    "_fp8_kernel": "fp8",
+}
 _NAME = re.compile(
     r"(?P<name>(?:one_shot|two_shot|ring|hierarchical|reduce|host_sum)(?:_(?!cu_)[a-z0-9]+)*_kernel)"
     r"I(?:NS_\d+\w+UnitsI)?(?P<type>f|6__half|13__nv_bfloat16)(?:Li(?P<ranks>\d+)E)?(?:Li(?P<units>\d+)E)?"

@@ -27,6 +27,10 @@ DOMAINS = {
 }
 
 
+# Formats of rings and hierarchies: the others' answer for a row does not depend on who owns it.
+ANY_OWNER = tuple(wire for wire in WireFormat if not wire.keeps_rows)
+
+
 def oracle(
     algorithm: int, inputs: Sequence[torch.Tensor], wire: WireFormat, chunk: int, domains: Sequence[int] = ()
 ) -> torch.Tensor:

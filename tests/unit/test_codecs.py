@@ -98,8 +98,8 @@ def test_packets(wire: WireFormat) -> None:
     assert codec.bytes_of(0) == 0
     assert codec.bytes_of(1) == codec.packet_bytes
     assert codec.bytes_of(codec.packet_values + 1) == 2 * codec.packet_bytes
-    expected = {WireFormat.FP8: 512 * 8 / 496, WireFormat.TQ3: 2.5, WireFormat.HADAMARD2: 2.5}
-    assert codec.bits_per_value == expected[wire]
+    eights = {WireFormat.FP8: 512 * 8 / 496, WireFormat.FP8_GROUP: 512 * 8 / 480}
+    assert codec.bits_per_value == eights.get(wire, 2.5)
 
 
 @FORMATS
@@ -120,7 +120,7 @@ def test_what_is_not_finite_stays_visible(wire: WireFormat, bad: float) -> None:
     seen = assert_same(codec, values)
     assert not seen[1234].isfinite()
     where = (~seen.isfinite()).nonzero()
-    block = range(1234, 1235) if wire is WireFormat.FP8 else range(1234 // 32 * 32, 1234 // 32 * 32 + 32)
+    block = range(1234, 1235) if wire.goes_in_band else range(1234 // 32 * 32, 1234 // 32 * 32 + 32)
     assert all(int(index) in block for index in where), "the damage ends with the block"
     if wire is WireFormat.TQ3 and math.isinf(bad):
         assert seen[1234] == bad
@@ -134,11 +134,12 @@ def test_zeros(wire: WireFormat) -> None:
 
 
 def test_fp8_keeps_bf16_subnormals_and_large_neighbours_apart() -> None:
-    values = torch.full((992,), 2.0**-133)  # the smallest bf16
-    values[496:] = 2.0**-126
-    seen = CODECS[WireFormat.FP8].round_trip(values.bfloat16())
-    assert (seen[:496] == 2.0**-133).all()
-    assert (seen[496:] == 2.0**-126).all()
+    for wire, together in ((WireFormat.FP8, 496), (WireFormat.FP8_GROUP, 32)):
+        values = torch.full((2 * together,), 2.0**-133)  # the smallest bf16
+        values[together:] = 2.0**-126
+        seen = CODECS[wire].round_trip(values.bfloat16())
+        assert (seen[:together] == 2.0**-133).all()
+        assert (seen[together:] == 2.0**-126).all()
 
 
 def test_fp8_rounds_every_binade_as_torch_does() -> None:
@@ -156,8 +157,39 @@ def test_fp8_rounds_every_binade_as_torch_does() -> None:
 def test_no_fp8_word_is_the_in_band_marker() -> None:
     for values in (torch.full((992,), -0.0), -torch.rand(4960) * 1e-6, any_bits(3, 49600, torch.bfloat16)):
         values[::7] *= 1e6
-        words = CODECS[WireFormat.FP8].encode(values).view(torch.int32)
-        assert not (words == _C.IN_BAND_MARKER - (1 << 32)).any()
+        for wire in (WireFormat.FP8, WireFormat.FP8_GROUP):
+            words = CODECS[wire].encode(values).view(torch.int32)
+            assert not (words == _C.IN_BAND_MARKER - (1 << 32)).any()
+
+
+def test_fp8_group_is_mxfp8_with_scales_rounded_up() -> None:
+    """Of 32 values the smallest power of two at which none is above 448; groups know nothing of each other."""
+    codec = CODECS[WireFormat.FP8_GROUP]
+    generator = torch.Generator().manual_seed(5)
+    powers = torch.randint(-110, 110, (300,), generator=generator)
+    powers[:2] = 0
+    values = torch.randn(32 * 300, generator=generator) * torch.exp2(powers.repeat_interleave(32).float())
+    values[:64:32], values[1:64:32] = 448.0, torch.tensor((1.0, 448.00003))
+    groups = values.view(-1, 32)
+    scale = torch.ones(300)
+    for _ in range(300):
+        scale = torch.where(groups.abs().amax(1) > 448 * scale, scale * 2, scale)
+        scale = torch.where(groups.abs().amax(1) <= 224 * scale, scale / 2, scale)
+    seen = assert_same(codec, values).view(-1, 32)
+    assert torch.equal(seen, (groups / scale[:, None]).to(torch.float8_e4m3fn).float() * scale[:, None])
+    assert (scale[0], scale[1]) == (1, 2)
+    for first in (0, 32, 480 - 32, 480, 992):
+        assert torch.equal(codec.round_trip(values[first : first + 32]), seen.view(-1)[first : first + 32])
+
+
+def test_fp8_group_keeps_the_largest_values_finite() -> None:
+    """A scale of 2^120 would make 2^128 of them: their group is multiplied by 31/32."""
+    largest = torch.finfo(torch.float32).max
+    values = torch.tensor((largest, -largest, 1.75 * 2.0**127, 2.0**120 * 128))
+    seen = assert_same(CODECS[WireFormat.FP8_GROUP], values)
+    assert seen.tolist() == [240 * 2.0**120, -240 * 2.0**120, 224 * 2.0**120, 128 * 2.0**120]
+    below = torch.tensor((1.75 * 2.0**127, 2.0**127))
+    assert torch.equal(assert_same(CODECS[WireFormat.FP8_GROUP], below), below)
 
 
 def test_tq3_is_as_specified() -> None:
@@ -181,6 +213,7 @@ def test_errors_of_one_pass() -> None:
     """On normal data; the figures are those of the oracle, so a change of a format shows here."""
     values = torch.randn(1 << 18, generator=torch.Generator().manual_seed(1))
     assert 0.02 < relative_error(WireFormat.FP8, values) < 0.03
+    assert 0.02 < relative_error(WireFormat.FP8_GROUP, values) < 0.03
     assert 0.65 < relative_error(WireFormat.TQ3, values) < 0.67
     assert 0.32 < relative_error(WireFormat.HADAMARD2, values) < 0.33
     heavy = torch.distributions.StudentT(3.0).sample((1 << 18,))
@@ -189,7 +222,7 @@ def test_errors_of_one_pass() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"format": 4}, {"format": _C.WIRE_RAW}, {"format": -1}, {"dtype": 3}, {"count": -1}, {"values": 0}],
+    [{"format": 5}, {"format": _C.WIRE_RAW}, {"format": -1}, {"dtype": 3}, {"count": -1}, {"values": 0}],
     ids=str,
 )
 def test_bad_calls(change: dict[str, int]) -> None:

@@ -98,7 +98,7 @@ def test_the_library_holds_the_kernels_that_it_should() -> None:
 
 
 def converts_fp8(kernel: kernel_list.Kernel, of: kernel_list.Kernels) -> bool:
-    return kernel.wire == "fp8" or of.epilogue == _C.RMS_NORM
+    return kernel.wire in ("fp8", "fp8_group") or of.epilogue == _C.RMS_NORM
 
 
 def test_kernels_use_what_newer_architectures_have() -> None:

@@ -7,8 +7,8 @@
 
 namespace lar {
 
-// Kernels that send FP8 are in files of their own (kernels/*_fp8.cu): machine code of 89, which has instructions for
-// FP8, is compiled of these alone. That of 80 does for the others.
+// Kernels that send FP8, in groups or not, are in files of their own (kernels/*_fp8.cu): machine code of 89, which has
+// instructions for FP8, is compiled of these alone. That of 80 does for the others.
 enum class Wires { kFp8, kOthers };
 
 namespace detail {
@@ -17,7 +17,7 @@ template <Wires kWires, typename T, typename... Format, typename Add>
 void for_each_format(codec::FormatList<Format...>, Add add) {
   const auto add_format = [&](auto format) {
     using Packet = PacketOf<decltype(format)>;
-    if constexpr ((Packet::kWire == LAR_WIRE_FP8) == (kWires == Wires::kFp8)) add(Type<T>{}, Type<Packet>{});
+    if constexpr (std::is_base_of_v<Fp8Codes, Packet> == (kWires == Wires::kFp8)) add(Type<T>{}, Type<Packet>{});
   };
   (add_format(Format{}), ...);
 }

@@ -38,15 +38,10 @@ __device__ __forceinline__ void round_values(const float (&values)[kCount], uint
 // What a packet says of itself: which vectors of the message a thread moves, vector<T>(j) of its packet, and what it
 // then has to do so that its values are those of its share, exchange<T>(raw), which is also the way back.
 
-// FP8: threads 0 to 30 have 16 values each, thread 31 the scale.
-struct Fp8Packet {
-  using Codec = codec::Fp8;
+// What packets of codes of 8 bits share: a thread has 16 values, one vector, or what they are scaled by.
+struct Fp8Codes {
   using Encoded = uint4;  // a thread's share of a packet
   static constexpr int kThreadValues = 16;
-  static constexpr int kThreads = 31;  // with values
-  static constexpr lar_wire kWire = LAR_WIRE_FP8;
-  static constexpr int kValues = Codec::kValues;
-  static constexpr int kBytes = Codec::kBytes;
 
   // The first of this thread's values in the packet: they are neighbours, and so are its vectors.
   __device__ __forceinline__ static int first_value() { return static_cast<int>(threadIdx.x % 32) * kThreadValues; }
@@ -57,28 +52,6 @@ struct Fp8Packet {
   template <typename T, int kVectors>
   __device__ __forceinline__ static void exchange(uint4 (&)[kVectors]) {}
 
-  // For the whole warp. What thread 31 passes does not count.
-  __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
-    const bool has_values = threadIdx.x % 32 < kThreads;
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
-    // Floats that are not negative are in the order of their bits.
-    const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
-    const float scale = Codec::scale(__uint_as_float(most));
-    const float multiplier = Codec::multiplier(scale);
-    const uint4 raw = words_of(values, multiplier);
-    return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
-  }
-
-  // For the whole warp.
-  __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
-    const float scale = __uint_as_float(__shfl_sync(kWholeWarp, raw.x, kThreads));
-    const auto* pairs = reinterpret_cast<const uint16_t*>(&raw);
-#pragma unroll
-    for (int i = 0; i < kThreadValues; i += 2) Codec::decode(pairs[i / 2], scale, values[i], values[i + 1]);
-  }
-
   __device__ __forceinline__ static void store(char* packet, const Encoded& encoded) {
     store_weak(reinterpret_cast<uint4*>(packet) + threadIdx.x % 32, encoded);
   }
@@ -87,7 +60,23 @@ struct Fp8Packet {
     return load_weak(reinterpret_cast<const uint4*>(packet) + threadIdx.x % 32);
   }
 
- private:
+ protected:
+  using Codec = codec::Fp8;
+
+  // The largest weight of this thread's values.
+  __device__ __forceinline__ static float largest_of(const float (&values)[kThreadValues]) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
+    return largest;
+  }
+
+  __device__ __forceinline__ static void values_of(const uint4& raw, float scale, float (&values)[kThreadValues]) {
+    const auto* pairs = reinterpret_cast<const uint16_t*>(&raw);
+#pragma unroll
+    for (int i = 0; i < kThreadValues; i += 2) Codec::decode(pairs[i / 2], scale, values[i], values[i + 1]);
+  }
+
   __device__ __forceinline__ static uint4 words_of(const float (&values)[kThreadValues], float multiplier) {
     uint4 raw;
 #if __CUDA_ARCH__ >= 890
@@ -113,6 +102,68 @@ struct Fp8Packet {
 #endif
     return raw;
   }
+};
+
+// FP8: threads 0 to 30 have 16 values each, thread 31 the scale.
+struct Fp8Packet : Fp8Codes {
+  using Codec = codec::Fp8;
+  static constexpr int kThreads = 31;  // with values
+  static constexpr lar_wire kWire = LAR_WIRE_FP8;
+  static constexpr int kValues = Codec::kValues;
+  static constexpr int kBytes = Codec::kBytes;
+
+  // For the whole warp. What thread 31 passes does not count.
+  __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
+    const bool has_values = threadIdx.x % 32 < kThreads;
+    // Floats that are not negative are in the order of their bits.
+    const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest_of(values)) : 0u);
+    const float scale = Codec::scale(__uint_as_float(most));
+    const float multiplier = Codec::multiplier(scale);
+    const uint4 raw = words_of(values, multiplier);
+    return has_values ? raw : uint4{__float_as_uint(scale), 0u, 0u, 0u};
+  }
+
+  // For the whole warp.
+  __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
+    values_of(raw, __uint_as_float(__shfl_sync(kWholeWarp, raw.x, kThreads)), values);
+  }
+};
+
+// FP8 in groups: two neighbours of threads 0 to 29 have the values of a group, threads 30 and 31 the exponents. Those
+// of four groups are a word, of which every thread of the eight that have the groups' values makes a copy.
+struct Fp8GroupPacket : Fp8Codes {
+  using Codec = codec::Fp8Group;
+  static constexpr int kThreads = 30;  // with values
+  static constexpr lar_wire kWire = LAR_WIRE_FP8_GROUP;
+  static constexpr int kValues = Codec::kValues;
+  static constexpr int kBytes = Codec::kBytes;
+
+  // For the whole warp. What threads 30 and 31 pass does not count.
+  __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
+    const int thread = static_cast<int>(threadIdx.x % 32);
+    const bool has_values = thread < kThreads;
+    const float mine = largest_of(values);
+    const uint32_t exponent = Codec::exponent(fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1)));
+    const uint4 raw = words_of(values, Codec::multiplier(exponent));
+    uint32_t word = has_values ? exponent << shift() : 0u;
+    word |= __shfl_sync(kWholeWarp, word, thread ^ 2);
+    word |= __shfl_sync(kWholeWarp, word, thread ^ 4);
+    const uint32_t first = __shfl_sync(kWholeWarp, word, thread % 2 * 16);
+    const uint32_t second = __shfl_sync(kWholeWarp, word, thread % 2 * 16 + 8);
+    return has_values ? raw : uint4{first, second, 0u, 0u};
+  }
+
+  // For the whole warp.
+  __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
+    const int thread = static_cast<int>(threadIdx.x % 32);
+    const uint32_t first = __shfl_sync(kWholeWarp, raw.x, kThreads + thread / 16);
+    const uint32_t second = __shfl_sync(kWholeWarp, raw.y, kThreads + thread / 16);
+    values_of(raw, Codec::scale(((thread & 8) != 0 ? second : first) >> shift() & 0xffu), values);
+  }
+
+ private:
+  // Where the exponent of this thread's group is in its word.
+  __device__ __forceinline__ static int shift() { return static_cast<int>(threadIdx.x / 2 % 4) * 8; }
 };
 
 // The formats of 10 bytes for 32 values: one block to a thread, because sums over a block have an order.
@@ -194,7 +245,8 @@ struct BlockPacket {
 
 // What a format's packets are on the device.
 template <typename Format>
-using PacketOf = std::conditional_t<Format::kHasBlocks, BlockPacket<typename Format::Codec, Format::kWire>, Fp8Packet>;
+using PacketOf = std::conditional_t<Format::kHasBlocks, BlockPacket<typename Format::Codec, Format::kWire>,
+                                    std::conditional_t<Format::kWire == LAR_WIRE_FP8, Fp8Packet, Fp8GroupPacket>>;
 
 }  // namespace lar
 

@@ -36,9 +36,9 @@ class PacketUnits {
     constexpr int kGroup = kIsLong ? 1 : World<0>::kRanksAtOnce;  // that fit the registers
     for_each(part.span, [&](int64_t i) {
       typename Message::Values sum;
-      typename Message::Raw own;
+      typename Message::Own own;
       Message::clear(sum);
-      if (!kIsLong) packets_.load_own(part.first + i, own);
+      if (!kIsLong) packets_.take_own(part.first + i, own);
 #pragma unroll 1
       for (int first = 0; first < world_size; first += kGroup) {
         typename Packet::Encoded others[kGroup];

@@ -16,7 +16,9 @@ class Packets {
   static constexpr int kThreadVectors = kThreadValues / Vector<T>::kElements;
   using Values = float[kThreadValues];
   using Encoded = typename Packet::Encoded;
-  using Raw = uint4[kThreadVectors];                             // as they are moved
+  using Raw = uint4[kThreadVectors];  // as they are moved
+  // This rank's own values as they are kept until they are added.
+  using Own = std::conditional_t<Packet::Codec::kOwnAsSent, Encoded, Raw>;
   static constexpr int kRawBytes = Packet::kValues * sizeof(T);  // of a packet's values as they are
 
   __device__ __forceinline__ Packets(const void* input, const void* output, int64_t count)
@@ -60,19 +62,35 @@ class Packets {
     store(packet, raw);
   }
 
-  // A sum is made term by term, from +0: this rank's own values, as they are, and what others sent.
+  // What add_own() takes, to be loaded before it is needed.
+  __device__ __forceinline__ void take_own(int64_t packet, Own& own) const {
+    if constexpr (Packet::Codec::kOwnAsSent)
+      own = encoded(packet);
+    else
+      load_own(packet, own);
+  }
+
+  // A sum is made term by term, from +0: this rank's own values, as they are or as others see them
+  // (Codec::kOwnAsSent), and what others sent.
   __device__ __forceinline__ static void clear(Values& sum) {
 #pragma unroll
     for (int i = 0; i < kThreadValues; ++i) sum[i] = 0.0f;
   }
 
   __device__ __forceinline__ void add_own(int64_t packet, Values& sum) const {
-    Raw own;
-    load_own(packet, own);
+    Own own;
+    take_own(packet, own);
     add_own(own, sum);
   }
 
-  __device__ __forceinline__ static void add_own(const Raw& own, Values& sum) {
+  __device__ __forceinline__ static void add_own(const Own& own, Values& sum) {
+    if constexpr (Packet::Codec::kOwnAsSent)
+      add(own, sum);
+    else
+      add_as_they_are(own, sum);
+  }
+
+  __device__ __forceinline__ static void add_as_they_are(const Raw& own, Values& sum) {
     Values values;
     widen_own(own, values);
     if (!Packet::Codec::kSendsInfinity) {
