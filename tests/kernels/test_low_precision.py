@@ -16,7 +16,8 @@ from tests.kernels.test_exact import group_of, inputs_of
 from tests.support.emulator import needs_emulator, seeds
 from tests.support.local_machine import EmulatedGpus
 from tests.support.low_precision import ANY_OWNER, DOMAINS
-from tests.support.reference import DTYPES, rank_input, special_inputs
+from tests.support.reference import DTYPES, assert_same_bits, rank_input, special_inputs
+from tests.support.rows import HIDDEN, check_rows, rows_of
 
 pytestmark = needs_emulator
 
@@ -123,3 +124,35 @@ def test_codec_kernels_are_the_oracle(dtype: torch.dtype, wire: WireFormat) -> N
         assert torch.equal(seen[:count].isnan(), decoded.isnan())
         numbers = ~decoded.isnan()
         assert torch.equal(seen[:count][numbers], decoded[numbers])
+
+
+ROW_KINDS: dict[str, dict[str, Any]] = {
+    "in band, three tasks": {"split": (1, 1), "lanes": 4, "workspace_mib": 1},
+    "in band, no split, rounds": {"unsplit": Algorithm.TWO_SHOT, "workspace_mib": 0.15},
+    "in band, one step, rounds": {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.2},
+    "flagged": {"in_band": False, "workspace_mib": 0.5},
+    "host": {"host": True, "workspace_mib": 0.5},
+    "staged": {"staged": True, "in_band": False, "workspace_mib": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", ROW_KINDS.values(), ids=ROW_KINDS)
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_a_row_s_answer_does_not_depend_on_its_batch(world_size: int, kind: dict[str, Any]) -> None:
+    """Nor on who owns it: a part of a message ends in most rows."""
+    if "staged" in kind and world_size == 2:
+        pytest.skip("nothing is staged")
+    for seed in seeds(1):
+        group = group_of(seed, world_size, kind, wire_format=GROUP)
+        hidden = HIDDEN[(world_size + seed) % len(HIDDEN)] // 8  # 360, 512, 896, 1024
+        hidden -= hidden % 32
+        parts = [rows_of(seed, rank, hidden) for rank in range(world_size)]
+
+        def all_reduce(index: torch.Tensor, group: Any = group, parts: list[torch.Tensor] = parts) -> torch.Tensor:
+            inputs = [part[index].flatten() for part in parts]
+            outputs = group.all_reduce("LOWPRECISION", inputs)
+            for output in outputs[1:]:
+                assert_same_bits(output, outputs[0], "another rank")
+            return outputs[0].view(len(index), -1)
+
+        check_rows(all_reduce, (1, 2, 3, 5, 9, 17, 33), seed, f"{world_size} ranks, {hidden} wide")
