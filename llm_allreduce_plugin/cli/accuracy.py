@@ -10,6 +10,7 @@ import typer
 
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import WireFormat
+from llm_allreduce_plugin.wire import BETWEEN_HOSTS
 
 EPILOG = options.epilog(
     "llm-allreduce accuracy",
@@ -60,6 +61,7 @@ def accuracy(
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
     wires, sizes = _formats(formats), _ranks(ranks)
+    between = [wire for wire in wires if wire in BETWEEN_HOSTS]
     spread = [size for size in sizes if hosts > 1 and size % hosts == 0]
     if hosts > 1 and not spread:
         message = f"--hosts {hosts}: none of --tp {ranks} has as many ranks on each host"
@@ -71,7 +73,7 @@ def accuracy(
     typer.echo(f"# one all-reduce of bf16 [{synthetic.TOKENS}, {synthetic.HIDDEN}] against fp64")
     for data in synthetic.DATA:
         errors += [synthetic.measure(wire, size, data) for wire in (None, *wires) for size in sizes]
-        errors += [synthetic.measure(wire, size, data, hosts=hosts) for wire in (None, *wires) for size in spread]
+        errors += [synthetic.measure(wire, size, data, hosts=hosts) for wire in (None, *between) for size in spread]
     typer.echo(report.synthetic_table(errors))
     effects: list[minilm.Effect] = []
     if model:

@@ -20,6 +20,7 @@ from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import ANY_OWNER, DOMAINS, assert_same_numbers, expected_sum
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
+from tests.support.rows import HIDDEN, check_rows, rows_of
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -147,6 +148,35 @@ def _replay(group: LocalGroup, between: Callable[[int], None] = lambda turn: Non
         for output in outputs:
             assert_same_bits(output.cpu(), expected(group, fresh), f"turn {turn}")
         between(turn)
+
+
+ROW_KINDS: dict[str, dict[str, Any]] = {
+    "in band, three tasks": {"split": (2, 1)},
+    "in band, no split": {"unsplit": Algorithm.TWO_SHOT},
+    "in band, one step": {"unsplit": Algorithm.ONE_SHOT},
+    "flagged": {"in_band": False},
+    "host": {"host": True},
+    "staged": {"in_band": False, "staged": True, "lanes": 2},
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("kind", ROW_KINDS.values(), ids=ROW_KINDS)
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_a_row_s_answer_does_not_depend_on_its_batch(world_size: int, kind: dict[str, Any], hidden: int) -> None:
+    if "staged" in kind and world_size == 2:
+        pytest.skip("nothing is staged")
+    seed = fresh_seed()
+    group = LocalGroup(world_size, **({"lanes": 5, "workspace_mib": 8} | kind), wire_format=WireFormat.FP8_GROUP)
+    parts = [rows_of(seed, rank, hidden).to(group.device) for rank in range(world_size)]
+
+    def all_reduce(index: torch.Tensor) -> torch.Tensor:
+        inputs = [part[index.to(part.device)].flatten() for part in parts]
+        outputs = group.all_reduce("LOWPRECISION", inputs)
+        assert all(torch.equal(output.view(torch.int16), outputs[0].view(torch.int16)) for output in outputs)
+        return outputs[0].view(len(index), hidden)
+
+    check_rows(all_reduce, (1, 2, 3, 7, 33, 257, 1031), seed, f"{world_size} ranks, {hidden} wide")
 
 
 # -- as a ring and over domains: with flags, whatever the format -------------------------------------------------------

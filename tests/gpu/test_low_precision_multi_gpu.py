@@ -15,11 +15,13 @@ from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.low_precision import expected_sum
 from tests.support.reference import assert_same_bits, digest, rank_input
+from tests.support.rows import HIDDEN, check_rows, rows_of
 
 pytestmark = pytest.mark.gpu(2, per_rank=True)
 
 SIZES = (1, 497, 40_000, 300_001, 3_000_001)
 TRANSPORTS = ("peer", "host")
+BATCHES = (1, 2, 3, 7, 16, 33, 64, 129, 257, 515, 1031, 2048, 4096)
 
 
 def _check(context: RankContext, wire: WireFormat, dtype: torch.dtype, transport: str) -> None:
@@ -69,6 +71,48 @@ def _check(context: RankContext, wire: WireFormat, dtype: torch.dtype, transport
 def test_the_oracle_s_bits(gpu_pool: PoolFor, world_size: int, wire: WireFormat, transport: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         gpu_pool(world_size).run(_check, wire, dtype, transport)
+
+
+def _rows(context: RankContext, hidden: int, transport: str) -> None:
+    """Eager, and replayed from a graph of another batch."""
+    settings = {"low_precision": {"wire_format": WireFormat.FP8_GROUP}, "transport": transport}
+    seed = context.shared_seed()
+    mine = rows_of(seed, context.rank, hidden).to(context.device)
+    with checks.communicator(context, "LOWPRECISION", **settings) as group:
+
+        def all_reduce(index: torch.Tensor) -> torch.Tensor:
+            return group.all_reduce(mine[index.to(context.device)])
+
+        what = f"{hidden} wide, {context.world_size} ranks, through {transport}"
+        check_rows(all_reduce, BATCHES, seed, what)
+        assert set(group.report()["calls"]) == {"LOWPRECISION"}
+
+        graphs = {}
+        for tokens in (1, 5, 64, 700):
+            static = torch.zeros(tokens, hidden, dtype=mine.dtype, device=context.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                output = group.all_reduce(static)
+            graphs[tokens] = (graph, static, output)
+
+        def replay(index: torch.Tensor) -> torch.Tensor:
+            graph, static, output = graphs[len(index)]
+            static.copy_(mine[index.to(context.device)])
+            output.fill_(float("nan"))
+            graph.replay()
+            return output.clone()
+
+        check_rows(replay, (5, 64, 700), seed, f"{what}, replayed")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_a_row_s_answer_does_not_depend_on_its_batch(
+    gpu_pool: PoolFor, world_size: int, hidden: int, transport: str
+) -> None:
+    """By fp8_group, in batches of 1 to 4096 tokens."""
+    gpu_pool(world_size).run(_rows, hidden, transport)
 
 
 def _reduce_for_ever(context: RankContext) -> None:
