@@ -104,7 +104,8 @@ class LowPrecisionConfig(Settings):
         description="the domain of each rank, as numbers like [0, 0, 1, 1]; default: the NUMA node of its GPU",
     )
     min_bytes: MessageBytes | None = Field(
-        default=None, description="smallest message per rank that is compressed; default: from where it pays"
+        default=None,
+        description="smallest message per rank that is compressed; default: from where it pays, all with fp8_group",
     )
 
 

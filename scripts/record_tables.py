@@ -203,8 +203,8 @@ def error_of_one() -> str:
         found = [row["relative_l2"] * 100 for row in rows if (row["wire_format"], row["data"]) == (wire, data)]
         return " / ".join(f"{error:#.2g}".rstrip(".") for error in found) + " %"
 
-    wires = {None: ("exact", "16"), "fp8": ("`fp8`", "8.26"), "hadamard2": ("`hadamard2`", "2.5"),
-             "tq3": ("`tq3`", "2.5")}  # fmt: skip
+    bits = {None: "16", "fp8": "8.26", "fp8_group": "8.53", "hadamard2": "2.5", "tq3": "2.5"}
+    wires = {wire: ("exact" if wire is None else f"`{wire}`", number) for wire, number in bits.items()}
     lines = [[*names, *(cell(wire, data) for data in ("normal", "heavy-tailed", "outliers"))]
              for wire, names in wires.items()]  # fmt: skip
     heads = ["format", "bits a value", "normal, 2 / 4 / 8 ranks", "heavy-tailed (Student's t, 3)",
@@ -216,14 +216,14 @@ def error_of_model() -> str:
     """What becomes of a model's embeddings."""
     found = {(row["wire_format"], row["ranks"]): row for row in record("accuracy")["rows"] if "mean_cosine" in row}
     lines = []
-    for wire in ("fp8", "hadamard2", "tq3"):
+    for wire in ("fp8", "fp8_group", "hadamard2", "tq3"):
         for ranks in (2, 4):
             row = found[wire, ranks]
-            digits = 5 if wire == "fp8" else 3
+            digits = 5 if wire.startswith("fp8") else 3
             lines.append([
                 f"`{wire}`", str(ranks), f"{row['mean_cosine']:.{digits}f}", f"{row['least_cosine']:.{digits}f}",
                 f"{row['nearest_kept'] * 100:.0f} %", f"{row['five_kept'] * 100:.0f} %",
-                f"{row['rank_correlation']:.{digits - 1 if wire == 'fp8' else digits}f}",
+                f"{row['rank_correlation']:.{digits - 1 if wire.startswith('fp8') else digits}f}",
             ])  # fmt: skip
     return markdown(["format", "ranks", "mean cosine", "worst cosine", "nearest sentence kept", "five nearest kept",
                      "rank correlation of all pairs"], lines)  # fmt: skip
@@ -252,7 +252,7 @@ def error_of_algorithms() -> str:
 
     algorithms = ("one_shot", "two_shot", "hierarchical", "ring")
     lines = [[f"{wire}, 4 / 8 ranks", *(cell(wire, algorithm) for algorithm in algorithms)]
-             for wire in ("fp8", "hadamard2", "tq3")]  # fmt: skip
+             for wire in ("fp8", "fp8_group", "hadamard2", "tq3")]  # fmt: skip
     return markdown(["", *algorithms], lines)
 
 

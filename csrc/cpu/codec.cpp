@@ -36,23 +36,25 @@ void decode_packet_of(Fp8, const char* packet, float* values) {
 }
 
 void encode_packet_of(Fp8Group, const float* values, char* packet) {
-  std::memset(packet + Fp8Group::kValues, 0, Fp8Group::kBytes - Fp8Group::kValues);
+  std::memset(packet + Fp8Group::kScaleByte, 0, Fp8Group::kBytes - Fp8Group::kScaleByte);
   for (int group = 0; group < Fp8Group::kGroups; ++group) {
     const int first = group * Fp8Group::kGroupValues;
     float largest = 0.0f;
     for (int i = 0; i < Fp8Group::kGroupValues; ++i) largest = std::max(largest, Fp8::weight(values[first + i]));
-    const uint32_t exponent = Fp8Group::exponent(largest);
-    const float multiplier = Fp8Group::multiplier(exponent);
+    const float scale = Fp8Group::scale(largest);
+    const float multiplier = Fp8::multiplier(scale);
     for (int i = 0; i < Fp8Group::kGroupValues; ++i)
       packet[first + i] = static_cast<char>(Fp8::encode(values[first + i], multiplier));
-    packet[Fp8Group::exponent_byte(group)] = static_cast<char>(exponent);
+    const uint16_t bits = Fp8Group::scale_bits(scale);
+    std::memcpy(packet + Fp8Group::kScaleByte + group * sizeof(bits), &bits, sizeof(bits));
   }
 }
 
 void decode_packet_of(Fp8Group, const char* packet, float* values) {
   for (int i = 0; i < Fp8Group::kValues; ++i) {
-    const char exponent = packet[Fp8Group::exponent_byte(i / Fp8Group::kGroupValues)];
-    values[i] = Fp8::decode(static_cast<uint8_t>(packet[i]), Fp8Group::scale(static_cast<uint8_t>(exponent)));
+    uint16_t bits;
+    std::memcpy(&bits, packet + Fp8Group::kScaleByte + i / Fp8Group::kGroupValues * sizeof(bits), sizeof(bits));
+    values[i] = Fp8::decode(static_cast<uint8_t>(packet[i]), Fp8Group::scale_of(bits));
   }
 }
 

@@ -13,7 +13,10 @@ _NAN_CODE, _MINUS_ZERO_CODE = 0x7F, 0x80
 
 
 def codes_of(values: torch.Tensor, multiplier: torch.Tensor) -> torch.Tensor:
-    """Of fp32 values times a multiplier, which is at most a little above 448: uint8, NaN for what is not finite."""
+    """Of fp32 values times a multiplier: uint8, NaN for what is not finite.
+
+    448 may come out a little above: e4m3 has nothing between it and NaN, to which torch would round from 464 on.
+    """
     finite = values.isfinite()
     scaled = torch.where(finite, values * multiplier, 0.0)
     codes = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
@@ -26,13 +29,16 @@ def values_of(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.contiguous().view(torch.float8_e4m3fn).float() * scale
 
 
+def scale_of(values: torch.Tensor) -> torch.Tensor:
+    """Of fp32 ``[packets, values]``: ``[packets, 1]``."""
+    largest = torch.where(values.isfinite(), values.abs(), 0.0).amax(1, keepdim=True)
+    # By a tensor: dividing by a number, torch multiplies by its inverse on GPUs.
+    return (largest / torch.full_like(largest, LARGEST)).clamp_min(LEAST_SCALE)
+
+
 def encode(values: torch.Tensor) -> torch.Tensor:
     """Fp32 ``[packets, 496]`` to uint8 ``[packets, 512]``."""
-    finite = values.isfinite()
-    largest = torch.where(finite, values.abs(), 0.0).amax(1, keepdim=True)
-    # By a tensor: dividing by a number, torch multiplies by its inverse on GPUs.
-    scale = (largest / torch.full_like(largest, LARGEST)).clamp_min(LEAST_SCALE)
-    # 448 may come out a little above: e4m3 has nothing between it and NaN, to which torch would round from 464 on.
+    scale = scale_of(values)
     codes = codes_of(values, 1.0 / scale)
     tail = torch.zeros(values.shape[0], 4, dtype=torch.float32, device=values.device)
     tail[:, :1] = scale

@@ -1,39 +1,30 @@
-"""FP8_GROUP: e4m3 values and a power of two for each 32, 480 values in 512 bytes; see csrc/codec/fp8_group.h."""
+"""FP8_GROUP: e4m3 values and a bf16 scale for each 32, 480 values in 512 bytes; see csrc/codec/fp8_group.h."""
 
 from __future__ import annotations
 
 import torch
 
-from llm_allreduce_plugin.oracle.fp8 import codes_of, values_of
+from llm_allreduce_plugin.oracle.fp8 import codes_of, scale_of, values_of
 
 MOST_ERROR = 0.05
 GROUP_VALUES = 32
-GROUPS = 15
-PACKET_VALUES = GROUPS * GROUP_VALUES
+PACKET_VALUES = 480
 PACKET_BYTES = 512
-_BIAS, _MANTISSA_BITS = 127, 23  # of fp32
-_ROUNDS_UP = 0x7FFFFF - 0x600000  # 448 is 1.75 times a power of two
-_LARGEST_EXPONENT = 247
-_MULTIPLIER_OF_LARGEST = 2.0**-120 * 31 / 32
-_EXPONENT_BYTES = [PACKET_VALUES + group + (8 if group >= 8 else 0) for group in range(GROUPS)]  # noqa: PLR2004
+_UPPER_HALF, _HALF = -(1 << 16), 1 << 15
 
 
 def encode(values: torch.Tensor) -> torch.Tensor:
     """Fp32 ``[packets, 480]`` to uint8 ``[packets, 512]``."""
     groups = values.reshape(-1, GROUP_VALUES)
-    largest = torch.where(groups.isfinite(), groups.abs(), 0.0).amax(1, keepdim=True)
-    # 448 has the exponent 8.
-    exponent = (((largest.view(torch.int32) + _ROUNDS_UP) >> _MANTISSA_BITS) - 8).clamp_min(1)
-    inverse = ((2 * _BIAS - exponent) << _MANTISSA_BITS).view(torch.float32)
-    multiplier = torch.where(exponent < _LARGEST_EXPONENT, inverse, _MULTIPLIER_OF_LARGEST)
-    packets = torch.zeros(values.shape[0], PACKET_BYTES, dtype=torch.uint8, device=values.device)
-    packets[:, :PACKET_VALUES] = codes_of(groups, multiplier).view(-1, PACKET_VALUES)
-    packets[:, _EXPONENT_BYTES] = exponent.to(torch.uint8).view(-1, GROUPS)
-    return packets
+    bits = (scale_of(groups).view(torch.int32) + _HALF) & _UPPER_HALF  # to the nearest bf16, halves up
+    scale = bits.view(torch.float32)
+    codes = codes_of(groups, 1.0 / scale).view(-1, PACKET_VALUES)
+    scales = scale.bfloat16().view(values.shape[0], -1).view(torch.uint8)
+    return torch.nn.functional.pad(torch.cat([codes, scales], 1), (0, PACKET_BYTES - PACKET_VALUES - scales.shape[1]))
 
 
 def decode(packets: torch.Tensor) -> torch.Tensor:
     """Uint8 ``[packets, 512]`` to fp32 ``[packets, 480]``."""
-    exponent = packets[:, _EXPONENT_BYTES].to(torch.int32).view(-1, 1)
-    codes = packets[:, :PACKET_VALUES].reshape(-1, GROUP_VALUES)
-    return values_of(codes, (exponent << _MANTISSA_BITS).view(torch.float32)).view(-1, PACKET_VALUES)
+    last = PACKET_VALUES + PACKET_VALUES // GROUP_VALUES * 2
+    scale = packets[:, PACKET_VALUES:last].contiguous().view(torch.bfloat16).float().view(-1, 1)
+    return values_of(packets[:, :PACKET_VALUES].reshape(-1, GROUP_VALUES), scale).view(-1, PACKET_VALUES)

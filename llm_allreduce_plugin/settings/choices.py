@@ -44,7 +44,7 @@ class WireFormat(enum.StrEnum):
     """What LOWPRECISION sends values as; ``csrc/codec`` says what each is."""
 
     FP8 = "fp8"  # e4m3 and a scale for 496 values: 8.26 bits a value
-    FP8_GROUP = "fp8_group"  # e4m3 and a power of two for 32 values: 8.53 bits a value; a row's answer is its own
+    FP8_GROUP = "fp8_group"  # e4m3 and a scale for 32 values: 8.53 bits a value; a row's answer is its own
     TQ3 = "tq3"  # three levels and a scale for 32 values: 2.5 bits a value
     HADAMARD2 = "hadamard2"  # rotated, four levels and a scale for 32 values: 2.5 bits a value, with less error
 

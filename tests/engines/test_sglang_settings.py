@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, load_config
+from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.engines.common import summary
 from llm_allreduce_plugin.engines.sglang import flags, own_kernels, plugin
 from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside, unfused
@@ -53,6 +54,12 @@ def test_accepted(override: Any, strategy: str, timeout: float) -> None:
     settings = settings_of(server_args(override))
     assert settings.allreduce_strategy == strategy
     assert settings.timeout_s == timeout
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+def test_every_wire_format(wire: WireFormat) -> None:
+    given = {"llm_allreduce": {"allreduce_strategy": "LOWPRECISION", "low_precision": {"wire_format": str(wire)}}}
+    assert settings_of(server_args(given)).low_precision.wire_format is wire
 
 
 @pytest.mark.parametrize(

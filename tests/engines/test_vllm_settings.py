@@ -10,6 +10,7 @@ import pytest
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.engines.vllm.plugin import apply_settings
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
 
@@ -45,6 +46,12 @@ def test_accepted(additional: Any, strategy: str, timeout: float) -> None:
     settings = settings_of(additional)
     assert settings.allreduce_strategy == strategy
     assert settings.timeout_s == timeout
+
+
+@pytest.mark.parametrize("wire", list(WireFormat))
+def test_every_wire_format(wire: WireFormat) -> None:
+    given = {"allreduce": {"allreduce_strategy": "LOWPRECISION", "low_precision": {"wire_format": str(wire)}}}
+    assert settings_of(given).low_precision.wire_format is wire
 
 
 @pytest.mark.parametrize(

@@ -385,8 +385,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a group takes its scale from a group of another quarter": (
         "device/wire/packet.cuh",
-        "(thread & 8) != 0 ? second : first",
-        "(thread & 8) != 0 && !{} ? second : first",
+        "(thread & 8) != 0 ? upper : lower",
+        "(thread & 8) != 0 && !{} ? upper : lower",
         GROUPS,
     ),
     "a thread takes what it sent last for its next term": (

@@ -18,7 +18,7 @@ from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfi
 from llm_allreduce_plugin.oracle import fp8_group, two_shot
 from llm_allreduce_plugin.oracle.one_shot import one_step_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
 from tests.support.low_precision import DOMAINS, expected_sum
 from tests.support.rows import HIDDEN, check_rows, rows_of
@@ -150,6 +150,21 @@ def test_small_messages_are_compressed_unless_somebody_says_otherwise() -> None:
     assert "a row's answer then depends on its batch" in small.reason
 
 
+@pytest.mark.parametrize("wire", list(WireFormat))
+@pytest.mark.parametrize("algorithm", ("auto", "two_shot"))
+def test_what_is_compressed_is_not_fused_with_a_norm(algorithm: str, wire: WireFormat) -> None:
+    """In a fused kernel the sum would be exact: of small batches, and not of large ones."""
+    wanted = config(wire_format=wire, algorithm=algorithm, min_bytes=0)
+    for make in GROUPS.values():
+        for rows in (1, 16, 4096):
+            found = decide_fused(wanted, make(2), rows, 4096, "bfloat16")
+            if not wire.goes_in_band and found.all_reduce.strategy is not S.LOWPRECISION:
+                continue  # these slots are none of its
+            assert found.all_reduce.strategy is S.LOWPRECISION
+            assert found.launch is None
+            assert found.reason == "only exact sums are fused, and this one is compressed on the wire"
+
+
 @pytest.mark.parametrize("name", ("fp8_group", "FP8_GROUP", " Fp8_Group"))
 def test_the_setting(name: str) -> None:
     assert load_config({"low_precision": {"wire_format": name}}).low_precision.wire_format is GROUP
@@ -173,8 +188,6 @@ def test_a_group_that_spans_two_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As FP8's packets do; groups of 96 divide 2880, and not 4096."""
     sees(lambda inputs: one_step_sum(inputs, WireFormat.FP8), 2)
     monkeypatch.setattr(fp8_group, "GROUP_VALUES", 96)
-    monkeypatch.setattr(fp8_group, "GROUPS", 5)
-    monkeypatch.setattr(fp8_group, "_EXPONENT_BYTES", fp8_group._EXPONENT_BYTES[:5])
     check(lambda inputs: compressed_sum(inputs, GROUP), 4, 2880)
     sees(lambda inputs: compressed_sum(inputs, GROUP), 4, 4096)
 

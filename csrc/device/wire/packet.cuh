@@ -129,8 +129,8 @@ struct Fp8Packet : Fp8Codes {
   }
 };
 
-// FP8 in groups: two neighbours of threads 0 to 29 have the values of a group, threads 30 and 31 the exponents. Those
-// of four groups are a word, of which every thread of the eight that have the groups' values makes a copy.
+// FP8 in groups: two neighbours of threads 0 to 29 have the values of a group, threads 30 and 31 the scales: a word of
+// two, of which each of the four threads that have the groups' values makes a copy.
 struct Fp8GroupPacket : Fp8Codes {
   using Codec = codec::Fp8Group;
   static constexpr int kThreads = 30;  // with values
@@ -143,27 +143,36 @@ struct Fp8GroupPacket : Fp8Codes {
     const int thread = static_cast<int>(threadIdx.x % 32);
     const bool has_values = thread < kThreads;
     const float mine = largest_of(values);
-    const uint32_t exponent = Codec::exponent(fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1)));
-    const uint4 raw = words_of(values, Codec::multiplier(exponent));
-    uint32_t word = has_values ? exponent << shift() : 0u;
+    const float scale = Codec::scale(fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1)));
+    const uint4 raw = words_of(values, Codec::multiplier(scale));
+    const uint32_t bits = has_values ? Codec::scale_bits(scale) : 0u;
+    uint32_t word = is_second() ? bits << 16 : bits;
     word |= __shfl_sync(kWholeWarp, word, thread ^ 2);
-    word |= __shfl_sync(kWholeWarp, word, thread ^ 4);
-    const uint32_t first = __shfl_sync(kWholeWarp, word, thread % 2 * 16);
-    const uint32_t second = __shfl_sync(kWholeWarp, word, thread % 2 * 16 + 8);
-    return has_values ? raw : uint4{first, second, 0u, 0u};
+    uint4 scales;
+    scales.x = __shfl_sync(kWholeWarp, word, thread % 2 * 16);
+    scales.y = __shfl_sync(kWholeWarp, word, thread % 2 * 16 + 4);
+    scales.z = __shfl_sync(kWholeWarp, word, thread % 2 * 16 + 8);
+    scales.w = __shfl_sync(kWholeWarp, word, thread % 2 * 16 + 12);
+    return has_values ? raw : scales;
   }
 
   // For the whole warp.
   __device__ __forceinline__ static void decode(const uint4& raw, float (&values)[kThreadValues]) {
     const int thread = static_cast<int>(threadIdx.x % 32);
-    const uint32_t first = __shfl_sync(kWholeWarp, raw.x, kThreads + thread / 16);
-    const uint32_t second = __shfl_sync(kWholeWarp, raw.y, kThreads + thread / 16);
-    values_of(raw, Codec::scale(((thread & 8) != 0 ? second : first) >> shift() & 0xffu), values);
+    const int source = kThreads + thread / 16;
+    const uint32_t first = __shfl_sync(kWholeWarp, raw.x, source);
+    const uint32_t second = __shfl_sync(kWholeWarp, raw.y, source);
+    const uint32_t third = __shfl_sync(kWholeWarp, raw.z, source);
+    const uint32_t fourth = __shfl_sync(kWholeWarp, raw.w, source);
+    const uint32_t upper = (thread & 4) != 0 ? fourth : third;
+    const uint32_t lower = (thread & 4) != 0 ? second : first;
+    const uint32_t word = (thread & 8) != 0 ? upper : lower;
+    values_of(raw, Codec::scale_of(static_cast<uint16_t>(is_second() ? word >> 16 : word)), values);
   }
 
  private:
-  // Where the exponent of this thread's group is in its word.
-  __device__ __forceinline__ static int shift() { return static_cast<int>(threadIdx.x / 2 % 4) * 8; }
+  // Whether this thread's group is the second of its word.
+  __device__ __forceinline__ static bool is_second() { return (threadIdx.x & 2) != 0; }
 };
 
 // The formats of 10 bytes for 32 values: one block to a thread, because sums over a block have an order.
