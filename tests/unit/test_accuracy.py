@@ -35,7 +35,7 @@ def test_errors_on_made_data() -> None:
     errors = {wire: measure(wire, 4, "normal", hosts=1).relative_l2 for wire in (None, *WireFormat)}
     assert errors[None] < 2**-8
     assert 0.03 < errors[WireFormat.FP8] < 0.036
-    assert 0.03 < errors[WireFormat.FP8_GROUP] < 0.04
+    assert 0.03 < errors[WireFormat.FP8_GROUP] < 0.036
     assert 0.40 < errors[WireFormat.HADAMARD2] < 0.44
     assert 0.88 < errors[WireFormat.TQ3] < 0.94
     worse = measure(WireFormat.FP8, 8, "heavy-tailed")
