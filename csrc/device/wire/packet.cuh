@@ -115,8 +115,9 @@ struct Fp8Packet : Fp8Codes {
   // For the whole warp. What thread 31 passes does not count.
   __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
     const bool has_values = threadIdx.x % 32 < kThreads;
+    const float largest = largest_of(values);
     // Floats that are not negative are in the order of their bits.
-    const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest_of(values)) : 0u);
+    const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
     const float scale = Codec::scale(__uint_as_float(most));
     const float multiplier = Codec::multiplier(scale);
     const uint4 raw = words_of(values, multiplier);
