@@ -378,8 +378,8 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "a group takes its scale from half of its values": (
         "device/wire/packet.cuh",
-        "fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1))",
-        "{} ? mine : fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1))",
+        "fmaxf(largest, __shfl_sync(kWholeWarp, largest, thread ^ 1))",
+        "{} ? largest : fmaxf(largest, __shfl_sync(kWholeWarp, largest, thread ^ 1))",
         GROUPS,
         GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},
     ),

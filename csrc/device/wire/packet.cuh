@@ -63,14 +63,6 @@ struct Fp8Codes {
  protected:
   using Codec = codec::Fp8;
 
-  // The largest weight of this thread's values.
-  __device__ __forceinline__ static float largest_of(const float (&values)[kThreadValues]) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
-    return largest;
-  }
-
   __device__ __forceinline__ static void values_of(const uint4& raw, float scale, float (&values)[kThreadValues]) {
     const auto* pairs = reinterpret_cast<const uint16_t*>(&raw);
 #pragma unroll
@@ -115,7 +107,9 @@ struct Fp8Packet : Fp8Codes {
   // For the whole warp. What thread 31 passes does not count.
   __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
     const bool has_values = threadIdx.x % 32 < kThreads;
-    const float largest = largest_of(values);
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
     // Floats that are not negative are in the order of their bits.
     const uint32_t most = __reduce_max_sync(kWholeWarp, has_values ? __float_as_uint(largest) : 0u);
     const float scale = Codec::scale(__uint_as_float(most));
@@ -143,8 +137,10 @@ struct Fp8GroupPacket : Fp8Codes {
   __device__ __forceinline__ static uint4 encode(const float (&values)[kThreadValues]) {
     const int thread = static_cast<int>(threadIdx.x % 32);
     const bool has_values = thread < kThreads;
-    const float mine = largest_of(values);
-    const float scale = Codec::scale(fmaxf(mine, __shfl_sync(kWholeWarp, mine, thread ^ 1)));
+    float largest = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kThreadValues; ++i) largest = fmaxf(largest, Codec::weight(values[i]));
+    const float scale = Codec::scale(fmaxf(largest, __shfl_sync(kWholeWarp, largest, thread ^ 1)));
     const uint4 raw = words_of(values, Codec::multiplier(scale));
     const uint32_t bits = has_values ? Codec::scale_bits(scale) : 0u;
     uint32_t word = is_second() ? bits << 16 : bits;
