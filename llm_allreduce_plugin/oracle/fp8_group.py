@@ -19,7 +19,7 @@ def encode(values: torch.Tensor) -> torch.Tensor:
     bits = (scale_of(groups).view(torch.int32) + _HALF) & _UPPER_HALF  # to the nearest bf16, halves up
     scale = bits.view(torch.float32)
     codes = codes_of(groups, 1.0 / scale).view(-1, PACKET_VALUES)
-    scales = scale.bfloat16().view(values.shape[0], -1).view(torch.uint8)
+    scales = scale.bfloat16().view(-1, PACKET_VALUES // GROUP_VALUES).view(torch.uint8)
     return torch.nn.functional.pad(torch.cat([codes, scales], 1), (0, PACKET_BYTES - PACKET_VALUES - scales.shape[1]))
 
 

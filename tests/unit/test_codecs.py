@@ -96,6 +96,7 @@ def test_packets(wire: WireFormat) -> None:
     assert _C.packet_size(codec.code) == (codec.packet_values, codec.packet_bytes)
     assert codec.packet_bytes % _C.VECTOR_BYTES == 0, "packets lie at whole vectors"
     assert codec.bytes_of(0) == 0
+    assert codec.round_trip(torch.zeros(0)).shape == (0,)
     assert codec.bytes_of(1) == codec.packet_bytes
     assert codec.bytes_of(codec.packet_values + 1) == 2 * codec.packet_bytes
     eights = {WireFormat.FP8: 512 * 8 / 496, WireFormat.FP8_GROUP: 512 * 8 / 480}
