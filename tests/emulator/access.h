@@ -8,6 +8,10 @@
 
 #include "machine.h"
 
+// Kernels are compiled without optimization (tests/support/emulator.py), but not what they call most.
+#pragma GCC push_options
+#pragma GCC optimize("O2", "inline")
+
 namespace emulator {
 
 inline constexpr uint32_t kWordBytes = 4;
@@ -58,5 +62,7 @@ T load(const T* address) {
 inline void release() { machine.self->block->stores.release(machine.self); }
 
 }  // namespace emulator
+
+#pragma GCC pop_options
 
 #endif  // LLM_ALLREDUCE_EMULATOR_ACCESS_H_

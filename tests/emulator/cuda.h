@@ -106,6 +106,8 @@ void __stcs(T* address, const T& value) {
 
 // -- arithmetic
 
+#pragma GCC push_options  // see access.h
+#pragma GCC optimize("O2", "inline")
 template <typename A, typename B>
 constexpr std::common_type_t<A, B> min(A a, B b) {
   using Both = std::common_type_t<A, B>;
@@ -116,5 +118,6 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
   using Both = std::common_type_t<A, B>;
   return static_cast<Both>(a) < static_cast<Both>(b) ? static_cast<Both>(b) : static_cast<Both>(a);
 }
+#pragma GCC pop_options
 
 #endif  // LLM_ALLREDUCE_EMULATOR_CUDA_H_

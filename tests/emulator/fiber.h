@@ -2,8 +2,6 @@
 #ifndef LLM_ALLREDUCE_EMULATOR_FIBER_H_
 #define LLM_ALLREDUCE_EMULATOR_FIBER_H_
 
-#include <setjmp.h>
-
 #include <cstddef>
 
 namespace emulator {
@@ -26,15 +24,17 @@ class Fiber {
   // From inside: back to who has resumed it.
   void pause();
 
+  // Before resume(): what that reads first is on its way.
+  void expect() const { __builtin_prefetch(rest_); }
+
  private:
-  static void enter(unsigned high, unsigned low);
+  static void enter();
   void start();
 
+  void* rest_ = nullptr;  // what it goes on with, on its stack
+  char* stack_ = nullptr;
   Body body_ = nullptr;
   void* argument_ = nullptr;
-  char* stack_ = nullptr;
-  bool started_ = false;
-  jmp_buf inside_;
 };
 
 }  // namespace emulator

@@ -50,7 +50,7 @@ bool Machine::start_blocks_of(Stream& stream) {
       progress();
       for (Thread& thread : block.threads) {
         thread.fiber.prepare(&body_of_thread, &thread);
-        stream.runnable.add(&thread, false);
+        add_runnable(&thread, false);
       }
     }
     if (!grid->has_started()) break;
@@ -111,6 +111,8 @@ void Machine::forget_grids(Device& device) {
     if (stream->device != &device) continue;
     for (const Work& work : stream->work)
       if (work.grid) forget_under_way(*work.grid);
+    runnable_threads_ -= stream->runnable.ready.size() + stream->runnable.polling.size();
+    are_candidates_old_ = true;
     stream->runnable = {};
     stream->work.clear();
     stream->ended = stream->launched;

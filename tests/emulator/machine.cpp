@@ -33,6 +33,8 @@ Machine::Machine() : devices_(kDevices) {
 
 void Machine::reset(uint64_t seed) {
   streams_.clear();
+  are_candidates_old_ = true;
+  runnable_threads_ = 0;
   under_way_.clear();
   devices_.assign(kDevices, Device{});
   for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
@@ -72,7 +74,7 @@ void Machine::add_under_way(Block* block) {
 void Machine::let_stores_arrive() {
   if (under_way_.empty()) return;
   // Those who wait for what is under way must get it, and all of it: what arrives may be long in coming, not for ever.
-  const bool is_waited_for = fruitless_ > vain_ + 4 * runnable_threads();
+  const bool is_waited_for = fruitless_ > vain_ + 4 * runnable_threads_;
   if (!is_waited_for && (schedule_.arrivals == 0 || !random_.once_in(schedule_.arrivals))) return;
   const std::vector<uintptr_t> polled = is_waited_for ? polled_ : std::vector<uintptr_t>();
   const bool of_all = is_waited_for && schedule_.copies_are_late;  // they wait for few words of many blocks
@@ -131,8 +133,22 @@ void Machine::polled(const void* vector) {
   polled();
 }
 
+void Machine::add_runnable(Thread* thread, bool polls) {
+  Runnable& runnable = thread->block->grid->stream->runnable;
+  are_candidates_old_ |= runnable.empty();
+  runnable.add(thread, polls);
+  ++runnable_threads_;
+}
+
+void Machine::remove_runnable(Thread* thread) {
+  Runnable& runnable = thread->block->grid->stream->runnable;
+  runnable.remove(thread);
+  are_candidates_old_ |= runnable.empty();
+  --runnable_threads_;
+}
+
 void Machine::switch_away(bool polls) {
-  self->block->grid->stream->runnable.add(self, polls);
+  add_runnable(self, polls);
   self->fiber.pause();
 }
 
@@ -144,12 +160,13 @@ void Machine::block() {
 void Machine::wake(Thread* thread) {
   if (!thread->blocked) return;
   thread->blocked = false;
-  thread->block->grid->stream->runnable.add(thread, false);
+  add_runnable(thread, false);
 }
 
 void Machine::run_thread(Thread* thread) {
+  thread->fiber.expect();
   Stream& stream = *thread->block->grid->stream;
-  stream.runnable.remove(thread);
+  remove_runnable(thread);
   budget_ = 1 + random_.below(schedule_.burst);
   self = thread;
   threadIdx = thread->index;
@@ -170,13 +187,7 @@ void Machine::run_thread(Thread* thread) {
 // can has run many times since.
 bool Machine::is_idle() const {
   if (fruitless_ < 64 * 16) return false;
-  return fruitless_ > 64 * (runnable_threads() + 16);
-}
-
-size_t Machine::runnable_threads() const {
-  size_t threads = 0;
-  for (const auto& stream : streams_) threads += stream->runnable.polling.size() + stream->runnable.ready.size();
-  return threads;
+  return fruitless_ > 64 * (runnable_threads_ + 16);
 }
 
 // Of the candidates. One that is favoured goes as far as it can, one that is held back waits for as long as others can
@@ -211,9 +222,12 @@ bool Machine::is_starved(const Thread& thread) const {
 
 Thread* Machine::pick() {
   std::vector<Stream*>& candidates = candidates_;
-  candidates.clear();
-  for (const auto& stream : streams_)
-    if (!stream->runnable.empty()) candidates.push_back(stream.get());
+  if (are_candidates_old_) {
+    candidates.clear();
+    for (const auto& stream : streams_)
+      if (!stream->runnable.empty()) candidates.push_back(stream.get());
+    are_candidates_old_ = false;
+  }
   if (candidates.empty()) return nullptr;
   if (idle_) {  // in turns, so that nobody is left out
     const Runnable& runnable = candidates[turn_++ % candidates.size()]->runnable;
@@ -238,7 +252,7 @@ std::string Machine::run() {
     while (may_start_blocks_) start_blocks();
     let_stores_arrive();
     idle_ = is_idle();
-    if (idle_) now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(runnable_threads() + 1));
+    if (idle_) now_ns_ += kIdleRoundNs / (kPollsPerRound * static_cast<int64_t>(runnable_threads_ + 1));
     Thread* thread = pick();
     if (!thread) {
       if (may_start_blocks_) continue;

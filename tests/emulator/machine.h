@@ -123,6 +123,8 @@ class Machine {
 
  private:
   void switch_away(bool polls);
+  void add_runnable(Thread* thread, bool polls);
+  void remove_runnable(Thread* thread);
   void let_stores_arrive();
   void forget_under_way(const Grid& grid);
   void start_blocks();
@@ -134,12 +136,13 @@ class Machine {
   Thread* pick();
   Stream* pick_stream();
   bool is_idle() const;
-  size_t runnable_threads() const;
   std::string what_stands() const;
 
   std::vector<Device> devices_;
   std::vector<std::unique_ptr<Stream>> streams_;
-  std::vector<Stream*> candidates_;
+  std::vector<Stream*> candidates_;  // in order: those of whose threads one may run
+  bool are_candidates_old_ = true;
+  size_t runnable_threads_ = 0;  // of all streams
   std::vector<Block*> under_way_;
   Random random_{0};
   Schedule schedule_{0};

@@ -25,7 +25,17 @@ void StoreBuffer::add(const Word& word) {
   ++count(word.address);
 }
 
-void StoreBuffer::add_late(const Word& word) { late_[vector_of(word.address)].push_back(word); }
+void StoreBuffer::add_late(const Word& word) {
+  const uintptr_t vector = vector_of(word.address);
+  std::vector<Word>& words = late_[vector];
+  if (words.empty()) ++late_count(vector);
+  words.push_back(word);
+}
+
+StoreBuffer::Late::iterator StoreBuffer::erase_late(Late::iterator vector) {
+  --late_count(vector->first);
+  return late_.erase(vector);
+}
 
 void StoreBuffer::adopt(const Thread* copier, uint64_t end_of_groups) {
   const auto is_meant = [&](const Word& word) { return word.copier == copier && word.group < end_of_groups; };
@@ -39,7 +49,7 @@ void StoreBuffer::adopt(const Thread* copier, uint64_t end_of_groups) {
       words_.back().writer = copier;
     }
     words.erase(first, words.end());
-    vector = words.empty() ? late_.erase(vector) : std::next(vector);
+    vector = words.empty() ? erase_late(vector) : std::next(vector);
   }
 }
 
@@ -73,22 +83,25 @@ void StoreBuffer::store(const Word& word) {
 
 void StoreBuffer::arrive(Random& random) {
   size_t chosen = random.below(words_.size());
-  for (size_t i = 0; i < chosen; ++i)
+  for (size_t i = 0; i < chosen && count(words_[chosen].address) > 1; ++i)
     if (is_same_word(words_[i].address, words_[chosen].address)) chosen = i;
   store(words_[chosen]);
   words_.erase(words_.begin() + static_cast<ptrdiff_t>(chosen));
 }
 
 bool StoreBuffer::arrive_late(Random& random, const std::vector<uintptr_t>& vectors) {
-  const size_t first = random.below(vectors.size());
-  for (size_t i = 0; i < vectors.size(); ++i) {
-    const auto vector = late_.find(vectors[(first + i) % vectors.size()]);
+  size_t next = random.below(vectors.size());
+  for (size_t tries = vectors.size(); tries > 0; --tries) {
+    const uintptr_t polled = vectors[next];
+    if (++next == vectors.size()) next = 0;
+    if (late_count(polled) == 0) continue;
+    const auto vector = late_.find(polled);
     if (vector == late_.end()) continue;
     std::vector<Word>& words = vector->second;
     const size_t chosen = random.below(words.size());
     std::memcpy(words[chosen].address, &words[chosen].value, words[chosen].bytes);
     words.erase(words.begin() + static_cast<ptrdiff_t>(chosen));
-    if (words.empty()) late_.erase(vector);
+    if (words.empty()) erase_late(vector);
     return true;
   }
   return false;
@@ -106,9 +119,11 @@ void StoreBuffer::release(const Thread* writer) {
 void StoreBuffer::arrive_all() {
   for (const Word& word : words_) store(word);
   words_.clear();
+  if (late_.empty()) return;
   for (const auto& [_, words] : late_)
     for (const Word& word : words) std::memcpy(word.address, &word.value, word.bytes);
   late_.clear();
+  std::fill(std::begin(late_counts_), std::end(late_counts_), uint16_t{0});
 }
 
 }  // namespace emulator

@@ -66,11 +66,19 @@ class StoreBuffer {
   uint16_t& count(const void* address) { return counts_[reinterpret_cast<uintptr_t>(address) / 4 % kCounts]; }
   uint16_t count(const void* address) const { return counts_[reinterpret_cast<uintptr_t>(address) / 4 % kCounts]; }
 
+  static constexpr size_t kLateCounts = 4096;
+  // Most vectors that are polled have no late word. By the low bits of their number: vectors in late_.
+  uint16_t& late_count(uintptr_t vector) { return late_counts_[vector % kLateCounts]; }
+
+  using Late = std::unordered_map<uintptr_t, std::vector<Word>>;  // by the number of their vector
+
   void store(const Word& word);
+  Late::iterator erase_late(Late::iterator vector);
 
   std::vector<Word> words_;
-  std::unordered_map<uintptr_t, std::vector<Word>> late_;  // by the address of their vector
+  Late late_;
   uint16_t counts_[kCounts] = {};
+  uint16_t late_counts_[kLateCounts] = {};
 };
 
 }  // namespace emulator

@@ -41,6 +41,7 @@ FLAGS = (
 )  # fmt: skip
 # Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower.
 KERNEL_FLAGS = ("-O0",)
+EMULATOR_OPTIMIZATION = "-O2"
 ERROR_BYTES = 4096
 
 # For each file of csrc/: texts that occur once there, and what stands there instead.
@@ -101,7 +102,7 @@ def _digest_of_sources(patches: Patches) -> str:
     """Of everything that the library is made of."""
     files = [path for folder in (SOURCES, EMULATOR) for path in sorted(folder.rglob("*")) if path.is_file()]
     contents = [(str(path.relative_to(ROOT)), path.read_bytes()) for path in files]
-    return _digest(FLAGS, COMPILER, sys.version, sorted(patches.items()), contents)
+    return _digest(FLAGS, KERNEL_FLAGS, EMULATOR_OPTIMIZATION, COMPILER, sys.version, sorted(patches.items()), contents)
 
 
 def _cache() -> Path:
@@ -145,12 +146,16 @@ def _compile(source: Path, includes: Sequence[str], domain: str, first: Path) ->
     command = [COMPILER, *FLAGS]
     if source.name in ("module.cpp", "nb_combined.cpp"):
         command += [f"-DNB_DOMAIN={domain}"]
-    command += [*KERNEL_FLAGS, "-include", "cuda.h"] if source.suffix == ".cu" else ["-O1"]
+    if source.suffix == ".cu":
+        command += [*KERNEL_FLAGS, "-include", "cuda.h"]
+    else:
+        command += [EMULATOR_OPTIMIZATION if source.parent == EMULATOR else "-O1"]
     rest = [*includes, "-x", "c++", str(source)]
     seen = _run([*command, *rest, "-E", "-P"], source.name)
+    digest = _digest(command, seen)
     if source.suffix == ".cu":
         command += [f"-I{first}"]
-    made = _cache() / "objects" / f"{source.stem}-{_digest(COMPILER, FLAGS, KERNEL_FLAGS, seen)}.o"
+    made = _cache() / "objects" / f"{source.stem}-{digest}.o"
     return _made(made, [*command, *rest, "-c"], source.name)
 
 

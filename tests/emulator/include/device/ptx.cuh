@@ -5,6 +5,9 @@
 #include "access.h"
 #include "switch.h"
 
+#pragma GCC push_options  // see access.h
+#pragma GCC optimize("O2", "inline")
+
 // Variables are told apart by the type of a lambda, which every expansion, and every instance of a template around it,
 // has for itself.
 #define LAR_BLOCK_VARIABLE(type, name) type& name = ::emulator::shared_variable<type>([] {})
@@ -180,5 +183,7 @@ inline void fence_behind_bulk_copies() {
 }
 
 }  // namespace lar
+
+#pragma GCC pop_options
 
 #endif  // LLM_ALLREDUCE_DEVICE_PTX_CUH_
