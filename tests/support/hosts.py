@@ -29,11 +29,12 @@ def telling_inputs(seed: int, world_size: int, count: int, dtype: torch.dtype) -
     large, small = _LARGE_AND_SMALL[dtype]
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-9, 10, (world_size, count), generator=generator).float() * small
-    order = torch.rand(world_size, count, generator=generator).argsort(0)
-    cancels = torch.rand(count, generator=generator) < 0.7  # the others are small all over
-    values.scatter_(0, order[:1], torch.where(cancels, large, values.gather(0, order[:1])[0])[None])
+    one = torch.randint(world_size, (1, count), generator=generator)
+    cancels = torch.rand(1, count, generator=generator) < 0.7  # the others are small all over
+    values.scatter_(0, one, torch.where(cancels, large, values.gather(0, one)))
     if world_size > 1:
-        values.scatter_(0, order[1:2], torch.where(cancels, -large, values.gather(0, order[1:2])[0])[None])
+        other = (one + torch.randint(1, world_size, (1, count), generator=generator)) % world_size
+        values.scatter_(0, other, torch.where(cancels, -large, values.gather(0, other)))
     # Larger than the 11 bits of fp16, so that rounding early shows.
     return list((values * torch.where(cancels, 1.0, 257.0 / 2)).to(dtype))
 
