@@ -54,6 +54,7 @@ def test_the_strategy_is_written_into_the_example(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, device: str
 ) -> None:
     monkeypatch.setattr("llm_allreduce_plugin.demo.engines.two_gpus", lambda: device == "gpu")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which the tests set for themselves
     command, environment = serve_demo.server_setup("TWOSHOT", tmp_path, tmp_path / "model", 1234, engine=engine)
     settings = yaml.safe_load(Path(command[command.index("--config") + 1]).read_text())
     example = yaml.safe_load((SETTINGS / f"{engine}_{device}.yaml").read_text())
