@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 # Before torch is imported; what tests start inherits it. Several processes run tests, and ranks are more: where each
-# has a thread for every core, they wait for each other, and turn meanwhile. What one thread does in 0.2 s took 9 s so.
+# has a thread for every core, they wait for each other, and spin meanwhile. What one thread does in 0.2 s took 9 s so.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // 4)))
 
 import pytest
