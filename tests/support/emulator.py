@@ -39,8 +39,8 @@ FLAGS = (
     "-fno-gnu-unique",  # no variable is shared with the real library in the same process
     "-U_FORTIFY_SOURCE", "-fcf-protection=none",  # a thread's jumps go from stack to stack
 )  # fmt: skip
-# Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower: most of the time goes into
-# the emulator itself, and into what kernels call of it, which tests/emulator/access.h has optimized for them, too.
+# Kernels, of which there are hundreds, compile three times as fast so, and run hardly slower: most of the time is the
+# emulator's own, and that of what kernels call of it, which tests/emulator/access.h has optimized for them, too.
 KERNEL_FLAGS = ("-O0",)
 EMULATOR_OPTIMIZATION = "-O2"
 ERROR_BYTES = 4096
