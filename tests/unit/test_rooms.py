@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -120,19 +121,22 @@ def circles(imports: Imports) -> list[set[str]]:
     return sorted((set(found) for found in sets), key=sorted)
 
 
-IMPORTS = imports_of(ROOT)
+@functools.cache
+def imports() -> Imports:
+    """Of the package as it is; not when tests are collected, which every worker does."""
+    return imports_of(ROOT)
 
 
 def test_every_module_is_in_a_room() -> None:
-    assert {module.partition(".")[0] for module in IMPORTS} == set(ROOMS)
+    assert {module.partition(".")[0] for module in imports()} == set(ROOMS)
 
 
 def test_imports_run_down_the_list() -> None:
-    assert upward(IMPORTS) == KNOWN_UPWARD
+    assert upward(imports()) == KNOWN_UPWARD
 
 
 def test_no_circles() -> None:
-    assert circles(IMPORTS) == KNOWN_CIRCLES
+    assert circles(imports()) == KNOWN_CIRCLES
 
 
 # -- that it can fail --------------------------------------------------------------------------------------------------
