@@ -101,6 +101,8 @@ WIRE_TQ3: int = 2
 
 WIRE_HADAMARD2: int = 3
 
+WIRE_FP8_GROUP: int = 4
+
 CPU: int = -1
 
 class Slots:

@@ -107,7 +107,7 @@ def test_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--formats", "fp4"], "--wire-format fp4: must be some of fp8, tq3, hadamard2"),
+        (["--formats", "fp4"], "--wire-format fp4: must be some of fp8, fp8_group, tq3, hadamard2"),
         (["--ranks", "1"], "--tp 1: must be numbers from 2 to 8"),
         (["--ranks", "two"], "--tp two: must be numbers from 2 to 8"),
     ],
