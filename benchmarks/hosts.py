@@ -34,12 +34,12 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.measure.timing import Timing, time_graph
 from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 from llm_allreduce_plugin.transport.rail import Rail
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 DTYPE = torch.bfloat16
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
-STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO", *BETWEEN_HOSTS)
+STRATEGIES = ("ONESHOT", "TWOSHOT", "AUTO", *FORMATS_BETWEEN_HOSTS)
 CALLS, REPLAYS = 4, 9  # a call takes milliseconds
 
 

@@ -26,4 +26,4 @@ class Packet:
 _CODES = _C.wire_codes()
 PACKETS = {wire: Packet(_CODES[wire], *_C.packet_size(_CODES[wire])) for wire in WireFormat}
 # Those that travel between hosts. There parts of a message begin at any 8 values, so that none keeps rows.
-BETWEEN_HOSTS = tuple(wire for wire in WireFormat if not wire.keeps_rows)
+FORMATS_BETWEEN_HOSTS = tuple(wire for wire in WireFormat if not wire.keeps_rows)

@@ -118,16 +118,19 @@ void decode_packet(lar_wire wire, const char* packet, float* values) {
 namespace {
 
 template <typename... Format>
-std::vector<lar_wire> wires_of(codec::FormatList<Format...>, bool own_as_sent) {
-  std::vector<lar_wire> wires;
-  ((own_as_sent || !Format::Codec::kOwnAsSent ? wires.push_back(Format::kWire) : void()), ...);
-  return wires;
+std::vector<lar_wire> wires_of(codec::FormatList<Format...>) {
+  return {Format::kWire...};
 }
 
 }  // namespace
 
-std::vector<lar_wire> packet_wires() { return wires_of(codec::Formats{}, true); }
-std::vector<lar_wire> wires_of_any_owner() { return wires_of(codec::Formats{}, false); }
+std::vector<lar_wire> packet_wires() { return wires_of(codec::Formats{}); }
+
+std::vector<lar_wire> wires_of_any_owner() {
+  std::vector<lar_wire> wires = packet_wires();
+  wires.erase(std::remove_if(wires.begin(), wires.end(), own_as_sent), wires.end());
+  return wires;
+}
 
 bool sends_infinity(lar_wire wire) {
   bool sends = true;

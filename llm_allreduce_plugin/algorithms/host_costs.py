@@ -18,7 +18,7 @@ from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.link_scale import link_scale
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.topology.links import TopologyClass
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS, PACKETS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS, PACKETS
 
 SUM_BYTES = 4  # of an element of a partial sum: fp32
 MOST_BYTES = 1 << 30  # of a message that is looked at
@@ -102,7 +102,8 @@ def cost(hosts: int, ranks: int, payload_bytes: int, network: Network, inside: f
         return steps + NETWORK_STEP_S + ADD_S + longer + shorter / number
 
     compressed = {
-        wire: staged(sent / SUM_BYTES * PACKETS[wire].bytes / PACKETS[wire].values, pieces) for wire in BETWEEN_HOSTS
+        wire: staged(sent / SUM_BYTES * PACKETS[wire].bytes / PACKETS[wire].values, pieces)
+        for wire in FORMATS_BETWEEN_HOSTS
     }
     return Cost(one_step, staged(sent, 1), staged(sent, pieces), pieces, compressed)
 

@@ -10,7 +10,7 @@ import typer
 
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 EPILOG = options.epilog(
     "llm-allreduce accuracy",
@@ -61,7 +61,7 @@ def accuracy(
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
     wires, sizes = _formats(formats), _ranks(ranks)
-    between = [wire for wire in wires if wire in BETWEEN_HOSTS]
+    between = [wire for wire in wires if wire in FORMATS_BETWEEN_HOSTS]
     spread = [size for size in sizes if hosts > 1 and size % hosts == 0]
     if hosts > 1 and not spread:
         message = f"--hosts {hosts}: none of --tp {ranks} has as many ranks on each host"

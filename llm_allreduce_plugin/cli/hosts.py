@@ -15,7 +15,7 @@ from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.cli.options import MOST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.selection.sweep import size_text
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 HOSTS_HELP = "So many hosts like this one, joined by a network: 2x8 is two of 8 ranks."
 LINK_HELP = (
@@ -135,13 +135,15 @@ class Modelled:
             f"each GPU from other hosts, {self.inside / 1e9:.4g} GB/s inside; {host_costs.SOURCE}; codecs take their "
             "time on top"
         )
-        rows = [["bytes", "one step", "two steps", "in pieces", *BETWEEN_HOSTS]]
+        rows = [["bytes", "one step", "two steps", "in pieces", *FORMATS_BETWEEN_HOSTS]]
         for size, found in self.costs().items():
             exact = (found.one_step, found.two_steps, found.in_pieces)
             shown = [f"{_us(seconds):g}{'*' * (seconds == found.best)}" for seconds in exact]
             if found.pieces == 1:
                 shown[2] = "-"
-            rows.append([size_text(size), *shown, *(f"{_us(found.compressed[wire]):g}" for wire in BETWEEN_HOSTS)])
+            rows.append(
+                [size_text(size), *shown, *(f"{_us(found.compressed[wire]):g}" for wire in FORMATS_BETWEEN_HOSTS)]
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         return "\n".join([head, *lines, "* the fastest exact form", f"# with its codec, {self._pays_from()}"])
@@ -151,7 +153,7 @@ class Modelled:
         hosts, ranks = self.hosts.number, self.hosts.ranks
         return {
             wire: host_costs.compression_pays_from(hosts, ranks, self.network, self.inside, wire, self.element_bytes)
-            for wire in BETWEEN_HOSTS
+            for wire in FORMATS_BETWEEN_HOSTS
         }
 
     def _pays_from(self) -> str:

@@ -16,7 +16,8 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowP
 from llm_allreduce_plugin.topology.links import Transport
 
 DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
-# Two ranks: half makes no size up to 256 MiB slower by 2 %, a third does (benchmarks/h100/workspace_sizes_tp2.json).
+# Two ranks: where half takes more rounds it is at most 1.2 % slower, up to 256 MiB, and a third 3.3 %
+# (benchmarks/h100/workspace_sizes_tp2.json).
 PAIR_GPU_WORKSPACE_BYTES = 192 << 20
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 # Of all ranks together. Pinned, and in /dev/shm only for containers that share nothing else; Docker gives that 64 MiB.

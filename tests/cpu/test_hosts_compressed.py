@@ -16,7 +16,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.oracle.hosts import compressed_host_sum
 from llm_allreduce_plugin.runtime.network_wire import Packed
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 from tests.conftest import PoolFor
 from tests.support.checks import judges, poisoned_memory
 from tests.support.hosts import TWO_OF_TWO, communicator, set_piece_bytes, sum_of_host
@@ -77,7 +77,7 @@ def _compressed(context: RankContext, hosts: Sequence[int], wire: str, seed: int
             assert set(group.report()["calls"]) == {"LOWPRECISION", "MINLATENCY"}
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 @pytest.mark.parametrize("hosts", ((0, 1), (0, 1, 0, 1), (0, 0, 1, 1, 2, 2)), ids=str)
 def test_compressed_between_hosts(cpu_pool: PoolFor, hosts: tuple[int, ...], wire: str) -> None:
     before, pool = measured.NETWORK_PIECE_BYTES, cpu_pool(len(hosts))
@@ -87,7 +87,7 @@ def test_compressed_between_hosts(cpu_pool: PoolFor, hosts: tuple[int, ...], wir
         pool.run(set_piece_bytes, before)
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 def test_these_inputs_tell_each_fault_of_a_compressed_sum(wire: WireFormat) -> None:
     """What could be done otherwise gives other bits on some of the inputs of the test above."""
     hosts, seed, size = (0, 0, 1, 1, 2, 2), fresh_seed(), 4099
@@ -157,7 +157,7 @@ def test_planted_errors_are_seen(cpu_pool: PoolFor, name: str) -> None:
 
 def _special_compressed(context: RankContext) -> None:
     """NaN and infinities stay in their packet or their block, a zero is +0, ranks agree."""
-    for wire in BETWEEN_HOSTS:
+    for wire in FORMATS_BETWEEN_HOSTS:
         with communicator(
             context, TWO_OF_TWO, "LOWPRECISION", timeout_s=30, low_precision={"wire_format": wire}
         ) as group:

@@ -22,7 +22,7 @@ from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.measure.hosts import GpuHosts
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle.hosts import compressed_host_sum, host_ordered_sum
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 from tests.support import checks
 from tests.support.forked import left_in_shm
 from tests.support.hosts import telling_inputs
@@ -142,7 +142,7 @@ def _compressed(context: RankContext, hosts: Hosts, wire: str, seed: int) -> Non
         measured.NETWORK_PIECE_BYTES = before
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 @pytest.mark.parametrize("hosts", (TWO_OF_ONE, TWO_OF_TWO), ids=str)
 def test_compressed_between_hosts(pools: _Pools, hosts: Hosts, wire: str) -> None:
     pools(hosts).run(_compressed, hosts, wire, int.from_bytes(os.urandom(4), "little"))

@@ -10,7 +10,7 @@ import torch
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle.hosts import compressed_host_sum, host_ordered_sum
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 from tests.support.emulator import BrokenContextError, needs_emulator, seeds
 from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
@@ -46,7 +46,7 @@ def test_sizes(hosts: int, ranks: int, shared: bool, two_steps: bool) -> None:
                 compare(group, inputs, f"{dtype} {size}, {seed=}", two_steps=two_steps, chunk=(1 << 20, 3)[size > 1000])
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 @pytest.mark.parametrize(("hosts", "ranks"), ((2, 1), (2, 3), (3, 2)))
 def test_compressed_between_hosts(hosts: int, ranks: int, wire: WireFormat) -> None:
     """Halves and codecs, one after another: parts that end within a packet, and ranks without a part."""

@@ -16,7 +16,7 @@ from llm_allreduce_plugin.compression.accuracy import minilm, synthetic
 from llm_allreduce_plugin.compression.accuracy.sentences import SENTENCES
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.oracle.two_shot import exact_sum
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 # Some seconds each: what two tests want, or one test twice, is measured once.
 measure = functools.cache(synthetic.measure)
@@ -45,7 +45,7 @@ def test_errors_on_made_data() -> None:
 @pytest.mark.usefixtures("less_data")
 def test_between_hosts_each_sum_is_encoded_once() -> None:
     """One rounding of each host's sum, none of the result: less error than inside a host, which has both."""
-    for wire in BETWEEN_HOSTS:
+    for wire in FORMATS_BETWEEN_HOSTS:
         inside, between = (measure(wire, 4, "normal", hosts=hosts) for hosts in (1, 2))
         assert (inside.hosts, between.hosts) == (1, 2)
         assert 0.5 < between.relative_l2 / inside.relative_l2 < 0.9, wire

@@ -18,7 +18,7 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.cli.hosts import Hosts, parse_hosts, parse_link
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.topology.links import TopologyClass
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 RUNNER = CliRunner()
@@ -99,7 +99,7 @@ def test_two_steps_pay_from_where_both_take_as_long(hosts: int, ranks: int, elem
         assert host_costs.two_steps_pay_from(hosts, ranks, link, inside / 10, element) < least
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 @pytest.mark.parametrize(("hosts", "ranks"), ((2, 1), (2, 8), (4, 8)))
 def test_compression_pays_from_where_both_take_as_long(hosts: int, ranks: int, wire: WireFormat) -> None:
     def ahead(payload: int, link: Network) -> float:
@@ -164,11 +164,11 @@ def test_the_model_as_json() -> None:
     assert model["link_bytes_per_s_of_gpu"] == 100e9 / 8 / 8
     largest = next(row for row in model["costs"] if row["bytes"] == 64 * MIB)
     assert largest["in_pieces_us"] == pytest.approx(12200, rel=0.01)
-    assert set(largest["compressed_us"]) == set(BETWEEN_HOSTS)
+    assert set(largest["compressed_us"]) == set(FORMATS_BETWEEN_HOSTS)
     assert found["group"]["world_size"] == 16
     assert "modelled" not in explained("--hosts", "2x8", topology="l40s_x8_two_numa")
     pays = model["compression_pays_from_bytes"]
-    assert set(pays) == set(BETWEEN_HOSTS)
+    assert set(pays) == set(FORMATS_BETWEEN_HOSTS)
     faster = explained("--hosts", "2x8", "--link", "46GB/s", topology="h100_x8_nvswitch")["modelled"]
     assert all(0 < pays[wire] < faster["compression_pays_from_bytes"][wire] for wire in pays), "slow links pay sooner"
     endless = run("explain", "--hosts", "2x8", "--link", "50TB/s", topology="h100_x8_nvswitch")

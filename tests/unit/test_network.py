@@ -24,7 +24,7 @@ from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
-from llm_allreduce_plugin.wire import BETWEEN_HOSTS
+from llm_allreduce_plugin.wire import FORMATS_BETWEEN_HOSTS
 
 S = AllReduceStrategy
 
@@ -103,7 +103,7 @@ def test_exact_strategies_run_and_say_what_their_bits_are(hosts: tuple[int, ...]
         assert fused.launch is None and "inside one host" in fused.reason
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 @pytest.mark.parametrize("hosts", [TWO_OF_EIGHT, (0, 1), (0, 0, 1, 1, 2, 2), tuple(range(9)) * 2], ids=str)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_low_precision_compresses_between_hosts(hosts: tuple[int, ...], device: str, wire: WireFormat) -> None:
@@ -123,7 +123,7 @@ def test_low_precision_compresses_between_hosts(hosts: tuple[int, ...], device: 
     assert fp32.strategy is S.MINLATENCY and "not float32" in fp32.reason and fp32.numerics == Numerics.HOSTS
 
 
-@pytest.mark.parametrize("wire", BETWEEN_HOSTS)
+@pytest.mark.parametrize("wire", FORMATS_BETWEEN_HOSTS)
 def test_low_precision_leaves_to_exact_sums_what_the_model_says(wire: WireFormat) -> None:
     settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"wire_format": wire})
     group = facts(TWO_OF_EIGHT)
