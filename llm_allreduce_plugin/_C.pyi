@@ -128,6 +128,9 @@ class Slots:
     @property
     def staged_bytes(self) -> int: ...
 
+    @property
+    def generation_bytes(self) -> int: ...
+
 class Layout:
     """Where everything lies inside a workspace; offsets and sizes in bytes."""
 

@@ -151,7 +151,8 @@ NB_MODULE(_C, module) {
       .def_ro("scatter_offset", &lar_slots::scatter_offset)
       .def_ro("gather_offset", &lar_slots::gather_offset)
       .def_ro("two_shot_bytes", &lar_slots::two_shot_bytes)
-      .def_ro("staged_bytes", &lar_slots::staged_bytes);
+      .def_ro("staged_bytes", &lar_slots::staged_bytes)
+      .def_ro("generation_bytes", &lar_slots::generation_bytes);
 
   nb::class_<lar_layout>(module, "Layout", "Where everything lies inside a workspace; offsets and sizes in bytes.")
       .def_ro("world_size", &lar_layout::world_size)

@@ -30,18 +30,19 @@ class Nap {
 
 Vectors vectors_for(int64_t bytes) { return Vectors(ceil_div(bytes, LAR_VECTOR_BYTES) * kVectorWords); }
 
-InBandCall::InBandCall(const Call& call, EpochPlane epochs, LengthPlane lengths)
+InBandCall::InBandCall(const Call& call, lar_algorithm algorithm)
     : call_(call),
       workspace_(call.workspace()),
-      epochs_(epochs),
-      lengths_(lengths),
-      epoch_(*epoch_word(workspace_.local, workspace_.layout, epochs, 0)) {}
+      epochs_(in_band_epochs(workspace_.layout, algorithm)),
+      lengths_(algorithm == LAR_ONE_SHOT ? LengthPlane::kOneShot : LengthPlane::kTwoShot),
+      epoch_(*epoch_word(workspace_.local, workspace_.layout, epochs_, 0)) {}
 
 Slot InBandCall::pushed(int64_t region, int64_t slot_bytes, int holder, int writer) const {
-  const int world_size = workspace_.layout.world_size;
-  const uint32_t generation = workspace_.layout.shared ? shared_generation(epoch_) : pushed_generation(epoch_);
-  const int64_t slot = int64_t{generation} * (world_size - 1) + slot_of_step(step_to(holder, writer, world_size));
-  return {static_cast<char*>(workspace_.base[holder]) + region + slot * slot_bytes, writer};
+  const lar_layout& layout = workspace_.layout;
+  const int64_t generation = layout.shared ? shared_generation(epoch_) : pushed_generation(epoch_);
+  const int64_t slot = slot_of_step(step_to(holder, writer, layout.world_size));
+  const int64_t at = region + generation * pushed_generation_bytes(layout, slot_bytes) + slot * slot_bytes;
+  return {static_cast<char*>(workspace_.base[holder]) + at, writer};
 }
 
 Slot InBandCall::shared(int64_t region, int64_t slot_bytes, int writer) const {

@@ -26,9 +26,10 @@ struct Slot {
 // One in-band call of an algorithm, which is one round.
 class InBandCall {
  public:
-  InBandCall(const Call& call, EpochPlane epochs, LengthPlane lengths);
+  InBandCall(const Call& call, lar_algorithm algorithm);
 
-  // Pushed: the slot with `holder` for what `writer` pushes; regions of [generation][peer][slot_bytes].
+  // Pushed: the slot with `holder` for what `writer` pushes; `region`: those of the first generation,
+  // [peer][slot_bytes].
   Slot pushed(int64_t region, int64_t slot_bytes, int holder, int writer) const;
   // Shared: the slot for what `writer` stores once; regions of [generation][slot_bytes].
   Slot shared(int64_t region, int64_t slot_bytes, int writer) const;

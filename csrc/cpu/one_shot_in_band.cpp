@@ -11,7 +11,7 @@ int run_round(const Call& call, const lar_message& message, lar_exchange exchang
   const lar_slots& slots = workspace.layout.in_band;
   const int rank = workspace.rank;
   const int world_size = workspace.layout.world_size;
-  const InBandCall round(call, EpochPlane::kOneShotInBand, LengthPlane::kOneShot);
+  const InBandCall round(call, LAR_ONE_SHOT);
   const ElementUnits elements(message, world_size);
   const Piece whole{0, message.count};
   const int64_t bytes = message.count * elements.bytes();

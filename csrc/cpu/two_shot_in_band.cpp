@@ -14,7 +14,7 @@ class Round {
         slots_(workspace_.layout.in_band),
         world_size_(workspace_.layout.world_size),
         call_(call),
-        round_(call, EpochPlane::kTwoShotInBand, LengthPlane::kTwoShot),
+        round_(call, LAR_TWO_SHOT),
         elements_(message, world_size_),
         is_shared_(described.kind.exchange == LAR_SHARED),
         part_vectors_(described.launch.chunk_vectors),

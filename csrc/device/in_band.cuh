@@ -5,9 +5,9 @@
 // word is checked, so a vector that arrives in parts is never taken early. Words are compared as bits: as floats, -0
 // would equal +0, and flush-to-zero would make subnormals equal to it too.
 //
-// Which generation of slots a call uses, and why so few are enough: protocol/generations.h. "Call" counts the in-band
-// launches of one algorithm; others in between only add order. The argument is about whole kernels, so which block
-// handles which vector may change from call to call.
+// Which generation of slots a call uses, and why so few are enough: protocol/generations.h, which says what is counted
+// together. Launches in between that are not counted only add order. The argument is about whole kernels, so which
+// block handles which vector may change from call to call.
 #ifndef LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 #define LLM_ALLREDUCE_DEVICE_IN_BAND_CUH_
 

@@ -7,8 +7,9 @@
 // that others have sent. It is polled and cleared like theirs: places of results belong to the owners of this message's
 // vectors, and in the next message, of another size, to others, who would find there what came too late.
 //
-// Why slots may be used again: ONESHOT's have the generations of pushed slots (protocol/generations.h), whose argument
-// holds with every rank among its own peers. Results need none. An owner stores one of call e+1 only after it has taken
+// Why slots may be used again: ONESHOT's have the generations of pushed slots (protocol/generations.h), counted with
+// them, whose argument holds with every rank among its own peers, and whichever slots the call between two of a
+// generation used. Results need none. An owner stores one of call e+1 only after it has taken
 // what every rank sent in call e+1, partials or flags, and no rank sent any before its call e had ended, polls and
 // clears of all places included. A rank stores the inputs of call e+1 (LAR_IN_SWITCH) once it has all results of call
 // e, none of which was there before its owner had read that place of all inputs.

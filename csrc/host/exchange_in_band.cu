@@ -17,18 +17,29 @@ struct SlotUse {
   LengthPlane lengths;
   int parts;  // slots that a round fills at most
   int64_t offset;
-  int64_t bytes;                // of a slot
-  int64_t gather_offset;        // two-shot
-  int64_t shared_slots_offset;  // of those that are stored once
+  int64_t bytes;             // of a slot
+  int64_t generation_bytes;  // from one of those that are pushed to the same of the next generation
+  int64_t gather_offset;     // two-shot; of what is stored once, of either algorithm
 };
 
 SlotUse slot_use(const lar_layout& layout, lar_kind kind) {
   const lar_slots& slots = layout.in_band;
-  if (kind.algorithm == LAR_ONE_SHOT)
-    return {EpochPlane::kOneShotInBand, LengthPlane::kOneShot, 1, slots.one_shot_offset, slots.one_shot_bytes,
-            slots.one_shot_offset,      slots.one_shot_offset};
-  return {EpochPlane::kTwoShotInBand, LengthPlane::kTwoShot, layout.world_size,  slots.scatter_offset,
-          slots.two_shot_bytes,       slots.gather_offset,   slots.gather_offset};
+  SlotUse out{};
+  out.epochs = in_band_epochs(layout, kind.algorithm);
+  if (kind.algorithm == LAR_ONE_SHOT) {
+    out.lengths = LengthPlane::kOneShot;
+    out.parts = 1;
+    out.bytes = slots.one_shot_bytes;
+    out.offset = out.gather_offset = slots.one_shot_offset;
+  } else {
+    out.lengths = LengthPlane::kTwoShot;
+    out.parts = layout.world_size;
+    out.bytes = slots.two_shot_bytes;
+    out.offset = slots.scatter_offset;
+    out.gather_offset = slots.gather_offset;
+  }
+  out.generation_bytes = pushed_generation_bytes(layout, out.bytes);
+  return out;
 }
 
 // A kernel of a fixed world size has as many entries of the table at the end as it needs.
@@ -46,7 +57,7 @@ PushArguments<0> in_band_arguments(const lar_workspace& workspace, const lar_cal
   out.own = region(workspace.rank);
   out.epochs = epoch_word(workspace.local, workspace.layout, use.epochs, 0);
   out.lanes = static_cast<uint32_t>(workspace.layout.lanes);
-  out.generation_stride = vectors((world_size - 1) * use.bytes);
+  out.generation_stride = vectors(use.generation_bytes);
   out.peer_stride = vectors(use.bytes);
   out.gather_stride = vectors(use.gather_offset - use.offset);
   out.part = static_cast<uint32_t>(call.launch.chunk_vectors);
@@ -193,7 +204,7 @@ SharedArguments shared_arguments(const lar_workspace& workspace, const lar_call&
   const lar_layout& layout = workspace.layout;
   SharedArguments out{};
   for (int rank = 0; rank < layout.world_size; ++rank)
-    out.slots[rank] = static_cast<char*>(workspace.base[rank]) + use.shared_slots_offset;
+    out.slots[rank] = static_cast<char*>(workspace.base[rank]) + use.gather_offset;
   out.slots_stride = static_cast<uint32_t>(use.bytes / LAR_VECTOR_BYTES);
   out.lengths = length_words(workspace.local, layout, use.lengths);
   out.in_band = in_band_arguments(workspace, call, round, use);
@@ -253,7 +264,8 @@ int multicast(const lar_workspace& workspace, const lar_call& call, void* stream
 int in_switch(const lar_workspace& workspace, const lar_call& call, void* stream) {
   if (call.norm || call.launch.scatter_lanes > 0 || !knows_multicast()) return LAR_ERROR_INVALID_ARGUMENT;
   const int world_size = workspace.layout.world_size;
-  const SlotUse use = slot_use(workspace.layout, call.kind);
+  SlotUse use = slot_use(workspace.layout, call.kind);
+  use.epochs = EpochPlane::kInSwitch;  // no slot is pushed
   const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
     const PushArguments<0> in_band = in_band_arguments(workspace, call, round, use);

@@ -27,10 +27,8 @@ struct SlotCounts {
   int64_t gather;
 };
 
-SlotCounts in_band_counts(const lar_layout_sizes& sizes) {
-  const int64_t peers = sizes.world_size - 1;
-  if (sizes.shared) return {LAR_SHARED_SLOTS, LAR_SHARED_SLOTS * peers, LAR_SHARED_SLOTS};
-  return {LAR_PUSH_SLOTS * peers, LAR_PUSH_SLOTS * peers, LAR_PUSH_SLOTS * peers};
+SlotCounts shared_in_band_counts(const lar_layout_sizes& sizes) {
+  return {LAR_SHARED_SLOTS, int64_t{LAR_SHARED_SLOTS} * (sizes.world_size - 1), LAR_SHARED_SLOTS};
 }
 
 SlotCounts flagged_counts(const lar_layout_sizes& sizes) {
@@ -53,6 +51,19 @@ lar_slots split(int64_t bytes, int64_t one_shot_bytes, const SlotCounts& counts,
   out.one_shot_offset = take(counts.one_shot * out.one_shot_bytes);
   out.scatter_offset = take(counts.scatter * out.two_shot_bytes);
   out.gather_offset = take(counts.gather * out.two_shot_bytes);
+  return out;
+}
+
+// Two generations of `bytes` together, in which the slots of both algorithms are the same bytes.
+lar_slots pushed_slots(int64_t bytes, int64_t peers, int64_t* offset) {
+  lar_slots out{};
+  out.generation_bytes = bytes / LAR_PUSH_SLOTS / kAlignment * kAlignment;
+  out.one_shot_bytes = slot_bytes(out.generation_bytes / peers);
+  out.two_shot_bytes = slot_bytes(out.generation_bytes / (2 * peers));
+  out.one_shot_offset = *offset;
+  out.scatter_offset = *offset;
+  out.gather_offset = *offset + peers * out.two_shot_bytes;
+  *offset += LAR_PUSH_SLOTS * out.generation_bytes;
   return out;
 }
 
@@ -95,19 +106,17 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
   out.probe_offset = take(LAR_MAX_WORLD_SIZE);
   out.records_offset = take(LAR_CALL_RECORDS * static_cast<int64_t>(sizeof(lar_call_record) / sizeof(uint32_t)));
 
-  // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones (but
-  // with flags, every lane has slots of its own, which must not become too small).
-  const auto for_one_shot = [&](int64_t bytes, int64_t otherwise) {
-    return sizes->world_size == 2 ? bytes / 4 * 3 : bytes / otherwise;
-  };
   if (const int64_t bytes = sizes->in_band_bytes; bytes > 0) {
     // Shared, only small messages are sent in band, by either algorithm.
-    const int64_t one_shot = sizes->shared ? bytes / 5 * 2 : for_one_shot(bytes, 8);
-    out.in_band = split(bytes, one_shot, in_band_counts(*sizes), &offset);
+    out.in_band = sizes->shared ? split(bytes, bytes / 5 * 2, shared_in_band_counts(*sizes), &offset)
+                                : pushed_slots(bytes, sizes->world_size - 1, &offset);
     if (!holds_vectors(out.in_band)) return LAR_ERROR_INVALID_ARGUMENT;
   }
   if (const int64_t bytes = sizes->flagged_bytes; bytes > 0) {
-    out.flagged = split(bytes, for_one_shot(bytes, 4), flagged_counts(*sizes), &offset);
+    // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones,
+    // but every lane has slots of its own, which must not become too small.
+    const int64_t one_shot = sizes->world_size == 2 ? bytes / 4 * 3 : bytes / 4;
+    out.flagged = split(bytes, one_shot, flagged_counts(*sizes), &offset);
     if (!holds_vectors(out.flagged)) return LAR_ERROR_INVALID_ARGUMENT;
     if (!sizes->shared) out.flagged.staged_bytes = LAR_SLOTS * sizes->lanes * out.flagged.two_shot_bytes;
   }
@@ -142,4 +151,4 @@ extern "C" int64_t lar_sum_elements(int64_t count, int32_t parts) {
   return count > 0 && parts > 0 ? lar::part_elements(count, parts) : 0;
 }
 
-extern "C" int lar_abi_version(void) { return 11; }
+extern "C" int lar_abi_version(void) { return 12; }

@@ -32,13 +32,17 @@ enum class FlagPlane : int {
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
 // begin. kExchangeBegun, kExchangeEnded: lane 0's words are what lar_failure says of exchanges between hosts.
 // kOneShotReduced: as kOneShot between calls; within one, rounds that the lane has reduced. kPlace: calls that store
-// into peers' outputs; their scatter slots are counted as those of the other two-shots.
+// into peers' outputs; their scatter slots are counted as those of the other pushed calls. kPushed: in-band calls of
+// every algorithm that use pushed slots, which share two generations. kOneShotShared, kTwoShotShared: in-band calls
+// through shared slots, of which each algorithm has generations of its own. kInSwitch: LAR_IN_SWITCH, which uses none.
 enum class EpochPlane : int {
   kOneShot,
   kTwoShot,
   kPull,
-  kOneShotInBand,
-  kTwoShotInBand,
+  kPushed,
+  kOneShotShared,
+  kTwoShotShared,
+  kInSwitch,
   kStaged,
   kStageOpen,
   kExchangeBegun,
@@ -106,6 +110,18 @@ LAR_HOST_DEVICE uint32_t* flag_row(void* base, const lar_layout& layout, FlagPla
 
 LAR_HOST_DEVICE uint32_t* probe_words(void* base, const lar_layout& layout) {
   return reinterpret_cast<uint32_t*>(static_cast<char*>(base) + layout.probe_offset);
+}
+
+// What counts the in-band calls of an algorithm; LAR_IN_SWITCH has a plane of its own.
+inline EpochPlane in_band_epochs(const lar_layout& layout, int algorithm) {
+  if (!layout.shared) return EpochPlane::kPushed;
+  return algorithm == LAR_ONE_SHOT ? EpochPlane::kOneShotShared : EpochPlane::kTwoShotShared;
+}
+
+// From a pushed slot of `bytes` to that of the same writer in the next generation. Shared, only scatter slots are
+// pushed, and each generation of them follows the last.
+inline int64_t pushed_generation_bytes(const lar_layout& layout, int64_t bytes) {
+  return layout.shared ? (layout.world_size - 1) * bytes : layout.in_band.generation_bytes;
 }
 
 // How many vectors lie in each shared generation, as each lane knows it.

@@ -141,6 +141,8 @@ typedef struct lar_slots {
   // Flagged, not shared: what all lanes' slots of all generations hold of one rank, scatter or gather. A staged call
   // takes them as one.
   int64_t staged_bytes;
+  // In band, not shared: of one generation, in which ONESHOT's slots and TWOSHOT's take the same bytes.
+  int64_t generation_bytes;
 } lar_slots;
 
 // When a stage of a staged call happened, in nanoseconds of this GPU's clock.
@@ -168,8 +170,11 @@ typedef struct lar_stage_times {
 //   gather      [generation 4][owner rank][lane][two_shot_bytes]    results on their way back
 // Staged calls see scatter and gather as [rank][staged_bytes]; device/staged_lane.cuh says why they may.
 // In-band slots, with readiness in the data, shared by all lanes, LAR_IN_BAND_MARKER everywhere before the first call
-// (GPUs only). Peers are counted from the holder's next rank on:
-//   one_shot    [generation 2][peer][one_shot_bytes], and so on
+// (GPUs only). A generation is of one call, whose algorithm uses all of it. Peers are counted from the holder's next
+// rank on; a generation is, of generation_bytes,
+//   ONESHOT     one_shot [peer][one_shot_bytes]
+//   TWOSHOT     scatter [peer][two_shot_bytes], gather [peer][two_shot_bytes]
+// and the offsets are those in the first of [generation 2].
 //
 // Shared (1): all workspaces lie in one memory that is as near to every rank, host memory. What several ranks are to
 // read is stored once, in the workspace of the rank that it comes from, and read there by all; only `scatter`, where

@@ -7,8 +7,8 @@
 //              store it once
 //     drain    poll all results, mine as they come back, clear them, hand those of others to the sink
 //
-// Lane by lane: what lane b reads, lanes b of all ranks have copied. A flag is the number of the call, as this
-// algorithm's in-band calls are counted.
+// Lane by lane: what lane b reads, lanes b of all ranks have copied. A flag is the number of the call, which
+// EpochPlane::kInSwitch counts: flags are compared within half of the numbers that there are.
 #include "device/instances.cuh"
 #include "device/multicast.cuh"
 #include "device/sink/store.cuh"

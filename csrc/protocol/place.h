@@ -32,9 +32,10 @@
 // lanes with one task, of which the first ones only scatter, start in the order of their numbers, and of all lanes that
 // reduce the lowest that has not ended waits for those of the same number, for which there is room on every rank.
 //
-// Scatter slots are those of the other two-shots, and counted with them. The proof of protocol/generations.h holds: a
-// peer that stores into what this rank cleared in call e has ended call e+1, in which it took flags of this rank's call
-// e+1. With flags (CPU ranks) that of protocol/two_shot.h does: settle() is its drain() without a copy.
+// Scatter slots are those of the other in-band calls, and counted with them. The proof of protocol/generations.h holds:
+// a peer that stores into what this rank cleared in call e has ended call e+1, in which it took something of this
+// rank's call e+1, flags where it stores into outputs. With flags (CPU ranks) that of protocol/two_shot.h does:
+// settle() is its drain() without a copy.
 #ifndef LLM_ALLREDUCE_PROTOCOL_PLACE_H_
 #define LLM_ALLREDUCE_PROTOCOL_PLACE_H_
 
