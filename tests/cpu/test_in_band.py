@@ -24,7 +24,7 @@ from llm_allreduce_plugin.transport.shm import ShmMemory
 from llm_allreduce_plugin.transport.symmetric import initialize
 from tests.support.cpu_group import CpuGroup
 from tests.support.forked import forked
-from tests.support.in_band_rest import EPOCH_PLANES, assert_at_rest, assert_shared_at_rest, in_band_epochs
+from tests.support.in_band_rest import EPOCH_PLANES, assert_at_rest, assert_shared_at_rest, in_band_epochs, plane_of
 from tests.support.reference import (
     DTYPES,
     assert_same_bits,
@@ -126,7 +126,7 @@ def test_calls_of_any_kind_follow_each_other(world_size: int, exchange: str, fir
     """Algorithms, exchanges (in band and with flags), sizes and late ranks, on one workspace."""
     group, seed = group_of(world_size, exchange), fresh_seed()
     group.set_rounds(first)
-    draw, in_band = random.Random(seed), dict.fromkeys(ALGORITHMS, 0)
+    draw, in_band = random.Random(seed), dict.fromkeys(EPOCH_PLANES, 0)
     for number in range(60):
         algorithm = draw.choice(list(ALGORITHMS))
         via = draw.choice((EXCHANGES[exchange], EXCHANGES[exchange], _C.FLAGS))
@@ -136,7 +136,7 @@ def test_calls_of_any_kind_follow_each_other(world_size: int, exchange: str, fir
         compare(group, algorithm, via, inputs, f"seed {seed}, call {number}", chunk=chunk, jitter=draw)
         if via != _C.FLAGS:
             parts = 1 if algorithm == "ONESHOT" else world_size
-            in_band[algorithm] += -(-size * dtype.itemsize // (chunk * _C.VECTOR_BYTES * parts))
+            in_band[plane_of(group.layout, algorithm)] += -(-size * dtype.itemsize // (chunk * _C.VECTOR_BYTES * parts))
     epochs = in_band_epochs(buffers_of(group)[0], group.layout)[:, 0].tolist()
     assert [epoch % WRAP for epoch in epochs] == [(first + in_band[name]) % WRAP for name in EPOCH_PLANES]
 
@@ -267,7 +267,7 @@ def _calls(context: RankContext, case: Case) -> int:
         if number < case.calls // 3:
             rank.assert_rest()
     rank.assert_rest()
-    made = int(epochs.sum().item()) - 2 * (case.first - (WRAP if case.first >= WRAP // 2 else 0))
+    made = int(epochs.sum().item()) - len(EPOCH_PLANES) * (case.first - (WRAP if case.first >= WRAP // 2 else 0))
     rank.agreement.close()
     return made
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin import _C
+from tests.support.in_band_rest import EPOCH_PLANES, plane_of
 from tests.support.local_group import CONTEXT_END_S, LocalGroup
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
@@ -172,8 +173,11 @@ def test_in_band_epochs_wrap_around(kind: Kind) -> None:
             inputs = [rank_input(seed, rank, size, torch.float16) for rank in range(4)]
             for output in group.all_reduce(algorithm, inputs):
                 assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm}, call {call}")
+    calls = dict.fromkeys(EPOCH_PLANES, 0)
+    for algorithm in ALGORITHMS * 12:  # each call is one round
+        calls[plane_of(group.layout, algorithm)] += 1
     for epochs in group.in_band_epochs():
-        assert bool((epochs == -5 + 12).all()), "each call is one round"
+        assert epochs.tolist() == [[-5 + number] * group.lanes for number in calls.values()]
 
 
 def test_missing_rank_stops_the_others_with_a_named_error() -> None:

@@ -31,6 +31,8 @@ LARGE_HOST = {"large host": True}
 PAIRS = {"pairs": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
+# Calls of every kind in one workspace, whose slots are the same bytes.
+MIXED: dict[str, Any] = {"mixed": True}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
 HOSTS: dict[str, Any] = {"hosts": True}
@@ -101,6 +103,29 @@ MUTATIONS: dict[str, Mutation] = {
         "device/in_band.cuh",
         "return pushed_generation(epoch) * arguments.generation_stride;",
         "return pushed_generation({} ? 0 : epoch) * arguments.generation_stride;",
+        IN_BAND,
+    ),
+    "algorithms count apart": (
+        "host/exchange_in_band.cu",
+        "  out.epochs = in_band_epochs(layout, kind.algorithm);",
+        "  out.epochs = in_band_epochs(layout, kind.algorithm);\n"
+        "  if ({} && kind.algorithm == LAR_ONE_SHOT) out.epochs = EpochPlane::kOneShotShared;",
+        MIXED,
+        IN_BAND,
+    ),
+    "generations of one-shot are as far apart as half of its slots are long": (
+        "host/exchange_in_band.cu",
+        "  out.generation_bytes = pushed_generation_bytes(layout, out.bytes);",
+        "  out.generation_bytes = pushed_generation_bytes(layout, out.bytes);\n"
+        "  if ({} && kind.algorithm == LAR_ONE_SHOT) out.generation_bytes /= 2;",
+        MIXED,
+    ),
+    "generations of two-shot are as far apart as its scatter slots are long": (
+        "host/exchange_in_band.cu",
+        "  out.generation_bytes = pushed_generation_bytes(layout, out.bytes);",
+        "  out.generation_bytes = pushed_generation_bytes(layout, out.bytes);\n"
+        "  if ({} && kind.algorithm == LAR_TWO_SHOT) out.generation_bytes = (layout.world_size - 1) * out.bytes;",
+        MIXED,
         IN_BAND,
     ),
     "lanes without a block do not count": (

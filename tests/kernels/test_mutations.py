@@ -25,6 +25,7 @@ from tests.kernels.planted_errors import (
     IN_BAND,
     LARGE_HOST,
     MANY,
+    MIXED,
     MUTATIONS,
     ONE_STEP,
     PAIRS,
@@ -47,6 +48,7 @@ from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
+from tests.support.mixed_calls import run_mixed
 from tests.support.multicast_checks import compare_exact, compare_in_switch
 from tests.support.norm_group import Shape, check, every_quant, random_boundary
 from tests.support.reference import assert_same_bits, rank_ordered_sum
@@ -221,6 +223,12 @@ def by_multicast(seed: int) -> None:
         compare_in_switch(group, inputs_of(seed + turn, 4, (2048, 777)[turn], torch.bfloat16), f"{seed=}")
 
 
+def mixed(seed: int) -> None:
+    """Calls of every kind, whose slots are the same bytes."""
+    machine = EmulatedGpus(seed, library=mutated())
+    run_mixed(LocalGroup(3, machine=machine, lanes=4, threads=64, workspace_mib=0.1), seed, 16, at_once=8)
+
+
 STRESSES: dict[str, Callable[[int], None]] = {
     "rows": norm_rows,
     "places": into_registered_memory,
@@ -229,6 +237,7 @@ STRESSES: dict[str, Callable[[int], None]] = {
     "large host": large_through_host_memory,
     "hosts": over_hosts,
     "multicast": by_multicast,
+    "mixed": mixed,
 }
 KINDS = {
     "in band": IN_BAND,
@@ -259,6 +268,7 @@ KINDS = {
     "hosts": HOSTS,
     "rows": ROWS,
     "multicast": MULTICAST,
+    "mixed": MIXED,
     "places": PLACES,
     "pulled places": PULLED_PLACES,
 }

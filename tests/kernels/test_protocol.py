@@ -17,10 +17,11 @@ from tests.gpu.test_staged import check_streams
 from tests.kernels.test_exact import group_of, inputs_of, reduce_and_compare
 from tests.kernels.test_low_precision import compare
 from tests.support.emulator import BrokenContextError, needs_emulator, seeds
-from tests.support.in_band_rest import assert_at_rest
+from tests.support.in_band_rest import EPOCH_PLANES, assert_at_rest, plane_of
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.low_precision import expected_sum
+from tests.support.mixed_calls import run_mixed
 from tests.support.reference import assert_same_bits, poison, rank_ordered_sum
 
 pytestmark = needs_emulator
@@ -81,6 +82,15 @@ def test_inputs_read_in_place_among_other_calls(world_size: int) -> None:
         group = group_of(seed, world_size, {"workspace_mib": 0.5})
         calls = [(generator.choice((*ALGORITHMS, "PULL")), generator.choice((8, 512, 4096))) for _ in range(12)]
         run_queued(group, calls, f"{seed=}")
+
+
+@pytest.mark.parametrize("at_once", (1, 12), ids=("one by one", "queued"))
+@pytest.mark.parametrize("world_size", (2, 3, 4, 8))
+def test_calls_of_every_kind_share_slots(world_size: int, at_once: int) -> None:
+    for seed in seeds(2):
+        machine = EmulatedGpus(seed)
+        group = LocalGroup(world_size, machine=machine, lanes=4, threads=64, workspace_mib=0.1)
+        run_mixed(group, seed, 12, at_once=at_once)
 
 
 @pytest.mark.parametrize("where", ({"in_band": False}, {"host": True}), ids=("peer", "host"))
@@ -189,8 +199,11 @@ def test_in_band_epochs_wrap_around(kind: dict[str, Any]) -> None:
         for epochs in group.in_band_epochs():
             epochs.fill_(-5)
         run_queued(group, [(algorithm, size) for size in (1024, 8, 4096) * 4 for algorithm in ALGORITHMS], f"{seed=}")
+        calls = dict.fromkeys(EPOCH_PLANES, 0)
+        for algorithm in ALGORITHMS * 12:  # each call is one round
+            calls[plane_of(group.layout, algorithm)] += 1
         for epochs in group.in_band_epochs():
-            assert bool((epochs == -5 + 12).all()), "each call is one round"
+            assert epochs.tolist() == [[-5 + number] * group.lanes for number in calls.values()]
 
 
 @EVERY_KIND

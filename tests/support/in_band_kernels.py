@@ -11,10 +11,11 @@ import itertools
 from collections.abc import Generator, Iterator
 from typing import Any
 
-from tests.support.in_band_model import EPOCHS, Exchange, Place, Thread, Value, ViolationError
+from tests.support.in_band_model import EPOCHS, Call, Exchange, Place, Thread, Value, ViolationError
 from tests.support.weak_memory import Keys, Steps
 
 LEAD = 2  # kLead of one_shot.cu
+MOST_OF_A_PART = 6  # vectors; a slot of ONESHOT holds twice as many
 MOST_ROUNDS_AHEAD = 256  # of host/layout.h
 
 
@@ -30,15 +31,35 @@ class Pushed(Exchange):
         self._inputs: dict[int, int] = {}  # of each rank: the call that it is for, since that has begun
         self._rounds = dict.fromkeys(self._words(), self.first_epoch)  # of inputs read in place, which lanes count
 
+    def _planes(self) -> tuple[str, ...]:
+        return ("pushed",) if self.rules.counts_together else super()._planes()
+
+    def plane_of(self, call: Call) -> str:
+        return "pushed" if self.rules.counts_together else super().plane_of(call)
+
+    def _slot(self, region: str, holder: int, generation: int, source: int, i: int) -> Place:
+        """Where a vector lies: slots of all regions share the bytes of a generation."""
+        peers, step = self.ranks - 1, (source - holder) % self.ranks - 1
+        of_a_generation = 2 * peers * MOST_OF_A_PART
+        if region == "one_shot":
+            at = step * 2 * MOST_OF_A_PART
+        else:
+            at = (step + (peers if region == "gather" else 0)) * MOST_OF_A_PART
+            if not self.rules.generations_alike:
+                of_a_generation = peers * MOST_OF_A_PART
+        return ("slots", holder, generation * of_a_generation + at + i)
+
     def filled(self, number: int, rank: int) -> Iterator[Place]:
         call, generation = self.calls[number], self._generation_of_call(number)
         for peer in self.others(rank):
-            if call.algorithm == "one_shot":
-                yield from (("one_shot", rank, generation, peer, i) for i in range(call.vectors))
+            if call.in_one_step:
+                yield from (self._slot("one_shot", rank, generation, peer, i) for i in range(call.vectors))
                 continue
             if call.algorithm == "two_shot":
-                yield from (("scatter", rank, generation, peer, i) for i in range(call.owned(self.ranks, rank)))
-            yield from (("gather", rank, generation, peer, i) for i in range(call.owned(self.ranks, peer)))
+                yield from (
+                    self._slot("scatter", rank, generation, peer, i) for i in range(call.owned(self.ranks, rank))
+                )
+            yield from (self._slot("gather", rank, generation, peer, i) for i in range(call.owned(self.ranks, peer)))
 
     def _take(self, at: Thread, wanted: dict[Place, Value]) -> Steps:
         yield from self.poll(at, wanted)
@@ -54,7 +75,10 @@ class Pushed(Exchange):
         index = at.index - self.clears_after
         if self.clears_after == 0 or index < 0:
             return
-        number = next(n for n, call in enumerate(self.calls) if (call.plane, self.indices[n]) == (at.call.plane, index))
+        plane = self.plane_of(at.call)
+        number = next(
+            n for n, call in enumerate(self.calls) if (self.plane_of(call), self.indices[n]) == (plane, index)
+        )
         places = list(self.filled(number, at.rank))
         for i in at.share(0, at.call.lanes, len(places)):
             yield from self._clear(at, places[i])
@@ -70,7 +94,8 @@ class Pushed(Exchange):
         def push(number: int) -> Steps:
             for i in itertools.islice(pushes, number):
                 for peer in others:
-                    yield from self.store(at, ("one_shot", peer, generation, at.rank, i), (at.number, "", at.rank, i))
+                    place = self._slot("one_shot", peer, generation, at.rank, i)
+                    yield from self.store(at, place, (at.number, "", at.rank, i))
 
         if pushers == 0:
             yield from push(LEAD)
@@ -79,7 +104,7 @@ class Pushed(Exchange):
             yield from push(call.vectors)
         for i in at.share(pushers, call.lanes - pushers, call.vectors):
             yield from push(1)
-            places = {("one_shot", at.rank, generation, peer, i): (at.number, "", peer, i) for peer in others}
+            places = {self._slot("one_shot", at.rank, generation, peer, i): (at.number, "", peer, i) for peer in others}
             yield from self._take(at, places)
             self.outputs[at.rank, at.number].add(i)
         yield from self._end(at)
@@ -116,22 +141,29 @@ class Pushed(Exchange):
             for owner in self.others(at.rank):
                 if i < at.call.owned(self.ranks, owner):
                     value = (at.number, "partial", at.rank, i)
-                    yield from self.store(at, ("scatter", owner, generation, at.rank, i), value)
+                    yield from self.store(at, self._slot("scatter", owner, generation, at.rank, i), value)
 
     def _reduce(self, at: Thread, generation: int, i: int) -> Steps:
-        others = self.others(at.rank)
-        places = {("scatter", at.rank, generation, peer, i): (at.number, "partial", peer, i) for peer in others}
-        yield from self._take(at, places)
+        yield from self._take(
+            at,
+            {
+                self._slot("scatter", at.rank, generation, peer, i): (at.number, "partial", peer, i)
+                for peer in self.others(at.rank)
+            },
+        )
         yield from self._give_back(at, generation, i)
 
     def _give_back(self, at: Thread, generation: int, i: int) -> Steps:
         for peer in self.others(at.rank):
-            yield from self.store(at, ("gather", peer, generation, at.rank, i), (at.number, "result", at.rank, i))
+            place = self._slot("gather", peer, generation, at.rank, i)
+            yield from self.store(at, place, (at.number, "result", at.rank, i))
         self.outputs[at.rank, at.number].add(at.rank * at.call.part(self.ranks) + i)
 
     def _drain(self, at: Thread, generation: int, i: int) -> Steps:
         owners = [owner for owner in self.others(at.rank) if i < at.call.owned(self.ranks, owner)]
-        places = {("gather", at.rank, generation, owner, i): (at.number, "result", owner, i) for owner in owners}
+        places = {
+            self._slot("gather", at.rank, generation, owner, i): (at.number, "result", owner, i) for owner in owners
+        }
         yield from self._take(at, places)
         self.outputs[at.rank, at.number].update(owner * at.call.part(self.ranks) + i for owner in owners)
 
@@ -200,7 +232,7 @@ class Published(Exchange):
 
     def _count_call(self, at: Thread, epoch: int, vectors: int) -> Generator[Keys, None, int]:
         """Returns how many vectors of the old generation there are to clear."""
-        plane, old = at.call.plane, self.generation(epoch - self.clears_after)
+        plane, old = self.plane_of(at.call), self.generation(epoch - self.clears_after)
         old_vectors = self._extents.get((plane, at.rank, old, at.block), 0)
         lanes = [at.block] if at.thread == 0 else []
         if at.block == 0 and self.rules.keeps_extents_of_absent_lanes:

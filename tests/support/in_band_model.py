@@ -21,7 +21,8 @@ Algorithm = Literal["one_shot", "two_shot", "pull"]
 # A vector of another call or place, or half of one; a wait for ever; a call that ends without all of its output; at the
 # end, slots that are not as they should be, and epochs.
 Fault = Literal["wrong", "stuck", "missing", "uncleared", "uncounted"]
-Place = tuple[str, int, int, int, int]  # of a vector: region, holder, generation, source, index
+# Of a vector: region, holder, generation, source, index; or, where regions share bytes: region, holder, vector.
+Place = tuple[str | int, ...]
 Value = tuple[int, str, int, int]  # of a vector: call, what, source, index
 
 
@@ -48,6 +49,8 @@ class Rules:
     keeps_extents_of_absent_lanes: bool = True
     checks_every_word: bool = True
     splits_on_all_ranks: bool = True  # lanes with one task each
+    counts_together: bool = True  # pushed: calls of all algorithms
+    generations_alike: bool = True  # pushed: as far apart for TWOSHOT as for ONESHOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +66,8 @@ class Call:
     spare: int = 0  # vectors that the parts of TWOSHOT are longer than they must be, as in the last of several rounds
 
     @property
-    def plane(self) -> str:
-        return "one_shot" if self.algorithm == "one_shot" else "two_shot"
+    def in_one_step(self) -> bool:
+        return self.algorithm == "one_shot"
 
     def part(self, ranks: int) -> int:
         return -(-self.vectors // ranks) + self.spare
@@ -109,9 +112,16 @@ class Exchange:
         self.generations = self.rules.generations or self.GENERATIONS
         self.clears_after = self.CLEARS_AFTER if self.rules.clears_after < 0 else self.rules.clears_after
         self.machine = Machine(order)
-        self.epochs = {(plane, rank, lane): epoch for plane in ("one_shot", "two_shot") for rank, lane in self._words()}
+        self.epochs = {(plane, rank, lane): epoch for plane in self._planes() for rank, lane in self._words()}
         self.outputs: dict[tuple[int, int], set[int]] = defaultdict(set)  # vectors that a rank has of a call
         self._cleared: set[tuple[int, int]] = set()
+
+    def _planes(self) -> tuple[str, ...]:
+        return ("one_shot", "two_shot")
+
+    def plane_of(self, call: Call) -> str:
+        """What counts the call."""
+        return "one_shot" if call.in_one_step else "two_shot"
 
     def _words(self) -> Iterator[tuple[int, int]]:
         return ((rank, lane) for rank in range(self.ranks) for lane in range(self.lanes))
@@ -122,7 +132,7 @@ class Exchange:
         Raises:
             ViolationError: a promise did not hold.
         """
-        planes = [call.plane for call in calls]
+        planes = [self.plane_of(call) for call in calls]
         self.indices = [planes[:number].count(plane) for number, plane in enumerate(planes)]
         self.calls = calls
         for rank in range(self.ranks):
@@ -158,7 +168,7 @@ class Exchange:
 
     def epoch_of(self, at: Thread) -> int:
         if self.rules.waits_before_sending:
-            return self.epochs[at.call.plane, at.rank, at.block]
+            return self.epochs[self.plane_of(at.call), at.rank, at.block]
         # Whoever does not wait may find the count of the call before. That is not what this rule is tried for.
         return (self.first_epoch + at.index) % EPOCHS
 
@@ -180,7 +190,7 @@ class Exchange:
         if at.block == 0 and self.rules.counts_absent_lanes:
             lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.COURIERS)
         for lane in lanes:
-            self.epochs[at.call.plane, at.rank, lane] = (epoch + 1) % EPOCHS
+            self.epochs[self.plane_of(at.call), at.rank, lane] = (epoch + 1) % EPOCHS
 
     def store(self, at: Thread, place: Place, value: Value, waited_for: object = None) -> Steps:
         for word in range(WORDS):
@@ -245,7 +255,7 @@ class Exchange:
         left = {
             (*place, word)
             for number, call in enumerate(self.calls)
-            if calls[call.plane] - self.indices[number] <= self.CLEARS_AFTER
+            if calls[self.plane_of(call)] - self.indices[number] <= self.CLEARS_AFTER
             for rank in range(self.ranks)
             for place in self.filled(number, rank)
             for word in range(WORDS)

@@ -9,7 +9,8 @@ import torch
 from llm_allreduce_plugin import _C
 
 # By their places among the planes of epochs (csrc/host/layout.h).
-EPOCH_PLANES = {"ONESHOT": 3, "TWOSHOT": 4}
+# Pushed calls of all algorithms; shared ones of each; IN_SWITCH.
+EPOCH_PLANES = {"pushed": 3, "shared ONESHOT": 4, "shared TWOSHOT": 5, "IN_SWITCH": 6}
 MARKER = _C.IN_BAND_MARKER - (1 << 32)  # as a signed word, of which it is the smallest
 SHARED_GENERATIONS = 4  # LAR_SHARED_SLOTS
 
@@ -19,6 +20,11 @@ def in_band_epochs(local: torch.Tensor, layout: _C.Layout) -> torch.Tensor:
     planes = range(min(EPOCH_PLANES.values()), max(EPOCH_PLANES.values()) + 1)
     first = layout.epochs_offset + planes.start * layout.lanes * 4
     return local[first : first + len(planes) * layout.lanes * 4].view(torch.int32).view(len(planes), layout.lanes)
+
+
+def plane_of(layout: _C.Layout, algorithm: str) -> str:
+    """The name of the plane that counts in-band calls of ``algorithm``, ONESHOT or TWOSHOT."""
+    return f"shared {algorithm}" if layout.shared else "pushed"
 
 
 def pushed_slots(buffer: torch.Tensor, layout: _C.Layout) -> torch.Tensor | None:
@@ -55,8 +61,8 @@ def assert_at_rest(
             at = layout.in_band.one_shot_offset + 4 * int(left[0])
             message = (
                 f"rank {rank}: {len(left)} words of the in-band slots were not cleared, the first at byte {at} of the "
-                f"workspace (ONESHOT's slots begin at {layout.in_band.one_shot_offset}, scatter at "
-                f"{layout.in_band.scatter_offset}, gather at {layout.in_band.gather_offset})"
+                f"workspace (slots begin at {layout.in_band.one_shot_offset}, those of gather at "
+                f"{layout.in_band.gather_offset}; a generation has {layout.in_band.generation_bytes} bytes)"
             )
             raise AssertionError(message)
 
@@ -78,9 +84,9 @@ def assert_shared_at_rest(buffers: Sequence[torch.Tensor], locals_: Sequence[tor
         ("TWOSHOT", slots.gather_offset, slots.two_shot_bytes),
     ]
     for rank, (buffer, local) in enumerate(zip(buffers, locals_, strict=True)):
-        epochs = in_band_epochs(local, layout)[:, 0].tolist()
+        epochs = dict(zip(EPOCH_PLANES, in_band_epochs(local, layout)[:, 0].tolist(), strict=True))
         for algorithm, offset, size in regions:
-            epoch = epochs[list(EPOCH_PLANES).index(algorithm)]
+            epoch = epochs[plane_of(layout, algorithm)]
             for generation in (epoch % SHARED_GENERATIONS, (epoch + 1) % SHARED_GENERATIONS):
                 first = offset + generation * size
                 left = int((buffer[first : first + size].view(torch.int32) != MARKER).sum())

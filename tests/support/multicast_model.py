@@ -47,7 +47,7 @@ class Model:
         self.rules = rules or Rules()
         self.memory: list[dict[Place, Value]] = [{} for _ in range(ranks)]
         self.under_way: dict[tuple[int, int, Place], deque[Value]] = {}  # (sender, receiver, place)
-        self.epochs = [{"one_shot": 0, "two_shot": 0} for _ in range(ranks)]
+        self.epochs = [0] * ranks
 
     def run(self, calls: Sequence[Call], generator: random.Random) -> None:
         """All calls on all ranks.
@@ -117,8 +117,8 @@ class Model:
 
     def _rank(self, rank: int, calls: Sequence[Call], generator: random.Random) -> Iterator[Callable[[], bool] | None]:
         for number, (algorithm, vectors) in enumerate(calls):
-            epoch = self.epochs[rank][algorithm]
-            self.epochs[rank][algorithm] += 1
+            epoch = self.epochs[rank]  # of all algorithms, whose slots in workspaces are the same bytes
+            self.epochs[rank] += 1
             steps = self._one_shot if algorithm == "one_shot" else self._two_shot
             yield from steps(rank, number, epoch % self.rules.generations, vectors, generator)
 

@@ -156,6 +156,23 @@ def test_the_model_sees_what_each_rule_prevents(
         see(scenarios(exchange, (algorithm,)), exchange, Rules(**rules), fault)
 
 
+@pytest.mark.parametrize("fault", ("wrong", "stuck"))
+@pytest.mark.parametrize("rule", ("counts_together", "generations_alike"))
+def test_the_model_sees_algorithms_that_do_not_share_generations(rule: str, fault: Fault) -> None:
+    """Their slots are the same bytes."""
+    see(scenarios(Pushed), Pushed, Rules(**{rule: False}), fault)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS[Pushed])
+def test_only_calls_of_several_algorithms_show_counts_apart(algorithm: Algorithm) -> None:
+    @settings(max_examples=EXAMPLES // 4, deadline=None, derandomize=True)
+    @given(scenarios(Pushed, (algorithm,)))
+    def check(scenario: Scenario) -> None:
+        scenario.run(Pushed, Rules(counts_together=False))
+
+    check()
+
+
 def test_the_model_sees_split_lanes_on_some_ranks_only() -> None:
     """Where few blocks run at once, ranks whose blocks wait in different orders wait for each other in a circle."""
 

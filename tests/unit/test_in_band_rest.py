@@ -33,13 +33,16 @@ def test_planes_of_epochs_are_those_of_the_header() -> None:
     found = re.search(r"enum class EpochPlane : int \{([^}]*)\}", HEADER.read_text(encoding="utf-8"))
     assert found is not None
     names = [name.strip() for name in found[1].split(",")]
-    assert {"ONESHOT": names.index("kOneShotInBand"), "TWOSHOT": names.index("kTwoShotInBand")} == EPOCH_PLANES
+    planes = ("kPushed", "kOneShotShared", "kTwoShotShared", "kInSwitch")
+    assert dict(zip(EPOCH_PLANES, map(names.index, planes), strict=True)) == EPOCH_PLANES
 
 
 def test_a_word_in_any_slot_is_seen(layout: _C.Layout) -> None:
     end = layout.flagged.one_shot_offset or layout.total_bytes
     slots = layout.in_band
-    for byte in (slots.one_shot_offset, slots.scatter_offset, slots.gather_offset, end - 4):
+    second = slots.one_shot_offset + slots.generation_bytes
+    assert second + slots.generation_bytes == end
+    for byte in (slots.one_shot_offset, slots.gather_offset, second - 4, second, end - 4):
         for value in (0, -1, 1):
             buffers = workspaces(layout)
             assert_at_rest(buffers, buffers, layout)
@@ -64,7 +67,7 @@ def test_an_epoch_of_any_lane_is_seen(layout: _C.Layout, plane: str) -> None:
         for whole_rank in (False, True):
             buffers = workspaces(layout)
             for buffer in buffers:
-                in_band_epochs(buffer, layout)[:] = torch.tensor([[7], [-1]])  # planes differ, as they may
+                in_band_epochs(buffer, layout)[:] = torch.tensor([[7], [-1], [0], [3]])  # planes differ, as they may
             assert_at_rest(buffers, buffers, layout)
             row = in_band_epochs(buffers[1], layout)[list(EPOCH_PLANES).index(plane)]
             row[slice(None) if whole_rank else lane] += 1
@@ -79,6 +82,6 @@ def test_workspaces_in_host_memory() -> None:
     locals_ = [torch.zeros(layout.local_bytes, dtype=torch.uint8) for _ in range(RANKS)]
     buffers[0][layout.in_band.one_shot_offset :].fill_(1)
     assert_at_rest(buffers, locals_, layout)
-    in_band_epochs(locals_[2], layout)[1, LANES - 1] = 1
-    with pytest.raises(AssertionError, match="in-band epochs of TWOSHOT differ"):
+    in_band_epochs(locals_[2], layout)[list(EPOCH_PLANES).index("shared TWOSHOT"), LANES - 1] = 1
+    with pytest.raises(AssertionError, match="in-band epochs of shared TWOSHOT differ"):
         assert_at_rest(buffers, locals_, layout)

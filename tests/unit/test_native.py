@@ -161,13 +161,30 @@ def test_register_report_has_every_kernel(capsys: pytest.CaptureFixture[str], mo
 
 
 def counts(layout: _C.Layout, *, in_band: bool) -> tuple[int, int, int]:
-    """Slots for ONESHOT, scatter and gather."""
+    """Slots for ONESHOT, scatter and gather, where these have regions of their own."""
     if in_band:
-        pushed = 2 * (layout.world_size - 1)
-        return (4, 2 * pushed, 4) if layout.shared else (pushed, pushed, pushed)
+        assert layout.shared
+        return 4, 4 * (layout.world_size - 1), 4
     once = 4 * layout.lanes
     pushed = once * layout.world_size
     return (once, pushed, once) if layout.shared else (pushed, pushed, pushed)
+
+
+def check_pushed(layout: _C.Layout, size: int) -> None:
+    """Two generations of whole lines, each of which the slots of either algorithm fill."""
+    slots, peers = layout.in_band, layout.world_size - 1
+    first = slots.one_shot_offset
+    assert first == slots.scatter_offset
+    assert first % 256 == 0
+    assert first >= layout.probe_offset + 256, "regions do not overlap"
+    assert slots.generation_bytes % 256 == 0
+    assert size - 512 < 2 * slots.generation_bytes <= size
+    assert slots.gather_offset == first + peers * slots.two_shot_bytes
+    for number, each in ((peers, slots.one_shot_bytes), (2 * peers, slots.two_shot_bytes)):
+        assert each >= _C.VECTOR_BYTES
+        unit = 256 if each >= 256 else _C.VECTOR_BYTES
+        assert each % unit == 0, "slots start on cache lines"
+        assert slots.generation_bytes - unit * number < number * each <= slots.generation_bytes
 
 
 @given(st.integers(-1, 20), st.integers(-1, 1100), st.integers(0, 1 << 28), st.integers(0, 1 << 28), st.booleans())
@@ -187,6 +204,12 @@ def test_layout_fits_or_is_refused(world_size: int, lanes: int, in_band: int, fl
         if size == 0:
             assert (slots.one_shot_bytes, slots.two_shot_bytes, slots.staged_bytes) == (0, 0, 0)
             continue
+        if is_in_band and not shared:
+            check_pushed(layout, size)
+            assert slots.staged_bytes == 0
+            end = slots.one_shot_offset + 2 * slots.generation_bytes
+            continue
+        assert slots.generation_bytes == 0
         numbers = counts(layout, in_band=is_in_band)
         bytes_each = (slots.one_shot_bytes, slots.two_shot_bytes, slots.two_shot_bytes)
         # One slot to a rank, of all that is there for scatter, or for gather.
