@@ -76,7 +76,8 @@ def _slots_obstacle(config: AllReduceConfig, facts: GroupFacts, algorithm: LowPr
 def _one_shot_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     """Why packets cannot travel in one step, or None."""
     if not (wire_format := config.low_precision.wire_format).goes_in_band:
-        return f"one step is for {WireFormat.FP8}, not {wire_format}"
+        in_band = " and ".join(wire for wire in WireFormat if wire.goes_in_band)
+        return f"one step is for {in_band}, not {wire_format}"
     if facts.transport is Transport.SHM:
         return "one step is for GPUs"
     if facts.transport is Transport.HOST and wire_format.keeps_rows:

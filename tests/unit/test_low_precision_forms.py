@@ -134,7 +134,7 @@ def test_two_gpus_take_one_step() -> None:
 @pytest.mark.parametrize(
     ("group", "settings", "reason"),
     [
-        (facts(4), {"wire_format": "tq3"}, "one step is for fp8, not tq3"),
+        (facts(4), {"wire_format": "tq3"}, "one step is for fp8 and fp8_group, not tq3"),
         (facts(2, Transport.SHM), {}, "one step is for GPUs"),
         (facts(4), {}, "a slot of the workspace (0 bytes, in band) is smaller than 512 bytes"),
     ],
