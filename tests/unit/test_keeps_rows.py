@@ -20,11 +20,11 @@ from llm_allreduce_plugin.oracle.one_shot import one_step_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
+from tests.support.group_facts import any_facts, facts
 from tests.support.low_precision import DOMAINS, expected_sum
 from tests.support.rows import HIDDEN, check_rows, rows_of
 from tests.unit.test_network import TWO_OF_EIGHT
 from tests.unit.test_network import facts as network_facts
-from tests.unit.test_policy import any_facts, facts
 
 S, A, GROUP = AllReduceStrategy, LowPrecisionAlgorithm, WireFormat.FP8_GROUP
 BATCHES = (1, 2, 17, 65)

@@ -29,9 +29,9 @@ from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
+from tests.support.group_facts import any_facts, facts
 from tests.support.low_precision import DOMAINS
 from tests.unit.test_agreement import card
-from tests.unit.test_policy import any_facts, facts
 
 S, A = AllReduceStrategy, LowPrecisionAlgorithm
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"

@@ -27,7 +27,7 @@ from llm_allreduce_plugin.runtime.tally import Made, Tally
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.selection.sweep import sweep
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
-from tests.unit.test_policy import any_facts, facts
+from tests.support.group_facts import any_facts, facts
 
 S = AllReduceStrategy
 TOPOLOGY = Path(__file__).parents[2] / "configs" / "topologies" / "h100_x8_nvswitch.json"

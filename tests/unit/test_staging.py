@@ -31,8 +31,8 @@ from llm_allreduce_plugin.selection.policy import decide, describe
 from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
+from tests.support.group_facts import facts
 from tests.support.staged_model import Model, ViolationError
-from tests.unit.test_policy import facts
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 MIB = 1 << 20

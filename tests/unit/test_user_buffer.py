@@ -18,7 +18,7 @@ from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
-from tests.unit.test_policy import config, facts
+from tests.support.group_facts import config, facts
 
 S = AllReduceStrategy
 MIB = 1 << 20

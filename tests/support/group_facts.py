@@ -1,0 +1,74 @@
+"""Groups and settings that the policy is asked about: made by hand, or any."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import strategies as st
+
+from llm_allreduce_plugin import _C, AllReduceConfig
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts
+from llm_allreduce_plugin.algorithms.measured import LINK_SCALE
+from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
+from llm_allreduce_plugin.group.layouts import host_layout
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
+
+
+def facts(
+    world_size: int = 4,
+    transport: Transport = Transport.SYMMETRIC,
+    workspace: int = 64 << 20,
+    in_band: bool = False,
+    architecture: int | None = 90,
+) -> GroupFacts:
+    if transport is Transport.NONE:
+        return GroupFacts(
+            world_size=world_size, device="cuda", transport=transport, no_transport_reason="a test says so"
+        )
+    if transport is Transport.HOST:
+        layout = host_layout(world_size, 64, workspace)
+    elif transport is Transport.SHM:
+        layout = _C.make_layout(world_size, 1, flagged_bytes=workspace, shared=True)
+    else:
+        share = workspace if in_band else 0
+        layout = _C.make_layout(world_size, 264, in_band_bytes=share, flagged_bytes=workspace - share)  # an H200's
+    device = "cpu" if transport is Transport.SHM else "cuda"
+    group = GroupFacts(world_size=world_size, device=device, transport=Transport.NONE, architecture=architecture)
+    return group.with_layout(transport, layout)
+
+
+def config(strategy: str, **settings: object) -> AllReduceConfig:
+    return AllReduceConfig(allreduce_strategy=strategy, **settings)  # type: ignore[arg-type]
+
+
+any_ranges = st.lists(
+    st.tuples(st.integers(0, 1 << 34), st.sampled_from(("ONESHOT", "TWOSHOT"))), max_size=8, unique_by=lambda x: x[0]
+).flatmap(
+    lambda steps: st.sampled_from(("ONESHOT", "TWOSHOT")).map(
+        lambda last: (*(Range(*step) for step in sorted(steps)), Range(None, last))
+    )
+)
+any_tuned = st.none() | st.builds(
+    lambda ranges: Tuned("a profile", tuple(ranges)),
+    st.lists(
+        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda found: found.element_bytes,
+    ),
+)
+any_facts = st.builds(
+    lambda topology_class, tuned, workspace, world_size, **fields: dataclasses.replace(
+        # Large groups need more for a vector to a slot.
+        facts(world_size=world_size, workspace=workspace * max(1, world_size // 8), **fields),
+        topology_class=topology_class,
+        tuned=tuned,
+    ),
+    topology_class=st.sampled_from(list(TopologyClass)),
+    tuned=any_tuned,
+    world_size=st.sampled_from(SUPPORTED_WORLD_SIZES),
+    transport=st.sampled_from(list(Transport)),
+    workspace=st.integers(2 << 20, 1 << 28),
+    in_band=st.booleans(),
+    architecture=st.sampled_from((None, 75, 103, *LINK_SCALE)),
+)

@@ -1,0 +1,103 @@
+"""When LOWPRECISION compresses, why not where it does not, and whether that is a fallback."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
+from llm_allreduce_plugin.algorithms.decision import Decision
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
+from llm_allreduce_plugin.oracle import CODECS
+from llm_allreduce_plugin.runtime.tally import fallback_of
+from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.topology.links import Transport
+from tests.support.group_facts import facts
+
+S = AllReduceStrategy
+
+
+def low_precision(count: int, dtype: str, group: GroupFacts, **settings: Any) -> Decision:
+    agreed = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision=LowPrecisionConfig(**settings))
+    return decide(agreed, group, count, dtype)
+
+
+def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
+    cpu = facts(transport=Transport.SHM, workspace=4 << 20)
+    runs = low_precision(4096, "bfloat16", cpu, wire_format="TQ3")
+    assert runs.strategy is S.LOWPRECISION
+    assert runs.launch is not None
+    assert runs.launch.wire_format is WireFormat.TQ3
+    for decision, reason in (
+        (low_precision(4096, "float32", cpu), "compression is for bfloat16 and float16, not float32"),
+        (
+            low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
+            "messages below 1048576 bytes stay exact (low_precision.min_bytes)",
+        ),
+        (low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16)), "for 2 to 8 ranks, not 16"),
+    ):
+        assert decision.strategy is S.MINLATENCY
+        assert reason in decision.reason
+
+
+def test_what_works_as_documented_is_no_fallback() -> None:
+    """Small messages stay exact under LOWPRECISION: as asked for. What cannot run is a fallback, as ever."""
+    cpu = facts(transport=Transport.SHM, workspace=4 << 20)
+    switched = facts(4, in_band=True)
+    for decision in (
+        low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
+        low_precision(4096, "bfloat16", switched),  # below the documented crossover
+        low_precision(1, "float16", switched),
+    ):
+        assert (decision.strategy, decision.by_design, decision.is_fallback) == (S.MINLATENCY, True, False)
+        assert decision.runs_another
+        assert fallback_of(decision) is None
+    large = low_precision(1 << 26, "bfloat16", switched)
+    assert (large.strategy, large.by_design, large.runs_another) == (S.LOWPRECISION, False, False)
+    for decision in (
+        low_precision(4096, "float32", cpu),
+        low_precision(4096, "float32", cpu, min_bytes="1MiB"),
+        low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16), min_bytes="1MiB"),
+        low_precision(4096, "bfloat16", facts(transport=Transport.NONE), min_bytes="1MiB"),
+    ):
+        assert (decision.by_design, decision.is_fallback) == (False, True)
+        assert fallback_of(decision) is not None
+
+
+def test_compression_runs_where_it_is_faster() -> None:
+    """From a measured size on for each kind of memory, scaled to what the links carry."""
+    group = facts(4, in_band=True)
+    assert low_precision(1 << 20, "bfloat16", group).strategy is S.LOWPRECISION
+    small = low_precision((1 << 20) - 1, "bfloat16", group)
+    assert small.strategy is S.MINLATENCY
+    assert small.reason == "below 2097152 bytes the exact kernels are faster than fp8 (measured on H200)"
+    pcie = low_precision(1 << 17, "bfloat16", facts(8, in_band=True, architecture=89))
+    assert pcie.strategy is S.LOWPRECISION
+    assert (
+        "with 4 ranks, scaled by 0.1 for sm_89"
+        in low_precision(100, "bfloat16", facts(8, in_band=True, architecture=89)).reason
+    )
+    host = facts(4, Transport.HOST, workspace=12 << 20)
+    assert low_precision(48 << 10, "bfloat16", host).strategy is S.LOWPRECISION
+    assert low_precision((48 << 10) - 1, "bfloat16", host).strategy is S.MINLATENCY
+    assert low_precision(8, "bfloat16", host, min_bytes=0).strategy is S.LOWPRECISION
+
+
+@given(st.integers(0, 1 << 26), st.sampled_from(list(WireFormat)), st.integers(2, 8), st.integers(1 << 19, 1 << 24))
+def test_low_precision_launches_fit_their_slots(count: int, wire: WireFormat, world_size: int, workspace: int) -> None:
+    group = facts(world_size, transport=Transport.SHM, workspace=workspace)
+    launch = low_precision(count, "bfloat16", group, wire_format=wire).launch
+    assert launch is not None
+    codec = CODECS[wire]
+    packet_vectors = codec.packet_bytes // VECTOR_BYTES
+    assert launch.chunk_vectors % packet_vectors == 0
+    chunk = launch.chunk_vectors // packet_vectors
+    assert 1 <= chunk <= group.flagged.two_shot // codec.packet_bytes
+    per_round = chunk * world_size * codec.packet_values
+    assert launch.rounds * per_round >= count
+    assert (launch.rounds - 1) * per_round < max(count, 1)
