@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,9 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.decision import Algorithm
 from tests.gpu.test_low_precision import compare
 from tests.gpu.test_staged import check_streams
-from tests.kernels.planted_errors import (
+from tests.kernels import planted
+from tests.kernels.planted import MUTATIONS
+from tests.kernels.planted.kinds import (
     FLAGGED,
     FP8,
     GROUPS,
@@ -26,7 +30,7 @@ from tests.kernels.planted_errors import (
     LARGE_HOST,
     MANY,
     MIXED,
-    MUTATIONS,
+    MULTICAST,
     ONE_STEP,
     PAIRS,
     PLACES,
@@ -38,7 +42,6 @@ from tests.kernels.planted_errors import (
     STAGED,
     UNSPLIT,
 )
-from tests.kernels.planted_multicast_errors import MULTICAST
 from tests.kernels.test_exact import inputs_of, reduce_and_compare
 from tests.kernels.test_hosts import compare as compare_hosts
 from tests.kernels.test_protocol import run_queued
@@ -272,6 +275,14 @@ KINDS = {
     "places": PLACES,
     "pulled places": PULLED_PLACES,
 }
+
+
+def test_every_planted_error_is_tried() -> None:
+    """Those of all files, under a name each."""
+    files = [path.stem for path in Path(planted.__file__).parent.glob("*.py") if path.stem not in ("__init__", "kinds")]
+    errors = [importlib.import_module(f"{planted.__name__}.{name}").ERRORS for name in files]
+    assert sum(map(len, errors)) == len(MUTATIONS)
+    assert {name for found in errors for name in found} == set(MUTATIONS)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -1,12 +1,10 @@
-"""Errors planted in the kernels that go by multicast; see planted_errors.py."""
+"""Errors of kernels that go by multicast."""
 
 from __future__ import annotations
 
-from typing import Any
+from tests.kernels.planted.kinds import MULTICAST, Mutation
 
-Mutation = tuple[str, str, str, *tuple[dict[str, Any], ...]]
-MULTICAST: dict[str, Any] = {"multicast": True}
-MULTICAST_MUTATIONS: dict[str, Mutation] = {
+ERRORS: dict[str, Mutation] = {
     "results that come back are not waited for": (
         "device/multicast.cuh",
         "      wanted[j] = index < total_vectors;",
