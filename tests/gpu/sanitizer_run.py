@@ -1,5 +1,8 @@
 """A short run of every kernel: ``compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_run``.
 
+But not of those that go by multicast, nor of the halves of several hosts, which ``tests/gpu/test_hosts.py`` runs.
+``tests/kernels/test_sanitizer_run.py`` compares what runs with the list of all kernels.
+
 World sizes as arguments, to share the work out: ``python -m tests.gpu.sanitizer_run 2 5``. ``--parts norms`` runs one
 part; ``--short`` takes one size and one output of each norm kernel, for racecheck, under which a launch takes minutes.
 """
@@ -9,7 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +30,23 @@ from tests.support.reference import assert_same_bits, rank_input, rank_ordered_s
 
 WORLD_SIZES = (2, 4, 16)
 PARTS = ("exact", "compressed", "several", "norms")
+EXACT: dict[str, dict[str, Any]] = {
+    "in band": {},
+    "split": {"split": (1, 1)},
+    "flagged": {"in_band": False},
+    "flagged, pairs": {"in_band": False, "pairs": True},
+    "host": {"host": True},
+}
+# Beside ONESHOT and TWOSHOT: where ranks read each other's inputs in place, or store into each other's outputs.
+IN_PLACE = {"in band": ("PULL", "PLACE", "PULLED PLACE"), "split": ("PLACE",)}
+COMPRESSED: dict[str, dict[str, Any]] = {
+    "split": {"split": (1, 1)},
+    "not split": {"unsplit": Algorithm.TWO_SHOT},
+    "one step": {"unsplit": Algorithm.ONE_SHOT},
+    "one step, host": {"unsplit": Algorithm.ONE_SHOT, "host": True},
+    "flagged": {"in_band": False},
+    "host": {"host": True},
+}
 Tell = Callable[[str], None]
 
 
@@ -61,27 +81,41 @@ def forms(world_size: int) -> None:
                 assert_same_bits(output, expected, f"{algorithm} {wire} x {size}")
 
 
-def exact(world_size: int, kind: dict[str, Any]) -> None:
-    """ONESHOT, TWOSHOT, inputs read in place, and the probe."""
-    group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **kind)
-    algorithms = ("ONESHOT", "TWOSHOT", "PULL", "PLACE") if kind == {"in_band": True} else ("ONESHOT", "TWOSHOT")
+def exact_cases(kind: str) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Algorithm, type and elements of each call of a kind of group. Inputs that are read in place are whole vectors."""
+    algorithms = ("ONESHOT", "TWOSHOT", *IN_PLACE.get(kind, ()))
     for algorithm, dtype in itertools.product(algorithms, (torch.bfloat16, torch.float32)):
-        for size in (40_000, 8) if algorithm == "PULL" else (1, 1023, 40_001, 40_000):
-            inputs = [rank_input(size, rank, size, dtype) for rank in range(world_size)]
-            for output in group.all_reduce(algorithm, inputs):
-                assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm} {dtype} x {size}")
+        for size in (40_000, 8) if algorithm.startswith("PULL") else (1, 1023, 40_001, 40_000):
+            yield algorithm, dtype, size
+
+
+def exact(world_size: int, kind: str) -> None:
+    """Calls that sum exactly, and the probe."""
+    group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, **EXACT[kind])
+    for algorithm, dtype, size in exact_cases(kind):
+        inputs = [rank_input(size, rank, size, dtype) for rank in range(world_size)]
+        for output in group.all_reduce(algorithm, inputs):
+            assert_same_bits(output, rank_ordered_sum(inputs), f"{algorithm} {dtype} x {size}")
     for workspace, stream in zip(group.workspaces, group.streams, strict=True):
         workspace.probe_write(7, stream.cuda_stream)
-    torch.cuda.synchronize()
+    group.finish()
     verdict = torch.zeros(world_size, dtype=torch.int32, device=group.device)
     group.workspaces[1].probe_check(7, verdict.data_ptr(), group.streams[1].cuda_stream)
-    torch.cuda.synchronize()
+    group.finish()
     assert verdict.tolist() == [3] * world_size
 
 
-def compressed(world_size: int, wire: WireFormat, kind: dict[str, Any]) -> None:
-    """LOWPRECISION as a two-shot."""
-    group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, **kind)
+def compressed_kinds(wire: WireFormat) -> Iterator[str]:
+    """The kinds of groups in which a format travels in two steps, or in one."""
+    for kind, settings in COMPRESSED.items():
+        one_step_of_rows = settings.get("unsplit") is Algorithm.ONE_SHOT and wire.keeps_rows
+        if kind in ("flagged", "host") or (wire.goes_in_band and not (one_step_of_rows and "host" in settings)):
+            yield kind
+
+
+def compressed(world_size: int, wire: WireFormat, kind: str) -> None:
+    """LOWPRECISION in two steps, or in one."""
+    group = LocalGroup(world_size, lanes=3, workspace_mib=2, timeout_s=30.0, wire_format=wire, **COMPRESSED[kind])
     for size in (1, 1025, 40_000):
         inputs = [rank_input(size, rank, size, torch.bfloat16) for rank in range(world_size)]
         expected = expected_sum(group.launch_of("LOWPRECISION", message_of(inputs[0])), inputs)
@@ -115,12 +149,6 @@ def normed(world_size: int, tell: Tell, *, short: bool) -> None:
             tell(f"{world_size} ranks, {hidden} wide, with a norm: {algorithm.name} {shape}")
 
 
-IN_BAND: dict[str, Any] = {"in_band": True}
-SPLIT: dict[str, Any] = {"in_band": True, "split": (1, 1)}
-FLAGGED: dict[str, Any] = {"in_band": False}
-HOST: dict[str, Any] = {"host": True}
-
-
 def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -> None:
     started = time.monotonic()
 
@@ -129,14 +157,14 @@ def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -
 
     for world_size, part in itertools.product(world_sizes, parts):
         if part == "exact":
-            for kind in (IN_BAND, SPLIT, FLAGGED, HOST):
+            for kind in EXACT:
                 exact(world_size, kind)
                 tell(f"{world_size} ranks, {kind}")
         elif part == "norms" and world_size <= MOST_RANKS:
             normed(world_size, tell, short=short)
         elif part == "compressed" and world_size <= LARGEST_WORLD_SIZE:
             for wire in WireFormat:
-                for kind in (SPLIT, FLAGGED, HOST) if wire.goes_in_band else (FLAGGED, HOST):
+                for kind in compressed_kinds(wire):
                     compressed(world_size, wire, kind)
                     tell(f"{world_size} ranks, {wire}, {kind}")
         elif part == "several" and FEWEST_RANKS <= world_size <= LARGEST_WORLD_SIZE:
