@@ -7,9 +7,10 @@
     python benchmarks/sglang_decode.py --device cpu --width 256 --layers 2 --requests 16 --variants default ONESHOT
 
 A Llama of the given width with SGLang's dummy weights, which are the same in every start; decode in full CUDA graphs.
-Every variant runs in a process of its own, each ``--starts`` times in turns: A B C A B C. ms per token at a batch size:
-the median time between two steps of rank 0's scheduler (``sglang_probe.py``), over the steps in which the whole batch
-decodes, in several passes over all sizes: one takes a second, in which a machine may be busy with something else.
+Every variant runs in a process of its own (``sglang_engine.py``), each ``--starts`` times in turns: A B C A B C. ms per
+token at a batch size: the median time between two steps of rank 0's scheduler (``sglang_probe.py``), over the steps in
+which the whole batch decodes, in several passes over all sizes: one takes a second, in which a machine may be busy with
+something else.
 With ``--requests``, ONESHOT and TWOSHOT must generate the same tokens, and so must every start of one variant; how many
 requests are equal to SGLang's own is recorded, too. ``default``: SGLang without this package. ``--together``: the
 engines of one start, a variant each, are all there at once, idle but for the one whose turn it is: pass by pass, A B C
@@ -23,16 +24,12 @@ SGLang's.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
-import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,132 +37,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode, sglang_probe, turns  # noqa: E402
-from benchmarks.decode import BATCHES, NOT_COUNTED, PLUGIN, PROBE, STOCK  # noqa: E402
+from benchmarks import decode, sglang_engine, sglang_probe, turns  # noqa: E402
+from benchmarks.decode import BATCHES, PLUGIN, PROBE, STOCK  # noqa: E402
 
-# Steps for a batch, of which some are not counted. On CPU ranks a step is slow, and its time is of no interest.
-STEPS = {"cuda": 120, "cpu": 24}
-PASSES = {"cuda": 7, "cpu": 1}
-PROMPT_TOKENS = 16
-NEW_TOKENS = 48
-PROFILED_TOKENS = 16
 # A first start compiles kernels, which takes a minute and a half.
 START_AND_RUN_S = 400
-TOKENS = 65536  # of several engines on the same GPUs, each; by itself each would take half of the memory it finds
 CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
-
-
-def read_stamps(path: Path) -> list[tuple[float, int]]:
-    """``(seconds, batch size)`` of each step of decode."""
-    lines = path.read_text().splitlines()
-    return [(float(time_), int(size)) for time_, size in map(str.split, lines)]
-
-
-def step_times(stamps: Iterable[tuple[float, int]], size: int, begin: float, end: float) -> list[float]:
-    """Seconds between the steps of a batch of ``size`` from ``begin`` to ``end``, but for some at either end.
-
-    Raises:
-        RuntimeError: there are no more steps than those that are not counted.
-    """
-    found = [stamp for stamp in stamps if begin <= stamp[0] <= end]
-    times = [
-        later - earlier for (earlier, before), (later, after) in itertools.pairwise(found) if before == after == size
-    ]
-    if len(times) <= 2 * NOT_COUNTED:
-        message = f"batch {size}: {len(times)} steps of decode were stamped, more than {2 * NOT_COUNTED} are needed"
-        raise RuntimeError(message)
-    return times[NOT_COUNTED:-NOT_COUNTED]
-
-
-def engine_arguments(device: str, *, several: bool = False) -> dict[str, Any]:
-    """Kernels that need no further packages, and graphs of the batch sizes that are measured."""
-    if device == "cpu":
-        return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 32768}
-    room = {"max_total_tokens": TOKENS} if several else {}
-    return room | {
-        "attention_backend": "triton",
-        "mm_feature_transport": "cpu",
-        "mem_fraction_static": 0.5,
-        "cuda_graph_max_bs_decode": max(BATCHES),
-        "cuda_graph_bs_decode": list(BATCHES),
-    }
-
-
-def run_variant(arguments: argparse.Namespace) -> None:
-    """One engine: write times and tokens to ``--result``."""
-    import sglang
-
-    from llm_allreduce_plugin import LlmArgs
-
-    started = time.monotonic()
-    extra = engine_arguments(arguments.device, several=arguments.turns is not None)
-    if arguments.variant != STOCK:
-        extra |= LlmArgs(allreduce=decode.settings_of(arguments.variant, arguments.report)).sglang_kwargs()
-    engine = sglang.Engine(
-        model_path=arguments.model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        tp_size=arguments.tp[0],
-        context_length=2048,
-        max_running_requests=max(BATCHES),
-        disable_radix_cache=True,
-        sampling_backend="pytorch",
-        grammar_backend="none",
-        enforce_disable_flashinfer_allreduce_fusion=True,
-        random_seed=7,
-        log_level="info",
-        **extra,
-    )
-    result: dict[str, Any] = {"version": sglang.__version__, "start_s": round(time.monotonic() - started, 1)}
-    generator = random.Random(7)
-    batches = itertools.count()
-
-    def generate(batch: list[list[int]], new_tokens: int) -> tuple[float, float, list[list[int]]]:
-        number = next(batches)
-        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        names = [f"{len(batch)}-{number}-{index}" for index in range(len(batch))]
-        begin = time.perf_counter()
-        outputs = engine.generate(input_ids=batch, sampling_params=sampling, rid=names)
-        return begin, time.perf_counter(), [list(output["output_ids"]) for output in outputs]
-
-    spans: dict[int, list[tuple[float, float]]] = {size: [] for size in BATCHES}
-    mine = turns.Turns(arguments.turns, arguments.place, arguments.count) if arguments.turns else None
-    passes = arguments.passes or PASSES[arguments.device]
-    for _ in range(passes):
-        with mine.next() if mine else contextlib.nullcontext():
-            for size in BATCHES:
-                batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
-                generate(batch, 4)
-                with decode.alone(arguments.quiet):
-                    begin, end, _ = generate(batch, STEPS[arguments.device])
-                spans[size].append((begin, end))
-    if mine is not None:
-        mine.all_over(passes)
-    if arguments.profile is not None:
-        engine.start_profile(
-            output_dir=str(arguments.profile), activities=["GPU"], profile_prefix=arguments.variant, with_stack=False
-        )
-        generate(decode.prompts(generator, max(BATCHES), PROMPT_TOKENS, PROMPT_TOKENS), PROFILED_TOKENS)
-        engine.stop_profile()
-    result["tokens"] = []
-    if arguments.requests:
-        begin, end, result["tokens"] = generate(decode.prompts(generator, arguments.requests, 16, 96), NEW_TOKENS)
-        result["requests_s"] = round(end - begin, 2)
-    stamps = read_stamps(Path(os.environ[sglang_probe.FOLDER]) / sglang_probe.STEPS)
-    for size, passes in spans.items():
-        steps = [step_times(stamps, size, begin, end) for begin, end in passes]
-        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(list(itertools.chain.from_iterable(steps)))
-        result[f"passes_batch_{size}"] = [decode.milliseconds(times) for times in steps]
-        result[f"steps_batch_{size}"] = sum(map(len, steps))
-    time.sleep(1.5)  # the ranks' reports are written about once a second
-    Path(arguments.result).write_text(json.dumps(result))
-    engine.shutdown()
 
 
 def start_variant(
@@ -189,7 +71,7 @@ def start_variant(
     }
     if arguments.device == "cpu":
         environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", "|".join(map(str, range(arguments.tp[0]))))
-    command = [sys.executable, str(Path(__file__).resolve()), "--variant", variant, "--tp", str(arguments.tp[0])]
+    command = [sys.executable, str(Path(sglang_engine.__file__)), "--variant", variant, "--tp", str(arguments.tp[0])]
     command += ["--model", str(work / "model"), "--requests", str(arguments.requests), "--device", arguments.device]
     command += ["--result", str(result), "--report", str(report), *options]
     if options:
@@ -302,24 +184,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--together", action="store_true", help="engines of one start at once, passes in turns")
     parser.add_argument("--passes", type=int, help="over all batch sizes")
     parser.add_argument("--requests", type=int, default=256, help="whose tokens are compared; 0: none")
-    parser.add_argument("--device", choices=list(STEPS), default="cuda")
+    parser.add_argument("--device", choices=list(sglang_engine.STEPS), default="cuda")
     parser.add_argument("--profile", type=Path, help="write a trace of the largest batch here (kernel_times.py)")
     parser.add_argument("--quiet", metavar="FILE", help="times are taken while this file is locked: others wait")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
-    for internal in ("--variant", "--model", "--result", "--report"):
-        parser.add_argument(internal, help=argparse.SUPPRESS)
-    parser.add_argument("--turns", type=Path, help=argparse.SUPPRESS)
-    for internal in ("--place", "--count"):
-        parser.add_argument(internal, type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parsed()
-    if arguments.variant:
-        run_variant(arguments)
-        return
 
     from llm_allreduce_plugin.measure.environment import write_record
 

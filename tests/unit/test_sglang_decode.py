@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import decode, pictures, plots, sglang_decode, sglang_probe, turns, vllm_probe
+from benchmarks import decode, pictures, plots, sglang_decode, sglang_engine, sglang_probe, turns, vllm_probe
 from scripts import record_tables
 from tests.conftest import MULTICAST_SWITCHES
 
@@ -32,14 +32,14 @@ def test_steps_of_whole_batches_count() -> None:
     slow_ends = [(219.9 + 7.0 * number, 8) for number in range(decode.NOT_COUNTED)]
     batch = stamps(8, 26, 289.9, 0.25)
     last = [(296.15 + 7.0 * (number + 1), 8) for number in range(decode.NOT_COUNTED)]
-    found = sglang_decode.step_times([*warm_up, *parts, *slow_ends, *batch, *last], 8, 190.0, 400.0)
+    found = sglang_engine.step_times([*warm_up, *parts, *slow_ends, *batch, *last], 8, 190.0, 400.0)
     assert found == pytest.approx([0.25] * 25)
     assert decode.milliseconds(found) == 250.0
 
 
 def test_too_few_steps_are_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"batch 8: 20 steps of decode were stamped, more than 20 are needed"):
-        sglang_decode.step_times(stamps(8, 2 * decode.NOT_COUNTED + 1, 0, 1), 8, 0, 100)
+        sglang_engine.step_times(stamps(8, 2 * decode.NOT_COUNTED + 1, 0, 1), 8, 0, 100)
 
 
 def test_a_batch_begins_when_it_is_complete() -> None:
@@ -240,8 +240,8 @@ def test_the_model_fits_its_width(tmp_path: Path) -> None:
 
 
 def test_graphs_are_captured_for_what_is_measured() -> None:
-    assert sglang_decode.engine_arguments("cuda")["cuda_graph_bs_decode"] == list(decode.BATCHES)
-    assert "cuda_graph_bs_decode" not in sglang_decode.engine_arguments("cpu")
+    assert sglang_engine.engine_arguments("cuda")["cuda_graph_bs_decode"] == list(decode.BATCHES)
+    assert "cuda_graph_bs_decode" not in sglang_engine.engine_arguments("cpu")
 
 
 def made_up(width: int) -> dict[str, Any]:
