@@ -12,6 +12,7 @@ import torch
 from llm_allreduce_plugin import _C
 from tests.support.in_band_rest import EPOCH_PLANES, plane_of
 from tests.support.local_group import CONTEXT_END_S, LocalGroup
+from tests.support.mixed_calls import run_mixed
 from tests.support.reference import DTYPES, assert_same_bits, fresh_seed, rank_input, rank_ordered_sum, special_inputs
 
 pytestmark = pytest.mark.gpu(1)
@@ -178,6 +179,12 @@ def test_in_band_epochs_wrap_around(kind: Kind) -> None:
         calls[plane_of(group.layout, algorithm)] += 1
     for epochs in group.in_band_epochs():
         assert epochs.tolist() == [[-5 + number] * group.lanes for number in calls.values()]
+
+
+@pytest.mark.parametrize("at_once", (1, 12), ids=("one by one", "queued"))
+@pytest.mark.parametrize("world_size", (2, 3, 4))
+def test_calls_of_every_kind_share_slots(world_size: int, at_once: int) -> None:
+    run_mixed(LocalGroup(world_size, lanes=4, workspace_mib=0.1), fresh_seed(), 120, at_once=at_once)
 
 
 def test_missing_rank_stops_the_others_with_a_named_error() -> None:

@@ -38,23 +38,24 @@ class Made:
 def _rows(group: LocalGroup, kind: str, draw: random.Random, what: str) -> Made:
     seed, rows, shape = draw.randrange(1 << 20), draw.choice((1, 2, 5)), draw.choice(SHAPES)
     inputs = [rank_input(seed, rank, rows * HIDDEN, torch.bfloat16) for rank in range(group.world_size)]
-    inputs = [part.view(rows, HIDDEN) for part in inputs]
+    moved = [part.view(rows, HIDDEN).to(group.device_of(rank)) for rank, part in enumerate(inputs)]
     boundary = random_boundary(seed, rows, HIDDEN, torch.bfloat16, draw.choice(every_quant(HIDDEN)))
-    call = FusedCall(group, ALGORITHMS[kind.removeprefix("rows by ")], _C.PUSH, shape, inputs[0], boundary)
-    outputs = [call.outputs(part) for part in inputs]
+    call = FusedCall(group, ALGORITHMS[kind.removeprefix("rows by ")], _C.PUSH, shape, moved[0], boundary)
+    outputs = [call.outputs(part) for part in moved]
 
     def check() -> None:
-        expected = boundary.expected(rank_ordered_sum(inputs))
+        expected = boundary.expected(rank_ordered_sum(inputs).view(rows, HIDDEN))
         for rank, output in enumerate(outputs):
             assert_same(output, expected, f"{what}, rank {rank}")
 
-    return Made(what, lambda rank: call.start(rank, inputs[rank], outputs[rank]), check)
+    return Made(what, lambda rank: call.start(rank, moved[rank], outputs[rank]), check)
 
 
 def _call(group: LocalGroup, kind: str, draw: random.Random, what: str) -> Made:
     seed, size = draw.randrange(1 << 20), draw.choice(SIZES)
     inputs = [rank_input(seed, rank, size, torch.bfloat16) for rank in range(group.world_size)]
-    outputs = [poison(torch.empty_like(part)) for part in inputs]
+    moved = [part.to(group.device_of(rank)) for rank, part in enumerate(inputs)]
+    outputs = [poison(torch.empty_like(part)) for part in moved]
     split = draw.choice((None, (1, 1)))
     unsplit, wire_format = None, WireFormat.FP8
     algorithm = kind
@@ -69,14 +70,14 @@ def _call(group: LocalGroup, kind: str, draw: random.Random, what: str) -> Made:
     def start(rank: int) -> None:
         settle()
         if kind == "PULL":
-            group.start_pull(rank, inputs, outputs[rank])
+            group.start_pull(rank, moved, outputs[rank])
         elif kind == "PLACE":
-            group.start_place(rank, inputs[rank], outputs)
+            group.start_place(rank, moved[rank], outputs)
         elif kind == "PULLED PLACE":
             group.split = None
-            group.start_place(rank, inputs[rank], outputs, inputs=inputs)
+            group.start_place(rank, moved[rank], outputs, inputs=moved)
         else:
-            group.start(rank, algorithm, inputs[rank], outputs[rank])
+            group.start(rank, algorithm, moved[rank], outputs[rank])
 
     def check() -> None:
         settle()
@@ -84,7 +85,7 @@ def _call(group: LocalGroup, kind: str, draw: random.Random, what: str) -> Made:
         if kind in PACKETS:
             expected = expected_sum(group.launch_of(algorithm, message_of(inputs[0])), inputs)
         for rank, output in enumerate(outputs):
-            assert_same_bits(output, expected, f"{what}, rank {rank}")
+            assert_same_bits(output.cpu(), expected, f"{what}, rank {rank}")
 
     return Made(what, start, check)
 
@@ -101,6 +102,7 @@ def run_mixed(group: LocalGroup, seed: int, number: int, *, at_once: int) -> Non
             kind = draw.choice(KINDS)
             make = _rows if kind in ROWS else _call
             made.append(make(group, kind, draw, f"{seed=}, call {call}, {kind}"))
+        group.machine.synchronize()
         for rank in range(group.world_size):
             for each in made:
                 each.start(rank)
