@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin import _C, AllReduceConfig
 from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.by_table import MinLatency
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.fused import PAIR
-from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.answers import make_case
 from llm_allreduce_plugin.measure.environment import write_record
@@ -83,18 +83,28 @@ def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Sh
             shapes += [
                 Shape(_C.ONE_SHOT, lanes, threads, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)
             ]
-            if world_size > 2:
-                shapes += [
-                    Shape(_C.TWO_SHOT, lanes, threads, 1, scatter, drain) for scatter, drain in ((33, 33), (48, 40))
-                ]
     if world_size > 2:
-        part = math.ceil(rows / world_size)
-        shapes += [
-            Shape(_C.TWO_SHOT, min(part, 132), threads_for(math.ceil(units / per_thread)))
-            for per_thread in (1, 2)
-            if threads_for(math.ceil(units / per_thread)) <= _C.MAX_THREADS
-        ]
+        shapes += two_shot_shapes(rows, hidden, world_size)
     return list(dict.fromkeys(shapes))
+
+
+def two_shot_shapes(rows: int, hidden: int, world_size: int) -> list[Shape]:
+    """The same where each rank owns a part of the rows."""
+    units = hidden // 8
+    part = math.ceil(rows / world_size)
+    shapes = []
+    for cluster in (1, 2, 4, 8):
+        for per_thread in (1, 2):
+            threads = threads_for(math.ceil(units / cluster / per_thread))
+            if threads > _C.MAX_THREADS or (cluster > 1 and (per_thread > 1 or threads < 64)):
+                continue
+            for most in (132, 264):
+                shapes.append(Shape(_C.TWO_SHOT, min(part * cluster, most // cluster * cluster), threads, cluster))
+    if rows * hidden * 2 >= 4 << 20:
+        threads = threads_for(math.ceil(units / 2))
+        tasks = ((48, 40), (33, 33), (33, 60), (24, 60), (24, 76), (16, 60), (16, 76), (16, 84))
+        shapes += [Shape(_C.TWO_SHOT, 132, threads, 1, scatter, drain) for scatter, drain in tasks]
+    return shapes
 
 
 class Case:
@@ -151,11 +161,11 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, case: Case, shape: Shape
 def two_kernels(
     workspace: _C.Workspace, layout: _C.Layout, case: Case, norm: Callable[[], None], world_size: int
 ) -> Callable[[], None]:
-    """ONESHOT as the policy launches it, and ``norm`` behind it."""
+    """The fastest exact sum, as the policy launches it, and ``norm`` behind it."""
     multiprocessors = torch.cuda.get_device_properties(case.mine.device).multi_processor_count
     facts = GroupFacts(world_size, "cuda", Transport.SYMMETRIC, architecture=90, multiprocessors=multiprocessors)
     message = Message(count=case.mine.numel(), dtype="bfloat16", element_bytes=2)
-    launch = OneShot().plan(AllReduceConfig(), facts.with_layout(Transport.SYMMETRIC, layout), message)
+    launch = MinLatency().plan(AllReduceConfig(), facts.with_layout(Transport.SYMMETRIC, layout), message)
     plan = calls.plan_of(workspace, launch, case.mine.numel(), DTYPE)
 
     def both() -> None:

@@ -13,14 +13,26 @@
 namespace lar {
 namespace {
 
-template <typename T, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing>;
+// Rows of as many owners that a lane scatters, and takes in, together, as registers hold: to meet once for a row after
+// the other is what a lane would spend most of its time with.
+template <int kWorldSize, int kUnits>
+struct RowsAtOnce {
+  static constexpr int kPeers = World<kWorldSize>::kPeersAtOnce;
+  static constexpr int kMost = kUnits > 1 ? 1 : World<kWorldSize>::kIsFixed ? kMostRowsAtOnce : 2;
+  static constexpr int kValue = kPeers < kMost ? kPeers : kMost;
+};
+
+template <typename T, int kWorldSize, int kUnits>
+using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing, RowsAtOnce<kWorldSize, kUnits>::kValue>;
 
 // What a lane needs to know of the call.
 template <typename T, int kWorldSize, int kUnits>
 class TwoShotRows {
+  static constexpr int kAtOnce = RowsAtOnce<kWorldSize, kUnits>::kValue;
+
  public:
-  __device__ __forceinline__ TwoShotRows(const RowsArguments<kWorldSize>& all, Sink<T, kUnits>& sink, uint32_t slots)
+  __device__ __forceinline__ TwoShotRows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
+                                         uint32_t slots)
       : all_(all),
         arguments_(all.in_band),
         sink_(sink),
@@ -38,17 +50,24 @@ class TwoShotRows {
   }
   __device__ __forceinline__ bool has_row(int step, uint32_t i) const { return row_of(step, i) < all_.norm.rows; }
 
-  __device__ __forceinline__ void scatter(uint32_t first, uint32_t stride) const {
+  __device__ __forceinline__ void scatter(uint32_t lane, uint32_t lanes) const {
 #pragma unroll 1
-    for (uint32_t i = first; i < part_rows_; i += stride) {
+    for (uint32_t i = lane; i < part_rows_; i += lanes) {
 #pragma unroll 1
-      for (int step = 1; step < world_size(); ++step) {
-        if (!has_row(step, i)) continue;
-        uint4 mine[kUnits];
-        load_row(arguments_.input, row_of(step, i) * units_, rows_, mine);
+      for (int first = 1; first < world_size(); first += kAtOnce) {
+        bool has[kAtOnce];
+        uint4 mine[kAtOnce][kUnits];
 #pragma unroll
-        for (int k = 0; k < kUnits; ++k)
-          if (rows_.has(k)) store_in_band(arguments_.to[step], slots_ + i * units_ + rows_.unit(k), mine[k]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          has[j] = is_step(first + j) && has_row(first + j, i);
+          if (has[j]) load_row(arguments_.input, row_of(first + j, i) * units_, rows_, mine[j]);
+        }
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+          for (int k = 0; k < kUnits; ++k)
+            if (has[j] && rows_.has(k))
+              store_in_band(arguments_.to[first + j], slots_ + i * units_ + rows_.unit(k), mine[j][k]);
       }
     }
   }
@@ -75,43 +94,59 @@ class TwoShotRows {
 
   __device__ __forceinline__ bool drain(uint32_t i) const {
 #pragma unroll 1
-    for (int step = 1; step < world_size(); ++step) {
-      if (!has_row(step, i)) continue;
-      const uint32_t row = row_of(step, i);
-      sink_.prepare(row);
+    for (int first = 1; first < world_size(); first += kAtOnce) {
+      uint32_t rows[kAtOnce];
+      bool has[kAtOnce];
+      bool has_any = false;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int step = is_step(first + j) ? first + j : first;
+        rows[j] = row_of(step, i);
+        has[j] = is_step(first + j) && has_row(step, i);
+        has_any |= has[j];
+      }
+      if (!has_any) continue;
+      sink_.prepare(rows, has);
       struct Own {
         char* own;
         __device__ __forceinline__ char* base(int) const { return own; }
       } const own{arguments_.own};
-      Places<Own, kUnits, kUnits> from{own, 0, {}};
-      bool wanted[kUnits];
-      uint4 results[kUnits];
+      Places<Own, kAtOnce * kUnits, kUnits> from{own, 0, {}};
+      bool wanted[kAtOnce * kUnits];
+      uint4 results[kAtOnce * kUnits];
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        from.at[k] = gather_slots_ + slot_of_step(step) * arguments_.peer_stride + i * units_ + rows_.unit(k);
-        wanted[k] = rows_.has(k);
-        results[k] = {0u, 0u, 0u, 0u};
-      }
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) {
+          const int v = j * kUnits + k;
+          from.at[v] = gather_slots_ + slot_of_step(first + j) * arguments_.peer_stride + i * units_ + rows_.unit(k);
+          wanted[v] = has[j] && rows_.has(k);
+          results[v] = {0u, 0u, 0u, 0u};
+        }
       if (!poll_until_complete(arguments_.limit, LAR_PHASE_GATHER, from, wanted, results,
-                               [&](int) { return rotated(arguments_.rank, step, world_size()); }))
+                               [&](int v) { return rotated(arguments_.rank, first + v / kUnits, world_size()); }))
         return false;
-      Unit<T> sums[kUnits];
+      Unit<T> sums[kAtOnce][kUnits];
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) {
-        clear_in_band_if(wanted[k], from[k]);
-        sums[k] = unit_of<T>(results[k]);
-      }
-      sink_(row, sums);
+      for (int j = 0; j < kAtOnce; ++j)
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) {
+          clear_in_band_if(wanted[j * kUnits + k], from[j * kUnits + k]);
+          sums[j][k] = unit_of<T>(results[j * kUnits + k]);
+        }
+      sink_(rows, has, sums);
     }
     return true;
   }
 
  private:
   __device__ __forceinline__ int world_size() const { return World<kWorldSize>::size(arguments_.world_size); }
+  // Whether there is a rank so many places on.
+  __device__ __forceinline__ bool is_step(int step) const { return step < world_size(); }
 
   const RowsArguments<kWorldSize>& all_;
   const PushArguments<kWorldSize>& arguments_;
-  Sink<T, kUnits>& sink_;
+  Sink<T, kWorldSize, kUnits>& sink_;
   const Rows<kUnits>& rows_;
   const uint32_t slots_;
   const uint32_t gather_slots_;
@@ -124,7 +159,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_push_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
   const PushArguments<kWorldSize>& arguments = all.in_band;
   LAR_BLOCK_VARIABLE(RowMemory, memory);
-  Sink<T, kUnits> sink(all.norm, memory);
+  Sink<T, kWorldSize, kUnits> sink(all.norm, memory);
   const uint32_t group = sink.rows().group();
   const uint32_t groups = sink.rows().groups();
   wait_for_previous_kernel();
@@ -177,7 +212,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     sender.flush();
     return;
   }
-  Sink<T, kUnits> sink(all.norm, row_memory);
+  Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
   const TwoShotRows<T, kWorldSize, kUnits> rows(all, sink, slots);
   if (blockIdx.x < scatterers + reducers) {
 #pragma unroll 1

@@ -12,8 +12,9 @@
 
 namespace lar {
 
-constexpr uint32_t kMostTiles = 64;  // of a row that is kept in registers: 16384 elements
-constexpr uint32_t kMostRowWords = 128;
+constexpr uint32_t kMostTiles = 64;      // of a row that is kept in registers: 16384 elements
+constexpr uint32_t kMostRowsAtOnce = 4;  // whose threads meet once for all of them
+constexpr uint32_t kMostRowWords = kMostRowsAtOnce * kMostTiles;
 
 // What a row's threads tell each other: words of one exchange, and the bytes of it that have come. Two of each, used by
 // turns. A block, or a warp, that is one exchange ahead stores for the next while others read this one's; it cannot be
@@ -66,24 +67,35 @@ class Rows {
   __device__ __forceinline__ bool is_first_block() const { return cluster_.block == 0; }
   __device__ __forceinline__ bool is_first_thread() const { return is_first_block() && threadIdx.x == 0; }
 
-  // The sum of all units' `squares`, as codec/norm.h has it; 0 for units that there are not. For all threads of the
-  // row.
-  __device__ __forceinline__ float sum(const float (&squares)[kUnits]) {
-    float tiles[kUnits];
+  // Of each of kRows rows, the sum of all units' `squares`, as codec/norm.h has it; 0 for units that there are not. For
+  // all threads of the rows, which meet once.
+  template <int kRows>
+  __device__ __forceinline__ void sum(const float (&squares)[kRows][kUnits], float (&totals)[kRows]) {
+    static_assert(kRows <= kMostRowsAtOnce);
+    float tiles[kRows][kUnits];
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k) tiles[k] = squares[k];
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k) tiles[j][k] = squares[j][k];
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2)
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) tiles[k] = codec::add(tiles[k], shuffle_xor(tiles[k], mask));
+      for (int j = 0; j < kRows; ++j)
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k) tiles[j][k] = codec::add(tiles[j][k], shuffle_xor(tiles[j][k], mask));
     const uint32_t number = (units_ + 31) / 32;
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k)
-      if (unit(k) / 32 < number) tell(unit(k) / 32, __float_as_uint(tiles[k]));
-    const uint32_t* words = exchanged(number);
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k)
+        if (unit(k) / 32 < number) tell(j * number + unit(k) / 32, __float_as_uint(tiles[j][k]));
+    const uint32_t* words = exchanged(kRows * number);
     const uint32_t lane = threadIdx.x % 32;
-    const auto tile = [&](uint32_t i) { return i < number ? __uint_as_float(words[i]) : 0.0f; };
-    return tree_of_warp(number <= 32 ? tile(lane) : codec::add(tile(2 * lane), tile(2 * lane + 1)));
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      const auto tile = [&](uint32_t i) { return i < number ? __uint_as_float(words[j * number + i]) : 0.0f; };
+      totals[j] = tree_of_warp(number <= 32 ? tile(lane) : codec::add(tile(2 * lane), tile(2 * lane + 1)));
+    }
   }
 
   // The largest of all threads' `peak`. For all threads of the row.

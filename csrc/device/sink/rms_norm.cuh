@@ -11,7 +11,8 @@ namespace lar {
 // Whether residual and weights are loaded before the sums are there, as registers allow, or when they are needed.
 enum class Ahead { kNothing, kAll };
 
-template <typename T, int kUnits, Ahead kAhead>
+// kAtOnce: rows whose sums come together, and whose threads meet once for all of them.
+template <typename T, int kUnits, Ahead kAhead, int kAtOnce = 1>
 class RmsNorm {
  public:
   // `threads`: of Rows; by default all.
@@ -21,12 +22,22 @@ class RmsNorm {
   __device__ __forceinline__ const Rows<kUnits>& rows() const { return rows_; }
 
   // Loads what a row needs beside its sums, ahead of them. `row`: of the launch.
-  __device__ __forceinline__ void prepare(uint32_t row) {
-    const int64_t first = int64_t{norm_.first_row + row} * norm_.units;
+  __device__ __forceinline__ void prepare(uint32_t row) { prepare<1>({row}, {true}); }
+
+  // The same of the wanted ones of several rows.
+  template <int kRows>
+  __device__ __forceinline__ void prepare(const uint32_t (&rows)[kRows], const bool (&wanted)[kRows]) {
+    static_assert(kRows <= kAtOnce);
+    int64_t first[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) first[j] = first_unit(rows[j]);
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       if (!rows_.has(k)) continue;
-      if (kHolds && norm_.residual) residual_[k] = Unit<T>::load(norm_.residual, first + rows_.unit(k));
+#pragma unroll
+      for (int j = 0; j < kRows; ++j)
+        if (kHolds && wanted[j] && norm_.residual)
+          residual_[j][k] = Unit<T>::load(norm_.residual, first[j] + rows_.unit(k));
       if (kHolds) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
     }
     if (norm_.scale) given_ = *static_cast<const volatile float*>(norm_.scale);
@@ -34,23 +45,53 @@ class RmsNorm {
 
   // Takes the sums of the row that was prepared. For all threads of the row.
   __device__ __forceinline__ void operator()(uint32_t row, const Unit<T> (&sums)[kUnits]) {
-    row += norm_.first_row;
-    const int64_t first = int64_t{row} * norm_.units;
-    Unit<T> r[kUnits];
-    float squares[kUnits];
+    Unit<T> of_row[1][kUnits];
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      squares[k] = 0.0f;
-      if (!rows_.has(k)) continue;
-      float x[Unit<T>::kElements];
-      r[k] = sums[k];
-      if (norm_.residual) {
-        r[k] = r[k].plus(kHolds ? residual_[k] : Unit<T>::load(norm_.residual, first + rows_.unit(k)));
+    for (int k = 0; k < kUnits; ++k) of_row[0][k] = sums[k];
+    (*this)({row}, {true}, of_row);
+  }
+
+  // The same of the wanted ones of several rows.
+  template <int kRows>
+  __device__ __forceinline__ void operator()(const uint32_t (&rows)[kRows], const bool (&wanted)[kRows],
+                                             const Unit<T> (&sums)[kRows][kUnits]) {
+    static_assert(kRows <= kAtOnce);
+    int64_t first[kRows];
+    Unit<T> r[kRows][kUnits];
+    float squares[kRows][kUnits];
+#pragma unroll
+    for (int j = 0; j < kRows; ++j) {
+      first[j] = first_unit(rows[j]);
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k) {
+        squares[j][k] = 0.0f;
+        if (!wanted[j] || !rows_.has(k)) continue;
+        float x[Unit<T>::kElements];
+        r[j][k] = sums[j][k];
+        if (norm_.residual)
+          r[j][k] = r[j][k].plus(kHolds ? residual_[j][k] : Unit<T>::load(norm_.residual, first[j] + rows_.unit(k)));
+        r[j][k].widened(x);
+        squares[j][k] = codec::sum_of_squares(x);
       }
-      r[k].widened(x);
-      squares[k] = codec::sum_of_squares(x);
     }
-    const float total = rows_.sum(squares);
+    float totals[kRows];
+    rows_.sum(squares, totals);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      if (wanted[j]) finish(norm_.first_row + rows[j], first[j], totals[j], r[j]);
+  }
+
+ private:
+  static constexpr bool kHolds = kAhead == Ahead::kAll;
+
+  // Of a row of the launch, in the tensors of the call.
+  __device__ __forceinline__ int64_t first_unit(uint32_t row) const {
+    return int64_t{norm_.first_row + row} * norm_.units;
+  }
+
+  // What is left of a row when the sum of its squares is known. `row`: of the call, from unit `first` on; `r`: sums and
+  // residual.
+  __device__ __forceinline__ void finish(uint32_t row, int64_t first, float total, Unit<T> (&r)[kUnits]) {
     // Behind the first meeting: nobody waits for these stores.
 #pragma unroll
     for (int k = 0; k < kUnits; ++k)
@@ -73,12 +114,9 @@ class RmsNorm {
       quantize(norm_, rows_, row, given_, [&](int k, float (&v)[Unit<T>::kElements]) { r[k].widened(v); });
   }
 
- private:
-  static constexpr bool kHolds = kAhead == Ahead::kAll;
-
   const NormArguments& norm_;
   Rows<kUnits> rows_;
-  Unit<T> residual_[kHolds ? kUnits : 1];
+  Unit<T> residual_[kHolds ? kAtOnce : 1][kHolds ? kUnits : 1];
   Unit<T> weight_[kHolds ? kUnits : 1];
   float given_ = 0.0f;
 };

@@ -13,8 +13,8 @@ ERRORS: dict[str, Mutation] = {
     ),
     "drained rows are not cleared": (
         "kernels/two_shot_push_norm.cu",
-        "        clear_in_band_if(wanted[k], from[k]);\n",
-        "        clear_in_band_if(wanted[k] && !{}, from[k]);\n",
+        "          clear_in_band_if(wanted[j * kUnits + k], from[j * kUnits + k]);\n",
+        "          clear_in_band_if(wanted[j * kUnits + k] && !{}, from[j * kUnits + k]);\n",
         ROWS,
     ),
     "reduced rows are not cleared": (
@@ -39,6 +39,12 @@ ERRORS: dict[str, Mutation] = {
         "device/schedule/rows.cuh",
         "    ++exchange_;\n",
         "    exchange_ += {} ? 2 : 1;\n",
+        ROWS,
+    ),
+    "rows that are taken in together have the sum of the first": (
+        "device/schedule/rows.cuh",
+        "__uint_as_float(words[j * number + i]) : 0.0f; };\n",
+        "__uint_as_float(words[({} ? 0 : j) * number + i]) : 0.0f; }};\n",
         ROWS,
     ),
 }
