@@ -23,6 +23,7 @@ MAX_THREADS = _C.MAX_THREADS
 MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
+ROUND_VECTORS = 4096  # XX
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
 TWO_SHOT_BLOCKS = 100  # of measured.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
@@ -185,7 +186,8 @@ def spread_in_band(
     pieces = max(1, math.ceil(message.vectors / parts))  # vectors of the largest part
     capacity = chunk_bytes // VECTOR_BYTES
     rounds = math.ceil(pieces / capacity)
-    chunk = min(capacity, math.ceil(pieces / rounds / LINE_VECTORS) * LINE_VECTORS)
+    unit = LINE_VECTORS if rounds == 1 else ROUND_VECTORS
+    chunk = min(capacity, math.ceil(pieces / rounds / unit) * unit)
     if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(
             algorithm=algorithm,
@@ -193,7 +195,7 @@ def spread_in_band(
             lanes=facts.lanes * split.lanes // measured.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
-            rounds=rounds,
+            rounds=math.ceil(pieces / chunk),
             scatter_lanes=max(1, facts.lanes * split.scatter // measured.LARGEST_GRID),
             drain_lanes=facts.lanes * split.drain // measured.LARGEST_GRID,
         )
@@ -202,6 +204,7 @@ def spread_in_band(
         (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
     )
     lanes = min(facts.lanes, math.ceil(chunk / threads))
+    rounds = math.ceil(pieces / chunk)
     return Launch(algorithm, Exchange.PUSH, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds)
 
 

@@ -136,7 +136,7 @@ class LowPrecision(KernelStrategy):
         return facts.in_band.two_shot if self._pushes_in_band(config, facts) else facts.flagged.two_shot
 
     def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch:
-        """CPU ranks have one lane. Two steps in band: every lane has one task, as in exact kernels' large messages."""
+        """CPU ranks have one lane. Two steps in band: in large messages a lane has one task, as in exact kernels'."""
         wire_format = config.low_precision.wire_format
         if facts.crosses_network:
             return dataclasses.replace(network.plan(facts, message, Algorithm.TWO_SHOT), wire_format=wire_format)
@@ -218,11 +218,20 @@ class LowPrecision(KernelStrategy):
         self, config: AllReduceConfig, facts: GroupFacts, message: Message, packets: int, capacity: int
     ) -> Launch:
         wire_format = config.low_precision.wire_format
+        split = tables.split(self.name, facts.world_size, message.payload_bytes)
+        one_to_a_multiprocessor = math.ceil(facts.lanes / 2)
+        if split is None:
+            return spread_packets(
+                Algorithm.TWO_SHOT,
+                Exchange.PUSH,
+                wire_format,
+                packets,
+                slot_bytes=self._slots(config, facts),
+                lanes=facts.lanes,
+                few=one_to_a_multiprocessor,
+            )
         rounds = math.ceil(packets / capacity)
         chunk = math.ceil(packets / rounds)
-        split = tables.split(self.name, facts.world_size, message.payload_bytes)
-        assert split is not None
-        # Also where that is more than there are packets: few packets to a warp are what makes small messages fast.
         lanes = max(FEWEST_LANES, facts.lanes * split.lanes // measured.LARGEST_GRID)
         return Launch(
             Algorithm.TWO_SHOT,

@@ -127,20 +127,20 @@ class Split:
     drain: int
 
 
-# In band, measured on H200 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the largest
-# grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the caches to
-# the others. LOWPRECISION (FP8) always; encoding and decoding take time of their own, so that more blocks pay where the
-# links are not busy all the time.
+# In band, measured on H200 and H100 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the
+# largest grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the
+# caches to the others. Two steps of LOWPRECISION (FP8): below, warps that do everything were faster, by 0.2 us at 1 MiB
+# and 2 at 16 with 4 ranks; at 64 MiB, by 8 us with 2 and 6 with 4 ranks, they were slower, at their usual shape
+# (benchmarks/h100/low_precision_shapes_tp2.json, low_precision_shapes_tp4.json).
 SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
     "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
-    # Nobody takes results in. Two ranks: benchmarks/h100/shapes_ub_tp2.json, before the last tile travelled in band.
-    # More: an estimate from those of TWOSHOT.
-    "UB": {2: (Split(0, 132, 48, 0), Split(8 * MIB, 132, 64, 0)), 3: (Split(0, 132, 56, 0),)},
-    "LOWPRECISION": {
-        2: (Split(0, 132, 43, 43), Split(2 * MIB, 264, 66, 66), Split(40 * MIB, 132, 26, 33)),
-        4: (Split(0, 132, 33, 43), Split(2 * MIB, 264, 87, 87), Split(40 * MIB, 132, 26, 43)),
+    # Nobody takes results in (benchmarks/h100/shapes_ub_tp2.json, shapes_ub_tp4.json).
+    "UB": {
+        2: (Split(0, 132, 48, 0), Split(8 * MIB, 132, 64, 0)),
+        3: (Split(0, 132, 56, 0), Split(40 * MIB, 132, 64, 0)),
     },
+    "LOWPRECISION": {2: (Split(40 * MIB, 132, 26, 33),), 4: (Split(40 * MIB, 132, 26, 43),)},
 }
 
 
