@@ -27,7 +27,6 @@ from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.algorithms.packets import packets_of
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.config import WireFormat
-from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES
 from llm_allreduce_plugin.measure.answers import MOST_ERROR, digest, make_case, relative_error
 from llm_allreduce_plugin.measure.environment import write_record
 from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
@@ -37,6 +36,7 @@ from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 from llm_allreduce_plugin.wire import PACKETS
 
 DTYPE = torch.bfloat16
+WORKSPACE_BYTES = 384 << 20  # of each rank
 # Parts of the lanes that only send, and that only take in.
 SHARES = ((0.36, 0.0), (0.5, 0.0), (0.25, 0.0), (0.2, 0.25), (0.25, 0.25), (0.25, 0.33), (0.2, 0.33), (0.33, 0.33))
 MOST_PACKETS_OF_A_WARP = 64  # more than that in turns is slow beyond doubt
@@ -79,7 +79,7 @@ def chunk_of(form: str, size: int, layout: _C.Layout, wire: WireFormat) -> int:
 def measure(context: RankContext, shapes: list[Shape]) -> list[dict[str, Any]]:
     """Collective: one workspace, all shapes."""
     lanes_of_workspace = max(shape[2] for shape in shapes)
-    layout = _C.make_layout(context.world_size, lanes_of_workspace, in_band_bytes=DEFAULT_GPU_WORKSPACE_BYTES)
+    layout = _C.make_layout(context.world_size, lanes_of_workspace, in_band_bytes=WORKSPACE_BYTES)
     memory = SymmetricMemory.open(Agreement(context.control_group, 300.0), context.group, context.device, layout)
     workspace = _C.Workspace(context.rank, memory.bases, layout, 10.0, context.device.index)
     rows = []

@@ -145,8 +145,8 @@ class AllReduceConfig(Settings):
     workspace_bytes: WorkspaceBytes | None = Field(
         default=None,
         description="memory per rank through which messages of any size are passed in chunks, as a number or like "
-        "'64MiB'; default 384 MiB of a GPU, 192 MiB of each of two; 48 MiB of host memory for all GPUs together; 4 MiB "
-        "on a CPU rank",
+        "'64MiB'; default 192 MiB of a GPU, 96 MiB of each of two, 384 MiB for kernels that wait for flags; 48 MiB of "
+        "host memory for all GPUs together; 4 MiB on a CPU rank",
     )
     registered_pool: PoolBytes | None = Field(
         default=None,

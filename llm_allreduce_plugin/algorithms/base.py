@@ -23,8 +23,10 @@ MAX_THREADS = _C.MAX_THREADS
 MAX_FLAGGED_THREADS = _C.MAX_FLAGGED_THREADS
 MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
-ROUND_VECTORS = 4096  # XX
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
+# 64 KiB: rounds do. From a start inside such a stretch, 85 MiB took 9 us longer (256 MiB in 3 rounds, two H100: 768 us
+# instead of 746, benchmarks/h100/workspace_sizes_lines_tp2.json and workspace_sizes_tp2.json). Why is not known.
+ROUND_VECTORS = 4096
 TWO_SHOT_BLOCKS = 100  # of measured.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
 

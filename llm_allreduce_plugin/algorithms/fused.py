@@ -99,7 +99,7 @@ def _exchange_obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | N
     slot = _slot_bytes(facts, launch.algorithm)  # shared, the message fits it
     if rows.bytes > slot:
         return f"a row of {rows.bytes} bytes does not fit a slot of {slot} (workspace_bytes)"
-    shape = measured.ROW_SHAPES[launch.exchange.name]
+    shape = _shape(launch)
     if rows.vectors > (most := _block_vectors(shape)) and not _has_clusters(facts, shape):
         most *= VECTOR_BYTES // FUSED_BYTES
         return f"a row of {rows.hidden} elements is more than a block holds here, {most}"
@@ -129,7 +129,7 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     """How a call is spread that is like ``launch``, of :func:`carrier`, with the norm behind it."""
     if facts.transport is Transport.SHM:
         return dataclasses.replace(launch, epilogue=Epilogue.RMS_NORM)
-    shape = measured.ROW_SHAPES[launch.exchange.name]
+    shape = _shape(launch)
     parts = facts.world_size if launch.algorithm is Algorithm.TWO_SHOT else 1
     own = math.ceil(rows.rows / parts)  # of the rank that has most
     capacity = _slot_bytes(facts, launch.algorithm) // rows.bytes
@@ -148,6 +148,12 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
         cluster=cluster,
     )
     return spread if cluster > 1 or wide else _split(facts, rows, spread, shape)
+
+
+def _shape(launch: Launch) -> RowShape:
+    if launch.exchange is Exchange.PUSH and launch.algorithm is Algorithm.TWO_SHOT:
+        return measured.ROW_SHAPES["PUSH_TWO_SHOT"]
+    return measured.ROW_SHAPES[launch.exchange.name]
 
 
 def _slot_bytes(facts: GroupFacts, algorithm: Algorithm) -> int:
@@ -192,7 +198,7 @@ def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape, *,
         is_short = rows.vectors <= shape.most_threads
         for sharing in shape.sharing:
             of_long = sharing.most_lanes_of_wide if wide else sharing.most_lanes
-            most = min(facts.lanes, sharing.most_lanes_of_short if is_short else of_long)
+            most = (sharing.most_lanes_of_short if is_short else of_long) * facts.lanes // measured.LARGEST_GRID
             if rows.vectors >= sharing.least_vectors * sharing.blocks and in_a_round * sharing.blocks <= most:
                 return sharing.blocks
     if wide:

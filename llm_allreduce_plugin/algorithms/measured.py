@@ -151,7 +151,7 @@ class Sharing:
     Attributes:
         blocks: of a row.
         least_vectors: of a row that each has, where it is worth it.
-        most_lanes: of all rows together.
+        most_lanes: of all rows together, of a grid of LARGEST_GRID; with more, clusters take rows in turns.
         most_lanes_of_short: the same where one block would hold a row at a vector to a thread.
         most_lanes_of_wide: the same where a wide block would.
     """
@@ -210,13 +210,20 @@ ROW_SHAPES = {
         wide_threads=1024,
         most_wide_rows=132,
     ),
+    # Own rows of a rank (benchmarks/h100/fused_shapes_tp4.json).
+    "PUSH_TWO_SHOT": RowShape(
+        512,
+        (1, 2),
+        (Sharing(8, 128, 128), Sharing(4, 128, 128, 128), Sharing(2, 128, 528, 264)),
+        split_bytes=2 * MIB,
+    ),
     "SHARED": RowShape(256, (1, 2, 4)),
 }
 MOST_SHARING = 8  # blocks of a cluster
-# As SPLITS, of fused calls: two ranks measured (the same file), more an estimate.
+# As SPLITS, of fused calls: two ranks measured (the same file), more with four (fused_shapes_tp4.json).
 FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONE_SHOT": {2: (Split(0, 132, 16, 0), Split(8 * MIB, 132, 32, 0)), 3: ()},
-    "TWO_SHOT": {2: (), 3: (Split(0, 132, 48, 40),)},
+    "TWO_SHOT": {2: (), 3: (Split(0, 132, 16, 76),)},
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next

@@ -15,10 +15,12 @@ from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
 from llm_allreduce_plugin.topology.links import Transport
 
-DEFAULT_GPU_WORKSPACE_BYTES = 384 << 20  # 128 MiB, a prefill of 8192 x 8192 in 16 bits, in one or two rounds
-# Two ranks: where half takes more rounds it is at most 1.2 % slower, up to 256 MiB, and a third 3.3 %
-# (benchmarks/h100/workspace_sizes_tp2.json).
-PAIR_GPU_WORKSPACE_BYTES = 192 << 20
+# In band, a message of 64 MiB, a prefill of 4096 x 8192 in 16 bits, takes one round over four GPUs, and one of 48 MiB
+# over two. Larger ones take more, each of which costs 2 to 3 us: at most 1.5 % of what 384 MiB take, and with two thirds
+# of these bytes 2.4 % (benchmarks/h100/workspace_sizes_tp2.json, workspace_sizes_tp4.json).
+DEFAULT_GPU_WORKSPACE_BYTES = 192 << 20
+PAIR_GPU_WORKSPACE_BYTES = 96 << 20  # of two ranks
+FLAGGED_GPU_WORKSPACE_BYTES = 384 << 20  # where kernels wait for flags: with less they were not measured
 DEFAULT_CPU_WORKSPACE_BYTES = 4 << 20
 # Of all ranks together. Pinned, and in /dev/shm only for containers that share nothing else; Docker gives that 64 MiB.
 DEFAULT_HOST_WORKSPACE_BYTES = 48 << 20
@@ -99,7 +101,7 @@ def _layout_of_host(config: AllReduceConfig, facts: GroupFacts, multiprocessors:
     """Of a rank's workspace among the ranks of its host, where sums are exchanged between hosts: all by flags."""
     world_size = facts.local_size
     if facts.transport is Transport.SYMMETRIC:
-        lanes, default = min(_C.MAX_LANES, 2 * multiprocessors), DEFAULT_GPU_WORKSPACE_BYTES
+        lanes, default = min(_C.MAX_LANES, 2 * multiprocessors), FLAGGED_GPU_WORKSPACE_BYTES
     elif facts.transport is Transport.HOST:
         lanes, default = HOST_LANES, DEFAULT_HOST_WORKSPACE_BYTES // world_size
     else:
@@ -127,13 +129,16 @@ def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors
         size = int(wanted or DEFAULT_HOST_WORKSPACE_BYTES // world_size)
         is_ring = compresses and algorithm_of(config, facts).algorithm is LowPrecisionAlgorithm.RING
         return host_layout(world_size, RING_HOST_LANES if is_ring else HOST_LANES, size)
-    size = int(wanted or (PAIR_GPU_WORKSPACE_BYTES if world_size == 2 else DEFAULT_GPU_WORKSPACE_BYTES))  # noqa: PLR2004
+    staged = staging.refusal(config, facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT
+    flags = not config.in_band or staged or (compresses and needs_flags(config, facts))
+    default = PAIR_GPU_WORKSPACE_BYTES if world_size == 2 else DEFAULT_GPU_WORKSPACE_BYTES  # noqa: PLR2004
+    size = int(wanted or (FLAGGED_GPU_WORKSPACE_BYTES if flags else default))
     lanes = min(_C.MAX_LANES, 2 * multiprocessors)  # two blocks to a multiprocessor
     flagged = 0
     if not config.in_band:
         flagged = size
-    elif staging.refusal(config, facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT:
+    elif staged:
         flagged = size - size // STAGED_IN_BAND_SHARE
-    elif compresses:
-        flagged = size // FLAGGED_SHARE if needs_flags(config, facts) else 0
+    elif flags:
+        flagged = size // FLAGGED_SHARE
     return _C.make_layout(world_size, lanes, in_band_bytes=size - flagged, flagged_bytes=flagged)
