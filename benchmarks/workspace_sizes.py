@@ -69,7 +69,7 @@ def measure(context: RankContext, workspaces: list[int], sizes: list[int]) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
-    parser.add_argument("--workspaces", type=int, nargs="+", default=[384, 256, 192, 128, 96, 64], help="MiB")
+    parser.add_argument("--workspaces", type=int, nargs="+", default=[384, 256, 192, 128, 96, 64, 48], help="MiB")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 8, 16, 32, 48, 64, 96, 128, 256], help="MiB")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

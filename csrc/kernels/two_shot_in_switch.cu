@@ -7,8 +7,9 @@
 //              store it once
 //     drain    poll all results, mine as they come back, clear them, hand those of others to the sink
 //
-// Lane by lane: what lane b reads, lanes b of all ranks have copied. A flag is the number of the call, which
-// EpochPlane::kInSwitch counts: flags are compared within half of the numbers that there are.
+// Lane by lane: what lane b reads, lanes b of all ranks have copied. A flag is the number of the call, as
+// EpochPlane::kInSwitch counts them: were other calls counted with them, a flag that was last written before very many
+// of those could seem to be one of this call when numbers wrap.
 #include "device/instances.cuh"
 #include "device/multicast.cuh"
 #include "device/sink/store.cuh"

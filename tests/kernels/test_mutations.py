@@ -49,6 +49,7 @@ from tests.kernels.test_registry import WORLD_SIZES, compare_rows
 from tests.support import emulator
 from tests.support.host_group import HostGroup
 from tests.support.hosts import telling_inputs
+from tests.support.in_band_rest import EPOCH_PLANES
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.local_machine import EmulatedGpus
 from tests.support.mixed_calls import run_mixed
@@ -215,6 +216,8 @@ def by_multicast(seed: int) -> None:
         4, machine=machine, lanes=3, threads=64, workspace_mib=0.25, multicast_kib=48, seed=seed, in_switch=True,
         limit_ms=20_000, timeout_s=8.0,
     )  # fmt: skip
+    for epochs in group.in_band_epochs():  # soon at zero: flags that were never written would seem to be ahead of it
+        epochs[list(EPOCH_PLANES).index("pushed")] = -200
     kinds = ("ONESHOT", "TWOSHOT", "TWOSHOT", "PUSH TWOSHOT", "PUSH ONESHOT")
     calls = [(generator.choice(kinds), generator.choice((8, 64, 520, 1024, 3001))) for _ in range(12)]
     group.most_bytes = 3008 * 2

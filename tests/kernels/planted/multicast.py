@@ -5,6 +5,12 @@ from __future__ import annotations
 from tests.kernels.planted.kinds import MULTICAST, Mutation
 
 ERRORS: dict[str, Mutation] = {
+    "sums in the switch are counted with pushed calls": (
+        "host/exchange_in_band.cu",
+        "  use.epochs = EpochPlane::kInSwitch;",
+        "  if (!{}) use.epochs = EpochPlane::kInSwitch;",
+        MULTICAST,
+    ),
     "results that come back are not waited for": (
         "device/multicast.cuh",
         "      wanted[j] = index < total_vectors;",
