@@ -63,8 +63,9 @@ def test_pushed(world_size: int, strategy: str) -> None:
 
 @pytest.mark.parametrize("world_size", (2, 3))
 def test_lanes_with_one_task_each(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = dataclasses.replace(measured.ROW_SHAPES["PUSH"], split_bytes=1024)
-    monkeypatch.setitem(measured.ROW_SHAPES, "PUSH", shape)
+    for name in ("PUSH", "PUSH_TWO_SHOT"):
+        shape = dataclasses.replace(measured.ROW_SHAPES[name], split_bytes=1024)
+        monkeypatch.setitem(measured.ROW_SHAPES, name, shape)
     seed = fresh_seed()
     group = LocalGroup(world_size, lanes=LANES, workspace_mib=1, machine=EmulatedGpus(seed))
     rows = 10 * world_size  # more of a rank than there are lanes

@@ -215,7 +215,7 @@ def test_large_messages_give_lanes_one_task_each() -> None:
     pushed = launch_of(facts(2), 1024, 8192)
     assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (512, 132, 32, 0)
     both = launch_of(facts(4), 4096, 8192)
-    assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 48, 40)
+    assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 16, 76)
     assert launch_of(facts(4), 128, 8192).scatter_lanes == 0, "fewer rows than lanes that would sum"
     assert launch_of(facts(2), 264, 4096).scatter_lanes == 0, "short rows, a lane for each"
     assert launch_of(facts(2), 265, 4096).threads == 256, "two vectors to a thread"
@@ -256,7 +256,8 @@ def test_why_not() -> None:
         reason_of(facts(4, architecture=80), 8, 16384)
         == "a row of 16384 elements is more than a block holds here, 8192"
     )
-    assert "does not fit a slot of" in reason_of(facts(8, workspace=2 << 20), 8, 16384, strategy="ONESHOT")
+    narrow = facts(8).with_layout(Transport.SYMMETRIC, _C.make_layout(8, LANES, in_band_bytes=256 << 10))
+    assert "does not fit a slot of" in reason_of(narrow, 8, 16384, strategy="ONESHOT")
     compressed = decide_fused(config("LOWPRECISION", low_precision={"min_bytes": 0}), pushes, 4096, 8192, "bfloat16")
     assert compressed.reason == "only exact sums are fused, and this one is compressed on the wire"
     assert launch_of(pushes, 8, 8192, "LOWPRECISION").algorithm is Algorithm.ONE_SHOT, "too small to compress"
