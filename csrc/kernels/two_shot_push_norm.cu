@@ -3,23 +3,23 @@
 //
 //     scatter  store my rows of the other ranks' parts into their scatter slots
 //     reduce   poll the partial rows of my part, clear them, sum in rank order, round once, store the sums into the
-//              gather slots of all peers
-//     take in  poll the other owners' rows, clear them, hand them to the sink with mine
+//              gather slots of all peers, then hand them to the sink
+//     drain    poll the other owners' rows, clear them, hand them to the sink
 //
-// A row's threads meet for the sum of its squares, which takes as long as a store to a peer: they meet once for several
-// rows. In large messages each lane does one of the three, and whoever reduces a row hands it to the sink.
+// In large messages each lane does one of the three.
 #include "device/bulk_sender.cuh"
 #include "device/rows_in_band.cuh"
 
 namespace lar {
 namespace {
 
-// Rows of as many owners that a lane scatters, or takes in, together, as registers hold.
+// Rows of as many owners that a lane scatters, and takes in, together, as registers hold: to meet once for a row after
+// the other is what a lane would spend most of its time with.
 template <int kWorldSize, int kUnits>
 struct RowsAtOnce {
-  static constexpr int kRanks = World<kWorldSize>::kRanksAtOnce;
+  static constexpr int kPeers = World<kWorldSize>::kPeersAtOnce;
   static constexpr int kMost = kUnits > 1 ? 1 : World<kWorldSize>::kIsFixed ? kMostRowsAtOnce : 2;
-  static constexpr int kValue = kRanks < kMost ? kRanks : kMost;
+  static constexpr int kValue = kPeers < kMost ? kPeers : kMost;
 };
 
 template <typename T, int kWorldSize, int kUnits>
@@ -55,31 +55,30 @@ class TwoShotRows {
     for (uint32_t i = lane; i < part_rows_; i += lanes) {
 #pragma unroll 1
       for (int first = 1; first < world_size(); first += kAtOnce) {
-        const Batch batch(*this, first, i);
+        bool has[kAtOnce];
         uint4 mine[kAtOnce][kUnits];
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j)
-          if (batch.has[j]) load_row(arguments_.input, batch.rows[j] * units_, rows_, mine[j]);
+        for (int j = 0; j < kAtOnce; ++j) {
+          has[j] = is_step(first + j) && has_row(first + j, i);
+          if (has[j]) load_row(arguments_.input, row_of(first + j, i) * units_, rows_, mine[j]);
+        }
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
           for (int k = 0; k < kUnits; ++k)
-            if (batch.has[j] && rows_.has(k))
+            if (has[j] && rows_.has(k))
               store_in_band(arguments_.to[first + j], slots_ + i * units_ + rows_.unit(k), mine[j][k]);
       }
     }
   }
 
-  // Loads what the sink needs of the first rows that take_in() takes in, own row first.
-  __device__ __forceinline__ void prepare(uint32_t i) const {
-    const Batch batch(*this, 0, i);
-    sink_.prepare(batch.rows, batch.has);
-  }
-
-  // The sums of row `i` of my part, which peers get. False, here and below, when a wait has expired.
-  __device__ __forceinline__ bool reduce(uint32_t i, Unit<T> (&sums)[kUnits]) const {
+  // False, here and below, when a wait has expired.
+  __device__ __forceinline__ bool reduce(uint32_t i) const {
+    const uint32_t row = row_of(0, i);
     uint4 mine[kUnits];
-    load_row(arguments_.input, row_of(0, i) * units_, rows_, mine);
+    load_row(arguments_.input, row * units_, rows_, mine);
+    sink_.prepare(row);
+    Unit<T> sums[kUnits];
     const PushedRow<kWorldSize> theirs{arguments_, slots_ + i * units_};
     if (!poll_and_sum_row<T, kWorldSize, true>(arguments_, LAR_PHASE_SCATTER, rows_, theirs, mine, sums)) return false;
 #pragma unroll
@@ -89,22 +88,30 @@ class TwoShotRows {
       for (int step = 1; step < world_size(); ++step)
         store_in_band(arguments_.to[step], gather_slots_ + i * units_ + rows_.unit(k), sums[k].raw[0]);
     }
+    sink_(row, sums);
     return true;
   }
 
-  // Row `i` of each part to the sink: from `first_step` 0 on with mine, whose sums are `own` and which has been
-  // prepared, from 1 on those of the other owners.
-  __device__ __forceinline__ bool take_in(uint32_t i, int first_step, const Unit<T> (&own)[kUnits]) const {
+  __device__ __forceinline__ bool drain(uint32_t i) const {
 #pragma unroll 1
-    for (int first = first_step; first < world_size(); first += kAtOnce) {
-      const Batch batch(*this, first, i);
-      if (!batch.has_any()) continue;
-      if (first > 0) sink_.prepare(batch.rows, batch.has);
+    for (int first = 1; first < world_size(); first += kAtOnce) {
+      uint32_t rows[kAtOnce];
+      bool has[kAtOnce];
+      bool has_any = false;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int step = is_step(first + j) ? first + j : first;
+        rows[j] = row_of(step, i);
+        has[j] = is_step(first + j) && has_row(step, i);
+        has_any |= has[j];
+      }
+      if (!has_any) continue;
+      sink_.prepare(rows, has);
       struct Own {
         char* own;
         __device__ __forceinline__ char* base(int) const { return own; }
-      } const slots{arguments_.own};
-      Places<Own, kAtOnce * kUnits, kUnits> from{slots, 0, {}};
+      } const own{arguments_.own};
+      Places<Own, kAtOnce * kUnits, kUnits> from{own, 0, {}};
       bool wanted[kAtOnce * kUnits];
       uint4 results[kAtOnce * kUnits];
 #pragma unroll
@@ -112,9 +119,8 @@ class TwoShotRows {
 #pragma unroll
         for (int k = 0; k < kUnits; ++k) {
           const int v = j * kUnits + k;
-          const int step = max(first + j, 1);  // mine is in no slot
-          from.at[v] = gather_slots_ + slot_of_step(step) * arguments_.peer_stride + i * units_ + rows_.unit(k);
-          wanted[v] = first + j > 0 && batch.has[j] && rows_.has(k);
+          from.at[v] = gather_slots_ + slot_of_step(first + j) * arguments_.peer_stride + i * units_ + rows_.unit(k);
+          wanted[v] = has[j] && rows_.has(k);
           results[v] = {0u, 0u, 0u, 0u};
         }
       if (!poll_until_complete(arguments_.limit, LAR_PHASE_GATHER, from, wanted, results,
@@ -126,34 +132,14 @@ class TwoShotRows {
 #pragma unroll
         for (int k = 0; k < kUnits; ++k) {
           clear_in_band_if(wanted[j * kUnits + k], from[j * kUnits + k]);
-          sums[j][k] = j == 0 && first == 0 ? own[k] : unit_of<T>(results[j * kUnits + k]);
+          sums[j][k] = unit_of<T>(results[j * kUnits + k]);
         }
-      sink_(batch.rows, batch.has, sums);
+      sink_(rows, has, sums);
     }
     return true;
   }
 
  private:
-  // Row `i` of the parts from `first` steps on, as many as are taken in together; some there may not be.
-  struct Batch {
-    uint32_t rows[kAtOnce];
-    bool has[kAtOnce];
-    __device__ __forceinline__ Batch(const TwoShotRows& all, int first, uint32_t i) {
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const bool is_step = all.is_step(first + j);
-        rows[j] = all.row_of(is_step ? first + j : first, i);
-        has[j] = is_step && rows[j] < all.all_.norm.rows;
-      }
-    }
-    __device__ __forceinline__ bool has_any() const {
-      bool any = false;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) any |= has[j];
-      return any;
-    }
-  };
-
   __device__ __forceinline__ int world_size() const { return World<kWorldSize>::size(arguments_.world_size); }
   // Whether there is a rank so many places on.
   __device__ __forceinline__ bool is_step(int step) const { return step < world_size(); }
@@ -183,13 +169,13 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const TwoShotRows<T, kWorldSize, kUnits> rows(all, sink, slots_of_call(arguments, epoch));
   rows.scatter(group, groups);
   advance_epoch(arguments, epoch);
+  // All that peers wait for first, then what they have for me.
 #pragma unroll 1
-  for (uint32_t i = group; i < rows.part_rows(); i += groups) {
-    Unit<T> own[kUnits];
-    rows.prepare(i);
-    if (rows.has_row(0, i) && !rows.reduce(i, own)) return;
-    if (!rows.take_in(i, 0, own)) return;
-  }
+  for (uint32_t i = group; i < rows.part_rows(); i += groups)
+    if (rows.has_row(0, i) && !rows.reduce(i)) return;
+#pragma unroll 1
+  for (uint32_t i = group; i < rows.part_rows(); i += groups)
+    if (!rows.drain(i)) return;
 }
 
 template <typename T, int kWorldSize, int kUnits>
@@ -230,20 +216,15 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const TwoShotRows<T, kWorldSize, kUnits> rows(all, sink, slots);
   if (blockIdx.x < scatterers + reducers) {
 #pragma unroll 1
-    for (uint32_t i = blockIdx.x - scatterers; i < rows.part_rows(); i += reducers) {
-      if (!rows.has_row(0, i)) continue;
-      Unit<T> own[kUnits];
-      sink.prepare(rows.row_of(0, i));
-      if (!rows.reduce(i, own)) return;
-      sink(rows.row_of(0, i), own);
-    }
+    for (uint32_t i = blockIdx.x - scatterers; i < rows.part_rows(); i += reducers)
+      if (rows.has_row(0, i) && !rows.reduce(i)) return;
     if (drainers > 0) return;
   }
   const uint32_t first_lane = drainers > 0 ? scatterers + reducers : scatterers;
   const uint32_t lanes = drainers > 0 ? drainers : reducers;
 #pragma unroll 1
   for (uint32_t i = blockIdx.x - first_lane; i < rows.part_rows(); i += lanes)
-    if (!rows.take_in(i, 1, {})) return;
+    if (!rows.drain(i)) return;
 }
 
 // Two ranks sum by ONESHOT at every size.

@@ -116,9 +116,13 @@ def pays(facts: GroupFacts, rows: Rows, launch: Launch) -> Merit:
         return Merit(pays=pays_, reason=f"{table.place_of(payload)}, where {faster} ({table.source})")
     if facts.transport is Transport.SHM:
         return Merit(pays=True, reason="fuse_norm is on")
-    most, source = tables.fused_pays_to(launch.algorithm.name, facts)
+    least, most, source = tables.fused_pays(launch.algorithm.name, facts)
+    if payload < least:
+        steps = "in two steps " if launch.algorithm is Algorithm.TWO_SHOT else ""
+        reason = f"{steps}below {bytes_in_words(least)} two kernels are faster than one ({source})"
+        return Merit(pays=False, reason=reason)
     if most is not None and payload > most:
-        return Merit(pays=False, reason=f"above {bytes_in_words(most)} two kernels are faster than one")
+        return Merit(pays=False, reason=f"above {bytes_in_words(most)} two kernels are faster than one ({source})")
     reason = f"fuse_norm is on; {source}"
     if facts.world_size == PAIR:
         reason += "; over 2 ranks one step sends no more than two"

@@ -226,12 +226,19 @@ FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "TWO_SHOT": {2: (), 3: (Split(0, 132, 16, 76),)},
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
-# The largest message for which one kernel is faster than two, by the algorithm of the one and world size (the next
-# larger one, or the last); None: no size is known for which it is not. A profile comes before it.
-FUSED_PAYS_TO: dict[str, dict[int, int | None]] = {"ONE_SHOT": {2: None, 8: None}, "TWO_SHOT": {8: None}}
-# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json); of others nobody knows.
+# The smallest and the largest message for which one kernel is faster than two, by the algorithm of the one and world
+# size (the next larger one, or the last); None: no size is known for which it is not. A profile comes before it. Two
+# steps (four H100, rows of 4096 and 8192): lanes of few rows wait for one message after the other, 10.6 us against 9.1
+# at 1 MiB; 15.4 against 17.1 at 2 (benchmarks/h100/fused_shapes_tp4.json).
+FUSED_PAYS: dict[str, dict[int, tuple[int, int | None]]] = {
+    "ONE_SHOT": {8: (0, None)},
+    "TWO_SHOT": {8: (2 * MIB, None)},
+}
+# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json, h100/bench_fused_tp2.json,
+# h100/fused_shapes_tp4.json); of others nobody knows.
 FUSED_SOURCES: dict[tuple[Transport, int], str] = {
-    (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, rows of 8192)",
+    (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, 2 H100, rows of 8192)",
+    (Transport.SYMMETRIC, 4): "one kernel was faster than two to 128 KiB and from 2 MiB on (4 H100, rows of 8192)",
 }
 
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores
@@ -253,7 +260,7 @@ ONE_STEP_HOST_BYTES = 256 * KIB
 # by world size (the next larger one, or the last). Scaled, for GPUs' own memory, to what their links carry: what
 # compression costs does not depend on them, what it saves is inverse to them.
 LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], dict[int, tuple[int, str]]] = {
-    (Transport.SYMMETRIC, "fp8"): {2: (448 * KIB, _MEASURED_H100), 4: (2 * MIB, _MEASURED)},
+    (Transport.SYMMETRIC, "fp8"): {2: (448 * KIB, _MEASURED_H100), 4: (1152 * KIB, _MEASURED_H100)},
     (Transport.SYMMETRIC, "tq3"): {4: (4 * MIB, _MEASURED)},
     (Transport.SYMMETRIC, "hadamard2"): {4: (26 * MIB, _MEASURED)},
     (Transport.HOST, "fp8"): {2: (64 * KIB, _MEASURED_H100), 4: (96 * KIB, _MEASURED)},

@@ -138,13 +138,13 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: 
     return int(size * scale), source
 
 
-def fused_pays_to(algorithm: str, facts: GroupFacts) -> tuple[int | None, str]:
-    """The largest message for which one kernel for sum and norm is faster than two, and how that is known.
+def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[int, int | None, str]:
+    """The smallest and the largest message for which one kernel for sum and norm is faster than two, and the source.
 
-    None: there is no such size.
+    None: there is no largest one.
     """
-    most = _of(measured.FUSED_PAYS_TO[algorithm], facts.world_size)
+    least, most = _of(measured.FUSED_PAYS[algorithm], facts.world_size)
     if (source := measured.FUSED_SOURCES.get((facts.transport, facts.world_size))) is not None:
-        return most, source
+        return least, most, source
     through = " through host memory" if facts.transport is Transport.HOST else ""
-    return most, f"one kernel or two was not measured for {facts.world_size} ranks{through}"
+    return least, most, f"one kernel or two was not measured for {facts.world_size} ranks{through}"

@@ -52,7 +52,8 @@ def config(strategy: str = "AUTO", **settings: Any) -> AllReduceConfig:
 
 
 def launch_of(group: GroupFacts, rows: int, hidden: int, strategy: str = "AUTO") -> Launch:
-    decision = decide_fused(config(strategy), group, rows, hidden, "bfloat16")
+    """Of one kernel, whether or not it pays."""
+    decision = decide_fused(config(strategy), group, rows, hidden, "bfloat16", however_slow=True)
     assert decision.launch is not None, decision.reason
     return decision.launch
 
@@ -143,7 +144,7 @@ def test_total_deterministic_sound_and_reasoned(
 
 @pytest.mark.parametrize("world_size", (2, 3, 4, 8))
 @pytest.mark.parametrize("hidden", (2880, 4096, 5120, 7168, 8192, 16384))
-def test_every_usual_message_on_peers_memory_is_fused(world_size: int, hidden: int) -> None:
+def test_every_usual_message_on_peers_memory_can_be_fused(world_size: int, hidden: int) -> None:
     group = facts(world_size)
     for rows in (1, 2, 7, 64, 512, 4096, 65536):
         launch = launch_of(group, rows, hidden)
@@ -269,12 +270,12 @@ def test_why_not() -> None:
 
 def test_reasons_say_what_was_measured() -> None:
     """Of two ranks over NVLink, and of no others."""
-    known = "fuse_norm is on; one kernel was faster than two from 16 KiB to 64 MiB (2 H200, rows of 8192)"
+    known = "fuse_norm is on; one kernel was faster than two from 16 KiB to 64 MiB (2 H200, 2 H100, rows of 8192)"
     for rows, hidden in ((1, 4096), (64, 5120), (1024, 8192)):
         decision = decide_fused(config(), facts(2), rows, hidden, "bfloat16")
         assert decision.reason == f"{known}; over 2 ranks one step sends no more than two"
     for group, unknown in (
-        (facts(4), "fuse_norm is on; one kernel or two was not measured for 4 ranks"),
+        (facts(3), "fuse_norm is on; one kernel or two was not measured for 3 ranks"),
         (
             facts(2, Transport.HOST),
             "fuse_norm is on; one kernel or two was not measured for 2 ranks through host memory; "
@@ -286,9 +287,20 @@ def test_reasons_say_what_was_measured() -> None:
 
 
 def test_where_it_does_not_pay_two_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(measured.FUSED_PAYS_TO, "ONE_SHOT", {2: 1 << 20, 8: None})
+    monkeypatch.setitem(measured.FUSED_PAYS, "ONE_SHOT", {2: (0, 1 << 20), 8: (0, None)})
     assert launch_of(facts(2), 64, 8192).algorithm is Algorithm.ONE_SHOT
-    assert reason_of(facts(2), 65, 8192) == "above 1 MiB two kernels are faster than one"
+    assert reason_of(facts(2), 65, 8192).startswith("above 1 MiB two kernels are faster than one (")
+
+
+def test_few_rows_in_two_steps_take_two_kernels() -> None:
+    """With more than two ranks, as measured with four."""
+    for rows, algorithm in ((12, Algorithm.ONE_SHOT), (128, Algorithm.TWO_SHOT), (4096, Algorithm.TWO_SHOT)):
+        launch = decide_fused(config(), facts(4), rows, 8192, "bfloat16").launch
+        assert launch is not None
+        assert launch.algorithm is algorithm
+    for rows in (13, 127):
+        reason = reason_of(facts(4), rows, 8192)
+        assert reason.startswith("in two steps below 2 MiB two kernels are faster than one (one kernel was faster")
 
 
 @pytest.mark.parametrize(
