@@ -72,17 +72,24 @@ def by_size(lines: dict[str, dict[int, float]], sizes: Iterable[int] | None = No
     return markdown(["us", *map(size, columns)], rows)
 
 
+_PEERS = {
+    "MINLATENCY": ("MINLATENCY",),
+    "LOWPRECISION, fp8": ("LOWPRECISION",),
+    "NCCL": ("NCCL",),
+    "NCCL, registered windows": ("NCCL-windows",),
+    "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
+}
+
+
 def nvlink() -> str:
     """All-reduces over NVLink."""
-    candidates = {
-        "MINLATENCY": ("MINLATENCY",),
-        "LOWPRECISION, fp8": ("LOWPRECISION",),
-        "NCCL": ("NCCL",),
-        "NCCL, registered windows": ("NCCL-windows",),
-        "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
-    }
     return by_size({f"{ranks} GPUs: {label}": times(f"h200/bench_tp{ranks}", *names)
-                    for ranks in (4, 2) for label, names in candidates.items()})  # fmt: skip
+                    for ranks in (4, 2) for label, names in _PEERS.items()})  # fmt: skip
+
+
+def nvlink_h100_tp4() -> str:
+    """The same of four H100."""
+    return by_size({label: times("h100/bench_tp4", *names) for label, names in _PEERS.items()})
 
 
 def nvlink_h100() -> str:
@@ -102,9 +109,9 @@ def between_products() -> str:
     return by_size({f"{name}, {place}": times(path, name) for name in names for place, path in places.items()})
 
 
-def workspaces() -> str:
+def workspaces(ranks: int) -> str:
     """Large messages with less memory to pass through: how much slower."""
-    rows = record("h100/workspace_sizes_tp2")["rows"]
+    rows = record(f"h100/workspace_sizes_tp{ranks}")["rows"]
     names = [name for name in rows[0] if name.endswith("MiB")]
     lines = [[size(row["bytes"]), number(row[names[0]]["us"]), *(f"{row[name]['ratio']:.3f}" for name in names[1:])]
              for row in rows]  # fmt: skip
@@ -260,7 +267,7 @@ def registered() -> str:
     """UB beside what pushes into slots, over two GPUs and four."""
     rows = []
     for ranks in (2, 4):
-        name = f"h100/bench_ub_tp{ranks}"
+        name = "h100/bench_tp4" if ranks == 4 else "h100/bench_ub_tp2"  # noqa: PLR2004
         placed, fastest, nccl = (times(name, candidate) for candidate in ("UB", "MINLATENCY", "NCCL"))
         rows += [
             [str(ranks), size(count), number(placed[count]), number(fastest[count]), number(nccl[count])]
@@ -268,6 +275,17 @@ def registered() -> str:
             if count >= 4 * MIB and count.bit_length() % 2 == 1
         ]
     return markdown(["GPUs", "bytes", "UB", "MINLATENCY", "NCCL"], rows)
+
+
+def fused_tp4() -> str:
+    """One kernel at the best of the shapes that were tried, and the fastest sum with the norm behind it: four GPUs."""
+    rows = [row for row in record("h100/fused_shapes_tp4")["rows"] if row["what"] != "norm alone"]
+    curves: dict[str, dict[int, float]] = {}
+    for row in rows:
+        label = "two kernels" if row["what"] != "fused" else ("one, in one step", "one, in two steps")[row["algorithm"]]
+        curve = curves.setdefault(label, {})
+        curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
+    return by_size({label: curves[label] for label in ("one, in one step", "one, in two steps", "two kernels")})
 
 
 def codecs() -> str:
@@ -287,16 +305,20 @@ _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "
 TABLES: dict[str, Callable[[], str]] = {
     "nvlink": nvlink,
     "nvlink_h100": nvlink_h100,
+    "nvlink_h100_tp4": nvlink_h100_tp4,
     "between_products": between_products,
-    "workspaces": workspaces,
+    "workspaces": lambda: workspaces(2),
+    "workspaces_tp4": lambda: workspaces(4),
     "host_memory": host_memory,
     "fused": fused,
+    "fused_tp4": fused_tp4,
     "registered": registered,
     "codecs": codecs,
     "vllm_fused_8192_tp2": lambda: tokens("h200/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
+    "vllm_fused_8192_tp4_h100": lambda: tokens("h100/vllm_fused_8192_tp4", _FUSED),
     "vllm_fused_fp8_tp2": lambda: tokens("h200/vllm_fused_fp8_tp2", _FUSED),
     "vllm_ub_tp2": lambda: tokens(
         "h200/vllm_ub_tp2",
