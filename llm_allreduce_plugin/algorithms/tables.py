@@ -101,11 +101,12 @@ def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_byte
     return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
 
-def place_pays_from(facts: GroupFacts) -> tuple[int, str]:
-    """The smallest message for which results are stored into registered outputs, and how that is known."""
+def place_pays_from(facts: GroupFacts) -> tuple[int | None, str]:
+    """The smallest message for which results are stored into registered outputs, and how that is known; None: none."""
     if facts.transport is Transport.SHM:
         return 0, "CPU ranks store everything"
-    return _of(measured.PLACE_PAYS_FROM, facts.world_size), measured.PLACE_SOURCE
+    least = _of(measured.PLACE_PAYS_FROM, facts.world_size)
+    return least, measured.ONE_STEP_INSTEAD if least is None else measured.PLACE_SOURCE
 
 
 def table_places_from(facts: GroupFacts) -> int | None:

@@ -43,6 +43,12 @@ def pool_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
     return None
 
 
+def takes_one_step(facts: GroupFacts) -> bool:
+    """Whether a group stores nothing into others' outputs because one step is faster at every size."""
+    among_gpus = facts.transport is Transport.SYMMETRIC and facts.num_hosts == 1
+    return among_gpus and tables.place_pays_from(facts)[0] is None
+
+
 def largest_output(pool: int) -> int:
     """Of ``pool`` bytes: as much is kept for when nothing else is free."""
     return pool // 4
@@ -68,9 +74,14 @@ class UserBuffer(KernelStrategy):
     instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "two-shot: every rank sums its share in rank order and stores the result into all ranks' outputs"
 
+    def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:  # noqa: ARG002
+        return (self.name, AllReduceStrategy.ONESHOT) if takes_one_step(facts) else (self.name,)
+
     def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
         if (reason := super().obstacle(config, facts, message)) is not None:
             return reason
+        if takes_one_step(facts):
+            return None  # pays() says so
         if (reason := pool_obstacle(config, facts)) is not None:
             return reason
         if message.registered_output is False:
@@ -81,6 +92,8 @@ class UserBuffer(KernelStrategy):
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002
         least, source = tables.place_pays_from(facts)
+        if least is None:
+            return Merit(pays=False, reason=source)
         if message.payload_bytes >= least:
             return Merit(pays=True)
         words = f"below {bytes_in_words(least)} results travel as fast through slots ({source})"

@@ -52,8 +52,19 @@ def test_large_messages_are_placed_and_small_ones_left_to_two_shot() -> None:
     assert large.reason == "16 MiB are more than a quarter of registered_pool, 16777216 bytes"
 
 
-def test_an_output_of_the_callers_must_lie_there() -> None:
+def test_over_two_gpus_one_step_runs() -> None:
+    """Whatever the size and wherever the output lies: that is no fallback."""
     group = facts(2, in_band=True)
+    for size in (16, 8 * MIB, 1 << 30):
+        for registered in (None, True, False):
+            decision = decide(config("UB"), group, size // 2, "bfloat16", registered_output=registered)
+            assert (decision.strategy, decision.is_fallback, decision.by_design) == (S.ONESHOT, False, True)
+            assert decision.reason == measured.ONE_STEP_INSTEAD
+    assert describe(config("UB"), group) == "ONESHOT at every size"
+
+
+def test_an_output_of_the_callers_must_lie_there() -> None:
+    group = facts(3, in_band=True)
     elsewhere = decide(config("UB"), group, 8 * MIB, "bfloat16", registered_output=False)
     assert (elsewhere.strategy, elsewhere.is_fallback) == (S.TWOSHOT, True)
     assert elsewhere.reason == "its output does not lie in registered memory"
@@ -67,7 +78,7 @@ def test_in_one_kernel_with_the_norm_the_sum_is_no_output(world_size: int, name:
     assert fused.launch is not None
     assert (fused.launch.exchange, fused.counted_as) == (Exchange.PUSH, name)
     two = decide_fused(config("UB", fuse_norm=False), group, 4096, 8192, "bfloat16")
-    assert (two.launch, two.counted_as) == (None, "UB, then norm")
+    assert (two.launch, two.counted_as) == (None, "ONESHOT, then norm" if world_size == 2 else "UB, then norm")
 
 
 def test_the_log_says_from_which_size_on() -> None:
