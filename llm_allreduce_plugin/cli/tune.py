@@ -17,7 +17,7 @@ from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
 from llm_allreduce_plugin.errors import CacheError, ProfileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from llm_allreduce_plugin.measure.ranks import Ranks
     from llm_allreduce_plugin.profiles.entry import Entry, FusedMeasured, FusedRange, Measured
@@ -133,7 +133,8 @@ def tune(
     And whether residual and norm are faster in the kernel of the sum or in one of their own.
 
     Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
-    and eager. Takes about a minute. Engines use the result from their next start on.
+    and eager. Takes about a minute for each world size, and keeps what it has of one before it goes on to the next.
+    Engines use the result from their next start on.
 
     With `--torchrun` this is one of the ranks that `torchrun ... --no-python llm-allreduce tune --torchrun` starts on
     each host. What they measure is kept on the first rank's host, whose word counts when a group starts.
@@ -181,24 +182,46 @@ def tune(
         typer.echo(f"# {error}; it will be replaced")
     typer.echo(f"# llm-allreduce tune: {node.description}; {'; '.join(map(str, groups))}")
     seconds = (QUICK_SECONDS if quick else SECONDS) - (time.monotonic() - started)
-    entries = _measure(
-        tune_ranks.ranks_of(place, max(world_sizes), device), groups, chosen, plan_of(sizes, seconds, quick=quick)
-    )
-    if not entries:
+    kept = _Kept(path, node, force=force)
+    ranks = tune_ranks.ranks_of(place, max(world_sizes), device)
+    _measure(ranks, groups, chosen, plan_of(sizes, seconds, quick=quick), kept.add)
+    if kept.profile is None:
         raise typer.Exit(1)
-    for entry in entries:
+    typer.echo(_last_line(path, kept.profile, time.monotonic() - started))
+
+
+class _Kept:
+    """The file, to which what is measured is added as it comes; ``profile``: what it has now."""
+
+    def __init__(self, path: Path, node: NodeIdentity, *, force: bool) -> None:
+        self._path = path
+        self._node = node
+        self._force = force
+        self.profile: Profile | None = None
+
+    def add(self, entry: Entry) -> None:
+        """Print an entry and write it.
+
+        Raises:
+            typer.Exit: it cannot be written.
+        """
+        from llm_allreduce_plugin.profiles import file as profiles
+
         typer.echo(_report(entry))
-    try:
-        profile = profiles.store(path, node, entries, force=force)
-    except ProfileError as error:
-        raise _fail(str(error)) from None
-    typer.echo(_last_line(path, profile, time.monotonic() - started))
+        try:
+            self.profile = profiles.store(self._path, self._node, [entry], force=self._force)
+        except ProfileError as error:
+            raise _fail(str(error)) from None
 
 
 def _measure(
-    ranks: contextlib.AbstractContextManager[Ranks], groups: list[Group], transport: str, plan: Plan
-) -> list[Entry]:
-    """All entries; a bar on stderr tells how far it is when a person watches.
+    ranks: contextlib.AbstractContextManager[Ranks],
+    groups: list[Group],
+    transport: str,
+    plan: Plan,
+    keep: Callable[[Entry], None],
+) -> None:
+    """Each group's entry to ``keep``; a bar on stderr tells how far it is when a person watches.
 
     Raises:
         typer.Exit: a strategy's answer was wrong.
@@ -224,20 +247,20 @@ def _measure(
         try:
             with ranks as pool:
                 left = plan.within(plan.seconds - (time.monotonic() - started))
-                entries, refused = tune(
+                refused = tune(
                     pool,
                     groups,
                     transport,
                     left,
                     versions,
                     lambda text, share: progress.update(task, description=text, completed=share),
+                    keep,
                 )
         except (WrongAnswerError, *FAILURES) as error:
             typer.echo(f"error: {in_a_line(error)}", err=True)
             raise typer.Exit(1) from None
     for group, reason in refused.items():
         typer.echo(f"# {group}: left out: {reason}")
-    return entries
 
 
 def _report(entry: Entry) -> str:

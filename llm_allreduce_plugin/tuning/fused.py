@@ -76,8 +76,8 @@ class FusedTuner:
         for name, wrong in found.wrong.items():
             if wrong:
                 message = (
-                    f"{strategy} ({name}) gave {wrong} wrong elements of {size} bytes, then norm ({self._group}): no "
-                    "profile is written"
+                    f"{strategy} ({name}) gave {wrong} wrong elements of {size} bytes, then norm ({self._group}): "
+                    "nothing is kept of them"
                 )
                 raise WrongAnswerError(message)
         self._search.add(found)

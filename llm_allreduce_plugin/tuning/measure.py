@@ -70,7 +70,7 @@ class GroupTuner:
         )[0]
         for name, wrong in found.wrong.items():
             if wrong:
-                message = f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): no profile is written"
+                message = f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): nothing is kept of them"
                 raise WrongAnswerError(message)
         self._search.add(found)
         return found
@@ -114,7 +114,8 @@ def tune(
     plan: Plan,
     environment: dict[str, str],
     told: Callable[[str, float], None],
-) -> tuple[list[Entry], dict[Group, str]]:
+    kept: Callable[[Entry], None],
+) -> dict[Group, str]:
     """Measure all ``groups`` on a pool that is as large as the largest of them.
 
     The times are the slowest rank's, and one process, this one, decides by them; at engine start the first rank reads
@@ -127,15 +128,16 @@ def tune(
         plan: sizes and time.
         environment: versions, for the record.
         told: is given what is being done, and how much of all is done (0 to 1).
+        kept: is given the entry of each group when that has been measured, so that what ends the run later costs
+            only the group that it meets.
 
     Returns:
-        An entry per group; and for groups that cannot run kernels, why.
+        For groups that cannot run kernels, why.
 
     Raises:
         WrongAnswerError: a strategy's answer is wrong.
     """
     started = time.monotonic()
-    entries: list[Entry] = []
     refused: dict[Group, str] = {}
     pool.run(compare.form_groups, tuple(sorted({group.world_size for group in groups})))
     settings = OurSettings(transport=transport, tuning_profile=NO_PROFILE)
@@ -165,6 +167,6 @@ def tune(
             normed = FusedTuner(pool, group, plan, tuner.strategy_at, step)
             normed.sweep()
             normed.refine(now + share)
-            entries.append(tuner.entry(facts, environment, normed.entry()))
+            kept(tuner.entry(facts, environment, normed.entry()))
         pool.run(worker.close_all, ranks=members)
-    return entries, refused
+    return refused

@@ -21,7 +21,9 @@ from llm_allreduce_plugin.norm import Normed
 from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.topology import NodeIdentity
+from llm_allreduce_plugin.tuning.fused import FusedTuner
 from llm_allreduce_plugin.tuning.measure import KERNELS
+from llm_allreduce_plugin.tuning.plan import WrongAnswerError
 from tests.conftest import PoolFor
 from tests.support import checks, norm_checks
 from tests.support.profiles import CHANGING, cpu_entry, fused
@@ -70,6 +72,24 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert f"these sizes come from profile {path}, measured {made.date[:10]} in eager calls" in lines
     assert f"(profile {path}, measured" in reason
     assert (others, same) == ([], reason), "ranks decide alike, and one of them says so"
+
+
+def test_what_ends_a_run_costs_one_group_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry of a group is kept before the next one is measured."""
+    path, measure_norms = tmp_path / "profile.json", FusedTuner.sweep
+
+    def sweep(tuner: FusedTuner) -> None:
+        if tuner._group.world_size > 2:
+            message = "a test ends it"
+            raise WrongAnswerError(message)
+        measure_norms(tuner)
+
+    monkeypatch.setattr(FusedTuner, "sweep", sweep)
+    flags = ["--cpu", "--quick", "--tp", "2,3", "-b", "1K", "-e", "16K", "--output", str(path)]
+    result = RUNNER.invoke(app, ["tune", *flags])
+    assert result.exit_code == 1
+    assert "a test ends it" in result.output
+    assert [entry.world_size for entry in profiles.read(path).entries] == [2]
 
 
 def test_the_cached_profile_is_used_and_a_broken_one_ignored(cpu_pool: PoolFor, tmp_path: Path) -> None:
