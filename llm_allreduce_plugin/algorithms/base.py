@@ -25,7 +25,7 @@ MAX_STAGED_THREADS = _C.MAX_STAGED_THREADS
 IN_BAND_THREADS = (64, 128, 256, 512)
 LINE_VECTORS = 8  # 128 bytes: parts of a message start on a cache line
 # 64 KiB: rounds do. From a start inside such a stretch, 85 MiB took 9 us longer (256 MiB in 3 rounds, two H100: 768 us
-# instead of 746, benchmarks/h100/workspace_sizes_lines_tp2.json and workspace_sizes_tp2.json). Why is not known.
+# instead of 745, benchmarks/h100/workspace_sizes_lines_tp2.json and workspace_sizes_tp2.json). Why is not known.
 ROUND_VECTORS = 4096
 TWO_SHOT_BLOCKS = 100  # of measured.LARGEST_GRID: 1 MiB on 4 H200 is fastest with 64, see shapes_tp4.json
 MIN_SPLIT_LANES = 8  # fewer lanes are too few to give each its own task
@@ -182,13 +182,17 @@ def spread_in_band(
 
     Small blocks are best, but no more of them than two to a multiprocessor (``facts.lanes``), and in TWOSHOT, whose
     blocks stay longer, three to every four of them where that is enough. ``split``: how lanes share the tasks out
-    where the largest grid has not a thread for each vector. Rounds are of equal length, so that no rank has more to do
-    in the last. Measured on H200 with benchmarks/shapes.py.
+    where the largest grid has not a thread for each vector. Rounds are of equal length, but for what is left of
+    ROUND_VECTORS in the last. Measured on H200 with benchmarks/shapes.py.
     """
     pieces = max(1, math.ceil(message.vectors / parts))  # vectors of the largest part
     capacity = chunk_bytes // VECTOR_BYTES
     rounds = math.ceil(pieces / capacity)
-    unit = LINE_VECTORS if rounds == 1 else ROUND_VECTORS
+    unit = LINE_VECTORS
+    if rounds > 1 and capacity >= ROUND_VECTORS:
+        unit = ROUND_VECTORS
+        capacity -= capacity % unit
+        rounds = math.ceil(pieces / capacity)
     chunk = min(capacity, math.ceil(pieces / rounds / unit) * unit)
     if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(

@@ -130,7 +130,7 @@ class Split:
 # In band, measured on H200 and H100 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the
 # largest grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the
 # caches to the others. Two steps of LOWPRECISION (FP8): below, warps that do everything were faster, by 0.2 us at 1 MiB
-# and 2 at 16 with 4 ranks; at 64 MiB, by 8 us with 2 and 6 with 4 ranks, they were slower, at their usual shape
+# and 0.7 at 4 with 4 ranks; at 64 MiB, by 8 us with 2 and 6 with 4 ranks, they were slower, at their usual shape
 # (benchmarks/h100/low_precision_shapes_tp2.json, low_precision_shapes_tp4.json).
 SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
@@ -195,7 +195,7 @@ PLACE_PAYS_FROM: dict[int, int | None] = {2: None, 72: 4 * MIB}
 PLACE_SOURCE = "an estimate"
 ONE_STEP_INSTEAD = (
     "over two GPUs one step stores sums straight into the output, and no byte waits for another "
-    "(2 H100, 16 MiB: 49.1 us against 52.2)"
+    "(2 H100, 16 MiB: 49.2 us against 53.5)"
 )
 # The same where AUTO and MINLATENCY may choose it, of the world sizes for which it was measured to be faster: none yet.
 TABLE_PLACES_FROM: dict[int, int] = {}
@@ -224,7 +224,8 @@ ROW_SHAPES = {
     "SHARED": RowShape(256, (1, 2, 4)),
 }
 MOST_SHARING = 8  # blocks of a cluster
-# As SPLITS, of fused calls: two ranks measured (the same file), more with four (fused_shapes_tp4.json).
+# As SPLITS, of fused calls: two ranks (benchmarks/h100/fused_shapes_tp2.json), more with four
+# (fused_shapes_own_row_too_tp4.json, whose lanes with one task each are those of the library).
 FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONE_SHOT": {2: (Split(0, 132, 16, 0), Split(8 * MIB, 132, 32, 0)), 3: ()},
     "TWO_SHOT": {2: (), 3: (Split(0, 132, 16, 76),)},

@@ -148,4 +148,5 @@ def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[int, int | None, str]
     if (source := measured.FUSED_SOURCES.get((facts.transport, facts.world_size))) is not None:
         return least, most, source
     through = " through host memory" if facts.transport is Transport.HOST else ""
-    return least, most, f"one kernel or two was not measured for {facts.world_size} ranks{through}"
+    unknown = f"one kernel or two was not measured for {facts.world_size} ranks{through}"
+    return least, most, f"an estimate from 4 ranks: {unknown}" if least > 0 else unknown

@@ -45,8 +45,14 @@ def pool_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
 
 def takes_one_step(facts: GroupFacts) -> bool:
     """Whether a group stores nothing into others' outputs because one step is faster at every size."""
-    among_gpus = facts.transport is Transport.SYMMETRIC and facts.num_hosts == 1
-    return among_gpus and tables.place_pays_from(facts)[0] is None
+    in_band = facts.transport is Transport.SYMMETRIC and facts.num_hosts == 1 and facts.in_band.one_shot > 0
+    return in_band and tables.place_pays_from(facts)[0] is None
+
+
+def stores_only_here(config: AllReduceConfig, facts: GroupFacts) -> bool:
+    """Whether UB was asked for and needs no registered memory for it, nor was any asked for by number."""
+    is_asked_for = config.allreduce_strategy is AllReduceStrategy.UB and config.registered_pool is None
+    return is_asked_for and takes_one_step(facts)
 
 
 def largest_output(pool: int) -> int:
@@ -58,7 +64,7 @@ def wanted_pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
     """Registered memory of each rank that the settings ask for, in bytes."""
     if config.registered_pool is not None:
         return int(config.registered_pool)
-    if config.allreduce_strategy is not AllReduceStrategy.UB:
+    if config.allreduce_strategy is not AllReduceStrategy.UB or stores_only_here(config, facts):
         return 0
     return DEFAULT_CPU_POOL_BYTES if facts.transport is Transport.SHM else DEFAULT_GPU_POOL_BYTES
 

@@ -16,8 +16,8 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowP
 from llm_allreduce_plugin.topology.links import Transport
 
 # In band, a message of 64 MiB, a prefill of 4096 x 8192 in 16 bits, takes one round over four GPUs, and one of 48 MiB
-# over two. Larger ones take more, each of which costs 2 to 3 us: at most 1.5 % of what 384 MiB take, with two thirds of
-# these bytes 2.4 % (benchmarks/h100/workspace_sizes_tp2.json, workspace_sizes_tp4.json).
+# over two. Larger ones take more, each of which costs 2 to 3 us: at most 1.7 % of what 384 MiB take, with two thirds of
+# these bytes 2.5 % (benchmarks/h100/workspace_sizes_tp2.json, workspace_sizes_tp4.json).
 DEFAULT_GPU_WORKSPACE_BYTES = 192 << 20
 PAIR_GPU_WORKSPACE_BYTES = 96 << 20  # of two ranks
 FLAGGED_GPU_WORKSPACE_BYTES = 384 << 20  # where kernels wait for flags: with less they were not measured

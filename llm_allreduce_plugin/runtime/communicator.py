@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.decision import Decision, FusedDecision
-from llm_allreduce_plugin.algorithms.user_buffer import pool_obstacle
+from llm_allreduce_plugin.algorithms.user_buffer import pool_obstacle, stores_only_here
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
@@ -281,11 +281,14 @@ class TensorParallelCommunicator:
             dtype: of its elements.
 
         Returns:
-            An uninitialized tensor, from a multiple of 512 bytes on.
+            An uninitialized tensor, from a multiple of 512 bytes on. Over two GPUs UB stores nothing into others'
+            outputs, and unless ``registered_pool`` says otherwise it is a tensor like any other.
 
         Raises:
             RuntimeError: there is no registered memory, with the reason, or too little of it is free.
         """
+        if self._pool is None and not self._closed and stores_only_here(self.config, self.facts):
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
         return placed_calls.registered_empty(self._pool, reason, shape, dtype)
 

@@ -65,6 +65,12 @@ def test_other_forms(gpu_pool: PoolFor, settings: Settings) -> None:
         pool.run(norm_checks.check_views, dtype, settings)
 
 
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_row_is_the_same_in_every_batch(gpu_pool: PoolFor, world_size: int) -> None:
+    """Over more than two GPUs small batches take one kernel, larger ones two, and the largest one again."""
+    gpu_pool(world_size).run(norm_checks.check_batches, 8192, {})
+
+
 def _in_graphs(context: RankContext, settings: Settings) -> None:
     """Calls of several shapes in one graph, replayed with eager calls between, outputs poisoned before."""
     with norm_checks.wherever_it_can(), communicator(context, "MINLATENCY", **settings) as group:

@@ -149,6 +149,21 @@ def _large(context: RankContext) -> None:
         assert small.tolist() == [context.world_size] * 8
 
 
+def _in_one_step(context: RankContext) -> None:
+    """As UB is over two GPUs by default: outputs of its own and of the caller's, of any size."""
+    with checks.communicator(context, "UB") as group:
+        for count in (8, 2 * MIB, 8 * MIB + 1):
+            seed = context.shared_seed()
+            inputs = [rank_input(seed, rank, count, torch.bfloat16) for rank in range(context.world_size)]
+            mine, expected = inputs[context.rank].to(context.device), rank_ordered_sum(inputs)
+            out = poison(group.registered_empty((count,), torch.bfloat16))
+            assert group.all_reduce(mine, out) is out
+            assert_same_bits(out.cpu(), expected, f"{count}, {seed=}")
+            assert_same_bits(group.all_reduce(mine).cpu(), expected, f"{count}, {seed=}")
+        assert set(group.report()["calls"]) == {"ONESHOT"}
+        assert group.report()["fallbacks"] == {}
+
+
 def _graphs(context: RankContext) -> None:
     """Outputs of the caller's by turns, others of the communicator's, and eager ones that live while graphs run."""
     count = 8 * MIB
@@ -192,6 +207,11 @@ def test_large_messages_of_two_gpus(gpu_pool: PoolFor) -> None:
 @pytest.mark.gpu(4)
 def test_large_messages_of_four_gpus(gpu_pool: PoolFor) -> None:
     gpu_pool(4).run(_large)
+
+
+@pytest.mark.gpu(2)
+def test_two_gpus_take_one_step(gpu_pool: PoolFor) -> None:
+    gpu_pool(2).run(_in_one_step)
 
 
 @pytest.mark.gpu(2)

@@ -298,6 +298,11 @@ def test_few_rows_in_two_steps_take_two_kernels() -> None:
         launch = decide_fused(config(), facts(4), rows, 8192, "bfloat16").launch
         assert launch is not None
         assert launch.algorithm is algorithm
+    for ranks in (3, 8):
+        unknown = f"(an estimate from 4 ranks: one kernel or two was not measured for {ranks} ranks)"
+        assert (
+            reason_of(facts(ranks), 100, 8192) == f"in two steps below 2 MiB two kernels are faster than one {unknown}"
+        )
     for rows in (13, 127):
         reason = reason_of(facts(4), rows, 8192)
         assert reason.startswith("in two steps below 2 MiB two kernels are faster than one (one kernel was faster")
@@ -371,7 +376,7 @@ def test_what_is_not_fused_is_counted_with_the_reason() -> None:
 def test_the_sums_own_fallback_comes_first_and_what_nobody_asked_for_is_none() -> None:
     to_engine = decide_fused(config("ONESHOT"), facts(2, Transport.NONE), 8, 8192, "bfloat16")
     assert fallbacks_of(to_engine) == (Fallback("ONESHOT", "NCCL", "a test says so"),)
-    unwritten = decide_fused(config("UB", registered_pool=0), facts(2), 8, 8192, "float32")
+    unwritten = decide_fused(config("UB", registered_pool=0), facts(4), 8, 8192, "float32")
     assert [found.requested for found in fallbacks_of(unwritten)] == ["UB", FUSED]
     for nothing in (
         decide_fused(config("NCCL"), facts(2), 8, 8192, "bfloat16"),

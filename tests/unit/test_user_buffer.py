@@ -61,6 +61,9 @@ def test_over_two_gpus_one_step_runs() -> None:
             assert (decision.strategy, decision.is_fallback, decision.by_design) == (S.ONESHOT, False, True)
             assert decision.reason == measured.ONE_STEP_INSTEAD
     assert describe(config("UB"), group) == "ONESHOT at every size"
+    flagged = decide(config("UB", in_band=False), facts(2), 8 * MIB, "bfloat16")
+    assert (flagged.strategy, flagged.is_fallback) == (S.TWOSHOT, True), "which is faster there"
+    assert "in_band is off" in flagged.reason
 
 
 def test_an_output_of_the_callers_must_lie_there() -> None:
@@ -110,8 +113,10 @@ def test_tables_choose_it_only_where_it_was_measured(strategy: str, monkeypatch:
 
 
 def test_there_is_memory_only_where_it_is_wanted_and_of_use() -> None:
-    group = facts(2, in_band=True)
+    group = facts(3, in_band=True)
     assert pool_bytes(config("UB"), group) == 512 * MIB
+    assert pool_bytes(config("UB"), facts(2, in_band=True)) == 0, "one step"
+    assert pool_bytes(config("UB", registered_pool="1GiB"), facts(2, in_band=True)) == 1 << 30
     assert pool_bytes(config("AUTO"), group) == 0
     assert pool_bytes(config("AUTO", registered_pool="1GiB"), group) == 1 << 30
     assert pool_bytes(config("UB"), facts(transport=Transport.SHM)) == 16 * MIB
