@@ -106,7 +106,7 @@ def test_the_switch_sums_only_when_asked_by_its_own_name() -> None:
 @pytest.mark.usefixtures("_no_switch")
 def test_fused_kernels_push_and_give_the_same_bits() -> None:
     config = config_of()
-    fused = decide_fused(config, facts_of(config), 64, 4096, "bfloat16")
+    fused = decide_fused(config, facts_of(config), 64, 4096, "bfloat16", however_slow=True)
     assert fused.launch is not None
     assert fused.launch.exchange is Exchange.PUSH
     in_switch = config_of(in_switch_sum=True)
