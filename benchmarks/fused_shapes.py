@@ -63,48 +63,38 @@ def threads_for(units: int) -> int:
     return max(32, math.ceil(units / 32) * 32)
 
 
-def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Shape]:
-    """A row to a cluster, with a unit of it to a thread, or to a block; lanes of one task for many rows."""
-    units = hidden // 8
+def spread(algorithm: int, rows: int, units: int, most_threads: dict[int, int]) -> list[Shape]:
+    """A row to a cluster, with a unit of it to a thread, or to a block.
+
+    ``rows``: of a rank. ``most_threads``: of a block, by the units that each has.
+    """
     shapes = []
     for cluster in (1, 2, 4, 8):
-        for per_thread in (1, 2):
+        for per_thread, most in most_threads.items():
             threads = threads_for(math.ceil(units / cluster / per_thread))
-            is_wide = world_size == PAIR and per_thread == 1
-            most_threads = _C.MAX_WIDE_THREADS if is_wide else _C.MAX_THREADS
-            if threads > most_threads or (cluster > 1 and (per_thread > 1 or threads < 64)):
+            if threads > most or (cluster > 1 and (per_thread > 1 or threads < 64)):
                 continue
-            for most in (132, 264):
-                lanes = min(rows * cluster, most // cluster * cluster)
-                shapes.append(Shape(_C.ONE_SHOT, lanes, threads, cluster))
-    if rows * hidden * 2 >= 1 << 20:
-        threads = threads_for(math.ceil(units / 2))
-        for lanes in (132, 264) if wide else (132,):
-            shapes += [
-                Shape(_C.ONE_SHOT, lanes, threads, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)
-            ]
-    if world_size > 2:
-        shapes += two_shot_shapes(rows, hidden, world_size)
-    return list(dict.fromkeys(shapes))
-
-
-def two_shot_shapes(rows: int, hidden: int, world_size: int) -> list[Shape]:
-    """The same where each rank owns a part of the rows."""
-    units = hidden // 8
-    part = math.ceil(rows / world_size)
-    shapes = []
-    for cluster in (1, 2, 4, 8):
-        for per_thread in (1, 2):
-            threads = threads_for(math.ceil(units / cluster / per_thread))
-            if threads > _C.MAX_THREADS or (cluster > 1 and (per_thread > 1 or threads < 64)):
-                continue
-            for most in (132, 264):
-                shapes.append(Shape(_C.TWO_SHOT, min(part * cluster, most // cluster * cluster), threads, cluster))
-    if rows * hidden * 2 >= 4 << 20:
-        threads = threads_for(math.ceil(units / 2))
-        tasks = ((48, 40), (33, 33), (33, 60), (24, 60), (24, 76), (16, 60), (16, 76), (16, 84))
-        shapes += [Shape(_C.TWO_SHOT, 132, threads, 1, scatter, drain) for scatter, drain in tasks]
+            for grid in (132, 264):
+                shapes.append(Shape(algorithm, min(rows * cluster, grid // cluster * cluster), threads, cluster))
     return shapes
+
+
+def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Shape]:
+    """Lanes that do everything, and lanes of one task for many rows."""
+    units = hidden // 8
+    of_two = threads_for(math.ceil(units / 2))
+    most = _C.MAX_WIDE_THREADS if world_size == PAIR else _C.MAX_THREADS
+    shapes = spread(_C.ONE_SHOT, rows, units, {1: most, 2: _C.MAX_THREADS})
+    if rows * hidden * 2 >= 1 << 20:
+        for lanes in (132, 264) if wide else (132,):
+            shapes += [Shape(_C.ONE_SHOT, lanes, of_two, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)]
+    if world_size > 2:
+        own = math.ceil(rows / world_size)
+        shapes += spread(_C.TWO_SHOT, own, units, {1: _C.MAX_THREADS, 2: _C.MAX_THREADS})
+        if rows * hidden * 2 >= 4 << 20:
+            tasks = ((48, 40), (33, 33), (33, 60), (24, 60), (24, 76), (16, 60), (16, 76), (16, 84))
+            shapes += [Shape(_C.TWO_SHOT, 132, of_two, 1, scatter, drain) for scatter, drain in tasks]
+    return list(dict.fromkeys(shapes))
 
 
 class Case:

@@ -266,8 +266,7 @@ def error_of_algorithms() -> str:
 def registered() -> str:
     """UB beside what pushes into slots, over two GPUs and four."""
     rows = []
-    for ranks in (2, 4):
-        name = "h100/bench_tp4" if ranks == 4 else "h100/bench_ub_tp2"  # noqa: PLR2004
+    for ranks, name in ((2, "h100/bench_ub_tp2"), (4, "h100/bench_tp4")):
         placed, fastest, nccl = (times(name, candidate) for candidate in ("UB", "MINLATENCY", "NCCL"))
         rows += [
             [str(ranks), size(count), number(placed[count]), number(fastest[count]), number(nccl[count])]

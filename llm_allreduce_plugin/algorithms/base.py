@@ -194,6 +194,7 @@ def spread_in_band(
         capacity -= capacity % unit
         rounds = math.ceil(pieces / capacity)
     chunk = min(capacity, math.ceil(pieces / rounds / unit) * unit)
+    rounds = math.ceil(pieces / chunk)
     if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
         return Launch(
             algorithm=algorithm,
@@ -201,7 +202,7 @@ def spread_in_band(
             lanes=facts.lanes * split.lanes // measured.LARGEST_GRID,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
-            rounds=math.ceil(pieces / chunk),
+            rounds=rounds,
             scatter_lanes=max(1, facts.lanes * split.scatter // measured.LARGEST_GRID),
             drain_lanes=facts.lanes * split.drain // measured.LARGEST_GRID,
         )
@@ -210,7 +211,6 @@ def spread_in_band(
         (threads for most in (few, facts.lanes) for threads in IN_BAND_THREADS if threads * most >= chunk), MAX_THREADS
     )
     lanes = min(facts.lanes, math.ceil(chunk / threads))
-    rounds = math.ceil(pieces / chunk)
     return Launch(algorithm, Exchange.PUSH, lanes=lanes, threads=threads, chunk_vectors=chunk, rounds=rounds)
 
 

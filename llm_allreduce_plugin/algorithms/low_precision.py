@@ -159,9 +159,8 @@ class LowPrecision(KernelStrategy):
         )
         if staged is not None:
             return dataclasses.replace(staged, wire_format=wire_format)
-        capacity = self._slots(config, facts) // packet.bytes
         if self._pushes_in_band(config, facts):
-            return self._plan_in_band(config, facts, message, packets, capacity)
+            return self._plan_in_band(config, facts, message, packets)
         if self._shares(config, facts, message, packets * packet.bytes):
             launch = spread_shared(Algorithm.TWO_SHOT, packets * packet.bytes // VECTOR_BYTES, facts.lanes)
             return dataclasses.replace(launch, wire_format=wire_format)
@@ -214,33 +213,24 @@ class LowPrecision(KernelStrategy):
             domains=choice.domains,
         )
 
-    def _plan_in_band(
-        self, config: AllReduceConfig, facts: GroupFacts, message: Message, packets: int, capacity: int
-    ) -> Launch:
-        wire_format = config.low_precision.wire_format
-        split = tables.split(self.name, facts.world_size, message.payload_bytes)
-        one_to_a_multiprocessor = math.ceil(facts.lanes / 2)
-        if split is None:
-            return spread_packets(
-                Algorithm.TWO_SHOT,
-                Exchange.PUSH,
-                wire_format,
-                packets,
-                slot_bytes=self._slots(config, facts),
-                lanes=facts.lanes,
-                few=one_to_a_multiprocessor,
-            )
-        rounds = math.ceil(packets / capacity)
-        chunk = math.ceil(packets / rounds)
-        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // measured.LARGEST_GRID)
-        return Launch(
+    def _plan_in_band(self, config: AllReduceConfig, facts: GroupFacts, message: Message, packets: int) -> Launch:
+        spread = spread_packets(
             Algorithm.TWO_SHOT,
             Exchange.PUSH,
+            config.low_precision.wire_format,
+            packets,
+            slot_bytes=self._slots(config, facts),
+            lanes=facts.lanes,
+            few=math.ceil(facts.lanes / 2),  # one block to a multiprocessor
+        )
+        split = tables.split(self.name, facts.world_size, message.payload_bytes)
+        if split is None:
+            return spread
+        lanes = max(FEWEST_LANES, facts.lanes * split.lanes // measured.LARGEST_GRID)
+        return dataclasses.replace(
+            spread,
             lanes=lanes,
             threads=MAX_THREADS,
-            chunk_vectors=chunk * PACKETS[wire_format].bytes // VECTOR_BYTES,
-            rounds=math.ceil(packets / chunk),
             scatter_lanes=max(1, lanes * split.scatter // split.lanes),
             drain_lanes=lanes * split.drain // split.lanes,
-            wire_format=wire_format,
         )

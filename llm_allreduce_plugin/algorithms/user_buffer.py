@@ -64,7 +64,7 @@ def wanted_pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
     """Registered memory of each rank that the settings ask for, in bytes."""
     if config.registered_pool is not None:
         return int(config.registered_pool)
-    if config.allreduce_strategy is not AllReduceStrategy.UB or stores_only_here(config, facts):
+    if config.allreduce_strategy is not AllReduceStrategy.UB or takes_one_step(facts):
         return 0
     return DEFAULT_CPU_POOL_BYTES if facts.transport is Transport.SHM else DEFAULT_GPU_POOL_BYTES
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.decision import Launch
 from tests.gpu import sanitizer_run
 from tests.kernels.test_registry import HALVES
 from tests.support import kernel_list, local_group
 from tests.support.emulator import needs_emulator
 from tests.support.local_group import LocalGroup
-from tests.support.local_machine import EmulatedGpus, LocalMachine, plan_on
+from tests.support.local_machine import EmulatedGpus, plan_on
 
 pytestmark = needs_emulator
 
@@ -36,19 +33,12 @@ def expected() -> set[Run]:
 def test_every_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     found: set[Run] = set()
 
-    def noted(
-        machine: LocalMachine,
-        workspace: _C.Workspace,
-        launch: Launch,
-        count: int,
-        dtype: torch.dtype,
-        peer_distances: Sequence[int] = (),
-        pools: Sequence[int] = (),
-    ) -> _C.Plan:
+    def noted(*arguments: Any) -> _C.Plan:
+        _, _, launch, _, _, peer_distances, pools = arguments
         split = "split" if launch.scatter_lanes + launch.drain_lanes else ""
         form = "pull" if peer_distances and pools else split
         found.add((int(launch.algorithm), int(launch.exchange), str(launch.wire_format or "raw"), form))
-        return plan_on(machine, workspace, launch, count, dtype, peer_distances, pools)
+        return plan_on(*arguments)
 
     def emulated(*arguments: Any, **settings: Any) -> LocalGroup:
         return LocalGroup(*arguments, machine=EmulatedGpus(1), **settings)

@@ -16,11 +16,11 @@ from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
-from llm_allreduce_plugin.group.layouts import host_layout
 from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.runtime.tally import FUSED, Fallback, Made, Tally, fallbacks_of
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
+from tests.support import group_facts
 
 S = AllReduceStrategy
 VECTOR_ELEMENTS = 8
@@ -34,17 +34,9 @@ def facts(
     in_band: bool = True,
     architecture: int | None = 90,
 ) -> GroupFacts:
-    if transport is Transport.NONE:
-        return GroupFacts(world_size, "cuda", transport, no_transport_reason="a test says so")
-    if transport is Transport.HOST:
-        layout = host_layout(world_size, 64, workspace // 8)
-    elif transport is Transport.SHM:
-        layout = _C.make_layout(world_size, 1, flagged_bytes=workspace // 8, shared=True)
-    else:
-        share = workspace if in_band else 0
-        layout = _C.make_layout(world_size, LANES, in_band_bytes=share, flagged_bytes=workspace - share)
-    device = "cpu" if transport is Transport.SHM else "cuda"
-    return GroupFacts(world_size, device, Transport.NONE, architecture=architecture).with_layout(transport, layout)
+    """Of a size that GPUs' workspaces have; what ranks share is smaller."""
+    shared = transport in (Transport.HOST, Transport.SHM)
+    return group_facts.facts(world_size, transport, workspace // 8 if shared else workspace, in_band, architecture)
 
 
 def config(strategy: str = "AUTO", **settings: Any) -> AllReduceConfig:
