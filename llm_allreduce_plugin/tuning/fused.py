@@ -77,7 +77,7 @@ class FusedTuner:
             if wrong:
                 message = (
                     f"{strategy} ({name}) gave {wrong} wrong elements of {size} bytes, then norm ({self._group}): "
-                    "nothing is kept of them"
+                    "no entry is written for them"
                 )
                 raise WrongAnswerError(message)
         self._search.add(found)

@@ -70,7 +70,9 @@ class GroupTuner:
         )[0]
         for name, wrong in found.wrong.items():
             if wrong:
-                message = f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): nothing is kept of them"
+                message = (
+                    f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): no entry is written for them"
+                )
                 raise WrongAnswerError(message)
         self._search.add(found)
         return found

@@ -75,7 +75,7 @@ def test_a_wrong_answer_ends_all_ranks_and_writes_nothing(tmp_path: Path) -> Non
     program.write_text(WRONG)
     result = tune(f"--quick -b 1K -e 4K --output {path}", str(program), ranks=2)
     assert result.returncode != 0
-    assert "gave 3 wrong elements of 1024 bytes (2 ranks, bfloat16): nothing is kept of them" in result.stderr
+    assert "gave 3 wrong elements of 1024 bytes (2 ranks, bfloat16): no entry is written for them" in result.stderr
     assert not path.exists()
 
 
