@@ -4,6 +4,7 @@
     python benchmarks/vllm_decode.py --tp 4 --variants default ONESHOT TWOSHOT
     python benchmarks/vllm_decode.py --tp 2 --variants default MINLATENCY-unfused MINLATENCY
     python benchmarks/vllm_decode.py --tp 2 --hosts 2 --variants default ONESHOT TWOSHOT
+    python benchmarks/vllm_decode.py --tp 2 --variants default default-flashinfer MINLATENCY --flashinfer FOLDER
 
 A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
@@ -14,7 +15,9 @@ NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median
 one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's. ``--quantization
 fp8``: weights and activations, as vLLM quantizes a 16-bit model when it loads it. ``--hosts 2``: the ranks as those of
 two hosts, as NCCL and this package tell hosts apart, with sockets on the loopback device as the network between them;
-that shows that it works, and its times are of no network that a cluster has.
+that shows that it works, and its times are of no network that a cluster has. ``default-flashinfer``: vLLM with its own
+pass that gives all-reduce and norm to FlashInfer, by FlashInfer's back end without multicast; only this variant finds
+FlashInfer, which lies in ``--flashinfer``, for with it vLLM takes that pass, and multicast, unasked.
 """
 
 from __future__ import annotations
@@ -42,16 +45,21 @@ PREFILLS = 3
 BETWEEN_HOSTS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}  # the network between hosts of one machine
 PROFILED_BATCH = 32
 PROFILED_TOKENS = 16
+FLASHINFER = "default-flashinfer"
+FLASHINFER_READY = "Initialized FlashInfer Allreduce norm fusion workspace with backend=trtllm"
+VLLM_ALONE = (STOCK, FLASHINFER)
 
 
 def engine_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """What differs between variants."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 32, 128, 256]}}
     if arguments.quantization:
         extra["quantization"] = arguments.quantization
     if arguments.no_peer_access:
         extra["disable_custom_all_reduce"] = True
-    if arguments.variant != STOCK:
+    if arguments.variant == FLASHINFER:
+        extra["compilation_config"]["pass_config"] = {"fuse_allreduce_rms": True}
+    if arguments.variant not in VLLM_ALONE:
         settings = decode.settings_of(arguments.variant, arguments.report)
         settings |= {"transport": "host"} if arguments.no_peer_access else {}
         extra["additional_config"] = {"allreduce": settings}
@@ -79,7 +87,6 @@ def run_variant(arguments: argparse.Namespace) -> None:
         gpu_memory_utilization=0.6,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        compilation_config={"cudagraph_capture_sizes": [1, 8, 32, 128, 256]},
         **engine_arguments(arguments),
     )
     result: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
@@ -142,12 +149,18 @@ def start_variant(
     report = work / f"report-{variant}-{tp}"
     result = work / f"result-{variant}-{tp}.json"
     environment = dict(os.environ)
-    if variant == STOCK:
+    if variant in VLLM_ALONE:
         environment["VLLM_PLUGINS"] = ""  # as if this package were not there
+    if variant == FLASHINFER:
+        folder = arguments.flashinfer.resolve()
+        environment |= {
+            "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(folder)]),
+            "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
+        }
     if arguments.hosts > 1:
         environment |= {
             **BETWEEN_HOSTS,
-            "VLLM_PLUGINS": PROBE if variant == STOCK else f"{PROBE},{PLUGIN}",
+            "VLLM_PLUGINS": PROBE if variant in VLLM_ALONE else f"{PROBE},{PLUGIN}",
             vllm_probe.RANKS_OF_A_HOST: str(tp // arguments.hosts),
             "PYTHONPATH": decode.python_path(work / "probe"),
         }
@@ -174,11 +187,15 @@ def start_variant(
         command += ["--quiet", arguments.quiet]
     command += ["--result", str(result), "--report", str(report)]
     answer = decode.run_process(f"{variant} at TP{tp}", command, environment, log, result, 400)
-    answer["log"] = decode.said_in(log.read_text(errors="replace"))
+    said = log.read_text(errors="replace")
+    answer["log"] = decode.said_in(said)
+    if variant == FLASHINFER and FLASHINFER_READY not in said:
+        message = f"{variant} at TP{tp}: the log, {log}, does not say: {FLASHINFER_READY}"
+        raise RuntimeError(message)
     answer["reports"] = decode.reports_in(report)
     if (
         arguments.hosts > 1
-        and variant != STOCK
+        and variant not in VLLM_ALONE
         and not any(f"each of {arguments.hosts} hosts" in line for line in answer["log"])
     ):
         message = (
@@ -188,7 +205,7 @@ def start_variant(
     return answer
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, nargs="+", default=[2])
     parser.add_argument("--width", type=int, default=4096)
@@ -198,6 +215,7 @@ def main() -> None:
     parser.add_argument("--no-peer-access", action="store_true", help="everything through host memory")
     parser.add_argument("--quantization", choices=["fp8"], help="vLLM's; default: none")
     parser.add_argument("--profile", type=Path, help=f"folder for traces of GPUs at batch {PROFILED_BATCH}")
+    parser.add_argument("--flashinfer", type=Path, metavar="FOLDER", help=f"where {FLASHINFER} finds it, installed")
     parser.add_argument("--hosts", type=int, default=1, help="ranks are those of so many hosts (NCCL_HOSTID)")
     parser.add_argument("--quiet", metavar="FILE", help="times are taken while this file is locked: others wait")
     parser.add_argument("--out", type=Path)
@@ -205,6 +223,13 @@ def main() -> None:
     for internal in ("--variant", "--model", "--result", "--report"):
         parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if FLASHINFER in arguments.variants and arguments.flashinfer is None:
+        parser.error(f"{FLASHINFER} needs --flashinfer FOLDER")
+    return arguments
+
+
+def main() -> None:
+    arguments = parsed()
     if arguments.variant:
         run_variant(arguments)
         return
