@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -239,13 +240,29 @@ def _flashinfer(context: RankContext) -> Candidate:
     return Candidate(bind, max_bytes=limit, multiple_of=2 * hidden, close=workspace.destroy)
 
 
+def sglang_world(context: RankContext) -> contextlib.AbstractContextManager[object]:
+    """In it, SGLang finds the group of all ranks, which it asks whether GPUs see each other, as if a server ran."""
+    try:
+        from sglang.srt.runtime_context import get_parallel
+    except ImportError:  # older than 0.5.23: it asks nobody
+        return contextlib.nullcontext()
+
+    def barrier() -> None:
+        dist.barrier(group=context.control_group)
+
+    world = types.SimpleNamespace(local_rank=context.rank, barrier=barrier)
+    entered: contextlib.AbstractContextManager[object] = get_parallel().override(world_group=world)
+    return entered
+
+
 def _sglang(context: RankContext) -> Candidate:
     """SGLang 0.5's custom all-reduce, whichever of its versions it would take."""
     from sglang.srt.distributed.device_communicators.custom_all_reduce import dispatch_custom_allreduce
 
-    custom = dispatch_custom_allreduce(group=context.control_group, device=context.device)(
-        group=context.control_group, device=context.device
-    )
+    with sglang_world(context):
+        custom = dispatch_custom_allreduce(group=context.control_group, device=context.device)(
+            group=context.control_group, device=context.device
+        )
     if custom.disabled:
         message = "SGLang disables it here"
         raise RuntimeError(message)

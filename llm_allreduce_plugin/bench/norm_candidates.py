@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.base.agreement import on_every_rank
-from llm_allreduce_plugin.bench.candidates import MIB, OurSettings
+from llm_allreduce_plugin.bench.candidates import MIB, OurSettings, sglang_world
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
 
@@ -193,14 +193,15 @@ def _sglang(context: RankContext, _settings: OurSettings, hidden: int) -> NormCa
 
     most_rows = torch.cuda.get_device_properties(context.device).multi_processor_count
     slot = most_rows * hidden * 2
-    plane = CustomAllReduceV2(
-        context.control_group,
-        context.device,
-        max_pull_size=0,
-        max_pull_blocks=0,
-        max_push_size=slot,
-        max_push_blocks=most_rows,
-    )
+    with sglang_world(context):
+        plane = CustomAllReduceV2(
+            context.control_group,
+            context.device,
+            max_pull_size=0,
+            max_pull_blocks=0,
+            max_push_size=slot,
+            max_push_blocks=most_rows,
+        )
     if plane.disabled:
         message = "SGLang disables it here"
         raise RuntimeError(message)
