@@ -87,6 +87,27 @@ def nvlink() -> str:
                     for ranks in (4, 2) for label, names in _PEERS.items()})  # fmt: skip
 
 
+_SHIPPED = {
+    "MINLATENCY": ("MINLATENCY",),
+    "FlashInfer": ("FlashInfer",),
+    "vLLM's custom all-reduce": ("vLLM-custom",),
+    "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
+    "NCCL": ("NCCL",),
+}
+_SHIPPED_WITH_NORM = {
+    "one kernel": ("fused",),
+    "MINLATENCY, then our norm": ("then-norm",),
+    "FlashInfer, one kernel": ("FlashInfer",),
+    "NCCL, then vLLM's norm": ("NCCL+vLLM-norm",),
+}
+
+
+def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
+    """What engines ship beside ours, over four GPUs and over two, each in one run."""
+    return by_size({f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
+                    for ranks in (4, 2) for label, names in lines.items()})  # fmt: skip
+
+
 def nvlink_h100_tp4() -> str:
     """The same of four H100."""
     return by_size({label: times("h100/bench_tp4", *names) for label, names in _PEERS.items()})
@@ -143,13 +164,14 @@ def fused() -> str:
     return table + f"| {' | '.join(saved)} |\n"
 
 
-def tokens(name: str, variants: dict[str, str]) -> str:
-    """Milliseconds per token; a line to each start of each variant."""
+def tokens(name: str, variants: dict[str, str], *, more: str | None = None) -> str:
+    """Milliseconds per token; a line to each start of each variant. ``more``: a record of further variants."""
+    measured = [*record(name)["rows"], *(record(more)["rows"] if more else ())]
     rows = [
         [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES),
          f"{row['prefill_32x1024_s']:.2f} s" if "prefill_32x1024_s" in row else MISSING]
         for variant, label in variants.items()
-        for row in record(name)["rows"]
+        for row in measured
         if row.get("variant") == variant
     ]  # fmt: skip
     return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
@@ -200,6 +222,33 @@ def host_cost() -> str:
         for row in record(f"h200/host_cost_tp{ranks}")["rows"]
     ]  # fmt: skip
     return markdown(["GPUs", "bytes", "call, us", "of it the bare launch", "of it the output's allocation"], rows)
+
+
+def eager_and_start() -> str:
+    """What an eager call, the start of a group and the proofs of check take, in two versions."""
+    found = {row["what"]: row for row in record("h200/eager_and_start_tp2")["rows"]}
+    what = {
+        f"an eager call of {size(count)}, over its launch, us": f"calls {count} over_the_launch_us"
+        for count in (4 * KIB, 64 * KIB, 256 * KIB)
+    } | {
+        "the first group of a process, s": "start first_s",
+        "of it the first memory that torch maps, s": "start parts_s memory",
+        "a second group, s": "start second_s",
+        "`llm-allreduce check`, s": "check_s",
+        "without its proofs, s": "check_without_proofs_s",
+    }
+    lines = [[label, *(f"{found[name][when]:.2f}" if when in found[name] else MISSING for when in ("old", "new"))]
+             for label, name in what.items()]  # fmt: skip
+    return markdown(["", "before", "now"], lines)
+
+
+def forms() -> str:
+    """LOWPRECISION's algorithms, of four GPUs, over two links."""
+    curves: dict[str, dict[int, float]] = {}
+    for link, name in (("NVLink", "h200/forms_fp8_tp4"), ("host memory", "h200/forms_fp8_host_tp4")):
+        for row in record(name)["rows"]:
+            curves.setdefault(f"{link}: `{row['algorithm']}`", {})[row["bytes"]] = row["us"]
+    return by_size(curves)
 
 
 def error_of_one() -> str:
@@ -289,17 +338,18 @@ def fused_tp4() -> str:
 
 def codecs() -> str:
     """What encoding and decoding reach alone, in two versions."""
-    found = {(row["wire"], row["direction"]): row for row in record("h100/codec_speed")["rows"]}
+    found = {(row["wire"], row["direction"]): row for row in record("h200/codec_speed")["rows"]}
     lines = [
-        [wire, *(f"{found[wire, direction][when]:.2f}" for direction in ("encode", "decode")
-                 for when in ("old_tb_s", "new_tb_s"))]
-        for wire in ("fp8", "tq3", "hadamard2")
+        [wire, *(f"{row[when]:.2f}" if when in row else MISSING
+                 for row in (found[wire, "encode"], found[wire, "decode"]) for when in ("old_tb_s", "new_tb_s"))]
+        for wire in ("fp8", "fp8_group", "tq3", "hadamard2")
     ]  # fmt: skip
     return markdown(["", "encode, before", "now", "decode, before", "now"], lines)
 
 
 _STOCK = {"default": "stock vLLM"}
 _OURS = {"MINLATENCY": "MINLATENCY"}
+_LOW = {"LOWPRECISION": "LOWPRECISION, fp8"}
 _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"}
 TABLES: dict[str, Callable[[], str]] = {
     "nvlink": nvlink,
@@ -313,8 +363,19 @@ TABLES: dict[str, Callable[[], str]] = {
     "fused_tp4": fused_tp4,
     "registered": registered,
     "codecs": codecs,
-    "vllm_fused_8192_tp2": lambda: tokens("h200/vllm_fused_8192_tp2", _STOCK | _FUSED),
-    "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _FUSED),
+    "shipped": lambda: beside("bench_peers", _SHIPPED),
+    "shipped_with_norm": lambda: beside("bench_fused_peers", _SHIPPED_WITH_NORM),
+    "eager_and_start": eager_and_start,
+    "forms": forms,
+    "vllm_fused_8192_tp2": lambda: tokens(
+        "h200/vllm_fused_8192_tp2",
+        _STOCK | {"default-flashinfer": "vLLM with FlashInfer's fused kernel"} | _FUSED,
+        more="h200/vllm_flashinfer_8192_tp2",
+    ),
+    "vllm_fused_4096_tp2": lambda: tokens("h200/vllm_fused_4096_tp2", _STOCK | _FUSED),
+    "vllm_fused_8192_tp4": lambda: tokens(
+        "h200/vllm_fused_8192_tp4", _STOCK | {"MINLATENCY": "MINLATENCY, norm fused"} | _LOW
+    ),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
     "vllm_fused_8192_tp4_h100": lambda: tokens("h100/vllm_fused_8192_tp4", _FUSED),
@@ -323,14 +384,10 @@ TABLES: dict[str, Callable[[], str]] = {
         "h200/vllm_ub_tp2",
         {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "UB-unfused": "UB, norm left to vLLM"},
     ),
-    "vllm_host_tp2": lambda: tokens(
-        "h100/vllm_host_tp2", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
-    ),
+    "vllm_host_tp2": lambda: tokens("h100/vllm_host_tp2", {"default": "vLLM with NCCL"} | _OURS | _LOW),
     "vllm_8192_tp2": lambda: tokens("h200/vllm_8192_tp2", _STOCK | _OURS | {"AUTO": "AUTO, by a profile of `tune`"}),
     "vllm_8192_tp4": lambda: tokens("h200/vllm_8192_tp4", _STOCK | _OURS),
-    "vllm_8192_tp4_host": lambda: tokens(
-        "h200/vllm_8192_tp4_host", {"default": "vLLM with NCCL"} | _OURS | {"LOWPRECISION": "LOWPRECISION, fp8"}
-    ),
+    "vllm_8192_tp4_host": lambda: tokens("h200/vllm_8192_tp4_host", {"default": "vLLM with NCCL"} | _OURS | _LOW),
     "sglang": sglang,
     "host_cost": host_cost,
     "error_of_one": error_of_one,
