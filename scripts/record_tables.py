@@ -336,6 +336,16 @@ def fused_tp4() -> str:
     return by_size({label: curves[label] for label in ("one, in one step", "one, in two steps", "two kernels")})
 
 
+def fused_quant() -> str:
+    """One kernel at the best of the shapes that were tried, by how it quantizes."""
+    curves: dict[str, dict[int, float]] = {}
+    for row in record("h100/fused_shapes_tp2")["rows"]:
+        if row["what"] == "fused" and row["hidden"] == 8192 and row["rows"] in (1, 16, 64):
+            curve = curves.setdefault(row["quant"].replace("none", "not quantized"), {})
+            curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
+    return by_size(curves)
+
+
 def codecs() -> str:
     """What encoding and decoding reach alone, in two versions."""
     found = {(row["wire"], row["direction"]): row for row in record("h200/codec_speed")["rows"]}
@@ -361,6 +371,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "host_memory": host_memory,
     "fused": fused,
     "fused_tp4": fused_tp4,
+    "fused_quant": fused_quant,
     "registered": registered,
     "codecs": codecs,
     "shipped": lambda: beside("bench_peers", _SHIPPED),
