@@ -22,6 +22,7 @@ TABLE = re.compile(r"(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTA
 KIB, MIB = 1 << 10, 1 << 20
 MISSING = "-"
 BATCHES = (1, 8, 32, 128)
+HIDDEN = 8192
 SGLANG_PICTURE = "sglang_ms_per_token"
 
 
@@ -340,7 +341,7 @@ def fused_quant() -> str:
     """One kernel at the best of the shapes that were tried, by how it quantizes."""
     curves: dict[str, dict[int, float]] = {}
     for row in record("h100/fused_shapes_tp2")["rows"]:
-        if row["what"] == "fused" and row["hidden"] == 8192 and row["rows"] in (1, 16, 64):
+        if row["what"] == "fused" and row["hidden"] == HIDDEN and row["rows"] in (1, 16, 64):
             curve = curves.setdefault(row["quant"].replace("none", "not quantized"), {})
             curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
     return by_size(curves)
