@@ -15,8 +15,9 @@ import pytest
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, load_config
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.engines.common import summary
-from llm_allreduce_plugin.engines.sglang import flags, own_kernels, plugin
-from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.sglang import flags, fusion, hooks, own_kernels, plugin
+from llm_allreduce_plugin.engines.sglang.fusion import unfused
+from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,14 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(flags.variable_of(field), "")
     monkeypatch.delenv("SGLANG_ENABLE_PCIE_IPC_ALLREDUCE", raising=False)
     monkeypatch.setattr(flags, "_given", {})
+
+
+@pytest.fixture(autouse=True)
+def boundary_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of groups and of layer boundaries took; in no SGLang."""
+    monkeypatch.setattr(fusion, "_installed", lambda: None)
+    monkeypatch.setattr(hooks, "not_applied", lambda _hooks: [])
+    monkeypatch.setattr(hooks, "exists", lambda _target: False)
 
 
 def server_args(override: Any = None, *, tp: int = 2, **fields: Any) -> Any:
@@ -207,7 +216,7 @@ def test_what_deterministic_inference_sets_is_nobodys_wish() -> None:
 def test_nvls_is_for_nccl(caplog: pytest.LogCaptureFixture) -> None:
     arguments = server_args(enable_nccl_nvls=True)
     assert stands_aside(arguments, settings_of(arguments)) is None
-    assert overridden(arguments, settings_of(arguments)) == []
+    assert overridden(arguments, settings_of(arguments), fuses=True) == []
 
 
 @pytest.mark.parametrize(
@@ -281,6 +290,11 @@ def test_a_user_who_turns_flashinfers_fusion_off_has_ours() -> None:
         ({}, {"enable_dp_attention": True}, "data parallel"),
         ({}, {"attn_dp_size": 2}, "data parallel"),
         ({}, {"moe_a2a_backend": "deepep"}, "--moe-a2a-backend deepep"),
+        ({}, {"tp": 4, "ep_size": 2}, "experts are split over 2 of 4 ranks"),
+        ({}, {"tp": 4, "moe_dp_size": 2}, "experts run data parallel"),
+        ({}, {"tp": 4, "moe_dp_size": 2, "ep_size": 2}, "experts run data parallel"),
+        ({}, {"tp": 4, "attn_cp_size": 2}, "attention is split by context"),
+        ({}, {"attn_cp_size": 2}, "attention is split by context"),
     ],
 )
 def test_where_ours_does_not_fuse_nothing_is_taken_away(override: Any, fields: dict[str, Any], text: str) -> None:
@@ -288,6 +302,82 @@ def test_where_ours_does_not_fuse_nothing_is_taken_away(override: Any, fields: d
     assert text in str(unfused(arguments, settings_of(arguments)))
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
+
+
+@pytest.mark.parametrize(
+    "fields", [{"ep_size": 1}, {"ep_size": 4}, {"ep_size": 4, "moe_dp_size": 1, "attn_cp_size": 1}]
+)
+def test_experts_that_sum_over_the_whole_group_are_fused(fields: dict[str, Any]) -> None:
+    arguments = server_args(tp=4, **fields)
+    plugin.check_arguments(arguments)
+    assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
+    assert unfused(arguments, settings_of(arguments)) is None
+
+
+def test_newer_versions_sum_experts_that_are_split_both_ways_over_the_whole_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    merged = "sglang.srt.layers.moe.utils.post_experts_reduction_group"
+    monkeypatch.setattr(hooks, "exists", lambda target: target == merged)
+    arguments = server_args(tp=4, ep_size=2)
+    plugin.check_arguments(arguments)
+    assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
+    assert unfused(arguments, settings_of(arguments)) is None
+    assert "experts run data parallel" in str(
+        unfused(server_args(tp=4, ep_size=2, moe_dp_size=2), settings_of(arguments))
+    )
+
+
+def test_without_hooks_at_boundaries_nothing_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "_installed", lambda: "this SGLang has no place")
+    arguments = server_args({"allreduce_strategy": "ONESHOT"}, flashinfer_allreduce_fusion_backend="auto")
+    plugin.check_arguments(arguments)
+    assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
+    assert unfused(arguments, settings_of(arguments)) == "this SGLang has no place"
+
+
+def test_without_hooks_at_groups_nothing_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups then keep SGLang's own all-reduce (``communicator.equip``)."""
+    monkeypatch.setattr(hooks, "not_applied", lambda asked: [hook.target for hook in asked])
+    arguments = server_args()
+    plugin.check_arguments(arguments)
+    assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
+
+
+def test_a_fusion_that_stays_is_not_called_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    arguments = server_args(
+        {"allreduce_strategy": "ONESHOT"}, tp=4, attn_cp_size=2, flashinfer_allreduce_fusion_backend="auto"
+    )
+    with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
+        plugin.check_arguments(arguments)
+    assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
+    assert caplog.records == []
+
+
+def said_of_fusion(arguments: Any, caplog: pytest.LogCaptureFixture, *, talks: bool = True) -> list[str]:
+    """What a rank logs, whose logger is set up by then: the first process's is not when arguments are checked."""
+    fusion._say_kept_off.cache_clear()
+    plugin.check_arguments(arguments)
+    caplog.clear()
+    with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
+        for _group in range(2):
+            fusion.install(arguments, settings_of(arguments), talks=talks)
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_that_flashinfers_fusion_is_off_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    assert said_of_fusion(server_args(), caplog) == [
+        "all-reduce fusion: FlashInfer's is kept off, because its kernel would bypass allreduce_strategy; this plugin "
+        "fuses the same layer boundaries"
+    ]
+    assert said_of_fusion(server_args(), caplog, talks=False) == []
+
+
+def test_where_ours_does_not_fuse_the_log_says_what_stays(caplog: pytest.LogCaptureFixture) -> None:
+    (line, again) = said_of_fusion(server_args(tp=4, ep_size=2), caplog)
+    assert line == again
+    assert line.startswith("all-reduce fusion: layer boundaries are not fused: experts are split over 2 of 4 ranks")
+    assert line.endswith("; where SGLang fuses them itself, those all-reduces bypass allreduce_strategy")
 
 
 def test_sealed_arguments_are_not_written() -> None:

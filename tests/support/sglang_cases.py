@@ -240,6 +240,34 @@ def question_case() -> None:
     assert not ask(1)
 
 
+def parts_case(what: str) -> None:
+    """What is said of arguments is what layers are told, where experts or attention sum over parts of the group."""
+    import pkgutil
+
+    from sglang.srt.runtime_context import get_parallel
+
+    from llm_allreduce_plugin import AllReduceConfig
+    from llm_allreduce_plugin.engines.sglang import fusion
+
+    group, _ = group_of_two()
+    group.ranks, group.world_size = [0, 1, 2, 3], 4
+    part = SimpleNamespace(ranks=[0, 2], world_size=2, rank_in_group=0, unique_name="part:0")
+    here: dict[str, Any] = {"tp_size": 4, "attn_tp_size": 4, "moe_tp_size": 4}
+    if what == "attn_cp_size":
+        here |= {"attn_cp_size": 2, "attn_tp_size": 2, "attn_tp_group": part}
+    else:
+        here |= {"moe_tp_size": 2, "moe_tp_group": part}
+        here |= {"moe_ep_size": 2, "moe_ep_group": part} if what == "ep_size" else {"moe_dp_size": 2}
+    ask = pkgutil.resolve_name(fusion._hooks()[0].target)
+    reason = fusion.unfused(SimpleNamespace(tp_size=4, **{what: 2}), AllReduceConfig())
+    with get_parallel().override(**here):
+        assert ask(1) is (reason is None), reason
+    from sglang.srt.layers.moe import utils
+
+    merges = what == "ep_size" and hasattr(utils, "post_experts_reduction_group")
+    assert (reason is None) is merges
+
+
 def second_group_case() -> None:
     """PD-multiplexing puts a second group in the tensor-parallel one's place: boundaries go there, too."""
     from sglang.srt.layers.layernorm import RMSNorm
@@ -335,6 +363,10 @@ def cases() -> dict[str, Case]:
     found: dict[str, Case] = {
         "arguments": arguments_case,
         "question": question_case,
+        **{
+            f"question, {what}": lambda what=what: parts_case(what)
+            for what in ("ep_size", "moe_dp_size", "attn_cp_size")
+        },
         "group": group_case,
         "group, second": second_group_case,
         "norm, first": first_norm_case,

@@ -18,8 +18,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.sglang import boundaries, dense_layers, hooks, own_kernels
+from llm_allreduce_plugin.engines.sglang import settings as given
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
-from llm_allreduce_plugin.engines.sglang.settings import unfused
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.config import AllReduceConfig
@@ -32,6 +32,8 @@ _APPLIES = (
     "sglang.srt.layers.communicator.apply_flashinfer_allreduce_fusion",
 )
 _NORM = "sglang.srt.layers.layernorm._forward_with_allreduce_fusion"
+# Versions that have it sum experts that are split both ways over the whole group at once.
+_MERGED = "sglang.srt.layers.moe.utils.post_experts_reduction_group"
 
 
 @functools.cache
@@ -44,17 +46,42 @@ def _hooks() -> tuple[Hook, ...]:
     )
 
 
+def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
+    """Why this plugin fuses no layer boundaries under these arguments and in this SGLang, or None: it does.
+
+    Asked in the process that starts the others, which then turns FlashInfer's fusion off, and in each rank. The hooks
+    are put in to tell: without them nothing of SGLang's may be taken away.
+    """
+    reason = given.unfused(server_args, settings)
+    if reason is None and (parts := given.experts_in_parts(server_args)) is not None and not hooks.exists(_MERGED):
+        reason = parts
+    return _installed() if reason is None else reason
+
+
 def install(server_args: Any, settings: AllReduceConfig, *, talks: bool) -> None:  # noqa: ANN401
     """Let layers of this process use fused calls, or say why not. ``talks``: this rank tells it."""
     reason = unfused(server_args, settings)
-    if reason is None:
-        reason = _installed()
-    if reason is not None:
-        if talks:
-            logger.info("all-reduce fusion: layer boundaries are not fused: %s", reason)
+    if not talks:
         return
-    if talks:
-        own_kernels.watch()
+    if reason is not None:
+        logger.info(
+            "all-reduce fusion: layer boundaries are not fused: %s; where SGLang fuses them itself, those all-reduces "
+            "bypass allreduce_strategy",
+            reason,
+        )
+        return
+    if getattr(server_args, "enforce_disable_flashinfer_allreduce_fusion", False):
+        _say_kept_off()
+    own_kernels.watch()
+
+
+@functools.cache
+def _say_kept_off() -> None:
+    """Here and not where it is turned off: SGLang's first process has no logger yet when it looks at arguments."""
+    logger.info(
+        "all-reduce fusion: FlashInfer's is kept off, because its kernel would bypass allreduce_strategy; this plugin "
+        "fuses the same layer boundaries"
+    )
 
 
 @functools.cache

@@ -26,9 +26,9 @@ from typing import Any
 from llm_allreduce_plugin.engines.common.fusion_ops import register_operator as register_fused_operator
 from llm_allreduce_plugin.engines.common.reports import read_reports
 from llm_allreduce_plugin.engines.common.summary import tell_now
-from llm_allreduce_plugin.engines.sglang import all_reduce_op, communicator, flags, hooks
+from llm_allreduce_plugin.engines.sglang import all_reduce_op, communicator, flags, fusion, hooks
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
-from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -97,11 +97,12 @@ def check_arguments(server_args: Any, *_args: Any, **_kwargs: Any) -> None:  # n
     settings = settings_of(server_args)
     if server_args.tp_size == 1 or stands_aside(server_args, settings) is not None:
         return  # whose reason the group tells
-    for line in overridden(server_args, settings):
-        logger.warning("%s", line)
     settings.check_world_size(server_args.tp_size)
-    if unfused(server_args, settings) is None:
-        # FlashInfer's kernel would take all-reduces away; SGLang turns it on by itself for some models.
+    fuses = not hooks.not_applied(communicator.HOOKS) and fusion.unfused(server_args, settings) is None
+    for line in overridden(server_args, settings, fuses=fuses):
+        logger.warning("%s", line)
+    if fuses:
+        # FlashInfer's kernel would take all-reduces away; SGLang turns it on by itself for some models. A rank says it.
         server_args.enforce_disable_flashinfer_allreduce_fusion = True
     if settings.report_dir is not None:
         # With --enable-metrics ranks count in Prometheus' multi-process mode; without it there is no endpoint.

@@ -78,16 +78,17 @@ def _given(server_args: Any) -> list[str]:  # noqa: ANN401
     return found
 
 
-def overridden(server_args: Any, settings: AllReduceConfig) -> list[str]:  # noqa: ANN401
+def overridden(server_args: Any, settings: AllReduceConfig, *, fuses: bool) -> list[str]:  # noqa: ANN401
     """What to log where SGLang's switches and a strategy by name contradict each other.
 
     The strategy names what is to run, for this plugin; the switches are about all-reduces of SGLang's. So it wins.
+    ``fuses``: layer boundaries are, by this plugin.
     """
     if not by_name(settings):
         return []
     why = f"is ignored: {SHORTHAND} {settings.allreduce_strategy} was set, and overrides it"
     switches = [f"{switch} {why}" for switch in _given(server_args)]
-    if _fusion_given(server_args) and settings.fuse_norm:
+    if fuses and _fusion_given(server_args):
         switches.append(f"{_FUSION} {why}: it fuses layer boundaries, too")
     return switches
 
@@ -124,7 +125,10 @@ def _fusion_given(server_args: Any) -> bool:  # noqa: ANN401
 
 
 def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
-    """Why layer boundaries are not fused under these arguments, or None: they are."""
+    """Why layer boundaries are not fused under these arguments, or None: they are, where this SGLang has the hooks.
+
+    Whether it has them: :func:`llm_allreduce_plugin.engines.sglang.fusion.unfused`.
+    """
     if not settings.fuse_norm:
         return "fuse_norm is off"
     if not by_name(settings) and _fusion_given(server_args):
@@ -139,4 +143,17 @@ def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa:
         1,
     ):
         return "attention runs data parallel, and layers then end in other collectives"
+    # Sums over a part of the tensor-parallel group, which has no communicator of ours.
+    if (parts := getattr(server_args, "attn_cp_size", None)) not in (None, 1):
+        return f"attention is split by context (attn_cp_size {parts}), and sums over a part of the group"
+    if (parts := getattr(server_args, "moe_dp_size", None)) not in (None, 1):
+        return f"experts run data parallel (moe_dp_size {parts}), and sum over a part of the group"
     return None
+
+
+def experts_in_parts(server_args: Any) -> str | None:  # noqa: ANN401
+    """Why experts' sums are over a part of the tensor-parallel group, where SGLang does not merge them; or None."""
+    ranks = getattr(server_args, "ep_size", None)
+    if ranks is None or ranks in (1, server_args.tp_size):
+        return None
+    return f"experts are split over {ranks} of {server_args.tp_size} ranks, which this SGLang sums by themselves"
