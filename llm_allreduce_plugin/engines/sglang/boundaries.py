@@ -12,6 +12,14 @@ ATTRIBUTE = "llm_allreduce"  # of a group: its communicator
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTOR = 8  # elements: rows are a multiple of it
 
+_all_hooks_took = False
+
+
+def start() -> None:
+    """From now on boundaries are answered for: all hooks are there. One without the other would lose sums."""
+    global _all_hooks_took  # noqa: PLW0603  (plain, for compiled graphs guard on it)
+    _all_hooks_took = True
+
 
 def _group(*, attention: bool) -> Any:  # noqa: ANN401
     """The group over which a boundary sums: behind attention, or behind an MLP or experts."""
@@ -32,6 +40,8 @@ def _group(*, attention: bool) -> Any:  # noqa: ANN401
 
 def applies_to(original: Any, batch_size: int) -> bool:  # noqa: ANN401
     """Around SGLang's question whether boundaries of a batch are fused."""
+    if not _all_hooks_took:
+        return bool(original(batch_size))
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
     from sglang.srt.runtime_context import get_forward
 
@@ -65,6 +75,8 @@ def all_reduce_add_norm(
     Returns:
         The norm, and the new residual: fresh tensors.
     """
+    if not _all_hooks_took:
+        return original(norm, x, residual, post_residual_addition, weight, use_attn_tp_group)
     group = _group(attention=use_attn_tp_group)
     if residual is None or group.world_size == 1:
         return original(norm, x, residual, post_residual_addition, weight, use_attn_tp_group)

@@ -93,4 +93,5 @@ def _installed() -> str | None:
     hooks.add_late(wanted)
     if lost := hooks.not_applied(wanted):
         return f"the hooks at {', '.join(lost)} could not be installed"
+    boundaries.start()
     return None

@@ -98,7 +98,10 @@ def check_arguments(server_args: Any, *_args: Any, **_kwargs: Any) -> None:  # n
     if server_args.tp_size == 1 or stands_aside(server_args, settings) is not None:
         return  # whose reason the group tells
     settings.check_world_size(server_args.tp_size)
-    fuses = not hooks.not_applied(communicator.HOOKS) and fusion.unfused(server_args, settings) is None
+    if lost := hooks.not_applied(communicator.HOOKS):
+        logger.warning("SGLang's own all-reduce is left in place: %s", communicator.could_not_be(lost))
+        return
+    fuses = fusion.unfused(server_args, settings) is None
     for line in overridden(server_args, settings, fuses=fuses):
         logger.warning("%s", line)
     if fuses:
