@@ -8,6 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,9 @@ from tests.support.forked import left_in_shm
 from tests.support.sglang_cases import fusion_attribute, load
 
 NAMES = ("tp", "pdmux_prefill_tp", "attention_tp", "pp")
+AT_ONCE = NAMES[:2]  # as PD-multiplexing runs them
+ROUNDS = 4
+LATER = 0.2  # seconds between what must not happen at the same time
 
 
 def rank_main(rank: int, store: str) -> None:
@@ -39,6 +46,14 @@ def rank_main(rank: int, store: str) -> None:
             assert torch.equal(total, torch.full((3, 8), 3.0 * (number + 1) * (turn + 1))), (name, total)
             if communicator_of(group) is not None:
                 assert torch.equal(x, before), "the input was written"
+    mapped = shared_memory()
+    both_at_once(groups, rank)
+    # Sizes that were not there before, and the largest ones, need nothing new: CUDA graphs may rely on what is there.
+    for rows in (1, 7, 300, 5000):
+        for name in AT_ONCE:
+            total = groups[name].all_reduce(torch.full((rows, 64), float(rank + 1)))
+            assert torch.equal(total, torch.full((rows, 64), 3.0)), (name, rows)
+    assert shared_memory() == mapped, "memory was mapped after the first calls"
     # What no kernel sums goes to SGLang's own way.
     ids = torch.arange(4) * (rank + 1)
     assert torch.equal(groups["tp"].all_reduce(ids), torch.arange(4) * 3)
@@ -52,6 +67,39 @@ def rank_main(rank: int, store: str) -> None:
     assert all(communicator_of(group) is None for group in groups.values())
     sys.stdout.write(json.dumps(seen) + "\n")
     sys.stdout.flush()
+
+
+def both_at_once(groups: dict[str, Any], rank: int) -> None:
+    """Calls of two groups of the same ranks overlap, each with values of its own.
+
+    One rank waits in a call of the first group, while a second thread of it goes through one of the second; its peer
+    comes to the second group at once and to the first one last. With state or an order in common neither would end.
+    Ranks take turns with this.
+    """
+    turn_ends = threading.Barrier(2)
+
+    def calls(place: int) -> list[tuple[float, float]]:
+        times = []
+        for turn in range(ROUNDS):
+            x = torch.full((3 + turn, 8), float((rank + 1) * (place + 1) * (turn + 1)))
+            time.sleep(LATER * ((0, 1) if rank == turn % 2 else (2, 0))[place])
+            start = time.monotonic()
+            total = groups[AT_ONCE[place]].all_reduce(x)
+            times.append((start, time.monotonic()))
+            assert torch.equal(total, torch.full_like(x, 3.0 * (place + 1) * (turn + 1))), (place, turn, total)
+            turn_ends.wait(60)
+        return times
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(calls, range(2))
+    for turn in range(rank, ROUNDS, 2):
+        assert first[turn][0] < second[turn][0] < second[turn][1] < first[turn][1], (turn, first, second)
+
+
+def shared_memory() -> list[str]:
+    """What this process has mapped in common with others: addresses and names."""
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    return sorted(f"{line[0]} {line[-1]}" for line in lines if line[1].endswith("s"))
 
 
 def communicator_of(group: Any) -> Any:
