@@ -180,10 +180,10 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, folder: Path, *words: str, **variables: str) -> Iterator[Server]:
+def serving(model: Path, folder: Path, *words: str, port: int | None = None, **variables: str) -> Iterator[Server]:
     """A server; nothing of it may be left behind."""
     folder.mkdir(exist_ok=True)
-    port, log = serve_demo.free_port(), folder / "server.log"
+    port, log = port or serve_demo.free_port(), folder / "server.log"
     with serve_demo.server(command(model, port, *words), {**os.environ, **CPU, **variables}, log) as process:
         serve_demo.wait_for_health(process, f"http://127.0.0.1:{port}/health", log)
         yield Server(process, port, log)
@@ -253,6 +253,7 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...]) -> No
                 check_report(report, strategy)
             assert f"all-reduce fusion: {FUSED} layer boundaries fused ({FUSED} with RMSNorm)" in server.log
             assert f"allreduce_strategy {strategy}" in server.log
+            assert server.log.count("all-reduce fusion: FlashInfer's is kept off") == 1
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as answer:
                 text = answer.read().decode()
             for rank in (0, 1):
@@ -275,6 +276,34 @@ def test_a_stock_server(model: Path, tmp_path: Path) -> None:
         assert "SGLang's own all-reduce is left in place: allreduce_strategy is NCCL" in server.log
         assert [report["calls"] for report in reports(tmp_path / "reports-stock")] == [{}, {}]
         assert "layer boundaries fused" not in server.log
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_again_at_once(model: Path, tmp_path: Path) -> None:
+    """On the same port and with the same folder of reports: the second one serves as the first, which left nothing."""
+    port, folder = serve_demo.free_port(), tmp_path / "reports"
+    for turn, word in enumerate(("first", "second")):
+        words = ("--allreduce-strategy", "ONESHOT")
+        with serving(model, tmp_path / word, *words, port=port, LLM_ALLREDUCE_REPORT_DIR=str(folder)) as server:
+            same_tokens(server, model)
+            time.sleep(1.5)  # ranks write their reports some times a second
+            by_server: dict[str, list[dict[str, Any]]] = {}
+            for report in reports(folder):
+                by_server.setdefault(report["server"], []).append(report)
+            assert len(by_server) == turn + 1, "those of the first server stay, and are not the second one's"
+            for of_one in by_server.values():
+                assert [report["rank"] for report in of_one] == [0, 1]
+                for report in of_one:
+                    check_report(report, "ONESHOT")
+            server.process.terminate()
+            assert ended(server), server.log[-3000:]
+            ended_at = time.monotonic()
+            # By itself: what runs longer than its first process would still be there.
+            while serve_demo.group_is_alive(server.process.pid) and time.monotonic() < ended_at + 5:
+                time.sleep(0.05)
+            assert not serve_demo.group_is_alive(server.process.pid)
+            assert left_in_shm() == []
+            assert server.log.count("all-reduce summary: ONESHOT ") == 1
 
 
 @pytest.mark.slow
@@ -366,7 +395,7 @@ def stop_a_rank(server: Server) -> None:
             {"LLM_ALLREDUCE_TIMEOUT_S": "-1"},
             "environment: LLM_ALLREDUCE_TIMEOUT_S='-1': input should be greater than 0",
         ),
-        slow(
+        (
             ("--json-model-override-args", '{"llm_allreduce": {"timeout": 3}}'),
             {},
             "SGLang json_model_override_args: timeout=3: unknown key",
