@@ -1,7 +1,8 @@
 """Fused layer boundaries: where SGLang would run all-reduce, residual and RMSNorm in one kernel, ours runs.
 
 SGLang leaves a sum to the norm behind it where a fused kernel of FlashInfer's may take it. These hooks say that one
-may, and give it ours. They come in with the first tensor-parallel group: only processes with layers have one.
+may, and give it ours. They come in with the first tensor-parallel group, which only processes with layers have, and
+before that in the process that starts those: it turns FlashInfer's fusion off, and must know that ours can be there.
 
 1. ``flashinfer_ar_fusion_applies`` (until 0.5.21 ``apply_flashinfer_allreduce_fusion``), around it: true for batches of
    any size, on any GPU and on CPU ranks (``boundaries.py``).
