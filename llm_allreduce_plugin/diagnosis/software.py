@@ -24,8 +24,9 @@ Version = tuple[int, ...]
 
 PYTHONS = ((3, 11), (3, 13))  # tested
 OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
-VLLMS = ((0, 26), (0, 33))  # tested
-SGLANGS = ((0, 5, 17), (0, 5, 23))  # tested
+# Made for; README says which of them were run, and which only with their layers.
+VLLMS = ((0, 26), (0, 33))
+SGLANGS = ((0, 5, 17), (0, 5, 23))
 ENTRY_POINT = "llm_allreduce"
 VLLM_GROUP, SGLANG_GROUP = "vllm.general_plugins", "sglang.srt.plugins"
 
@@ -157,12 +158,12 @@ def sglang(
     ]
 
 
-def _release(engine: str, version: str, tested: tuple[Version, Version]) -> Finding:
-    first, last = tested
+def _release(engine: str, version: str, made_for: tuple[Version, Version]) -> Finding:
+    first, last = made_for
     if first <= parsed(version)[: len(first)] <= last:
         return ok(engine, version)
     known = f"{dotted(first)} to {dotted(last)}"
-    return warn(engine, version, f"tested are {known}; look for our lines in the log when it starts")
+    return warn(engine, version, f"this release is made for {known}; look for our lines in the log when it starts")
 
 
 def _loaded(engine: str, group: str, entry_points: Sequence[str] | None, variable: str, chosen: str | None) -> Finding:

@@ -71,7 +71,11 @@ def test_vllm() -> None:
     here = ["llm_allreduce", "other"]
     assert [found.verdict for found in software.vllm("0.32.0", here, {})] == [OK, OK]
     version, plugin = software.vllm("0.25.1", here, {"VLLM_PLUGINS": "other,vllm_cpu_ops"})
-    assert said(version) == (WARN, "0.25.1", "tested are 0.26 to 0.33; look for our lines in the log when it starts")
+    assert said(version) == (
+        WARN,
+        "0.25.1",
+        "this release is made for 0.26 to 0.33; look for our lines in the log when it starts",
+    )
     assert said(plugin) == (
         WARN,
         "not loaded: VLLM_PLUGINS='other,vllm_cpu_ops' does not name it",
@@ -95,7 +99,7 @@ def test_sglang() -> None:
     assert said(version) == (
         WARN,
         "0.5.16",
-        "tested are 0.5.17 to 0.5.23; look for our lines in the log when it starts",
+        "this release is made for 0.5.17 to 0.5.23; look for our lines in the log when it starts",
     )
     assert said(plugin) == (
         WARN,
