@@ -13,6 +13,7 @@ from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
 from llm_allreduce_plugin.group.facts import ASSUMED_MULTIPROCESSORS
 from llm_allreduce_plugin.group.layouts import peer_refusal, refusal_note
+from llm_allreduce_plugin.group.multicast import group_outlook
 from llm_allreduce_plugin.profiles.search import with_profile
 from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology, View, view_of
 from llm_allreduce_plugin.topology.fabric import domain_notes
@@ -111,7 +112,8 @@ def _of_gpus(
     where = f"{facts.world_size} x {' and '.join(names) or 'GPU'}{_on_hosts(members.hosts)} ({source})"
     note = tuple(filter(None, [refusal_note(config.transport, refusal)]))
     inside = topology_class(members, Transport.SYMMETRIC, range(facts.world_size))
-    return Subject(where, facts, (*note, *_notes(members, facts), *ignored), inside)
+    hopes = group_outlook(members, facts.world_size, facts.transport, inside, config.multicast)
+    return Subject(where, facts, (*note, *_notes(members, facts), *filter(None, [hopes]), *ignored), inside)
 
 
 def _on_hosts(number: int) -> str:

@@ -13,11 +13,10 @@ from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.errors import TopologyError
 from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
-from llm_allreduce_plugin.group.multicast import outlook
+from llm_allreduce_plugin.group.multicast import node_outlook
 from llm_allreduce_plugin.topology import NodeTopology, View, view_of
 from llm_allreduce_plugin.topology.fabric import SUCCESS, domain_name, domain_notes, domain_obstacle
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 _LEGEND = """\
 Legend:
@@ -128,7 +127,7 @@ def render(view: View, world_size: int | None) -> str:
         parts.append(f"NVSwitch: {'yes' if topology.nvswitch else 'no'}    driver: {topology.driver or 'unknown'}")
         parts.append(f"Peer access: {_p2p_line(topology)}")
         of_a_host = sum(gpu.host == topology.gpus[0].host for gpu in topology.gpus)
-        parts.append(f"Multicast: {outlook([gpu.multicast for gpu in topology.gpus], switched_off_by(), of_a_host)}")
+        parts.append(f"Multicast: {node_outlook(topology, of_a_host)}")
         parts += [*filter(None, [view.hidden_text]), *view.notes]
     if view.hidden and world_size is not None and world_size > len(view.positions):
         seen = f"this process sees {len(view.positions)} of the node's {len(topology.gpus)} GPUs ({view.cause})"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.measure.ranks import Ranks
     from llm_allreduce_plugin.profiles.entry import Entry, FusedMeasured, FusedRange, Measured
     from llm_allreduce_plugin.profiles.file import Profile
-    from llm_allreduce_plugin.topology import NodeIdentity
+    from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology
     from llm_allreduce_plugin.tuning.plan import Group, Plan
 
 EPILOG = options.epilog(
@@ -85,14 +85,16 @@ def _transport(text: str, device: str) -> str:
     return text.lower()
 
 
-def _node(device: str) -> NodeIdentity:
+def _node(device: str) -> tuple[NodeIdentity, NodeTopology | None]:
+    """This node, and its GPUs if they are measured."""
     from llm_allreduce_plugin.topology import NodeIdentity, NodeTopology
 
     if device == "cpu":
-        return NodeIdentity.of_cpu()
+        return NodeIdentity.of_cpu(), None
     import torch
 
-    return NodeIdentity.of_gpus(NodeTopology.detect(), torch.cuda.get_device_name(0))
+    topology = NodeTopology.detect()
+    return NodeIdentity.of_gpus(topology, torch.cuda.get_device_name(0)), topology
 
 
 def _fail(text: str) -> typer.Exit:
@@ -165,7 +167,7 @@ def tune(
     if sizes[0] % 16:
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)
-    node = _node(device)
+    node, topology = _node(device)
     try:
         path = output or cache_path(node)
     except CacheError as error:
@@ -182,7 +184,7 @@ def tune(
         typer.echo(f"# {error}; it will be replaced")
     typer.echo(f"# llm-allreduce tune: {node.description}; {'; '.join(map(str, groups))}")
     seconds = (QUICK_SECONDS if quick else SECONDS) - (time.monotonic() - started)
-    kept = _Kept(path, node, force=force)
+    kept = _Kept(path, node, topology, force=force)
     ranks = tune_ranks.ranks_of(place, max(world_sizes), device)
     _measure(ranks, groups, chosen, plan_of(sizes, seconds, quick=quick), kept.add)
     if kept.profile is None:
@@ -193,9 +195,10 @@ def tune(
 class _Kept:
     """The file, to which what is measured is added as it comes; ``profile``: what it has now."""
 
-    def __init__(self, path: Path, node: NodeIdentity, *, force: bool) -> None:
+    def __init__(self, path: Path, node: NodeIdentity, topology: NodeTopology | None, *, force: bool) -> None:
         self._path = path
         self._node = node
+        self._topology = topology
         self._force = force
         self.profile: Profile | None = None
 
@@ -207,7 +210,7 @@ class _Kept:
         """
         from llm_allreduce_plugin.profiles import file as profiles
 
-        typer.echo(_report(entry))
+        typer.echo(_report(entry, self._topology))
         try:
             self.profile = profiles.store(self._path, self._node, [entry], force=self._force)
         except ProfileError as error:
@@ -263,8 +266,9 @@ def _measure(
         typer.echo(f"# {group}: left out: {reason}")
 
 
-def _report(entry: Entry) -> str:
-    """The times and what follows from them."""
+def _report(entry: Entry, topology: NodeTopology | None) -> str:
+    """The times and what follows from them. ``topology``: the GPUs of this node; None: CPU ranks were measured."""
+    from llm_allreduce_plugin.group.multicast import group_outlook
     from llm_allreduce_plugin.selection.policy import describe_ranges
 
     lines = [f"#\n# {entry}, over {entry.topology_class.in_words}: us per call, the fastest marked"]
@@ -282,6 +286,9 @@ def _report(entry: Entry) -> str:
         lines.append("# those in graphs decide, for eager calls too: a rank that captures and one that does not must")
         lines.append("# run the same kernel, and the times of eager calls are mostly the host's")
         lines.append("# calls by multicast are not measured: AUTO and MINLATENCY never choose them")
+    if topology is not None and entry.hosts == 1:
+        hopes = group_outlook(topology, entry.world_size, entry.transport, entry.topology_class)
+        lines += [f"# {hopes}"] if hopes else []
     return "\n".join(lines)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 from llm_allreduce_plugin.diagnosis.finding import Finding, fail, ok, warn
 from llm_allreduce_plugin.diagnosis.limits import size
-from llm_allreduce_plugin.group.multicast import outlook
+from llm_allreduce_plugin.group.multicast import node_outlook
 from llm_allreduce_plugin.topology import NodeTopology
 from llm_allreduce_plugin.topology.fabric import domain_name, domain_obstacle, gpu_obstacle
-from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 WORKSPACE_BYTES = 1 << 30  # a workspace, and what a CUDA context takes
 _COMPUTE_MODES = {0: "default", 1: "exclusive thread", 2: "prohibited", 3: "exclusive process"}
@@ -100,8 +99,7 @@ def links(topology: NodeTopology) -> Finding:
 def multicast(topology: NodeTopology, environment: Mapping[str, str] = os.environ) -> Finding:
     """NVLink multicast and the fabric. Asks for attributes, and creates nothing."""
     fabrics = dict.fromkeys(gpu.fabric.state for gpu in topology.gpus if gpu.fabric is not None)
-    has = [gpu.multicast for gpu in topology.gpus]
-    text = f"multicast: {outlook(has, switched_off_by(environment), len(has))}"
+    text = f"multicast: {node_outlook(topology, len(topology.gpus), environment=environment)}"
     text += f"; fabric {', '.join(fabrics) if fabrics else 'none'}"
     unfinished = [state for state in fabrics if state in ("in progress", "not started")]
     if unfinished and topology.nvswitch:

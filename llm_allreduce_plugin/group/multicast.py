@@ -1,15 +1,16 @@
-"""Multicast in a group: whether it is tried, and how much memory it has. Pure."""
+"""Multicast in a group: whether it is tried, how much memory it has, and what it would bring."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
 from llm_allreduce_plugin.config import AllReduceConfig, MulticastChoice
-from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.topology.links import TopologyClass, Transport
+from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.group.cards import RankCard
@@ -55,12 +56,18 @@ def refusal(
     return None
 
 
-def outlook(supported: Sequence[bool | None], switched_off: str | None, ranks: int) -> str:
+def outlook(
+    supported: Sequence[bool | None],
+    switched_off: str | None,
+    ranks: int,
+    choice: MulticastChoice = MulticastChoice.OFF,
+) -> str:
     """What multicast would bring to ``ranks`` GPUs of a node, for people. Pure; arguments as of :func:`refusal`."""
     if not supported or not all(supported):
         without = [str(index) for index, has in enumerate(supported) if has is False]
         return f"GPU {', '.join(without)} has none" if without else "not known of all GPUs"
-    off = f"switched off by {switched_off}" if switched_off else "off unless asked for (setting multicast)"
+    off = "off unless asked for (setting multicast)" if choice is MulticastChoice.OFF else f"multicast is {choice}"
+    off = f"switched off by {switched_off}" if switched_off else off
     if ranks <= PAIR:
         return f"all GPUs have it; {off}; nothing to win over two GPUs"
     push, summed = 2 * (ranks - 1) / ranks, 1 + 1 / ranks
@@ -69,6 +76,37 @@ def outlook(supported: Sequence[bool | None], switched_off: str | None, ranks: i
         f"with the same bits; with in_switch_sum a GPU would send {summed:.2f} bytes for each byte of a large message, "
         f"not {push:.2f}. Neither has run on hardware yet"
     )
+
+
+def node_outlook(
+    topology: NodeTopology,
+    ranks: int,
+    choice: MulticastChoice = MulticastChoice.OFF,
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """:func:`outlook` for ``ranks`` GPUs of a host like this one. ``environment``: instead of this process's."""
+    return outlook([gpu.multicast for gpu in topology.gpus], switched_off_by(environment), ranks, choice)
+
+
+def group_outlook(
+    topology: NodeTopology,
+    ranks: int,
+    transport: Transport,
+    joined: TopologyClass,
+    choice: MulticastChoice = MulticastChoice.OFF,
+) -> str:
+    """The line that commands print about a group; empty where no NVSwitch is between its GPUs' memory.
+
+    Args:
+        topology: the node.
+        ranks: GPUs of the group, all of that node.
+        transport: how they reach each other.
+        joined: what their bytes travel over.
+        choice: the setting.
+    """
+    if transport is not Transport.SYMMETRIC or joined is not TopologyClass.NVSWITCH or topology.hosts > 1:
+        return ""
+    return f"multicast: {node_outlook(topology, ranks, choice)}"
 
 
 def _other_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:

@@ -160,9 +160,10 @@ def test_the_decision_and_every_alternative(monkeypatch: pytest.MonkeyPatch) -> 
     assert code == 0
     lines = output.splitlines()
     assert lines[0] == "# 4 x NVIDIA H200 (h200_x4_nvswitch.json), symmetric memory, allreduce_strategy AUTO"
-    assert lines[2] == "# 8 x 8192 of bfloat16: 128 KiB per rank"
+    assert lines[2].startswith("# multicast: ")
+    assert lines[3] == "# 8 x 8192 of bfloat16: 128 KiB per rank"
     decision = decide(AllReduceConfig(), facts("h200_x4_nvswitch", 4), 8 * 8192, "bfloat16")
-    assert lines[3:] == str(decision).splitlines()
+    assert lines[4:] == str(decision).splitlines()
     for strategy in S:
         if strategy not in (S.AUTO, S.ONESHOT):
             assert any(line.startswith(f"  not {strategy}: ") for line in lines)
@@ -241,10 +242,10 @@ def test_norms_behind_an_all_reduce_are_explained() -> None:
     )
     assert code == 0
     lines = output.splitlines()
-    assert lines[2] == "# 4 x 8192 of bfloat16: 64 KiB per rank, then residual, norm and nvfp4"
+    assert lines[3] == "# 4 x 8192 of bfloat16: 64 KiB per rank, then residual, norm and nvfp4"
     decision = decide_fused(AllReduceConfig(), facts("h200_x4_nvswitch", 2), 4, 8192, "bfloat16", QuantKind.NVFP4)
     assert decision.launch is not None
-    assert lines[3:5] == str(decision).splitlines()[:2]
+    assert lines[4:6] == str(decision).splitlines()[:2]
     assert f"  launch: {decision.launch}" in lines
 
     code, output = run("--topology", H200, "--fused", "--dtype", "fp32")

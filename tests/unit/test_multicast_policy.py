@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import Numerics
 from llm_allreduce_plugin.algorithms.decision import Exchange
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.multicasting import UNTRIED
+from llm_allreduce_plugin.cli import app, tune
+from llm_allreduce_plugin.config import MulticastChoice
+from llm_allreduce_plugin.diagnosis import hardware
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.group import multicast
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
@@ -24,6 +28,7 @@ from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.settings.faults import validated
 from llm_allreduce_plugin.topology.model import NodeTopology
 from tests.conftest import MULTICAST_SWITCHES
+from tests.support.profiles import cpu_entry, entry
 
 NODES = Path(__file__).parents[2] / "configs" / "topologies"
 SIZES = (1, 8, 4096, 1 << 20, 12_345_678, 1 << 28)
@@ -178,6 +183,39 @@ def test_what_it_would_bring_is_told() -> None:
     assert multicast.outlook([True, False, True, False], None, 4) == "GPU 1, 3 has none"
     assert multicast.outlook([True, None], None, 2) == "not known of all GPUs"
     assert "nothing to win" in multicast.outlook([True, True], None, 2)
+    assert multicast.outlook([True] * 3, None, 3, MulticastChoice.ON).startswith("all GPUs have it; multicast is on.")
+
+
+def _said(command: str, *arguments: str) -> list[str]:
+    result = CliRunner().invoke(app, [command, *arguments])
+    assert result.exit_code == 0, result.output
+    return [line for line in result.output.splitlines() if "ulticast: " in line]
+
+
+@pytest.mark.usefixtures("_no_switch")
+def test_all_commands_say_the_same_of_it() -> None:
+    """Where an NVSwitch is between the GPUs of a group; elsewhere those that speak of a group are silent."""
+    switched, wired = (NODES / f"{name}.json" for name in ("h100_x8_nvswitch", "l40s_x8_two_numa"))
+    topology = NodeTopology.from_json(switched)
+    told = multicast.node_outlook(topology, 8)
+    assert "off unless asked for" in told
+    assert told.endswith("Neither has run on hardware yet")
+    assert _said("topo", "--topology", str(switched)) == [f"Multicast: {told}"]
+    for arguments in ([], ["--sweep"], ["--strategy", "TWOSHOT"], ["--fused"]):
+        assert _said("explain", "--topology", str(switched), *arguments) == [f"# multicast: {told}"]
+    assert f"multicast: {told}; fabric" in hardware.multicast(topology).text
+    (line,) = _said("explain", "--topology", str(switched), "--tp", "4")
+    assert "store once instead of 3 times" in line
+    made = entry(world_size=8, topology_class="nvswitch")
+    assert f"# multicast: {told}" in tune._report(made, topology).splitlines()
+
+    for others in (["--topology", str(wired)], ["--topology", str(switched), "--transport", "host"], ["--cpu"]):
+        assert _said("explain", *others) == []
+    assert _said("explain", "--topology", str(switched), "--hosts", "2x8") == []
+    for other in ({"topology_class": "pcie_peer"}, {"transport": "host", "topology_class": "host_memory"}):
+        assert "# multicast: " not in tune._report(entry(world_size=8, **other), topology)
+    assert "# multicast: " not in tune._report(entry(world_size=8, hosts=2, topology_class="nvswitch"), topology)
+    assert "# multicast: " not in tune._report(cpu_entry(2), None)
 
 
 SWITCHED_OFF = pytest.mark.parametrize("switch", MULTICAST_SWITCHES.items())
