@@ -74,6 +74,20 @@ def pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
     return 0 if pool_obstacle(config, facts) is not None else wanted_pool_bytes(config, facts)
 
 
+def memory_in_words(config: AllReduceConfig, facts: GroupFacts) -> str:
+    """Where UB's outputs lie, for the log; empty where it has no part, or cannot run, which the first call says."""
+    if config.allreduce_strategy is not AllReduceStrategy.UB:
+        return ""
+    size = pool_bytes(config, facts)
+    if not takes_one_step(facts):
+        return f"UB takes outputs from registered memory, {size} bytes on each rank" if size else ""
+    opened = f"{size} bytes, for registered_empty alone" if size else "none is opened"
+    return (
+        f"UB takes one step over {facts.world_size} GPUs, as ONESHOT does, and stores into no outputs of others. "
+        f"Registered memory: {opened}"
+    )
+
+
 class UserBuffer(KernelStrategy):
     name = AllReduceStrategy.UB
     numerics = Numerics.EXACT

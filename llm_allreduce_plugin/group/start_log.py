@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from llm_allreduce_plugin.algorithms import staging
+from llm_allreduce_plugin.algorithms import staging, user_buffer
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, StagedChoice
@@ -71,6 +71,8 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
         choice = algorithm_of(config, facts)
         level = logging.WARNING if choice.is_fallback else logging.INFO
         logger.log(level, "LOWPRECISION runs as %s: %s", choice.algorithm, choice.reason)
+    if memory := user_buffer.memory_in_words(config, facts):
+        logger.info("%s", memory)
     if config.staged is StagedChoice.ON and (why := staging.refusal(config, facts)) is not None:
         logger.warning("staged is on, but nothing is staged: %s", why)
     if uses_table(config):

@@ -15,6 +15,7 @@ from llm_allreduce_plugin.runtime.health import Health
 from llm_allreduce_plugin.runtime.monitor import Monitor
 from llm_allreduce_plugin.runtime.network_calls import Between
 from llm_allreduce_plugin.runtime.planner import Planner
+from llm_allreduce_plugin.runtime.reports import RegisteredUse
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
 from llm_allreduce_plugin.transport.multicast import Multicast
@@ -79,7 +80,7 @@ def end(held: Held, ending: Ending) -> None:
     if held.rank == 0:
         ending.step(lambda: logger.info("all-reduce summary: %s", tally.counts()), "log the summary")
     if held.rank == 0 and (pool := held.pool) is not None:
-        ending.step(lambda: logger.info("%s", pool), "log what registered memory was used for")
+        ending.step(lambda: logger.info("%s", RegisteredUse(**pool.use())), "log what registered memory was used for")
     if held.monitor is not None:
         ending.step(held.monitor.close, "end the monitor", _MONITOR_WAIT_S)
     _free(held, ending, is_quiet=is_quiet, is_broken=is_broken)

@@ -343,8 +343,10 @@ class TensorParallelCommunicator:
 
         ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays
         do not pass through Python and are not counted. ``fallbacks`` has the reasons, ``fallback_calls`` the calls of
-        both kinds for each of them.
+        both kinds for each of them. ``registered_memory`` says how many outputs peers
+        stored into, and how many were copied out because it was full.
         """
+        pool = self._pool  # another thread may ask while this communicator closes
         return {
             **self._identity.fields(),
             "device": str(self.device),
@@ -353,6 +355,7 @@ class TensorParallelCommunicator:
             "sizes": self._sizes,
             "closed": self._closed,
             **self._tally.counts().fields(),
+            "registered_memory": None if pool is None else pool.use(),
         }
 
     def check(self) -> None:

@@ -50,6 +50,28 @@ class FallbackCalls(BaseModel):
     calls: _Count
 
 
+class RegisteredUse(BaseModel):
+    """Registered memory in bytes, and what became of the outputs that were taken from it."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    bytes: _Count
+    stayed: _Count
+    copied_out: _Count
+
+    def __str__(self) -> str:
+        """``registered memory of 4096 bytes: 7 of 9 outputs stayed in it, 2 were copied out, because ...``.
+
+        Those of captured calls count once, whatever is replayed.
+        """
+        made, copied = self.stayed + self.copied_out, ""
+        if self.copied_out:
+            were = "was" if self.copied_out == 1 else "were"
+            copied = f", {self.copied_out} {were} copied out, because nothing was free"
+        outputs = f"{self.stayed} of {made} output{'s' * (made != 1)} stayed in it"
+        return f"registered memory of {self.bytes} bytes: {outputs}{copied}"
+
+
 class Report(BaseModel):
     """What a reader takes from a report; there is more in the file, for people.
 
@@ -61,6 +83,7 @@ class Report(BaseModel):
         calls: eager calls by strategy.
         captured: calls in CUDA graphs by strategy.
         fallback_calls: both, for each fallback.
+        registered_memory: None: there is none.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -72,6 +95,7 @@ class Report(BaseModel):
     calls: dict[_Word, _Count] = Field(default_factory=dict, max_length=64)
     captured: dict[_Word, _Count] = Field(default_factory=dict, max_length=64)
     fallback_calls: list[FallbackCalls] = Field(default_factory=list, max_length=256)
+    registered_memory: RegisteredUse | None = None
 
     @property
     def total(self) -> int:

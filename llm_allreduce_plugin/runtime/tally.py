@@ -141,7 +141,8 @@ def summary_of(report: Report) -> str:
     counts = Counts(Counter(report.calls), Counter(report.captured))
     for found in report.fallback_calls:
         counts.fallbacks[Fallback(found.requested, found.strategy, found.reason)] += found.calls
-    return str(counts)
+    used = report.registered_memory
+    return str(counts) if used is None else f"{counts}; {used}"
 
 
 class _Part(NamedTuple):

@@ -197,11 +197,9 @@ class RegisteredPool:
         owner.pool = self._handle, self._storage  # mapped as long as a tensor lies there
         return whole[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
-    def __str__(self) -> str:
-        """For a log: ``registered memory of 536870912 bytes: 120 of 128 outputs stayed in it, 8 were copied out``."""
-        made = self.taken + self.lent
-        copied = f", {self.lent} were copied out, because nothing was free" if self.lent else ""
-        return f"registered memory of {self.size} bytes: {self.taken} of {made} outputs stayed in it{copied}"
+    def use(self) -> dict[str, int]:
+        """For a report: its size in bytes, and what became of outputs, those of captured calls among them."""
+        return {"bytes": self.size, "stayed": self.taken, "copied_out": self.lent}
 
     def close(self) -> None:
         """Let go of this rank's memory. Tensors of it, and peers' mappings, keep it as long as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import pytest
@@ -152,6 +153,43 @@ def test_outputs_of_the_communicator(cpu_pool: PoolFor, world_size: int) -> None
     assert all(taken > 0 for taken, _ in found)
     assert any(lent > 0 for _, lent in found), "registered memory was never full: the test shows less than it should"
     assert len(set(found)) > 1, "ranks all did the same"
+
+
+def _lines_of_ub(context: RankContext, strategy: str) -> tuple[list[str], dict[str, int] | None]:
+    """What is logged of a group with five outputs, of which three stay, and what its report says of them."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    handler, logger = Handler(), logging.getLogger("llm_allreduce_plugin")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with checks.communicator(context, strategy, registered_pool="16K" if strategy == "UB" else None) as group:
+            kept = [group.all_reduce(torch.ones(1000)) for _ in range(5)]  # 4096 bytes each, and 12 KiB to take from
+            assert all(output.tolist() == [float(context.world_size)] * 1000 for output in kept)
+            used: dict[str, int] | None = group.report()["registered_memory"]
+    finally:
+        logger.removeHandler(handler)
+    return lines, used
+
+
+def test_the_log_says_how_many_outputs_were_registered(cpu_pool: PoolFor) -> None:
+    """At the start where they lie, at the end how many stayed there; the first rank alone."""
+    (lines, used), (others, same) = cpu_pool(2).run(_lines_of_ub, "UB")
+    assert others == []
+    assert used == same == {"bytes": 16384, "stayed": 3, "copied_out": 2}
+    assert lines == [
+        "all-reduce over 2 ranks (shm memory, allreduce_strategy UB, sizes per rank): UB to 4 KiB, then TWOSHOT",
+        "UB takes outputs from registered memory, 16384 bytes on each rank",
+        "all-reduce summary: UB 5 calls; no fallbacks",
+        "registered memory of 16384 bytes: 3 of 5 outputs stayed in it, 2 were copied out, because nothing was free",
+    ]
+    (lines, used), _ = cpu_pool(2).run(_lines_of_ub, "TWOSHOT")
+    assert used is None
+    assert not any("registered memory" in line for line in lines)
 
 
 def _outlives(context: RankContext) -> torch.Tensor:

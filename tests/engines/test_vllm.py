@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from llm_allreduce_plugin.algorithms.user_buffer import DEFAULT_CPU_POOL_BYTES
 from llm_allreduce_plugin.demo import serve as serve_demo
 from llm_allreduce_plugin.demo.engines import ENGINES
 from llm_allreduce_plugin.demo.server import end_of
@@ -283,6 +284,8 @@ def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
         assert f"rank 1 reports: {strategy} 216 calls" in said
         counted(said, strategy, 216)
         assert [report["fallbacks"] for report in answer.reports] == [{}, {}]
+        pool = {"bytes": DEFAULT_CPU_POOL_BYTES, "stayed": 216, "copied_out": 0} if strategy == "UB" else None
+        assert [report["registered_memory"] for report in answer.reports] == [pool, pool]
         if strategy == "ONESHOT":
             assert f"the log says: all-reduce summary: {strategy} 216 calls; no fallbacks" in said
     else:

@@ -17,7 +17,15 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector, samples_of
 from llm_allreduce_plugin.runtime.reports import Report
-from llm_allreduce_plugin.runtime.tally import MOST_FALLBACKS, OTHER_REASONS, CountedCall, Fallback, Tally, fallback_of
+from llm_allreduce_plugin.runtime.tally import (
+    MOST_FALLBACKS,
+    OTHER_REASONS,
+    CountedCall,
+    Fallback,
+    Tally,
+    fallback_of,
+    summary_of,
+)
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.topology.links import Transport
 
@@ -125,6 +133,20 @@ def test_the_summary_of_a_killed_worker(tmp_path: Path, caplog: pytest.LogCaptur
         "all-reduce summary: ONESHOT 7 calls and 3 captured into graphs, NCCL 2 calls; "
         "fallbacks: ONESHOT -> NCCL 2 (no kernel) (rank 0's last report)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("stayed", "copied_out", "outputs"),
+    [
+        (120, 8, "120 of 128 outputs stayed in it, 8 were copied out, because nothing was free"),
+        (1, 0, "1 of 1 output stayed in it"),
+        (0, 1, "0 of 1 output stayed in it, 1 was copied out, because nothing was free"),
+    ],
+)
+def test_the_summary_of_a_killed_worker_with_registered_memory(stayed: int, copied_out: int, outputs: str) -> None:
+    used = {"bytes": 4096, "stayed": stayed, "copied_out": copied_out}
+    made = Report.model_validate({"rank": 0, "calls": {"UB": 128}, "registered_memory": used})
+    assert summary_of(made) == f"UB 128 calls; no fallbacks; registered memory of 4096 bytes: {outputs}"
 
 
 def test_samples_of_a_report() -> None:

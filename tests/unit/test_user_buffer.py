@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
-from llm_allreduce_plugin.algorithms.user_buffer import pool_bytes
+from llm_allreduce_plugin.algorithms.user_buffer import memory_in_words, pool_bytes
+from llm_allreduce_plugin.group.start_log import log_start
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
@@ -87,6 +88,23 @@ def test_in_one_kernel_with_the_norm_the_sum_is_no_output(world_size: int, name:
 def test_the_log_says_from_which_size_on() -> None:
     assert describe(config("UB"), facts(4, in_band=True)) == "TWOSHOT to 2 MiB, UB to 128 MiB, then TWOSHOT"
     assert describe(config("UB"), facts(transport=Transport.SHM)) == "UB to 4 MiB, then TWOSHOT"
+
+
+def test_the_log_says_where_outputs_lie(caplog: pytest.LogCaptureFixture) -> None:
+    """And over two GPUs that there is no such memory, because one step runs."""
+    two, four = facts(2, in_band=True), facts(4, in_band=True)
+    said = memory_in_words(config("UB"), four)
+    assert said == "UB takes outputs from registered memory, 536870912 bytes on each rank"
+    one_step = "UB takes one step over 2 GPUs, as ONESHOT does, and stores into no outputs of others. "
+    one_step += "Registered memory: "
+    assert memory_in_words(config("UB"), two) == f"{one_step}none is opened"
+    asked = memory_in_words(config("UB", registered_pool="1M"), two)
+    assert asked == f"{one_step}1048576 bytes, for registered_empty alone"
+    assert memory_in_words(config("UB", registered_pool=0), four) == "", "the first call says why it cannot run"
+    assert memory_in_words(config("TWOSHOT", registered_pool="1M"), four) == ""
+    caplog.set_level("INFO")
+    log_start(config("UB"), two, describe(config("UB"), two))
+    assert f"{one_step}none is opened" in caplog.messages
 
 
 @pytest.mark.parametrize("strategy", ["AUTO", "MINLATENCY"])
