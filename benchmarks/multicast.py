@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llm_allreduce_plugin.measure.answers import digest, make_case, wrong_elements
 from llm_allreduce_plugin.measure.environment import write_record
-from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
+from llm_allreduce_plugin.measure.ranks import FAILURES, RankContext, RankPool, in_a_line
 from llm_allreduce_plugin.measure.timing import time_graph
 from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
 
@@ -105,11 +105,16 @@ def main() -> None:
     arguments = parser.parse_args()
     sizes = [1 << power for power in range(arguments.min, arguments.max + 1, 2)]
     found: dict[str, dict[str, Any]] = {}
-    with RankPool(arguments.gpus, "cuda") as pool:
-        for name in SUBJECTS:
-            found[name] = pool.run(validate, name, sizes, timeout_s=900)[0]
-            print(f"{name}: {found[name].get('refused') or str(found[name]['wrong']) + ' wrong'}", flush=True)
-        found["NCCL"] = {"wrong": 0, "us": pool.run(time_nccl, sizes, timeout_s=900)[0]}
+    try:
+        with RankPool(arguments.gpus, "cuda") as pool:
+            for name in SUBJECTS:
+                found[name] = {"refused": "did not come to an end"}
+                found[name] = pool.run(validate, name, sizes, timeout_s=900)[0]
+                print(f"{name}: {found[name].get('refused') or str(found[name]['wrong']) + ' wrong'}", flush=True)
+            found["NCCL"] = {"wrong": 0, "us": pool.run(time_nccl, sizes, timeout_s=900)[0]}
+    except FAILURES as error:  # what has been found so far is told and kept
+        print(f"error: {in_a_line(error)}", file=sys.stderr, flush=True)
+        found.setdefault("NCCL", {"refused": "not measured"})
     print(table(found, sizes))
     if arguments.out is not None:
         rows = [{"subject": name} | each for name, each in found.items()]
