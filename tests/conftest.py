@@ -19,10 +19,10 @@ import torch
 
 from llm_allreduce_plugin.measure.ranks import RankPool
 from tests.support.pool import ForkedPool
+from tests.support.switched_off import SWITCHES as MULTICAST_SWITCHES
 
-# No test, and nothing that one starts, may make a multicast object, on whatever machine: both switches are set before
-# anything looks at them, and every process inherits them.
-MULTICAST_SWITCHES = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
+# Both are set before anything looks at them, and every process inherits them: tests/cpu and tests/engines look whether
+# all have, those that other processes start among them.
 os.environ.update(MULTICAST_SWITCHES)
 
 

@@ -23,6 +23,7 @@ from llm_allreduce_plugin.transport.multicast_driver import entry_names, switche
 from tests.conftest import PoolFor
 from tests.support.marks import slow
 from tests.support.pool import ForkedPool
+from tests.support.switched_off import Watch
 
 
 def _behave(context: RankContext, behaviours: dict[int, str]) -> int:
@@ -140,14 +141,27 @@ def test_nobody_outside_this_machine_reaches_what_ranks_meet_at(tmp_path: Path) 
     assert _listening().keys() <= before.keys()
 
 
+def _pid(_context: RankContext) -> int:
+    return os.getpid()
+
+
 def _multicast_names(_context: RankContext) -> tuple[str | None, list[str]]:
     return switched_off_by(), [name for name in entry_names() if "ulticast" in name]
 
 
-def test_no_rank_could_make_a_multicast_object(cpu_pool: PoolFor) -> None:
-    """What ranks of the suite may call of a driver has nothing of it, in processes that are forked or not."""
+def test_no_rank_could_make_a_multicast_object(cpu_pool: PoolFor, switches: Watch) -> None:
+    """What ranks of the suite may call of a driver has nothing of it, in processes that are forked or not.
+
+    And all of them were started with both switches.
+    """
     expected = [("TORCH_SYMM_MEM_DISABLE_MULTICAST=1", [])] * 4
+
+    def look(pool: RankPool, world_size: int) -> None:
+        assert pool.run(_multicast_names) == expected[:world_size]
+        switches.look()
+        assert set(pool.run(_pid)) <= switches.seen
+
     for world_size in (2, 4):
-        assert cpu_pool(world_size).run(_multicast_names) == expected[:world_size]
+        look(cpu_pool(world_size), world_size)
     with RankPool(2, "cpu") as pool:
-        assert pool.run(_multicast_names) == expected[:2]
+        look(pool, 2)

@@ -29,6 +29,7 @@ import yaml
 from llm_allreduce_plugin.demo import serve as serve_demo
 from tests.support.forked import left_in_shm
 from tests.support.marks import slow
+from tests.support.switched_off import Watch
 
 pytestmark = [
     pytest.mark.engine,
@@ -232,7 +233,7 @@ def started(model: Path, folder: Path, strategy: str, at_once: ThreadPoolExecuto
 
 # A second one beside the first shows that they keep apart, which groups of their own show without servers.
 @pytest.mark.parametrize("strategies", [("ONESHOT",), slow(("ONESHOT", "TWOSHOT"))], ids=" and ".join)
-def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...]) -> None:
+def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...], switches: Watch) -> None:
     """Each gives Hugging Face's tokens, counts its calls and fuses every boundary that it should.
 
     Then a rank of ONESHOT's is stopped and one of TWOSHOT's killed: both servers end, the first with an error
@@ -244,6 +245,8 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...]) -> No
         servers = dict(zip(strategies, (future.result() for future in futures), strict=True))
         for server in servers.values():
             same_tokens(server, model)
+        switches.look()
+        assert len(switches.seen) >= 3 * len(servers), "server and two ranks; those that lack a switch end the test"
         time.sleep(1.5)  # ranks write their reports some times a second
         for strategy, server in servers.items():
             found = reports(tmp_path / strategy / "reports")

@@ -26,6 +26,7 @@ from llm_allreduce_plugin.topology import NodeIdentity
 from tests.support.forked import left_in_shm, wait_until
 from tests.support.marks import slow
 from tests.support.profiles import entry
+from tests.support.switched_off import Watch
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
@@ -255,6 +256,7 @@ def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
     strategy: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    switches: Watch,
 ) -> None:
     """The demo's own steps compare with Hugging Face and check what the workers ran; they raise otherwise.
 
@@ -275,6 +277,8 @@ def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
         monkeypatch.setenv(name, value)
     engine = ENGINES["vllm"]
     with serve_demo.served(engine, strategy, tmp_path) as answer:
+        switches.look()
+        assert len(switches.seen) >= 4, "server, engine, two workers; those that lack a switch end the test"
         if strategy == "TWOSHOT":
             stop_a_worker(answer)
     serve_demo.judge(engine, strategy, answer)

@@ -1,0 +1,74 @@
+"""What looks for processes without the switches against multicast: it finds them, at whatever depth."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.support.switched_off import SWITCHES, Watch, watching
+
+# Sleeps until its input ends, below a process that does the same; `lacking` is taken out of what it inherits.
+_BELOW = """
+import os, subprocess, sys
+environment = {name: value for name, value in os.environ.items() if name not in sys.argv[1:]}
+child = subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], env=environment)
+child.wait()
+"""
+
+
+@contextmanager
+def started(*lacking: str) -> Iterator[int]:
+    """A process, and below it another that lacks these variables; both have begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BELOW, *lacking], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "1\n"
+        yield process.pid
+    finally:
+        process.stdin.write("\n")
+        process.communicate(timeout=60)
+
+
+def test_processes_with_both_are_seen() -> None:
+    with started() as pid, watching() as watch:
+        watch.look()
+        assert pid in watch.seen
+        assert len(watch.seen) >= 2
+    assert watch.wrong == {}
+
+
+@pytest.mark.parametrize("lacking", [*SWITCHES, " ".join(SWITCHES)])
+def test_a_process_below_that_lacks_one_is_found(lacking: str) -> None:
+    with started(*lacking.split()) as pid:
+        watch = Watch()
+        watch.look()
+        assert pid in watch.seen
+        ((found, complaint),) = watch.wrong.items()
+        assert found != pid
+        assert complaint.startswith(
+            f"runs without {' and '.join(f'{name}={SWITCHES[name]}' for name in lacking.split())}: {sys.executable}"
+        )
+        with pytest.raises(AssertionError, match=f"runs without {lacking.partition(' ')[0]}"), watching():
+            pass
+
+
+def test_another_value_switches_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "01")  # the other switch is as ever
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        watch = Watch()
+        while process.pid not in watch.wrong:
+            watch.look()
+        assert "NCCL_NVLS_ENABLE=0: sleep 60" in watch.wrong[process.pid]
+    finally:
+        process.kill()
+        process.wait()
+    assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
