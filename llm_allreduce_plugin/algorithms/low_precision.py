@@ -114,7 +114,10 @@ class LowPrecision(KernelStrategy):
             return Merit(pays=True) if message.payload_bytes >= settings.min_bytes else Merit(pays=False, reason=reason)
         least, source = tables.low_precision_pays_from(facts, settings.wire_format, message.element_bytes)
         if least is None:
-            reason = f"at no size {settings.wire_format} between hosts is faster than exact sums ({source})"
+            if facts.crosses_network:
+                reason = f"at no size {settings.wire_format} between hosts is faster than exact sums ({source})"
+            else:
+                reason = f"from which size on {settings.wire_format} is faster than exact sums is not known: {source}"
             return Merit(pays=False, reason=reason)
         reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
         return Merit(pays=True) if message.payload_bytes >= least else Merit(pays=False, reason=reason)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
+from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Decision
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
@@ -86,6 +88,28 @@ def test_compression_runs_where_it_is_faster() -> None:
     assert low_precision(48 << 10, "bfloat16", host).strategy is S.LOWPRECISION
     assert low_precision((48 << 10) - 1, "bfloat16", host).strategy is S.MINLATENCY
     assert low_precision(8, "bfloat16", host, min_bytes=0).strategy is S.LOWPRECISION
+
+
+@pytest.mark.parametrize("transport", [Transport.SYMMETRIC, Transport.HOST])
+@pytest.mark.parametrize("wire", [wire for wire in WireFormat if not wire.keeps_rows])
+def test_a_format_without_a_size_is_refused_with_its_own_reason(
+    transport: Transport, wire: WireFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody has measured it, at every size; not with the number or the words of another kind of memory."""
+    group = facts(4, transport, workspace=12 << 20, in_band=wire.goes_in_band)
+    counts = (1, 1 << 12, 1 << 27)
+    assert low_precision(counts[-1], "bfloat16", group, wire_format=wire).strategy is S.LOWPRECISION, "it is listed"
+    monkeypatch.delitem(measured.LOW_PRECISION_PAYS_FROM, (transport, wire))
+    for count in counts:
+        decision = low_precision(count, "bfloat16", group, wire_format=wire)
+        assert (decision.strategy, decision.by_design, decision.is_fallback) == (S.MINLATENCY, True, False)
+        assert decision.reason == (
+            f"from which size on {wire} is faster than exact sums is not known: "
+            f"{wire} was not measured over {transport} memory"
+        )
+    assert low_precision(1, "bfloat16", group, wire_format=wire, min_bytes=0).strategy is S.LOWPRECISION
+    cpu = facts(4, Transport.SHM, workspace=4 << 20)
+    assert low_precision(1, "bfloat16", cpu, wire_format=wire).strategy is S.LOWPRECISION
 
 
 @given(st.integers(0, 1 << 26), st.sampled_from(list(WireFormat)), st.integers(2, 8), st.integers(1 << 19, 1 << 24))

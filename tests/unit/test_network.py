@@ -139,6 +139,14 @@ def test_low_precision_leaves_to_exact_sums_what_the_model_says(wire: WireFormat
     assert decide(settings, facts(TWO_OF_EIGHT, "cpu"), 1, "bfloat16").strategy is S.LOWPRECISION
 
 
+def test_where_compression_between_hosts_never_pays_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.host_costs, "compression_pays_from", lambda *_arguments: None)
+    settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"wire_format": "tq3"})
+    decision = decide(settings, facts(TWO_OF_EIGHT), 1 << 26, "bfloat16")
+    assert decision.strategy is S.MINLATENCY
+    assert decision.reason.startswith("at no size tq3 between hosts is faster than exact sums (")
+
+
 @pytest.mark.parametrize("algorithm", ["ring", "hierarchical"])
 def test_algorithms_of_one_host_say_that_they_are(algorithm: str) -> None:
     settings = AllReduceConfig(allreduce_strategy=S.LOWPRECISION, low_precision={"algorithm": algorithm})
