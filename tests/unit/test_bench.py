@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 import typer
@@ -9,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import table
+from llm_allreduce_plugin.bench import table, worker
 from llm_allreduce_plugin.bench.worker import Measurement
 from llm_allreduce_plugin.cli import app, bench_subject
 from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
-from llm_allreduce_plugin.measure import answers, norm_answers
+from llm_allreduce_plugin.measure import answers, norm_answers, products
+from llm_allreduce_plugin.measure.products import MatrixProduct
+from llm_allreduce_plugin.measure.timing import Timing
 from llm_allreduce_plugin.norm import Normed, QuantKind
 
 RUNNER = CliRunner()
@@ -173,6 +179,91 @@ def test_wrong_flags_are_named(arguments: list[str], complaint: str) -> None:
     result = RUNNER.invoke(app, ["bench", *arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     assert result.exit_code == 2
     assert complaint in " ".join(result.output.replace("│", " ").split())
+
+
+PRODUCT_US, CALL_US, EAGER_US = 30.0, 5.0, 11.0
+
+
+class Gpu:
+    """A rank whose clock advances by made-up times, and what it has run."""
+
+    def __init__(self, call_us: float) -> None:
+        self.call_us = call_us
+        self.device, self.control_group = SimpleNamespace(type="cuda"), None
+        self.now_us = 0.0
+        self.ran: list[str] = []
+        self.products: list[tuple[Any, ...]] = []
+
+    def run(self, what: str, time_us: float) -> None:
+        self.ran.append(what)
+        self.now_us += time_us
+
+    def time_graph(self, _context: object, call: Callable[[], Any], *_effort: object) -> Timing[Any]:
+        started = self.now_us
+        output = call()
+        return Timing(self.now_us - started, self.now_us - started, output)
+
+    def measured(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Measurement:
+        gpu = self
+
+        class Product(MatrixProduct):
+            def __init__(self, context: Any, *shape: Any) -> None:
+                self._context = context
+                gpu.products.append(shape)
+
+            def run(self) -> None:
+                gpu.run("product", PRODUCT_US)
+
+        def call() -> str:
+            gpu.run("call", gpu.call_us)
+            return "answer"
+
+        message = SimpleNamespace(
+            refusal=lambda _candidate: None,
+            first_call=lambda _candidate: (call, "answer"),
+            expected=lambda: "answer",
+            wrong=lambda _candidate, found, expected: int(found != expected),
+        )
+        candidate = SimpleNamespace(in_place=False, capturing=None)
+        monkeypatch.setitem(worker._open, "ONESHOT", candidate)
+        monkeypatch.setattr(worker, "_message", lambda *_arguments: message)
+        monkeypatch.setattr(worker, "on_every_rank", lambda function, *_arguments: function())
+        monkeypatch.setattr(worker, "MatrixProduct", Product)
+        monkeypatch.setattr(worker.timing, "time_eager", lambda *_arguments: Timing(EAGER_US, EAGER_US, "answer"))
+        monkeypatch.setattr(worker.timing, "time_graph", gpu.time_graph)
+        monkeypatch.setattr(products, "time_graph", gpu.time_graph)
+        return worker.measure(cast("Any", gpu), "ONESHOT", 24_576, worker.Options("bfloat16", **options))
+
+
+def test_calls_between_products_take_what_they_add(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product stands before each call; products alone are timed first, and taken off. Calls in a row have none."""
+    gpu = Gpu(CALL_US)
+    row = gpu.measured(monkeypatch, between=4096)
+    assert (row.graph_us, row.product_us, row.eager_us) == (CALL_US, PRODUCT_US, EAGER_US)
+    assert (row.eager_wrong, row.graph_wrong, row.time_us) == (0, 0, CALL_US)
+    assert gpu.ran == ["product", "product", "call"]
+    assert gpu.products == [(3, 4096, 8192, torch.bfloat16)], "as many rows as the message has"
+
+
+def test_calls_without_products_take_all_of_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(CALL_US)
+    row = gpu.measured(monkeypatch)
+    assert (row.graph_us, row.product_us) == (CALL_US, None)
+    assert gpu.ran == ["call"]
+    assert gpu.products == []
+
+
+def test_a_call_that_is_hidden_wholly_takes_no_negative_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it the graph was faster than products alone, as clocks go."""
+    row = Gpu(-2.0).measured(monkeypatch, between=4096)
+    assert (row.graph_us, row.product_us) == (worker.LEAST_US, PRODUCT_US)
+
+
+def test_rows_of_products_are_those_of_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    for hidden, rows in ((4096, 6), (32_768, 1)):
+        gpu = Gpu(CALL_US)
+        gpu.measured(monkeypatch, between=512, hidden=hidden)
+        assert gpu.products == [(rows, 512, hidden, torch.bfloat16)]
 
 
 def test_products_between_calls_are_for_graphs() -> None:
