@@ -189,10 +189,11 @@ def test_lines_of_a_log() -> None:
     log = f"""
 [2026-11-26 09:00:00 TP0] {OVER}
 [2026-11-26 09:00:01 TP0] Load weight end.
-[2026-11-26 09:00:02 TP0] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
-[2026-11-26 09:00:02 TP1] all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)
+[2026-11-26 09:00:02 TP0] all-reduce fusion: 3 layer boundaries are one call each (3 with RMSNorm); one kernel or two by size and type
+[2026-11-26 09:00:02 TP1] all-reduce fusion: 3 layer boundaries are one call each (3 with RMSNorm); one kernel or two by size and type
 """
-    assert decode.said_in(log) == [OVER, "all-reduce fusion: 3 layer boundaries fused (3 with RMSNorm)"]
+    fusion = "3 layer boundaries are one call each (3 with RMSNorm); one kernel or two by size and type"
+    assert decode.said_in(log) == [OVER, f"all-reduce fusion: {fusion}"]
 
 
 def test_tokens_that_differ_are_a_failure() -> None:
