@@ -36,6 +36,10 @@ from tests.support.fusion_runs import RANKS, Output, make_inputs, run, same, sam
 from tests.support.fusion_refusals import ALONE, NORM_ONLY, check_left_alone, check_odd_width, other_group  # isort: skip
 
 
+# Quantizations behind norms in every spelling; behind ``layer``, all of them.
+CROSSED = ("static", "token", "group", "nvfp4 swizzled", "native static", "native token", "native group")
+
+
 @dataclass(frozen=True)
 class Case:
     """A boundary: which place it has in a model, how it is written, and who asks for the norm beside a quantization."""
@@ -164,7 +168,7 @@ def all_checks() -> dict[str, Callable[[], None]]:
     cases = [Case(norm, place) for norm in NORMS for place in ("first", "middle", "last")]
     cases += [Case(norm, place, dtype=torch.float32) for norm in NORMS for place in ("first", "middle")]
     cases += [Case("layer", place, quant) for quant in QUANTS for place in ("first", "middle")]
-    cases += [Case(norm, "middle", "static") for norm in NORMS if norm != "layer"]
+    cases += [Case(norm, "middle", quant) for norm in NORMS if norm != "layer" for quant in CROSSED]
     cases += [Case("native", "last", quant) for quant in ("token", "native group")]
     cases += [Case("layer", "middle", quant, norm_too=True) for quant in QUANTS]
     checks: dict[str, Callable[[], None]] = {case.name: case.check for case in cases}
