@@ -141,7 +141,7 @@ def check_specials(context: RankContext, strategy: str, dtype: torch.dtype, sett
         context.gather(None)
 
 
-BATCHES = (1, 2, 3, 5, 8, 31, 64, 257)
+BATCHES = (1, 2, 3, 5, 8, 31, 64, 257, 1030, 4096)
 
 
 def check_batches(context: RankContext, hidden: int, settings: dict[str, Any]) -> None:
