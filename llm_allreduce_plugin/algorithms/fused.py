@@ -116,7 +116,11 @@ def pays(facts: GroupFacts, rows: Rows, launch: Launch) -> Merit:
         return Merit(pays=pays_, reason=f"{table.place_of(payload)}, where {faster} ({table.source})")
     if facts.transport is Transport.SHM:
         return Merit(pays=True, reason="fuse_norm is on")
-    least, most, source = tables.fused_pays(launch.algorithm.name, facts)
+    sizes, source = tables.fused_pays(launch.algorithm.name, facts)
+    if sizes is None:
+        through = "through host memory " if facts.transport is Transport.HOST else ""
+        return Merit(pays=False, reason=f"{through}two kernels are faster than one ({source})")
+    least, most = sizes
     if payload < least:
         steps = "in two steps " if launch.algorithm is Algorithm.TWO_SHOT else ""
         reason = f"{steps}below {bytes_in_words(least)} two kernels are faster than one ({source})"

@@ -231,19 +231,34 @@ FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "TWO_SHOT": {2: (), 3: (Split(0, 132, 16, 76),)},
 }
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
-# The smallest and the largest message for which one kernel is faster than two, by the algorithm of the one and world
-# size (the next larger one, or the last); None: no size is known for which it is not. A profile comes before it. Two
-# steps (four H100, rows of 4096 and 8192): lanes of few rows wait for one message after the other, 10.6 us against 9.1
-# at 1 MiB; 15.4 against 17.1 at 2 (benchmarks/h100/fused_shapes_tp4.json).
-FUSED_PAYS: dict[str, dict[int, tuple[int, int | None]]] = {
-    "ONE_SHOT": {8: (0, None)},
-    "TWO_SHOT": {8: (2 * MIB, None)},
+# The smallest and the largest message for which one kernel is faster than two, by transport, the algorithm of the one
+# and world size (the next larger one, or the last). No largest: none is known for which it is not. NEVER: for none. A
+# profile comes before it. In graphs: times of eager calls are mostly the host's, and one choice must do for both
+# (profiles/entry.py).
+#
+# Two steps (four H100, rows of 4096 and 8192): lanes of few rows wait for one message after the other, 10.6 us against
+# 9.1 at 1 MiB; 15.4 against 17.1 at 2 (benchmarks/h100/fused_shapes_tp4.json). With four H200 both are as fast at 1.6
+# MiB, with three at 4.6, and at 800 KiB before (configs/tuning/nvidia-h200-x4.json).
+# Through host memory 16-bit rows that travel in band were slower in one kernel at every size (the same file, and
+# nvidia-h100.json).
+NEVER = None
+FUSED_PAYS: dict[tuple[Transport, str], dict[int, tuple[int, int | None] | None]] = {
+    (Transport.SYMMETRIC, "ONE_SHOT"): {8: (0, None)},
+    (Transport.SYMMETRIC, "TWO_SHOT"): {3: (4736 * KIB, None), 8: (2 * MIB, None)},
+    (Transport.HOST, "ONE_SHOT"): {8: NEVER},
 }
 # Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json, h100/bench_fused_tp2.json,
-# h100/fused_shapes_tp4.json); of others nobody knows.
+# h100/fused_shapes_tp4.json, and the profiles above); of others nobody knows.
 FUSED_SOURCES: dict[tuple[Transport, int], str] = {
     (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, 2 H100, rows of 8192)",
-    (Transport.SYMMETRIC, 4): "one kernel was faster than two to 128 KiB and from 2 MiB on (4 H100, rows of 8192)",
+    (Transport.SYMMETRIC, 3): (
+        "one kernel was faster than two in one step to 512 KiB and in two from 4.625 MiB on (3 H200, rows of 8192)"
+    ),
+    (Transport.SYMMETRIC, 4): (
+        "one kernel was faster than two to 128 KiB and from 2 MiB on (4 H200, 4 H100, rows of 8192)"
+    ),
+    (Transport.HOST, 2): "5.51 us against 6.88 at 16 KiB, 17.4 against 18.6 at 256 KiB: 2 H100, rows of 8192",
+    (Transport.HOST, 4): "6.13 us against 10.1 at 16 KiB, 10.6 against 12.9 at 64 KiB: 4 H200, rows of 8192",
 }
 
 # Staged calls (csrc/device/staged_lane.cuh). An estimate, not measured: a stage waits for two flags more than stores

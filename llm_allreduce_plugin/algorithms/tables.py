@@ -139,14 +139,17 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: 
     return int(size * scale), source
 
 
-def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[int, int | None, str]:
+def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[tuple[int, int | None] | None, str]:
     """The smallest and the largest message for which one kernel for sum and norm is faster than two, and the source.
 
-    None: there is no largest one.
+    No largest: from the smallest on at every size. None instead of both: at no size.
     """
-    least, most = _of(measured.FUSED_PAYS[algorithm], facts.world_size)
+    through_host = facts.transport is Transport.HOST
+    sizes = _of(measured.FUSED_PAYS[facts.transport, algorithm], facts.world_size)
     if (source := measured.FUSED_SOURCES.get((facts.transport, facts.world_size))) is not None:
-        return least, most, source
-    through = " through host memory" if facts.transport is Transport.HOST else ""
+        return sizes, source
+    through = " through host memory" if through_host else ""
     unknown = f"one kernel or two was not measured for {facts.world_size} ranks{through}"
-    return least, most, f"an estimate from 4 ranks: {unknown}" if least > 0 else unknown
+    if sizes is not None and sizes[0] == 0:
+        return sizes, unknown
+    return sizes, f"an estimate from {'2 and 4' if through_host else '4'} ranks: {unknown}"

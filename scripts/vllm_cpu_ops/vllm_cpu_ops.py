@@ -2,8 +2,8 @@
 
 vLLM publishes its CPU build apart from the wheel on the package index, so on a machine without a GPU the wheel's Python
 code is complete but a handful of operators is missing. This general plugin supplies just those that a dense
-decoder-only model needs in fp32. On a platform other than vLLM's CPU platform, or next to the real kernels, it does
-nothing.
+decoder-only model needs in fp32 or bf16. On a platform other than vLLM's CPU platform, or next to the real kernels, it
+does nothing.
 
 With CPU_OPS_COMPILE=1, models that are compiled at all are compiled as on GPUs: piece by piece, and through vLLM's
 passes. vLLM's CPU platform leaves both out.
@@ -37,6 +37,7 @@ def register() -> None:
     ):
         return
     from vllm import _custom_ops
+    from vllm.model_executor.layers import utils as layer_utils
     from vllm.utils import cpu_triton_utils
 
     _library = torch.library.Library("_C", "FRAGMENT")
@@ -61,6 +62,8 @@ def register() -> None:
     _custom_ops.cpu_attn_get_scheduler_metadata = _scheduler_metadata
     _custom_ops.cpu_attn_reshape_and_cache = reshape_and_cache
     _custom_ops.cpu_attention_with_kv_cache = attention_with_kv_cache
+    # Products of packed weights, which vLLM asks for in bf16 where the processor has tiles: torch's linear instead.
+    layer_utils.check_cpu_sgl_kernel = lambda *_: False
     # vLLM's replacement lists its parameters in another order than the kernel that it replaces and is called by
     # position.
     cpu_triton_utils._compute_slot_mapping_kernel_impl = _slot_mapping_by_position  # noqa: SLF001

@@ -46,6 +46,24 @@ def test_one_kernel_and_two_give_the_bits_of_the_oracle(cpu_pool: PoolFor, world
     assert digests == [digests[0]] * 3
 
 
+@pytest.mark.parametrize("world_size", (6, 7))
+def test_of_more_ranks(cpu_pool: PoolFor, world_size: int) -> None:
+    pool, shapes = cpu_pool(world_size), ((1, 8), (5, 4096), (33, 512))
+    digests = [
+        pool.run(norm_checks.check_shapes, strategy, torch.bfloat16, shapes, {}, f"{strategy} (fused norm)")[0]
+        for strategy in ("ONESHOT", "TWOSHOT")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_as_many_rows_as_there_may_be(cpu_pool: PoolFor) -> None:
+    digests = [
+        cpu_pool(2).run(norm_checks.check_shapes, "TWOSHOT", torch.bfloat16, ((65536, 16),), settings, name)[0]
+        for settings, name in (({}, "TWOSHOT (fused norm)"), ({"fuse_norm": False}, "TWOSHOT, then norm"))
+    ]
+    assert digests[0] == digests[1]
+
+
 def test_other_types(cpu_pool: PoolFor) -> None:
     cpu_pool(2).run(norm_checks.check_shapes, "TWOSHOT", torch.float16, SHAPES, {}, "TWOSHOT (fused norm)")
     cpu_pool(2).run(norm_checks.check_shapes, "TWOSHOT", torch.float32, SHAPES, {}, "TWOSHOT, then norm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import http.client
 import json
@@ -304,7 +305,7 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     command = [*DEMO, "oneshot", "--compile", "--tokens", str(tokens)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert "the log says: all-reduce fusion: 9 layer boundaries fused (9 with RMSNorm)" in result.stdout
+    assert "the log says: all-reduce fusion: 9 layer boundaries are one call each (9 with RMSNorm)" in result.stdout
     assert "Hugging Face generates the same tokens from the same weights" in result.stdout
     # 24 tokens and the run that compiles, each with 9 sums; norms of fp32 have a kernel of their own.
     for rank in (0, 1):
@@ -313,6 +314,40 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     fell = "fallbacks: fused norm -> ONESHOT, then norm 225 (only 16-bit types are fused, not float32)"
     assert f"the log says: all-reduce summary: ONESHOT, then norm 225 calls; {fell}" in result.stdout
     assert len(json.loads(tokens.read_text())) == 24
+
+
+@pytest.mark.slow
+def test_bfloat16_with_the_norm_in_the_kernel_of_the_sum(
+    marked: tuple[dict[str, str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled model in a 16-bit type: the norm is in one kernel with the sum; tokens are those of vLLM's own norm.
+
+    The demo serves fp32, which takes two kernels.
+    """
+    for name, value in (marked[0] | CPU).items():
+        monkeypatch.setenv(name, value)
+    engine, tokens, calls = ENGINES["vllm"], {}, {}
+    settings, gpus = engine._template()
+    for fuse_norm in (True, False):
+        work = tmp_path / f"fuse_norm_{fuse_norm}"
+        work.mkdir()
+        ours = settings["additional-config"]["allreduce"] | {"fuse_norm": fuse_norm}
+        served = settings | {"dtype": "bfloat16", "additional-config": {"allreduce": ours}}
+        monkeypatch.setattr(engine, "_template", lambda served=served: (copy.deepcopy(served), gpus))
+        with serve_demo.served(engine, "ONESHOT", work, compiled=True) as answer:
+            asked = {"model": "demo", "prompt": serve_demo.PROMPT, "max_tokens": 24, "temperature": 0}
+            asked |= {"ignore_eos": True, "return_token_ids": True}
+            choice = serve_demo.http(f"{answer.url}/v1/completions", asked)["choices"][0]
+            time.sleep(1.5)  # the workers write their reports some times a second
+            calls[fuse_norm] = [set(report["calls"]) for report in serve_demo.read_reports(work / "report")]
+        tokens[fuse_norm] = choice["token_ids"]
+        log = answer.log.read_text(errors="replace")
+        assert ("9 layer boundaries are one call each" in log) is fuse_norm
+        summary = "ONESHOT (fused norm)" if fuse_norm else "ONESHOT"
+        assert re.search(rf"all-reduce summary: {re.escape(summary)} \d+ calls; no fallbacks", log), end_of(answer.log)
+    assert calls == {True: [{"ONESHOT (fused norm)"}] * 2, False: [{"ONESHOT"}] * 2}
+    assert len(tokens[True]) == 24
+    assert tokens[True] == tokens[False]
 
 
 def test_demo_stops_cleanly_on_ctrl_c(marked: tuple[dict[str, str], str]) -> None:

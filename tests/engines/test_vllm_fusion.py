@@ -1,6 +1,7 @@
 """Our pass on graphs that vLLM's own layers make: of the version that is installed, and of others that are unpacked.
 
-``ALLREDUCE_TEST_VLLM`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions.
+``scripts/test.sh`` unpacks two. ``ALLREDUCE_TEST_VLLM`` names other folders that ``scripts/unpack_engine.sh`` made,
+separated by colons.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 INSTALLED = "installed"
-PACKAGES = [INSTALLED, *filter(None, os.environ.get("ALLREDUCE_TEST_VLLM", "").split(":"))]
+# What scripts/test.sh has unpacked.
+UNPACKED = sorted(str(folder) for folder in (ROOT / ".venv" / "vllm").glob("*") if (folder / "vllm").is_dir())
+PACKAGES = [INSTALLED, *(list(filter(None, os.environ.get("ALLREDUCE_TEST_VLLM", "").split(":"))) or UNPACKED)]
 
 
 @functools.cache
@@ -38,12 +41,12 @@ def faults_of(package: str) -> dict[str, str | None]:
     return faults
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: Path(package).name)
 @pytest.mark.parametrize(
     "what",
     [
         "layer, ", "gemma_layer, ", "native, ", "native_gemma, ", "custom, ", "transformers, ",
-        "left alone: ", "norm only: ", "layers: ", "batch dimension", "pass manager",
+        "left alone: ", "norm only: ", "layers: ", "batch dimension", "pass manager", "compile ranges",
     ],
 )  # fmt: skip
 def test_boundaries_are_fused_as_they_are_written(package: str, what: str) -> None:
@@ -52,7 +55,7 @@ def test_boundaries_are_fused_as_they_are_written(package: str, what: str) -> No
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: Path(package).name)
 def test_every_quantization_was_tried(package: str) -> None:
     names = faults_of(package)
     for quant in (
@@ -61,3 +64,6 @@ def test_every_quantization_was_tried(package: str) -> None:
     ):  # fmt: skip
         assert {f"layer, {place}, {quant}, bfloat16" for place in ("first", "middle")} <= names.keys()
         assert f"layer, middle, {quant}, and norm, bfloat16" in names
+    for norm in ("gemma_layer", "native", "native_gemma", "custom", "transformers"):
+        for quant in ("static", "token", "group", "nvfp4 swizzled", "native static", "native token", "native group"):
+            assert f"{norm}, middle, {quant}, bfloat16" in names

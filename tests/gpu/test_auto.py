@@ -48,7 +48,7 @@ def test_a_normed_row_is_the_same_in_one_kernel_and_in_two(
     settings = _profile(tmp_path, transport, graph=[(None, "ONESHOT")], fused=fused(norm_checks.limits_of_batches(64)))
     one, two = "ONESHOT (fused norm)", "ONESHOT, then norm"
     for runs in gpu_pool(WORLD_SIZE).run(norm_checks.runs_of_batches, 64, settings):
-        assert runs == [one, one, two, two, two, one, one, two]  # by norm_checks.BATCHES
+        assert runs == [one, one, two, two, two, one, one, two, two, two]  # by norm_checks.BATCHES
 
 
 def _eager_and_captured(context: RankContext, settings: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:

@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.decision import Algorithm
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.norm import Normed
 from tests.conftest import PoolFor
-from tests.support import checks
+from tests.support import checks, norm_checks
 from tests.support.local_group import LocalGroup
+from tests.support.norm_group import Boundary, FusedCall, Shape, assert_same, poison, random_boundary
 from tests.support.reference import assert_same_bits, fresh_seed, rank_input, rank_ordered_sum
 
 pytestmark = pytest.mark.gpu(1)
 Settings = dict[str, Any]
+T = TypeVar("T")
 SIZES = (8192 * 4, 1000, 1 << 20, 8)  # some take long, some hardly any time
-Reduce = Callable[[int], torch.Tensor]
+ROWS = ((4, 8192), (1, 1000), (128, 8192), (1, 8))  # the same, normed
+FEW_ROWS = ((4, 8192), (1, 1000), (16, 4096), (1, 8))  # all of them in band through host memory
 
 
-def fork_and_join(reduce: Reduce, streams: list[torch.cuda.Stream]) -> list[torch.Tensor]:
+def fork_and_join(reduce: Callable[[int], T], streams: list[torch.cuda.Stream]) -> list[T]:
     """Four calls: on the current stream, on one forked from it, on one forked from that, and on a third."""
     main = torch.cuda.current_stream()
     side, nested, third = streams
-    results: dict[int, torch.Tensor] = {}
+    results: dict[int, T] = {}
     side.wait_stream(main)
     third.wait_stream(main)
     with torch.cuda.stream(side):
@@ -127,3 +133,129 @@ def test_branches_of_ranks_on_one_gpu(world_size: int, algorithm: str, kind: dic
         for i in range(len(sizes)):
             for rank in range(world_size):
                 assert_same_bits(outputs[rank][i], rank_ordered_sum(fresh[i]), f"turn {turn}, call {i}, rank {rank}")
+
+
+# -- with a norm behind the sum ----------------------------------------------------------------------------------------
+
+
+def _normed_branches(
+    context: RankContext, strategy: str, shapes: tuple[tuple[int, int], ...], settings: Settings, name: str
+) -> None:
+    """The same of fused calls. ``name``: what they are counted as.
+
+    Negated inputs and residuals have the negated residual and norm, exactly.
+    """
+    seed, device = context.shared_seed(), context.device
+    world = range(context.world_size)
+    cases: list[tuple[torch.Tensor, Boundary, Normed]] = []
+    for number, (rows, hidden) in enumerate(shapes):
+        parts = [rank_input(seed + number, rank, rows * hidden, torch.bfloat16).view(rows, hidden) for rank in world]
+        boundary = random_boundary(seed + number, rows, hidden, torch.bfloat16)
+        expected = Normed(
+            *(None if part is None else part.to(device) for part in boundary.expected(rank_ordered_sum(parts)))
+        )
+        cases.append((parts[context.rank].to(device), boundary.on(device), expected))
+    with norm_checks.wherever_it_can(), checks.communicator(context, strategy, **settings) as group:
+        wrong = torch.zeros((), dtype=torch.int64, device=device)
+
+        def call(number: int) -> Normed:
+            mine, boundary, _ = cases[number]
+            return norm_checks.run(group, mine, boundary)
+
+        def count_wrong(output: Normed, right: Normed) -> None:
+            for got, want in ((output.residual_out, right.residual_out), (output.norm_out, right.norm_out)):
+                assert got is not None
+                assert want is not None
+                wrong.add_((got != want).sum())
+
+        for number in range(len(cases)):
+            call(number)
+        torch.cuda.synchronize()
+
+        def body(streams: list[torch.cuda.Stream]) -> None:
+            for mine, boundary, expected in cases:
+                for values in (mine, boundary.residual, expected.residual_out, expected.norm_out):
+                    assert values is not None
+                    values.mul_(-1)
+            for output, (_, _, expected) in zip(fork_and_join(call, streams), cases, strict=True):
+                count_wrong(output, expected)
+
+        graphs = []
+        for _ in range(2):
+            graph = torch.cuda.CUDAGraph()
+            streams = [torch.cuda.Stream() for _ in range(3)]
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+                body(streams)
+            graphs.append(graph)
+        for turn in range(1000):
+            graphs[turn % 2].replay()
+            if turn % 100 == 0:
+                count_wrong(call(0), cases[0][2])
+        torch.cuda.synchronize()
+        assert int(wrong) == 0, f"{int(wrong)} wrong elements"
+        assert group.report()["captured"] == {name: 8}
+        context.gather(None)
+
+
+@pytest.mark.gpu(2, per_rank=True)
+@pytest.mark.parametrize(
+    ("settings", "shapes", "ran"),
+    (
+        ({}, ROWS, "{} (fused norm)"),
+        ({"fuse_norm": False}, ROWS, "{}, then norm"),
+        ({"transport": "host"}, FEW_ROWS, "{} (fused norm)"),
+    ),
+    ids=("one kernel", "two kernels", "host"),
+)
+@pytest.mark.parametrize(("world_size", "strategy"), ((2, "ONESHOT"), (4, "TWOSHOT")))
+def test_branches_of_graphs_with_norms(
+    gpu_pool: PoolFor, world_size: int, strategy: str, settings: Settings, shapes: tuple[tuple[int, int], ...], ran: str
+) -> None:
+    if settings.get("transport") == "host":
+        strategy = "ONESHOT"  # what has a norm in its kernel there
+    gpu_pool(world_size).run(_normed_branches, strategy, shapes, settings, ran.format(strategy))
+
+
+@pytest.mark.parametrize("algorithm", (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT), ids=("one-shot", "two-shot"))
+@pytest.mark.parametrize("world_size", (2, 4))
+def test_branches_with_norms_of_ranks_on_one_gpu(world_size: int, algorithm: Algorithm) -> None:
+    group = LocalGroup(world_size, lanes=8, workspace_mib=8)
+    shapes = ((40, 512), (1, 1000), (3, 2880), (1, 8))
+    boundaries = [random_boundary(number, rows, hidden, torch.bfloat16) for number, (rows, hidden) in enumerate(shapes)]
+    likes = [torch.zeros(rows, hidden, dtype=torch.bfloat16, device=group.device) for rows, hidden in shapes]
+    calls = [
+        FusedCall(group, algorithm, _C.PUSH, Shape(4, -(-like.shape[1] // 256) * 32), like, boundary)  # a vector each
+        for like, boundary in zip(likes, boundaries, strict=True)
+    ]
+    inputs = [[like.clone() for like in likes] for _ in range(world_size)]
+    outputs = [[call.outputs(like) for call, like in zip(calls, likes, strict=True)] for _ in range(world_size)]
+    graphs = []
+    for rank in range(world_size):
+        graph = torch.cuda.CUDAGraph()
+        streams = [torch.cuda.Stream() for _ in range(3)]
+
+        def start(i: int, rank: int = rank) -> None:
+            calls[i].start(rank, inputs[rank][i], outputs[rank][i], torch.cuda.current_stream())
+
+        with torch.cuda.graph(graph, stream=group.streams[rank]):
+            fork_and_join(start, streams)
+        graphs.append(graph)
+    for turn in range(50):
+        seed = fresh_seed()
+        fresh = [
+            [rank_input(seed + i, rank, rows * hidden, torch.bfloat16).view(rows, hidden) for rank in range(world_size)]
+            for i, (rows, hidden) in enumerate(shapes)
+        ]
+        for rank in range(world_size):
+            for i in range(len(shapes)):
+                inputs[rank][i].copy_(fresh[i][rank])
+                poison(outputs[rank][i])
+        torch.cuda.synchronize()
+        for rank in range(world_size):
+            with torch.cuda.stream(group.streams[rank]):
+                graphs[rank].replay()
+        torch.cuda.synchronize()
+        for i, boundary in enumerate(boundaries):
+            expected = boundary.expected(rank_ordered_sum(fresh[i]))
+            for rank in range(world_size):
+                assert_same(outputs[rank][i], expected, f"turn {turn}, call {i}, rank {rank}, seed {seed}")

@@ -30,7 +30,7 @@ def inputs_of(seed: int, world_size: int, rows: int, dtype: torch.dtype) -> list
 
 
 @pytest.mark.parametrize("algorithm", (ONE, TWO), ids=("one-shot", "two-shot"))
-@pytest.mark.parametrize("world_size", (2, 3, 4, 5, 8))
+@pytest.mark.parametrize("world_size", (2, 3, 4, 5, 6, 7, 8))
 def test_pushed(world_size: int, algorithm: Algorithm) -> None:
     quants = every_quant(HIDDEN)
     shapes = (*SHAPES, *((DRAINS,) if algorithm is TWO else (WIDE,) if world_size == 2 else ()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import sys
 import traceback
 from collections import Counter
@@ -33,7 +34,12 @@ from tests.support.fusion_spellings import (  # first: it sets up vLLM
 )
 
 from tests.support.fusion_runs import RANKS, Output, make_inputs, run, same, same_layout, serve_groups  # isort: skip
+from tests.support.post_grad import traced  # isort: skip
 from tests.support.fusion_refusals import ALONE, NORM_ONLY, check_left_alone, check_odd_width, other_group  # isort: skip
+
+
+# Quantizations behind norms in every spelling; behind ``layer``, all of them.
+CROSSED = ("static", "token", "group", "nvfp4 swizzled", "native static", "native token", "native group")
 
 
 @dataclass(frozen=True)
@@ -130,11 +136,16 @@ def check_batch_dimension() -> None:
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
 
 
-def _passes(tp: int = 2, **settings: Any) -> list[str]:
-    from vllm.compilation.passes.inductor_pass import pass_context
-    from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
-    from vllm.config.utils import Range
+def _manager(config: Any) -> Any:
     from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    manager = resolve_obj_by_qualname(current_platform.get_pass_manager_cls())()
+    manager.configure(config)
+    return manager
+
+
+def _config(tp: int = 2, **settings: Any) -> Any:
+    from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig
 
     config = VllmConfig(
         compilation_config=CompilationConfig(custom_ops=["none"]), additional_config={"allreduce": settings}
@@ -142,8 +153,14 @@ def _passes(tp: int = 2, **settings: Any) -> list[str]:
     config.parallel_config = ParallelConfig(tensor_parallel_size=tp)
     config.compilation_config.mode = CompilationMode.VLLM_COMPILE
     config.compilation_config.pass_config.eliminate_noops = True
-    manager = resolve_obj_by_qualname(current_platform.get_pass_manager_cls())()
-    manager.configure(config)
+    return config
+
+
+def _passes(tp: int = 2, **settings: Any) -> list[str]:
+    from vllm.compilation.passes.inductor_pass import pass_context
+    from vllm.config.utils import Range
+
+    manager = _manager(_config(tp, **settings))
     with pass_context(Range(1, 8)):
         assert manager.uuid() == manager.uuid()
     return [type(pass_).__name__ for pass_ in manager.passes]
@@ -160,11 +177,59 @@ def check_pass_manager() -> None:
     assert _passes(allreduce_strategy="NCCL") == stock
 
 
+def check_compile_ranges() -> None:
+    """The graph of every range of tokens is searched, by the same passes, and each says in the log what it has."""
+    from vllm.compilation.passes.inductor_pass import pass_context
+
+    from llm_allreduce_plugin.engines.vllm import register
+
+    register()
+    config = _config()
+    config.compilation_config.compile_ranges_endpoints = [8, 512]  # of compile_ranges_split_points [8]
+    ranges = config.compilation_config.get_compile_ranges()
+    assert len(ranges) == 2, ranges
+    manager = _manager(config)
+    (ours,) = (pass_ for pass_ in manager.passes if type(pass_).__name__ == "AllReduceNormFusionPass")
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    def model(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+        y, total = NORMS["layer"](all_reduce(x), weight, residual)
+        y, total = NORMS["layer"](all_reduce(torch.sin(y) + scale), weight, total)
+        return y, total, all_reduce(torch.cos(y))
+
+    logger, handler = logging.getLogger("llm_allreduce_plugin"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        for range_ in ranges:
+            assert ours.is_applicable_for_range(range_), range_
+
+            def passes(graph: torch.fx.Graph, range_: Any = range_) -> None:
+                with pass_context(range_):
+                    for pass_ in manager.passes:
+                        if pass_.is_applicable_for_range(range_):
+                            pass_(graph)
+
+            ours.matched_count = 0
+            traced(model, make_inputs(torch.float32, 64), passes, 2)
+            assert ours.matched_count == 2, range_
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    line = "all-reduce fusion: 2 of 3 all-reduces of a graph fused with what follows {'': 2}"
+    assert [found for found in lines if "of a graph" in found] == [line, line], lines
+
+
 def all_checks() -> dict[str, Callable[[], None]]:
     cases = [Case(norm, place) for norm in NORMS for place in ("first", "middle", "last")]
     cases += [Case(norm, place, dtype=torch.float32) for norm in NORMS for place in ("first", "middle")]
     cases += [Case("layer", place, quant) for quant in QUANTS for place in ("first", "middle")]
-    cases += [Case(norm, "middle", "static") for norm in NORMS if norm != "layer"]
+    cases += [Case(norm, "middle", quant) for norm in NORMS if norm != "layer" for quant in CROSSED]
     cases += [Case("native", "last", quant) for quant in ("token", "native group")]
     cases += [Case("layer", "middle", quant, norm_too=True) for quant in QUANTS]
     checks: dict[str, Callable[[], None]] = {case.name: case.check for case in cases}
@@ -175,7 +240,11 @@ def all_checks() -> dict[str, Callable[[], None]]:
     norm_only = fusion.Fused(1, Counter({"": 1}))
     checks |= {f"norm only: {model.__name__}": partial(check_left_alone, model, norm_only) for model in NORM_ONLY}
     checks |= {f"layers: {norm}": partial(check_layers, NORMS[norm]) for norm in ("layer", "native", "transformers")}
-    return checks | {"batch dimension": check_batch_dimension, "pass manager": check_pass_manager}
+    return (
+        checks
+        | {"batch dimension": check_batch_dimension, "pass manager": check_pass_manager}
+        | {"compile ranges": check_compile_ranges}
+    )
 
 
 def main() -> int:

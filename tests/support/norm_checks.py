@@ -91,7 +91,7 @@ def norm_and_compare(
 @contextlib.contextmanager
 def wherever_it_can() -> Iterator[None]:
     """One kernel for sum and norm runs wherever it can, also where two are faster."""
-    always = {name: {max(sizes): (0, None)} for name, sizes in measured.FUSED_PAYS.items()}
+    always = {key: {max(sizes): (0, None)} for key, sizes in measured.FUSED_PAYS.items()}
     with mock.patch.object(measured, "FUSED_PAYS", always):
         yield
 
@@ -141,7 +141,7 @@ def check_specials(context: RankContext, strategy: str, dtype: torch.dtype, sett
         context.gather(None)
 
 
-BATCHES = (1, 2, 3, 5, 8, 31, 64, 257)
+BATCHES = (1, 2, 3, 5, 8, 31, 64, 257, 1030, 4096)
 
 
 def check_batches(context: RankContext, hidden: int, settings: dict[str, Any]) -> None:

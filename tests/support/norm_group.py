@@ -171,10 +171,11 @@ class FusedCall:
             for workspace in group.workspaces
         ]  # fmt: skip
 
-    def start(self, rank: int, input_: torch.Tensor, outputs: Normed) -> None:
+    def start(self, rank: int, input_: torch.Tensor, outputs: Normed, stream: torch.cuda.Stream | None = None) -> None:
+        """Launch one rank's kernel, on its stream if no other is given."""
         tensors = tensors_of(outputs, self.boundary, self.group.machine.native)
-        stream = self.group.streams[rank].cuda_stream
-        status = self.plans[rank].normed(input_.data_ptr(), outputs.residual_out.data_ptr(), stream, tensors)
+        on = (self.group.streams[rank] if stream is None else stream).cuda_stream
+        status = self.plans[rank].normed(input_.data_ptr(), outputs.residual_out.data_ptr(), on, tensors)
         assert status == 0
 
     def outputs(self, like: torch.Tensor) -> Normed:

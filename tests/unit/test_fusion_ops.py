@@ -121,7 +121,8 @@ def test_boundaries_are_told_once_a_model_has_run_through(rank: OneRank, caplog:
             for number, weight in enumerate(weights):
                 counted.count(weight, "fp8" if number else "")
     assert [record.getMessage() for record in caplog.records] == [
-        "all-reduce fusion: 5 layer boundaries fused (1 with RMSNorm, 4 with RMSNorm and fp8)"
+        "all-reduce fusion: 5 layer boundaries are one call each (1 with RMSNorm, 4 with RMSNorm and fp8); "
+        "one kernel or two by size and type"
     ]
     assert rank.rank == 0
 

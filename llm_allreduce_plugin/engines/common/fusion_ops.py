@@ -49,10 +49,16 @@ class Boundaries:
             logger.info("%s", self.line())
 
     def line(self) -> str:
-        """``all-reduce fusion: 9 layer boundaries fused (1 with RMSNorm, 8 with RMSNorm and fp8)``."""
+        """``all-reduce fusion: 9 layer boundaries are one call each (9 with RMSNorm); one kernel or two by size ...``.
+
+        Not how many kernels that is: which a rank knows only of the sizes that it has met (reports have them).
+        """
         kinds = Counter(self._seen.values())
         parts = [f"{count} with RMSNorm{kind and f' and {kind}'}" for kind, count in sorted(kinds.items())]
-        return f"all-reduce fusion: {len(self._seen)} layer boundaries fused ({', '.join(parts)})"
+        return (
+            f"all-reduce fusion: {len(self._seen)} layer boundaries are one call each ({', '.join(parts)}); "
+            "one kernel or two by size and type"
+        )
 
 
 _communicators: weakref.WeakValueDictionary[str, TensorParallelCommunicator] = weakref.WeakValueDictionary()

@@ -199,7 +199,7 @@ def _decomposed(root: Node, norm_out: Node) -> Quantization | None:
             return None
         inside.add(divisor)
         divisor = divisor.args[0]
-    if not isinstance(divisor, Node) or _strip(dividend, inside) is not norm_out:
+    if not isinstance(divisor, Node) or _strip(dividend, norm_out, inside) is not norm_out:
         return None
     scale = _strip_converts_only(divisor, inside)
     if not depends_on((scale,), norm_out):
@@ -243,7 +243,7 @@ def _width_of_maximum(scale: Node, norm_out: Node, inside: set[Node]) -> int | N
     if operator_of(magnitude) != "aten::abs" or list(dims) not in ([-1], [magnitude.meta["val"].dim() - 1]):
         return None
     inside |= {node, magnitude}
-    if _strip(magnitude.args[0], inside) is not norm_out:
+    if _strip(magnitude.args[0], norm_out, inside) is not norm_out:
         return None
     width = magnitude.meta["val"].shape[-1]
     return width if isinstance(width, int) else None
@@ -268,8 +268,9 @@ def _strip_clamps(node: Any, inside: set[Node]) -> Any:  # noqa: ANN401
     return node
 
 
-def _strip(node: Any, inside: set[Node]) -> Any:  # noqa: ANN401
-    while is_convert(node) or is_view(node):
+def _strip(node: Any, norm_out: Node, inside: set[Node]) -> Any:  # noqa: ANN401
+    """What ``node`` is made from by conversions and views, as far as ``norm_out``, which may be a conversion itself."""
+    while node is not norm_out and (is_convert(node) or is_view(node)):
         inside.add(node)
         node = node.args[0]
     return node
