@@ -19,7 +19,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ KINDS = {
     "MINLATENCY, by flags": Kind("MINLATENCY", {"in_band": False}),
     "AUTO": Kind("AUTO"),
     "UB": Kind("UB", {"registered_pool": "256MiB"}, registered=True),
+    "UB, outputs of its own": Kind("UB", {"registered_pool": "256MiB"}),
     "host": Kind("MINLATENCY", {"transport": "host"}, gpus=True),
     "fp8": _wire("fp8"),
     "fp8_group": _wire("fp8_group"),
@@ -111,7 +112,7 @@ def draw_size(generator: random.Random, largest: int) -> int:
 class Soak:
     """One rank's side."""
 
-    def __init__(self, context: RankContext, largest: int) -> None:
+    def __init__(self, context: RankContext, largest: int, kinds: Collection[str] = KINDS) -> None:
         self.context = context
         self.largest = largest
         self.on_gpus = context.device.type == "cuda"
@@ -121,7 +122,7 @@ class Soak:
         self.groups: dict[str, TensorParallelCommunicator] = {
             name: context.communicator(kind.strategy, **kind.settings)
             for name, kind in KINDS.items()
-            if self.on_gpus or not kind.gpus
+            if name in kinds and (self.on_gpus or not kind.gpus)
         }
 
     def prepare(self, generator: random.Random, largest: int, *, graph: bool) -> Prepared:

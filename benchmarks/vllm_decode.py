@@ -154,7 +154,7 @@ def start_variant(
     if variant == FLASHINFER:
         folder = arguments.flashinfer.resolve()
         environment |= {
-            "PYTHONPATH": os.pathsep.join([environment.get("PYTHONPATH", ""), str(folder)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH", ""), str(folder)])),
             "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
         }
     if arguments.hosts > 1:
@@ -225,6 +225,8 @@ def parsed() -> argparse.Namespace:
     arguments = parser.parse_args()
     if FLASHINFER in arguments.variants and arguments.flashinfer is None:
         parser.error(f"{FLASHINFER} needs --flashinfer FOLDER")
+    if FLASHINFER in arguments.variants and arguments.hosts > 1:
+        parser.error(f"{FLASHINFER} is for one host")
     return arguments
 
 

@@ -341,6 +341,7 @@ def fused_quant() -> str:
     """One kernel at the best of the shapes that were tried, by how it quantizes."""
     curves: dict[str, dict[int, float]] = {}
     for row in record("h100/fused_shapes_tp2")["rows"]:
+        # Rows that were measured with every quantization.
         if row["what"] == "fused" and row["hidden"] == HIDDEN and row["rows"] in (1, 16, 64):
             curve = curves.setdefault(row["quant"].replace("none", "not quantized"), {})
             curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))

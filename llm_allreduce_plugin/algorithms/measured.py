@@ -238,7 +238,7 @@ CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 #
 # Two steps (four H100, rows of 4096 and 8192): lanes of few rows wait for one message after the other, 10.6 us against
 # 9.1 at 1 MiB; 15.4 against 17.1 at 2 (benchmarks/h100/fused_shapes_tp4.json). With four H200 both are as fast at 1.6
-# MiB, with three at 4.6, and at 800 KiB before (configs/tuning/nvidia-h200-x4.json).
+# MiB, with three at 4.6, and at 800 KiB before (configs/tuning/nvidia-h200-x4.json). Two ranks never take two steps.
 # Through host memory 16-bit rows that travel in band were slower in one kernel at every size (the same file, and
 # nvidia-h100.json).
 NEVER = None

@@ -56,18 +56,12 @@ def refusal(
     return None
 
 
-def outlook(
-    supported: Sequence[bool | None],
-    switched_off: str | None,
-    ranks: int,
-    choice: MulticastChoice = MulticastChoice.OFF,
-) -> str:
-    """What multicast would bring to ``ranks`` GPUs of a node, for people. Pure; arguments as of :func:`refusal`."""
+def outlook(supported: Sequence[bool | None], switched_off: str | None, ranks: int) -> str:
+    """What multicast would bring to ``ranks`` GPUs of a node, for people. Pure; other arguments: :func:`refusal`."""
     if not supported or not all(supported):
         without = [str(index) for index, has in enumerate(supported) if has is False]
         return f"GPU {', '.join(without)} has none" if without else "not known of all GPUs"
-    off = "off unless asked for (setting multicast)" if choice is MulticastChoice.OFF else f"multicast is {choice}"
-    off = f"switched off by {switched_off}" if switched_off else off
+    off = f"switched off by {switched_off}" if switched_off else "off unless asked for (setting multicast)"
     if ranks <= PAIR:
         return f"all GPUs have it; {off}; nothing to win over two GPUs"
     push, summed = 2 * (ranks - 1) / ranks, 1 + 1 / ranks
@@ -78,23 +72,15 @@ def outlook(
     )
 
 
-def node_outlook(
-    topology: NodeTopology,
-    ranks: int,
-    choice: MulticastChoice = MulticastChoice.OFF,
-    environment: Mapping[str, str] | None = None,
-) -> str:
-    """:func:`outlook` for ``ranks`` GPUs of a host like this one. ``environment``: instead of this process's."""
-    return outlook([gpu.multicast for gpu in topology.gpus], switched_off_by(environment), ranks, choice)
+def node_outlook(topology: NodeTopology, ranks: int, environment: Mapping[str, str] | None = None) -> str:
+    """:func:`outlook` for ``ranks`` GPUs of a host like this one, by the switches of this process.
+
+    ``environment``: instead of this process's.
+    """
+    return outlook([gpu.multicast for gpu in topology.gpus], switched_off_by(environment), ranks)
 
 
-def group_outlook(
-    topology: NodeTopology,
-    ranks: int,
-    transport: Transport,
-    joined: TopologyClass,
-    choice: MulticastChoice = MulticastChoice.OFF,
-) -> str:
+def group_outlook(topology: NodeTopology, ranks: int, transport: Transport, joined: TopologyClass) -> str:
     """The line that commands print about a group; empty where no NVSwitch is between its GPUs' memory.
 
     Args:
@@ -102,11 +88,10 @@ def group_outlook(
         ranks: GPUs of the group, all of that node.
         transport: how they reach each other.
         joined: what their bytes travel over.
-        choice: the setting.
     """
     if transport is not Transport.SYMMETRIC or joined is not TopologyClass.NVSWITCH or topology.hosts > 1:
         return ""
-    return f"multicast: {node_outlook(topology, ranks, choice)}"
+    return f"multicast: {node_outlook(topology, ranks)}"
 
 
 def _other_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:

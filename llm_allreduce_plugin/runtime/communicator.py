@@ -343,8 +343,8 @@ class TensorParallelCommunicator:
 
         ``calls`` counts eager calls per strategy. ``captured`` counts calls recorded into CUDA graphs: their replays
         do not pass through Python and are not counted. ``fallbacks`` has the reasons, ``fallback_calls`` the calls of
-        both kinds for each of them. ``registered_memory`` says how many outputs peers
-        stored into, and how many were copied out because it was full.
+        both kinds for each of them. ``registered_memory`` says how many outputs peers stored into, and how many were
+        copied out because it was full, those of captured calls once; None: there is none, or this is closed.
         """
         pool = self._pool  # another thread may ask while this communicator closes
         return {

@@ -164,6 +164,7 @@ def _lines_of_ub(context: RankContext, strategy: str) -> tuple[list[str], dict[s
             lines.append(record.getMessage())
 
     handler, logger = Handler(), logging.getLogger("llm_allreduce_plugin")
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
@@ -173,6 +174,7 @@ def _lines_of_ub(context: RankContext, strategy: str) -> tuple[list[str], dict[s
             used: dict[str, int] | None = group.report()["registered_memory"]
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     return lines, used
 
 

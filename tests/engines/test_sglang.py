@@ -256,7 +256,7 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...], switc
                 check_report(report, strategy)
             assert f"all-reduce fusion: {FUSED} layer boundaries are one call each ({FUSED} with RMSNorm)" in server.log
             assert f"allreduce_strategy {strategy}" in server.log
-            assert server.log.count("all-reduce fusion: FlashInfer's is kept off") == 1
+            assert server.log.count("all-reduce fusion: FlashInfer's is off, whose kernel") == 1
             with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as answer:
                 text = answer.read().decode()
             for rank in (0, 1):

@@ -16,7 +16,7 @@ from llm_allreduce_plugin import AllReduceConfig, ConfigError, load_config
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.engines.common import summary
 from llm_allreduce_plugin.engines.sglang import flags, fusion, hooks, own_kernels, plugin
-from llm_allreduce_plugin.engines.sglang.fusion import unfused
+from llm_allreduce_plugin.engines.sglang.fusion import prepare
 from llm_allreduce_plugin.engines.sglang.settings import overridden, settings_of, stands_aside
 
 
@@ -208,7 +208,7 @@ def test_a_switch_that_is_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_deterministic_inference_sets_is_nobodys_wish() -> None:
     arguments = server_args(disable_custom_all_reduce=True, enable_deterministic_inference=True)
     assert stands_aside(arguments, settings_of(arguments)) is None
-    assert unfused(arguments, settings_of(arguments)) == "deterministic inference asks for SGLang's own norm"
+    assert prepare(arguments, settings_of(arguments)) == "deterministic inference asks for SGLang's own norm"
     arguments.enable_mscclpp = True
     assert stands_aside(arguments, settings_of(arguments)) is not None
 
@@ -239,7 +239,7 @@ def test_groups_without_a_server_have_the_other_sources(monkeypatch: pytest.Monk
     settings = settings_of(None)
     assert settings.allreduce_strategy == "UB"
     assert stands_aside(None, settings, "cuda") is None
-    assert unfused(None, settings) is None
+    assert prepare(None, settings) is None
 
 
 def test_nccl_is_stock() -> None:
@@ -257,7 +257,7 @@ def test_ours_replaces_what_flashinfer_would_fuse() -> None:
     arguments = server_args(moe_a2a_backend="none", attn_dp_size=1)
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
-    assert unfused(arguments, settings_of(arguments)) is None
+    assert prepare(arguments, settings_of(arguments)) is None
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_ours_replaces_what_flashinfer_would_fuse() -> None:
 )
 def test_flashinfers_fusion_by_name(field: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     arguments = server_args(flashinfer_allreduce_fusion_backend=None) if not field else server_args(**field)
-    assert "--flashinfer-allreduce-fusion-backend was given" in str(unfused(arguments, settings_of(arguments)))
+    assert "--flashinfer-allreduce-fusion-backend was given" in str(prepare(arguments, settings_of(arguments)))
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False, "the user's wish stays"
     arguments = server_args({"allreduce_strategy": "ONESHOT"}, **field)
@@ -279,7 +279,7 @@ def test_a_user_who_turns_flashinfers_fusion_off_has_ours() -> None:
     arguments = server_args(
         enforce_disable_flashinfer_allreduce_fusion=True, flashinfer_allreduce_fusion_backend="auto"
     )
-    assert unfused(arguments, settings_of(arguments)) is None
+    assert prepare(arguments, settings_of(arguments)) is None
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_a_user_who_turns_flashinfers_fusion_off_has_ours() -> None:
 )
 def test_where_ours_does_not_fuse_nothing_is_taken_away(override: Any, fields: dict[str, Any], text: str) -> None:
     arguments = server_args(override, **fields)
-    assert text in str(unfused(arguments, settings_of(arguments)))
+    assert text in str(prepare(arguments, settings_of(arguments)))
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
 
@@ -311,7 +311,7 @@ def test_experts_that_sum_over_the_whole_group_are_fused(fields: dict[str, Any])
     arguments = server_args(tp=4, **fields)
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
-    assert unfused(arguments, settings_of(arguments)) is None
+    assert prepare(arguments, settings_of(arguments)) is None
 
 
 def test_newer_versions_sum_experts_that_are_split_both_ways_over_the_whole_group(
@@ -322,9 +322,9 @@ def test_newer_versions_sum_experts_that_are_split_both_ways_over_the_whole_grou
     arguments = server_args(tp=4, ep_size=2)
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is True
-    assert unfused(arguments, settings_of(arguments)) is None
+    assert prepare(arguments, settings_of(arguments)) is None
     assert "experts run data parallel" in str(
-        unfused(server_args(tp=4, ep_size=2, moe_dp_size=2), settings_of(arguments))
+        prepare(server_args(tp=4, ep_size=2, moe_dp_size=2), settings_of(arguments))
     )
 
 
@@ -333,7 +333,7 @@ def test_without_hooks_at_boundaries_nothing_is_taken_away(monkeypatch: pytest.M
     arguments = server_args({"allreduce_strategy": "ONESHOT"}, flashinfer_allreduce_fusion_backend="auto")
     plugin.check_arguments(arguments)
     assert arguments.enforce_disable_flashinfer_allreduce_fusion is False
-    assert unfused(arguments, settings_of(arguments)) == "this SGLang has no place"
+    assert prepare(arguments, settings_of(arguments)) == "this SGLang has no place"
 
 
 def test_without_hooks_at_groups_nothing_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,8 @@ def test_a_fusion_that_stays_is_not_called_ignored(caplog: pytest.LogCaptureFixt
 
 def said_of_fusion(arguments: Any, caplog: pytest.LogCaptureFixture, *, talks: bool = True) -> list[str]:
     """What a rank logs, whose logger is set up by then: the first process's is not when arguments are checked."""
-    fusion._say_kept_off.cache_clear()
+    for said in (fusion._say_kept_off, fusion._say_not_fused):
+        said.cache_clear()
     plugin.check_arguments(arguments)
     caplog.clear()
     with caplog.at_level("INFO", logger="llm_allreduce_plugin"):
@@ -367,15 +368,14 @@ def said_of_fusion(arguments: Any, caplog: pytest.LogCaptureFixture, *, talks: b
 
 def test_that_flashinfers_fusion_is_off_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert said_of_fusion(server_args(), caplog) == [
-        "all-reduce fusion: FlashInfer's is kept off, because its kernel would bypass allreduce_strategy; this plugin "
-        "fuses the same layer boundaries"
+        "all-reduce fusion: FlashInfer's is off, whose kernel would bypass allreduce_strategy: this plugin fuses the "
+        "same layer boundaries"
     ]
     assert said_of_fusion(server_args(), caplog, talks=False) == []
 
 
 def test_where_ours_does_not_fuse_the_log_says_what_stays(caplog: pytest.LogCaptureFixture) -> None:
-    (line, again) = said_of_fusion(server_args(tp=4, ep_size=2), caplog)
-    assert line == again
+    (line,) = said_of_fusion(server_args(tp=4, ep_size=2), caplog)
     assert line.startswith("all-reduce fusion: layer boundaries are not fused: experts are split over 2 of 4 ranks")
     assert line.endswith("; where SGLang fuses them itself, those all-reduces bypass allreduce_strategy")
 
@@ -404,7 +404,7 @@ def test_versions_that_were_tried(version: str) -> None:
 
 @pytest.mark.parametrize("version", ("0.5.16", "0.5.24", "0.6.0", "1.0", "main"))
 def test_other_versions_are_named(version: str) -> None:
-    assert f"SGLang {version} is untested (0.5.17 to 0.5.23 are tested)" in str(plugin.untried(version))
+    assert f"SGLang {version} was not tried (this release is made for 0.5.17 to 0.5.23)" in str(plugin.untried(version))
 
 
 # -- models with kernels of their own ----------------------------------------------------------------------------------

@@ -259,7 +259,7 @@ def parts_case(what: str) -> None:
         here |= {"moe_tp_size": 2, "moe_tp_group": part}
         here |= {"moe_ep_size": 2, "moe_ep_group": part} if what == "ep_size" else {"moe_dp_size": 2}
     ask = pkgutil.resolve_name(fusion._hooks()[0].target)
-    reason = fusion.unfused(SimpleNamespace(tp_size=4, **{what: 2}), AllReduceConfig())
+    reason = fusion.prepare(SimpleNamespace(tp_size=4, **{what: 2}), AllReduceConfig())
     with get_parallel().override(**here):
         assert ask(1) is (reason is None), reason
     from sglang.srt.layers.moe import utils

@@ -5,6 +5,7 @@ Run for any version of SGLang that PYTHONPATH has.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.support.forked import left_in_shm
@@ -23,7 +25,7 @@ from tests.support.sglang_cases import fusion_attribute, load
 NAMES = ("tp", "pdmux_prefill_tp", "attention_tp", "pp")
 AT_ONCE = NAMES[:2]  # as PD-multiplexing runs them
 ROUNDS = 4
-LATER = 0.2  # seconds between what must not happen at the same time
+LATER = 0.2  # seconds; a call that has not begun after them makes this test weaker, not wrong
 
 
 def rank_main(rank: int, store: str) -> None:
@@ -73,19 +75,30 @@ def both_at_once(groups: dict[str, Any], rank: int) -> None:
     """Calls of two groups of the same ranks overlap, each with values of its own.
 
     One rank waits in a call of the first group, while a second thread of it goes through one of the second; its peer
-    comes to the second group at once and to the first one last. With state or an order in common neither would end.
-    Ranks take turns with this.
+    comes to the second group at once, and to the first one when that call has ended. With state or an order in common
+    neither would end. Ranks take turns with this.
     """
     turn_ends = threading.Barrier(2)
+    in_first = [threading.Event() for _ in range(ROUNDS)]
+    store = dist.distributed_c10d._get_default_store()  # torch has no other way to it
 
     def calls(place: int) -> list[tuple[float, float]]:
         times = []
         for turn in range(ROUNDS):
             x = torch.full((3 + turn, 8), float((rank + 1) * (place + 1) * (turn + 1)))
-            time.sleep(LATER * ((0, 1) if rank == turn % 2 else (2, 0))[place])
+            waits, second_ended = rank == turn % 2, f"the second call of turn {turn} has ended"
+            if waits and place == 1:
+                assert in_first[turn].wait(60)
+                time.sleep(LATER)  # until the call itself has begun, too
+            if not waits and place == 0:
+                store.wait([second_ended], dt.timedelta(seconds=60))
             start = time.monotonic()
+            if place == 0:
+                in_first[turn].set()
             total = groups[AT_ONCE[place]].all_reduce(x)
             times.append((start, time.monotonic()))
+            if waits and place == 1:
+                store.set(second_ended, "")
             assert torch.equal(total, torch.full_like(x, 3.0 * (place + 1) * (turn + 1))), (place, turn, total)
             turn_ends.wait(60)
         return times

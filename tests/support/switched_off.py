@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,7 +47,7 @@ class Watch:
     tests/conftest.py has set.
 
     Attributes:
-        seen: processes that had both switches, each time.
+        seen: processes that had both switches when they were looked at.
         wrong: others, with what they lack and what they run.
     """
 
@@ -87,12 +88,12 @@ def watching() -> Iterator[Watch]:
         while not over.wait(EVERY_S):
             watch.look()
 
-    thread = threading.Thread(target=go_on, daemon=True)
-    thread.start()
-    try:
-        yield watch
-    finally:
-        over.set()
-        thread.join()
-        watch.look()
+    with ThreadPoolExecutor(1) as threads:
+        looking = threads.submit(go_on)
+        try:
+            yield watch
+        finally:
+            over.set()
+        looking.result(60)  # raises what it has raised
+    watch.look()
     assert not watch.wrong, watch.wrong

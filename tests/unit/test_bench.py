@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin.bench import table, worker
+from llm_allreduce_plugin.bench import candidates, table, worker
 from llm_allreduce_plugin.bench.worker import Measurement
 from llm_allreduce_plugin.cli import app, bench_subject
 from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
@@ -270,3 +272,36 @@ def test_products_between_calls_are_for_graphs() -> None:
     result = RUNNER.invoke(app, ["bench", "--cpu", "--between", "4096"])
     assert result.exit_code == 2
     assert "products stand in CUDA graphs" in result.output
+
+
+def test_sglang_finds_the_group_of_all_ranks_while_its_kernels_are_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.5.23 asks it which ranks see each other's GPUs; releases before ask nobody."""
+    held: list[Any] = []
+
+    @contextlib.contextmanager
+    def override(*, world_group: Any) -> Iterator[None]:
+        held.append(world_group)
+        yield
+        held.clear()
+
+    barriers: list[object] = []
+
+    def barrier(group: object) -> None:
+        barriers.append(group)
+
+    monkeypatch.setattr(candidates.dist, "barrier", barrier)
+    context = cast("Any", SimpleNamespace(rank=1, control_group="gloo's"))
+    monkeypatch.setitem(sys.modules, "sglang", ModuleType("sglang"))
+    monkeypatch.setitem(sys.modules, "sglang.srt", ModuleType("sglang.srt"))
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", None)  # as in older ones
+    with candidates.sglang_world(context):
+        assert held == []
+    runtime = ModuleType("sglang.srt.runtime_context")
+    runtime.get_parallel = lambda: SimpleNamespace(override=override)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", runtime)
+    with candidates.sglang_world(context):
+        (world,) = held
+        assert world.local_rank == 1
+        world.barrier()
+    assert barriers == ["gloo's"]
+    assert held == []

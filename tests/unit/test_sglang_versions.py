@@ -30,8 +30,9 @@ def fresh(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     monkeypatch.delenv("LLM_ALLREDUCE_STRATEGY", raising=False)
     monkeypatch.setattr(plugin, "register_fused_operator", _nothing)
     monkeypatch.setattr(plugin.all_reduce_op, "register_operator", _nothing)
-    monkeypatch.setattr(boundaries, "_all_hooks_took", False, raising=False)
-    for cached in (fusion._hooks, fusion._installed, fusion._say_kept_off, fusion.own_kernels.watch):
+    monkeypatch.setattr(boundaries, "_all_hooks_took", False)
+    said_once = (fusion._say_kept_off, fusion._say_not_fused, fusion.own_kernels.watch)
+    for cached in (fusion._hooks, fusion._installed, *said_once):
         cached.cache_clear()
     caplog.set_level("INFO", logger=_LOGGER)
 
@@ -64,8 +65,8 @@ def test_the_fake_takes_hooks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     """Otherwise what is seen below would say nothing."""
     registry = register(monkeypatch)
     assert said(caplog) == [
-        "all-reduce: SGLang 0.6.0 is untested (0.5.17 to 0.5.23 are tested); all hooks were found, so the plugin stays "
-        "on"
+        "all-reduce: SGLang 0.6.0 was not tried (this release is made for 0.5.17 to 0.5.23); all hooks were found, so "
+        "the plugin stays on"
     ]
     assert [target for target, _, _ in registry.registered] == list(HOOKED)
     assert patched(*HOOKED) == list(HOOKED)

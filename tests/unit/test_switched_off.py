@@ -10,9 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.support.forked import wait_until
 from tests.support.switched_off import SWITCHES, Watch, watching
 
-# Sleeps until its input ends, below a process that does the same; `lacking` is taken out of what it inherits.
+# Sleeps until its input ends, below a process that does the same; its arguments are taken out of what that inherits.
 _BELOW = """
 import os, subprocess, sys
 environment = {name: value for name, value in os.environ.items() if name not in sys.argv[1:]}
@@ -65,8 +66,12 @@ def test_another_value_switches_nothing_off(monkeypatch: pytest.MonkeyPatch) -> 
     process = subprocess.Popen(["sleep", "60"])
     try:
         watch = Watch()
-        while process.pid not in watch.wrong:
+
+        def found() -> bool:
             watch.look()
+            return process.pid in watch.wrong
+
+        wait_until(found)
         assert "NCCL_NVLS_ENABLE=0: sleep 60" in watch.wrong[process.pid]
     finally:
         process.kill()

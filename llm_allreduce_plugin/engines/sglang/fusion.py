@@ -19,8 +19,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.sglang import boundaries, dense_layers, hooks, own_kernels
-from llm_allreduce_plugin.engines.sglang import settings as given
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
+from llm_allreduce_plugin.engines.sglang.settings import experts_in_parts, unfused_by_arguments
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.config import AllReduceConfig
@@ -47,29 +47,26 @@ def _hooks() -> tuple[Hook, ...]:
     )
 
 
-def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
-    """Why this plugin fuses no layer boundaries under these arguments and in this SGLang, or None: it does.
+def prepare(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
+    """Put the hooks in; why this plugin fuses no layer boundaries all the same, or None: it does.
 
-    Asked in the process that starts the others, which then turns FlashInfer's fusion off, and in each rank. The hooks
-    are put in to tell: without them nothing of SGLang's may be taken away.
+    For the process that starts the others, which then turns FlashInfer's fusion off, and for each rank: without the
+    hooks nothing of SGLang's may be taken away. The first one thereby imports SGLang's layers before it has resolved
+    its arguments.
     """
-    reason = given.unfused(server_args, settings)
-    if reason is None and (parts := given.experts_in_parts(server_args)) is not None and not hooks.exists(_MERGED):
+    reason = unfused_by_arguments(server_args, settings)
+    if reason is None and (parts := experts_in_parts(server_args)) is not None and not hooks.exists(_MERGED):
         reason = parts
     return _installed() if reason is None else reason
 
 
 def install(server_args: Any, settings: AllReduceConfig, *, talks: bool) -> None:  # noqa: ANN401
     """Let layers of this process use fused calls, or say why not. ``talks``: this rank tells it."""
-    reason = unfused(server_args, settings)
+    reason = prepare(server_args, settings)
     if not talks:
         return
     if reason is not None:
-        logger.info(
-            "all-reduce fusion: layer boundaries are not fused: %s; where SGLang fuses them itself, those all-reduces "
-            "bypass allreduce_strategy",
-            reason,
-        )
+        _say_not_fused(reason)
         return
     if getattr(server_args, "enforce_disable_flashinfer_allreduce_fusion", False):
         _say_kept_off()
@@ -77,11 +74,21 @@ def install(server_args: Any, settings: AllReduceConfig, *, talks: bool) -> None
 
 
 @functools.cache
+def _say_not_fused(reason: str) -> None:
+    """Once, however many groups there are."""
+    logger.info(
+        "all-reduce fusion: layer boundaries are not fused: %s; where SGLang fuses them itself, those all-reduces "
+        "bypass allreduce_strategy",
+        reason,
+    )
+
+
+@functools.cache
 def _say_kept_off() -> None:
     """Here and not where it is turned off: SGLang's first process has no logger yet when it looks at arguments."""
     logger.info(
-        "all-reduce fusion: FlashInfer's is kept off, because its kernel would bypass allreduce_strategy; this plugin "
-        "fuses the same layer boundaries"
+        "all-reduce fusion: FlashInfer's is off, whose kernel would bypass allreduce_strategy: this plugin fuses the "
+        "same layer boundaries"
     )
 
 

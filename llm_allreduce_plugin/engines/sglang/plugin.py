@@ -65,7 +65,7 @@ def untried(version: str) -> str | None:
     if numbers is not None and TRIED[0] <= numbers <= TRIED[1]:
         return None
     first, last = (".".join(map(str, end)) for end in TRIED)
-    tested = f"SGLang {version} is untested ({first} to {last} are tested)"
+    tested = f"SGLang {version} was not tried (this release is made for {first} to {last})"
     return f"all-reduce: {tested}; all hooks were found, so the plugin stays on"
 
 
@@ -101,7 +101,7 @@ def check_arguments(server_args: Any, *_args: Any, **_kwargs: Any) -> None:  # n
     if lost := hooks.not_applied(communicator.HOOKS):
         logger.warning("SGLang's own all-reduce is left in place: %s", communicator.could_not_be(lost))
         return
-    fuses = fusion.unfused(server_args, settings) is None
+    fuses = fusion.prepare(server_args, settings) is None
     for line in overridden(server_args, settings, fuses=fuses):
         logger.warning("%s", line)
     if fuses:

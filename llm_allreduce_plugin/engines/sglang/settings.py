@@ -124,10 +124,10 @@ def _fusion_given(server_args: Any) -> bool:  # noqa: ANN401
     return backend is not None or bool(getattr(server_args, "enable_flashinfer_allreduce_fusion", False))
 
 
-def unfused(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
+def unfused_by_arguments(server_args: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
     """Why layer boundaries are not fused under these arguments, or None: they are, where this SGLang has the hooks.
 
-    Whether it has them: :func:`llm_allreduce_plugin.engines.sglang.fusion.unfused`.
+    Whether it has them: :func:`llm_allreduce_plugin.engines.sglang.fusion.prepare`.
     """
     if not settings.fuse_norm:
         return "fuse_norm is off"
