@@ -40,7 +40,10 @@ def descendants(pid: int) -> Iterator[int]:
 
 
 class Watch:
-    """Looks at the descendants of this process.
+    """Looks at the descendants of this process that run Python.
+
+    Nothing else that tests start has CUDA in it; and Python itself starts some of it without an environment, such as
+    ``ldconfig``, by which ctypes looks for libraries.
 
     A process shows the environment with which its program was started. One between its fork from this process and its
     program still shows what this one was started with: it is looked at again, and a copy of this process has what
@@ -59,6 +62,8 @@ class Watch:
     def look(self) -> None:
         for pid in descendants(os.getpid()):
             try:
+                if not (_PROC / str(pid) / "exe").readlink().name.startswith("python"):
+                    continue
                 environment = (_PROC / str(pid) / "environ").read_bytes()
                 command = (_PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
             except OSError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -63,7 +65,7 @@ def test_a_process_below_that_lacks_one_is_found(lacking: str) -> None:
 
 def test_another_value_switches_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "01")  # the other switch is as ever
-    process = subprocess.Popen(["sleep", "60"])
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         watch = Watch()
 
@@ -72,8 +74,22 @@ def test_another_value_switches_nothing_off(monkeypatch: pytest.MonkeyPatch) -> 
             return process.pid in watch.wrong
 
         wait_until(found)
-        assert "NCCL_NVLS_ENABLE=0: sleep 60" in watch.wrong[process.pid]
+        assert f"NCCL_NVLS_ENABLE=0: {sys.executable} -c input()" in watch.wrong[process.pid]
     finally:
         process.kill()
         process.wait()
     assert os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+def test_what_is_not_python_may_run_without_an_environment() -> None:
+    """As ``ldconfig`` does, by which ctypes looks for libraries."""
+    process = os.posix_spawn("/bin/sleep", ["sleep", "60"], {"LC_ALL": "C"})
+    try:
+        wait_until(lambda: Path(f"/proc/{process}/environ").read_bytes() == b"LC_ALL=C\0")
+        watch = Watch()
+        watch.look()
+        assert process not in watch.wrong
+        assert process not in watch.seen
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
