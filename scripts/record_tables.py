@@ -63,6 +63,15 @@ def times(name: str, *candidates: str) -> dict[int, float]:
     return found
 
 
+def fastest(labelled: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, dict[int, float]]:
+    """Microseconds by bytes, of the fastest row of each label."""
+    curves: dict[str, dict[int, float]] = {}
+    for label, row in labelled:
+        curve = curves.setdefault(label, {})
+        curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
+    return curves
+
+
 def by_size(lines: dict[str, dict[int, float]], sizes: Iterable[int] | None = None) -> str:
     """A line to each curve, a column to each size."""
     columns = sorted(sizes or {bytes_ for curve in lines.values() for bytes_ in curve})
@@ -82,12 +91,6 @@ _PEERS = {
 }
 
 
-def nvlink() -> str:
-    """All-reduces over NVLink."""
-    return by_size({f"{ranks} GPUs: {label}": times(f"h200/bench_tp{ranks}", *names)
-                    for ranks in (4, 2) for label, names in _PEERS.items()})  # fmt: skip
-
-
 _SHIPPED = {
     "MINLATENCY": ("MINLATENCY",),
     "FlashInfer": ("FlashInfer",),
@@ -104,7 +107,7 @@ _SHIPPED_WITH_NORM = {
 
 
 def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
-    """What engines ship beside ours, over four GPUs and over two, each in one run."""
+    """What others have beside ours, over four GPUs and over two, each in one run."""
     return by_size({f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
                     for ranks in (4, 2) for label, names in lines.items()})  # fmt: skip
 
@@ -245,11 +248,10 @@ def eager_and_start() -> str:
 
 def forms() -> str:
     """LOWPRECISION's algorithms, of four GPUs, over two links."""
-    curves: dict[str, dict[int, float]] = {}
-    for link, name in (("NVLink", "h200/forms_fp8_tp4"), ("host memory", "h200/forms_fp8_host_tp4")):
-        for row in record(name)["rows"]:
-            curves.setdefault(f"{link}: `{row['algorithm']}`", {})[row["bytes"]] = row["us"]
-    return by_size(curves)
+    records = (("NVLink", "h200/forms_fp8_tp4"), ("host memory", "h200/forms_fp8_host_tp4"))
+    return by_size(
+        fastest((f"{link}: `{row['algorithm']}`", row) for link, name in records for row in record(name)["rows"])
+    )
 
 
 def error_of_one() -> str:
@@ -328,24 +330,25 @@ def registered() -> str:
 
 def fused_tp4() -> str:
     """One kernel at the best of the shapes that were tried, and the fastest sum with the norm behind it: four GPUs."""
-    rows = [row for row in record("h100/fused_shapes_tp4")["rows"] if row["what"] != "norm alone"]
-    curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        label = "two kernels" if row["what"] != "fused" else ("one, in one step", "one, in two steps")[row["algorithm"]]
-        curve = curves.setdefault(label, {})
-        curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
-    return by_size({label: curves[label] for label in ("one, in one step", "one, in two steps", "two kernels")})
+    in_one_kernel, two = ("one, in one step", "one, in two steps"), "two kernels"
+    curves = fastest(
+        (in_one_kernel[row["algorithm"]] if row["what"] == "fused" else two, row)
+        for row in record("h100/fused_shapes_tp4")["rows"]
+        if row["what"] != "norm alone"
+    )
+    return by_size({label: curves[label] for label in (*in_one_kernel, two)})
 
 
 def fused_quant() -> str:
     """One kernel at the best of the shapes that were tried, by how it quantizes."""
-    curves: dict[str, dict[int, float]] = {}
-    for row in record("h100/fused_shapes_tp2")["rows"]:
-        # Rows that were measured with every quantization.
-        if row["what"] == "fused" and row["hidden"] == HIDDEN and row["rows"] in (1, 16, 64):
-            curve = curves.setdefault(row["quant"].replace("none", "not quantized"), {})
-            curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], row["us"]))
-    return by_size(curves)
+    with_every_quantization = (1, 16, 64)  # rows that were measured so
+    return by_size(
+        fastest(
+            (row["quant"].replace("none", "not quantized"), row)
+            for row in record("h100/fused_shapes_tp2")["rows"]
+            if row["what"] == "fused" and row["hidden"] == HIDDEN and row["rows"] in with_every_quantization
+        )
+    )
 
 
 def codecs() -> str:
@@ -364,7 +367,7 @@ _OURS = {"MINLATENCY": "MINLATENCY"}
 _LOW = {"LOWPRECISION": "LOWPRECISION, fp8"}
 _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "MINLATENCY, norm fused"}
 TABLES: dict[str, Callable[[], str]] = {
-    "nvlink": nvlink,
+    "nvlink": lambda: beside("bench", _PEERS),
     "nvlink_h100": nvlink_h100,
     "nvlink_h100_tp4": nvlink_h100_tp4,
     "between_products": between_products,

@@ -112,8 +112,8 @@ def _of_gpus(
     where = f"{facts.world_size} x {' and '.join(names) or 'GPU'}{_on_hosts(members.hosts)} ({source})"
     note = tuple(filter(None, [refusal_note(config.transport, refusal)]))
     inside = topology_class(members, Transport.SYMMETRIC, range(facts.world_size))
-    hopes = group_outlook(members, facts.world_size, facts.transport, inside)
-    return Subject(where, facts, (*note, *_notes(members, facts), *filter(None, [hopes]), *ignored), inside)
+    multicast = group_outlook(members, facts.world_size, facts.transport, inside)
+    return Subject(where, facts, (*note, *_notes(members, facts), *filter(None, [multicast]), *ignored), inside)
 
 
 def _on_hosts(number: int) -> str:

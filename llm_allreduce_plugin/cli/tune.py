@@ -287,8 +287,8 @@ def _report(entry: Entry, topology: NodeTopology | None) -> str:
         lines.append("# run the same kernel, and the times of eager calls are mostly the host's")
         lines.append("# calls by multicast are not measured: AUTO and MINLATENCY never choose them")
     if topology is not None and entry.hosts == 1:
-        hopes = group_outlook(topology, entry.world_size, entry.transport, entry.topology_class)
-        lines += [f"# {hopes}"] if hopes else []
+        multicast = group_outlook(topology, entry.world_size, entry.transport, entry.topology_class)
+        lines += [f"# {multicast}"] if multicast else []
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,6 +48,24 @@ def fork_and_join(reduce: Callable[[int], T], streams: list[torch.cuda.Stream]) 
     return [results[i] for i in range(4)]
 
 
+def captured(body: Callable[[list[torch.cuda.Stream]], object], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A graph of ``body``, which has three streams for its branches."""
+    graph = torch.cuda.CUDAGraph()
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    with torch.cuda.graph(graph, stream=stream):
+        body(streams)
+    return graph
+
+
+def replay_on_every_rank(group: LocalGroup, graphs: list[torch.cuda.CUDAGraph]) -> None:
+    """Each on the stream of its rank, between two moments at which the GPU has nothing to do."""
+    torch.cuda.synchronize()
+    for graph, stream in zip(graphs, group.streams, strict=True):
+        with torch.cuda.stream(stream):
+            graph.replay()
+    torch.cuda.synchronize()
+
+
 def _branches(context: RankContext, strategy: str, replays: int, settings: Settings) -> None:
     """Two graphs with branches, replayed by turns with eager calls between, on data that changes on the device."""
     seed, device = context.shared_seed(), context.device
@@ -69,13 +88,7 @@ def _branches(context: RankContext, strategy: str, replays: int, settings: Setti
             for output, right in zip(outputs, expected, strict=True):
                 wrong.add_((output != right).sum())
 
-        graphs = []
-        for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            streams = [torch.cuda.Stream() for _ in range(3)]
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-                body(streams)
-            graphs.append(graph)
+        graphs = [captured(body, torch.cuda.Stream()) for _ in range(2)]
         for turn in range(replays):
             graphs[turn % 2].replay()
             if turn % 1000 == 0:
@@ -105,16 +118,12 @@ def test_branches_of_ranks_on_one_gpu(world_size: int, algorithm: str, kind: dic
     outputs = [[torch.zeros(size, device=group.device) for size in sizes] for _ in range(world_size)]
     graphs = []
     for rank in range(world_size):
-        graph = torch.cuda.CUDAGraph()
-        streams = [torch.cuda.Stream() for _ in range(3)]
 
         def reduce(i: int, rank: int = rank) -> torch.Tensor:
             group.start(rank, algorithm, inputs[rank][i], outputs[rank][i], torch.cuda.current_stream())
             return outputs[rank][i]
 
-        with torch.cuda.graph(graph, stream=group.streams[rank]):
-            fork_and_join(reduce, streams)
-        graphs.append(graph)
+        graphs.append(captured(functools.partial(fork_and_join, reduce), group.streams[rank]))
     for turn in range(50):
         seed = fresh_seed()
         fresh = [
@@ -125,11 +134,7 @@ def test_branches_of_ranks_on_one_gpu(world_size: int, algorithm: str, kind: dic
             for i in range(len(sizes)):
                 inputs[rank][i].copy_(fresh[i][rank])
                 outputs[rank][i].fill_(float("nan"))
-        torch.cuda.synchronize()
-        for rank in range(world_size):
-            with torch.cuda.stream(group.streams[rank]):
-                graphs[rank].replay()
-        torch.cuda.synchronize()
+        replay_on_every_rank(group, graphs)
         for i in range(len(sizes)):
             for rank in range(world_size):
                 assert_same_bits(outputs[rank][i], rank_ordered_sum(fresh[i]), f"turn {turn}, call {i}, rank {rank}")
@@ -180,13 +185,7 @@ def _normed_branches(
             for output, (_, _, expected) in zip(fork_and_join(call, streams), cases, strict=True):
                 count_wrong(output, expected)
 
-        graphs = []
-        for _ in range(2):
-            graph = torch.cuda.CUDAGraph()
-            streams = [torch.cuda.Stream() for _ in range(3)]
-            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
-                body(streams)
-            graphs.append(graph)
+        graphs = [captured(body, torch.cuda.Stream()) for _ in range(2)]
         for turn in range(1000):
             graphs[turn % 2].replay()
             if turn % 100 == 0:
@@ -231,15 +230,11 @@ def test_branches_with_norms_of_ranks_on_one_gpu(world_size: int, algorithm: Alg
     outputs = [[call.outputs(like) for call, like in zip(calls, likes, strict=True)] for _ in range(world_size)]
     graphs = []
     for rank in range(world_size):
-        graph = torch.cuda.CUDAGraph()
-        streams = [torch.cuda.Stream() for _ in range(3)]
 
         def start(i: int, rank: int = rank) -> None:
             calls[i].start(rank, inputs[rank][i], outputs[rank][i], torch.cuda.current_stream())
 
-        with torch.cuda.graph(graph, stream=group.streams[rank]):
-            fork_and_join(start, streams)
-        graphs.append(graph)
+        graphs.append(captured(functools.partial(fork_and_join, start), group.streams[rank]))
     for turn in range(50):
         seed = fresh_seed()
         fresh = [
@@ -250,11 +245,7 @@ def test_branches_with_norms_of_ranks_on_one_gpu(world_size: int, algorithm: Alg
             for i in range(len(shapes)):
                 inputs[rank][i].copy_(fresh[i][rank])
                 poison(outputs[rank][i])
-        torch.cuda.synchronize()
-        for rank in range(world_size):
-            with torch.cuda.stream(group.streams[rank]):
-                graphs[rank].replay()
-        torch.cuda.synchronize()
+        replay_on_every_rank(group, graphs)
         for i, boundary in enumerate(boundaries):
             expected = boundary.expected(rank_ordered_sum(fresh[i]))
             for rank in range(world_size):

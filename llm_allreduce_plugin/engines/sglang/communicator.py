@@ -56,7 +56,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     name = f"{kind}{number}"
     reason = stands_aside(server_args, settings, group.device.type)
     if reason is None and (lost := hooks.not_applied(HOOKS)):
-        reason = could_not_be(lost)
+        reason = hooks.not_installed(lost)
     if reason is not None:
         from llm_allreduce_plugin.engines.common.reports import report_engines_own
 
@@ -77,11 +77,6 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     setattr(group, ATTRIBUTE, communicator)
     fusion_ops.serve(group.unique_name, communicator)
     fusion.install(server_args, settings, talks=group.rank_in_group == 0)
-
-
-def could_not_be(lost: list[str]) -> str:
-    """Why groups keep SGLang's own all-reduce: some of :data:`HOOKS` did not take."""
-    return f"the hooks at {', '.join(lost)} could not be installed"
 
 
 def _server_args() -> Any:  # noqa: ANN401

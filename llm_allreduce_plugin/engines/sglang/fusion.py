@@ -100,6 +100,6 @@ def _installed() -> str | None:
         return f"this SGLang has no {', '.join(absent)}"
     hooks.add_late(wanted)
     if lost := hooks.not_applied(wanted):
-        return f"the hooks at {', '.join(lost)} could not be installed"
+        return hooks.not_installed(lost)
     boundaries.start()
     return None

@@ -68,6 +68,11 @@ def not_applied(hooks: Iterable[Hook]) -> list[str]:
     return found
 
 
+def not_installed(lost: Iterable[str]) -> str:
+    """The reason that :func:`not_applied` gives for leaving SGLang's own in place."""
+    return f"the hooks at {', '.join(lost)} could not be installed"
+
+
 def _calls(wrapped: Any, function: Callable[..., Any]) -> bool:  # noqa: ANN401
     """Whether ``function`` is among the hooks around what ``wrapped`` wraps."""
     while wrapped is not None:

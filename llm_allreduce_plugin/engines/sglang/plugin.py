@@ -99,7 +99,7 @@ def check_arguments(server_args: Any, *_args: Any, **_kwargs: Any) -> None:  # n
         return  # whose reason the group tells
     settings.check_world_size(server_args.tp_size)
     if lost := hooks.not_applied(communicator.HOOKS):
-        logger.warning("SGLang's own all-reduce is left in place: %s", communicator.could_not_be(lost))
+        logger.warning("SGLang's own all-reduce is left in place: %s", hooks.not_installed(lost))
         return
     fuses = fusion.prepare(server_args, settings) is None
     for line in overridden(server_args, settings, fuses=fuses):
