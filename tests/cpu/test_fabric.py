@@ -25,7 +25,7 @@ from llm_allreduce_plugin.measure.answers import wrong_elements
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 from llm_allreduce_plugin.topology.fabric import domain_obstacle
-from llm_allreduce_plugin.transport import fabric
+from llm_allreduce_plugin.transport import mapped
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from tests.support.fabric_ranks import fabric_of, placed
@@ -101,7 +101,7 @@ def probes(context: RankContext, scenarios: list[Scenario], wait_s: float) -> li
         entry_points = scenario.entry_points(context.rank)
         agreement.barrier("to begin together")
         began = time.monotonic()
-        with fabric_of(entry_points), mock.patch.object(fabric, "CLOSE_WAIT_S", WAIT_S):
+        with fabric_of(entry_points), mock.patch.object(mapped, "CLOSE_WAIT_S", WAIT_S):
             fault = domain_fault(agreement, CPU, wait_s=wait_s)
         seconds = time.monotonic() - began
         # Of a rank that was still at it when another failed, moments later.

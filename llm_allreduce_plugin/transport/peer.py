@@ -1,0 +1,131 @@
+"""GPU memory that ranks of one host map: by files, which they send each other over sockets.
+
+torch's symmetric memory does the same; but the first that a process asks it for takes 2 to 3 s on an H200, and no
+deadline holds in its rendezvous. It is what is left where files cannot be sent: between containers that have a network
+of their own each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport import symmetric
+from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
+from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_workspace
+from llm_allreduce_plugin.transport.passing import ThroughSocket
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+
+def open_driver(device: torch.device) -> Driver:
+    """The driver of a rank's GPU.
+
+    Raises:
+        RuntimeError: there is none, or ranks are not on GPUs.
+    """
+    return driver_of(device, FILE_DESCRIPTOR, FileHandles.place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """Where peers get the file of a rank's memory.
+
+    Attributes:
+        where: a socket's abstract name.
+        token: for whoever asks.
+    """
+
+    where: str
+    token: bytes
+
+
+class FileHandles:
+    """See :class:`~llm_allreduce_plugin.transport.mapped.Handles`."""
+
+    place = "its peers"
+    exchange = "where files of memory are handed out"
+
+    def __init__(self) -> None:
+        self._way = ThroughSocket()
+        self._lock = threading.Lock()
+        self._over = False
+
+    def open(self, device: torch.device) -> Driver:
+        """A driver whose memory can be exported as a file."""
+        return open_driver(device)
+
+    def export(self, driver: Driver, handle: int) -> Offer:
+        """Hand the file out from now on."""
+        file = driver.export_file(handle)
+        try:
+            with self._lock:
+                if self._over:  # a step that ranks have given up comes back from the driver
+                    message = "this rank has given up before"
+                    raise RuntimeError(message)
+                return Offer(*self._way.hand_out(file))
+        finally:
+            os.close(file)
+
+    def take(self, driver: Driver, exported: Offer) -> int:
+        """Ask a peer for its file."""
+        try:
+            file = ThroughSocket().fetch(exported.where, exported.token)
+        except OSError as error:
+            message = f"its file does not come through a socket: {error}"
+            raise RuntimeError(message) from error
+        try:
+            return driver.take_file(file)
+        finally:
+            os.close(file)
+
+    def withdraw(self) -> None:
+        """Hand the file out no more: it would hold the memory."""
+        with self._lock:
+            self._over = True
+            self._way.withdraw()
+
+
+class PeerMemory(MappedMemory):
+    """A workspace that the ranks of a host map."""
+
+    @classmethod
+    def open(cls, agreement: Agreement, device: torch.device, layout: _C.Layout) -> PeerMemory:
+        """Collective.
+
+        Raises:
+            TransportError: on every rank alike, when a rank cannot allocate, send, or map.
+        """
+        return cls(*open_workspace(agreement, device, layout, FileHandles()), Transport.SYMMETRIC)
+
+
+def open_peer_memory(
+    agreement: Agreement,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    layout: _C.Layout,
+    rendezvous: symmetric.Rendezvous = symmetric.whole_group,
+) -> PeerMemory | SymmetricMemory:
+    """A workspace of the given layout on every rank of a host, mapped into each: by files, else as torch does it.
+
+    Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory, or ``rendezvous`` does.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate or map.
+    """
+    try:
+        return PeerMemory.open(agreement, device, layout)
+    except TransportError as error:
+        if agreement.rank == 0:
+            logger.info("memory is mapped by torch's symmetric memory, as it cannot be by files: %s", error)
+    return SymmetricMemory.open(agreement, group, device, layout, rendezvous)
