@@ -19,7 +19,7 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.transport import symmetric
+from llm_allreduce_plugin.transport import nameless, symmetric
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
 from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_workspace
 from llm_allreduce_plugin.transport.passing import ThroughSocket
@@ -109,6 +109,43 @@ class PeerMemory(MappedMemory):
         return cls(*open_workspace(agreement, device, layout, FileHandles()), Transport.SYMMETRIC)
 
 
+def sending_fault(agreement: Agreement) -> str | None:
+    """Why ranks cannot send each other files, or None: each has asked each for one. Collective.
+
+    The same on every rank.
+    """
+    way = ThroughSocket()
+
+    def offer() -> Offer:
+        file = nameless.create(os.sysconf("SC_PAGE_SIZE"))
+        try:
+            return Offer(*way.hand_out(file))
+        finally:
+            os.close(file)
+
+    def fetch() -> None:
+        for rank, offered in enumerate(offers):
+            if rank == agreement.rank:
+                continue
+            try:
+                os.close(ThroughSocket().fetch(offered.where, offered.token))
+            except OSError as error:
+                message = f"that of rank {rank} does not come through a socket: {error}"
+                raise RuntimeError(message) from error
+
+    try:
+        mine = agreement.on_every_rank(
+            offer, "to hand out files", TransportError, "cannot hand out a file", may_block=True
+        )
+        offers = agreement.gather(mine, "to exchange where files are handed out")
+        agreement.on_every_rank(fetch, "to ask for files", TransportError, "cannot get a file", may_block=True)
+    except TransportError as error:
+        return str(error)
+    finally:
+        way.withdraw()
+    return None
+
+
 def open_peer_memory(
     agreement: Agreement,
     group: dist.ProcessGroup,
@@ -116,16 +153,17 @@ def open_peer_memory(
     layout: _C.Layout,
     rendezvous: symmetric.Rendezvous = symmetric.whole_group,
 ) -> PeerMemory | SymmetricMemory:
-    """A workspace of the given layout on every rank of a host, mapped into each: by files, else as torch does it.
+    """A workspace of the given layout on every rank of a host, mapped into each.
 
-    Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory, or ``rendezvous`` does.
+    Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory, or ``rendezvous`` does, where
+    ranks cannot send each other files.
 
     Raises:
         TransportError: on every rank alike, when a rank cannot allocate or map.
     """
-    try:
+    fault = sending_fault(agreement)
+    if fault is None:
         return PeerMemory.open(agreement, device, layout)
-    except TransportError as error:
-        if agreement.rank == 0:
-            logger.info("memory is mapped by torch's symmetric memory, as it cannot be by files: %s", error)
+    if agreement.rank == 0:
+        logger.info("memory of ranks is mapped by torch's symmetric memory: %s", fault)
     return SymmetricMemory.open(agreement, group, device, layout, rendezvous)

@@ -214,34 +214,66 @@ def test_an_export_that_comes_back_late_hands_nothing_out() -> None:
     assert _passing() == 0
 
 
-class _Alone:
-    rank, world_size = 0, 2
+def opens(context: RankContext, deaf: int, cannot: bool) -> tuple[Any, list[str], int, int]:
+    """What is opened, the log, and the files and threads left; ``deaf``: this rank gets no file through a socket.
+
+    ``cannot``: ranks can send files, and the last one has no memory.
+    """
+    agreement, files, lines = Agreement(context.group, 30.0), _files(), list[str]()
+    scenario = Scenario(rank=RANKS - 1 if cannot else -1, call="cuMemCreate")
+    entry_points = scenario.entry_points(context.rank)
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("llm_allreduce_plugin")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    layout = _C.make_layout(RANKS, 1, in_band_bytes=1 << 18, flagged_bytes=1 << 18)
+    torchs = mock.patch.object(SymmetricMemory, "open", lambda *arguments: ("torch's", arguments[-1]))
+    found: Any
+    with _driver(entry_points, deaf=context.rank == deaf), torchs:
+        try:
+            memory: Any = peer.open_peer_memory(agreement, context.group, CPU, layout, "the rendezvous")  # type: ignore[arg-type]
+        except TransportError as error:
+            found = str(error)
+        else:
+            found = memory if isinstance(memory, tuple) else type(memory).__name__
+            agreement.barrier("to have looked")
+            if not isinstance(memory, tuple):
+                memory.close()
+    agreement.close()
+    wait_until(lambda: _passing() == 0)
+    return found, lines, sum(entry_points.left().values()), _passing() + (_files() > files)
 
 
-@pytest.mark.parametrize("rank", (0, 1))
-def test_without_files_torch_maps_memory_and_the_first_rank_says_why(
-    rank: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    agreement, group, layout, asked = _Alone(), object(), object(), []
-    agreement.rank = rank  # type: ignore[misc]
+@pytest.mark.parametrize("deaf", range(RANKS))
+def test_where_files_cannot_be_sent_torch_maps_memory_and_the_first_rank_says_why(deaf: int) -> None:
+    with forked(RANKS, opens, deaf, False) as group:
+        answers = [group.value(rank, 60) for rank in range(RANKS)]
+    for rank, (memory, lines, *left) in enumerate(answers):
+        assert memory == ("torch's", "the rendezvous")
+        assert left == [0, 0]
+        assert len(lines) == (rank == 0), lines
+    other = 0 if deaf else 1
+    assert answers[0][1] == [
+        f"memory of ranks is mapped by torch's symmetric memory: rank {deaf} cannot get a file: that of rank {other} "
+        "does not come through a socket: [Errno 111] Connection refused"
+    ]
 
-    def refuse(*_arguments: Any) -> None:
-        message = "rank 1 cannot map: memory of rank 0: its file does not come through a socket: refused"
-        raise TransportError(message)
 
-    def torchs(*arguments: Any) -> str:
-        asked.append(arguments)
-        return "torch's"
+def test_where_they_can_be_sent_an_error_is_final() -> None:
+    """What has no memory has none in torch's hands either."""
+    with forked(RANKS, opens, -1, True) as group:
+        answers = [group.value(rank, 60) for rank in range(RANKS)]
+    assert len({memory for memory, *_ in answers}) == 1
+    for memory, lines, *left in answers:
+        assert f"rank {RANKS - 1} cannot export memory to its peers: cuMemCreate: CUDA_ERROR_UNKNOWN (999)" in memory
+        assert lines == []
+        assert left == [0, 0]
 
-    monkeypatch.setattr(peer.PeerMemory, "open", refuse)
-    monkeypatch.setattr(SymmetricMemory, "open", torchs)
-    with caplog.at_level(logging.INFO, logger="llm_allreduce_plugin"):
-        memory: Any = peer.open_peer_memory(agreement, group, CPU, layout, "the rendezvous")  # type: ignore[arg-type]
-    assert memory == "torch's"
-    assert asked == [(agreement, group, CPU, layout, "the rendezvous")]
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == (rank == 0)
-    assert all("as it cannot be by files: rank 1 cannot map: memory of rank 0" in line for line in said)
+
+def test_files_are_what_is_taken() -> None:
+    with forked(RANKS, opens, -1, False) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [("PeerMemory", [], 0, 0)] * RANKS
 
 
 def workspace(context: RankContext) -> tuple[bool, int, int]:
