@@ -32,7 +32,7 @@ class Handles(Protocol):
     """How memory of one process gets into another. An object serves one rank, once.
 
     Attributes:
-        place: where the others are, to follow "export memory to".
+        place: where the others are, to go before "can map".
         exchange: what ranks tell each other, to follow "to exchange".
     """
 
@@ -160,9 +160,9 @@ def share(
     try:
         own = agreement.on_every_rank(
             lambda: _export(mapped, device, size, prepare, handles),
-            "to export memory",
+            "to allocate and export memory",
             TransportError,
-            f"cannot export memory to {handles.place}",
+            f"cannot allocate memory that {handles.place} can map",
             may_block=True,
         )
         exported = agreement.gather(own, f"to exchange {handles.exchange}")

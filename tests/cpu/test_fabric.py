@@ -138,14 +138,18 @@ def test_what_is_not_true_is_found_out() -> None:
     here, there, nowhere = Truth("rack"), Truth("other rack"), Truth(None)
     closed = Truth("rack", imex_channel=False)
     cases = {
-        "cannot export memory to other hosts: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED (801)": (nowhere,) * 3,
-        "rank 2 cannot export memory to other hosts: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED": (here, here, nowhere),
+        "cannot allocate memory that other hosts can map: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED (801)": (nowhere,) * 3,
+        "rank 2 cannot allocate memory that other hosts can map: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED": (
+            here,
+            here,
+            nowhere,
+        ),
         # Whoever is the first to find it out.
         "cuMemImportFromShareableHandle: CUDA_ERROR_INVALID_HANDLE (400)": (here, here, there),
         "rank 1 cannot map: memory of rank 0: cuMemImportFromShareableHandle: CUDA_ERROR_NOT_PERMITTED (800)": (
             here, closed, here,
         ),
-        "rank 1 cannot export memory to other hosts: the driver has no fabric handles for this GPU": (
+        "rank 1 cannot allocate memory that other hosts can map: the driver has no fabric handles for this GPU": (
             here, Truth(handles=False), here,
         ),
     }  # fmt: skip

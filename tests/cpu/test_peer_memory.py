@@ -267,7 +267,10 @@ def test_where_they_can_be_sent_an_error_is_final() -> None:
         answers = [group.value(rank, 60) for rank in range(RANKS)]
     assert len({memory for memory, *_ in answers}) == 1
     for memory, lines, *left in answers:
-        assert f"rank {RANKS - 1} cannot export memory to its peers: cuMemCreate: CUDA_ERROR_UNKNOWN (999)" in memory
+        assert (
+            f"rank {RANKS - 1} cannot allocate memory that its peers can map: cuMemCreate: CUDA_ERROR_UNKNOWN (999)"
+            in memory
+        )
         assert lines == []
         assert left == [0, 0]
 

@@ -75,7 +75,7 @@ def test_one_rank_without_memory_holds_nobody(gpu_pool: PoolFor, transport: str)
         assert seconds < 60
         why = reason if used == "none" else " ".join(lines + answers[0][2])
         assert "rank 1 cannot allocate" in why
-        assert "out of memory" in why
+        assert "out of memory" in why.lower().replace("_", " ")  # torch's words, or the driver's
         assert used in ({"none"} if transport == "peer" else {"host", "none"})
 
 
