@@ -16,6 +16,7 @@ from llm_allreduce_plugin import diagnosis
 from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options
 from llm_allreduce_plugin.diagnosis import Finding, Verdict, across
+from llm_allreduce_plugin.diagnosis.proof import Prover
 from llm_allreduce_plugin.measure.torchrun import Place
 
 EPILOG = options.epilog(
@@ -98,16 +99,19 @@ def check(
     if torchrun:
         _of_ranks(as_json=as_json)
         return
-    findings, topology = diagnosis.look()
-    if not as_json:
-        _print(findings)
-    proved = proof and topology is not None
-    if proof and topology is not None:
-        with Console(stderr=True).status("ranks start, and write to and read from each other ..."):
-            proofs = diagnosis.prove(topology)
-        findings += proofs
+    with Prover() as prover:
+        if proof:
+            prover.begin()  # loads torch while this process looks
+        findings, topology = diagnosis.look()
         if not as_json:
-            _print(proofs)
+            _print(findings)
+        proved = proof and topology is not None
+        if proof and topology is not None:
+            with Console(stderr=True).status("ranks start, and write to and read from each other ..."):
+                proofs = diagnosis.prove(topology, prover)
+            findings += proofs
+            if not as_json:
+                _print(proofs)
     failed = any(found.verdict is Verdict.FAIL for found in findings)
     if as_json:
         rows = [dataclasses.asdict(found) for found in findings]

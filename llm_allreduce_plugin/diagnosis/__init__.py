@@ -97,11 +97,10 @@ def _ranks(gpus: int, config: AllReduceConfig) -> int:
     return proof.largest_group(gpus) if gpus else 2
 
 
-def prove(topology: NodeTopology, runner: proof.Runner | None = None) -> list[Finding]:
+def prove(topology: NodeTopology, runner: proof.Runner) -> list[Finding]:
     """That ranks reach each other on this node, by doing it. Starts processes; takes seconds, at most minutes.
 
-    ``runner``: proves one thing; by default one set of ranks proves all.
+    ``runner``: proves one thing, as a :class:`~llm_allreduce_plugin.diagnosis.proof.Prover` does.
     """
     _, config = software.settings()
-    with proof.Prover() as prover:
-        return guarded("proof", lambda: proof.findings(topology, config, runner or prover))
+    return guarded("proof", lambda: proof.findings(topology, config, runner))

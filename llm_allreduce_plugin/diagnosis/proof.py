@@ -25,7 +25,7 @@ from llm_allreduce_plugin.group.layouts import peer_refusal, transports
 from llm_allreduce_plugin.topology import NodeTopology
 from llm_allreduce_plugin.topology.links import Transport
 
-TIMEOUT_S = 120.0  # eight ranks import torch, make contexts and NCCL's group
+TIMEOUT_S = 120.0  # torch is loaded, and eight ranks make contexts
 WAIT_S = 10.0  # a rank for a peer
 COUNTS = (1000, 300_007)  # elements: in one step and in two
 DTYPE = "bfloat16"
@@ -159,12 +159,18 @@ class Prover:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def begin(self) -> None:
+        """Let the process that starts the ranks load torch, which takes seconds, before it is known what to prove."""
+        if self._child is None:
+            self._child = _Child(self._command)
+
     def __call__(self, task: Task) -> Proof:
         """Prove it, within ``timeout_s`` seconds."""
-        if self._ranks != (task.device, task.ranks):
+        if self._ranks not in (None, (task.device, task.ranks)):
             self.close()
-        if self._child is None:
-            self._child, self._ranks = _Child(self._command), (task.device, task.ranks)
+        self.begin()
+        assert self._child is not None
+        self._ranks = task.device, task.ranks
         proof = self._ask(self._child, task)
         if proof.outcome != "proved":
             self.close()  # whatever it was, these ranks may have been left in

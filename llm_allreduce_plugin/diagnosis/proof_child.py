@@ -62,7 +62,7 @@ def _tasks() -> Iterator[Task]:
 
 
 def _start(task: Task) -> RankPool:
-    """The ranks: forked, so that they need not load torch once more.
+    """The ranks: forked, so that they need not load torch once more, and without NCCL, which no proof asks anything.
 
     Raises:
         RankEndedError: a rank has ended at its start.
@@ -72,7 +72,7 @@ def _start(task: Task) -> RankPool:
     from llm_allreduce_plugin.measure.ranks import RankEndedError, RankPool
 
     try:
-        return RankPool(task.ranks, task.device, forked=True)
+        return RankPool(task.ranks, task.device, forked=True, nccl_at_once=False)
     except RankEndedError as error:
         # One that was killed is what is looked for; one that cannot use CUDA has raised.
         if task.device == "cpu" or "ended with exit code" not in str(error):
@@ -81,7 +81,7 @@ def _start(task: Task) -> RankPool:
         if (seen := torch.cuda.device_count()) < task.ranks:
             message = f"torch sees {seen} of {task.ranks} GPUs"
             raise RankEndedError(message) from None
-    return RankPool(task.ranks, task.device)  # something may have used CUDA all the same
+    return RankPool(task.ranks, task.device, nccl_at_once=False)  # something may have used CUDA all the same
 
 
 def main() -> None:
@@ -97,9 +97,7 @@ def main() -> None:
             answer: str | None
             try:
                 if pool is None:
-                    if task.transport is TransportChoice.HOST:
-                        os.environ["NCCL_P2P_DISABLE"] = "1"  # the links may be broken, and are not what is proved
-                    _say(step=f"starting {task.ranks} ranks{' and NCCL' if task.device == 'cuda' else ''}")
+                    _say(step=f"starting {task.ranks} ranks")
                     pool = ends.enter_context(_start(task))
                 _say(step="ranks writing to and reading from each other")
                 answer = next(filter(None, pool.run(prove, task, timeout_s=TIMEOUT_S)), None)

@@ -18,7 +18,7 @@ from llm_allreduce_plugin.base.cleanup import let_go
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, MulticastChoice
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.group.multicast import layout_of
-from llm_allreduce_plugin.transport.fabric import bytes_at
+from llm_allreduce_plugin.transport.mapped import bytes_at
 from llm_allreduce_plugin.transport.multicast import Multicast, Opening
 from llm_allreduce_plugin.transport.multicast_driver import MulticastDriver
 from llm_allreduce_plugin.transport.multicast_probe import probe

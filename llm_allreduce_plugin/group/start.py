@@ -39,10 +39,11 @@ from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.transport.multicast import Multicast
+from llm_allreduce_plugin.transport.peer import open_peer_memory
 from llm_allreduce_plugin.transport.rail import Rail
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
-from llm_allreduce_plugin.transport.symmetric import SymmetricMemory, prove_peer_access
+from llm_allreduce_plugin.transport.symmetric import prove_peer_access
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ class _Start:
         elif transport is Transport.HOST:
             memory = HostMemory.open(agreement, device, layout)
         else:
-            memory = SymmetricMemory.open(agreement, group, device, layout, rendezvous)
+            memory = open_peer_memory(agreement, group, device, layout, rendezvous)
         self._times.ended("memory")
 
         made: list[_C.Workspace] = []

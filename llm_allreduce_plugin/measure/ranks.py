@@ -59,10 +59,23 @@ class RankContext:
         return values
 
 
-def serve(rank: int, world_size: int, device_name: str, port: int, pipe: Connection) -> None:
+def serve(
+    rank: int,
+    world_size: int,
+    device_name: str,
+    port: int,
+    pipe: Connection,
+    nccl_at_once: bool = True,  # noqa: FBT001, FBT002  (a process is given arguments in order)
+) -> None:
     """What a rank does: join the group at this port, then run what comes through the pipe, until there is no more.
 
-    ``device_name``: ``"cpu"``, ``"cuda:0"``, or ``"cuda"``, the GPU with the rank's number.
+    Args:
+        rank: its number.
+        world_size: how many there are.
+        device_name: ``"cpu"``, ``"cuda:0"``, or ``"cuda"``, the GPU with the rank's number.
+        port: of the store, on this machine.
+        pipe: to whoever has started it.
+        nccl_at_once: make NCCL's communicator now, and not at the first call that needs it.
     """
     torch.set_num_threads(1)
     patience = dt.timedelta(seconds=START_LIMIT_S)
@@ -73,7 +86,8 @@ def serve(rank: int, world_size: int, device_name: str, port: int, pipe: Connect
     if device.type == "cuda":
         device = torch.device("cuda", rank if device.index is None else device.index)
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=device)
+        bound = device if nccl_at_once else None
+        dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=bound)
         control = dist.new_group(backend="gloo")
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -157,6 +171,7 @@ class RankPool:
         device_type: ``"cuda"``, a GPU each, or ``"cpu"``.
         forked: they have what this process has loaded, and need not load torch again. It must have no threads, and must
             not have used CUDA.
+        nccl_at_once: ranks on GPUs make NCCL's communicator at their start, and not when something first needs it.
 
     Raises:
         RankEndedError: a rank's process ended before it was ready.
@@ -164,8 +179,9 @@ class RankPool:
         TimeoutError: a rank was not ready within ``START_LIMIT_S``.
     """
 
-    def __init__(self, world_size: int, device_type: str, *, forked: bool = False) -> None:
+    def __init__(self, world_size: int, device_type: str, *, forked: bool = False, nccl_at_once: bool = True) -> None:
         self._method = "fork" if forked else "spawn"
+        self._nccl_at_once = nccl_at_once
         self.world_size = world_size
         self.device_type = device_type
         self._store: Any = None
@@ -192,7 +208,8 @@ class RankPool:
 
     def _process(self, rank: int, port: int, pipe: Connection) -> BaseProcess:
         """A rank's process, not yet started."""
-        arguments = (os.getpid(), __name__, serve.__name__, rank, self.world_size, self.device_type, port, pipe)
+        serves = rank, self.world_size, self.device_type, port, pipe, self._nccl_at_once
+        arguments = (os.getpid(), __name__, serve.__name__, *serves)
         context = multiprocessing.get_context(self._method)
         made: BaseProcess = context.Process(  # type: ignore[attr-defined]
             target=processes.run_child, args=arguments, daemon=True, name=f"rank-{rank}"

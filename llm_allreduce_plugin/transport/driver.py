@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 SUCCESS = 0
+FILE_DESCRIPTOR = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 FABRIC_HANDLE = 8  # CU_MEM_HANDLE_TYPE_FABRIC
 FABRIC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, of a CUmemFabricHandle
 FABRIC_SUPPORTED = 128  # CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_FABRIC_SUPPORTED
@@ -205,6 +206,37 @@ class Driver:
         data = (ctypes.c_ubyte * FABRIC_HANDLE_BYTES)(*exported)
         self._bound(
             "cuMemImportFromShareableHandle", ctypes.byref(handle), ctypes.byref(data), ctypes.c_int(FABRIC_HANDLE)
+        )
+        return handle.value
+
+    def export_file(self, handle: int) -> int:
+        """A file descriptor by which another process of this host can import it. The caller closes it.
+
+        Raises:
+            DriverError: with the reason.
+        """
+        file = ctypes.c_int(-1)
+        self._bound(
+            "cuMemExportToShareableHandle",
+            ctypes.byref(file),
+            ctypes.c_ulonglong(handle),
+            ctypes.c_int(FILE_DESCRIPTOR),
+            ctypes.c_ulonglong(0),
+        )
+        return file.value
+
+    def take_file(self, file: int) -> int:
+        """A handle of what another process has exported. The descriptor stays open.
+
+        Raises:
+            DriverError: with the reason.
+        """
+        handle = ctypes.c_ulonglong()
+        self._bound(
+            "cuMemImportFromShareableHandle",
+            ctypes.byref(handle),
+            ctypes.c_void_p(file),
+            ctypes.c_int(FILE_DESCRIPTOR),
         )
         return handle.value
 

@@ -1,26 +1,14 @@
-"""GPU memory that ranks on several hosts of one NVLink domain map: by fabric handles, which are bytes like any others.
-
-Nothing here waits inside the driver for another rank, as a rendezvous does: ranks exchange handles through their
-agreement, so that every step has its deadline, and what one rank cannot do stops all alike.
-"""
+"""GPU memory that ranks on several hosts of one NVLink domain map: by fabric handles, which are only bytes."""
 
 from __future__ import annotations
-
-import ctypes
-import functools
-import logging
-from collections.abc import Callable, Sequence
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.base.attempt import EndsWhenUnused
-from llm_allreduce_plugin.base.cleanup import quietly
-from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.transport.driver import Driver
-from llm_allreduce_plugin.transport.symmetric import initialize
+from llm_allreduce_plugin.transport.driver import FABRIC_HANDLE, Driver
+from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_workspace
 
 
 def open_driver(device: torch.device) -> Driver:
@@ -29,169 +17,38 @@ def open_driver(device: torch.device) -> Driver:
     Raises:
         RuntimeError: there is none, or ranks are not on GPUs.
     """
-    if device.type != "cuda":
-        message = f"a rank on {device.type} has no GPU memory that other hosts could map"
-        raise RuntimeError(message)
-    torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
-    return Driver(device.index)
+    return driver_of(device, FABRIC_HANDLE, FabricHandles.place)
 
 
-logger = logging.getLogger(__name__)
+class FabricHandles:
+    """See :class:`~llm_allreduce_plugin.transport.mapped.Handles`."""
 
-CLOSE_WAIT_S = 10.0
+    place = "other hosts"
+    exchange = "fabric handles"
 
-
-class Segment:
-    """Memory of one rank, mapped here. ``handle``: of it, which this owns."""
-
-    def __init__(self, driver: Driver, handle: int, size: int) -> None:
-        self._driver = driver
-        self._handle: int | None = handle
-        self.size = size
-        self.address = 0
-
-    def map(self) -> None:
-        """Give it an address.
-
-        Raises:
-            DriverError: with the reason.
-        """
-        assert self._handle is not None
-        self.address = self._driver.map(self._handle, self.size)
-
-    def export(self) -> bytes:
-        """What peers need to import it.
-
-        Raises:
-            DriverError: with the reason.
-        """
-        assert self._handle is not None
-        return self._driver.export(self._handle)
-
-    def close(self) -> None:
-        """Unmap, and let go of the memory. Idempotent."""
-        address, handle, self.address, self._handle = self.address, self._handle, 0, None
-        if address:
-            quietly(functools.partial(self._driver.unmap, address, self.size), "unmap memory of an NVLink domain")
-        if handle is not None:
-            quietly(functools.partial(self._driver.release, handle), "let go of memory of an NVLink domain")
-
-
-class Mapped(EndsWhenUnused):
-    """The memory of all ranks, as this one sees it.
-
-    It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
-    way in the driver, or never return.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.driver: Driver | None = None
-        self.segments: list[Segment] = []  # as they were made; in rank order in the end
-
-    @property
-    def bases(self) -> list[int]:
-        """The address of each rank's, in rank order."""
-        return [segment.address for segment in self.segments]
-
-    def close(self) -> None:
-        """Unmap all of it, as soon as nothing uses it, and wait for that for a while. No kernel may be running on it.
-
-        Idempotent.
-        """
-        if not self._end("fabric", CLOSE_WAIT_S):
-            logger.warning("the driver has not let go of memory of an NVLink domain after %g s", CLOSE_WAIT_S)
-
-    def _let_go(self) -> None:
-        for segment in self.segments:
-            segment.close()
-        self.segments.clear()
-        if self.driver is not None:
-            quietly(self.driver.close, "let go of a CUDA context")
-
-
-def share(agreement: Agreement, device: torch.device, size: int, prepare: Callable[[Driver, int], None]) -> Mapped:
-    """``size`` bytes of every rank, mapped into every rank; prepared before any peer can see them. Collective.
-
-    Args:
-        agreement: of the ranks.
-        device: this rank's.
-        size: bytes of each rank, at least.
-        prepare: writes what must be there first; takes the driver and the address.
-
-    Raises:
-        TransportError: on every rank alike, when a rank cannot allocate, export, import or map.
-    """
-    mapped = Mapped()
-    try:
-        own = agreement.on_every_rank(
-            lambda: _export(mapped, device, size, prepare),
-            "to export memory",
-            TransportError,
-            "cannot export memory to other hosts",
-            may_block=True,
-        )
-        exported = agreement.gather(own, "to exchange fabric handles")
-        agreement.on_every_rank(
-            lambda: _import(mapped, agreement.rank, exported),
-            "to import memory",
-            TransportError,
-            "cannot map",
-            may_block=True,
-        )
-    except BaseException:
-        mapped.close()
-        raise
-    return mapped
-
-
-def _export(
-    mapped: Mapped, device: torch.device, size: int, prepare: Callable[[Driver, int], None]
-) -> tuple[bytes, int]:
-    """Make this rank's memory: what others need to map it, and its bytes."""
-    with mapped.in_use():
-        driver = mapped.driver = open_driver(device)
+    def open(self, device: torch.device) -> Driver:
+        """A driver that has fabric handles for this GPU."""
+        driver = open_driver(device)
         if not driver.has_fabric_handles:
+            driver.close()
             message = "the driver has no fabric handles for this GPU"
             raise RuntimeError(message)
-        length = driver.rounded(size)
-        own = Segment(driver, driver.create(length), length)
-        mapped.segments.append(own)
-        own.map()
-        prepare(driver, own.address)
-        return own.export(), length
+        return driver
+
+    def export(self, driver: Driver, handle: int) -> bytes:
+        """The fabric handle."""
+        return driver.export(handle)
+
+    def take(self, driver: Driver, exported: bytes) -> int:
+        """By a fabric handle."""
+        return driver.take(exported)
+
+    def withdraw(self) -> None:
+        """Nothing: a handle is for whoever has it."""
 
 
-def _import(mapped: Mapped, own_rank: int, exported: Sequence[tuple[bytes, int]]) -> None:
-    """Map the memory of all other ranks."""
-    with mapped.in_use():
-        driver, (own,) = mapped.driver, mapped.segments
-        assert driver is not None
-        found = []
-        for rank, (handle, length) in enumerate(exported):
-            if rank == own_rank:
-                found.append(own)
-                continue
-            try:
-                segment = Segment(driver, driver.take(handle), length)
-                mapped.segments.append(segment)
-                segment.map()
-            except RuntimeError as error:
-                message = f"memory of rank {rank}: {error}"
-                raise RuntimeError(message) from error
-            found.append(segment)
-        mapped.segments[:] = found
-
-
-class FabricMemory:
-    """A workspace of the given layout on every rank, initialized, mapped into every rank of the domain."""
-
-    local = 0
-
-    def __init__(self, mapped: Mapped, transport: Transport) -> None:
-        self.transport = transport
-        self.bases = mapped.bases
-        self._mapped = mapped
+class FabricMemory(MappedMemory):
+    """A workspace that the ranks of an NVLink domain map, on several hosts."""
 
     @classmethod
     def open(
@@ -206,29 +63,4 @@ class FabricMemory:
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-
-        def prepare(_driver: Driver, address: int) -> None:
-            initialize(bytes_at(address, layout.total_bytes, device), layout)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        mapped = share(agreement, device, layout.total_bytes, prepare)
-        return cls(mapped, transport)
-
-    def close(self) -> None:
-        """Let go of this rank's mappings; those of peers keep their memory alive until they close, too."""
-        self._mapped.close()
-
-
-class _Array:
-    """Bytes at an address of a GPU, as other libraries pass them on."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
-
-
-def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
-    """Memory at an address as uint8[size]; whoever calls keeps it alive."""
-    if device.type == "cuda":
-        return torch.as_tensor(_Array(address, size), device=device)
-    return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)
+        return cls(*open_workspace(agreement, device, layout, FabricHandles()), transport)

@@ -13,7 +13,8 @@ import torch
 
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import AllReduceError, TransportError
-from llm_allreduce_plugin.transport.fabric import share
+from llm_allreduce_plugin.transport.fabric import FabricHandles
+from llm_allreduce_plugin.transport.mapped import share
 
 PROBE_WAIT_S = 60.0  # for a step of the probe; a first context on a large machine takes some 10 s
 _LIMIT = "a fixed limit of the probe"
@@ -53,7 +54,7 @@ def _probe(agreement: Agreement, device: torch.device) -> None:
         lambda: int.from_bytes(os.urandom(8), "little"), "to draw a number", TransportError
     )
     zeros = bytes(_WORD.size * len(ranks))
-    mapped = share(agreement, device, len(zeros), lambda driver, address: driver.write(address, zeros))
+    mapped = share(agreement, device, len(zeros), lambda driver, address: driver.write(address, zeros), FabricHandles())
 
     def write() -> None:
         with mapped.in_use():

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 
 from llm_allreduce_plugin.transport import driver
-from llm_allreduce_plugin.transport.driver import Driver, EntryPoints
+from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver, EntryPoints
 
 SWITCHES = (("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1"), ("NCCL_NVLS_ENABLE", "0"))
 MULTICAST_NAMES = (
@@ -21,7 +21,6 @@ MULTICAST_NAMES = (
     "cuMulticastBindMem",
     "cuMulticastUnbind",
 )
-FILE_DESCRIPTOR = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 MULTICAST_SUPPORTED = 132  # CU_DEVICE_ATTRIBUTE_MULTICAST_SUPPORTED
 OUT_OF_MEMORY, ILLEGAL_STATE, NOT_READY = 2, 401, 802  # CUresult
 _RECOMMENDED = 1  # CU_MULTICAST_GRANULARITY_RECOMMENDED
@@ -108,37 +107,6 @@ class MulticastDriver(Driver):
         handle = ctypes.c_ulonglong()
         properties = ObjectProperties(devices, size, FILE_DESCRIPTOR, 0)
         self._bound("cuMulticastCreate", ctypes.byref(handle), ctypes.byref(properties))
-        return handle.value
-
-    def export_file(self, handle: int) -> int:
-        """A file descriptor by which another process of this host can import it. The caller closes it.
-
-        Raises:
-            DriverError: with the reason.
-        """
-        file = ctypes.c_int(-1)
-        self._bound(
-            "cuMemExportToShareableHandle",
-            ctypes.byref(file),
-            ctypes.c_ulonglong(handle),
-            ctypes.c_int(FILE_DESCRIPTOR),
-            ctypes.c_ulonglong(0),
-        )
-        return file.value
-
-    def take_file(self, file: int) -> int:
-        """A handle of what another process has exported. The descriptor stays open.
-
-        Raises:
-            DriverError: with the reason.
-        """
-        handle = ctypes.c_ulonglong()
-        self._bound(
-            "cuMemImportFromShareableHandle",
-            ctypes.byref(handle),
-            ctypes.c_void_p(file),
-            ctypes.c_int(FILE_DESCRIPTOR),
-        )
         return handle.value
 
     def add_device(self, handle: int) -> None:

@@ -151,13 +151,16 @@ class SymmetricMemory:
 
     torch allocates it with the driver's virtual memory calls, outside the caching allocator and outside any pool that
     an engine frees (sleep mode) or that expandable segments would make unshareable.
+
+    Attributes:
+        own: this rank's bytes; None once it is closed.
     """
 
     transport = Transport.SYMMETRIC
     local = 0
 
     def __init__(self, buffer: torch.Tensor, handle: object, bases: list[int]) -> None:
-        self._buffer: torch.Tensor | None = buffer
+        self.own: torch.Tensor | None = buffer
         self._handle: object | None = handle
         self.bases = bases
 
@@ -184,7 +187,7 @@ class SymmetricMemory:
     def close(self) -> None:
         """Let go of this rank's memory; peers' mappings keep it alive until they close too."""
         self._handle = None
-        self._buffer = None
+        self.own = None
 
 
 def prove_peer_access(workspace: _C.Workspace, agreement: Agreement, device: torch.device) -> None:

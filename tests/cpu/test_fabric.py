@@ -25,7 +25,7 @@ from llm_allreduce_plugin.measure.answers import wrong_elements
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.oracle.hosts import host_ordered_sum
 from llm_allreduce_plugin.topology.fabric import domain_obstacle
-from llm_allreduce_plugin.transport import fabric
+from llm_allreduce_plugin.transport import mapped
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from tests.support.fabric_ranks import fabric_of, placed
@@ -101,7 +101,7 @@ def probes(context: RankContext, scenarios: list[Scenario], wait_s: float) -> li
         entry_points = scenario.entry_points(context.rank)
         agreement.barrier("to begin together")
         began = time.monotonic()
-        with fabric_of(entry_points), mock.patch.object(fabric, "CLOSE_WAIT_S", WAIT_S):
+        with fabric_of(entry_points), mock.patch.object(mapped, "CLOSE_WAIT_S", WAIT_S):
             fault = domain_fault(agreement, CPU, wait_s=wait_s)
         seconds = time.monotonic() - began
         # Of a rank that was still at it when another failed, moments later.
@@ -138,14 +138,18 @@ def test_what_is_not_true_is_found_out() -> None:
     here, there, nowhere = Truth("rack"), Truth("other rack"), Truth(None)
     closed = Truth("rack", imex_channel=False)
     cases = {
-        "cannot export memory to other hosts: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED (801)": (nowhere,) * 3,
-        "rank 2 cannot export memory to other hosts: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED": (here, here, nowhere),
+        "cannot allocate memory that other hosts can map: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED (801)": (nowhere,) * 3,
+        "rank 2 cannot allocate memory that other hosts can map: cuMemCreate: CUDA_ERROR_NOT_SUPPORTED": (
+            here,
+            here,
+            nowhere,
+        ),
         # Whoever is the first to find it out.
         "cuMemImportFromShareableHandle: CUDA_ERROR_INVALID_HANDLE (400)": (here, here, there),
         "rank 1 cannot map: memory of rank 0: cuMemImportFromShareableHandle: CUDA_ERROR_NOT_PERMITTED (800)": (
             here, closed, here,
         ),
-        "rank 1 cannot export memory to other hosts: the driver has no fabric handles for this GPU": (
+        "rank 1 cannot allocate memory that other hosts can map: the driver has no fabric handles for this GPU": (
             here, Truth(handles=False), here,
         ),
     }  # fmt: skip

@@ -14,6 +14,7 @@ from llm_allreduce_plugin import _C, TensorParallelCommunicator
 from llm_allreduce_plugin.group.layouts import workspace_layout
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime import calls
+from llm_allreduce_plugin.transport.mapped import MappedMemory
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 from tests.support.in_band_rest import assert_at_rest, in_band_epochs
 from tests.support.reference import assert_same_bits, bits, digest, poison, rank_input, rank_ordered_sum, special_inputs
@@ -106,10 +107,10 @@ def reduce_and_compare(
 def check_at_rest(context: RankContext, group: TensorParallelCommunicator) -> None:
     """Where GPUs reach each other's memory: what the next in-band call relies on. Collective, between calls."""
     memory = group._memory
-    if not isinstance(memory, SymmetricMemory):
+    if not isinstance(memory, SymmetricMemory | MappedMemory):
         return
     layout = workspace_layout(group.config, group.facts, group.facts.multiprocessors or 0)
-    buffer = memory._buffer
+    buffer = memory.own
     assert buffer is not None
     assert buffer.numel() == layout.total_bytes
     torch.cuda.synchronize(context.device)

@@ -1,4 +1,4 @@
-"""A driver whose fabric handles work between processes of one machine: memory is files, mapped wherever it is wanted.
+"""A driver whose handles work between processes of one machine: memory is files, mapped wherever it is wanted.
 
 It stands in for ``libcuda.so.1`` in :class:`~llm_allreduce_plugin.transport.driver.Driver`, which passes it the same C
 values. What it lets through follows from a :class:`Truth`, which need not be what NVML says. It can be told to fail, or
@@ -22,6 +22,7 @@ from llm_allreduce_plugin.transport.driver import (
     FABRIC_HANDLE,
     FABRIC_HANDLE_BYTES,
     FABRIC_SUPPORTED,
+    FILE_DESCRIPTOR,
     SUCCESS,
     Properties,
 )
@@ -159,13 +160,13 @@ class FakeEntryPoints:
         return self._check(target(properties))
 
     def _check(self, properties: Properties) -> int:
-        good = (properties.type, properties.handle_types, properties.location.type) == (1, FABRIC_HANDLE, 1)
-        return SUCCESS if good else INVALID_VALUE
+        good = (properties.type, properties.location.type) == (1, 1)
+        return SUCCESS if good and properties.handle_types in (FABRIC_HANDLE, FILE_DESCRIPTOR) else INVALID_VALUE
 
     def _cuMemCreate(self, handle: Any, size: Any, properties: Any, flags: Any) -> int:
         if (status := self._check(target(properties))) != SUCCESS or size.value % GRANULARITY or flags.value:
             return status or INVALID_VALUE
-        if self.truth.domain is None:
+        if self.truth.domain is None and target(properties).handle_types == FABRIC_HANDLE:
             return NOT_SUPPORTED
         file = os.memfd_create("fake-fabric")
         os.ftruncate(file, size.value)
@@ -186,7 +187,12 @@ class FakeEntryPoints:
         return SUCCESS
 
     def _cuMemExportToShareableHandle(self, data: Any, handle: Any, kind: Any, flags: Any) -> int:
-        if kind.value != FABRIC_HANDLE or flags.value or handle.value not in self._files:
+        if flags.value or handle.value not in self._files:
+            return INVALID_VALUE
+        if kind.value == FILE_DESCRIPTOR:
+            target(data).value = os.dup(self._files[handle.value])
+            return SUCCESS
+        if kind.value != FABRIC_HANDLE:
             return INVALID_VALUE
         name = f"{secrets.token_hex(8)}|{self.truth.domain}"[:FABRIC_HANDLE_BYTES].encode()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -198,6 +204,10 @@ class FakeEntryPoints:
         return SUCCESS
 
     def _cuMemImportFromShareableHandle(self, handle: Any, data: Any, kind: Any) -> int:
+        if kind.value == FILE_DESCRIPTOR:
+            target(handle).value = self._keep(os.dup(data.value or 0))
+            self._imported.add(target(handle).value)
+            return SUCCESS
         if kind.value != FABRIC_HANDLE:
             return INVALID_VALUE
         name, _, domain = bytes(target(data)).rstrip(b"\0").decode().partition("|")

@@ -18,6 +18,7 @@ from llm_allreduce_plugin.config import TransportChoice
 from llm_allreduce_plugin.diagnosis import Finding, Verdict, proof
 from llm_allreduce_plugin.diagnosis.finding import guarded, ok
 from llm_allreduce_plugin.diagnosis.proof import Proof, Task
+from tests.support.forked import wait_until
 from tests.unit.test_diagnosis import FAIL, OK, WARN
 from tests.unit.test_diagnosis_hardware import FOLDER, load
 
@@ -127,6 +128,21 @@ for line in sys.stdin:
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)
 
 
+def test_torch_is_loaded_before_it_is_known_what_to_prove(tmp_path: Path) -> None:
+    """By the process that then proves it, whatever that is."""
+    script = f"""
+open({str(tmp_path / "began")!r}, "a").write(f"{{__import__('os').getpid()}} ")
+for line in sys.stdin:
+    print(json.dumps({{"answer": None}}), flush=True)
+"""
+    with proof.Prover(command=fake(script)) as prover:
+        prover.begin()
+        wait_until((tmp_path / "began").exists)
+        outcomes = [prover(Task("cpu", ranks, TransportChoice.AUTO)).outcome for ranks in (2, 2, 3)]
+    assert outcomes == ["proved"] * 3
+    assert len((tmp_path / "began").read_text().split()) == 2, "the second for three ranks"
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +175,7 @@ def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_proofs_are_printed_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Finding("peer access", FAIL, "bytes were lost", "look at the BIOS")
     monkeypatch.setattr(diagnosis, "look", lambda: ([ok("GPUs", "2 x test")], NodeTopology()))
-    monkeypatch.setattr(diagnosis, "prove", lambda _: [bad])
+    monkeypatch.setattr(diagnosis, "prove", lambda *_: [bad])
     result = RUNNER.invoke(app, ["check"])
     assert result.exit_code == 1
     assert result.output.splitlines()[:3] == [

@@ -9,7 +9,7 @@ import pytest
 
 from llm_allreduce_plugin.transport import driver as drivers
 from llm_allreduce_plugin.transport.driver import FABRIC_HANDLE_BYTES, Access, Driver, DriverError, Properties
-from llm_allreduce_plugin.transport.fabric import Mapped, Segment
+from llm_allreduce_plugin.transport.mapped import Mapped, Segment
 from tests.support.fake_fabric import GRANULARITY, UNKNOWN, FakeEntryPoints, Truth
 
 

@@ -1,0 +1,270 @@
+"""GPU memory of every rank, mapped into every rank by the driver's calls.
+
+Nothing here waits inside the driver for another rank, as a rendezvous does: ranks exchange what is exported through
+their agreement, so that every step has its deadline, and what one rank cannot do stops all alike.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.base.attempt import EndsWhenUnused
+from llm_allreduce_plugin.base.cleanup import quietly
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.driver import Driver
+from llm_allreduce_plugin.transport.symmetric import initialize
+
+logger = logging.getLogger(__name__)
+
+CLOSE_WAIT_S = 10.0
+
+
+class Handles(Protocol):
+    """How memory of one process gets into another. An object serves one rank, once.
+
+    Attributes:
+        place: where the others are, to go before "can map".
+        exchange: what ranks tell each other, to follow "to exchange".
+    """
+
+    place: str
+    exchange: str
+
+    def open(self, device: torch.device) -> Driver:
+        """The driver of a rank's GPU, which makes memory that can be exported like this.
+
+        Raises:
+            RuntimeError: it cannot be, with the reason.
+        """
+
+    def export(self, driver: Driver, handle: int) -> Any:  # noqa: ANN401  (its own take knows what it is)
+        """What peers need to take the memory: something that travels between processes.
+
+        Raises:
+            RuntimeError, OSError: with the reason.
+        """
+
+    def take(self, driver: Driver, exported: Any) -> int:  # noqa: ANN401
+        """A handle of memory that a peer has exported.
+
+        Raises:
+            RuntimeError, OSError: with the reason.
+        """
+
+    def withdraw(self) -> None:
+        """Every rank has taken what it needs, or none will."""
+
+
+def driver_of(device: torch.device, handle_types: int, place: str) -> Driver:
+    """The driver of a rank's GPU.
+
+    Raises:
+        RuntimeError: there is none, or ranks are not on GPUs.
+    """
+    if device.type != "cuda":
+        message = f"a rank on {device.type} has no GPU memory that {place} could map"
+        raise RuntimeError(message)
+    torch.cuda.synchronize(device)  # torch makes the context that the driver's calls then share
+    return Driver(device.index, handle_types=handle_types)
+
+
+class Segment:
+    """Memory of one rank, mapped here. ``handle``: of it, which this owns."""
+
+    def __init__(self, driver: Driver, handle: int, size: int) -> None:
+        self.driver = driver
+        self.handle: int | None = handle
+        self.size = size
+        self.address = 0
+
+    def map(self) -> None:
+        """Give it an address.
+
+        Raises:
+            DriverError: with the reason.
+        """
+        assert self.handle is not None
+        self.address = self.driver.map(self.handle, self.size)
+
+    def close(self) -> None:
+        """Unmap, and let go of the memory. Idempotent."""
+        address, handle, self.address, self.handle = self.address, self.handle, 0, None
+        if address:
+            quietly(functools.partial(self.driver.unmap, address, self.size), "unmap memory of a rank")
+        if handle is not None:
+            quietly(functools.partial(self.driver.release, handle), "let go of memory of a rank")
+
+
+class Mapped(EndsWhenUnused):
+    """The memory of all ranks, as this one sees it.
+
+    It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
+    way in the driver, or never return.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver: Driver | None = None
+        self.segments: list[Segment] = []  # as they were made; in rank order in the end
+
+    @property
+    def bases(self) -> list[int]:
+        """The address of each rank's, in rank order."""
+        return [segment.address for segment in self.segments]
+
+    def close(self) -> None:
+        """Unmap all of it, as soon as nothing uses it, and wait for that for a while. No kernel may be running on it.
+
+        Idempotent.
+        """
+        if not self._end("mapped", CLOSE_WAIT_S):
+            logger.warning("the driver has not let go of memory of other ranks after %g s", CLOSE_WAIT_S)
+
+    def _let_go(self) -> None:
+        for segment in self.segments:
+            segment.close()
+        self.segments.clear()
+        if self.driver is not None:
+            quietly(self.driver.close, "let go of a CUDA context")
+
+
+def share(
+    agreement: Agreement,
+    device: torch.device,
+    size: int,
+    prepare: Callable[[Driver, int], None],
+    handles: Handles,
+) -> Mapped:
+    """``size`` bytes of every rank, mapped into every rank; prepared before any peer can see them. Collective.
+
+    Args:
+        agreement: of the ranks.
+        device: this rank's.
+        size: bytes of each rank, at least.
+        prepare: writes what must be there first; takes the driver and the address.
+        handles: how the memory gets to peers.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate, export, import or map.
+    """
+    mapped = Mapped()
+    try:
+        own = agreement.on_every_rank(
+            lambda: _export(mapped, device, size, prepare, handles),
+            "to allocate and export memory",
+            TransportError,
+            f"cannot allocate memory that {handles.place} can map",
+            may_block=True,
+        )
+        exported = agreement.gather(own, f"to exchange {handles.exchange}")
+        agreement.on_every_rank(
+            lambda: _import(mapped, agreement.rank, exported, handles),
+            "to import memory",
+            TransportError,
+            "cannot map",
+            may_block=True,
+        )
+    except BaseException:
+        mapped.close()
+        raise
+    finally:
+        handles.withdraw()
+    return mapped
+
+
+def _export(
+    mapped: Mapped, device: torch.device, size: int, prepare: Callable[[Driver, int], None], handles: Handles
+) -> tuple[Any, int]:
+    """Make this rank's memory: what others need to map it, and its bytes."""
+    with mapped.in_use():
+        driver = mapped.driver = handles.open(device)
+        length = driver.rounded(size)
+        own = Segment(driver, driver.create(length), length)
+        mapped.segments.append(own)
+        own.map()
+        prepare(driver, own.address)
+        assert own.handle is not None
+        return handles.export(driver, own.handle), length
+
+
+def _import(mapped: Mapped, own_rank: int, exported: Sequence[tuple[Any, int]], handles: Handles) -> None:
+    """Map the memory of all other ranks."""
+    with mapped.in_use():
+        driver, (own,) = mapped.driver, mapped.segments
+        assert driver is not None
+        found = []
+        for rank, (what, length) in enumerate(exported):
+            if rank == own_rank:
+                found.append(own)
+                continue
+            try:
+                segment = Segment(driver, handles.take(driver, what), length)
+                mapped.segments.append(segment)
+                segment.map()
+            except (RuntimeError, OSError) as error:
+                message = f"memory of rank {rank}: {error}"
+                raise RuntimeError(message) from error
+            found.append(segment)
+        mapped.segments[:] = found
+
+
+class MappedMemory:
+    """A workspace of the given layout on every rank, initialized, mapped into every rank.
+
+    Attributes:
+        own: this rank's bytes; None once it is closed.
+    """
+
+    local = 0
+
+    def __init__(self, mapped: Mapped, own: torch.Tensor, transport: Transport) -> None:
+        self.transport = transport
+        self.bases = mapped.bases
+        self.own: torch.Tensor | None = own
+        self._mapped = mapped
+
+    def close(self) -> None:
+        """Let go of this rank's mappings; those of peers keep their memory alive until they close, too."""
+        self.own = None
+        self._mapped.close()
+
+
+def open_workspace(
+    agreement: Agreement, device: torch.device, layout: _C.Layout, handles: Handles
+) -> tuple[Mapped, torch.Tensor]:
+    """The memory of a workspace of every rank, initialized; and this rank's bytes of it. Collective.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate or map.
+    """
+
+    def prepare(_driver: Driver, address: int) -> None:
+        initialize(bytes_at(address, layout.total_bytes, device), layout)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    mapped = share(agreement, device, layout.total_bytes, prepare, handles)
+    return mapped, bytes_at(mapped.bases[agreement.rank], layout.total_bytes, device)
+
+
+class _Array:
+    """Bytes at an address of a GPU, as other libraries pass them on."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
+
+
+def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
+    """Memory at an address as uint8[size]; whoever calls keeps it alive."""
+    if device.type == "cuda":
+        return torch.as_tensor(_Array(address, size), device=device)
+    return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)

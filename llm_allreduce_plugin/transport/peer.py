@@ -1,0 +1,169 @@
+"""GPU memory that ranks of one host map: by files, which they send each other over sockets.
+
+torch's symmetric memory does the same; but the first that a process asks it for takes 2 to 3 s on an H200, and no
+deadline holds in its rendezvous. It is what is left where files cannot be sent: between containers that have a network
+of their own each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import threading
+
+import torch
+import torch.distributed as dist
+
+from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport import nameless, symmetric
+from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
+from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_workspace
+from llm_allreduce_plugin.transport.passing import ThroughSocket
+from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
+
+logger = logging.getLogger("llm_allreduce_plugin")
+
+
+def open_driver(device: torch.device) -> Driver:
+    """The driver of a rank's GPU.
+
+    Raises:
+        RuntimeError: there is none, or ranks are not on GPUs.
+    """
+    return driver_of(device, FILE_DESCRIPTOR, FileHandles.place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Offer:
+    """Where peers get the file of a rank's memory.
+
+    Attributes:
+        where: a socket's abstract name.
+        token: for whoever asks.
+    """
+
+    where: str
+    token: bytes
+
+
+class FileHandles:
+    """See :class:`~llm_allreduce_plugin.transport.mapped.Handles`."""
+
+    place = "its peers"
+    exchange = "where files of memory are handed out"
+
+    def __init__(self) -> None:
+        self._way = ThroughSocket()
+        self._lock = threading.Lock()
+        self._over = False
+
+    def open(self, device: torch.device) -> Driver:
+        """A driver whose memory can be exported as a file."""
+        return open_driver(device)
+
+    def export(self, driver: Driver, handle: int) -> Offer:
+        """Hand the file out from now on."""
+        file = driver.export_file(handle)
+        try:
+            with self._lock:
+                if self._over:  # a step that ranks have given up comes back from the driver
+                    message = "this rank has given up before"
+                    raise RuntimeError(message)
+                return Offer(*self._way.hand_out(file))
+        finally:
+            os.close(file)
+
+    def take(self, driver: Driver, exported: Offer) -> int:
+        """Ask a peer for its file."""
+        try:
+            file = ThroughSocket().fetch(exported.where, exported.token)
+        except OSError as error:
+            message = f"its file does not come through a socket: {error}"
+            raise RuntimeError(message) from error
+        try:
+            return driver.take_file(file)
+        finally:
+            os.close(file)
+
+    def withdraw(self) -> None:
+        """Hand the file out no more: it would hold the memory."""
+        with self._lock:
+            self._over = True
+            self._way.withdraw()
+
+
+class PeerMemory(MappedMemory):
+    """A workspace that the ranks of a host map."""
+
+    @classmethod
+    def open(cls, agreement: Agreement, device: torch.device, layout: _C.Layout) -> PeerMemory:
+        """Collective.
+
+        Raises:
+            TransportError: on every rank alike, when a rank cannot allocate, send, or map.
+        """
+        return cls(*open_workspace(agreement, device, layout, FileHandles()), Transport.SYMMETRIC)
+
+
+def sending_fault(agreement: Agreement) -> str | None:
+    """Why ranks cannot send each other files, or None: each has asked each for one. Collective.
+
+    The same on every rank.
+    """
+    way = ThroughSocket()
+
+    def offer() -> Offer:
+        file = nameless.create(os.sysconf("SC_PAGE_SIZE"))
+        try:
+            return Offer(*way.hand_out(file))
+        finally:
+            os.close(file)
+
+    def fetch() -> None:
+        for rank, offered in enumerate(offers):
+            if rank == agreement.rank:
+                continue
+            try:
+                os.close(ThroughSocket().fetch(offered.where, offered.token))
+            except OSError as error:
+                message = f"that of rank {rank} does not come through a socket: {error}"
+                raise RuntimeError(message) from error
+
+    try:
+        mine = agreement.on_every_rank(
+            offer, "to hand out files", TransportError, "cannot hand out a file", may_block=True
+        )
+        offers = agreement.gather(mine, "to exchange where files are handed out")
+        agreement.on_every_rank(fetch, "to ask for files", TransportError, "cannot get a file", may_block=True)
+    except TransportError as error:
+        return str(error)
+    finally:
+        way.withdraw()
+    return None
+
+
+def open_peer_memory(
+    agreement: Agreement,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    layout: _C.Layout,
+    rendezvous: symmetric.Rendezvous = symmetric.whole_group,
+) -> PeerMemory | SymmetricMemory:
+    """A workspace of the given layout on every rank of a host, mapped into each.
+
+    Collective; ``agreement`` is of the ranks of ``group``, on which torch maps memory, or ``rendezvous`` does, where
+    ranks cannot send each other files.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate or map.
+    """
+    fault = sending_fault(agreement)
+    if fault is None:
+        return PeerMemory.open(agreement, device, layout)
+    if agreement.rank == 0:
+        logger.info("memory of ranks is mapped by torch's symmetric memory: %s", fault)
+    return SymmetricMemory.open(agreement, group, device, layout, rendezvous)
