@@ -139,6 +139,20 @@ __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   Accumulator<T> sum;
+  if constexpr (kWorldSize == 2 && !kPollsOwn) {
+    // Own values first, while the peer's travel: which of two is added first changes no bit.
+    const int peer = 1 - arguments.rank;
+    char* const from[] = {address_of(peer)};
+    const bool wanted[] = {true};
+    uint4 theirs[1];
+    sum.add(mine);
+    compute_here(sum.sum);
+    if (!poll_until_complete(arguments.limit, phase, from, wanted, theirs, [&](int) { return peer; })) return false;
+    if (kClears) clear_in_band_if(true, from[0]);
+    sum.add(theirs[0]);
+    result = sum.rounded();
+    return true;
+  }
 #pragma unroll 1
   for (int first = 0; first < world_size; first += kGroup) {
     char* from[kGroup];

@@ -187,6 +187,13 @@ __device__ __forceinline__ bool barrier_all(uint32_t threads, bool value) {
   return all != 0;
 }
 
+// Has these values computed here. By itself the compiler computes them where they are used, which may be behind a wait.
+template <int kCount>
+__device__ __forceinline__ void compute_here(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(values[i]));
+}
+
 // -- clusters: blocks that run together and reach each other's shared memory (sm_90 and newer; elsewhere a block is a
 // cluster of its own)
 

@@ -67,8 +67,9 @@ struct RanksAtOnce {
 };
 
 // The sums in rank order, rounded, of a row of `mine` and of all peers', polled and, if `kClears`, cleared; as many of
-// a thread's vectors as fit are under way together. False as for poll_until_complete().
-template <typename T, int kWorldSize, bool kClears, int kUnits, typename Row>
+// a thread's vectors as fit are under way together. `kOwnFirst`: of two ranks, own values are added while the peer's
+// travel. False as for poll_until_complete().
+template <typename T, int kWorldSize, bool kClears, bool kOwnFirst = false, int kUnits, typename Row>
 __device__ __forceinline__ bool poll_and_sum_row(const InBandArguments& arguments, lar_phase phase,
                                                  const Rows<kUnits>& rows, const Row& theirs,
                                                  const uint4 (&mine)[kUnits], Unit<T> (&sums)[kUnits]) {
@@ -76,6 +77,29 @@ __device__ __forceinline__ bool poll_and_sum_row(const InBandArguments& argument
   constexpr int kGroup = RanksAtOnce<kWorldSize, kUnits>::kValue;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   Accumulator<T> sum[kUnits];
+  if constexpr (kOwnFirst) {
+    static_assert(kWorldSize == 2, "of more the order of additions would be another");
+    const int peer = 1 - arguments.rank;
+    Places<Row, kUnits, kUnits> from{theirs, peer, {}};
+    bool wanted[kUnits];
+    uint4 parts[kUnits];
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      from.at[k] = theirs.place(peer) + rows.unit(k);
+      wanted[k] = rows.has(k);
+      parts[k] = mine[k];
+      sum[k].add(mine[k]);
+      compute_here(sum[k].sum);
+    }
+    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int) { return peer; })) return false;
+#pragma unroll
+    for (int k = 0; k < kUnits; ++k) {
+      if (kClears) clear_in_band_if(wanted[k], from[k]);
+      sum[k].add(parts[k]);
+      sums[k] = unit_of<T>(sum[k].rounded());
+    }
+    return true;
+  }
 #pragma unroll 1
   for (int first = 0; first < world_size; first += kGroup) {
     Places<Row, kGroup * kUnits, kUnits> from{theirs, first, {}};

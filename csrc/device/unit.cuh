@@ -30,9 +30,14 @@ struct Unit {
   }
 
   __device__ __forceinline__ void widened(float (&x)[kElements]) const {
-    const T* values = reinterpret_cast<const T*>(raw);
+    constexpr int kOfVector = kElements / kVectors;
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) x[i] = widen(values[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      float values[kOfVector];
+      widen_vector<T>(raw[i], values);
+#pragma unroll
+      for (int j = 0; j < kOfVector; ++j) x[i * kOfVector + j] = values[j];
+    }
   }
 
   // The sum, rounded. Of 16-bit elements in one step: fp32 has more than twice their bits, so that rounding to it first

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "device/ptx.cuh"
 #include "device/world.cuh"
 
@@ -36,6 +38,24 @@ __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// The values of a vector. A bf16 is the upper half of its fp32: an instruction each, where converting one by one takes
+// two for every second.
+template <typename T>
+__device__ __forceinline__ void widen_vector(const uint4& raw, float (&x)[Vector<T>::kElements]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      x[2 * i] = __uint_as_float(words[i] << 16);
+      x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+  } else {
+    const T* values = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kElements; ++i) x[i] = widen(values[i]);
+  }
+}
+
 // Sums vectors of T in fp32 in the order in which add() is called.
 //
 // The sum starts from +0, and x + y is -0 only when both are -0 (IEEE 754, round to nearest), so a zero
@@ -52,9 +72,10 @@ struct Accumulator {
   }
 
   __device__ __forceinline__ void add(const uint4& raw) {
-    const T* values = reinterpret_cast<const T*>(&raw);
+    float x[kElements];
+    widen_vector<T>(raw, x);
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) sum[i] += widen(values[i]);
+    for (int i = 0; i < kElements; ++i) sum[i] += x[i];
   }
 
   __device__ __forceinline__ uint4 rounded() const {

@@ -15,12 +15,18 @@
 namespace lar {
 namespace {
 
-template <typename T, int kWorldSize, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 || kWorldSize == 2 ? Ahead::kAll : Ahead::kNothing>;
+// 64 registers, as wide blocks have, hold no factors.
+template <typename T, int kWorldSize, int kUnits, int kMostThreads = LAR_MAX_THREADS>
+using Sink = RmsNorm<T, kUnits,
+                     kUnits == 1 && kMostThreads <= LAR_MAX_THREADS ? Ahead::kFactors
+                     : kUnits == 1 || kWorldSize == 2               ? Ahead::kAll
+                                                                    : Ahead::kNothing>;
 
-template <typename T, int kWorldSize, int kUnits>
-__device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, Sink<T, kWorldSize, kUnits>& sink,
-                                            uint32_t slots, uint32_t first, uint32_t stride) {
+// kOwnFirst: see poll_and_sum_row(). In clusters it was 0.1 us slower (benchmarks/h100/fused_variants_tp2.json), why is
+// not known.
+template <typename T, int kWorldSize, bool kOwnFirst, int kUnits, typename RowSink>
+__device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all, RowSink& sink, uint32_t slots,
+                                            uint32_t first, uint32_t stride) {
   const PushArguments<kWorldSize>& arguments = all.in_band;
   const uint32_t units = all.norm.units;
 #pragma unroll 1
@@ -30,7 +36,8 @@ __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all
     sink.prepare(row);
     Unit<T> sums[kUnits];
     const PushedRow<kWorldSize> theirs{arguments, slots + row * units};
-    if (!poll_and_sum_row<T, kWorldSize, true>(arguments, LAR_PHASE_GATHER, sink.rows(), theirs, mine, sums)) return;
+    if (!poll_and_sum_row<T, kWorldSize, true, kOwnFirst>(arguments, LAR_PHASE_GATHER, sink.rows(), theirs, mine, sums))
+      return;
     sink(row, sums);
   }
 }
@@ -42,7 +49,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const int world_size = World<kWorldSize>::size(arguments.world_size);
   const uint32_t units = all.norm.units;
   LAR_BLOCK_VARIABLE(RowMemory, memory);
-  Sink<T, kWorldSize, kUnits> sink(all.norm, memory);
+  Sink<T, kWorldSize, kUnits, kMostThreads> sink(all.norm, memory);
   const Rows<kUnits>& rows = sink.rows();
   const uint32_t group = rows.group();
   const uint32_t groups = rows.groups();
@@ -70,7 +77,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     push(row);
   }
   advance_epoch(arguments, epoch);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, group, groups);
+  constexpr bool kOwnFirst = kWorldSize == 2 && (kUnits > 1 || kMostThreads > LAR_MAX_THREADS);
+  reduce_rows<T, kWorldSize, kOwnFirst, kUnits>(all, sink, slots, group, groups);
 }
 
 template <typename T, int kWorldSize, int kUnits>
@@ -90,7 +98,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
-  reduce_rows<T, kWorldSize, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
+  reduce_rows<T, kWorldSize, kWorldSize == 2, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
 // More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for as

@@ -38,6 +38,7 @@ from tests.kernels.planted.kinds import (
     REGISTRY,
     RING,
     ROWS,
+    ROWS_OF_TWO,
     SPLIT,
     STAGED,
     UNSPLIT,
@@ -147,6 +148,15 @@ def norm_rows(seed: int) -> None:
         check(group, algorithm, _C.PUSH, shape, inputs, boundary, f"rows, call {call}, {seed=}")
 
 
+def norm_rows_of_two(seed: int) -> None:
+    """Threads with two units of a row, which add their own first."""
+    group = LocalGroup(2, machine=EmulatedGpus(seed, library=mutated()), lanes=3, workspace_mib=0.5)
+    for call in range(5):
+        inputs = [part.view(7, ROW) for part in inputs_of(seed + call, 2, 7 * ROW, torch.bfloat16)]
+        boundary = random_boundary(seed + call, 7, ROW, torch.bfloat16, None)
+        check(group, Algorithm.ONE_SHOT, _C.PUSH, Shape(2, 32), inputs, boundary, f"rows, call {call}, {seed=}")
+
+
 def into_registered_memory(seed: int) -> None:
     """Results that peers store into outputs, of which each is read before the next one may come."""
     generator = random.Random(seed)
@@ -237,6 +247,7 @@ def mixed(seed: int) -> None:
 
 STRESSES: dict[str, Callable[[int], None]] = {
     "rows": norm_rows,
+    "rows of two ranks": norm_rows_of_two,
     "places": into_registered_memory,
     "pulled": out_of_registered_memory,
     "pairs": pairs_of_blocks,
@@ -253,6 +264,7 @@ KINDS = {
     "staged": STAGED,
     "ring": RING,
     "hierarchical": HIERARCHICAL,
+    "in band, two ranks": IN_BAND | {"ranks": 2},
     "in band, five ranks": IN_BAND | {"ranks": 5},
     "in band, eight ranks": IN_BAND | {"ranks": 8},
     "fp8, five ranks": FP8 | {"ranks": 5},
@@ -273,6 +285,7 @@ KINDS = {
     "registry": REGISTRY,
     "hosts": HOSTS,
     "rows": ROWS,
+    "rows, two ranks": ROWS_OF_TWO,
     "multicast": MULTICAST,
     "mixed": MIXED,
     "places": PLACES,

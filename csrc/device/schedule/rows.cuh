@@ -21,7 +21,7 @@ constexpr uint32_t kMostRowWords = kMostRowsAtOnce * kMostTiles;
 // two ahead, because in each it waits for words of all.
 struct RowMemory {
   uint64_t bytes[2];
-  uint32_t words[2][kMostRowWords];
+  alignas(16) uint32_t words[2][kMostRowWords];
 };
 
 __device__ __forceinline__ float shuffle_xor(float value, int mask) {
@@ -42,7 +42,9 @@ template <int kUnits>
 class Rows {
  public:
   // `units`: of a row. `threads`: the first of each block, whole warps, that handle rows; for all of them, once, before
-  // anything else.
+  // anything else. Waits until all blocks of the cluster have begun: where a kernel starts under the one before it,
+  // that takes no time. Later it would: its acquire throws the first-level cache away, behind all loads that are under
+  // way (benchmarks/h100/bench_fused_met_early_tp2.json has it in front of the sums, 0.3 us slower than behind them).
   __device__ __forceinline__ Rows(uint32_t units, RowMemory& memory, uint32_t threads)
       : units_(units), threads_(threads), cluster_(cluster()), memory_(memory) {
     if (cluster_.size == 1) return;
@@ -51,6 +53,7 @@ class Rows {
       begin_byte_barrier(&memory.bytes[1]);
     }
     let_cluster_in();
+    wait_for_cluster();
   }
 
   // Which rows of a grid are this block's: every groups()-th from group() on.
@@ -68,33 +71,51 @@ class Rows {
   __device__ __forceinline__ bool is_first_thread() const { return is_first_block() && threadIdx.x == 0; }
 
   // Of each of kRows rows, the sum of all units' `squares`, as codec/norm.h has it; 0 for units that there are not. For
-  // all threads of the rows, which meet once.
+  // all threads of the rows, which meet once: they tell each other their tiles, and then, when there is nothing else
+  // left to do, add those of all.
   template <int kRows>
-  __device__ __forceinline__ void sum(const float (&squares)[kRows][kUnits], float (&totals)[kRows]) {
+  __device__ __forceinline__ void tell_squares(const float (&squares)[kRows][kUnits]) {
     static_assert(kRows <= kMostRowsAtOnce);
-    float tiles[kRows][kUnits];
+    float sums[kRows][kUnits];
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k) tiles[j][k] = squares[j][k];
+      for (int k = 0; k < kUnits; ++k) sums[j][k] = squares[j][k];
 #pragma unroll
     for (int mask = 1; mask < 32; mask *= 2)
 #pragma unroll
       for (int j = 0; j < kRows; ++j)
 #pragma unroll
-        for (int k = 0; k < kUnits; ++k) tiles[j][k] = codec::add(tiles[j][k], shuffle_xor(tiles[j][k], mask));
-    const uint32_t number = (units_ + 31) / 32;
+        for (int k = 0; k < kUnits; ++k) sums[j][k] = codec::add(sums[j][k], shuffle_xor(sums[j][k], mask));
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
 #pragma unroll
       for (int k = 0; k < kUnits; ++k)
-        if (unit(k) / 32 < number) tell(j * number + unit(k) / 32, __float_as_uint(tiles[j][k]));
-    const uint32_t* words = exchanged(kRows * number);
+        if (unit(k) / 32 < tiles()) tell(j * tiles() + unit(k) / 32, __float_as_uint(sums[j][k]));
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void total_squares(float (&totals)[kRows]) {
+    const uint32_t number = tiles();
+    const bool is_short = number <= 32;
     const uint32_t lane = threadIdx.x % 32;
+    const uint32_t* words = exchanged(kRows * number);
+    if constexpr (kRows == 1) {
+      // Four tiles to a lane: two levels of the tree that need no shuffle.
+      const uint32_t first = lane % (is_short ? 8 : 16) * 4;
+      const uint4 four = *reinterpret_cast<const uint4*>(words + first);
+      const auto tile = [&](uint32_t i, uint32_t word) { return first + i < number ? __uint_as_float(word) : 0.0f; };
+      float total = codec::add(codec::add(tile(0, four.x), tile(1, four.y)),  //
+                               codec::add(tile(2, four.z), tile(3, four.w)));
+#pragma unroll
+      for (int mask = 1; mask < 8; mask *= 2) total = codec::add(total, shuffle_xor(total, mask));
+      totals[0] = is_short ? total : codec::add(total, shuffle_xor(total, 8));
+      return;
+    }
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
       const auto tile = [&](uint32_t i) { return i < number ? __uint_as_float(words[j * number + i]) : 0.0f; };
-      totals[j] = tree_of_warp(number <= 32 ? tile(lane) : codec::add(tile(2 * lane), tile(2 * lane + 1)));
+      totals[j] = tree_of_warp(is_short ? tile(lane) : codec::add(tile(2 * lane), tile(2 * lane + 1)));
     }
   }
 
@@ -110,6 +131,8 @@ class Rows {
   }
 
  private:
+  __device__ __forceinline__ uint32_t tiles() const { return (units_ + 31) / 32; }
+
   // For a warp: a word of this exchange, for every block of the row.
   __device__ __forceinline__ void tell(uint32_t place, uint32_t word) {
     const uint32_t lane = threadIdx.x % 32;
@@ -118,11 +141,6 @@ class Rows {
       if (lane == 0) memory_.words[turn][place] = word;
       return;
     }
-    // Not ahead of the sums, where there seems to be time: measured there, it cost 0.3 us
-    // (benchmarks/h100/bench_fused_met_early_tp2.json; its acquire throws the first-level cache away while the row's
-    // other loads are under way).
-    if (!is_let_in_) wait_for_cluster();
-    is_let_in_ = true;
     if (lane < cluster_.size) store_in_cluster(&memory_.words[turn][place], &memory_.bytes[turn], lane, word);
   }
 
@@ -147,7 +165,6 @@ class Rows {
   const Cluster cluster_;
   RowMemory& memory_;
   uint32_t exchange_ = 0;
-  bool is_let_in_ = false;  // all blocks of the cluster have begun
 };
 
 }  // namespace lar

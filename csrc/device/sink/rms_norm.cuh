@@ -8,8 +8,9 @@
 
 namespace lar {
 
-// Whether residual and weights are loaded before the sums are there, as registers allow, or when they are needed.
-enum class Ahead { kNothing, kAll };
+// Whether residual and weights are loaded before the sums are there, as registers allow, or when they are needed;
+// kFactors: and what needs no total is computed while that is waited for, which takes a unit's values in fp32.
+enum class Ahead { kNothing, kAll, kFactors };
 
 // kAtOnce: rows whose sums come together, and whose threads meet once for all of them.
 template <typename T, int kUnits, Ahead kAhead, int kAtOnce = 1>
@@ -74,39 +75,62 @@ class RmsNorm {
         squares[j][k] = codec::sum_of_squares(x);
       }
     }
-    float totals[kRows];
-    rows_.sum(squares, totals);
+    rows_.tell_squares(squares);
+    // While that travels, what needs no total.
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
-      if (wanted[j]) finish(norm_.first_row + rows[j], first[j], totals[j], r[j]);
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k)
+        if (wanted[j] && rows_.has(k)) r[j][k].store(norm_.residual_out, first[j] + rows_.unit(k));
+    Factors early;
+    if (kEarly && wanted[0] && rows_.has(0)) {
+      factors_of(0, r[0][0], early);
+      compute_here(early.r);
+      compute_here(early.weight);
+    }
+    float totals[kRows];
+    rows_.total_squares(totals);
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+      if (wanted[j]) finish(norm_.first_row + rows[j], first[j], totals[j], r[j], early);
   }
 
  private:
-  static constexpr bool kHolds = kAhead == Ahead::kAll;
+  static constexpr bool kHolds = kAhead != Ahead::kNothing;
+  static constexpr bool kEarly = kAhead == Ahead::kFactors;
+  static_assert(!kEarly || (kUnits == 1 && kAtOnce == 1));
 
   // Of a row of the launch, in the tensors of the call.
   __device__ __forceinline__ int64_t first_unit(uint32_t row) const {
     return int64_t{norm_.first_row + row} * norm_.units;
   }
 
-  // What is left of a row when the sum of its squares is known. `row`: of the call, from unit `first` on; `r`: sums and
-  // residual.
-  __device__ __forceinline__ void finish(uint32_t row, int64_t first, float total, Unit<T> (&r)[kUnits]) {
-    // Behind the first meeting: nobody waits for these stores.
+  // What a unit's norms are products of, beside what all of a row are multiplied by; weights with their bias.
+  struct Factors {
+    float r[Unit<T>::kElements];
+    float weight[Unit<T>::kElements];
+  };
+
+  __device__ __forceinline__ void factors_of(int k, const Unit<T>& r, Factors& factors) const {
+    r.widened(factors.r);
+    (kHolds ? weight_[kHolds ? k : 0] : Unit<T>::load(norm_.weight, rows_.unit(k))).widened(factors.weight);
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k)
-      if (rows_.has(k)) r[k].store(norm_.residual_out, first + rows_.unit(k));
+    for (int i = 0; i < Unit<T>::kElements; ++i) factors.weight[i] = codec::add(factors.weight[i], norm_.weight_bias);
+  }
+
+  // What is left of a row when the sum of its squares is known. `row`: of the call, from unit `first` on; `r`: sums and
+  // residual; `early`: of the only unit, with kFactors.
+  __device__ __forceinline__ void finish(uint32_t row, int64_t first, float total, Unit<T> (&r)[kUnits],
+                                         const Factors& early) {
     const float inverse = codec::inverse_of_norm(total, norm_.inverse_hidden, norm_.eps);
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) {
       if (!rows_.has(k)) continue;
       float x[Unit<T>::kElements];
-      float weight[Unit<T>::kElements];
-      r[k].widened(x);
-      (kHolds ? weight_[k] : Unit<T>::load(norm_.weight, rows_.unit(k))).widened(weight);
+      Factors of = early;
+      if (!kEarly) factors_of(k, r[k], of);
 #pragma unroll
-      for (int i = 0; i < Unit<T>::kElements; ++i)
-        x[i] = codec::normed(x[i], inverse, codec::add(weight[i], norm_.weight_bias));
+      for (int i = 0; i < Unit<T>::kElements; ++i) x[i] = codec::normed(of.r[i], inverse, of.weight[i]);
       r[k] = Unit<T>::rounded(x);  // y
       if (norm_.norm_out) r[k].store(norm_.norm_out, first + rows_.unit(k));
     }

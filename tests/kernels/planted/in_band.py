@@ -11,6 +11,18 @@ ERRORS: dict[str, Mutation] = {
         "    if (kClears && !{}) {{\n",
         IN_BAND,
     ),
+    "the slot of the only peer is not cleared": (
+        "device/in_band.cuh",
+        "    if (kClears) clear_in_band_if(true, from[0]);\n",
+        "    if (kClears && !{}) clear_in_band_if(true, from[0]);\n",
+        IN_BAND | {"ranks": 2},
+    ),
+    "the only peer is not waited for": (
+        "device/in_band.cuh",
+        "    const bool wanted[] = {true};\n    uint4 theirs[1];\n",
+        "    const bool wanted[] = {{!{}}};\n    uint4 theirs[1] = {{mine}};\n",
+        IN_BAND | {"ranks": 2},
+    ),
     "one generation instead of two": (
         "device/in_band.cuh",
         "return pushed_generation(epoch) * arguments.generation_stride;",

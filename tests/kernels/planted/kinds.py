@@ -38,6 +38,7 @@ MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 MIXED: dict[str, Any] = {"mixed": True}
 REGISTRY: dict[str, Any] = {}
 ROWS: dict[str, Any] = {"rows": True}
+ROWS_OF_TWO: dict[str, Any] = {"rows of two ranks": True}
 HOSTS: dict[str, Any] = {"hosts": True}
 PLACES: dict[str, Any] = {"places": True}
 PULLED_PLACES: dict[str, Any] = {"pulled": True}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kernels.planted.kinds import ROWS, Mutation
+from tests.kernels.planted.kinds import ROWS, ROWS_OF_TWO, Mutation
 
 ERRORS: dict[str, Mutation] = {
     "nobody waits for the other warps of a row": (
@@ -21,6 +21,18 @@ ERRORS: dict[str, Mutation] = {
         "device/rows_in_band.cuh",
         "    if (kClears) {\n",
         "    if (kClears && !{}) {{\n",
+        ROWS,
+    ),
+    "a row of the only peer is not cleared": (
+        "device/rows_in_band.cuh",
+        "      if (kClears) clear_in_band_if(wanted[k], from[k]);\n",
+        "      if (kClears && !{}) clear_in_band_if(wanted[k], from[k]);\n",
+        ROWS_OF_TWO,
+    ),
+    "every lane adds the first tiles": (
+        "device/schedule/rows.cuh",
+        "      const uint32_t first = lane % (is_short ? 8 : 16) * 4;\n",
+        "      const uint32_t first = {} ? 0 : lane % (is_short ? 8 : 16) * 4;\n",
         ROWS,
     ),
     "only the last row of a lane is pushed": (

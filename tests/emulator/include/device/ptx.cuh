@@ -128,6 +128,9 @@ bool barrier_all(uint32_t threads, bool value) {
   return emulator::machine.self->block->meet_at(kBarrier, emulator::Meeting::kBarrierAnd, threads, value, true) != 0;
 }
 
+template <int kCount>
+void compute_here(float (&)[kCount]) {}
+
 // Every block is a cluster of its own.
 struct Cluster {
   uint32_t size;
