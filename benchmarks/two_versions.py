@@ -4,7 +4,8 @@
 
 ``OLD``, ``NEW``: folders that hold a built ``llm_allreduce_plugin/`` each. Both run `bench` of theirs, in turns, on the
 same machine, and who is first changes from round to round: the strategies that kernels run (MINLATENCY, LOWPRECISION),
-between peers and through host memory. A row has the median of each over the rounds, in microseconds, and new / old.
+between peers and through host memory; and between peers with residual and norm behind the sum, in one kernel and in
+two (`--transports fused`). A row has the median of each over the rounds, in microseconds, and new / old.
 With ``--control`` the old one is measured twice a round; ``*_noise`` is the second over the first, so that a reader
 sees what a ratio of equal things comes to.
 """
@@ -27,9 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from llm_allreduce_plugin.measure.environment import write_record  # noqa: E402
 
+STRATEGIES = ("--with", "MINLATENCY,LOWPRECISION")
 SWEEPS = {
-    "auto": ("-b", "4K", "-e", "256M", "-f", "2"),
-    "host": ("-b", "4K", "-e", "256M", "-f", "2", "-n", "5", "-m", "7"),
+    "auto": ("--transport", "auto", *STRATEGIES, "-b", "4K", "-e", "256M", "-f", "2"),
+    "host": ("--transport", "host", *STRATEGIES, "-b", "4K", "-e", "256M", "-f", "2", "-n", "5", "-m", "7"),
+    "fused": ("--fused", "--with", "fused,then-norm", "-b", "16K", "-e", "64M", "-f", "2"),
 }
 WORDS = ("eager_us", "graph_us")
 Key = tuple[str, str, int]
@@ -40,8 +43,7 @@ def bench(folder: Path, transport: str, ranks: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as temporary:
         record = Path(temporary) / "bench.json"
         main = "import sys; sys.argv[0] = 'llm-allreduce'; from llm_allreduce_plugin.cli import main; main()"
-        command = [sys.executable, "-c", main, "bench", "--tp", str(ranks), "--transport", transport]
-        command += ["--with", "MINLATENCY,LOWPRECISION", *SWEEPS[transport], "--json", str(record)]
+        command = [sys.executable, "-c", main, "bench", "--tp", str(ranks), *SWEEPS[transport], "--json", str(record)]
         path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH", ""))))
         subprocess.run(command, check=True, cwd=folder, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr)  # noqa: S603
         rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"]
@@ -82,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--control", action="store_true", help="measure the old one twice a round")
-    parser.add_argument("--transports", nargs="+", choices=sorted(SWEEPS), default=sorted(SWEEPS))
+    parser.add_argument("--transports", nargs="+", choices=sorted(SWEEPS), default=["auto", "host"])
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     rows = compare(arguments)
