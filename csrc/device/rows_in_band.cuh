@@ -26,8 +26,8 @@ __device__ __forceinline__ Unit<T> unit_of(const uint4& raw) {
 }
 
 // This rank's own vectors of a row, without markers.
-template <int kUnits>
-__device__ __forceinline__ void load_row(const void* input, uint32_t first, const Rows<kUnits>& rows,
+template <int kUnits, Overlap kOverlap>
+__device__ __forceinline__ void load_row(const void* input, uint32_t first, const Rows<kUnits, kOverlap>& rows,
                                          uint4 (&mine)[kUnits]) {
 #pragma unroll
   for (int k = 0; k < kUnits; ++k) {
@@ -69,9 +69,9 @@ struct RanksAtOnce {
 // The sums in rank order, rounded, of a row of `mine` and of all peers', polled and, if `kClears`, cleared; as many of
 // a thread's vectors as fit are under way together. `kOwnFirst`: of two ranks, own values are added while the peer's
 // travel. False as for poll_until_complete().
-template <typename T, int kWorldSize, bool kClears, bool kOwnFirst = false, int kUnits, typename Row>
+template <typename T, int kWorldSize, bool kClears, bool kOwnFirst = false, int kUnits, Overlap kOverlap, typename Row>
 __device__ __forceinline__ bool poll_and_sum_row(const InBandArguments& arguments, lar_phase phase,
-                                                 const Rows<kUnits>& rows, const Row& theirs,
+                                                 const Rows<kUnits, kOverlap>& rows, const Row& theirs,
                                                  const uint4 (&mine)[kUnits], Unit<T> (&sums)[kUnits]) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
   constexpr int kGroup = RanksAtOnce<kWorldSize, kUnits>::kValue;

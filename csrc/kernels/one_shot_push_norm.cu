@@ -15,12 +15,13 @@
 namespace lar {
 namespace {
 
-// 64 registers, as wide blocks have, hold no factors.
+// Of two ranks what needs no total is done while that travels; 64 registers, as wide blocks have, hold no factors.
 template <typename T, int kWorldSize, int kUnits, int kMostThreads = LAR_MAX_THREADS>
 using Sink = RmsNorm<T, kUnits,
-                     kUnits == 1 && kMostThreads <= LAR_MAX_THREADS ? Ahead::kFactors
-                     : kUnits == 1 || kWorldSize == 2               ? Ahead::kAll
-                                                                    : Ahead::kNothing>;
+                     kWorldSize == 2 && kUnits == 1 && kMostThreads <= LAR_MAX_THREADS ? Ahead::kFactors
+                     : kUnits == 1 || kWorldSize == 2                                  ? Ahead::kAll
+                                                                                       : Ahead::kNothing,
+                     kWorldSize == 2 ? Overlap::kEarly : Overlap::kLate>;
 
 // kOwnFirst: see poll_and_sum_row(). In clusters it was 0.1 us slower (benchmarks/h100/fused_variants_tp2.json), why is
 // not known.
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   const uint32_t units = all.norm.units;
   LAR_BLOCK_VARIABLE(RowMemory, memory);
   Sink<T, kWorldSize, kUnits, kMostThreads> sink(all.norm, memory);
-  const Rows<kUnits>& rows = sink.rows();
+  const auto& rows = sink.rows();
   const uint32_t group = rows.group();
   const uint32_t groups = rows.groups();
   wait_for_previous_kernel();

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 
   SharedCall call(all.shared);
   RmsNorm<T, kSharedUnits, Ahead::kNothing> sink(all.norm, memory, SharedCall::block_workers());
-  const Rows<kSharedUnits>& rows = sink.rows();
+  const auto& rows = sink.rows();
   const uint32_t first = call.is_releaser() ? all.norm.rows : blockIdx.x;
 #pragma unroll 1
   for (uint32_t row = first; row < all.norm.rows; row += gridDim.x) {

@@ -18,8 +18,8 @@ template <typename T, int kUnits, int kMostThreads = LAR_MAX_THREADS>
 __global__ void __launch_bounds__(kMostThreads, 1) rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
   LAR_BLOCK_VARIABLE(RowMemory, memory);
   constexpr bool kHasFactors = kUnits == 1 && kMostThreads <= LAR_MAX_THREADS;
-  RmsNorm<T, kUnits, kHasFactors ? Ahead::kFactors : Ahead::kAll> sink(arguments.norm, memory);
-  const Rows<kUnits>& rows = sink.rows();
+  RmsNorm<T, kUnits, kHasFactors ? Ahead::kFactors : Ahead::kAll, Overlap::kEarly> sink(arguments.norm, memory);
+  const auto& rows = sink.rows();
   wait_for_previous_kernel();
   let_next_kernel_start();
 #pragma unroll 1

@@ -23,7 +23,8 @@ struct RowsAtOnce {
 };
 
 template <typename T, int kWorldSize, int kUnits>
-using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing, RowsAtOnce<kWorldSize, kUnits>::kValue>;
+using Sink = RmsNorm<T, kUnits, kUnits == 1 ? Ahead::kAll : Ahead::kNothing, Overlap::kLate,
+                     RowsAtOnce<kWorldSize, kUnits>::kValue>;
 
 // What a lane needs to know of the call.
 template <typename T, int kWorldSize, int kUnits>

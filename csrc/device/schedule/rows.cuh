@@ -38,13 +38,17 @@ __device__ __forceinline__ float tree_of_warp(float value) {
   return value;
 }
 
-template <int kUnits>
+// When a row's threads do what does not depend on the others. kEarly: blocks of a cluster wait for each other before
+// anything else, tiles are added four to a lane, and sinks do what they can while words travel. It is 1 to 3 % faster
+// of two ranks and for a norm alone, and 1 to 7 % slower of four (benchmarks/h100/two_versions_fused_tp2.json and
+// _tp4.json), why is not known.
+enum class Overlap { kLate, kEarly };
+
+template <int kUnits, Overlap kOverlap = Overlap::kLate>
 class Rows {
  public:
   // `units`: of a row. `threads`: the first of each block, whole warps, that handle rows; for all of them, once, before
-  // anything else. Waits until all blocks of the cluster have begun: where a kernel starts under the one before it,
-  // that takes no time. Later it would: its acquire throws the first-level cache away, behind all loads that are under
-  // way (benchmarks/h100/bench_fused_met_early_tp2.json has it in front of the sums, 0.3 us slower than behind them).
+  // anything else.
   __device__ __forceinline__ Rows(uint32_t units, RowMemory& memory, uint32_t threads)
       : units_(units), threads_(threads), cluster_(cluster()), memory_(memory) {
     if (cluster_.size == 1) return;
@@ -53,7 +57,7 @@ class Rows {
       begin_byte_barrier(&memory.bytes[1]);
     }
     let_cluster_in();
-    wait_for_cluster();
+    if constexpr (kOverlap == Overlap::kEarly) wait_for_cluster();
   }
 
   // Which rows of a grid are this block's: every groups()-th from group() on.
@@ -100,7 +104,7 @@ class Rows {
     const bool is_short = number <= 32;
     const uint32_t lane = threadIdx.x % 32;
     const uint32_t* words = exchanged(kRows * number);
-    if constexpr (kRows == 1) {
+    if constexpr (kOverlap == Overlap::kEarly && kRows == 1) {
       // Four tiles to a lane: two levels of the tree that need no shuffle.
       const uint32_t first = lane % (is_short ? 8 : 16) * 4;
       const uint4 four = *reinterpret_cast<const uint4*>(words + first);
@@ -141,6 +145,11 @@ class Rows {
       if (lane == 0) memory_.words[turn][place] = word;
       return;
     }
+    // Not ahead of the sums, where there seems to be time: measured there, it cost 0.3 us
+    // (benchmarks/h100/bench_fused_met_early_tp2.json; its acquire throws the first-level cache away while the row's
+    // other loads are under way).
+    if (kOverlap == Overlap::kLate && !is_let_in_) wait_for_cluster();
+    is_let_in_ = true;
     if (lane < cluster_.size) store_in_cluster(&memory_.words[turn][place], &memory_.bytes[turn], lane, word);
   }
 
@@ -165,6 +174,7 @@ class Rows {
   const Cluster cluster_;
   RowMemory& memory_;
   uint32_t exchange_ = 0;
+  bool is_let_in_ = false;  // all blocks of the cluster have begun
 };
 
 }  // namespace lar

@@ -122,9 +122,9 @@ __device__ __forceinline__ bool has_groups(const NormArguments& norm) {
 
 // Quantizes a row: y(k, values) gives those of this thread's k-th unit, which is there when rows.has(k). For all
 // threads of the row. `given`: norm.scale[0], where there is one.
-template <int kUnits, typename Values>
-__device__ __forceinline__ void quantize(const NormArguments& norm, Rows<kUnits>& rows, uint32_t row, float given,
-                                         const Values& y) {
+template <int kUnits, Overlap kOverlap, typename Values>
+__device__ __forceinline__ void quantize(const NormArguments& norm, Rows<kUnits, kOverlap>& rows, uint32_t row,
+                                         float given, const Values& y) {
   float v[codec::kUnitElements];
   if (has_groups(norm)) {
 #pragma unroll

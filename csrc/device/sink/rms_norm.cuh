@@ -13,14 +13,15 @@ namespace lar {
 enum class Ahead { kNothing, kAll, kFactors };
 
 // kAtOnce: rows whose sums come together, and whose threads meet once for all of them.
-template <typename T, int kUnits, Ahead kAhead, int kAtOnce = 1>
+template <typename T, int kUnits, Ahead kAhead, Overlap kOverlap = Overlap::kLate, int kAtOnce = 1>
 class RmsNorm {
  public:
   // `threads`: of Rows; by default all.
   __device__ __forceinline__ RmsNorm(const NormArguments& norm, RowMemory& memory, uint32_t threads = blockDim.x)
       : norm_(norm), rows_(norm.units, memory, threads) {}
 
-  __device__ __forceinline__ const Rows<kUnits>& rows() const { return rows_; }
+  using RowsOfSink = Rows<kUnits, kOverlap>;
+  __device__ __forceinline__ const RowsOfSink& rows() const { return rows_; }
 
   // Loads what a row needs beside its sums, ahead of them. `row`: of the launch.
   __device__ __forceinline__ void prepare(uint32_t row) { prepare<1>({row}, {true}); }
@@ -76,20 +77,16 @@ class RmsNorm {
       }
     }
     rows_.tell_squares(squares);
-    // While that travels, what needs no total.
-#pragma unroll
-    for (int j = 0; j < kRows; ++j)
-#pragma unroll
-      for (int k = 0; k < kUnits; ++k)
-        if (wanted[j] && rows_.has(k)) r[j][k].store(norm_.residual_out, first[j] + rows_.unit(k));
     Factors early;
-    if (kEarly && wanted[0] && rows_.has(0)) {
+    if (kOverlap == Overlap::kEarly) store_residuals(wanted, first, r);
+    if (kHasFactors && wanted[0] && rows_.has(0)) {
       factors_of(0, r[0][0], early);
       compute_here(early.r);
       compute_here(early.weight);
     }
     float totals[kRows];
     rows_.total_squares(totals);
+    if (kOverlap == Overlap::kLate) store_residuals(wanted, first, r);  // behind the meeting: nobody waits for them
 #pragma unroll
     for (int j = 0; j < kRows; ++j)
       if (wanted[j]) finish(norm_.first_row + rows[j], first[j], totals[j], r[j], early);
@@ -97,12 +94,22 @@ class RmsNorm {
 
  private:
   static constexpr bool kHolds = kAhead != Ahead::kNothing;
-  static constexpr bool kEarly = kAhead == Ahead::kFactors;
-  static_assert(!kEarly || (kUnits == 1 && kAtOnce == 1));
+  static constexpr bool kHasFactors = kAhead == Ahead::kFactors;
+  static_assert(!kHasFactors || (kUnits == 1 && kAtOnce == 1 && kOverlap == Overlap::kEarly));
 
   // Of a row of the launch, in the tensors of the call.
   __device__ __forceinline__ int64_t first_unit(uint32_t row) const {
     return int64_t{norm_.first_row + row} * norm_.units;
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void store_residuals(const bool (&wanted)[kRows], const int64_t (&first)[kRows],
+                                                  const Unit<T> (&r)[kRows][kUnits]) const {
+#pragma unroll
+    for (int j = 0; j < kRows; ++j)
+#pragma unroll
+      for (int k = 0; k < kUnits; ++k)
+        if (wanted[j] && rows_.has(k)) r[j][k].store(norm_.residual_out, first[j] + rows_.unit(k));
   }
 
   // What a unit's norms are products of, beside what all of a row are multiplied by; weights with their bias.
@@ -128,7 +135,7 @@ class RmsNorm {
       if (!rows_.has(k)) continue;
       float x[Unit<T>::kElements];
       Factors of = early;
-      if (!kEarly) factors_of(k, r[k], of);
+      if (!kHasFactors) factors_of(k, r[k], of);
 #pragma unroll
       for (int i = 0; i < Unit<T>::kElements; ++i) x[i] = codec::normed(of.r[i], inverse, of.weight[i]);
       r[k] = Unit<T>::rounded(x);  // y
@@ -139,7 +146,7 @@ class RmsNorm {
   }
 
   const NormArguments& norm_;
-  Rows<kUnits> rows_;
+  RowsOfSink rows_;
   Unit<T> residual_[kHolds ? kAtOnce : 1][kHolds ? kUnits : 1];
   Unit<T> weight_[kHolds ? kUnits : 1];
   float given_ = 0.0f;
