@@ -65,8 +65,8 @@ WANTED = {
         pictures.ms_per_token, ("h200/vllm_fused_8192_tp2", "h200/vllm_8192_tp4", "h200/vllm_8192_tp4_host")
     ),
     "sglang_ms_per_token": Picture(pictures.sglang_ms_per_token, ("h100/sglang_4096_tp2", "h100/sglang_8192_tp2")),
-    "fused_boundary": Picture(pictures.fused_boundary, ("h100/bench_fused_tp2",), 4.6),
-    "breakeven": Picture(pictures.break_even, ("h200/breakeven",), 4.6),
+    "fused_boundary": Picture(pictures.fused_boundary, ("h100/two_versions_fused_tp2",), 4.6),
+    "breakeven": Picture(pictures.break_even, ("h100/breakeven",), 4.6),
     "formats": Picture(
         pictures.formats,
         ("accuracy", "h200/bench_tp4", "h200/bench_tq3_tp4", "h200/bench_hadamard2_tp4", "h200/host_bench_tp4",

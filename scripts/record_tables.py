@@ -22,7 +22,6 @@ TABLE = re.compile(r"(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTA
 KIB, MIB = 1 << 10, 1 << 20
 MISSING = "-"
 BATCHES = (1, 8, 32, 128)
-HIDDEN = 8192
 SGLANG_PICTURE = "sglang_ms_per_token"
 
 
@@ -118,13 +117,22 @@ def nvlink_h100_tp4() -> str:
 
 
 def nvlink_h100() -> str:
-    """The same of two H100, this package alone."""
-    rows = record("h100/two_versions_tp2")["rows"]
-    curves = {
-        label: {row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == strategy}
-        for label, strategy in (("MINLATENCY", "MINLATENCY"), ("LOWPRECISION, fp8", "LOWPRECISION"))
-    }
-    return by_size(curves, [4 * KIB * 4**step for step in range(9)])
+    """The same of two H100."""
+    lines = {"AUTO": ("AUTO",)} | {label: names for label, names in _PEERS.items() if label != "MINLATENCY"}
+    return by_size({label: times("h100/bench_tp2", *names) for label, names in lines.items()})
+
+
+def formats_h100_tp2() -> str:
+    """Each of the other formats beside the exact kernels, over two H100."""
+    wires = ("fp8_group", "tq3", "hadamard2")
+    curves = {"MINLATENCY": times("h100/bench_tq3_tp2", "MINLATENCY")}
+    return by_size(curves | {wire: times(f"h100/bench_{wire}_tp2", "LOWPRECISION") for wire in wires})
+
+
+def host_memory_h100() -> str:
+    """Through host memory, two H100."""
+    lines = {"MINLATENCY": "MINLATENCY", "LOWPRECISION, fp8": "LOWPRECISION", "NCCL without peer access": "NCCL"}
+    return by_size({label: times("h100/host_bench_tp2", name) for label, name in lines.items()})
 
 
 def between_products() -> str:
@@ -161,7 +169,9 @@ def host_memory() -> str:
 
 def fused() -> str:
     """A layer's boundary in one kernel and in two."""
-    one, two = times("h100/bench_fused_tp2", "fused"), times("h100/bench_fused_tp2", "then-norm")
+    rows = record("h100/two_versions_fused_tp2")["rows"]
+    one, two = ({row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == name}
+                for name in ("fused", "then-norm"))  # fmt: skip
     columns = [column for column in sorted(one) if column.bit_length() % 2]
     saved = ["time saved", *(f"{(1 - one[column] / two[column]) * 100:.0f} %" for column in columns)]
     table = by_size({"one kernel": one, "all-reduce, then our norm": two}, columns)
@@ -228,22 +238,33 @@ def host_cost() -> str:
     return markdown(["GPUs", "bytes", "call, us", "of it the bare launch", "of it the output's allocation"], rows)
 
 
-def eager_and_start() -> str:
-    """What an eager call, the start of a group and the proofs of check take, in two versions."""
-    found = {row["what"]: row for row in record("h200/eager_and_start_tp2")["rows"]}
+def _of_two_versions(name: str, what: dict[str, str]) -> str:
+    """What each took before and takes now."""
+    found = {row["what"]: row for row in record(name)["rows"]}
+    lines = [[label, *(f"{found[key][when]:.2f}" if when in found[key] else MISSING for when in ("old", "new"))]
+             for label, key in what.items()]  # fmt: skip
+    return markdown(["", "before", "now"], lines)
+
+
+def eager() -> str:
+    """What an eager call costs the host, in two versions."""
     what = {
         f"an eager call of {size(count)}, over its launch, us": f"calls {count} over_the_launch_us"
         for count in (4 * KIB, 64 * KIB, 256 * KIB)
-    } | {
+    }
+    return _of_two_versions("h200/eager_and_start_tp2", what)
+
+
+def start() -> str:
+    """What the start of a group and the proofs of check take, in two versions."""
+    what = {
         "the first group of a process, s": "start first_s",
-        "of it the first memory that torch maps, s": "start parts_s memory",
+        "of it mapping memory, s": "start parts_s memory",
         "a second group, s": "start second_s",
         "`llm-allreduce check`, s": "check_s",
         "without its proofs, s": "check_without_proofs_s",
     }
-    lines = [[label, *(f"{found[name][when]:.2f}" if when in found[name] else MISSING for when in ("old", "new"))]
-             for label, name in what.items()]  # fmt: skip
-    return markdown(["", "before", "now"], lines)
+    return _of_two_versions("h100/eager_and_start_tp2", what)
 
 
 def forms() -> str:
@@ -318,7 +339,7 @@ def error_of_algorithms() -> str:
 def registered() -> str:
     """UB beside what pushes into slots, over two GPUs and four."""
     rows = []
-    for ranks, name in ((2, "h100/bench_ub_tp2"), (4, "h100/bench_tp4")):
+    for ranks, name in ((2, "h100/bench_tp2"), (4, "h100/bench_tp4")):
         placed, fastest, nccl = (times(name, candidate) for candidate in ("UB", "MINLATENCY", "NCCL"))
         rows += [
             [str(ranks), size(count), number(placed[count]), number(fastest[count]), number(nccl[count])]
@@ -340,15 +361,12 @@ def fused_tp4() -> str:
 
 
 def fused_quant() -> str:
-    """One kernel at the best of the shapes that were tried, by how it quantizes."""
-    with_every_quantization = (1, 16, 64)  # rows that were measured so
-    return by_size(
-        fastest(
-            (row["quant"].replace("none", "not quantized"), row)
-            for row in record("h100/fused_shapes_tp2")["rows"]
-            if row["what"] == "fused" and row["hidden"] == HIDDEN and row["rows"] in with_every_quantization
-        )
-    )
+    """One kernel, by how it quantizes."""
+    rows = record("h100/two_versions_fused_tp2")["rows"]
+    plain = {row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == "fused"}
+    quants = ("fp8", "fp8-token", "fp8-group", "nvfp4")
+    curves = {quant: times(f"h100/bench_fused_{quant.replace('-', '_')}_tp2", "fused") for quant in quants}
+    return by_size({"not quantized": plain} | curves, sorted(curves["fp8"]))
 
 
 def codecs() -> str:
@@ -369,6 +387,8 @@ _FUSED = {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "MINLATENCY": "
 TABLES: dict[str, Callable[[], str]] = {
     "nvlink": lambda: beside("bench", _PEERS),
     "nvlink_h100": nvlink_h100,
+    "formats_h100_tp2": formats_h100_tp2,
+    "host_memory_h100": host_memory_h100,
     "nvlink_h100_tp4": nvlink_h100_tp4,
     "between_products": between_products,
     "workspaces": lambda: workspaces(2),
@@ -381,7 +401,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codecs": codecs,
     "shipped": lambda: beside("bench_peers", _SHIPPED),
     "shipped_with_norm": lambda: beside("bench_fused_peers", _SHIPPED_WITH_NORM),
-    "eager_and_start": eager_and_start,
+    "eager": eager,
+    "start": start,
     "forms": forms,
     "vllm_fused_8192_tp2": lambda: tokens(
         "h200/vllm_fused_8192_tp2",
@@ -394,6 +415,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "vllm_fused_8192_tp2_h100": lambda: tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
+    "vllm_tokens_8192_tp2_h100": lambda: tokens("h100/vllm_tokens_8192_tp2", _FUSED),
     "vllm_fused_8192_tp4_h100": lambda: tokens("h100/vllm_fused_8192_tp4", _FUSED),
     "vllm_fused_fp8_tp2": lambda: tokens("h200/vllm_fused_fp8_tp2", _FUSED),
     "vllm_ub_tp2": lambda: tokens(

@@ -247,7 +247,7 @@ FUSED_PAYS: dict[tuple[Transport, str], dict[int, tuple[int, int | None] | None]
     (Transport.SYMMETRIC, "TWO_SHOT"): {3: (4736 * KIB, None), 8: (2 * MIB, None)},
     (Transport.HOST, "ONE_SHOT"): {8: NEVER},
 }
-# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json, h100/bench_fused_tp2.json,
+# Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json, h100/two_versions_fused_tp2.json,
 # h100/fused_shapes_tp4.json, and the profiles above); of others nobody knows.
 FUSED_SOURCES: dict[tuple[Transport, int], str] = {
     (Transport.SYMMETRIC, 2): "one kernel was faster than two from 16 KiB to 64 MiB (2 H200, 2 H100, rows of 8192)",
@@ -281,15 +281,15 @@ ONE_STEP_HOST_BYTES = 256 * KIB
 # compression costs does not depend on them, what it saves is inverse to them.
 LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], dict[int, tuple[int, str]]] = {
     (Transport.SYMMETRIC, "fp8"): {2: (448 * KIB, _MEASURED_H100), 4: (1152 * KIB, _MEASURED_H100)},
-    (Transport.SYMMETRIC, "tq3"): {4: (4 * MIB, _MEASURED)},
-    (Transport.SYMMETRIC, "hadamard2"): {4: (26 * MIB, _MEASURED)},
+    (Transport.SYMMETRIC, "tq3"): {2: (12800 * KIB, _MEASURED_H100), 4: (5376 * KIB, _MEASURED_H100)},
+    (Transport.SYMMETRIC, "hadamard2"): {2: (10752 * KIB, _MEASURED_H100), 4: (5 * MIB, _MEASURED_H100)},
     (Transport.HOST, "fp8"): {2: (64 * KIB, _MEASURED_H100), 4: (96 * KIB, _MEASURED)},
     (Transport.HOST, "tq3"): {2: (256 * KIB, _MEASURED), 4: (384 * KIB, _MEASURED)},
     (Transport.HOST, "hadamard2"): {4: (640 * KIB, _MEASURED)},
 }
 
-# Bytes of 16-bit values that a codec encodes and decodes in a second, alone on an H200: benchmarks/h200/breakeven.json.
-CODEC_BYTES_PER_S = {"fp8": (1833e9, 1482e9), "tq3": (1723e9, 1216e9), "hadamard2": (954e9, 1271e9)}
+# Bytes of 16-bit values that a codec encodes and decodes in a second, alone on an H100: benchmarks/h100/breakeven.json.
+CODEC_BYTES_PER_S = {"fp8": (1523e9, 1207e9), "tq3": (1611e9, 1811e9), "hadamard2": (1330e9, 1813e9)}
 
 # Between hosts, modelled and not measured: what a GPU's share of the network carries, and pieces in which summing and
 # sending go on at the same time. What a step costs: host_costs.

@@ -78,7 +78,7 @@ def compression_pays_from(facts: GroupFacts, wire: WireFormat, element_bytes: in
     """From which size compressed sums are faster, in bytes per rank, and how that is known; None: from none."""
     hosts, ranks = facts.num_hosts, facts.local_size
     least = host_costs.compression_pays_from(hosts, ranks, _LINK, _inside(facts), wire, element_bytes)
-    return least, f"{_modelled(facts)}, codecs as on an H200"
+    return least, f"{_modelled(facts)}, codecs as on an H100"
 
 
 def pieces(message: Message) -> int:

@@ -19,7 +19,7 @@ from llm_allreduce_plugin.errors import UnreadableFileError
 EPILOG = options.epilog(
     "llm-allreduce breakeven --bytes 16M --tp 8",
     "llm-allreduce breakeven --cpu --json codecs.json --plot codecs.png",
-    "llm-allreduce breakeven --from benchmarks/h200/breakeven.json --tp 8",
+    "llm-allreduce breakeven --from benchmarks/h100/breakeven.json --tp 8",
 )
 
 

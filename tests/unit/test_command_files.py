@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RUNNER = CliRunner()
 H200 = str(ROOT / "configs" / "topologies" / "h200_x4_nvswitch.json")
 BENCH_RECORD = str(ROOT / "benchmarks" / "h200" / "bench_tp4.json")
-CODECS_RECORD = str(ROOT / "benchmarks" / "h200" / "breakeven.json")
+CODECS_RECORD = str(ROOT / "benchmarks" / "h100" / "breakeven.json")
 
 
 def run(*arguments: str) -> tuple[int, str, str]:

@@ -40,7 +40,7 @@ __device__ __forceinline__ float tree_of_warp(float value) {
 
 // When a row's threads do what does not depend on the others. kEarly: blocks of a cluster wait for each other before
 // anything else, tiles are added four to a lane, and sinks do what they can while words travel. It is 1 to 3 % faster
-// of two ranks and for a norm alone, and 1 to 7 % slower of four (benchmarks/h100/two_versions_fused_tp2.json and
+// of two ranks and for a norm alone, and up to 7 % slower of four (benchmarks/h100/two_versions_fused_tp2.json and
 // _tp4.json), why is not known.
 enum class Overlap { kLate, kEarly };
 

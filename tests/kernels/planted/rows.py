@@ -33,7 +33,7 @@ ERRORS: dict[str, Mutation] = {
         "device/schedule/rows.cuh",
         "      const uint32_t first = lane % (is_short ? 8 : 16) * 4;\n",
         "      const uint32_t first = {} ? 0 : lane % (is_short ? 8 : 16) * 4;\n",
-        ROWS,
+        ROWS_OF_TWO,
     ),
     "only the last row of a lane is pushed": (
         "kernels/one_shot_push_norm.cu",
