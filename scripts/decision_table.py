@@ -56,7 +56,9 @@ def table() -> str:
             topology = NodeTopology.from_json(ROOT / "configs" / "topologies" / f"{name}.json")
             facts = group_facts(topology, ranks, config)
             cells = [name_of(decide(config, facts, size // 2, "bfloat16")) for size in SIZES.values()]
-            parts.append(f"| {label} | {facts.transport} | {' | '.join(cells)} | {_from(config, facts, 'bfloat16')} |")
+            parts.append(
+                f"| {label} | {facts.transport.in_words.removesuffix(' memory')} | {' | '.join(cells)} | {_from(config, facts, 'bfloat16')} |"
+            )
         parts.append("")
     return "\n".join(parts).strip()
 

@@ -78,6 +78,10 @@ class Agreement:
         """Another series of the same ranks, with a deadline of its own: what fails there ends nothing here."""
         return Agreement(self._group, wait_s, setting=setting, when=when)
 
+    def name_of(self, rank: int) -> str:
+        """For errors: a rank of these, as the whole group counts."""
+        return f"rank {rank}"
+
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def gather(self, value: Any, step: str) -> list[Any]:  # noqa: ANN401

@@ -167,7 +167,7 @@ def explain(
         document |= {"ranges": [range_fields(found) for found in ranges]} if sweep else {}
         typer.echo(json.dumps(document, indent=1))
     else:
-        via = "" if group.facts.transport is Transport.NONE else f", {group.facts.transport} memory"
+        via = "" if group.facts.transport is Transport.NONE else f", {group.facts.transport.in_words}"
         head = (f"{group.where}{via}, allreduce_strategy {config.allreduce_strategy}", *group.notes)
         typer.echo("\n".join(f"# {line}" for line in head))
         if sweep:

@@ -15,6 +15,7 @@ from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.errors import UnreadableFileError
 from llm_allreduce_plugin.runtime.reports import Report, Text, found_in, read_as
+from llm_allreduce_plugin.topology.links import Transport
 
 EPILOG = options.epilog(
     "llm-allreduce report reports",
@@ -55,7 +56,8 @@ def _differ(reports: Sequence[Shown]) -> bool:
 def _print_group(group: str, found: Sequence[tuple[float, Shown]]) -> None:
     reports = [report for _, report in found]
     first = reports[0]
-    typer.echo(f"group {group or '(without a name)'}: {first.transport or 'unknown'} memory, ", nl=False)
+    memory = Transport(first.transport).in_words if first.transport in set(Transport) else "unknown memory"
+    typer.echo(f"group {group or '(without a name)'}: {memory}, ", nl=False)
     typer.echo(f"allreduce_strategy {first.allreduce_strategy or 'unknown'}")
     if first.sizes:
         typer.echo(f"  {printable(first.sizes)}")

@@ -26,6 +26,7 @@ class HostAgreement(Agreement):
         self.rank = places.index
         self.world_size = len(places.members)
         self.wait_s, self.setting, self.when = outer.wait_s, outer.setting, outer.when
+        self._is_nested = False
 
     @property
     def abandoned(self) -> bool:  # type: ignore[override]
@@ -65,5 +66,17 @@ class HostAgreement(Agreement):
         """``make()``, if it works on every rank of all hosts."""
         return self._outer.on_every_rank(make, step, raising, failed, may_block=may_block)
 
+    def nested(self, wait_s: float, setting: str, when: str) -> HostAgreement:
+        """See :class:`Agreement`."""
+        inner = HostAgreement(self._outer.nested(wait_s, setting, when), self._places)
+        inner._is_nested = True
+        return inner
+
+    def name_of(self, rank: int) -> str:
+        """See :class:`Agreement`."""
+        return f"rank {self._places.members[rank]}"
+
     def close(self) -> None:
-        """Nothing: the steps are those of the whole group."""
+        """Of one that is not nested, nothing: the steps are those of the whole group."""
+        if self._is_nested:
+            self._outer.close()

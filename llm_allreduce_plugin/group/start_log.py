@@ -57,7 +57,7 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
     if facts.transport is Transport.NONE:
         logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
         return
-    where = f"{facts.transport} memory"
+    where = facts.transport.in_words
     if facts.crosses_network:
         where += f" inside each of {facts.num_hosts} hosts, a network between them"
     logger.info(

@@ -169,4 +169,4 @@ class Entry(Frozen):
 
     def __str__(self) -> str:
         hosts = f" on {self.hosts} hosts" if self.hosts > 1 else ""
-        return f"{self.world_size} ranks{hosts}, {self.transport} memory, {8 * self.element_bytes}-bit elements"
+        return f"{self.world_size} ranks{hosts}, {self.transport.in_words}, {8 * self.element_bytes}-bit elements"

@@ -103,7 +103,7 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
     if tuned is not None:
         return Found(tuned)
     hosts = f" on {facts.summed_hosts} hosts" if facts.summed_hosts > 1 else ""
-    wanted = f"{facts.world_size} ranks{hosts} through {facts.transport} memory"
+    wanted = f"{facts.world_size} ranks{hosts} through {facts.transport.in_words}"
     return Found(None, (f"tuning profile {path}: it has no entry for {wanted} (it has {_has(profile)})",))
 
 

@@ -13,6 +13,11 @@ class Transport(enum.StrEnum):
     SHM = "shm"  # POSIX shared memory between CPU ranks
     NONE = "none"
 
+    @property
+    def in_words(self) -> str:
+        """For people: which memory that is."""
+        return f"{'peer' if self is Transport.SYMMETRIC else self.value} memory"
+
 
 class TopologyClass(enum.StrEnum):
     """What a group's bytes travel over: what a seed table is for, and a profile from elsewhere must have in common."""

@@ -124,7 +124,7 @@ class Driver:
         DriverError: there is no driver, or no such GPU.
     """
 
-    needed_for = "fabric handles"  # what its calls came with, for errors
+    needed_for = "memory that other processes map"  # what its calls came with, for errors
 
     def __init__(
         self, ordinal: int, entry_points: EntryPoints | None = None, handle_types: int = FABRIC_HANDLE

@@ -6,9 +6,11 @@ their agreement, so that every step has its deadline, and what one rank cannot d
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -167,7 +169,7 @@ def share(
         )
         exported = agreement.gather(own, f"to exchange {handles.exchange}")
         agreement.on_every_rank(
-            lambda: _import(mapped, agreement.rank, exported, handles),
+            lambda: _import(mapped, agreement, exported, handles),
             "to import memory",
             TransportError,
             "cannot map",
@@ -196,14 +198,14 @@ def _export(
         return handles.export(driver, own.handle), length
 
 
-def _import(mapped: Mapped, own_rank: int, exported: Sequence[tuple[Any, int]], handles: Handles) -> None:
+def _import(mapped: Mapped, agreement: Agreement, exported: Sequence[tuple[Any, int]], handles: Handles) -> None:
     """Map the memory of all other ranks."""
     with mapped.in_use():
         driver, (own,) = mapped.driver, mapped.segments
         assert driver is not None
         found = []
         for rank, (what, length) in enumerate(exported):
-            if rank == own_rank:
+            if rank == agreement.rank:
                 found.append(own)
                 continue
             try:
@@ -211,14 +213,14 @@ def _import(mapped: Mapped, own_rank: int, exported: Sequence[tuple[Any, int]], 
                 mapped.segments.append(segment)
                 segment.map()
             except (RuntimeError, OSError) as error:
-                message = f"memory of rank {rank}: {error}"
+                message = f"memory of {agreement.name_of(rank)}: {error}"
                 raise RuntimeError(message) from error
             found.append(segment)
         mapped.segments[:] = found
 
 
 class MappedMemory:
-    """A workspace of the given layout on every rank, initialized, mapped into every rank.
+    """A workspace of the given layout on every rank, initialized, mapped into every rank; until nobody has it.
 
     Attributes:
         own: this rank's bytes; None once it is closed.
@@ -237,6 +239,16 @@ class MappedMemory:
         self.own = None
         self._mapped.close()
 
+    def __del__(self) -> None:
+        own = getattr(self, "own", None)
+        if own is None or sys.is_finalizing():
+            return
+        if own.device.type == "cuda":
+            # A kernel may still be on its way. A context that an expired wait has ended has none.
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize(own.device)
+        self.close()
+
 
 def open_workspace(
     agreement: Agreement, device: torch.device, layout: _C.Layout, handles: Handles
@@ -253,11 +265,15 @@ def open_workspace(
             torch.cuda.synchronize(device)
 
     mapped = share(agreement, device, layout.total_bytes, prepare, handles)
-    return mapped, bytes_at(mapped.bases[agreement.rank], layout.total_bytes, device)
+    try:
+        return mapped, bytes_at(mapped.bases[agreement.rank], layout.total_bytes, device)
+    except BaseException:
+        mapped.close()
+        raise
 
 
-class _Array:
-    """Bytes at an address of a GPU, as other libraries pass them on."""
+class GpuBytes:
+    """Bytes at an address of a GPU, as other libraries may take them over; they keep it as long as they have them."""
 
     def __init__(self, address: int, size: int) -> None:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
@@ -266,5 +282,5 @@ class _Array:
 def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
     """Memory at an address as uint8[size]; whoever calls keeps it alive."""
     if device.type == "cuda":
-        return torch.as_tensor(_Array(address, size), device=device)
+        return torch.as_tensor(GpuBytes(address, size), device=device)
     return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)

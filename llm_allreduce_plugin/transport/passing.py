@@ -115,6 +115,8 @@ class ThroughSocket(Way):
 
     def __init__(self) -> None:
         self._listener: socket.socket | None = None
+        self._lock = threading.Lock()
+        self._over = False
 
     def _serve(self, descriptor: int) -> tuple[str, bytes]:
         return self.hand_out(descriptor)
@@ -124,15 +126,25 @@ class ThroughSocket(Way):
 
         Returns:
             What :meth:`fetch` needs. The caller may close its descriptor.
+
+        Raises:
+            OSError: with the reason; it has been withdrawn, for one: a step that ranks have given up may come back.
         """
         name, token = f"{_STEM}{secrets.token_hex(8)}", secrets.token_bytes(_TOKEN_BYTES)
-        listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        listener.bind(f"\0{name}")
-        listener.listen()
-        file = os.dup(descriptor)
-        threading.Thread(
-            target=_hand_out, args=(listener, file, token), name="llm-allreduce-passing", daemon=True
-        ).start()
+        with self._lock:
+            if self._over:
+                raise OSError(errno.ECANCELED, "this rank has given up before")
+            listener = self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            listener.bind(f"\0{name}")
+            listener.listen()
+            file = os.dup(descriptor)
+            try:
+                threading.Thread(
+                    target=_hand_out, args=(listener, file, token), name="llm-allreduce-passing", daemon=True
+                ).start()
+            except RuntimeError as error:  # no more threads
+                os.close(file)
+                raise OSError(errno.EAGAIN, str(error)) from error
         return name, token
 
     def _receive(self, offer: Offer) -> int:
@@ -154,12 +166,14 @@ class ThroughSocket(Way):
         return descriptors[0]
 
     def withdraw(self) -> None:
-        """Stop listening, which ends the thread."""
-        if self._listener is not None:
-            with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)
-            self._listener.close()
-            self._listener = None
+        """Stop listening, which ends the thread; and never begin again."""
+        with self._lock:
+            self._over = True
+            if self._listener is not None:
+                with contextlib.suppress(OSError):
+                    self._listener.shutdown(socket.SHUT_RDWR)
+                self._listener.close()
+                self._listener = None
 
 
 def _hand_out(listener: socket.socket, file: int, token: bytes) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
 
 import torch
 import torch.distributed as dist
@@ -58,8 +57,6 @@ class FileHandles:
 
     def __init__(self) -> None:
         self._way = ThroughSocket()
-        self._lock = threading.Lock()
-        self._over = False
 
     def open(self, device: torch.device) -> Driver:
         """A driver whose memory can be exported as a file."""
@@ -69,11 +66,7 @@ class FileHandles:
         """Hand the file out from now on."""
         file = driver.export_file(handle)
         try:
-            with self._lock:
-                if self._over:  # a step that ranks have given up comes back from the driver
-                    message = "this rank has given up before"
-                    raise RuntimeError(message)
-                return Offer(*self._way.hand_out(file))
+            return Offer(*self._way.hand_out(file))
         finally:
             os.close(file)
 
@@ -91,9 +84,7 @@ class FileHandles:
 
     def withdraw(self) -> None:
         """Hand the file out no more: it would hold the memory."""
-        with self._lock:
-            self._over = True
-            self._way.withdraw()
+        self._way.withdraw()
 
 
 class PeerMemory(MappedMemory):
@@ -115,6 +106,8 @@ def sending_fault(agreement: Agreement) -> str | None:
     The same on every rank.
     """
     way = ThroughSocket()
+    # Of its own: a rank that is still on its way when another has failed is no reason to keep memory later.
+    steps = agreement.nested(agreement.wait_s, agreement.setting, agreement.when)
 
     def offer() -> Offer:
         file = nameless.create(os.sysconf("SC_PAGE_SIZE"))
@@ -130,19 +123,18 @@ def sending_fault(agreement: Agreement) -> str | None:
             try:
                 os.close(ThroughSocket().fetch(offered.where, offered.token))
             except OSError as error:
-                message = f"that of rank {rank} does not come through a socket: {error}"
+                message = f"that of {agreement.name_of(rank)} does not come through a socket: {error}"
                 raise RuntimeError(message) from error
 
     try:
-        mine = agreement.on_every_rank(
-            offer, "to hand out files", TransportError, "cannot hand out a file", may_block=True
-        )
-        offers = agreement.gather(mine, "to exchange where files are handed out")
-        agreement.on_every_rank(fetch, "to ask for files", TransportError, "cannot get a file", may_block=True)
+        mine = steps.on_every_rank(offer, "to hand out files", TransportError, "cannot hand out a file", may_block=True)
+        offers = steps.gather(mine, "to exchange where files are handed out")
+        steps.on_every_rank(fetch, "to ask for files", TransportError, "cannot get a file", may_block=True)
     except TransportError as error:
         return str(error)
     finally:
         way.withdraw()
+        steps.close()
     return None
 
 

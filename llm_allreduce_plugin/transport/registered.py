@@ -24,25 +24,13 @@ import torch.distributed as dist
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.mapped import GpuBytes
 from llm_allreduce_plugin.transport.shm import PAGE_BYTES, ShmMemory
 from llm_allreduce_plugin.transport.symmetric import share
 
 ALIGNMENT = 512  # as torch allocates, in bytes; whole cache lines
 _ANY_CAPTURE = 1
 CAPTURED_SHARE = 2  # graphs may keep one part in so many of what tensors are taken from
-
-
-class _GpuBytes:
-    """Bytes of a GPU as other libraries may take them over; they live as long as somebody has them."""
-
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-            "strides": None,
-        }
 
 
 @functools.lru_cache(maxsize=256)
@@ -186,7 +174,7 @@ class RegisteredPool:
     def _tensor(self, first: int, size: int, capture: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         address = self._first + first
         if self.device.type == "cuda":
-            owner: Any = _GpuBytes(address, size)
+            owner: Any = GpuBytes(address, size)
             whole = torch.as_tensor(owner, device=self.device)
         else:
             owner = _host_bytes(size).from_address(address)

@@ -1,4 +1,8 @@
-"""Workspaces of GPU ranks: peer memory over NVLink or PCIe P2P, through torch's symmetric memory."""
+"""What a workspace begins as, the proof that ranks reach each other's; and GPU memory mapped by torch.
+
+torch's symmetric memory maps registered memory, and the workspaces of ranks that cannot send each other files
+(transport/peer.py).
+"""
 
 from __future__ import annotations
 

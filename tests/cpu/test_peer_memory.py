@@ -21,6 +21,8 @@ import torch
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.group.host_agreement import HostAgreement
+from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.transport import mapped, peer
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
@@ -208,7 +210,7 @@ def test_an_export_that_comes_back_late_hands_nothing_out() -> None:
     handle = driver.create(driver.rounded(1))
     files = _files()
     handles.withdraw()
-    with pytest.raises(RuntimeError, match="given up before"):
+    with pytest.raises(OSError, match="given up before"):
         handles.export(driver, handle)
     assert _files() == files
     assert _passing() == 0
@@ -304,3 +306,60 @@ def test_a_workspace_is_as_the_first_call_needs_it_and_goes_whole() -> None:
     assert slots > 0
     with forked(RANKS, workspace) as group:
         assert [group.value(rank, 60) for rank in range(RANKS)] == [(True, slots // 4, 0)] * RANKS
+
+
+def dropped(context: RankContext) -> list[int]:
+    """What the driver has of a workspace that is there, and of one that nobody has any more."""
+    layout = _C.make_layout(RANKS, 1, in_band_bytes=1 << 18, flagged_bytes=1 << 18)
+    agreement, entry_points = Agreement(context.group, 30.0), Scenario().entry_points(context.rank)
+    with _driver(entry_points):
+        memory: peer.PeerMemory | None = peer.PeerMemory.open(agreement, CPU, layout)
+        there = sum(entry_points.left().values())
+        agreement.barrier("to have looked")
+        memory = None
+        del memory
+        wait_until(lambda: not any(entry_points.left().values()))
+    agreement.close()
+    return [there > 0, sum(entry_points.left().values())]
+
+
+def test_what_nobody_has_is_let_go_of() -> None:
+    """As a communicator that was never closed."""
+    with forked(RANKS, dropped) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [[True, 0]] * RANKS
+
+
+def of_two_hosts(context: RankContext, refused: int) -> tuple[int | str, bool, int]:
+    """What a rank of two hosts maps, or why not; ``refused``: the rank whose driver takes no file."""
+    outer = Agreement(context.group, 30.0)
+    scenario = Scenario(rank=refused, call="cuMemImportFromShareableHandle")
+    entry_points = scenario.entry_points(context.rank)
+    agreement = HostAgreement(outer, Places.of((0, 0, 1, 1), context.rank))
+    layout = _C.make_layout(2, 1, in_band_bytes=1 << 18, flagged_bytes=1 << 18)
+    found: int | str
+    with _driver(entry_points):
+        try:
+            memory: Any = peer.open_peer_memory(agreement, context.group, CPU, layout)
+        except TransportError as error:
+            found = str(error)
+        else:
+            found = len(memory.bases)
+            outer.barrier("to have looked")
+            memory.close()
+    wait_until(lambda: not any(entry_points.left().values()) and _passing() == 0)
+    abandoned = outer.abandoned
+    outer.close()
+    return found, abandoned, sum(entry_points.left().values()) + _passing()
+
+
+def test_ranks_of_two_hosts_map_those_of_their_own() -> None:
+    with forked(4, of_two_hosts, -1) as group:
+        assert [group.value(rank, 60) for rank in range(4)] == [(2, False, 0)] * 4
+
+
+def test_an_error_names_ranks_as_the_whole_group_counts_them() -> None:
+    with forked(4, of_two_hosts, 3) as group:
+        answers = [group.value(rank, 60) for rank in range(4)]
+    for found, _, left in answers:
+        assert str(found).startswith("rank 3 cannot map: memory of rank 2: cuMemImportFromShareableHandle: ")
+        assert left == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -157,7 +158,7 @@ def test_a_probe_that_breaks_is_a_finding() -> None:
     assert guarded("anything", lambda: ok("a", "b")) == [ok("a", "b")]
 
 
-def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch, begun: type[_Begun]) -> None:
     result = RUNNER.invoke(app, ["check", "--no-proof", "--json"])
     document = json.loads(result.output)
     names = {row["name"] for row in document["findings"]}
@@ -170,11 +171,33 @@ def test_exit_codes_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "FAIL  settings" in result.output
     assert "-> correct it: the engine refuses to start with it" in result.output
     assert " FAIL, " in result.output
+    assert begun.times == 0, "without proofs nothing is started"
 
 
-def test_proofs_are_printed_with_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Begun(proof.Prover):
+    """Starts nothing, and counts how often it should have."""
+
+    times = 0
+
+    def begin(self) -> None:
+        type(self).times += 1
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> type[_Begun]:
+    monkeypatch.setattr(_Begun, "times", 0)
+    monkeypatch.setattr(importlib.import_module("llm_allreduce_plugin.cli.check"), "Prover", _Begun)
+    return _Begun
+
+
+def test_proofs_are_printed_with_the_rest(monkeypatch: pytest.MonkeyPatch, begun: type[_Begun]) -> None:
     bad = Finding("peer access", FAIL, "bytes were lost", "look at the BIOS")
-    monkeypatch.setattr(diagnosis, "look", lambda: ([ok("GPUs", "2 x test")], NodeTopology()))
+
+    def look() -> tuple[list[Finding], NodeTopology]:
+        assert begun.times == 1, "whatever loads torch does so meanwhile"
+        return [ok("GPUs", "2 x test")], NodeTopology()
+
+    monkeypatch.setattr(diagnosis, "look", look)
     monkeypatch.setattr(diagnosis, "prove", lambda *_: [bad])
     result = RUNNER.invoke(app, ["check"])
     assert result.exit_code == 1

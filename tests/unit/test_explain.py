@@ -159,7 +159,7 @@ def test_the_decision_and_every_alternative(monkeypatch: pytest.MonkeyPatch) -> 
     code, output = run("--topology", H200, "--tokens", "8", "--hidden", "8192", "--dtype", "bf16", "--tp", "4")
     assert code == 0
     lines = output.splitlines()
-    assert lines[0] == "# 4 x NVIDIA H200 (h200_x4_nvswitch.json), symmetric memory, allreduce_strategy AUTO"
+    assert lines[0] == "# 4 x NVIDIA H200 (h200_x4_nvswitch.json), peer memory, allreduce_strategy AUTO"
     assert lines[2].startswith("# multicast: ")
     assert lines[3] == "# 8 x 8192 of bfloat16: 128 KiB per rank"
     decision = decide(AllReduceConfig(), facts("h200_x4_nvswitch", 4), 8 * 8192, "bfloat16")

@@ -265,4 +265,4 @@ def test_an_entry_of_hosts_serves_no_group_of_one() -> None:
         assert one.serves(joined) and not two.serves(joined), "an NVLink domain is like one host"
     assert not two.serves(dataclasses.replace(facts, hosts=(0, 1, 2, 3)))
     assert one.key != two.key
-    assert str(two) == "4 ranks on 2 hosts, symmetric memory, 16-bit elements"
+    assert str(two) == "4 ranks on 2 hosts, peer memory, 16-bit elements"

@@ -121,7 +121,7 @@ def test_a_configured_profile_that_cannot_be_used_is_an_error(places: dict[str, 
     store(path, H200, [entry(world_size=2)], force=True)
     found = search.find(path, FACTS, H200)
     assert found.tuned is None
-    assert "it has no entry for 4 ranks through symmetric memory (it has 2 ranks" in found.ignored[0]
+    assert "it has no entry for 4 ranks through peer memory (it has 2 ranks" in found.ignored[0]
 
 
 def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,9 @@ __device__ __forceinline__ float tree_of_warp(float value) {
 }
 
 // When a row's threads do what does not depend on the others. kEarly: blocks of a cluster wait for each other before
-// anything else, tiles are added four to a lane, and sinks do what they can while words travel. It is 1 to 3 % faster
-// of two ranks and for a norm alone, and up to 7 % slower of four (benchmarks/h100/two_versions_fused_tp2.json and
-// _tp4.json), why is not known.
+// anything else, tiles are added four to a lane, and sinks do what they can while words travel. Of two ranks it is 1 to
+// 3 % faster, a sum and then the norm alone up to 5 %, and of four up to 7 % slower, why is not known
+// (benchmarks/h100/two_versions_fused_tp2.json, two_versions_fused_tp4.json).
 enum class Overlap { kLate, kEarly };
 
 template <int kUnits, Overlap kOverlap = Overlap::kLate>
