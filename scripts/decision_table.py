@@ -56,9 +56,8 @@ def table() -> str:
             topology = NodeTopology.from_json(ROOT / "configs" / "topologies" / f"{name}.json")
             facts = group_facts(topology, ranks, config)
             cells = [name_of(decide(config, facts, size // 2, "bfloat16")) for size in SIZES.values()]
-            parts.append(
-                f"| {label} | {facts.transport.in_words.removesuffix(' memory')} | {' | '.join(cells)} | {_from(config, facts, 'bfloat16')} |"
-            )
+            memory = facts.transport.in_words.removesuffix(" memory")
+            parts.append(f"| {label} | {memory} | {' | '.join(cells)} | {_from(config, facts, 'bfloat16')} |")
         parts.append("")
     return "\n".join(parts).strip()
 
