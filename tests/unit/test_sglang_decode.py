@@ -16,8 +16,18 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import decode, pictures, plots, sglang_decode, sglang_engine, sglang_probe, turns, vllm_probe
-from scripts import record_tables
+from benchmarks import (
+    decode,
+    engine_tables,
+    pictures,
+    plots,
+    sglang_decode,
+    sglang_engine,
+    sglang_probe,
+    tables,
+    turns,
+    vllm_probe,
+)
 from tests.conftest import MULTICAST_SWITCHES
 
 
@@ -259,24 +269,24 @@ def made_up(width: int) -> dict[str, Any]:
 def test_the_page_is_filled_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "benchmarks" / "h100"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(record_tables, "ROOT", tmp_path)
-    assert record_tables.sglang() == "Not measured yet.\n"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert engine_tables.sglang() == "Not measured yet.\n"
     (folder / "sglang_4096_tp2.json").write_text(json.dumps(made_up(4096)))
-    one_of_two = record_tables.sglang()
+    one_of_two = engine_tables.sglang()
     assert one_of_two.count("| AUTO, norm fused | 1.810 | 1.880 | 2.120 | 3.080 |") == 1
     assert "8192" not in one_of_two
     assert ".png" not in one_of_two, "the picture is of both"
     (folder / "sglang_8192_tp2.json").write_text(json.dumps(made_up(8192)))
-    page = record_tables.sglang()
-    assert f"(plots/{record_tables.SGLANG_PICTURE}.png)" in page
-    assert record_tables.SGLANG_PICTURE in plots.WANTED
+    page = engine_tables.sglang()
+    assert f"(plots/{engine_tables.SGLANG_PICTURE}.png)" in page
+    assert engine_tables.SGLANG_PICTURE in plots.WANTED
     assert page.count("| AUTO, norm fused | 1.810 | 1.880 | 2.120 | 3.080 |") == 2
     assert page.count("| stock SGLang | 2.011 | 2.081 | 2.321 | 3.281 |") == 2, "a line to each start"
     assert "same tokens" not in page
     row = sglang_decode.compare({"default": [[[1], [2]]], "ONESHOT": [[[1], [3]]], "TWOSHOT": [[[1], [3]]]}, 2, 2)[0]
     (folder / "sglang_tokens_tp2.json").write_text(json.dumps({"rows": [{"tp": 2, "variant": "default"}, row]}))
     said = "Of 2 requests, 2 had the same tokens with `ONESHOT` and `TWOSHOT`, and 1 the tokens of stock SGLang, too"
-    assert said in record_tables.sglang()
+    assert said in engine_tables.sglang()
 
 
 def test_the_picture_shows_every_variant() -> None:

@@ -1,0 +1,57 @@
+"""Tables of the documentation about engines: milliseconds per token."""
+
+from __future__ import annotations
+
+from benchmarks.tables import MISSING, has_record, markdown, record
+
+BATCHES = (1, 8, 32, 128)
+SGLANG_PICTURE = "sglang_ms_per_token"
+
+
+def tokens(name: str, variants: dict[str, str], *, more: str | None = None) -> str:
+    """Milliseconds per token; a line to each start of each variant. ``more``: a record of further variants."""
+    measured = [*record(name)["rows"], *(record(more)["rows"] if more else ())]
+    rows = [
+        [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES),
+         f"{row['prefill_32x1024_s']:.2f} s" if "prefill_32x1024_s" in row else MISSING]
+        for variant, label in variants.items()
+        for row in measured
+        if row.get("variant") == variant
+    ]  # fmt: skip
+    return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
+
+
+def sglang() -> str:
+    """SGLang's own all-reduce and ours, with the picture of both; until there are records, that there are none."""
+    names = {width: f"h100/sglang_{width}_tp2" for width in (4096, 8192)}
+    there = {width: name for width, name in names.items() if has_record(name)}
+    if not there:
+        return "Not measured yet.\n"
+    parts = [f"![Time per token in SGLang](plots/{SGLANG_PICTURE}.png)\n"] if there == names else []
+    for width, name in there.items():
+        rows = [
+            [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES)]
+            for variant, label in (
+                ("default", "stock SGLang"),
+                ("AUTO-unfused", "AUTO, norm left to SGLang"),
+                ("AUTO", "AUTO, norm fused"),
+                ("ONESHOT", "ONESHOT, norm fused"),
+            )
+            for row in record(name)["rows"]
+            if row.get("variant") == variant
+        ]
+        parts += [
+            f"Llama, {width} wide (`benchmarks/{name}.json`); a line to each start:\n",
+            markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES)], rows),
+        ]
+    if has_record("h100/sglang_tokens_tp2"):
+        (same,) = (row for row in record("h100/sglang_tokens_tp2")["rows"] if "requests" in row)
+        equal = same["same_tokens_oneshot_twoshot"]
+        stock = ""
+        if "same_tokens_as_default" in same:
+            stock = f", and {same['same_tokens_as_default']['ONESHOT']} the tokens of stock SGLang, too"
+        parts.append(
+            f"Of {same['requests']} requests, {equal} had the same tokens with `ONESHOT` and `TWOSHOT`{stock} "
+            "(`benchmarks/h100/sglang_tokens_tp2.json`).\n"
+        )
+    return "\n".join(parts)

@@ -1,0 +1,193 @@
+"""Tables of the documentation about kernels: sums over each link, with a norm behind them, and what the host does."""
+
+from __future__ import annotations
+
+from benchmarks.tables import KIB, MIB, MISSING, by_size, fastest, markdown, number, record, size, times
+
+PEERS = {
+    "MINLATENCY": ("MINLATENCY",),
+    "LOWPRECISION, fp8": ("LOWPRECISION",),
+    "NCCL": ("NCCL",),
+    "NCCL, registered windows": ("NCCL-windows",),
+    "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
+}
+
+
+SHIPPED = {
+    "MINLATENCY": ("MINLATENCY",),
+    "FlashInfer": ("FlashInfer",),
+    "vLLM's custom all-reduce": ("vLLM-custom",),
+    "torch symmetric memory, the faster kernel": ("torch-one-shot", "torch-two-shot"),
+    "NCCL": ("NCCL",),
+}
+SHIPPED_WITH_NORM = {
+    "one kernel": ("fused",),
+    "MINLATENCY, then our norm": ("then-norm",),
+    "FlashInfer, one kernel": ("FlashInfer",),
+    "NCCL, then vLLM's norm": ("NCCL+vLLM-norm",),
+}
+
+
+def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
+    """What others have beside ours, over four GPUs and over two, each in one run."""
+    return by_size({f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
+                    for ranks in (4, 2) for label, names in lines.items()})  # fmt: skip
+
+
+def nvlink_h100_tp4() -> str:
+    """The same of four H100."""
+    return by_size({label: times("h100/bench_tp4", *names) for label, names in PEERS.items()})
+
+
+def nvlink_h100() -> str:
+    """The same of two H100."""
+    lines = {"AUTO": ("AUTO",)} | {label: names for label, names in PEERS.items() if label != "MINLATENCY"}
+    return by_size({label: times("h100/bench_tp2", *names) for label, names in lines.items()})
+
+
+def formats_h100_tp2() -> str:
+    """Each of the other formats beside the exact kernels, over two H100."""
+    wires = ("fp8_group", "tq3", "hadamard2")
+    curves = {"MINLATENCY": times("h100/bench_tq3_tp2", "MINLATENCY")}
+    return by_size(curves | {wire: times(f"h100/bench_{wire}_tp2", "LOWPRECISION") for wire in wires})
+
+
+def host_memory_h100() -> str:
+    """Through host memory, two H100."""
+    lines = {"MINLATENCY": "MINLATENCY", "LOWPRECISION, fp8": "LOWPRECISION", "NCCL without peer access": "NCCL"}
+    return by_size({label: times("h100/host_bench_tp2", name) for label, name in lines.items()})
+
+
+def between_products() -> str:
+    """Calls in a row, and behind matrix products."""
+    names = ("MINLATENCY", "TWOSHOT", "NCCL")
+    places = {"in a row": "h100/bench_in_a_row_tp2", "behind a product": "h100/bench_between_tp2"}
+    return by_size({f"{name}, {place}": times(path, name) for name in names for place, path in places.items()})
+
+
+def workspaces(ranks: int) -> str:
+    """Large messages with less memory to pass through: how much slower."""
+    rows = record(f"h100/workspace_sizes_tp{ranks}")["rows"]
+    names = [name for name in rows[0] if name.endswith("MiB")]
+    lines = [[size(row["bytes"]), number(row[names[0]]["us"]), *(f"{row[name]['ratio']:.3f}" for name in names[1:])]
+             for row in rows]  # fmt: skip
+    return markdown(["bytes", f"{names[0]}, us", *names[1:]], lines)
+
+
+def host_memory() -> str:
+    """All-reduces through host memory."""
+    return by_size(
+        {
+            "4 GPUs: MINLATENCY": times("h200/host_bench_tp4", "MINLATENCY"),
+            "4 GPUs: LOWPRECISION, fp8": times("h200/host_bench_tp4", "LOWPRECISION"),
+            "4 GPUs: LOWPRECISION, tq3": times("h200/host_bench_tq3_tp4", "LOWPRECISION"),
+            "4 GPUs: LOWPRECISION, hadamard2": times("h200/host_bench_hadamard2_tp4", "LOWPRECISION"),
+            "4 GPUs: NCCL without peer access": times("h200/host_bench_tp4", "NCCL"),
+            "2 GPUs: MINLATENCY": times("h200/host_bench_tp2", "MINLATENCY"),
+            "2 GPUs: LOWPRECISION, fp8": times("h200/host_bench_tp2", "LOWPRECISION"),
+            "2 GPUs: NCCL without peer access": times("h200/host_bench_tp2", "NCCL"),
+        }
+    )
+
+
+def fused() -> str:
+    """A layer's boundary in one kernel and in two."""
+    rows = record("h100/two_versions_fused_tp2")["rows"]
+    one, two = ({row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == name}
+                for name in ("fused", "then-norm"))  # fmt: skip
+    columns = [column for column in sorted(one) if column.bit_length() % 2]
+    saved = ["time saved", *(f"{(1 - one[column] / two[column]) * 100:.0f} %" for column in columns)]
+    table = by_size({"one kernel": one, "all-reduce, then our norm": two}, columns)
+    return table + f"| {' | '.join(saved)} |\n"
+
+
+def host_cost() -> str:
+    """What an eager call costs the host."""
+    rows = [
+        [str(ranks), size(row["bytes"]), *(number(row[key]) for key in ("all_reduce_us", "bare_launch_us",
+                                                                       "output_allocation_us"))]
+        for ranks in (2, 4)
+        for row in record(f"h200/host_cost_tp{ranks}")["rows"]
+    ]  # fmt: skip
+    return markdown(["GPUs", "bytes", "call, us", "of it the bare launch", "of it the output's allocation"], rows)
+
+
+def _of_two_versions(name: str, what: dict[str, str]) -> str:
+    """What each took before and takes now."""
+    found = {row["what"]: row for row in record(name)["rows"]}
+    lines = [[label, *(f"{found[key][when]:.2f}" if when in found[key] else MISSING for when in ("old", "new"))]
+             for label, key in what.items()]  # fmt: skip
+    return markdown(["", "before", "now"], lines)
+
+
+def eager() -> str:
+    """What an eager call costs the host, in two versions."""
+    what = {
+        f"an eager call of {size(count)}, over its launch, us": f"calls {count} over_the_launch_us"
+        for count in (4 * KIB, 64 * KIB, 256 * KIB)
+    }
+    return _of_two_versions("h200/eager_and_start_tp2", what)
+
+
+def start() -> str:
+    """What the start of a group and the proofs of check take, in two versions."""
+    what = {
+        "the first group of a process, s": "start first_s",
+        "of it mapping memory, s": "start parts_s memory",
+        "a second group, s": "start second_s",
+        "`llm-allreduce check`, s": "check_s",
+        "without its proofs, s": "check_without_proofs_s",
+    }
+    return _of_two_versions("h100/eager_and_start_tp2", what)
+
+
+def forms() -> str:
+    """LOWPRECISION's algorithms, of four GPUs, over two links."""
+    records = (("NVLink", "h200/forms_fp8_tp4"), ("host memory", "h200/forms_fp8_host_tp4"))
+    return by_size(
+        fastest((f"{link}: `{row['algorithm']}`", row) for link, name in records for row in record(name)["rows"])
+    )
+
+
+def registered() -> str:
+    """UB beside what pushes into slots, over two GPUs and four."""
+    rows = []
+    for ranks, name in ((2, "h100/bench_tp2"), (4, "h100/bench_tp4")):
+        placed, fastest, nccl = (times(name, candidate) for candidate in ("UB", "MINLATENCY", "NCCL"))
+        rows += [
+            [str(ranks), size(count), number(placed[count]), number(fastest[count]), number(nccl[count])]
+            for count in placed
+            if count >= 4 * MIB and count.bit_length() % 2 == 1
+        ]
+    return markdown(["GPUs", "bytes", "UB", "MINLATENCY", "NCCL"], rows)
+
+
+def fused_tp4() -> str:
+    """One kernel at the best of the shapes that were tried, and the fastest sum with the norm behind it: four GPUs."""
+    in_one_kernel, two = ("one, in one step", "one, in two steps"), "two kernels"
+    curves = fastest(
+        (in_one_kernel[row["algorithm"]] if row["what"] == "fused" else two, row)
+        for row in record("h100/fused_shapes_tp4")["rows"]
+        if row["what"] != "norm alone"
+    )
+    return by_size({label: curves[label] for label in (*in_one_kernel, two)})
+
+
+def fused_quant() -> str:
+    """One kernel, by how it quantizes."""
+    rows = record("h100/two_versions_fused_tp2")["rows"]
+    plain = {row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == "fused"}
+    quants = ("fp8", "fp8-token", "fp8-group", "nvfp4")
+    curves = {quant: times(f"h100/bench_fused_{quant.replace('-', '_')}_tp2", "fused") for quant in quants}
+    return by_size({"not quantized": plain} | curves, sorted(curves["fp8"]))
+
+
+def codecs() -> str:
+    """What encoding and decoding reach alone, in two versions."""
+    found = {(row["wire"], row["direction"]): row for row in record("h200/codec_speed")["rows"]}
+    lines = [
+        [wire, *(f"{row[when]:.2f}" if when in row else MISSING
+                 for row in (found[wire, "encode"], found[wire, "decode"]) for when in ("old_tb_s", "new_tb_s"))]
+        for wire in ("fp8", "fp8_group", "tq3", "hadamard2")
+    ]  # fmt: skip
+    return markdown(["", "encode, before", "now", "decode, before", "now"], lines)
