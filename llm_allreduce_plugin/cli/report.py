@@ -56,7 +56,8 @@ def _differ(reports: Sequence[Shown]) -> bool:
 def _print_group(group: str, found: Sequence[tuple[float, Shown]]) -> None:
     reports = [report for _, report in found]
     first = reports[0]
-    memory = Transport(first.transport).in_words if first.transport in set(Transport) else "unknown memory"
+    known = first.transport in set(Transport)
+    memory = Transport(first.transport).in_words if known else f"{first.transport or 'unknown'} memory"
     typer.echo(f"group {group or '(without a name)'}: {memory}, ", nl=False)
     typer.echo(f"allreduce_strategy {first.allreduce_strategy or 'unknown'}")
     if first.sizes:

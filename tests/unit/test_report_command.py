@@ -24,7 +24,7 @@ def report_of(rank: int, **fields: Any) -> dict[str, Any]:
         "group": GROUP,
         "host": "node",
         "pid": 4711 + rank,
-        "transport": "peer",
+        "transport": "symmetric",
         "allreduce_strategy": "ONESHOT",
         "sizes": "ONESHOT at every size",
         "closed": False,
