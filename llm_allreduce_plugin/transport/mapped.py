@@ -250,26 +250,39 @@ class MappedMemory:
         self.close()
 
 
-def open_workspace(
-    agreement: Agreement, device: torch.device, layout: _C.Layout, handles: Handles
+def open_bytes(
+    agreement: Agreement,
+    device: torch.device,
+    size: int,
+    handles: Handles,
+    begin: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> tuple[Mapped, torch.Tensor]:
-    """The memory of a workspace of every rank, initialized; and this rank's bytes of it. Collective.
+    """``size`` bytes of every rank, mapped into every rank; and this rank's, uint8[size]. Collective.
+
+    ``begin``: writes to a rank's own what must be there before any peer can see it.
 
     Raises:
         TransportError: on every rank alike, when a rank cannot allocate or map.
     """
 
     def prepare(_driver: Driver, address: int) -> None:
-        initialize(bytes_at(address, layout.total_bytes, device), layout)
+        begin(bytes_at(address, size, device))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    mapped = share(agreement, device, layout.total_bytes, prepare, handles)
+    mapped = share(agreement, device, size, prepare, handles)
     try:
-        return mapped, bytes_at(mapped.bases[agreement.rank], layout.total_bytes, device)
+        return mapped, bytes_at(mapped.bases[agreement.rank], size, device)
     except BaseException:
         mapped.close()
         raise
+
+
+def open_workspace(
+    agreement: Agreement, device: torch.device, layout: _C.Layout, handles: Handles
+) -> tuple[Mapped, torch.Tensor]:
+    """The memory of a workspace of every rank, initialized. See :func:`open_bytes`."""
+    return open_bytes(agreement, device, layout.total_bytes, handles, lambda own: initialize(own, layout))
 
 
 class GpuBytes:

@@ -20,7 +20,7 @@ from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import nameless, symmetric
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
-from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_workspace
+from llm_allreduce_plugin.transport.mapped import MappedMemory, driver_of, open_bytes, open_workspace
 from llm_allreduce_plugin.transport.passing import ThroughSocket
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
@@ -159,3 +159,21 @@ def open_peer_memory(
     if agreement.rank == 0:
         logger.info("memory of ranks is mapped by torch's symmetric memory: %s", fault)
     return SymmetricMemory.open(agreement, group, device, layout, rendezvous)
+
+
+def share_peer_bytes(
+    agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int
+) -> tuple[torch.Tensor, object, list[int]]:
+    """``size`` bytes on every rank of a host, mapped into each: by files, else as torch does it. Collective.
+
+    Returns:
+        This rank's bytes, what keeps the mapping alive, and the address at which this rank sees each rank's.
+
+    Raises:
+        TransportError: on every rank alike, when a rank cannot allocate or map.
+    """
+    if sending_fault(agreement) is not None:  # the workspace has said so
+        return symmetric.share(agreement, group, device, size)
+    memory = MappedMemory(*open_bytes(agreement, device, size, FileHandles()), Transport.SYMMETRIC)
+    assert memory.own is not None
+    return memory.own, memory, memory.bases

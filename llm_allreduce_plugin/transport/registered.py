@@ -25,8 +25,8 @@ from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.mapped import GpuBytes
+from llm_allreduce_plugin.transport.peer import share_peer_bytes
 from llm_allreduce_plugin.transport.shm import PAGE_BYTES, ShmMemory
-from llm_allreduce_plugin.transport.symmetric import share
 
 ALIGNMENT = 512  # as torch allocates, in bytes; whole cache lines
 _ANY_CAPTURE = 1
@@ -98,7 +98,7 @@ class RegisteredPool:
             # A tensor keeps the mapping, whoever closes it.
             storage = torch.frombuffer(shared.buffer, dtype=torch.uint8, count=size, offset=first)
             return cls(storage, shared.bases, shared, largest)
-        storage, handle, bases = share(agreement, group, device, size)
+        storage, handle, bases = share_peer_bytes(agreement, group, device, size)
         return cls(storage, bases, handle, largest)
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -1,7 +1,6 @@
 """What a workspace begins as, the proof that ranks reach each other's; and GPU memory mapped by torch.
 
-torch's symmetric memory maps registered memory, and the workspaces of ranks that cannot send each other files
-(transport/peer.py).
+torch's symmetric memory is for ranks that cannot send each other files (transport/peer.py).
 """
 
 from __future__ import annotations

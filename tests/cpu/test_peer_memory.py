@@ -24,9 +24,11 @@ from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.group.host_agreement import HostAgreement
 from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import mapped, peer
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
 from llm_allreduce_plugin.transport.passing import ThroughSocket
+from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
 from tests.support.forked import forked, wait_until
@@ -363,3 +365,31 @@ def test_an_error_names_ranks_as_the_whole_group_counts_them() -> None:
     for found, _, left in answers:
         assert str(found).startswith("rank 3 cannot map: memory of rank 2: cuMemImportFromShareableHandle: ")
         assert left == 0
+
+
+def registered(context: RankContext) -> tuple[bool, bool, int]:
+    """Of a registered pool: whether peers' bytes arrive, whether a tensor outlives it, and what the driver has then."""
+    agreement, entry_points = Agreement(context.group, 30.0), Scenario().entry_points(context.rank)
+    with _driver(entry_points):
+        pool = RegisteredPool.open(agreement, context.group, CPU, Transport.SYMMETRIC, 1 << 20, 1 << 16)
+        output = pool.take((64,), torch.uint8)
+        assert output is not None
+        offset = output.data_ptr() - pool.bases[context.rank]
+        after = (context.rank + 1) % RANKS
+        agreement.barrier("to have taken it")
+        mapped.bytes_at(pool.bases[after] + offset, 64, CPU).fill_(context.rank + 1)
+        agreement.barrier("to have written")
+        arrived = bool((output == (context.rank - 1) % RANKS + 1).all())
+        pool.close()
+        del pool
+        lives = any(entry_points.left().values()) and bool((output == (context.rank - 1) % RANKS + 1).all())
+        agreement.barrier("to have looked")
+        del output
+        wait_until(lambda: not any(entry_points.left().values()))
+    agreement.close()
+    return arrived, lives, sum(entry_points.left().values())
+
+
+def test_registered_memory_is_mapped_alike_and_lives_as_long_as_a_tensor_of_it() -> None:
+    with forked(RANKS, registered) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [(True, True, 0)] * RANKS
