@@ -43,63 +43,6 @@ __device__ __forceinline__ void reduce_rows(const RowsArguments<kWorldSize>& all
   }
 }
 
-// The same for lanes of many rows, of two ranks: what the next row needs is on its way while this one's threads meet.
-template <typename T, int kUnits, typename RowSink>
-__device__ __forceinline__ void reduce_rows_ahead(const RowsArguments<2>& all, RowSink& sink, uint32_t slots,
-                                                  uint32_t first, uint32_t stride) {
-  const PushArguments<2>& arguments = all.in_band;
-  const auto& rows = sink.rows();
-  const int peer = 1 - arguments.rank;
-  bool has[kUnits];
-#pragma unroll
-  for (int k = 0; k < kUnits; ++k) has[k] = rows.has(k);
-  uint4 mine[kUnits];
-  uint4 theirs[kUnits];
-  const auto place = [&](uint32_t row) {
-    const PushedRow<2> pushed{arguments, slots + row * all.norm.units};
-    return pushed.base(peer) + int64_t{pushed.place(peer)} * LAR_VECTOR_BYTES;
-  };
-  const auto load_ahead = [&](uint32_t row) {
-    if (row >= all.norm.rows) return;
-    load_row(arguments.input, row * all.norm.units, rows, mine);
-    sink.template prepare_residuals<1>({row}, {true});
-    char* const slot = place(row);
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      theirs[k] = {0u, 0u, 0u, 0u};
-      load_relaxed_system_if(has[k], slot + rows.unit(k) * LAR_VECTOR_BYTES, theirs[k]);
-    }
-  };
-  sink.prepare_for_all();
-  load_ahead(first);
-#pragma unroll 1
-  for (uint32_t row = first; row < all.norm.rows; row += stride) {
-    char* const slot = place(row);
-    Accumulator<T> sum[kUnits];
-    char* from[kUnits];
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      sum[k].add(mine[k]);
-      compute_here(sum[k].sum);
-      from[k] = slot + rows.unit(k) * LAR_VECTOR_BYTES;
-    }
-    int smallest = smallest_word(theirs[0]);
-#pragma unroll
-    for (int k = 1; k < kUnits; ++k) smallest = min(smallest, smallest_word(theirs[k]));
-    if (is_marker(smallest) &&
-        !poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, has, theirs, [&](int) { return peer; }))
-      return;
-    Unit<T> sums[kUnits];
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k) {
-      clear_in_band_if(has[k], from[k]);
-      sum[k].add(theirs[k]);
-      sums[k] = unit_of<T>(sum[k].rounded());
-    }
-    sink(row, sums, [&] { load_ahead(row + stride); });
-  }
-}
-
 template <typename T, int kWorldSize, int kUnits, int kMostThreads = LAR_MAX_THREADS>
 __global__ void __launch_bounds__(kMostThreads, 1)
     one_shot_push_norm_kernel(const __grid_constant__ RowsArguments<kWorldSize> all) {
@@ -156,12 +99,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     return;
   }
   Sink<T, kWorldSize, kUnits> sink(all.norm, row_memory);
-  const uint32_t first = blockIdx.x - pushers;
-  const uint32_t stride = gridDim.x - pushers;
-  if constexpr (kWorldSize == 2)
-    reduce_rows_ahead<T, kUnits>(all, sink, slots, first, stride);
-  else
-    reduce_rows<T, kWorldSize, false, kUnits>(all, sink, slots, first, stride);
+  reduce_rows<T, kWorldSize, kWorldSize == 2, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
 // More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for as

@@ -29,52 +29,34 @@ class RmsNorm {
   // The same of the wanted ones of several rows.
   template <int kRows>
   __device__ __forceinline__ void prepare(const uint32_t (&rows)[kRows], const bool (&wanted)[kRows]) {
-    prepare_residuals(rows, wanted);
-    prepare_for_all();
-  }
-
-  // What all rows need.
-  __device__ __forceinline__ void prepare_for_all() {
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k)
-      if (kHolds && rows_.has(k)) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
-    if (norm_.scale) given_ = *static_cast<const volatile float*>(norm_.scale);
-  }
-
-  // What the wanted ones of these rows need beside.
-  template <int kRows>
-  __device__ __forceinline__ void prepare_residuals(const uint32_t (&rows)[kRows], const bool (&wanted)[kRows]) {
     static_assert(kRows <= kAtOnce);
     int64_t first[kRows];
 #pragma unroll
     for (int j = 0; j < kRows; ++j) first[j] = first_unit(rows[j]);
 #pragma unroll
-    for (int k = 0; k < kUnits; ++k)
+    for (int k = 0; k < kUnits; ++k) {
+      if (!rows_.has(k)) continue;
 #pragma unroll
       for (int j = 0; j < kRows; ++j)
-        if (kHolds && rows_.has(k) && wanted[j] && norm_.residual)
+        if (kHolds && wanted[j] && norm_.residual)
           residual_[j][k] = Unit<T>::load(norm_.residual, first[j] + rows_.unit(k));
+      if (kHolds) weight_[k] = Unit<T>::load(norm_.weight, rows_.unit(k));
+    }
+    if (norm_.scale) given_ = *static_cast<const volatile float*>(norm_.scale);
   }
 
-  struct Nothing {
-    __device__ __forceinline__ void operator()() const {}
-  };
-
-  // Takes the sums of the row that was prepared. For all threads of the row. `meanwhile`: called while they tell each
-  // other; the residual is not needed any more then.
-  template <typename Meanwhile = Nothing>
-  __device__ __forceinline__ void operator()(uint32_t row, const Unit<T> (&sums)[kUnits],
-                                             const Meanwhile& meanwhile = {}) {
+  // Takes the sums of the row that was prepared. For all threads of the row.
+  __device__ __forceinline__ void operator()(uint32_t row, const Unit<T> (&sums)[kUnits]) {
     Unit<T> of_row[1][kUnits];
 #pragma unroll
     for (int k = 0; k < kUnits; ++k) of_row[0][k] = sums[k];
-    (*this)({row}, {true}, of_row, meanwhile);
+    (*this)({row}, {true}, of_row);
   }
 
   // The same of the wanted ones of several rows.
-  template <int kRows, typename Meanwhile = Nothing>
+  template <int kRows>
   __device__ __forceinline__ void operator()(const uint32_t (&rows)[kRows], const bool (&wanted)[kRows],
-                                             const Unit<T> (&sums)[kRows][kUnits], const Meanwhile& meanwhile = {}) {
+                                             const Unit<T> (&sums)[kRows][kUnits]) {
     static_assert(kRows <= kAtOnce);
     int64_t first[kRows];
     Unit<T> r[kRows][kUnits];
@@ -95,7 +77,6 @@ class RmsNorm {
       }
     }
     rows_.tell_squares(squares);
-    meanwhile();
     Factors early;
     if (kOverlap == Overlap::kEarly) store_residuals(wanted, first, r);
     if (kHasFactors && wanted[0] && rows_.has(0)) {
