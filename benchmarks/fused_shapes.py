@@ -79,18 +79,18 @@ def spread(algorithm: int, rows: int, units: int, most_threads: dict[int, int]) 
     return shapes
 
 
-def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool) -> list[Shape]:
-    """Lanes that do everything, and lanes of one task for many rows."""
+def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool, split: bool) -> list[Shape]:
+    """Lanes that do everything, unless ``split``, and lanes of one task for many rows."""
     units = hidden // 8
     of_two = threads_for(math.ceil(units / 2))
     most = _C.MAX_WIDE_THREADS if world_size == PAIR else _C.MAX_THREADS
-    shapes = spread(_C.ONE_SHOT, rows, units, {1: most, 2: _C.MAX_THREADS})
+    shapes = [] if split else spread(_C.ONE_SHOT, rows, units, {1: most, 2: _C.MAX_THREADS})
     if rows * hidden * 2 >= 1 << 20:
         for lanes in (132, 264) if wide else (132,):
             shapes += [Shape(_C.ONE_SHOT, lanes, of_two, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)]
     if world_size > 2:
         own = math.ceil(rows / world_size)
-        shapes += spread(_C.TWO_SHOT, own, units, {1: _C.MAX_THREADS, 2: _C.MAX_THREADS})
+        shapes += [] if split else spread(_C.TWO_SHOT, own, units, {1: _C.MAX_THREADS, 2: _C.MAX_THREADS})
         if rows * hidden * 2 >= 4 << 20:
             tasks = ((48, 40), (33, 33), (33, 60), (24, 60), (24, 76), (16, 60), (16, 76), (16, 84))
             shapes += [Shape(_C.TWO_SHOT, 132, of_two, 1, scatter, drain) for scatter, drain in tasks]
@@ -212,6 +212,7 @@ def measure(
     kinds: list[str],
     workspace_bytes: int,
     wide: bool,  # noqa: FBT001
+    split: bool,  # noqa: FBT001
     inner: int,
     outer: int,
 ) -> list[dict[str, Any]]:
@@ -248,7 +249,7 @@ def measure(
                 | {"what": "sum, then norm"}
                 | products.time(two_kernels(workspace, layout, case, alone, context.world_size))
             )
-            for shape in shapes_of(rows, hidden, context.world_size, wide=wide):
+            for shape in shapes_of(rows, hidden, context.world_size, wide=wide, split=split):
                 plan = plan_of(workspace, layout, case, shape, context.world_size)
 
                 def fused(plan: _C.Plan = plan, case: Case = case) -> None:
@@ -275,6 +276,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16, 64, 128, 256, 1024, 4096])
     parser.add_argument("--quant", nargs="+", default=["none"], choices=["none", *QuantKind])
     parser.add_argument("--wide", action="store_true", help="two blocks to a multiprocessor, too")
+    parser.add_argument("--split", action="store_true", help="only lanes with one task each")
     parser.add_argument(
         "--between", type=int, default=0, metavar="K", help="a matrix product of inner dimension K before each call"
     )
@@ -288,7 +290,7 @@ def main() -> None:
         for hidden in arguments.hidden:
             results += pool.run(
                 measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, arguments.wide,
-                arguments.between, arguments.behind, timeout_s=500,
+                arguments.split, arguments.between, arguments.behind, timeout_s=500,
             )[0]  # fmt: skip
     finally:
         pool.close()
