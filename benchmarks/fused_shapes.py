@@ -79,8 +79,9 @@ def spread(algorithm: int, rows: int, units: int, most_threads: dict[int, int]) 
     return shapes
 
 
-def shapes_of(rows: int, hidden: int, world_size: int, *, wide: bool, split: bool) -> list[Shape]:
-    """Lanes that do everything, unless ``split``, and lanes of one task for many rows."""
+def shapes_of(rows: int, hidden: int, world_size: int, which: frozenset[str]) -> list[Shape]:
+    """Lanes that do everything, unless ``"split"``, and lanes of one task. ``"wide"``: of those more, too."""
+    wide, split = ("wide" in which, "split" in which)
     units = hidden // 8
     of_two = threads_for(math.ceil(units / 2))
     most = _C.MAX_WIDE_THREADS if world_size == PAIR else _C.MAX_THREADS
@@ -211,8 +212,7 @@ def measure(
     rows_list: list[int],
     kinds: list[str],
     workspace_bytes: int,
-    wide: bool,  # noqa: FBT001
-    split: bool,  # noqa: FBT001
+    which: frozenset[str],
     inner: int,
     outer: int,
 ) -> list[dict[str, Any]]:
@@ -249,7 +249,7 @@ def measure(
                 | {"what": "sum, then norm"}
                 | products.time(two_kernels(workspace, layout, case, alone, context.world_size))
             )
-            for shape in shapes_of(rows, hidden, context.world_size, wide=wide, split=split):
+            for shape in shapes_of(rows, hidden, context.world_size, which):
                 plan = plan_of(workspace, layout, case, shape, context.world_size)
 
                 def fused(plan: _C.Plan = plan, case: Case = case) -> None:
@@ -284,13 +284,14 @@ def main() -> None:
     parser.add_argument("--workspace-mib", type=int, default=512)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    which = frozenset(name for name in ("wide", "split") if getattr(arguments, name))
     pool = RankPool(arguments.gpus, "cuda")
     results = []
     try:
         for hidden in arguments.hidden:
             results += pool.run(
-                measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, arguments.wide,
-                arguments.split, arguments.between, arguments.behind, timeout_s=500,
+                measure, hidden, arguments.rows, arguments.quant, arguments.workspace_mib << 20, which,
+                arguments.between, arguments.behind, timeout_s=500,
             )[0]  # fmt: skip
     finally:
         pool.close()

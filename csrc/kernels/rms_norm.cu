@@ -13,12 +13,15 @@ struct RmsNormArguments {
   const void* input;
 };
 
-// Rows that a block, or a cluster, keeps in registers.
-template <typename T, int kUnits, int kMostThreads = LAR_MAX_THREADS>
-__global__ void __launch_bounds__(kMostThreads, 1) rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
+// Rows that a block keeps in registers. `kBlocks`: that a multiprocessor holds at least. One is best where each has a
+// row or two; of many rows, several blocks keep more loads under way, and what they need is loaded when it is needed.
+template <typename T, int kUnits, int kMostThreads = LAR_MAX_THREADS, int kBlocks = 1>
+__global__ void __launch_bounds__(kMostThreads, kBlocks)
+    rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
   LAR_BLOCK_VARIABLE(RowMemory, memory);
   constexpr bool kHasFactors = kUnits == 1 && kMostThreads <= LAR_MAX_THREADS;
-  RmsNorm<T, kUnits, kHasFactors ? Ahead::kFactors : Ahead::kAll, Overlap::kEarly> sink(arguments.norm, memory);
+  constexpr Ahead kAhead = kBlocks > 1 ? Ahead::kNothing : kHasFactors ? Ahead::kFactors : Ahead::kAll;
+  RmsNorm<T, kUnits, kAhead, Overlap::kEarly> sink(arguments.norm, memory);
   const auto& rows = sink.rows();
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -33,6 +36,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) rms_norm_kernel(const __grid_
   }
 }
 
+constexpr uint32_t kManyRows = 264;
 constexpr uint32_t kMostLongTiles = 1024;  // 262144 elements
 
 // Longer rows: what a block has computed of a row lies in residual_out, and is read again.
@@ -111,10 +115,13 @@ int run(const lar_message& message, const lar_norm& norm, void* stream) {
   // 64 registers hold a unit of 16-bit elements, not one of 32-bit ones.
   constexpr int kMostOfOne = sizeof(T) == 2 ? LAR_MAX_WIDE_THREADS : LAR_MAX_THREADS;
   if (units <= 2 * LAR_MAX_THREADS) {
-    const bool one = units <= kMostOfOne;
-    kernel = units <= LAR_MAX_THREADS ? kernel_address(rms_norm_kernel<T, 1>)
-             : one                    ? kernel_address(rms_norm_kernel<T, 1, kMostOfOne>)
-                                      : kernel_address(rms_norm_kernel<T, 2>);
+    constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;
+    const bool many = kBlocks > 1 && arguments.norm.rows >= kManyRows;
+    const bool one = units <= kMostOfOne && !many;
+    kernel = many                       ? kernel_address(rms_norm_kernel<T, 2, LAR_MAX_THREADS, kBlocks>)
+             : units <= LAR_MAX_THREADS ? kernel_address(rms_norm_kernel<T, 1>)
+             : one                      ? kernel_address(rms_norm_kernel<T, 1, kMostOfOne>)
+                                        : kernel_address(rms_norm_kernel<T, 2>);
     threads = static_cast<int>(ceil_div(ceil_div(units, one ? 1 : 2), 32) * 32);
   }
   return launch_kernel(kernel, blocks, threads, 1, true, &arguments, stream);

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llm_allreduce_plugin.algorithms import measured, tables
 from llm_allreduce_plugin.algorithms.base import MIN_SPLIT_LANES, VECTOR_BYTES, Merit, Message
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
-from llm_allreduce_plugin.algorithms.measured import RowShape
+from llm_allreduce_plugin.algorithms.measured import RowShape, Split
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, bytes_in_words
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
@@ -28,6 +28,7 @@ MOST_RANKS = 8
 MOST_HIDDEN = 16384
 FUSED_BYTES = 2  # of an element
 WARP = 32
+MOST_PUSHING = 0.4  # of the lanes, whatever a block has: more was fastest for no size of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +149,7 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     spread = Launch(
         launch.algorithm,
         launch.exchange,
-        lanes=min(in_a_round * cluster, facts.lanes // cluster * cluster),
+        lanes=_lanes(facts, in_a_round, cluster, wide=wide),
         threads=_whole_warps(rows.vectors) if wide else _threads(math.ceil(rows.vectors / cluster), shape),
         chunk_vectors=in_a_round * rows.vectors,
         rounds=math.ceil(rows.rows / (in_a_round * parts)),
@@ -192,9 +193,22 @@ def _is_wide(facts: GroupFacts, rows: Rows, launch: Launch, shape: RowShape) -> 
         facts.world_size == PAIR
         and launch.algorithm is Algorithm.ONE_SHOT
         and shape.most_threads < rows.vectors <= shape.wide_threads
-        and rows.rows <= facts.lanes * shape.most_wide_rows // measured.LARGEST_GRID
+        and not _is_large(rows, shape)
         and _has_clusters(facts, shape)
     )
+
+
+def _is_large(rows: Rows, shape: RowShape) -> bool:
+    """Whether lanes have one task each, if there are enough."""
+    return shape.split_bytes is not None and rows.message.payload_bytes >= shape.split_bytes
+
+
+def _lanes(facts: GroupFacts, rows: int, cluster: int, *, wide: bool) -> int:
+    """Of a grid in which each does everything, for so many rows at once."""
+    most = facts.lanes // cluster * cluster
+    if wide and rows <= facts.lanes:  # a multiprocessor holds one of them: two rows each, rather than two waves of one
+        most = facts.lanes // 2
+    return min(rows * cluster, most)
 
 
 def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape, *, wide: bool) -> int:
@@ -221,19 +235,32 @@ def _has_clusters(facts: GroupFacts, shape: RowShape) -> bool:
 
 def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> Launch:
     """The same with one task to a lane, where the message is large enough for it."""
-    payload = rows.message.payload_bytes
-    if shape.split_bytes is None or payload < shape.split_bytes or facts.lanes < MIN_SPLIT_LANES:
-        return spread
     in_a_round = spread.chunk_vectors // rows.vectors
-    if rows.vectors <= shape.most_threads and in_a_round <= facts.lanes:  # a block to a row is faster
-        return spread
-    split = tables.fused_split(spread.algorithm.name, facts.world_size, payload)
-    if split is None:
-        return spread
-    lanes = facts.lanes * split.lanes // measured.LARGEST_GRID
-    scatter = max(1, facts.lanes * split.scatter // measured.LARGEST_GRID)
-    drain = facts.lanes * split.drain // measured.LARGEST_GRID
-    if in_a_round < lanes - scatter - drain:  # a row to each lane that sums, at least
+    is_short = rows.vectors <= shape.most_threads
+    if is_short and in_a_round <= facts.lanes:  # a block to a row is faster
         return spread
     threads = _whole_warps(math.ceil(rows.vectors / max(shape.vectors)))
-    return dataclasses.replace(spread, lanes=lanes, threads=threads, scatter_lanes=scatter, drain_lanes=drain)
+    tasks = _tasks(facts, spread.algorithm, threads, shape) if _is_large(rows, shape) else None
+    if tasks is not None and in_a_round >= tasks.lanes - tasks.scatter - tasks.drain:  # a row to each that sums
+        return dataclasses.replace(
+            spread, lanes=tasks.lanes, threads=threads, scatter_lanes=tasks.scatter, drain_lanes=tasks.drain
+        )
+    if is_short and threads <= shape.paired_threads and facts.world_size == PAIR:  # rows by turns: two blocks at once
+        return dataclasses.replace(spread, threads=threads)
+    return spread
+
+
+def _tasks(facts: GroupFacts, algorithm: Algorithm, threads: int, shape: RowShape) -> Split | None:
+    """Lanes that scatter and drain, in a grid of blocks of ``threads``. None: there are no kernels for it."""
+    if facts.lanes < MIN_SPLIT_LANES:
+        return None
+    of_grid = facts.lanes / measured.LARGEST_GRID
+    if algorithm is Algorithm.TWO_SHOT:
+        split = measured.FUSED_TWO_SHOT_SPLIT
+        lanes, scatter, drain = (int(number * of_grid) for number in (split.lanes, split.scatter, split.drain))
+        return Split(0, lanes, max(1, scatter), drain)
+    if facts.world_size != PAIR or not shape.pushing_warps:
+        return None
+    lanes = facts.lanes if threads <= shape.paired_threads else facts.lanes // 2
+    pushing = int(shape.pushing_warps * of_grid) * WARP // threads
+    return Split(0, lanes, min(max(1, pushing), int(lanes * MOST_PUSHING)), 0)

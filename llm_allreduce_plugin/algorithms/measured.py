@@ -174,9 +174,10 @@ class RowShape:
         most_threads: of a block.
         vectors: of a row that a thread may have, fewest first.
         sharing: clusters that are worth it, the first that fits; empty: there are none.
-        split_bytes: the smallest message whose lanes have one task each, as in FUSED_SPLITS.
+        split_bytes: the smallest message whose lanes have one task each. None: none has.
         wide_threads: of a block that holds a row of one-shot's over two ranks at a vector to a thread; 0: no such.
-        most_wide_rows: for which wide blocks are worth it, of a grid of LARGEST_GRID: one to a multiprocessor.
+        pushing_warps: of one-shot's lanes that only push, of a grid of LARGEST_GRID, over two ranks.
+        paired_threads: of the largest block of which a multiprocessor holds two.
     """
 
     most_threads: int
@@ -184,7 +185,8 @@ class RowShape:
     sharing: tuple[Sharing, ...] = ()
     split_bytes: int | None = None
     wide_threads: int = 0
-    most_wide_rows: int = 0
+    pushing_warps: int = 0
+    paired_threads: int = 0
 
 
 # Results that are stored into registered outputs. The smallest message, by world size (the next larger one, or the
@@ -210,9 +212,10 @@ ROW_SHAPES = {
         512,
         (1, 2),
         (Sharing(8, 128, 32, 0, 32), Sharing(4, 128, 256, 64, 64), Sharing(2, 256, 264)),
-        split_bytes=2 * MIB,
+        split_bytes=8 * MIB,
         wide_threads=1024,
-        most_wide_rows=132,
+        pushing_warps=480,
+        paired_threads=256,
     ),
     # Own rows of a rank (benchmarks/h100/fused_shapes_tp4.json).
     "PUSH_TWO_SHOT": RowShape(
@@ -224,12 +227,9 @@ ROW_SHAPES = {
     "SHARED": RowShape(256, (1, 2, 4)),
 }
 MOST_SHARING = 8  # blocks of a cluster
-# As SPLITS, of fused calls: two ranks (benchmarks/h100/fused_shapes_tp2.json), more with four
-# (fused_shapes_own_row_too_tp4.json, whose lanes with one task each are those of the library).
-FUSED_SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
-    "ONE_SHOT": {2: (Split(0, 132, 16, 0), Split(8 * MIB, 132, 32, 0)), 3: ()},
-    "TWO_SHOT": {2: (), 3: (Split(0, 132, 16, 76),)},
-}
+# As SPLITS, of fused two-shot, with four ranks (benchmarks/h100/fused_shapes_own_row_too_tp4.json, whose lanes with one
+# task each are those of the library).
+FUSED_TWO_SHOT_SPLIT = Split(0, 132, 16, 76)
 CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 # The smallest and the largest message for which one kernel is faster than two, by transport, the algorithm of the one
 # and world size (the next larger one, or the last). No largest: none is known for which it is not. NEVER: for none. A

@@ -91,11 +91,6 @@ def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
     return _split(measured.SPLITS[strategy], world_size, payload_bytes)
 
 
-def fused_split(algorithm: str, world_size: int, payload_bytes: int) -> Split | None:
-    """The same of a message whose rows are normed."""
-    return _split(measured.FUSED_SPLITS[algorithm], world_size, payload_bytes)
-
-
 def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_bytes: int) -> Split | None:
     splits = _of(table, world_size)
     return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)

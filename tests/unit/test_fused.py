@@ -150,13 +150,16 @@ def test_every_usual_message_on_peers_memory_can_be_fused(world_size: int, hidde
 
 
 def test_wide_blocks_take_as_many_rows_as_there_are_multiprocessors() -> None:
-    """Of two ranks, a row to a block, a vector to a thread; more rows are taken by other blocks."""
+    """Of two ranks, a row to a block, a vector to a thread. Of more rows, each block takes two, or one in two waves."""
     group = facts(2)
     for hidden, rows in ((8192, 33), (8192, 132), (5120, 64), (7168, 100)):
         launch = launch_of(group, rows, hidden)
         assert (launch.lanes, launch.cluster, launch.threads) == (rows, 1, hidden // 8)
         assert (launch.scatter_lanes, launch.rounds) == (0, 1)
-    assert launch_of(group, 133, 8192).threads == 512
+    for rows, lanes in ((133, 132), (264, 132), (265, 264)):
+        launch = launch_of(group, rows, 8192)
+        assert (launch.lanes, launch.threads, launch.scatter_lanes) == (lanes, 1024, 0)
+    assert launch_of(group, 512, 8192).threads == 512, "a large message"
     assert launch_of(group, 64, 4096).threads == 512, "which is a vector to a thread, too"
     assert launch_of(group, 64, 8200).threads <= 512
     for other in (facts(3), facts(4), facts(2, architecture=80), facts(2, architecture=None)):
@@ -205,14 +208,23 @@ def test_a_row_that_is_more_than_a_block_holds_is_shared() -> None:
 
 def test_large_messages_give_lanes_one_task_each() -> None:
     assert launch_of(facts(2), 127, 8192).scatter_lanes == 0
-    assert launch_of(facts(2), 256, 8192).scatter_lanes == 16
-    pushed = launch_of(facts(2), 1024, 8192)
-    assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (512, 132, 32, 0)
+    assert launch_of(facts(2), 511, 8192).scatter_lanes == 0
+    # As many warps push whatever a block has; a multiprocessor holds two small blocks.
+    for hidden, threads, lanes, pushing in (
+        (2880, 192, 264, 80),
+        (4096, 256, 264, 60),
+        (5120, 320, 132, 48),
+        (7168, 448, 132, 34),
+        (8192, 512, 132, 30),
+    ):
+        pushed = launch_of(facts(2), (8 << 20) // (2 * hidden) + 1, hidden)
+        assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (threads, lanes, pushing, 0)
     both = launch_of(facts(4), 4096, 8192)
     assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 16, 76)
     assert launch_of(facts(4), 128, 8192).scatter_lanes == 0, "fewer rows than lanes that would sum"
     assert launch_of(facts(2), 264, 4096).scatter_lanes == 0, "short rows, a lane for each"
-    assert launch_of(facts(2), 265, 4096).threads == 256, "two vectors to a thread"
+    by_turns = launch_of(facts(2), 265, 4096)
+    assert (by_turns.threads, by_turns.lanes, by_turns.scatter_lanes) == (256, 264, 0), "two vectors to a thread"
 
 
 def test_rows_of_a_two_shot_belong_to_ranks() -> None:
