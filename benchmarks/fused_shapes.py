@@ -88,7 +88,9 @@ def shapes_of(rows: int, hidden: int, world_size: int, which: frozenset[str]) ->
     shapes = [] if split else spread(_C.ONE_SHOT, rows, units, {1: most, 2: _C.MAX_THREADS})
     if rows * hidden * 2 >= 1 << 20:
         for lanes in (132, 264) if wide else (132,):
-            shapes += [Shape(_C.ONE_SHOT, lanes, of_two, 1, scatter * lanes // 132) for scatter in (16, 24, 32, 40, 48)]
+            shapes += [
+                Shape(_C.ONE_SHOT, lanes, of_two, 1, scatter * lanes // 132) for scatter in (8, 12, 16, 24, 32, 40, 48)
+            ]
     if world_size > 2:
         own = math.ceil(rows / world_size)
         shapes += [] if split else spread(_C.TWO_SHOT, own, units, {1: _C.MAX_THREADS, 2: _C.MAX_THREADS})

@@ -15,6 +15,8 @@ struct RmsNormArguments {
 
 // Rows that a block keeps in registers. `kBlocks`: that a multiprocessor holds at least. One is best where each has a
 // row or two; of many rows, several blocks keep more loads under way, and what they need is loaded when it is needed.
+// They do not let the next kernel in before they end: where some multiprocessors are done early, its blocks would crowd
+// there (benchmarks/h200/bench_norm_lets_in_tp2.json: a sum of 16 MiB behind it took 22 us longer).
 template <typename T, int kUnits, int kMostThreads = LAR_MAX_THREADS, int kBlocks = 1>
 __global__ void __launch_bounds__(kMostThreads, kBlocks)
     rms_norm_kernel(const __grid_constant__ RmsNormArguments arguments) {
@@ -24,7 +26,7 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks)
   RmsNorm<T, kUnits, kAhead, Overlap::kEarly> sink(arguments.norm, memory);
   const auto& rows = sink.rows();
   wait_for_previous_kernel();
-  let_next_kernel_start();
+  if constexpr (kBlocks == 1) let_next_kernel_start();
 #pragma unroll 1
   for (uint32_t row = rows.group(); row < arguments.norm.rows; row += rows.groups()) {
     Unit<T> sums[kUnits];
