@@ -40,9 +40,12 @@ def nvlink_h100_tp4() -> str:
 
 
 def nvlink_h100() -> str:
-    """The same of two H100."""
+    """The same of two H100, with two sizes more of another run."""
     lines = {"AUTO": ("AUTO",)} | {label: names for label, names in PEERS.items() if label != "MINLATENCY"}
-    return by_size({label: times("h100/bench_tp2", *names) for label, names in lines.items()})
+    curves = {label: times("h100/bench_tp2", *names) for label, names in lines.items()}
+    another = times("h100/bench_fp8_group_tp2", "MINLATENCY")
+    columns = {*curves["AUTO"], 2 * MIB, 8 * MIB}
+    return by_size(curves | {"MINLATENCY, another run": another}, columns)
 
 
 def formats_h100_tp2() -> str:
@@ -52,10 +55,19 @@ def formats_h100_tp2() -> str:
     return by_size(curves | {wire: times(f"h100/bench_{wire}_tp2", "LOWPRECISION") for wire in wires})
 
 
+def formats_h100_tp4() -> str:
+    """The formats of 2.5 bits beside the exact kernels and fp8, over four H100."""
+    curves = {"MINLATENCY": times("h100/bench_tq3_tp4", "MINLATENCY")}
+    curves |= {wire: times(f"h100/bench_{wire}_tp4", "LOWPRECISION") for wire in ("tq3", "hadamard2")}
+    fp8 = times("h100/bench_tp4", "LOWPRECISION")
+    return by_size(curves | {"fp8": {column: fp8[column] for column in curves["tq3"]}})
+
+
 def host_memory_h100() -> str:
-    """Through host memory, two H100."""
+    """Through host memory, four H100 and two."""
     lines = {"MINLATENCY": "MINLATENCY", "LOWPRECISION, fp8": "LOWPRECISION", "NCCL without peer access": "NCCL"}
-    return by_size({label: times("h100/host_bench_tp2", name) for label, name in lines.items()})
+    return by_size({f"{ranks} GPUs: {label}": times(f"h100/host_bench_tp{ranks}", name)
+                    for ranks in (4, 2) for label, name in lines.items()})  # fmt: skip
 
 
 def between_products() -> str:
@@ -95,7 +107,7 @@ def fused() -> str:
     rows = record("h100/two_versions_fused_tp2")["rows"]
     one, two = ({row["bytes"]: row["new_graph_us"] for row in rows if row["strategy"] == name}
                 for name in ("fused", "then-norm"))  # fmt: skip
-    columns = [column for column in sorted(one) if column.bit_length() % 2]
+    columns = sorted(one)
     saved = ["time saved", *(f"{(1 - one[column] / two[column]) * 100:.0f} %" for column in columns)]
     table = by_size({"one kernel": one, "all-reduce, then our norm": two}, columns)
     return table + f"| {' | '.join(saved)} |\n"
@@ -112,21 +124,19 @@ def host_cost() -> str:
     return markdown(["GPUs", "bytes", "call, us", "of it the bare launch", "of it the output's allocation"], rows)
 
 
-def _of_two_versions(name: str, what: dict[str, str]) -> str:
-    """What each took before and takes now."""
-    found = {row["what"]: row for row in record(name)["rows"]}
-    lines = [[label, *(f"{found[key][when]:.2f}" if when in found[key] else MISSING for when in ("old", "new"))]
-             for label, key in what.items()]  # fmt: skip
-    return markdown(["", "before", "now"], lines)
-
-
 def eager() -> str:
-    """What an eager call costs the host, in two versions."""
-    what = {
-        f"an eager call of {size(count)}, over its launch, us": f"calls {count} over_the_launch_us"
-        for count in (4 * KIB, 64 * KIB, 256 * KIB)
-    }
-    return _of_two_versions("h200/eager_and_start_tp2", what)
+    """What an eager call costs the host, in two versions, on two nodes."""
+    lines = []
+    for gpus in ("H200", "H100"):
+        found = {row["what"]: row for row in record(f"{gpus.lower()}/eager_and_start_tp2")["rows"]}
+        for count in (4 * KIB, 64 * KIB, 256 * KIB):
+            keys = ("all_reduce", "bare_launch", "output", "over_the_launch")
+            call, launch, output, over = (found[f"calls {count} {key}_us"] for key in keys)
+            cells = (call["new"], launch["new"], over["old"], over["new"], output["old"], output["new"])
+            lines.append([f"2 {gpus}", size(count), *(number(cell) for cell in cells)])
+    heads = ["GPUs", "bytes", "call, us", "of it the launch", "over the launch, before", "now",
+             "`torch.empty_like`, before", "now"]  # fmt: skip
+    return markdown(heads, lines)
 
 
 def start() -> str:
@@ -138,7 +148,9 @@ def start() -> str:
         "`llm-allreduce check`, s": "check_s",
         "without its proofs, s": "check_without_proofs_s",
     }
-    return _of_two_versions("h100/eager_and_start_tp2", what)
+    found = {row["what"]: row for row in record("h100/eager_and_start_tp2")["rows"]}
+    lines = [[label, *(f"{found[key][when]:.2f}" for when in ("old", "new"))] for label, key in what.items()]
+    return markdown(["", "before", "now"], lines)
 
 
 def forms() -> str:
@@ -183,11 +195,38 @@ def fused_quant() -> str:
 
 
 def codecs() -> str:
-    """What encoding and decoding reach alone, in two versions."""
-    found = {(row["wire"], row["direction"]): row for row in record("h200/codec_speed")["rows"]}
-    lines = [
-        [wire, *(f"{row[when]:.2f}" if when in row else MISSING
-                 for row in (found[wire, "encode"], found[wire, "decode"]) for when in ("old_tb_s", "new_tb_s"))]
-        for wire in ("fp8", "fp8_group", "tq3", "hadamard2")
-    ]  # fmt: skip
-    return markdown(["", "encode, before", "now", "decode, before", "now"], lines)
+    """What encoding and decoding reach alone, in two versions, on two GPUs."""
+    lines = []
+    for gpu in ("H200", "H100"):
+        found = {(row["wire"], row["direction"]): row for row in record(f"{gpu.lower()}/codec_speed")["rows"]}
+        lines += [
+            [f"{gpu}, {wire}", *(f"{row[when]:.2f}" if when in row else MISSING
+                                 for row in (found[wire, "encode"], found[wire, "decode"])
+                                 for when in ("old_tb_s", "new_tb_s"))]
+            for wire in ("fp8", "fp8_group", "tq3", "hadamard2")
+            if (wire, "encode") in found
+        ]  # fmt: skip
+    return markdown(["TB/s", "encode, before", "now", "decode, before", "now"], lines)
+
+
+def two_hosts() -> str:
+    """Two hosts made of four GPUs of one machine: forms beside NCCL, over sockets on the loopback device."""
+    labels = {"exchange": "the exchange of AUTO's sums alone"} | {wire: f"LOWPRECISION, {wire}" for wire in
+                                                                  ("fp8", "tq3", "hadamard2")}  # fmt: skip
+    rows = record("h200/hosts_2x2")["rows"]
+    names = ("ONESHOT", "TWOSHOT", "AUTO", "fp8", "tq3", "hadamard2", "exchange", "NCCL")
+    return by_size({labels.get(name, name): {row["bytes"]: row["us"] for row in rows if row["name"] == name}
+                    for name in names})  # fmt: skip
+
+
+def fp8_in_steps() -> str:
+    """FP8 over two H100: the fastest of the shapes tried, in one step and in two, and of fp8_group in one."""
+    curves = fastest(
+        ("fp8, in one step" if row["form"] == "one_shot" else "fp8, in two steps", row)
+        for row in record("h100/low_precision_shapes_tp2")["rows"]
+    )
+    beside = fastest(
+        (f"{row['wire_format']}, in one step, another run", row)
+        for row in record("h100/low_precision_shapes_group_tp2")["rows"]
+    )
+    return by_size(dict(sorted(curves.items())) | beside)

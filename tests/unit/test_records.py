@@ -33,6 +33,23 @@ def test_all_records_of_this_repository_can_be_read() -> None:
     assert min(read.values()) > 0
 
 
+def test_every_record_is_named() -> None:
+    """By a page, a script or a source file: what nobody names is nobody's evidence."""
+    folders = ("docs", "benchmarks", "scripts", "llm_allreduce_plugin", "csrc", "configs")
+    readable = {".md", ".py", ".sh", ".cu", ".cuh", ".cpp", ".h"}
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in readable]
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", ROOT / "CHANGELOG.md", *files))
+    records = [path.relative_to(ROOT / "benchmarks").with_suffix("") for path in (ROOT / "benchmarks").rglob("*.json")]
+    assert len(records) > 100
+    # As pages write it; those of a node also as tables and pictures take it.
+    unnamed = [
+        str(name)
+        for name in records
+        if f"benchmarks/{name}.json" not in text and not (name.parent.name and f'"{name}"' in text)
+    ]
+    assert unnamed == []
+
+
 GOOD_ROW = {"candidate": "ONESHOT", "bytes": 4096, "count": 2048, "eager_us": 3.5, "graph_us": None}
 GOOD = {"world_size": 4, "where": "a test", "rows": [GOOD_ROW]}
 CODEC_ROW = {"wire_format": "fp8", "encode": 100.0, "decode": 100.0}
