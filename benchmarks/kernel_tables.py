@@ -24,6 +24,7 @@ SHIPPED_WITH_NORM = {
     "one kernel": ("fused",),
     "MINLATENCY, then our norm": ("then-norm",),
     "FlashInfer, one kernel": ("FlashInfer",),
+    "SGLang, one kernel": ("SGLang",),
     "NCCL, then vLLM's norm": ("NCCL+vLLM-norm",),
 }
 
@@ -32,6 +33,34 @@ def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
     """What others have beside ours, over four GPUs and over two, each in one run."""
     return by_size({f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
                     for ranks in (4, 2) for label, names in lines.items()})  # fmt: skip
+
+
+def sglang() -> str:
+    """SGLang's own kernel beside ours, over two GPUs."""
+    lines = {
+        "MINLATENCY": "MINLATENCY",
+        "SGLang's push all-reduce": "SGLang",
+        "vLLM's custom all-reduce": "vLLM-custom",
+    }
+    sizes = times("h200/bench_sglang_tp2", "SGLang")
+    return by_size({label: times("h200/bench_sglang_tp2", name) for label, name in lines.items()}, sizes)
+
+
+def before_and_after() -> str:
+    """Two GPUs, over both links: the kernels before they were worked on, and now."""
+    rows = record("h200/two_versions_tp2")["rows"]
+    lines = {"exact": "MINLATENCY", "fp8": "LOWPRECISION"}
+    curves = {
+        f"{link}, {label}, {word}": {
+            row["bytes"]: row[f"{version}_graph_us"]
+            for row in rows
+            if (row["transport"], row["strategy"]) == (transport, strategy)
+        }
+        for transport, link in (("auto", "NVLink"), ("host", "host memory"))
+        for label, strategy in lines.items()
+        for version, word in (("old", "before"), ("new", "now"))
+    }
+    return by_size(curves, [64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB])
 
 
 def nvlink_h100_tp4() -> str:

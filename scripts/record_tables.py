@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codecs": kernel_tables.codecs,
     "shipped": lambda: kernel_tables.beside("bench_peers", kernel_tables.SHIPPED),
     "shipped_with_norm": lambda: kernel_tables.beside("bench_fused_peers", kernel_tables.SHIPPED_WITH_NORM),
+    "shipped_by_sglang": kernel_tables.sglang,
+    "before_and_after": kernel_tables.before_and_after,
     "eager": kernel_tables.eager,
     "start": kernel_tables.start,
     "forms": kernel_tables.forms,
@@ -61,6 +63,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm_fused_4096_tp2_h100": lambda: engine_tables.tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
     "vllm_tokens_8192_tp2_h100": lambda: engine_tables.tokens("h100/vllm_tokens_8192_tp2", _FUSED),
     "vllm_fused_8192_tp4_h100": lambda: engine_tables.tokens("h100/vllm_fused_8192_tp4", _FUSED),
+    "vllm_fp8_stock_tp2": lambda: engine_tables.tokens("h200/vllm_fp8_stock_tp2", _STOCK | _FUSED),
     "vllm_fused_fp8_tp2": lambda: engine_tables.tokens("h200/vllm_fused_fp8_tp2", _FUSED),
     "vllm_ub_tp2": lambda: engine_tables.tokens(
         "h200/vllm_ub_tp2",
