@@ -125,8 +125,11 @@ class Strategy(abc.ABC):
         """What may run where this one is asked for, best first, before what is tried instead."""
         return (self.name,)
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
-        """What runs in this group, and why in this form; no reason where a strategy has only one."""
+    def describe(self, config: AllReduceConfig, facts: GroupFacts, launch: Launch | None = None) -> tuple[str, str]:  # noqa: ARG002
+        """What runs in this group, and why in this form; no reason where a strategy has only one.
+
+        ``launch``: of a message, as :meth:`plan` has it; None: of any.
+        """
         return self.algorithm, ""
 
     @abc.abstractmethod

@@ -21,6 +21,7 @@ from llm_allreduce_plugin.algorithms.low_precision_algorithm import (
     domains_obstacle,
     unit_bytes,
 )
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.capabilities import group_facts
@@ -129,6 +130,33 @@ def test_two_gpus_take_one_step() -> None:
     assert rounds is not None
     assert rounds.algorithm is Algorithm.ONE_SHOT
     assert rounds.rounds > 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "one_shot"}])
+def test_words_and_reason_are_those_of_the_launch(settings: dict[str, Any]) -> None:
+    """Through host memory one step is for small messages, which the decision says of a large one."""
+    host = facts(2, Transport.HOST)
+    small = low_precision(host, 1 << 17, min_bytes=0, **settings)
+    assert small.algorithm == "one-shot, compressed on the wire"
+    large = low_precision(host, (1 << 17) + 1, min_bytes=0, **settings)
+    assert large.launch is not None
+    assert large.launch.algorithm is Algorithm.TWO_SHOT
+    assert large.algorithm == "two-shot push, compressed on the wire"
+    assert "two_shot: through host memory one step is for messages up to 256 KiB" in large.reason
+    assert "rounds once less" not in large.reason
+
+
+def test_slots_may_be_smaller_than_what_one_step_is_for() -> None:
+    """Then they are the limit that is named."""
+    host = facts(2, Transport.HOST)
+    narrow = dataclasses.replace(host, in_band=dataclasses.replace(host.in_band, one_shot=10 * 528 + 1))
+    packet = PACKETS[WireFormat.FP8]
+    most = (10 * 528 + 1) // packet.bytes * packet.values
+    for count, algorithm in ((most, Algorithm.ONE_SHOT), (most + 1, Algorithm.TWO_SHOT)):
+        launch = low_precision(narrow, count, min_bytes=0).launch
+        assert launch is not None
+        assert launch.algorithm is algorithm
+    assert f"up to {bytes_in_words(most * 2)}" in low_precision(narrow, most + 1, min_bytes=0).reason
 
 
 @pytest.mark.parametrize(
