@@ -18,6 +18,7 @@ from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.runtime.reports import RegisteredUse
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.mapped import let_go_of_dropped
 from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
@@ -141,6 +142,7 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         ending.step(held.memory.close, "let go of the workspace's memory")
         if held.pool is not None:
             ending.step(held.pool.close, "let go of registered memory")
+        ending.step(let_go_of_dropped, "let go of memory that was dropped", held.timeout_s + _LEAVE_WAIT_S)
     del kept
     if held.board is not None:
         ending.step(held.board.close, "leave the board")

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -187,6 +188,7 @@ def _export(
     mapped: Mapped, device: torch.device, size: int, prepare: Callable[[Driver, int], None], handles: Handles
 ) -> tuple[Any, int]:
     """Make this rank's memory: what others need to map it, and its bytes."""
+    let_go_of_dropped()  # it may be what this one needs
     with mapped.in_use():
         driver = mapped.driver = handles.open(device)
         length = driver.rounded(size)
@@ -243,11 +245,33 @@ class MappedMemory:
         own = getattr(self, "own", None)
         if own is None or sys.is_finalizing():
             return
-        if own.device.type == "cuda":
-            # A kernel may still be on its way. A context that an expired wait has ended has none.
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.synchronize(own.device)
-        self.close()
+        if own.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # To wait for the GPU now would end the capture.
+            _dropped.append((self._mapped, own.device))
+        else:
+            _let_go_when_idle(self._mapped, own.device)
+
+
+# Of objects that nobody had any more while a graph was captured. The end of the process lets go of it, too.
+_dropped: deque[tuple[Mapped, torch.device]] = deque()
+
+
+def _let_go_when_idle(mapped: Mapped, device: torch.device) -> None:
+    if device.type == "cuda":
+        # A kernel may still be on its way. A context that an expired wait has ended has none.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+    mapped.close()
+
+
+def let_go_of_dropped() -> None:
+    """Let go of memory that nobody has any more, but that was dropped while a graph was captured.
+
+    It waits for the GPU: not to be called while a graph is captured.
+    """
+    while _dropped:
+        with contextlib.suppress(IndexError):  # another thread was faster
+            _let_go_when_idle(*_dropped.popleft())
 
 
 def open_bytes(

@@ -331,6 +331,35 @@ def test_what_nobody_has_is_let_go_of() -> None:
         assert [group.value(rank, 60) for rank in range(RANKS)] == [[True, 0]] * RANKS
 
 
+def dropped_in_a_capture(context: RankContext) -> list[int]:
+    """What the driver has of a workspace that nobody has any more: in a capture, and once another has been opened."""
+    layout = _C.make_layout(RANKS, 1, in_band_bytes=1 << 18, flagged_bytes=1 << 18)
+    agreement, first, second = Agreement(context.group, 30.0), Scenario().entry_points(0), Scenario().entry_points(0)
+    gpu: Any = mock.Mock(device=torch.device("cuda", 0))
+    with _driver(first):
+        memory: peer.PeerMemory | None = peer.PeerMemory.open(agreement, CPU, layout)
+    assert memory is not None
+    memory.own = gpu
+    agreement.barrier("to have looked")
+    captures = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
+    with captures, mock.patch.object(torch.cuda, "synchronize") as waited:
+        memory = None
+        del memory
+    in_capture = [waited.call_count, first.left()["mapped"]]
+    agreement.barrier("to have dropped it")
+    with _driver(second), mock.patch.object(torch.cuda, "synchronize") as waited:
+        other = peer.PeerMemory.open(agreement, CPU, layout)
+        agreement.barrier("to have looked")
+        other.close()
+    agreement.close()
+    return [*in_capture, waited.call_count, sum(first.left().values()), sum(second.left().values())]
+
+
+def test_what_was_dropped_in_a_capture_is_let_go_of_by_the_next_start() -> None:
+    with forked(RANKS, dropped_in_a_capture) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [[0, RANKS, 1, 0, 0]] * RANKS
+
+
 def of_two_hosts(context: RankContext, refused: int) -> tuple[int | str, bool, int]:
     """What a rank of two hosts maps, or why not; ``refused``: the rank whose driver takes no file."""
     outer = Agreement(context.group, 30.0)
