@@ -132,7 +132,8 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         logger.warning("an all-reduce may still be running: its memory is kept until this process ends")
         keep_for_ever(*kept)
     elif is_broken and held.transport is Transport.SYMMETRIC:
-        # torch frees it with calls that end the process where the context has ended before.
+        # What torch has mapped (transport/symmetric.py) it frees with calls that end the process where the context has
+        # ended before; the driver refuses those of this package.
         logger.info("GPU memory of this group is freed when this process ends: its CUDA context has failed")
         keep_for_ever(*kept)
     elif held.memory is not None:

@@ -36,11 +36,11 @@ class Handles(Protocol):
 
     Attributes:
         place: where the others are, to go before "can map".
-        exchange: what ranks tell each other, to follow "to exchange".
+        told: what ranks tell each other, to follow "to exchange".
     """
 
     place: str
-    exchange: str
+    told: str
 
     def open(self, device: torch.device) -> Driver:
         """The driver of a rank's GPU, which makes memory that can be exported like this.
@@ -168,7 +168,7 @@ def share(
             f"cannot allocate memory that {handles.place} can map",
             may_block=True,
         )
-        exported = agreement.gather(own, f"to exchange {handles.exchange}")
+        exported = agreement.gather(own, f"to exchange {handles.told}")
         agreement.on_every_rank(
             lambda: _import(mapped, agreement, exported, handles),
             "to import memory",
@@ -222,7 +222,7 @@ def _import(mapped: Mapped, agreement: Agreement, exported: Sequence[tuple[Any, 
 
 
 class MappedMemory:
-    """A workspace of the given layout on every rank, initialized, mapped into every rank; until nobody has it.
+    """Memory of every rank, mapped into every rank; until nobody has it.
 
     Attributes:
         own: this rank's bytes; None once it is closed.
@@ -316,8 +316,14 @@ class GpuBytes:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
 
 
-def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
-    """Memory at an address as uint8[size]; whoever calls keeps it alive."""
+def bytes_at(address: int, size: int, device: torch.device, keeps: object = None) -> torch.Tensor:
+    """Memory at an address as uint8[size]. ``keeps``: what tensors of it keep alive; None: whoever calls does that."""
+    owner: Any
     if device.type == "cuda":
-        return torch.as_tensor(GpuBytes(address, size), device=device)
-    return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)
+        owner = GpuBytes(address, size)
+        found = torch.as_tensor(owner, device=device)
+    else:
+        owner = (ctypes.c_ubyte * size).from_address(address)
+        found = torch.frombuffer(owner, dtype=torch.uint8)
+    owner.keeps = keeps
+    return found
