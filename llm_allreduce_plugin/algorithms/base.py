@@ -163,16 +163,6 @@ class KernelStrategy(Strategy):
         return None
 
 
-class MissingStrategy(Strategy):
-    """A strategy whose kernel does not exist yet: it always falls back, and says so."""
-
-    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
-        return f"the {self.name} kernel does not exist yet"
-
-    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
-        raise AssertionError(config, facts, message)  # never chosen
-
-
 def spread_in_band(
     message: Message,
     facts: GroupFacts,

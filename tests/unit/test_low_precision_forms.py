@@ -31,6 +31,7 @@ from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.group_facts import any_facts, facts
+from tests.support.launches import owned_vectors
 from tests.support.low_precision import DOMAINS
 from tests.unit.test_agreement import card
 
@@ -254,7 +255,7 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
     assert launch.threads % 32 == 0
     assert 32 <= launch.threads <= 256
     parts = group.world_size // 2 if form.domains else group.world_size
-    per_round = launch.owned_vectors // unit_vectors * PACKETS[wire].values * parts
+    per_round = owned_vectors(launch) // unit_vectors * PACKETS[wire].values * parts
     assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
 
 
