@@ -27,6 +27,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext, RankPool
 from llm_allreduce_plugin.measure.timing import call_of, time_graph
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.peer import sending_fault
 from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 
@@ -74,7 +75,13 @@ class Registered:
 
     def __init__(self, agreement: Agreement, context: RankContext, transport: Transport, size: int) -> None:
         self.pool = RegisteredPool.open(
-            agreement, context.group, context.device, transport, 2 * size + ALIGNMENT, largest=size
+            agreement,
+            context.group,
+            context.device,
+            transport,
+            2 * size + ALIGNMENT,
+            largest=size,
+            by_files=sending_fault(agreement) is None,
         )
         inputs = self.pool.take((size // DTYPE.itemsize,), DTYPE)  # nothing else is taken
         assert inputs is not None

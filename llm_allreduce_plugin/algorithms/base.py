@@ -125,8 +125,11 @@ class Strategy(abc.ABC):
         """What may run where this one is asked for, best first, before what is tried instead."""
         return (self.name,)
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:  # noqa: ARG002
-        """What runs in this group, and why in this form; no reason where a strategy has only one."""
+    def describe(self, config: AllReduceConfig, facts: GroupFacts, launch: Launch | None = None) -> tuple[str, str]:  # noqa: ARG002
+        """What runs in this group, and why in this form; no reason where a strategy has only one.
+
+        ``launch``: of a message, as :meth:`plan` has it; None: of any.
+        """
         return self.algorithm, ""
 
     @abc.abstractmethod
@@ -158,16 +161,6 @@ class KernelStrategy(Strategy):
         if message.element_bytes == 0:
             return f"no kernel for dtype {message.dtype} (there are for {', '.join(ELEMENT_BYTES)})"
         return None
-
-
-class MissingStrategy(Strategy):
-    """A strategy whose kernel does not exist yet: it always falls back, and says so."""
-
-    def obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
-        return f"the {self.name} kernel does not exist yet"
-
-    def plan(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
-        raise AssertionError(config, facts, message)  # never chosen
 
 
 def spread_in_band(

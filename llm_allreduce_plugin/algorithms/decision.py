@@ -117,11 +117,6 @@ class Launch:
         return self.exchange is Exchange.STAGED
 
     @property
-    def owned_vectors(self) -> int:
-        """Vectors that one rank owns, after which come those of the next."""
-        return self.chunk_vectors if self.in_band else self.chunk_vectors * self.lanes
-
-    @property
     def exchange_in_words(self) -> str:
         """How a rank knows that what it reads is there, and where it reads a peer's input."""
         return _EXCHANGES[self.exchange]

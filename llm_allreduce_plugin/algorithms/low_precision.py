@@ -26,6 +26,7 @@ from llm_allreduce_plugin.algorithms.base import (
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange, Launch
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import AlgorithmChoice, algorithm_of, unit_bytes
 from llm_allreduce_plugin.algorithms.packets import WARP_THREADS, packets_of, spread_packets
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.config import AllReduceStrategy, LowPrecisionAlgorithm
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
@@ -40,14 +41,12 @@ FEWEST_LANES = 3  # one for each task
 ELEMENT_BYTES = 2  # what is halved and more must be 16 bits to begin with
 
 _WORDS = {
-    LowPrecisionAlgorithm.ONE_SHOT: "one-shot, compressed on the wire; two-shot through host memory where it is larger "
-    "than its slots",
+    LowPrecisionAlgorithm.ONE_SHOT: "one-shot, compressed on the wire",
     LowPrecisionAlgorithm.TWO_SHOT: "two-shot push, compressed on the wire",
     LowPrecisionAlgorithm.RING: "ring, compressed on the wire while it is summed; the rounded sums travel as they are",
     LowPrecisionAlgorithm.HIERARCHICAL: "hierarchical push, compressed on the wire: sums within each of two domains, "
     "which exchange them",
 }
-_ONE_STEP_ALWAYS = "one-shot, compressed on the wire"
 _KERNELS = {
     LowPrecisionAlgorithm.TWO_SHOT: Algorithm.TWO_SHOT,
     LowPrecisionAlgorithm.RING: Algorithm.RING,
@@ -62,12 +61,16 @@ class LowPrecision(KernelStrategy):
     instead = (AllReduceStrategy.MINLATENCY, AllReduceStrategy.NCCL)
     algorithm = _WORDS[LowPrecisionAlgorithm.TWO_SHOT]
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+    def describe(self, config: AllReduceConfig, facts: GroupFacts, launch: Launch | None = None) -> tuple[str, str]:
+        """Of a launch, what it is: what is large does not go through host memory in one step."""
         choice = algorithm_of(config, facts)
         if facts.crosses_network:
             return network.compressed_in_words(facts, config.low_precision.wire_format), choice.reason
-        if config.low_precision.wire_format.keeps_rows and choice.algorithm is LowPrecisionAlgorithm.ONE_SHOT:
-            return _ONE_STEP_ALWAYS, choice.reason
+        in_one_step = choice.algorithm is LowPrecisionAlgorithm.ONE_SHOT
+        if in_one_step and launch is not None and launch.algorithm is Algorithm.TWO_SHOT:
+            most = bytes_in_words(self._one_step_bytes(config, facts))
+            reason = f"two_shot: through host memory one step is for messages up to {most}"
+            return _WORDS[LowPrecisionAlgorithm.TWO_SHOT], reason
         return _WORDS[choice.algorithm], choice.reason
 
     def numerics_of(self, facts: GroupFacts) -> Numerics:
@@ -169,16 +172,19 @@ class LowPrecision(KernelStrategy):
             return dataclasses.replace(launch, wire_format=wire_format)
         return self._plan_flagged(config, facts, message, choice)
 
+    def _one_step_bytes(self, config: AllReduceConfig, facts: GroupFacts) -> int:
+        """The largest message that goes through host memory in one step: it fits a slot, and it pays."""
+        packet = PACKETS[config.low_precision.wire_format]
+        fit = facts.in_band.one_shot // packet.bytes * packet.values * ELEMENT_BYTES
+        return min(fit, measured.ONE_STEP_HOST_BYTES, tables.host_in_band_bytes(self.name, facts.world_size))
+
     def _plan_one_step(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Launch | None:
         """In rounds of in-band slots; None through host memory where a message does not fit one, or that is slower."""
         wire_format = config.low_precision.wire_format
         packets = packets_of(message.count, wire_format, 1)
         on_host = facts.transport is Transport.HOST
-        if on_host:
-            fits = packets * PACKETS[wire_format].bytes <= facts.in_band.one_shot
-            most = min(measured.ONE_STEP_HOST_BYTES, tables.host_in_band_bytes(self.name, facts.world_size))
-            if not fits or message.payload_bytes > most:
-                return None
+        if on_host and message.payload_bytes > self._one_step_bytes(config, facts):
+            return None
         return spread_packets(
             Algorithm.ONE_SHOT,
             Exchange.SHARED if on_host else Exchange.PUSH,

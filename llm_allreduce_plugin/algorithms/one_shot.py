@@ -33,7 +33,7 @@ class OneShot(KernelStrategy):
     instead = (AllReduceStrategy.TWOSHOT, AllReduceStrategy.NCCL)
     algorithm = "one-shot push: every rank stores its vector to all peers, each sums in rank order"
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+    def describe(self, config: AllReduceConfig, facts: GroupFacts, launch: Launch | None = None) -> tuple[str, str]:  # noqa: ARG002
         in_words = network.in_words(self.algorithm, facts, Algorithm.ONE_SHOT)
         return in_words, multicasting.in_words(config, facts, Algorithm.ONE_SHOT)
 

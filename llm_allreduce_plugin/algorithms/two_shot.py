@@ -31,7 +31,7 @@ class TwoShot(KernelStrategy):
     spans_hosts = True
     algorithm = "two-shot push: every rank sums its share in rank order and stores the result to all peers"
 
-    def describe(self, config: AllReduceConfig, facts: GroupFacts) -> tuple[str, str]:
+    def describe(self, config: AllReduceConfig, facts: GroupFacts, launch: Launch | None = None) -> tuple[str, str]:  # noqa: ARG002
         in_words = network.in_words(self.algorithm, facts, Algorithm.TWO_SHOT)
         return in_words, multicasting.in_words(config, facts, Algorithm.TWO_SHOT)
 

@@ -80,7 +80,9 @@ def memory_in_words(config: AllReduceConfig, facts: GroupFacts) -> str:
         return ""
     size = pool_bytes(config, facts)
     if not takes_one_step(facts):
-        return f"UB takes outputs from registered memory, {size} bytes on each rank" if size else ""
+        fused = ". Sums with their norm in the same kernel (fuse_norm) are no outputs, and run as TWOSHOT"
+        behind = fused if config.fuse_norm else ""
+        return f"UB takes outputs from registered memory, {size} bytes on each rank{behind}" if size else ""
     opened = f"{size} bytes, for registered_empty alone" if size else "none is opened"
     return (
         f"UB takes one step over {facts.world_size} GPUs, as ONESHOT does, and stores into no outputs of others. "

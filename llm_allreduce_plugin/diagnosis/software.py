@@ -23,7 +23,7 @@ from llm_allreduce_plugin.topology import NodeIdentity
 Version = tuple[int, ...]
 
 PYTHONS = ((3, 11), (3, 13))  # tested
-OLDEST_TORCH = (2, 9)  # whose symmetric memory this package builds on
+OLDEST_TORCH = (2, 9)  # whose symmetric memory maps what ranks cannot send each other as files
 # Made for; README says which of them were run, and which only with their layers.
 VLLMS = ((0, 26), (0, 33))
 SGLANGS = ((0, 5, 17), (0, 5, 23))

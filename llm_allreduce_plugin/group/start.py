@@ -39,7 +39,7 @@ from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
 from llm_allreduce_plugin.transport.multicast import Multicast
-from llm_allreduce_plugin.transport.peer import open_peer_memory
+from llm_allreduce_plugin.transport.peer import is_by_files, open_peer_memory
 from llm_allreduce_plugin.transport.rail import Rail
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
@@ -306,8 +306,9 @@ class _Start:
             return
         try:
             opened.pool = RegisteredPool.open(
-                self._agreement, self._group, self._device, facts.transport, size, largest_output(size)
-            )
+                self._agreement, self._group, self._device, facts.transport, size, largest_output(size),
+                by_files=is_by_files(opened.memory),
+            )  # fmt: skip
         except TransportError as error:
             opened.facts = dataclasses.replace(facts, no_pool_reason=f"registered memory cannot be opened: {error}")
             if self._agreement.rank == 0:

@@ -36,11 +36,6 @@ class Codec:
     decode_packets: Callable[[torch.Tensor], torch.Tensor]
     most_error: float
 
-    @property
-    def bits_per_value(self) -> float:
-        """Bits on the wire."""
-        return self.packet_bytes * 8 / self.packet_values
-
     def bytes_of(self, count: int) -> int:
         """Bytes of ``count`` values on the wire."""
         return -(-count // self.packet_values) * self.packet_bytes

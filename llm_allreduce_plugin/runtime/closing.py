@@ -18,6 +18,7 @@ from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.runtime.reports import RegisteredUse
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
+from llm_allreduce_plugin.transport.mapped import let_go_of_dropped
 from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
@@ -131,7 +132,8 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         logger.warning("an all-reduce may still be running: its memory is kept until this process ends")
         keep_for_ever(*kept)
     elif is_broken and held.transport is Transport.SYMMETRIC:
-        # torch frees it with calls that end the process where the context has ended before.
+        # What torch has mapped (transport/symmetric.py) it frees with calls that end the process where the context has
+        # ended before; the driver refuses those of this package.
         logger.info("GPU memory of this group is freed when this process ends: its CUDA context has failed")
         keep_for_ever(*kept)
     elif held.memory is not None:
@@ -141,6 +143,7 @@ def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> Non
         ending.step(held.memory.close, "let go of the workspace's memory")
         if held.pool is not None:
             ending.step(held.pool.close, "let go of registered memory")
+        ending.step(let_go_of_dropped, "let go of memory that was dropped", held.timeout_s + _LEAVE_WAIT_S)
     del kept
     if held.board is not None:
         ending.step(held.board.close, "leave the board")

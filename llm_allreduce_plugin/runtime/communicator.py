@@ -28,6 +28,7 @@ from llm_allreduce_plugin.runtime.network_calls import Between, join_hosts
 from llm_allreduce_plugin.runtime.planner import Planner, dtype_name
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.peer import is_by_files
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
 
 
@@ -38,7 +39,8 @@ class TensorParallelCommunicator:
     and must come in the same order on every rank.
 
     Args:
-        group: the tensor-parallel process group. On GPUs its NCCL group; symmetric memory is set up on it.
+        group: the tensor-parallel process group. On GPUs its NCCL group, on which torch maps memory where ranks cannot
+            send each other files.
         device: this rank's device.
         config: the settings; defaults to :func:`llm_allreduce_plugin.load_config`.
         control_group: a group of the same ranks, through whose store they agree; defaults to ``group``.
@@ -250,12 +252,14 @@ class TensorParallelCommunicator:
             TransportError: the memory cannot be allocated or mapped.
         """
         size = max(1, math.prod(shape)) * dtype.itemsize
-        shares = self.facts.transport is Transport.SYMMETRIC and not self.facts.fabric
+        shares = self.facts.transport is Transport.SYMMETRIC and self.facts.num_hosts == 1
         if not shares or not self.facts.in_band.two_shot:
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for memory that peers see")
         try:
-            buffer = PeerVisibleBuffer.open(agreement, self._group, self.device, size)
+            buffer = PeerVisibleBuffer.open(
+                agreement, self._group, self.device, size, by_files=is_by_files(self._memory)
+            )
         finally:
             agreement.close()
         self._peer_visible.append(buffer)

@@ -114,10 +114,16 @@ class Planner:
         self._workspace = self._health = self._between = self._pool = None
 
     def log_missing_kernel(self) -> None:
-        """Say at once what asking for a strategy without a kernel leads to."""
+        """Say at once what asking for a strategy that cannot run leads to."""
         decision = decide(self._config, self._facts, 1, "bfloat16")
         if self._facts.transport is not Transport.NONE and decision.is_fallback:
             self._log_fallback(decision)
+
+    def _settings_of(self, strategy: str, **others: object) -> AllReduceConfig:
+        """Those of another strategy, over the registered memory that there is, whatever it would ask for."""
+        registered = 0 if self._pool is None else self._pool.size
+        changes = {"allreduce_strategy": AllReduceStrategy.parse(strategy), "registered_pool": registered, **others}
+        return self._config.model_copy(update=changes)
 
     def call_of(self, strategy: str, count: int, dtype: torch.dtype) -> Call:
         """The call that another strategy would make.
@@ -125,11 +131,7 @@ class Planner:
         Raises:
             RuntimeError: the strategy cannot run here, with the reason.
         """
-        registered = 0 if self._pool is None else self._pool.size  # what there is, whatever that strategy would ask for
-        settings = self._config.model_copy(
-            update={"allreduce_strategy": AllReduceStrategy.parse(strategy), "registered_pool": registered}
-        )
-        decision = decide(settings, self._facts, count, dtype_name(dtype))
+        decision = decide(self._settings_of(strategy), self._facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
         planned, eager = self._kernel_call(decision, count, dtype), EagerCalls(self._device)
@@ -250,14 +252,20 @@ class Planner:
             self.tally.add(decision, over_hosts.made, over_hosts)
             return Planned(decision, over_hosts, over_hosts.made)
         if launch.exchange is Exchange.PLACE:
-            assert self._pool is not None
-            plan = plan_of(workspace, launch, count, dtype, pools=self._pool.bases)
-            call = placing_call(plan, launch, health, self._pool, str(decision.strategy))
+            call, plan = self._placing_call(launch, str(decision.strategy), count, dtype)
         else:
             plan = plan_of(workspace, launch, count, dtype, peer_distances)
             call = kernel_call(plan, launch, health, self._device, str(decision.strategy))
         self.tally.add(decision, plan, call)
         return Planned(decision, call, plan)
+
+    def _placing_call(self, launch: Launch, name: str, count: int, dtype: torch.dtype) -> tuple[Call, _C.Plan]:
+        """A function whose results peers store into registered outputs, and what counts its calls."""
+        assert self._workspace is not None
+        assert self._health is not None
+        assert self._pool is not None
+        plan = plan_of(self._workspace, launch, count, dtype, pools=self._pool.bases)
+        return placing_call(plan, launch, self._health, self._pool, name), plan
 
     def _network_call(self, launch: Launch, name: str, count: int, dtype: torch.dtype) -> CountedCall:
         """A function that runs a launch over several hosts."""
@@ -319,14 +327,7 @@ class Planner:
             RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
             ValueError: such rows cannot be normed, or not quantized like this.
         """
-        registered = 0 if self._pool is None else self._pool.size
-        settings = self._config.model_copy(
-            update={
-                "allreduce_strategy": AllReduceStrategy.parse(strategy),
-                "fuse_norm": fused,
-                "registered_pool": registered,
-            }
-        )
+        settings = self._settings_of(strategy, fuse_norm=fused)
         decision = decide_fused(
             settings, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant, however_slow=True
         )
@@ -354,9 +355,7 @@ class Planner:
             over_hosts = self._network_call(launch, name, shape.elements, shape.dtype)
             return norm_calls.engine_then_norm(over_hosts, shape, self._device), over_hosts.made
         if launch.exchange is Exchange.PLACE:
-            assert self._pool is not None
-            plan = plan_of(self._workspace, launch, shape.elements, shape.dtype, pools=self._pool.bases)
-            placed = placing_call(plan, launch, self._health, self._pool, name)
+            placed, plan = self._placing_call(launch, name, shape.elements, shape.dtype)
             return norm_calls.engine_then_norm(placed, shape, self._device), plan
         plan = plan_of(self._workspace, launch, shape.elements, shape.dtype)
         return norm_calls.kernel_then_norm(plan, shape, self._health, self._device, name), plan

@@ -71,8 +71,8 @@ def decide(
             why = "; ".join(filter(None, [f"allreduce_strategy is {name}", merit.reason]))
         else:
             why = asked.pays(config, facts, message).reason
-        algorithm, why_so = strategy.describe(config, facts)
         launch = strategy.plan(config, facts, message)
+        algorithm, why_so = strategy.describe(config, facts, launch)
         in_switch = launch is not None and launch.exchange is Exchange.IN_SWITCH
         return Decision(
             requested=requested,

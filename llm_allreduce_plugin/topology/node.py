@@ -136,13 +136,6 @@ class Node(_Frozen):
         """True when some pair of these GPUs is joined by PCIe only."""
         return any(self.links[a][b] in PCIE_LINKS for a in positions for b in positions)
 
-    def numa_domains(self) -> dict[int, list[int]]:
-        """GPU positions by NUMA node; those whose node is unknown count as node 0."""
-        domains: dict[int, list[int]] = {}
-        for position, gpu in enumerate(self.gpus):
-            domains.setdefault(gpu.numa_node or 0, []).append(position)
-        return domains
-
     def p2p_fault(self, positions: Sequence[int] | None = None) -> str | None:
         """The first pair without peer access, in words; None when all have it or nothing is known against it."""
         members = list(range(len(self.gpus))) if positions is None else list(positions)

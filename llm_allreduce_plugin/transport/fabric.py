@@ -24,7 +24,7 @@ class FabricHandles:
     """See :class:`~llm_allreduce_plugin.transport.mapped.Handles`."""
 
     place = "other hosts"
-    exchange = "fabric handles"
+    told = "fabric handles"
 
     def open(self, device: torch.device) -> Driver:
         """A driver that has fabric handles for this GPU."""

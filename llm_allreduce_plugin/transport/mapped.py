@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -35,11 +36,11 @@ class Handles(Protocol):
 
     Attributes:
         place: where the others are, to go before "can map".
-        exchange: what ranks tell each other, to follow "to exchange".
+        told: what ranks tell each other, to follow "to exchange".
     """
 
     place: str
-    exchange: str
+    told: str
 
     def open(self, device: torch.device) -> Driver:
         """The driver of a rank's GPU, which makes memory that can be exported like this.
@@ -167,7 +168,7 @@ def share(
             f"cannot allocate memory that {handles.place} can map",
             may_block=True,
         )
-        exported = agreement.gather(own, f"to exchange {handles.exchange}")
+        exported = agreement.gather(own, f"to exchange {handles.told}")
         agreement.on_every_rank(
             lambda: _import(mapped, agreement, exported, handles),
             "to import memory",
@@ -187,6 +188,7 @@ def _export(
     mapped: Mapped, device: torch.device, size: int, prepare: Callable[[Driver, int], None], handles: Handles
 ) -> tuple[Any, int]:
     """Make this rank's memory: what others need to map it, and its bytes."""
+    let_go_of_dropped()  # it may be what this one needs
     with mapped.in_use():
         driver = mapped.driver = handles.open(device)
         length = driver.rounded(size)
@@ -220,7 +222,7 @@ def _import(mapped: Mapped, agreement: Agreement, exported: Sequence[tuple[Any, 
 
 
 class MappedMemory:
-    """A workspace of the given layout on every rank, initialized, mapped into every rank; until nobody has it.
+    """Memory of every rank, mapped into every rank; until nobody has it.
 
     Attributes:
         own: this rank's bytes; None once it is closed.
@@ -243,11 +245,33 @@ class MappedMemory:
         own = getattr(self, "own", None)
         if own is None or sys.is_finalizing():
             return
-        if own.device.type == "cuda":
-            # A kernel may still be on its way. A context that an expired wait has ended has none.
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.synchronize(own.device)
-        self.close()
+        if own.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # To wait for the GPU now would end the capture.
+            _dropped.append((self._mapped, own.device))
+        else:
+            _let_go_when_idle(self._mapped, own.device)
+
+
+# Of objects that nobody had any more while a graph was captured. The end of the process lets go of it, too.
+_dropped: deque[tuple[Mapped, torch.device]] = deque()
+
+
+def _let_go_when_idle(mapped: Mapped, device: torch.device) -> None:
+    if device.type == "cuda":
+        # A kernel may still be on its way. A context that an expired wait has ended has none.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(device)
+    mapped.close()
+
+
+def let_go_of_dropped() -> None:
+    """Let go of memory that nobody has any more, but that was dropped while a graph was captured.
+
+    It waits for the GPU: not to be called while a graph is captured.
+    """
+    while _dropped:
+        with contextlib.suppress(IndexError):  # another thread was faster
+            _let_go_when_idle(*_dropped.popleft())
 
 
 def open_bytes(
@@ -292,8 +316,14 @@ class GpuBytes:
         self.__cuda_array_interface__ = {"data": (address, False), "shape": (size,), "typestr": "|u1", "version": 2}
 
 
-def bytes_at(address: int, size: int, device: torch.device) -> torch.Tensor:
-    """Memory at an address as uint8[size]; whoever calls keeps it alive."""
+def bytes_at(address: int, size: int, device: torch.device, keeps: object = None) -> torch.Tensor:
+    """Memory at an address as uint8[size]. ``keeps``: what tensors of it keep alive; None: whoever calls does that."""
+    owner: Any
     if device.type == "cuda":
-        return torch.as_tensor(GpuBytes(address, size), device=device)
-    return torch.frombuffer((ctypes.c_ubyte * size).from_address(address), dtype=torch.uint8)
+        owner = GpuBytes(address, size)
+        found = torch.as_tensor(owner, device=device)
+    else:
+        owner = (ctypes.c_ubyte * size).from_address(address)
+        found = torch.frombuffer(owner, dtype=torch.uint8)
+    owner.keeps = keeps
+    return found

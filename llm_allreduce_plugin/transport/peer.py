@@ -37,8 +37,8 @@ def open_driver(device: torch.device) -> Driver:
 
 
 @dataclasses.dataclass(frozen=True)
-class Offer:
-    """Where peers get the file of a rank's memory.
+class FileAddress:
+    """Where peers get a rank's file.
 
     Attributes:
         where: a socket's abstract name.
@@ -49,11 +49,36 @@ class Offer:
     token: bytes
 
 
+def _hand_out(way: ThroughSocket, file: int) -> FileAddress:
+    """Hand a file out from now on. Closes the descriptor.
+
+    Raises:
+        OSError: with the reason.
+    """
+    try:
+        return FileAddress(*way.hand_out(file))
+    finally:
+        os.close(file)
+
+
+def _fetch(address: FileAddress, whose: str) -> int:
+    """A descriptor of a peer's file. ``whose``: for errors, ``"its file"``.
+
+    Raises:
+        RuntimeError: with the reason.
+    """
+    try:
+        return ThroughSocket().fetch(address.where, address.token)
+    except OSError as error:
+        message = f"{whose} does not come through a socket: {error}"
+        raise RuntimeError(message) from error
+
+
 class FileHandles:
     """See :class:`~llm_allreduce_plugin.transport.mapped.Handles`."""
 
     place = "its peers"
-    exchange = "where files of memory are handed out"
+    told = "where files of memory are handed out"
 
     def __init__(self) -> None:
         self._way = ThroughSocket()
@@ -62,21 +87,13 @@ class FileHandles:
         """A driver whose memory can be exported as a file."""
         return open_driver(device)
 
-    def export(self, driver: Driver, handle: int) -> Offer:
+    def export(self, driver: Driver, handle: int) -> FileAddress:
         """Hand the file out from now on."""
-        file = driver.export_file(handle)
-        try:
-            return Offer(*self._way.hand_out(file))
-        finally:
-            os.close(file)
+        return _hand_out(self._way, driver.export_file(handle))
 
-    def take(self, driver: Driver, exported: Offer) -> int:
+    def take(self, driver: Driver, exported: FileAddress) -> int:
         """Ask a peer for its file."""
-        try:
-            file = ThroughSocket().fetch(exported.where, exported.token)
-        except OSError as error:
-            message = f"its file does not come through a socket: {error}"
-            raise RuntimeError(message) from error
+        file = _fetch(exported, "its file")
         try:
             return driver.take_file(file)
         finally:
@@ -109,26 +126,17 @@ def sending_fault(agreement: Agreement) -> str | None:
     # Of its own: a rank that is still on its way when another has failed is no reason to keep memory later.
     steps = agreement.nested(agreement.wait_s, agreement.setting, agreement.when)
 
-    def offer() -> Offer:
-        file = nameless.create(os.sysconf("SC_PAGE_SIZE"))
-        try:
-            return Offer(*way.hand_out(file))
-        finally:
-            os.close(file)
+    def offer() -> FileAddress:
+        return _hand_out(way, nameless.create(os.sysconf("SC_PAGE_SIZE")))
 
     def fetch() -> None:
-        for rank, offered in enumerate(offers):
-            if rank == agreement.rank:
-                continue
-            try:
-                os.close(ThroughSocket().fetch(offered.where, offered.token))
-            except OSError as error:
-                message = f"that of {agreement.name_of(rank)} does not come through a socket: {error}"
-                raise RuntimeError(message) from error
+        for rank, address in enumerate(addresses):
+            if rank != agreement.rank:
+                os.close(_fetch(address, f"that of {agreement.name_of(rank)}"))
 
     try:
         mine = steps.on_every_rank(offer, "to hand out files", TransportError, "cannot hand out a file", may_block=True)
-        offers = steps.gather(mine, "to exchange where files are handed out")
+        addresses = steps.gather(mine, f"to exchange {FileHandles.told}")
         steps.on_every_rank(fetch, "to ask for files", TransportError, "cannot get a file", may_block=True)
     except TransportError as error:
         return str(error)
@@ -161,10 +169,17 @@ def open_peer_memory(
     return SymmetricMemory.open(agreement, group, device, layout, rendezvous)
 
 
+def is_by_files(memory: object) -> bool:
+    """Whether a workspace's memory was mapped by files: then ranks can send each other more of them."""
+    return isinstance(memory, PeerMemory)
+
+
 def share_peer_bytes(
-    agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int
+    agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int, *, by_files: bool
 ) -> tuple[torch.Tensor, object, list[int]]:
     """``size`` bytes on every rank of a host, mapped into each: by files, else as torch does it. Collective.
+
+    ``by_files``: as the workspace is, see :func:`is_by_files`.
 
     Returns:
         This rank's bytes, what keeps the mapping alive, and the address at which this rank sees each rank's.
@@ -172,7 +187,7 @@ def share_peer_bytes(
     Raises:
         TransportError: on every rank alike, when a rank cannot allocate or map.
     """
-    if sending_fault(agreement) is not None:  # the workspace has said so
+    if not by_files:
         return symmetric.share(agreement, group, device, size)
     memory = MappedMemory(*open_bytes(agreement, device, size, FileHandles()), Transport.SYMMETRIC)
     assert memory.own is not None

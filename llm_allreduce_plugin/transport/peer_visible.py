@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
-from llm_allreduce_plugin.transport.symmetric import share
+from llm_allreduce_plugin.transport.mapped import bytes_at
+from llm_allreduce_plugin.transport.peer import share_peer_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class PeerVisibleBuffer:
     """Memory of this rank that all peers have mapped, and they theirs.
 
     Attributes:
-        storage: its bytes.
+        storage: its bytes; a tensor of them keeps them mapped, whoever closes what.
         peer_distances: bytes from this rank's buffer to where this rank sees each rank's, in rank order; 0 for its own.
         handle: keeps the mapping alive.
     """
@@ -27,14 +28,17 @@ class PeerVisibleBuffer:
     handle: object
 
     @classmethod
-    def open(cls, agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int) -> PeerVisibleBuffer:
-        """``size`` bytes on every rank. Collective.
+    def open(
+        cls, agreement: Agreement, group: dist.ProcessGroup, device: torch.device, size: int, *, by_files: bool
+    ) -> PeerVisibleBuffer:
+        """``size`` bytes on every rank, mapped ``by_files`` or by torch, as the workspace. Collective.
 
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
         """
-        storage, handle, bases = share(agreement, group, device, size)
-        own = storage.data_ptr()
+        whole, handle, bases = share_peer_bytes(agreement, group, device, size, by_files=by_files)
+        own = whole.data_ptr()
+        storage = bytes_at(own, size, device, keeps=(whole, handle))
         return cls(storage, tuple(base - own for base in bases), handle)
 
     def holds(self, tensor: torch.Tensor) -> bool:

@@ -84,10 +84,12 @@ class RegisteredPool:
         transport: Transport,
         size: int,
         largest: int,
+        *,
+        by_files: bool,
     ) -> RegisteredPool:
         """``size`` bytes on every rank, ``largest`` of them for :meth:`lend`. Collective.
 
-        They are the GPUs' own memory, or shared memory of CPU ranks.
+        They are the GPUs' own memory, ``by_files`` or by torch, as the workspace; or shared memory of CPU ranks.
 
         Raises:
             TransportError: on every rank alike, when a rank cannot allocate or map.
@@ -98,7 +100,7 @@ class RegisteredPool:
             # A tensor keeps the mapping, whoever closes it.
             storage = torch.frombuffer(shared.buffer, dtype=torch.uint8, count=size, offset=first)
             return cls(storage, shared.bases, shared, largest)
-        storage, handle, bases = share_peer_bytes(agreement, group, device, size)
+        storage, handle, bases = share_peer_bytes(agreement, group, device, size, by_files=by_files)
         return cls(storage, bases, handle, largest)
 
     def holds(self, tensor: torch.Tensor) -> bool:

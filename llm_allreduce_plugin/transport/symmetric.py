@@ -25,9 +25,10 @@ _MULTICAST_SWITCH = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 @contextlib.contextmanager
 def without_multicast() -> Iterator[None]:
-    """Torch creates a multicast object for every rendezvous unless told not to; no kernel here uses one yet.
+    """Torch creates a multicast object for every rendezvous unless told not to; no kernel here uses it.
 
-    So none is made, whatever NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say.
+    What goes by multicast has an object of its own (transport/multicast.py). So torch makes none, whatever
+    NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST say.
     """
     before = os.environ.get(_MULTICAST_SWITCH)
     os.environ[_MULTICAST_SWITCH] = "1"

@@ -22,6 +22,10 @@ from llm_allreduce_plugin.engines.vllm.communicator import _communicator_class
 from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime.calls import plan_of
+from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport.driver import Driver
+from llm_allreduce_plugin.transport.mapped import Mapped, MappedMemory
+from tests.support.fake_fabric import FakeEntryPoints, Truth
 from tests.support.forked import Ended, forked, open_files, own_mappings
 
 TIMEOUT_S = 1.0
@@ -243,6 +247,25 @@ def test_a_device_that_does_not_answer_holds_nothing(hangs: bool) -> None:
             assert any("may still be running: its memory is kept" in line for line in lines)
         else:
             assert said == "CUDA error: unspecified launch failure"
+
+
+def _dropped_before(context: RankContext) -> list[bool]:
+    """Whether memory that was dropped in a capture is still there before another communicator is closed, and after."""
+    group, entry_points = _make(context), FakeEntryPoints(Truth())
+    whole = Mapped()
+    whole.driver = Driver(0, entry_points)
+    memory = MappedMemory(whole, mock.Mock(device=torch.device("cuda", 0)), Transport.SYMMETRIC)
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        del memory
+    found = [any(entry_points.left().values())]
+    with mock.patch.object(torch.cuda, "synchronize"):
+        group.close()
+    return [*found, any(entry_points.left().values())]
+
+
+def test_a_close_lets_go_of_what_was_dropped_in_a_capture() -> None:
+    with forked(2, _dropped_before) as ranks:
+        assert [ranks.value(rank, 30) for rank in range(2)] == [[True, False]] * 2
 
 
 class Stock:

@@ -25,9 +25,10 @@ from llm_allreduce_plugin.group.host_agreement import HostAgreement
 from llm_allreduce_plugin.group.places import Places
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.transport import mapped, peer
+from llm_allreduce_plugin.transport import mapped, peer, symmetric
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
 from llm_allreduce_plugin.transport.passing import ThroughSocket
+from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.symmetric import SymmetricMemory
 from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
@@ -331,6 +332,35 @@ def test_what_nobody_has_is_let_go_of() -> None:
         assert [group.value(rank, 60) for rank in range(RANKS)] == [[True, 0]] * RANKS
 
 
+def dropped_in_a_capture(context: RankContext) -> list[int]:
+    """What the driver has of a workspace that nobody has any more: in a capture, and once another has been opened."""
+    layout = _C.make_layout(RANKS, 1, in_band_bytes=1 << 18, flagged_bytes=1 << 18)
+    agreement, first, second = Agreement(context.group, 30.0), Scenario().entry_points(0), Scenario().entry_points(0)
+    gpu: Any = mock.Mock(device=torch.device("cuda", 0))
+    with _driver(first):
+        memory: peer.PeerMemory | None = peer.PeerMemory.open(agreement, CPU, layout)
+    assert memory is not None
+    memory.own = gpu
+    agreement.barrier("to have looked")
+    captures = mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True)
+    with captures, mock.patch.object(torch.cuda, "synchronize") as waited:
+        memory = None
+        del memory
+    in_capture = [waited.call_count, first.left()["mapped"]]
+    agreement.barrier("to have dropped it")
+    with _driver(second), mock.patch.object(torch.cuda, "synchronize") as waited:
+        other = peer.PeerMemory.open(agreement, CPU, layout)
+        agreement.barrier("to have looked")
+        other.close()
+    agreement.close()
+    return [*in_capture, waited.call_count, sum(first.left().values()), sum(second.left().values())]
+
+
+def test_what_was_dropped_in_a_capture_is_let_go_of_by_the_next_start() -> None:
+    with forked(RANKS, dropped_in_a_capture) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [[0, RANKS, 1, 0, 0]] * RANKS
+
+
 def of_two_hosts(context: RankContext, refused: int) -> tuple[int | str, bool, int]:
     """What a rank of two hosts maps, or why not; ``refused``: the rank whose driver takes no file."""
     outer = Agreement(context.group, 30.0)
@@ -367,11 +397,56 @@ def test_an_error_names_ranks_as_the_whole_group_counts_them() -> None:
         assert left == 0
 
 
+def visible(context: RankContext, by_files: bool) -> tuple[bool, bool, int, list[Any]]:
+    """Of memory that peers see: whether it is where they write, and a tensor outlives it; then what is left.
+
+    The last is what torch was asked for.
+    """
+    agreement, entry_points, asked = Agreement(context.group, 30.0), Scenario().entry_points(context.rank), list[Any]()
+
+    def by_torch(_agreement: Agreement, _group: object, _device: object, size: int) -> Any:
+        asked.append(size)
+        whole = torch.zeros(size, dtype=torch.uint8)
+        return whole, None, [whole.data_ptr()] * RANKS
+
+    with _driver(entry_points), mock.patch.object(symmetric, "share", by_torch):
+        buffer: Any = PeerVisibleBuffer.open(agreement, context.group, CPU, 4096, by_files=by_files)
+        assert buffer.peer_distances[context.rank] == 0
+        tensor, after = buffer.storage[:64].view(8, 8), (context.rank + 1) % RANKS
+        assert buffer.holds(tensor)
+        agreement.barrier("to have opened it")
+        if by_files:
+            mapped.bytes_at(tensor.data_ptr() + buffer.peer_distances[after], 64, CPU).fill_(context.rank + 1)
+        else:
+            tensor.fill_((context.rank - 1) % RANKS + 1)  # as the one before would
+        agreement.barrier("to have written")
+        before = (context.rank - 1) % RANKS
+        there = bool((tensor == before + 1).all())
+        buffer = None
+        del buffer
+        lives = bool((tensor == before + 1).all()) and any(entry_points.left().values()) == by_files
+        agreement.barrier("to have looked")
+        del tensor
+        wait_until(lambda: not any(entry_points.left().values()))
+    agreement.close()
+    return there, lives, sum(entry_points.left().values()), asked
+
+
+def test_memory_that_peers_see_is_mapped_alike_and_lives_as_long_as_a_tensor_of_it() -> None:
+    with forked(RANKS, visible, True) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [(True, True, 0, [])] * RANKS
+
+
+def test_memory_that_peers_see_is_torchs_where_files_cannot_be_sent() -> None:
+    with forked(RANKS, visible, False) as group:
+        assert [group.value(rank, 60) for rank in range(RANKS)] == [(True, True, 0, [4096])] * RANKS
+
+
 def registered(context: RankContext) -> tuple[bool, bool, int]:
     """Of a registered pool: whether peers' bytes arrive, whether a tensor outlives it, and what the driver has then."""
     agreement, entry_points = Agreement(context.group, 30.0), Scenario().entry_points(context.rank)
     with _driver(entry_points):
-        pool = RegisteredPool.open(agreement, context.group, CPU, Transport.SYMMETRIC, 1 << 20, 1 << 16)
+        pool = RegisteredPool.open(agreement, context.group, CPU, Transport.SYMMETRIC, 1 << 20, 1 << 16, by_files=True)
         output = pool.take((64,), torch.uint8)
         assert output is not None
         offset = output.data_ptr() - pool.bases[context.rank]

@@ -185,7 +185,8 @@ def test_the_log_says_how_many_outputs_were_registered(cpu_pool: PoolFor) -> Non
     assert used == same == {"bytes": 16384, "stayed": 3, "copied_out": 2}
     assert lines == [
         "all-reduce over 2 ranks (shm memory, allreduce_strategy UB, sizes per rank): UB to 4 KiB, then TWOSHOT",
-        "UB takes outputs from registered memory, 16384 bytes on each rank",
+        "UB takes outputs from registered memory, 16384 bytes on each rank. Sums with their norm in the same kernel "
+        "(fuse_norm) are no outputs, and run as TWOSHOT",
         "all-reduce summary: UB 5 calls; no fallbacks",
         "registered memory of 16384 bytes: 3 of 5 outputs stayed in it, 2 were copied out, because nothing was free",
     ]

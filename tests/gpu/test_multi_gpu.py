@@ -253,8 +253,7 @@ def _end_in_a_capture(context: RankContext) -> None:
             other = context.communicator("TWOSHOT")
             other.all_reduce(static)
             torch.cuda.synchronize()
-            left = [other._workspace]
-            memory = other._memory  # torch's own, which it frees when it likes
+            left = [other._workspace, other._memory]
             if closed:
                 other.close()
             del other
@@ -266,7 +265,6 @@ def _end_in_a_capture(context: RankContext) -> None:
             graph.replay()
             torch.cuda.synchronize()
             assert torch.equal(output, torch.full_like(output, context.world_size))
-            del memory
         context.gather(None)
 
 

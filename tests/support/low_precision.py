@@ -14,6 +14,7 @@ from llm_allreduce_plugin.oracle.hierarchical import hierarchical_sum
 from llm_allreduce_plugin.oracle.one_shot import one_step_sum
 from llm_allreduce_plugin.oracle.ring import ring_sum
 from llm_allreduce_plugin.oracle.two_shot import compressed_sum
+from tests.support.launches import owned_vectors
 from tests.support.reference import assert_same_bits
 
 # Two domains of equal size, as numbers of ranks in a row and in turns.
@@ -50,7 +51,7 @@ def expected_sum(launch: Launch, inputs: Sequence[torch.Tensor]) -> torch.Tensor
     codec = CODECS[launch.wire_format]
     ring = launch.algorithm is Algorithm.RING
     unit = codec.packet_values * inputs[0].element_size() if ring else codec.packet_bytes
-    chunk = launch.owned_vectors * _C.VECTOR_BYTES // unit
+    chunk = owned_vectors(launch) * _C.VECTOR_BYTES // unit
     return oracle(int(launch.algorithm), inputs, launch.wire_format, chunk, launch.domains)
 
 

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
-from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, MissingStrategy, Numerics, spread
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics, spread
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
@@ -90,7 +90,6 @@ def test_it_is_swept_described_counted_and_explained() -> None:
     assert dict(tally.counts().calls) == {"UB": 3}
     result = CliRunner().invoke(app, ["explain", "--cpu", "--strategy", "ub", "--bytes", "64K"])
     assert f"UB: {Added.algorithm}" in result.output
-    assert "the UB kernel does not exist yet" not in result.output
 
 
 @pytest.mark.usefixtures("_added")
@@ -104,19 +103,6 @@ def test_its_launch_runs() -> None:
     outputs = CpuGroup(3).all_reduce(launch.algorithm, inputs, exchange=launch.exchange, chunk=launch.chunk_vectors)
     for output in outputs:
         assert_same_bits(output, rank_ordered_sum(inputs), "of the added strategy")
-
-
-class Unwritten(MissingStrategy):
-    name = S.UB
-    numerics = Numerics.EXACT
-    algorithm = "a strategy that is listed before it is written"
-    instead = (S.TWOSHOT, S.NCCL)
-
-
-def test_without_it_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STRATEGIES, S.UB, Unwritten())
-    decision = decide(AllReduceConfig(allreduce_strategy=S.UB), cpu_facts(3), PAYS_FROM, "float32")
-    assert (decision.strategy, decision.reason) == (S.TWOSHOT, "the UB kernel does not exist yet")
 
 
 # -- what stands in two places is the same -----------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_packets(wire: WireFormat) -> None:
     assert codec.bytes_of(1) == codec.packet_bytes
     assert codec.bytes_of(codec.packet_values + 1) == 2 * codec.packet_bytes
     eights = {WireFormat.FP8: 512 * 8 / 496, WireFormat.FP8_GROUP: 512 * 8 / 480}
-    assert codec.bits_per_value == eights.get(wire, 2.5)
+    assert codec.packet_bytes * 8 / codec.packet_values == eights.get(wire, 2.5)
 
 
 @FORMATS

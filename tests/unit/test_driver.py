@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import driver as drivers
 from llm_allreduce_plugin.transport.driver import FABRIC_HANDLE_BYTES, Access, Driver, DriverError, Properties
-from llm_allreduce_plugin.transport.mapped import Mapped, Segment
+from llm_allreduce_plugin.transport.mapped import Mapped, MappedMemory, Segment, let_go_of_dropped
 from tests.support.fake_fabric import GRANULARITY, UNKNOWN, FakeEntryPoints, Truth
 
 
@@ -134,6 +139,75 @@ def test_memory_that_nothing_uses_ends_at_once_and_once() -> None:
     mapped.close()
     mapped.close()
     assert entry_points.left()["contexts"] == 0
+
+
+class Gpu:
+    """What torch says of a GPU, one stream of which may be captured: then nobody may wait for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captures, self.waits = False, 0
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.captures)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+
+    def wait(self, device: torch.device) -> None:
+        assert device == torch.device("cuda", 0)
+        assert not self.captures, "this would end the capture"
+        self.waits += 1
+
+
+def memory_of_a_gpu(entry_points: FakeEntryPoints) -> MappedMemory:
+    """As it is once it has been opened, by one rank."""
+    whole = Mapped()
+    whole.driver = Driver(0, entry_points)
+    segment = Segment(whole.driver, whole.driver.create(GRANULARITY), GRANULARITY)
+    whole.segments.append(segment)
+    segment.map()
+    own: Any = mock.Mock(device=torch.device("cuda", 0))
+    return MappedMemory(whole, own, Transport.SYMMETRIC)
+
+
+def test_memory_that_is_dropped_is_let_go_of_once_nothing_can_run_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, entry_points = Gpu(monkeypatch), FakeEntryPoints(Truth())
+    memory = memory_of_a_gpu(entry_points)
+    del memory
+    gc.collect()
+    assert gpu.waits == 1
+    assert set(entry_points.left().values()) == {0}
+
+
+def test_memory_that_is_dropped_in_a_capture_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until somebody asks: CUDA forbids to wait for a GPU meanwhile, and a wait would end the capture."""
+    gpu, entry_points = Gpu(monkeypatch), FakeEntryPoints(Truth())
+    memories = [memory_of_a_gpu(entry_points), memory_of_a_gpu(entry_points)]
+    gpu.captures = True
+    with mock.patch.object(sys, "unraisablehook") as raised:
+        memories.clear()
+        gc.collect()
+    assert raised.call_args_list == []
+    assert gpu.waits == 0
+    assert entry_points.left()["mapped"] == 2
+    gpu.captures = False
+    let_go_of_dropped()
+    assert gpu.waits == 2
+    assert set(entry_points.left().values()) == {0}
+    let_go_of_dropped()
+    assert gpu.waits == 2
+
+
+def test_memory_that_was_dropped_in_a_capture_goes_where_a_context_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, entry_points = Gpu(monkeypatch), FakeEntryPoints(Truth())
+    memory = memory_of_a_gpu(entry_points)
+    gpu.captures = True
+    del memory
+    gc.collect()
+
+    def fails(_device: torch.device) -> None:
+        message = "CUDA error: unspecified launch failure"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    let_go_of_dropped()
+    assert set(entry_points.left().values()) == {0}
 
 
 def test_nothing_asks_for_multicast() -> None:

@@ -11,6 +11,7 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.topology.links import Transport
 from tests.support.group_facts import any_facts, config
+from tests.support.launches import owned_vectors
 
 
 @given(st.integers(0, 1 << 31), st.integers(1, 1 << 20), st.integers(1, 128), st.sampled_from((1, 2, 3, 8, 16)))
@@ -60,7 +61,7 @@ def test_launches_through_host_memory_fit_their_slots(count: int, group: GroupFa
     parts = 1 if one_shot else group.world_size
     slots = group.in_band if launch.in_band else group.flagged
     assert 1 <= launch.chunk_vectors * VECTOR_BYTES <= (slots.one_shot if one_shot else slots.two_shot)
-    assert launch.owned_vectors * parts * VECTOR_BYTES * launch.rounds >= count * 2
+    assert owned_vectors(launch) * parts * VECTOR_BYTES * launch.rounds >= count * 2
     assert launch.rounds == 1 or not launch.in_band
     assert 1 <= launch.lanes <= group.lanes
     assert 32 <= launch.threads <= MAX_FLAGGED_THREADS

@@ -21,6 +21,7 @@ from llm_allreduce_plugin.algorithms.low_precision_algorithm import (
     domains_obstacle,
     unit_bytes,
 )
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.config import LowPrecisionAlgorithm, LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.capabilities import group_facts
@@ -30,6 +31,7 @@ from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.group_facts import any_facts, facts
+from tests.support.launches import owned_vectors
 from tests.support.low_precision import DOMAINS
 from tests.unit.test_agreement import card
 
@@ -131,6 +133,33 @@ def test_two_gpus_take_one_step() -> None:
     assert rounds.rounds > 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "one_shot"}])
+def test_words_and_reason_are_those_of_the_launch(settings: dict[str, Any]) -> None:
+    """Through host memory one step is for small messages, which the decision says of a large one."""
+    host = facts(2, Transport.HOST)
+    small = low_precision(host, 1 << 17, min_bytes=0, **settings)
+    assert small.algorithm == "one-shot, compressed on the wire"
+    large = low_precision(host, (1 << 17) + 1, min_bytes=0, **settings)
+    assert large.launch is not None
+    assert large.launch.algorithm is Algorithm.TWO_SHOT
+    assert large.algorithm == "two-shot push, compressed on the wire"
+    assert "two_shot: through host memory one step is for messages up to 256 KiB" in large.reason
+    assert "rounds once less" not in large.reason
+
+
+def test_slots_may_be_smaller_than_what_one_step_is_for() -> None:
+    """Then they are the limit that is named."""
+    host = facts(2, Transport.HOST)
+    narrow = dataclasses.replace(host, in_band=dataclasses.replace(host.in_band, one_shot=10 * 528 + 1))
+    packet = PACKETS[WireFormat.FP8]
+    most = (10 * 528 + 1) // packet.bytes * packet.values
+    for count, algorithm in ((most, Algorithm.ONE_SHOT), (most + 1, Algorithm.TWO_SHOT)):
+        launch = low_precision(narrow, count, min_bytes=0).launch
+        assert launch is not None
+        assert launch.algorithm is algorithm
+    assert f"up to {bytes_in_words(most * 2)}" in low_precision(narrow, most + 1, min_bytes=0).reason
+
+
 @pytest.mark.parametrize(
     ("group", "settings", "reason"),
     [
@@ -226,7 +255,7 @@ def test_every_form_has_a_reason_and_a_launch_that_fits(
     assert launch.threads % 32 == 0
     assert 32 <= launch.threads <= 256
     parts = group.world_size // 2 if form.domains else group.world_size
-    per_round = launch.owned_vectors // unit_vectors * PACKETS[wire].values * parts
+    per_round = owned_vectors(launch) // unit_vectors * PACKETS[wire].values * parts
     assert (launch.rounds - 1) * per_round < count <= launch.rounds * per_round
 
 

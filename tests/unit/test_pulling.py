@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -114,6 +115,15 @@ class Communicator(TensorParallelCommunicator):
     @property
     def made(self) -> list[tuple[Exchange, int, tuple[int, ...]]]:
         return self.recording.made
+
+
+def test_ranks_of_several_hosts_get_an_ordinary_tensor() -> None:
+    """They do not map each other's memory: nothing is opened, for which all of them would have to be there."""
+    for fabric in (False, True):
+        hosts = dataclasses.replace(facts(4, in_band=True), hosts=(0, 0, 1, 1), fabric=fabric)
+        group = Communicator(hosts, S.TWOSHOT, PeerVisibleBuffer(torch.zeros(16, dtype=torch.uint8), (0,) * 4, None))
+        assert group.peer_visible_empty((3, 40), torch.float32).shape == (3, 40)
+        assert len(group._planner.buffers) == 1
 
 
 def test_the_communicator_pulls_what_it_may_and_sends_the_rest() -> None:

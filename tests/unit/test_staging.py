@@ -32,6 +32,7 @@ from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.wire import PACKETS
 from tests.support.group_facts import facts
+from tests.support.launches import owned_vectors
 from tests.support.staged_model import Model, ViolationError
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
@@ -187,9 +188,9 @@ def test_launches_fit_their_slots(count: int, world_size: int, workspace: int, w
     assert not launch.in_band
     values, unit = (8, 16) if wire is None else (PACKETS[wire].values, PACKETS[wire].bytes)
     assert launch.chunk_vectors * 16 % unit == 0
-    assert 1 <= launch.owned_vectors * 16 <= group.flagged.staged
+    assert 1 <= owned_vectors(launch) * 16 <= group.flagged.staged
     assert 1 <= launch.lanes <= measured.STAGED_LANES
-    per_round = launch.owned_vectors * 16 // unit * values * world_size
+    per_round = owned_vectors(launch) * 16 // unit * values * world_size
     assert launch.rounds == max(1, math.ceil(count / per_round))
 
 

@@ -93,8 +93,13 @@ def test_the_log_says_from_which_size_on() -> None:
 def test_the_log_says_where_outputs_lie(caplog: pytest.LogCaptureFixture) -> None:
     """And over two GPUs that there is no such memory, because one step runs."""
     two, four = facts(2, in_band=True), facts(4, in_band=True)
-    said = memory_in_words(config("UB"), four)
-    assert said == "UB takes outputs from registered memory, 536870912 bytes on each rank"
+    said = "UB takes outputs from registered memory, 536870912 bytes on each rank"
+    assert memory_in_words(config("UB", fuse_norm=False), four) == said
+    fused = decide_fused(config("UB"), four, 4096, 8192, "bfloat16")
+    assert fused.counted_as == "TWOSHOT (fused norm)"
+    assert memory_in_words(config("UB"), four) == (
+        f"{said}. Sums with their norm in the same kernel (fuse_norm) are no outputs, and run as TWOSHOT"
+    )
     one_step = "UB takes one step over 2 GPUs, as ONESHOT does, and stores into no outputs of others. "
     one_step += "Registered memory: "
     assert memory_in_words(config("UB"), two) == f"{one_step}none is opened"
