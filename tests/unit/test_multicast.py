@@ -134,7 +134,7 @@ def test_phases_follow_each_other_on_all_ranks() -> None:
 CALLS = [
     (rank, call)
     for call in (*OPENING, *PROOF)
-    for rank in (0, RANKS - 1)
+    for rank in range(RANKS)
     if not (rank and call in FIRST_ONLY) and not (rank == 0 and call in OTHERS_ONLY)
 ]
 
