@@ -20,23 +20,24 @@ import torch
 from llm_allreduce_plugin.measure.ranks import RankPool
 from tests.support.pool import ForkedPool
 from tests.support.switched_off import SWITCHES as MULTICAST_SWITCHES
+from tests.support.switched_off import WITH_ONE_SWITCH, Watch, refusal, watching
 
-# Both are set before anything looks at them, and every process inherits them: tests/cpu and tests/engines look whether
-# all have, those that other processes start among them.
+# Both are set before anything looks at them, and every process inherits them: `switches` looks whether all have, those
+# that other processes start among them.
 os.environ.update(MULTICAST_SWITCHES)
 
 
-def _insist_on_a_switch(event: str, arguments: tuple[Any, ...]) -> None:
-    """A process that could make a multicast object is not started: one switch is enough, and none may be missing."""
+def _insist_on_switches(event: str, arguments: tuple[Any, ...]) -> None:
+    """A process that could make a multicast object is not started."""
     if event != "subprocess.Popen":
         return
     environment = os.environ if arguments[3] is None else arguments[3]
-    if not any(environment.get(name) == value for name, value in MULTICAST_SWITCHES.items()):
-        message = f"a test starts {arguments[0]!r} without {MULTICAST_SWITCHES}"
+    if (why := refusal(environment, os.environ.get("PYTEST_CURRENT_TEST", ""))) is not None:
+        message = f"a test starts {arguments[0]!r} {why}"
         raise RuntimeError(message)
 
 
-sys.addaudithook(_insist_on_a_switch)
+sys.addaudithook(_insist_on_switches)
 
 PoolFor = Callable[[int], RankPool]
 SMALL = 4  # ranks
@@ -106,6 +107,16 @@ class _Pools:
     def close(self) -> None:
         while self._pools:
             self._pools.popitem()[1].close()
+
+
+@pytest.fixture(autouse=True)
+def switches(request: pytest.FixtureRequest) -> Iterator[Watch]:
+    """Ranks, servers, commands and whatever they start have both switches against multicast."""
+    if request.node.nodeid.startswith(WITH_ONE_SWITCH):
+        yield Watch()
+        return
+    with watching() as watch:
+        yield watch
 
 
 # Caches are empty: no profile of whoever runs the tests decides anything.

@@ -220,9 +220,11 @@ class Workspace {
     return status;
   }
 
-  // The word that counts the beginnings of a graph, or of the first eager call of all; else -1. After some thousands,
+  // The word that counts the beginnings of a graph, or of the first eager call of all; else -1, as where first calls
+  // wait no longer than others: words belong to the memory, which may have a second workspace. After some thousands,
   // words are used again; whoever gets one then counts as begun before.
   int32_t begun_word(uint64_t capture, bool is_first) {
+    if (workspace_.first_timeout_ns == workspace_.timeout_ns) return -1;
     if (capture == 0) return is_first ? static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS) : -1;
     if (capture != capture_) captures_word_ = static_cast<int32_t>(begun_++ % LAR_BEGUN_WORDS);
     capture_ = capture;

@@ -1,9 +1,14 @@
-"""The start of multicast in a group: opened, proved, compared. Where any of it fails, all goes on without."""
+"""The start of multicast in a group: opened, proved, compared. Where any of it fails, all goes on without.
+
+But for one thing: a call whose stores do not arrive ends as every expired wait does, and no kernel runs in that process
+any more. Nothing can go on there; the start fails on all ranks, and says what to set.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 
 import torch
 
@@ -16,7 +21,7 @@ from llm_allreduce_plugin.algorithms.two_shot import TwoShot
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import let_go
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, MulticastChoice
-from llm_allreduce_plugin.errors import TransportError
+from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group.multicast import layout_of
 from llm_allreduce_plugin.transport.mapped import bytes_at
 from llm_allreduce_plugin.transport.multicast import Multicast, Opening
@@ -27,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 # For each phase of the driver's sequence. A rank that needs longer is left out, and so all go without.
 PHASE_WAIT_S = 30.0
+# Waits of calls that are compared, of a phase's time: each of the two calls of a step waits twice at most, and must
+# have given up before the step does.
+WAITS_OF_A_PHASE = 5
 # What is compared before anything else goes by multicast: a call of whole vectors, and one that ends within one.
 PROVED_COUNTS = (1 << 20, 12_345)
 
@@ -44,15 +52,29 @@ def _prepare(address: int, size: int, device: torch.device) -> None:
 
 
 def open_multicast(
-    agreement: Agreement, device: torch.device, config: AllReduceConfig, facts: GroupFacts, workspace: _C.Workspace
+    agreement: Agreement,
+    device: torch.device,
+    config: AllReduceConfig,
+    facts: GroupFacts,
+    workspace: _C.Workspace,
+    another: Callable[[float], _C.Workspace],
 ) -> tuple[Multicast | None, GroupFacts]:
     """Multicast memory that has been proved and that ``workspace`` uses, if ``facts`` speak of any. Collective.
+
+    Args:
+        agreement: of all ranks.
+        device: of this one.
+        config: settings.
+        facts: as if nothing failed.
+        workspace: what is to use it.
+        another: makes one on the same memory whose waits last so many seconds. Nothing else runs meanwhile.
 
     Returns:
         It and the facts; or None and facts without it, with the reason, on every rank alike.
 
     Raises:
-        StartTimeoutError, StartError: a rank is gone.
+        StartTimeoutError, StartError: a rank is gone; or, on every rank alike, a call by multicast has not ended on
+            one, which cannot use its GPU any more.
     """
     if not facts.multicast.results:
         if config.multicast is MulticastChoice.ON and agreement.rank == 0:
@@ -61,6 +83,7 @@ def open_multicast(
     steps = agreement.nested(min(PHASE_WAIT_S, agreement.wait_s), agreement.setting, "at the start of multicast")
     layout = layout_of(config, facts.world_size)
     made: Multicast | None = None
+    trial: _C.Workspace | None = None
 
     try:
         made = Opening(
@@ -73,13 +96,17 @@ def open_multicast(
             lambda: int.from_bytes(os.urandom(4), "little"), "to draw a number", TransportError
         )
         probe(steps, made, nonce)
-        workspace.set_multicast(made.all, made.own, layout)
-        _compare(steps, device, config, facts, workspace)
+        trial = steps.on_every_rank(
+            lambda: another(steps.wait_s / WAITS_OF_A_PHASE),
+            "to set up a workspace for calls by multicast", TransportError, "cannot use multicast",
+        )  # fmt: skip
+        trial.set_multicast(made.all, made.own, layout)
+        _compare(steps, device, config, facts, trial)
     except BaseException as error:
-        workspace.set_multicast(0, 0, layout)
         if made is not None:
-            let_go(made, in_use=steps.abandoned)
+            let_go(made, trial, in_use=steps.abandoned)
         if not isinstance(error, TransportError):
+            agreement.abandoned |= steps.abandoned
             raise
         level = logging.WARNING if config.multicast is MulticastChoice.ON else logging.INFO
         if agreement.rank == 0:
@@ -87,7 +114,15 @@ def open_multicast(
         return None, facts.without_multicast(str(error))
     finally:
         steps.close()
+    workspace.set_multicast(made.all, made.own, layout)
     return made, facts
+
+
+_AFTER_A_LOSS = "Nothing more can run there, with multicast or without: set multicast to off and start again"
+
+
+class _GpuLostError(Exception):
+    """A rank is not back from calls, or cannot make any more."""
 
 
 def _compare(
@@ -96,7 +131,8 @@ def _compare(
     """Whole calls by multicast against calls that push, bit for bit. Collective.
 
     Raises:
-        TransportError: on every rank alike, naming what differs.
+        TransportError: on every rank alike, naming what differs or cannot be called.
+        StartError: on every rank alike, naming one that cannot use its GPU any more.
     """
     exact = config.model_copy(update={"in_switch_sum": False})
     for strategy in (OneShot(), TwoShot()):
@@ -104,25 +140,66 @@ def _compare(
         for count in PROVED_COUNTS:
             message = Message(count, "bfloat16", 2)
             launches = [strategy.plan(asked, known, message) for known in (facts.without_multicast(), facts)]
-            steps.on_every_rank(
-                lambda launches=launches, count=count, name=strategy.name: _differ(  # type: ignore[misc]
-                    steps.rank, device, workspace, launches, count, name
-                ),
-                f"to compare {strategy.name} by multicast",
-                TransportError,
-                "cannot use multicast",
-                may_block=True,
+            what = f"{strategy.name} of {count} elements by multicast"
+            step = f"to compare {what}"
+            try:
+                fault = steps.on_every_rank(
+                    lambda launches=launches, count=count, name=strategy.name: _fault_of(  # type: ignore[misc]
+                        steps.rank, device, workspace, launches, count, name
+                    ),
+                    step,
+                    _GpuLostError,
+                    f"has lost its GPU in {what}",
+                    may_block=True,
+                )
+            except _GpuLostError as error:
+                steps.abandoned = True  # what peers have begun may still store to what is mapped here
+                text = f"{error}. {_AFTER_A_LOSS}"
+                raise StartError(text) from error
+            # Only now: all ranks are back. What stopped them at once would leave peers on the way.
+            first = steps.first_fault(
+                None if fault is None else f"rank {steps.rank} cannot use multicast: {fault}", f"{step}, at the end"
             )
+            if first is not None:
+                raise TransportError(first)
 
 
-def _differ(
+def _fault_of(
     rank: int,
     device: torch.device,
     workspace: _C.Workspace,
     launches: list[Launch],
     count: int,
     name: AllReduceStrategy,
-) -> None:
+) -> str | None:
+    """What is wrong with calls by multicast; None: nothing.
+
+    Raises:
+        RuntimeError: the GPU can be used no more.
+    """
+    fault: str | None
+    try:
+        differing = _differing(rank, device, workspace, launches, count)
+        fault = f"{name} by multicast differs in {differing} of {count} elements" if differing else None
+    except Exception as error:  # noqa: BLE001  (whatever it is: what counts is whether the GPU can go on)
+        fault = f"{name} of {count} elements: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        logger.warning("cannot compare calls by multicast: %s", fault)
+    try:
+        torch.cuda.synchronize(device)  # what has ended a context is told again by every call
+    except RuntimeError as error:
+        if (failure := workspace.failure()) is None:
+            raise
+        message = f"it waited {failure[-1]:.3g} s in vain for what rank {failure[1]} stores"
+        raise RuntimeError(message) from error
+    return fault
+
+
+def _differing(rank: int, device: torch.device, workspace: _C.Workspace, launches: list[Launch], count: int) -> int:
+    """In how many elements the results of two launches differ.
+
+    Raises:
+        RuntimeError: one cannot be made, or has failed.
+    """
     with torch.cuda.device(device):
         generator = torch.Generator().manual_seed(rank + 1)
         input_ = torch.randn(count, generator=generator).to(torch.bfloat16).to(device)
@@ -142,10 +219,6 @@ def _differ(
                 drain_lanes=launch.drain_lanes,
             )
             if (status := plan(input_.data_ptr(), output.data_ptr(), stream.cuda_stream)) != 0:
-                message = f"{name} of {count} elements: {_C.error_string(status)}"
-                raise RuntimeError(message)
+                raise RuntimeError(_C.error_string(status))
         stream.synchronize()
-        differing = int((outputs[0].view(torch.int16) != outputs[1].view(torch.int16)).sum())
-    if differing:
-        message = f"{name} by multicast differs in {differing} of {count} elements"
-        raise RuntimeError(message)
+        return int((outputs[0].view(torch.int16) != outputs[1].view(torch.int16)).sum())

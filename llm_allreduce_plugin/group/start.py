@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -78,8 +79,11 @@ class Opened:
     pool: RegisteredPool | None = None
     times: StartTimes = dataclasses.field(default_factory=StartTimes)
 
-    def close(self) -> None:
-        """Let go of it, before any call was made."""
+    def close(self, *, in_use: bool = False) -> None:
+        """Let go of it, before any call was made. ``in_use``: a GPU may still use it, which then stays."""
+        if in_use and self.memory is not None:
+            let_go(self.memory, self.workspace, self.pool, in_use=True)
+            self.memory = self.pool = None
         if self.workspace is not None:
             quietly(functools.partial(self.workspace.close, 0.0), "close the workspace")
         if self.multicast is not None:
@@ -133,6 +137,7 @@ class _Start:
         self._kernels = KernelLoad(device)
         self._over_fabric = False  # the memory that is opened is of an NVLink domain over several hosts
         self._places: Places | None = None  # of ranks that run on several hosts
+        self._make_workspace: Callable[..., _C.Workspace] | None = None  # on the memory that was opened last
 
     def open(self) -> Opened:
         opened = self._open_workspace()
@@ -147,11 +152,11 @@ class _Start:
                 self._open_pool(opened)
                 times.ended("registered memory")
                 opened.multicast, opened.facts = open_multicast(
-                    self._agreement, self._device, self._config, opened.facts, opened.workspace
+                    self._agreement, self._device, self._config, opened.facts, opened.workspace, self._another_workspace
                 )
                 times.ended("multicast")
         except BaseException:
-            opened.close()
+            opened.close(in_use=self._agreement.abandoned)
             raise
         return opened
 
@@ -225,15 +230,12 @@ class _Start:
         def make() -> _C.Workspace:
             if transport is not Transport.SHM:
                 self._kernels.end(agreement.world_size, agreement.wait_s)
-            workspace = _C.Workspace(
-                agreement.rank,
-                memory.bases,
-                layout,
-                config.timeout_s,
-                _C.CPU if transport is Transport.SHM else device.index,
-                memory.local,
-                max(config.timeout_s, config.first_timeout_s),
-                memory,
+            self._make_workspace = functools.partial(
+                _C.Workspace, agreement.rank, memory.bases, layout,
+                device=_C.CPU if transport is Transport.SHM else device.index, local=memory.local, owner=memory,
+            )  # fmt: skip
+            workspace = self._make_workspace(
+                timeout_s=config.timeout_s, first_timeout_s=max(config.timeout_s, config.first_timeout_s)
             )
             made.append(workspace)
             return workspace
@@ -250,6 +252,11 @@ class _Start:
             let_go(memory, *made, in_use=agreement.abandoned)
             raise
         return memory, workspace
+
+    def _another_workspace(self, timeout_s: float) -> _C.Workspace:
+        """On the same memory, with waits of another length, a first call's included. For calls between others."""
+        assert self._make_workspace is not None
+        return self._make_workspace(timeout_s=timeout_s)
 
     def _open_rail(self, memory: SharedMemory, workspace: _C.Workspace) -> Rail | None:
         """Connect hosts; None: there is one. Collective.

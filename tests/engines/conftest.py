@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 
-from tests.support.switched_off import Watch, watching
-
 
 @pytest.fixture(autouse=True)
-def switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    """Every process of a server has both switches against multicast.
+def titles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines give their processes titles, which are else written over what the kernel shows of the environment.
 
-    Engines give their processes titles, which are else written over what the kernel shows of the environment.
+    The tests' `switches` look at that.
     """
     monkeypatch.setenv("SPT_NOENV", "1")
-    with watching() as watch:
-        yield watch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,22 +10,32 @@ part; ``--short`` takes one size and one output of each norm kernel, for raceche
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.algorithms.fused import MOST_RANKS
+from llm_allreduce_plugin.algorithms.fused import MOST_RANKS, PAIR, WARP
 from llm_allreduce_plugin.algorithms.low_precision import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat
 from tests.support.local_group import LocalGroup, message_of
 from tests.support.low_precision import ANY_OWNER, DOMAINS, expected_sum
-from tests.support.norm_group import Shape, check, every_quant, random_boundary
+from tests.support.norm_group import (
+    Shape,
+    assert_same,
+    check,
+    every_quant,
+    outputs_for,
+    random_boundary,
+    tensors_of,
+)
 from tests.support.reference import assert_same_bits, rank_input, rank_ordered_sum
 
 WORLD_SIZES = (2, 4, 16)
@@ -47,6 +57,10 @@ COMPRESSED: dict[str, dict[str, Any]] = {
     "flagged": {"in_band": False},
     "host": {"host": True},
 }
+# Norms: threads of a block that only rows of more vectors than other blocks have threads need; blocks that share a row.
+WIDE_THREADS, CLUSTER = 544, 4
+MANY_ROWS = 264  # from which on a norm alone has several blocks to a multiprocessor
+IN_CLUSTERS = "a cluster to a row"
 Tell = Callable[[str], None]
 
 
@@ -123,30 +137,79 @@ def compressed(world_size: int, wire: WireFormat, kind: str) -> None:
             assert_same_bits(output, expected, f"{wire} x {size}")
 
 
-def normed(world_size: int, tell: Tell, *, short: bool) -> None:
-    """The sum with a norm behind it: a block or a cluster to a row, lanes of one task, host memory; the norm alone."""
-    push = LocalGroup(world_size, lanes=8, workspace_mib=8, timeout_s=30.0)
-    host = LocalGroup(world_size, lanes=4, workspace_mib=8, timeout_s=30.0, host=True)
+@dataclasses.dataclass(frozen=True)
+class NormedCall:
+    """A kernel that norms, and how it is asked for. ``host``: in a group through host memory."""
+
+    name: str
+    algorithm: Algorithm
+    shape: Shape
+    hidden: int
+    host: bool = False
+
+
+def normed_calls(world_size: int, hidden: int) -> Iterator[NormedCall]:
+    """All forms there are for so many ranks. ``hidden``: of a row, but for what only longer ones are for."""
     one, two = Algorithm.ONE_SHOT, Algorithm.TWO_SHOT
-    shapes = (
-        (push, one, _C.PUSH, Shape(4, 512)),
-        (push, one, _C.PUSH, Shape(4, 512, scatter_lanes=1)),
-        (push, two, _C.PUSH, Shape(4, 512, rows_at_once=3)),
-        (push, two, _C.PUSH, Shape(4, 512, scatter_lanes=1, drain_lanes=1)),
-        (host, one, _C.SHARED, Shape(4, 256)),
-        (push, one, _C.PUSH, Shape(4, 256, cluster=4)),  # last: racecheck takes many minutes for a cluster
+    single, double = (math.ceil(hidden / 8 / units / WARP) * WARP for units in (1, 2))
+    yield NormedCall("a block to a row", one, Shape(4, single), hidden)
+    yield NormedCall("two vectors to a thread", one, Shape(4, double), hidden)
+    yield NormedCall("lanes that push", one, Shape(4, single, scatter_lanes=1), hidden)
+    yield NormedCall("a block to a row", two, Shape(4, single, rows_at_once=3), hidden)
+    yield NormedCall("two vectors to a thread", two, Shape(4, double), hidden)
+    yield NormedCall("lanes that push or drain", two, Shape(4, single, scatter_lanes=1, drain_lanes=1), hidden)
+    yield NormedCall("host memory", one, Shape(4, min(single, 256)), hidden, host=True)
+    if world_size == PAIR:
+        yield NormedCall("a wide block to a row", one, Shape(2, WIDE_THREADS), 8 * WIDE_THREADS)
+    yield NormedCall(  # last: racecheck takes many minutes for it
+        IN_CLUSTERS, one, Shape(4, 256, cluster=CLUSTER), hidden
     )
+
+
+def normed(world_size: int, tell: Tell, *, short: bool, leave_out: Container[str] = ()) -> None:
+    """The sum with a norm behind it. ``leave_out``: names of calls."""
     for hidden, rows in ((512, 3),) if short else ((512, 7), (2880, 3)):
-        quants = every_quant(hidden)
-        for index, (group, algorithm, exchange, shape) in enumerate(shapes):
+        for index, call in enumerate(normed_calls(world_size, hidden)):
+            if call.name in leave_out:
+                continue
+            lanes = 4 if call.host else 8
+            group = LocalGroup(world_size, lanes=lanes, workspace_mib=8, timeout_s=30.0, host=call.host)
+            quants = every_quant(call.hidden)
             for quant in (quants[index % len(quants)],) if short else quants:
                 inputs = [
-                    rank_input(rows, rank, rows * hidden, torch.bfloat16).view(rows, hidden)
+                    rank_input(rows, rank, rows * call.hidden, torch.bfloat16).view(rows, call.hidden)
                     for rank in range(world_size)
                 ]
-                boundary = random_boundary(rows, rows, hidden, torch.bfloat16, quant)
-                check(group, algorithm, exchange, shape, inputs, boundary, f"{algorithm.name} {shape} {quant}")
-            tell(f"{world_size} ranks, {hidden} wide, with a norm: {algorithm.name} {shape}")
+                boundary = random_boundary(rows, rows, call.hidden, torch.bfloat16, quant)
+                exchange = _C.SHARED if call.host else _C.PUSH
+                what = f"{call.algorithm.name} {call.shape} {quant}"
+                check(group, call.algorithm, exchange, call.shape, inputs, boundary, what)
+            tell(f"{world_size} ranks, {call.hidden} wide, with a norm: {call.algorithm.name}, {call.name}")
+
+
+def alone(tell: Tell, *, short: bool) -> None:
+    """The norm by itself: a vector to a thread, also in wide blocks, or two; many rows; rows longer than a block."""
+    group = LocalGroup(2, workspace_mib=1)
+    native = group.machine.native
+    for dtype, (rows, hidden) in itertools.product(
+        (torch.bfloat16, torch.float32), ((3, 512), (3, 8 * WIDE_THREADS), (MANY_ROWS, 512), (3, 16392))
+    ):
+        quants = every_quant(hidden)
+        for quant in quants[-1:] if short else quants:
+            boundary = random_boundary(rows, rows, hidden, dtype, quant)
+            there = boundary.on(group.device)
+            sums = rank_input(rows, 0, rows * hidden, dtype).view(rows, hidden)
+            moved = sums.to(group.device)
+            outputs = outputs_for(moved, there)
+            group.machine.synchronize()
+            native.rms_norm(
+                boundary.norm(rows, native), tensors_of(outputs, there, native), moved.data_ptr(),
+                outputs.residual_out.data_ptr(), moved.numel(), 0 if dtype is torch.float32 else 2,
+                group.machine.index(0), group.streams[0].cuda_stream,
+            )  # fmt: skip
+            group.machine.synchronize()
+            assert_same(outputs, boundary.expected(sums), f"alone, {dtype} {rows} x {hidden}, {quant}")
+        tell(f"{rows} rows of {hidden} {dtype}, a norm alone")
 
 
 def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -> None:
@@ -155,6 +218,8 @@ def main(world_sizes: tuple[int, ...], parts: tuple[str, ...], *, short: bool) -
     def tell(what: str) -> None:
         print(f"{time.monotonic() - started:6.1f} s  {what}", flush=True)  # noqa: T201
 
+    if "norms" in parts:
+        alone(tell, short=short)
     for world_size, part in itertools.product(world_sizes, parts):
         if part == "exact":
             for kind in EXACT:

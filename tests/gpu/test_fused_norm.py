@@ -54,11 +54,32 @@ def shapes_for(algorithm: Algorithm, hidden: int, world_size: int) -> list[Shape
         shapes.append(Shape(lanes, threads_for(hidden, 1)))
     elif hidden <= 1024 * 8 and algorithm is ONE and world_size == 2:
         wide.append(Shape(lanes, threads_for(hidden, 1)))
-    if hidden >= 512:
-        shapes += [
-            Shape(2 * cluster, threads_for(hidden, 1, cluster), cluster) for cluster in (2, 4, 8) if world_size < 5
-        ]
-    return [shape for shape in shapes if shape.threads <= 512] + wide
+    shapes = [shape for shape in shapes if shape.threads <= 512] + wide
+    return shapes + clusters_for(hidden, world_size) if hidden >= 512 else shapes
+
+
+def clusters_for(hidden: int, world_size: int) -> list[Shape]:
+    """Two clusters of each size, or one where the GPU has no room for two of all ranks."""
+    found = []
+    for cluster in (2, 4, 8):
+        threads = threads_for(hidden, 1, cluster)
+        found += [
+            shape
+            for clusters in (1, 2)
+            if threads <= 512 and are_resident(shape := Shape(clusters * cluster, threads, cluster), world_size)
+        ][-1:]
+    return found
+
+
+def are_resident(shape: Shape, world_size: int) -> bool:
+    """Whether clusters of all ranks find room on one GPU together, beside those that wait for the end of these.
+
+    A cluster must find it in one part of the GPU (GPC), which others may have filled: so only half of the room counts.
+    A thread has 128 registers at most.
+    """
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    blocks = min(16, 65536 // (128 * shape.threads)) * gpu.multi_processor_count
+    return 2 * world_size * shape.lanes <= blocks // 2
 
 
 @pytest.mark.parametrize("algorithm", (ONE, TWO), ids=("one-shot", "two-shot"))
@@ -77,6 +98,23 @@ def test_forms(world_size: int, dtype: torch.dtype, algorithm: Algorithm) -> Non
                 )
                 what = f"{algorithm.name} {dtype} {rows} x {hidden}, {shape}, {boundary.quant}, seed {seed}"
                 check(group, algorithm, _C.PUSH, shape, inputs, boundary, what)
+
+
+@pytest.mark.parametrize("algorithm", (ONE, TWO), ids=("one-shot", "two-shot"))
+@pytest.mark.parametrize("world_size", (5, 6, 7, 8))
+def test_clusters_of_many_ranks(world_size: int, algorithm: Algorithm) -> None:
+    """As the policy launches them over so many, with every quantization."""
+    group = LocalGroup(world_size, lanes=16, workspace_mib=24)
+    for hidden in (2880, 8192):
+        shapes = clusters_for(hidden, world_size)
+        assert {shape.cluster for shape in shapes} == {2, 4, 8}, "too small a GPU for clusters of all ranks"
+        cases = itertools.product(shapes, every_quant(hidden))
+        for rows, (shape, quant) in zip(itertools.cycle((1, 2, 5, 3)), cases, strict=False):
+            seed = fresh_seed()
+            inputs = inputs_of(seed, world_size, rows, hidden, SIXTEEN_BITS[seed % 2])
+            boundary = random_boundary(seed, rows, hidden, inputs[0].dtype, quant, residual=seed % 5 > 0)
+            what = f"{algorithm.name} {inputs[0].dtype} {rows} x {hidden}, {shape}, {quant}, seed {seed}"
+            check(group, algorithm, _C.PUSH, shape, inputs, boundary, what)
 
 
 @pytest.mark.parametrize("hidden", (128, 2880, 5120, 8192))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +12,11 @@ from pathlib import Path
 # No test, and nothing that one starts, may make a multicast object, on whatever machine.
 SWITCHES = {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", "NCCL_NVLS_ENABLE": "0"}
 EVERY_S = 0.2
+# Tests of what refuses where one of the two is missing, or looks for it, begin so: they start such processes.
+WITH_ONE_SWITCH = (
+    "tests/unit/test_multicast_policy.py::test_validation_refuses_while_a_switch_is_set",
+    "tests/unit/test_switched_off.py::",
+)
 _PROC = Path("/proc")
 
 
@@ -80,9 +85,25 @@ class Watch:
                 self.seen.add(pid)
 
 
+def refusal(environment: Mapping[str, str], test: str) -> str | None:
+    """Why a test must not start a process with this environment; None: it may."""
+    lacking = [f"{name}={value}" for name, value in SWITCHES.items() if environment.get(name) != value]
+    may_lack = len(SWITCHES) - 1 if test.startswith(WITH_ONE_SWITCH) else 0
+    return f"without {' and '.join(lacking)}" if len(lacking) > may_lack else None
+
+
+def has_children() -> bool:
+    """Whether this process has any, ended ones that nobody has asked for included. Takes a microsecond, a look many."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """Look again and again, and once more at the end.
+    """Look again and again while there are processes below this one, and once more at the end.
 
     Raises:
         AssertionError: at the end, when a process has been seen that lacks a switch.
@@ -91,7 +112,8 @@ def watching() -> Iterator[Watch]:
 
     def go_on() -> None:
         while not over.wait(EVERY_S):
-            watch.look()
+            if has_children():
+                watch.look()
 
     with ThreadPoolExecutor(1) as threads:
         looking = threads.submit(go_on)
@@ -100,5 +122,6 @@ def watching() -> Iterator[Watch]:
         finally:
             over.set()
         looking.result(60)  # raises what it has raised
-    watch.look()
+    if has_children():
+        watch.look()
     assert not watch.wrong, watch.wrong

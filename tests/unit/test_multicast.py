@@ -134,7 +134,7 @@ def test_phases_follow_each_other_on_all_ranks() -> None:
 CALLS = [
     (rank, call)
     for call in (*OPENING, *PROOF)
-    for rank in (0, RANKS - 1)
+    for rank in range(RANKS)
     if not (rank and call in FIRST_ONLY) and not (rank == 0 and call in OTHERS_ONLY)
 ]
 
@@ -244,11 +244,12 @@ def test_the_table_of_this_process_has_no_multicast(monkeypatch: pytest.MonkeyPa
                 getattr(table, name)
 
 
-def test_no_process_is_started_without_a_switch() -> None:
-    for environment in ({}, {"NCCL_NVLS_ENABLE": "1"}):
-        with pytest.raises(RuntimeError, match="a test starts"):
-            subprocess.run([sys.executable, "-c", ""], env=environment, check=True)
-    subprocess.run([sys.executable, "-c", ""], env={"NCCL_NVLS_ENABLE": "0"}, check=True, timeout=60)
+@pytest.mark.parametrize("lacking", [*MULTICAST_SWITCHES, " ".join(MULTICAST_SWITCHES)])
+def test_no_process_is_started_without_both_switches(lacking: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in lacking.split()}
+    words = " and ".join(f"{name}={MULTICAST_SWITCHES[name]}" for name in lacking.split())
+    with pytest.raises(RuntimeError, match=f"a test starts .* without {words}"):
+        subprocess.run([sys.executable, "-c", ""], env=environment, check=True)
 
 
 def test_processes_that_the_suite_starts_inherit_both_switches() -> None:

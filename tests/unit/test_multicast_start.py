@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import dataclasses
 import logging
+import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -23,46 +25,83 @@ from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group import multicast_start
 from llm_allreduce_plugin.group.multicast import layout_of
-from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, open_multicast
+from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, WAITS_OF_A_PHASE, open_multicast
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.transport import multicast
 from llm_allreduce_plugin.transport.multicast import Multicast
-from llm_allreduce_plugin.transport.multicast_driver import OUT_OF_MEMORY, MulticastDriver
-from tests.support.fake_multicast import FakeMulticast, Switch
+from llm_allreduce_plugin.transport.multicast_driver import ILLEGAL_STATE, NOT_READY, OUT_OF_MEMORY, MulticastDriver
+from tests.support.fake_multicast import PROOF, FakeMulticast, Switch
 from tests.support.group_facts import facts as facts_of
 from tests.support.thread_ranks import on_thread_ranks
-from tests.unit.test_multicast import RANKS, assert_nothing_left, drivers_of, failing
+from tests.unit.test_multicast import CALLS, RANKS, assert_nothing_left, drivers_of, failing
 
 CONFIG = AllReduceConfig(allreduce_strategy="TWOSHOT", multicast="on")
 FACTS = GroupFacts(RANKS, "cuda", Transport.SYMMETRIC, multicast=MulticastBytes(1 << 16, 1 << 20))
 
 
 class Workspace:
-    """Remembers what it may use."""
+    """Remembers what it may use. ``wait_s``: how long its waits last; ``expired``: for whom one was in vain."""
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int, wait_s: float = 60.0) -> None:
+        self.rank, self.wait_s = rank, wait_s
         self.multicast: list[tuple[int, int]] = []
+        self.expired: int | None = None
 
     def set_multicast(self, all_: int, own: int, _layout: object) -> None:
         self.multicast.append((all_, own))
 
+    def failure(self) -> tuple[Any, ...] | None:
+        kind = (int(Algorithm.ONE_SHOT), int(Exchange.MULTICAST), 0, 0)
+        return None if self.expired is None else (self.rank, self.expired, kind, 0, 0, 1, 0, self.wait_s)
+
+
+class Started:
+    """What has come of all ranks: what each got or raised, its workspace, and those on which calls were tried."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+        self.workspaces = [Workspace(rank) for rank in range(RANKS)]
+        self.trials: list[Workspace] = []
+        self.agreements: list[Agreement] = []
+
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Starts all ranks, on these drivers: what each has got, and its workspace. No kernel runs, so none is compared."""
+def start_all(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Starts all ranks, on these drivers. ``wait_s``: of a step."""
     monkeypatch.setattr(multicast_start, "_prepare", lambda _address, _size, _device: None)
-    monkeypatch.setattr(multicast_start, "_compare", lambda *_arguments: None)
 
-    def run(entry_points: list[FakeMulticast], facts: GroupFacts = FACTS) -> tuple[list[Any], list[Workspace]]:
+    def run(entry_points: list[FakeMulticast], facts: GroupFacts = FACTS, wait_s: float = 20.0) -> Started:
         monkeypatch.setattr(
             multicast_start, "_open_driver", lambda device: MulticastDriver(device.index, entry_points[device.index])
         )
-        workspaces = [Workspace() for _ in range(RANKS)]
+        started = Started()
 
         def one(agreement: Agreement) -> tuple[Multicast | None, GroupFacts]:
-            device = torch.device("cuda", agreement.rank)
-            return open_multicast(agreement, device, CONFIG, facts, workspaces[agreement.rank])  # type: ignore[arg-type]
+            rank = agreement.rank
+            started.agreements.append(agreement)
 
-        return on_thread_ranks(RANKS, one, 20.0), workspaces
+            def another(timeout_s: float) -> Workspace:
+                started.trials.append(Workspace(rank, timeout_s))
+                return started.trials[-1]
+
+            workspace: Any = started.workspaces[rank]
+            trial: Any = another
+            return open_multicast(agreement, torch.device("cuda", rank), CONFIG, facts, workspace, trial)
+
+        started.found = on_thread_ranks(RANKS, one, wait_s)
+        return started
+
+    return run
+
+
+@pytest.fixture
+def start(start_all: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same; no kernel runs, so none is compared: what each has got, and its workspace."""
+    monkeypatch.setattr(multicast_start, "_compare", lambda *_arguments: None)
+
+    def run(*arguments: Any, **others: Any) -> tuple[list[Any], list[Workspace]]:
+        started = start_all(*arguments, **others)
+        return started.found, started.workspaces
 
     return run
 
@@ -89,13 +128,12 @@ def test_what_the_driver_refuses_is_told_and_all_go_without(start: Any, caplog: 
         assert made is None
         assert facts.multicast == MulticastBytes()
         assert "cuMulticastCreate: CUDA_ERROR_OUT_OF_MEMORY (2)" in facts.no_multicast_reason
-        assert workspace.multicast == [(0, 0)]
+        assert workspace.multicast == [], "it is told only of what has been proved"
     assert caplog.text.count("all-reduces go without multicast: rank 0 cannot use multicast") == 1
     assert_nothing_left(switch, entry_points)
 
 
-def test_other_bits_are_told_and_all_go_without(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once the workspace uses it already."""
+def test_what_only_one_rank_finds_stops_all(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def differ(steps: Agreement, *_others: object) -> None:
         def fail() -> None:
@@ -112,7 +150,7 @@ def test_other_bits_are_told_and_all_go_without(start: Any, monkeypatch: pytest.
     for (made, facts), workspace in zip(found, workspaces, strict=True):
         assert made is None
         assert facts.no_multicast_reason.startswith("rank 1 cannot use multicast: TWOSHOT by multicast differs in 3")
-        assert workspace.multicast[-1] == (0, 0)
+        assert workspace.multicast == []
     assert_nothing_left(switch, entry_points)
 
 
@@ -142,8 +180,84 @@ def test_a_rank_that_is_gone_leaves_nothing_behind_on_the_others(start: Any, mon
     entry_points = drivers_of(switch)
     found, workspaces = start(entry_points)
     assert [type(each) for each in found] == [StartError, StartError, ValueError]
-    assert all(workspace.multicast[-1] == (0, 0) for workspace in workspaces)
+    assert all(workspace.multicast == [] for workspace in workspaces)
     assert_nothing_left(switch, entry_points)
+
+
+def test_a_workspace_to_try_calls_that_one_rank_cannot_make(start_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(workspace: Workspace, rank: int, wait_s: float = 60.0) -> None:
+        if rank == 1 and wait_s < 60:
+            message = "failure record: out of memory"
+            raise RuntimeError(message)
+        begin(workspace, rank, wait_s)
+
+    begin = Workspace.__init__
+    monkeypatch.setattr(Workspace, "__init__", refuse)
+    switch = Switch()
+    entry_points = drivers_of(switch)
+    for _, facts in start_all(entry_points).found:
+        assert facts.no_multicast_reason == "rank 1 cannot use multicast: failure record: out of memory"
+    assert_nothing_left(switch, entry_points)
+
+
+@pytest.mark.parametrize("status", (OUT_OF_MEMORY, ILLEGAL_STATE, NOT_READY))
+@pytest.mark.parametrize(("rank", "call"), CALLS)
+def test_what_fails_in_the_driver_leaves_all_ranks_without(
+    start: Any, monkeypatch: pytest.MonkeyPatch, rank: int, call: str, status: int
+) -> None:
+    monkeypatch.setattr(multicast, "PAUSE_S", 0.0)
+    switch = Switch()
+    entry_points = drivers_of(switch, {rank: failing(call, status)})
+    found, workspaces = start(entry_points)
+    for (made, facts), workspace in zip(found, workspaces, strict=True):
+        assert made is None
+        assert facts.multicast == MulticastBytes()
+        assert facts.no_multicast_reason.startswith(f"rank {rank} cannot use multicast: {call}: ")
+        assert workspace.multicast == []
+    assert_nothing_left(switch, entry_points)
+
+
+@pytest.mark.parametrize(("rank", "call"), CALLS)
+def test_a_driver_that_hangs_leaves_all_ranks_without(
+    start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int, call: str
+) -> None:
+    """Within the deadline of a phase. What is mapped by then may still be used, and stays: that is told."""
+    monkeypatch.setattr(multicast_start, "PHASE_WAIT_S", 0.5)
+    switch, answer = Switch(), threading.Event()
+
+    def hang(name: str) -> int:
+        if name == call:
+            answer.wait(30)
+        return 0
+
+    entry_points = drivers_of(switch, {rank: hang})
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        found, workspaces = start(entry_points)
+    assert time.monotonic() - began < 6 * 0.5 + 3
+    for (made, facts), workspace in zip(found, workspaces, strict=True):
+        assert made is None
+        assert facts.multicast == MulticastBytes()
+        assert facts.no_multicast_reason == f"rank {rank} cannot use multicast: not done after 0.5 s"
+        assert workspace.multicast == []
+    assert caplog.text.count("all-reduces go without multicast") == 1
+    kept = caplog.text.count("memory is kept until this process ends")
+    answer.set()
+    if call in PROOF:
+        assert kept == 1, "by the rank that hangs; the others let go"
+        others = [each for at, each in enumerate(entry_points) if at != rank]
+        wait_until(lambda: not any(any(each.left().values()) for each in others))
+        assert entry_points[rank].left()["mapped"] == 2, "what is kept"
+    else:
+        assert kept == 0
+        assert_nothing_left(switch, entry_points)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # -- what is compared --------------------------------------------------------------------------------------------------
@@ -191,18 +305,24 @@ def right(_rank: int, _kind: tuple[Algorithm, Exchange, int], result: torch.Tens
     return result
 
 
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Compares calls on all ranks with these plans: what that raised on each."""
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plan has run, nothing is left to wait for."""
     stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compares calls on all ranks with these plans: what that raised on each."""
+    on_the_cpu(monkeypatch)
 
     def run(plans: Plans, config: AllReduceConfig = CONFIG) -> list[Any]:
         monkeypatch.setattr(multicast_start, "_C", plans)
 
         def one(steps: Agreement) -> None:
-            workspace: Any = SimpleNamespace(rank=steps.rank)
+            workspace: Any = Workspace(steps.rank)
             multicast_start._compare(steps, torch.device("cpu"), config, COMPARED, workspace)
 
         return on_thread_ranks(RANKS, one, 60.0)
@@ -259,10 +379,120 @@ def test_what_was_not_stored_is_found(compare: Any) -> None:
     assert all(words in str(error) for error in compare(Plans(leave)))
 
 
-def test_a_call_that_fails_is_told(compare: Any) -> None:
+def test_a_call_that_fails_on_all_ranks_is_told(compare: Any) -> None:
     found = compare(Plans(right, status=-2))
-    assert all(isinstance(error, TransportError) for error in found)
-    assert f"cannot use multicast: ONESHOT of {PROVED_COUNTS[0]} elements: error -2" in str(found[0])
+    assert all(type(error) is TransportError for error in found)
+    assert str(found[0]) == f"rank 0 cannot use multicast: ONESHOT of {PROVED_COUNTS[0]} elements: error -2"
+
+
+class Gpus:
+    """The GPUs of all ranks behind plans that compute on the CPU, one call of which goes wrong on one rank.
+
+    As on a GPU, a plan only begins a call. What comes of it is told where its end is waited for, and then always.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int, call: int, *, hangs: bool) -> None:
+        self.answer = threading.Event()
+        self._begun = [0] * RANKS
+        self._wrong: tuple[int, int] = (rank, call)
+        self._hangs, self._dead = hangs, False
+        self._here = threading.local()
+        on_the_cpu(monkeypatch)
+        stream = SimpleNamespace(cuda_stream=0, synchronize=self.synchronize)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.Tensor, "to", self._to(torch.Tensor.to))
+        monkeypatch.setattr(multicast_start, "_C", self)
+        self.IN_BAND_MARKER, self.error_string = _C.IN_BAND_MARKER, Plans.error_string
+        self._plans = Plans(right)
+
+    @staticmethod
+    def _to(move: Any) -> Any:
+        return lambda tensor, *to: tensor if isinstance(to[0], torch.device) else move(tensor, *to)
+
+    def Plan(self, workspace: Any, **launch: int) -> Any:
+        plan = self._plans.Plan(workspace, **launch)
+        rank = self._here.rank = workspace.rank
+
+        def run(*arguments: int) -> int:
+            self._begun[rank] += 1
+            if (rank, self._begun[rank]) == self._wrong:
+                self._dead = True
+                if not self._hangs:
+                    workspace.expired = (rank + 1) % RANKS
+                return 0
+            return int(plan(*arguments))
+
+        return run
+
+    def synchronize(self, _device: object = None) -> None:
+        if self._dead and self._here.rank == self._wrong[0]:
+            if self._hangs:
+                self.answer.wait(30)
+            message = "CUDA error: unspecified launch failure\nand much more"
+            raise RuntimeError(message)
+
+
+BY_MULTICAST = range(2, 4 * len(PROVED_COUNTS) + 1, 2)  # of the calls that are made
+WHAT_TO_DO = "Nothing more can run there, with multicast or without: set multicast to off and start again"
+
+
+def assert_all_stop(started: Started, words: str) -> None:
+    for error in started.found:
+        assert type(error) is StartError
+        assert words in str(error)
+        assert str(error).endswith(WHAT_TO_DO)
+    assert all(workspace.multicast == [] for workspace in started.workspaces)
+    assert all(agreement.abandoned for agreement in started.agreements), "no rank frees what may still be stored to"
+
+
+@pytest.mark.parametrize("call", BY_MULTICAST)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_an_expired_wait_ends_the_start_of_all_ranks(
+    start_all: Any, monkeypatch: pytest.MonkeyPatch, rank: int, call: int
+) -> None:
+    """Its kernel has ended the context: all-reduces that push cannot run there either."""
+    Gpus(monkeypatch, rank, call, hangs=False)
+    switch = Switch()
+    started = start_all(drivers_of(switch), COMPARED)
+    strategy, count = divmod(call // 2 - 1, len(PROVED_COUNTS))
+    what = f"{('ONESHOT', 'TWOSHOT')[strategy]} of {PROVED_COUNTS[count]} elements by multicast"
+    peer = (rank + 1) % RANKS
+    words = f"rank {rank} has lost its GPU in {what}: it waited 4 s in vain for what rank {peer} stores"
+    assert_all_stop(started, words)
+    assert {trial.wait_s for trial in started.trials} == {20.0 / WAITS_OF_A_PHASE}
+    assert switch.broken == []
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_call_that_does_not_come_back_ends_the_start_of_all_ranks(
+    start_all: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    gpus = Gpus(monkeypatch, rank, 4, hangs=True)
+    monkeypatch.setattr(multicast_start, "PHASE_WAIT_S", 1.0)
+    switch = Switch()
+    began = time.monotonic()
+    started = start_all(drivers_of(switch), COMPARED)
+    assert time.monotonic() - began < 5
+    assert_all_stop(started, f"rank {rank} has lost its GPU in ONESHOT of {PROVED_COUNTS[1]} elements")
+    assert all("not done after 1 s" in str(error) for error in started.found)
+    assert caplog.text.count("memory is kept until this process ends: a GPU does not answer") == RANKS
+    gpus.answer.set()
+
+
+def test_another_rank_that_finds_wrong_bits_meanwhile_changes_nothing(compare: Any) -> None:
+    """A rank that is only later than one with wrong bits is waited for: it can go on."""
+
+    def late(rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        if kind[1] is Exchange.MULTICAST:
+            if rank == 0:
+                result.view(torch.int16)[0] ^= 1
+            else:
+                time.sleep(0.5)
+        return result
+
+    found = compare(Plans(late))
+    assert [type(error) for error in found] == [TransportError] * RANKS
 
 
 def test_the_marker_is_in_every_word_before_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.forked import wait_until
-from tests.support.switched_off import SWITCHES, Watch, watching
+from tests.support.switched_off import SWITCHES, WITH_ONE_SWITCH, Watch, refusal, watching
 
 # Sleeps until its input ends, below a process that does the same; its arguments are taken out of what that inherits.
 _BELOW = """
@@ -61,6 +61,48 @@ def test_a_process_below_that_lacks_one_is_found(lacking: str) -> None:
         )
         with pytest.raises(AssertionError, match=f"runs without {lacking.partition(' ')[0]}"), watching():
             pass
+
+
+def test_who_may_start_a_process_with_one_switch() -> None:
+    """Those that are named; and nobody may without both."""
+    (torch_name, off), _ = SWITCHES.items()
+    one = {torch_name: off, "HOME": "/"}
+    assert refusal(SWITCHES, "tests/unit/test_docs.py::test_commands_run (call)") is None
+    assert refusal(one, "tests/unit/test_docs.py::test_commands_run (call)") == "without NCCL_NVLS_ENABLE=0"
+    assert refusal(one, "") == "without NCCL_NVLS_ENABLE=0"
+    for begin in WITH_ONE_SWITCH:
+        assert refusal(one, f"{begin}[some] (call)") is None
+        assert refusal({}, f"{begin}[some] (call)") is not None
+
+
+def test_names_of_exceptions_are_those_of_tests() -> None:
+    for begin in WITH_ONE_SWITCH:
+        file, _, name = begin.partition("::")
+        assert f"def {name}" in (Path(__file__).parents[2] / file).read_text(), begin
+
+
+_ALONE = """
+import subprocess, sys
+from tests.support.switched_off import Watch, has_children, watching
+looks = []
+Watch.look = lambda watch: looks.append(1)
+assert not has_children()
+with watching():
+    pass
+assert not looks, "without processes below there is nothing to look at"
+child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+assert has_children()
+with watching():
+    pass
+assert len(looks) == 1
+child.communicate()
+assert child.returncode is not None
+assert not has_children()
+"""
+
+
+def test_nobody_looks_where_there_is_no_process() -> None:
+    subprocess.run([sys.executable, "-c", _ALONE], cwd=Path(__file__).parents[2], check=True, timeout=60)
 
 
 def test_another_value_switches_nothing_off(monkeypatch: pytest.MonkeyPatch) -> None:
