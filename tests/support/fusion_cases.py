@@ -185,7 +185,7 @@ def check_pass_manager() -> None:
 
 
 def check_compile_ranges() -> None:
-    """The graph of every range of tokens is searched, by the same passes, and each says in the log what it has."""
+    """The graph of every range of tokens is searched, by the same passes, and rank 0 says what each has."""
     from vllm.compilation.passes.inductor_pass import pass_context
 
     from llm_allreduce_plugin.engines.vllm import register
@@ -208,11 +208,7 @@ def check_compile_ranges() -> None:
         y, total = NORMS["layer"](all_reduce(torch.sin(y) + scale), weight, total)
         return y, total, all_reduce(torch.cos(y))
 
-    logger, handler = logging.getLogger("llm_allreduce_plugin"), Handler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
+    def compile_ranges() -> None:
         for range_ in ranges:
             assert ours.is_applicable_for_range(range_), range_
 
@@ -225,11 +221,25 @@ def check_compile_ranges() -> None:
             ours.matched_count = 0
             traced(model, make_inputs(torch.float32, 64), passes, 2)
             assert ours.matched_count == 2, range_
+
+    logger, handler = logging.getLogger("llm_allreduce_plugin"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        compile_ranges()
+        first, lines[:] = list(lines), []
+        RANKS.rank = 1
+        serve_groups()
+        compile_ranges()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    line = "all-reduce fusion: 2 of 3 all-reduces of a graph fused with what follows {'': 2}"
-    assert [found for found in lines if "of a graph" in found] == [line, line], lines
+        RANKS.rank = 0
+        serve_groups()
+    line = "all-reduce fusion: 2 of 3 all-reduces of a compiled graph are fused (2 with RMSNorm)"
+    assert [found for found in first if "of a compiled graph" in found] == [line, line], first
+    assert not [found for found in lines if "of a compiled graph" in found], "of another rank than the first"
 
 
 def all_checks() -> dict[str, Callable[[], None]]:
