@@ -285,6 +285,8 @@ def test_same_tokens_with_every_strategy_and_an_end_when_a_worker_stops(
     serve_demo.judge(engine, strategy, answer)
     said = capsys.readouterr().out
     assert "Hugging Face generates the same tokens from the same weights" in said
+    eager = "all-reduce fusion: layer boundaries are not fused: enforce_eager is on"
+    assert said.count(f"the log says: {eager}") == (strategy != "NCCL"), "by rank 0, of groups of ours"
     if strategy != "NCCL":
         assert f"rank 1 reports: {strategy} 216 calls" in said
         counted(said, strategy, 216)
@@ -306,6 +308,9 @@ def test_demo_fuses_every_boundary_of_a_compiled_model(marked: tuple[dict[str, s
     result = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
     assert "the log says: all-reduce fusion: 9 layer boundaries are one call each (9 with RMSNorm)" in result.stdout
+    # vLLM splits the model at each attention: one sum before the first, two after each.
+    of_graphs = re.findall(r"the log says: all-reduce fusion: (.*) all-reduces of a compiled graph (.*)", result.stdout)
+    assert sorted(of_graphs) == [("1 of 1", "are fused (1 with RMSNorm)"), ("2 of 2", "are fused (2 with RMSNorm)")]
     assert "Hugging Face generates the same tokens from the same weights" in result.stdout
     # 24 tokens and the run that compiles, each with 9 sums; norms of fp32 have a kernel of their own.
     for rank in (0, 1):

@@ -25,21 +25,17 @@ from tests.support.fusion_spellings import (  # first: it sets up vLLM
     BIASED,
     EPS,
     NORMS,
+    OWN,
     QUANTS,
-    Norm,
     OnGpus,
     all_reduce,
     current_platform,
     transformers,
 )
 
-from tests.support.fusion_runs import RANKS, Output, make_inputs, run, same, same_layout, serve_groups  # isort: skip
+from tests.support.fusion_runs import RANKS, Output, functional_pass, make_inputs, run, same, same_layout, serve_groups  # isort: skip
 from tests.support.post_grad import traced  # isort: skip
 from tests.support.fusion_refusals import ALONE, NORM_ONLY, check_left_alone, check_odd_width, other_group  # isort: skip
-
-
-# Quantizations behind norms in every spelling; behind ``layer``, all of them.
-CROSSED = ("static", "token", "group", "nvfp4 swizzled", "native static", "native token", "native group")
 
 
 @dataclass(frozen=True)
@@ -85,12 +81,15 @@ class Case:
 
     def check(self) -> None:
         inputs = make_inputs(self.dtype, self.hidden)
+        load(self.norm, inputs)
         expected = self.expected(*(tensor.clone() for tensor in inputs))  # operators in place write the residual
         with OnGpus(), torch.inference_mode():
             unfused = self.model(*(tensor.clone() for tensor in inputs))
             done, outputs, graph = run(self.model, inputs)
         kind = str(QUANTS[self.quant][1]) if self.quant else ""
         assert done == fusion.Fused(1, Counter({kind: 1})), f"{done}\n{graph}"
+        in_place = {"fused_add_rms_norm": 1} if self.norm == "RMSNorm" and self.place != "first" else {}
+        assert functional_pass().functionalized_ops == in_place, "what vLLM's layer calls before grad"
         assert "vllm.all_reduce" not in graph and "_C." not in graph, graph
         assert len(outputs) == len(expected), graph
         for number, (got, want, before) in enumerate(zip(outputs, expected, unfused, strict=True)):
@@ -101,11 +100,18 @@ class Case:
         )
 
 
+def load(norm: str, inputs: tuple[torch.Tensor, ...]) -> None:
+    """A layer of vLLM has its weight before it is called."""
+    if norm in OWN:
+        OWN[norm].load(inputs[2])
+
+
 # -- whole models, and the place among vLLM's passes -------------------------------------------------------------------
 
 
-def check_layers(norm: Norm) -> None:
+def check_layers(name: str) -> None:
     """Three boundaries one after the other: a first norm, one in the middle and a last one. Same values as before."""
+    norm = NORMS[name]
 
     def model(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         y, total = norm(all_reduce(x), weight, None)
@@ -113,8 +119,9 @@ def check_layers(norm: Norm) -> None:
         return norm(all_reduce(torch.sin(y) * residual), weight, total)[0]
 
     inputs = make_inputs(torch.float32, 64)
+    load(name, inputs)
     with torch.inference_mode():
-        before = model(*inputs)
+        before = model(*(tensor.clone() for tensor in inputs))
         done, after, graph = run(model, inputs)
     assert done == fusion.Fused(3, Counter({"": 3})), graph
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -178,7 +185,7 @@ def check_pass_manager() -> None:
 
 
 def check_compile_ranges() -> None:
-    """The graph of every range of tokens is searched, by the same passes, and each says in the log what it has."""
+    """The graph of every range of tokens is searched, by the same passes, and rank 0 says what each has."""
     from vllm.compilation.passes.inductor_pass import pass_context
 
     from llm_allreduce_plugin.engines.vllm import register
@@ -201,11 +208,7 @@ def check_compile_ranges() -> None:
         y, total = NORMS["layer"](all_reduce(torch.sin(y) + scale), weight, total)
         return y, total, all_reduce(torch.cos(y))
 
-    logger, handler = logging.getLogger("llm_allreduce_plugin"), Handler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG)
-    try:
+    def compile_ranges() -> None:
         for range_ in ranges:
             assert ours.is_applicable_for_range(range_), range_
 
@@ -218,20 +221,37 @@ def check_compile_ranges() -> None:
             ours.matched_count = 0
             traced(model, make_inputs(torch.float32, 64), passes, 2)
             assert ours.matched_count == 2, range_
+
+    logger, handler = logging.getLogger("llm_allreduce_plugin"), Handler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        compile_ranges()
+        first, lines[:] = list(lines), []
+        RANKS.rank = 1
+        serve_groups()
+        compile_ranges()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-    line = "all-reduce fusion: 2 of 3 all-reduces of a graph fused with what follows {'': 2}"
-    assert [found for found in lines if "of a graph" in found] == [line, line], lines
+        RANKS.rank = 0
+        serve_groups()
+    line = "all-reduce fusion: 2 of 3 all-reduces of a compiled graph are fused (2 with RMSNorm)"
+    assert [found for found in first if "of a compiled graph" in found] == [line, line], first
+    assert not [found for found in lines if "of a compiled graph" in found], "of another rank than the first"
 
 
 def all_checks() -> dict[str, Callable[[], None]]:
     cases = [Case(norm, place) for norm in NORMS for place in ("first", "middle", "last")]
     cases += [Case(norm, place, dtype=torch.float32) for norm in NORMS for place in ("first", "middle")]
-    cases += [Case("layer", place, quant) for quant in QUANTS for place in ("first", "middle")]
-    cases += [Case(norm, "middle", quant) for norm in NORMS if norm != "layer" for quant in CROSSED]
+    cases += [Case(norm, "middle", dtype=torch.float16) for norm in NORMS]
+    # ``layer`` and ``gemma_layer`` leave what vLLM's layers leave, of which each quantization is tried.
+    crossed = [norm for norm in NORMS if norm not in {"layer", "gemma_layer"}]
+    cases += [Case(norm, "middle", quant) for norm in crossed for quant in QUANTS]
+    cases += [Case("RMSNorm", "first", quant) for quant in QUANTS]
+    cases += [Case("RMSNorm", "middle", quant, norm_too=True) for quant in QUANTS]
     cases += [Case("native", "last", quant) for quant in ("token", "native group")]
-    cases += [Case("layer", "middle", quant, norm_too=True) for quant in QUANTS]
     checks: dict[str, Callable[[], None]] = {case.name: case.check for case in cases}
     alone = partial(check_left_alone, expected=fusion.Fused(1, Counter()))
     checks |= {f"left alone: {model.__name__}": partial(alone, model) for model in ALONE if model is not other_group}
@@ -239,7 +259,7 @@ def all_checks() -> dict[str, Callable[[], None]]:
     checks["left alone: odd width"] = check_odd_width
     norm_only = fusion.Fused(1, Counter({"": 1}))
     checks |= {f"norm only: {model.__name__}": partial(check_left_alone, model, norm_only) for model in NORM_ONLY}
-    checks |= {f"layers: {norm}": partial(check_layers, NORMS[norm]) for norm in ("layer", "native", "transformers")}
+    checks |= {f"layers: {norm}": partial(check_layers, norm) for norm in (*OWN, "native", "transformers")}
     return (
         checks
         | {"batch dimension": check_batch_dimension, "pass manager": check_pass_manager}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from vllm.compilation.passes.inductor_pass import pass_context
+from vllm.compilation.passes.ir.inplace_functionalization import VllmIRInplaceFunctionalizationPass
+from vllm.config import VllmConfig
+from vllm.config.utils import Range
 from vllm.distributed import parallel_state
 
 from llm_allreduce_plugin.engines.common import fusion, fusion_ops
@@ -36,6 +41,12 @@ def make_inputs(dtype: torch.dtype, hidden: int, rows: int = 6) -> tuple[torch.T
     return x, residual, torch.randn(hidden, dtype=dtype), torch.tensor([0.25])
 
 
+@functools.cache
+def functional_pass() -> Any:
+    """vLLM's own, without which operators that may work in place stay what they are."""
+    return VllmIRInplaceFunctionalizationPass(VllmConfig())
+
+
 def run(model: Callable[..., Any], inputs: Any) -> tuple[fusion.Fused, list[torch.Tensor], str]:
     """What was fused, what the graph then gives, and the graph."""
     done: list[fusion.Fused] = []
@@ -45,7 +56,8 @@ def run(model: Callable[..., Any], inputs: Any) -> tuple[fusion.Fused, list[torc
         done.append(fusion.fuse(graph, is_all_reduce))
         text.append(str(graph))
 
-    outputs = traced(model, inputs, pass_, 2)
+    with pass_context(Range(1, 8192)):
+        outputs = traced(model, inputs, pass_, 2, functional_pass())
     return done[0], outputs, text[0]
 
 

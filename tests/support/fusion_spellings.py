@@ -5,6 +5,7 @@ Importing this sets up vLLM, whichever version is found first, with operators of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,8 @@ if vllm.platforms.current_platform.is_unspecified():  # 0.26 knows its CPU platf
     vllm.platforms._current_platform = CpuPlatform()
 
 from vllm import _custom_ops, ir  # noqa: E402
-from vllm.config import VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config  # noqa: E402
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm  # noqa: E402
 from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8  # noqa: E402
 from vllm.model_executor.layers.quantization.utils import fp8_utils  # noqa: E402
 from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape  # noqa: E402
@@ -81,8 +83,37 @@ def transformers(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor |
     return weight * wide.to(total.dtype), total
 
 
-NORMS: dict[str, Norm] = {f.__name__: f for f in (layer, gemma_layer, native, native_gemma, custom, transformers)}
-BIASED = ("gemma_layer", "native_gemma")
+class OwnLayer:
+    """A layer of vLLM, made as its models make it: with a weight in their type, which is no input of theirs."""
+
+    def __init__(self, kind: type[torch.nn.Module]) -> None:
+        self.kind = kind
+
+    def load(self, weight: torch.Tensor) -> None:
+        """Before anything is traced."""
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(weight.dtype)
+        try:
+            with set_current_vllm_config(_as_compiled()):
+                self.layer = self.kind(weight.shape[0], eps=EPS)
+        finally:
+            torch.set_default_dtype(usual)
+        self.layer.weight.data.copy_(weight)
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> Any:
+        done = self.layer(x, residual)
+        return (done, x) if residual is None else done
+
+
+@functools.cache
+def _as_compiled() -> VllmConfig:
+    """Norms are left to the compiler, as they are on GPUs."""
+    return VllmConfig(compilation_config=CompilationConfig(custom_ops=["none"]))
+
+
+OWN = {kind.__name__: OwnLayer(kind) for kind in (RMSNorm, GemmaRMSNorm)}
+NORMS: dict[str, Norm] = OWN | {f.__name__: f for f in (layer, gemma_layer, native, native_gemma, custom, transformers)}
+BIASED = ("GemmaRMSNorm", "gemma_layer", "native_gemma")
 
 
 # -- quantizations: (norm, scale) -> quant_out, scale_out or None ------------------------------------------------------

@@ -53,12 +53,15 @@ class Boundaries:
 
         Not how many kernels that is: which a rank knows only of the sizes that it has met (reports have them).
         """
-        kinds = Counter(self._seen.values())
-        parts = [f"{count} with RMSNorm{kind and f' and {kind}'}" for kind, count in sorted(kinds.items())]
         return (
-            f"all-reduce fusion: {len(self._seen)} layer boundaries are one call each ({', '.join(parts)}); "
-            "one kernel or two by size and type"
+            f"all-reduce fusion: {len(self._seen)} layer boundaries are one call each "
+            f"({in_words(Counter(self._seen.values()))}); one kernel or two by size and type"
         )
+
+
+def in_words(boundaries: Counter[str]) -> str:
+    """``1 with RMSNorm, 4 with RMSNorm and fp8``; ``boundaries``: how many there are, by quantization."""
+    return ", ".join(f"{count} with RMSNorm{kind and f' and {kind}'}" for kind, count in sorted(boundaries.items()))
 
 
 _communicators: weakref.WeakValueDictionary[str, TensorParallelCommunicator] = weakref.WeakValueDictionary()
@@ -76,6 +79,11 @@ def serve(group: str, communicator: TensorParallelCommunicator) -> None:
 def is_served(group: object) -> bool:
     """Whether fused calls of ``group`` have a communicator in this process."""
     return group in _communicators
+
+
+def tells(group: object) -> bool:
+    """Whether this process is the one of ``group`` that writes lines that are the same on every rank: rank 0."""
+    return group in _boundaries and is_served(group)
 
 
 def communicator_of(group: str) -> TensorParallelCommunicator | None:

@@ -61,6 +61,12 @@ def fuses(config: Any) -> bool:  # noqa: ANN401
     return stands_aside(config, settings, custom_all_reduce=has_custom_all_reduce(current_platform)) is None
 
 
+def line_of(fused: fusion.Fused) -> str:
+    """What the log says of a graph that has been compiled."""
+    kinds = f" ({fusion_ops.in_words(fused.boundaries)})" if fused.count else ""
+    return f"all-reduce fusion: {fused.count} of {fused.all_reduces} all-reduces of a compiled graph are fused{kinds}"
+
+
 @functools.cache
 def _pass_class() -> type:
     from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
@@ -70,13 +76,11 @@ def _pass_class() -> type:
 
         @VllmInductorPass.time_and_log  # type: ignore[untyped-decorator]
         def __call__(self, graph: Graph) -> None:
+            groups = {fx.arguments(node)["group_name"] for node in graph.nodes if is_all_reduce(node)}
             fused = fusion.fuse(graph, is_all_reduce)
             self.matched_count = fused.count
-            if fused.all_reduces:
-                logger.debug(
-                    "all-reduce fusion: %d of %d all-reduces of a graph fused with what follows %s",
-                    fused.count, fused.all_reduces, dict(fused.boundaries),
-                )  # fmt: skip
+            if any(map(fusion_ops.tells, groups)):
+                logger.info("%s", line_of(fused))
 
         def uuid(self) -> str:
             """What compiled graphs depend on: our version, and how graphs are searched."""
