@@ -46,6 +46,38 @@ def sglang() -> str:
     return by_size({label: times("h200/bench_sglang_tp2", name) for label, name in lines.items()}, sizes)
 
 
+PUSHING_WARPS = (160, 192, 224, 256, 320, 384, 448, 512)
+HIDDEN = (2880, 4096, 5120, 7168, 8192, 16384)
+
+
+def fused_hidden() -> str:
+    """One kernel and two over two GPUs, by hidden size; sizes are rounded down to whole rows."""
+    sizes = [64 * KIB, 256 * KIB, MIB, 4 * MIB]
+    curves: dict[str, dict[int, float]] = {}
+    for hidden in HIDDEN:
+        for label, candidate in (("one kernel", "fused"), ("two", "then-norm")):
+            found = times(f"h200/bench_fused_{hidden}_tp2", candidate)
+            row = 2 * hidden
+            curves[f"{hidden}, {label}"] = {
+                nominal: found[nominal // row * row] for nominal in sizes if nominal // row * row in found
+            }
+    return by_size(curves, sizes)
+
+
+def pushing_warps() -> str:
+    """One kernel of 6560 rows, by hidden size and the warps that only push, to whole blocks of them."""
+    rows = [
+        row
+        for row in record("h200/fused_pushing_warps_tp2")["rows"]
+        if row["variant"] == "as it is" and row["rows"] == 6560
+    ]
+    lines = []
+    for hidden in sorted({row["hidden"] for row in rows}):
+        found = sorted((row["scatter_lanes"] * row["threads"], row["us"]) for row in rows if row["hidden"] == hidden)
+        lines.append([str(hidden), *(number(us) for _, us in found)])
+    return markdown(["hidden size", *(f"{warps} warps" for warps in PUSHING_WARPS)], lines)
+
+
 def before_and_after() -> str:
     """Two GPUs, over both links: the kernels before they were worked on, and now."""
     rows = record("h200/two_versions_tp2")["rows"]

@@ -45,6 +45,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codecs": kernel_tables.codecs,
     "shipped": lambda: kernel_tables.beside("bench_peers", kernel_tables.SHIPPED),
     "shipped_with_norm": lambda: kernel_tables.beside("bench_fused_peers", kernel_tables.SHIPPED_WITH_NORM),
+    "fused_hidden": kernel_tables.fused_hidden,
+    "pushing_warps": kernel_tables.pushing_warps,
     "shipped_by_sglang": kernel_tables.sglang,
     "before_and_after": kernel_tables.before_and_after,
     "eager": kernel_tables.eager,

@@ -259,8 +259,8 @@ def _tasks(facts: GroupFacts, algorithm: Algorithm, threads: int, shape: RowShap
         split = measured.FUSED_TWO_SHOT_SPLIT
         lanes, scatter, drain = (int(number * of_grid) for number in (split.lanes, split.scatter, split.drain))
         return Split(0, lanes, max(1, scatter), drain)
-    if facts.world_size != PAIR or not shape.pushing_warps:
+    if facts.world_size != PAIR or not shape.pushes:
         return None
     lanes = facts.lanes if threads <= shape.paired_threads else facts.lanes // 2
-    pushing = int(shape.pushing_warps * of_grid) * WARP // threads
+    pushing = int(tables.pushing_warps(facts) * of_grid) * WARP // threads
     return Split(0, lanes, min(max(1, pushing), int(lanes * MOST_PUSHING)), 0)

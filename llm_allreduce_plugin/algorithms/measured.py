@@ -176,7 +176,7 @@ class RowShape:
         sharing: clusters that are worth it, the first that fits; empty: there are none.
         split_bytes: the smallest message whose lanes have one task each. None: none has.
         wide_threads: of a block that holds a row of one-shot's over two ranks at a vector to a thread; 0: no such.
-        pushing_warps: of one-shot's lanes that only push, of a grid of LARGEST_GRID, over two ranks.
+        pushes: of one-shot over two ranks, some lanes do nothing but push: PUSHING_WARPS together.
         paired_threads: of the largest block of which a multiprocessor holds two.
     """
 
@@ -185,7 +185,7 @@ class RowShape:
     sharing: tuple[Sharing, ...] = ()
     split_bytes: int | None = None
     wide_threads: int = 0
-    pushing_warps: int = 0
+    pushes: bool = False
     paired_threads: int = 0
 
 
@@ -214,7 +214,7 @@ ROW_SHAPES = {
         (Sharing(8, 128, 32, 0, 32), Sharing(4, 128, 256, 64, 64), Sharing(2, 256, 264)),
         split_bytes=8 * MIB,
         wide_threads=1024,
-        pushing_warps=480,
+        pushes=True,
         paired_threads=256,
     ),
     # Own rows of a rank (benchmarks/h100/fused_shapes_tp4.json).
@@ -227,6 +227,12 @@ ROW_SHAPES = {
     "SHARED": RowShape(256, (1, 2, 4)),
 }
 MOST_SHARING = 8  # blocks of a cluster
+# Warps that only push, of a grid of LARGEST_GRID, by what GPUs are called, whatever a row is wide; of others the last.
+# With fewer the links wait for them; with more everything is slower at once, as if other accesses stood behind what
+# waits for the links. 6560 rows of 2880 / 4096 / 5120 / 8192 take two H200 113 / 155 / 199 / 300 us with 448 and
+# 135 / 191 / 213 / 352 with 512 (benchmarks/h200/fused_pushing_warps_tp2.json). Two H100, whose memory is slower, took
+# 192 us for 4096 rows of 8192 with 512, and 216 with 384 (benchmarks/h100/fused_shapes_tp2.json).
+PUSHING_WARPS = {"H100": 512, "H200": 448, "": 448}
 # As SPLITS, of fused two-shot, with four ranks (benchmarks/h100/fused_shapes_own_row_too_tp4.json, whose lanes with one
 # task each are those of the library).
 FUSED_TWO_SHOT_SPLIT = Split(0, 132, 16, 76)

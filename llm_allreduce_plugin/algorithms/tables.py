@@ -91,6 +91,11 @@ def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
     return _split(measured.SPLITS[strategy], world_size, payload_bytes)
 
 
+def pushing_warps(facts: GroupFacts) -> int:
+    """Of fused one-shot over two ranks, warps that only push, of a grid of ``measured.LARGEST_GRID``."""
+    return next(warps for name, warps in measured.PUSHING_WARPS.items() if name in facts.model)
+
+
 def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_bytes: int) -> Split | None:
     splits = _of(table, world_size)
     return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)

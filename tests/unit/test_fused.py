@@ -209,16 +209,19 @@ def test_a_row_that_is_more_than_a_block_holds_is_shared() -> None:
 def test_large_messages_give_lanes_one_task_each() -> None:
     assert launch_of(facts(2), 127, 8192).scatter_lanes == 0
     assert launch_of(facts(2), 511, 8192).scatter_lanes == 0
-    # As many warps push whatever a block has; a multiprocessor holds two small blocks.
+    # As many warps push whatever a block has, by GPU; a multiprocessor holds two small blocks.
     for hidden, threads, lanes, pushing in (
-        (2880, 192, 264, 80),
-        (4096, 256, 264, 60),
-        (5120, 320, 132, 48),
-        (7168, 448, 132, 34),
-        (8192, 512, 132, 30),
+        (2880, 192, 264, {"H200": 74, "H100": 85}),
+        (4096, 256, 264, {"H200": 56, "H100": 64}),
+        (5120, 320, 132, {"H200": 44, "H100": 51}),
+        (7168, 448, 132, {"H200": 32, "H100": 36}),
+        (8192, 512, 132, {"H200": 28, "H100": 32}),
     ):
-        pushed = launch_of(facts(2), (8 << 20) // (2 * hidden) + 1, hidden)
-        assert (pushed.threads, pushed.lanes, pushed.scatter_lanes, pushed.drain_lanes) == (threads, lanes, pushing, 0)
+        for model, scatter in {"": pushing["H200"], **pushing}.items():
+            group = dataclasses.replace(facts(2), model=f"NVIDIA {model} 80GB HBM3")
+            pushed = launch_of(group, (8 << 20) // (2 * hidden) + 1, hidden)
+            assert (pushed.threads, pushed.lanes, pushed.scatter_lanes) == (threads, lanes, scatter)
+            assert pushed.drain_lanes == 0
     both = launch_of(facts(4), 4096, 8192)
     assert (both.threads, both.lanes, both.scatter_lanes, both.drain_lanes) == (512, 132, 16, 76)
     assert launch_of(facts(4), 128, 8192).scatter_lanes == 0, "fewer rows than lanes that would sum"

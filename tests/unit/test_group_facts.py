@@ -33,6 +33,7 @@ def cards_on(topology: NodeTopology, settings: AllReduceConfig, *knowing: int) -
             card,
             architecture=gpu.architecture,
             gpu=gpu.uuid,
+            model=gpu.name,
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             node=topology if rank in knowing else NodeTopology(),
@@ -134,7 +135,8 @@ def test_a_start_asks_nvml_once(peer_access_works: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     monkeypatch.delenv("NCCL_P2P_LEVEL", raising=False)
-    properties = type("Properties", (), {"uuid": "0", "major": 9, "minor": 0, "multi_processor_count": 132})
+    told = {"name": "NVIDIA H200", "uuid": "0", "major": 9, "minor": 0, "multi_processor_count": 132}
+    properties = type("Properties", (), told)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H200")
 
