@@ -125,5 +125,7 @@ class NormMessage:
 
     def wrong(self, candidate: NormCandidate, answer: Normed, expected: Normed) -> int:
         """In all tensors of the answer together."""
-        bad = norm_answers.wrong_elements(answer, expected, exact=candidate.exact, world_size=self._context.world_size)
+        bad = norm_answers.wrong_elements(
+            answer, expected, exact=candidate.exact, world_size=self._context.world_size, quant=self._case.quant
+        )
         return int(sum(self._context.gather(bad)))

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench.candidates import MIB, OurSettings, sglang_world
+from llm_allreduce_plugin.bench.vllm_norms import norms_behind
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, empty_outputs
 
@@ -100,36 +101,23 @@ def _only(*kinds: QuantKind | None) -> Callable[[NormCase], str | None]:
 
 
 def _vllm_norm(context: RankContext, _settings: OurSettings, _hidden: int) -> NormCandidate:
-    """NCCL, then vLLM's compiled norm, both in place."""
-    import vllm._custom_ops as ops
-
-    compiled = torch.ops._C  # noqa: SLF001  (vLLM's operators)
-    if not hasattr(compiled, "fused_add_rms_norm"):
-        message = "this vLLM has no compiled norm"
-        raise RuntimeError(message)
+    """NCCL, then vLLM's compiled norm, both in place; what has no kernel with it is quantized behind it."""
+    behind, missing = norms_behind(context.device, EPS)
 
     def bind(case: NormCase) -> Bound:
         total, residual = case.input.clone(), case.residual.clone()
+        then = behind[case.kind]
 
         def call() -> Normed:
             dist.all_reduce(total, group=context.group)
-            if case.quant is None:
-                ops.fused_add_rms_norm(total, residual, case.weight, EPS)
-                return Normed(total, residual, None, None)
-            if case.kind is QuantKind.FP8:
-                quantized = torch.empty_like(total, dtype=torch.float8_e4m3fn)
-                compiled.fused_add_rms_norm_static_fp8_quant(
-                    quantized, total, residual, case.weight, case.quant.scale, EPS
-                )
-                return Normed(None, residual, quantized, None)
-            quantized, scales = ops.rms_norm_dynamic_per_token_quant(
-                total, case.weight, EPS, torch.float8_e4m3fn, residual=residual
-            )
-            return Normed(None, residual, quantized, scales)
+            return then(total, residual, case.weight, case.quant)
 
         return call
 
-    return NormCandidate(bind, _only(None, QuantKind.FP8, QuantKind.FP8_TOKEN), in_place=True)
+    def refusal(case: NormCase) -> str | None:
+        return None if case.kind is None else missing.get(case.kind)
+
+    return NormCandidate(bind, refusal, in_place=True)
 
 
 def _flashinfer(context: RankContext, _settings: OurSettings, hidden: int) -> NormCandidate:

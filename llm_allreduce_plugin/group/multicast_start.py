@@ -98,7 +98,7 @@ def open_multicast(
         probe(steps, made, nonce)
         trial = steps.on_every_rank(
             lambda: another(steps.wait_s / WAITS_OF_A_PHASE),
-            "to set up a workspace for calls by multicast", TransportError, "cannot use multicast",
+            "to set up a workspace for calls by multicast", TransportError, "cannot use multicast", may_block=True,
         )  # fmt: skip
         trial.set_multicast(made.all, made.own, layout)
         _compare(steps, device, config, facts, trial)

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,11 @@ def test_a_failed_step_is_done_again(checkout: Checkout) -> None:
         checkout.run("scripts/serve_demo.sh")
     Checkout.program(python, text)
     assert len(compiles(checkout.run("scripts/serve_demo.sh"))) == 1
+
+
+def test_a_release_is_checked_on_all_that_it_is_built_for() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["cmake"]["define"]
+    every = settings["LLM_ALLREDUCE_CUDA_ARCHS"]["default"]
+    script = (ROOT / "scripts" / "check_release.sh").read_text()
+    assert f"{{LLM_ALLREDUCE_CUDA_ARCHS:-{every}}}" in script
+    assert len(every.split(";")) == 6
