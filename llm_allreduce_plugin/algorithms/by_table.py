@@ -42,12 +42,28 @@ class TableStrategy(KernelStrategy):
         """The table for elements of this size, and where it comes from."""
         return tables.table_of(facts, element_bytes)
 
+    def _why_placed(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:  # noqa: ARG002
+        """Why results that may go into registered outputs do; None where a kernel without them is as fast.
+
+        What a profile says comes first. Any message that goes elsewhere goes by the table of the others.
+        """
+        size = message.payload_bytes
+        if (table := tables.registered_table_of(facts, message.element_bytes)) is not None:
+            if table.range_of(size)[1].strategy != _PLACES.name:
+                return None
+            return f"{table.place_of(size)}, where results stored into registered outputs were fastest ({table.source})"
+        least = tables.table_places_from(facts)
+        if least is None or size < least:
+            return None
+        reason = f"results stored into registered outputs were faster from {bytes_in_words(least)} on"
+        return f"{reason} ({facts.world_size} ranks)"
+
     def _find(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, str]:
         """The fastest for a message, and why."""
-        least = tables.table_places_from(facts)
-        if least is not None and message.payload_bytes >= least and not _PLACES.obstacle(config, facts, message):
-            reason = f"results stored into registered outputs were faster from {bytes_in_words(least)} on"
-            return _PLACES.name, f"{reason} ({facts.world_size} ranks)"
+        if _PLACES.placing_obstacle(config, facts, message) is None:
+            why = self._why_placed(config, facts, message)
+            if why is not None:
+                return _PLACES.name, why
         table = self.table(config, facts, message.element_bytes)
         fastest = AllReduceStrategy(table.range_of(message.payload_bytes)[1].strategy)
         return fastest, f"{table.place_of(message.payload_bytes)}, where {_STEPS[fastest]} ({table.source})"
@@ -79,6 +95,9 @@ class Auto(TableStrategy):
             Range(None, AllReduceStrategy.TWOSHOT),
         )
         return Table(ranges, "one_shot_max_bytes")
+
+    def _why_placed(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
+        return None if config.one_shot_max_bytes is not None else super()._why_placed(config, facts, message)
 
     def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:
         fastest, _ = self._find(config, facts, message)

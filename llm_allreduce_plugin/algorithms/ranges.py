@@ -15,7 +15,8 @@ class Range:
     """Messages up to ``max_bytes`` per rank (None: all larger ones) are fastest with ``strategy``."""
 
     max_bytes: int | None
-    strategy: str  # "ONESHOT" or "TWOSHOT"; with a norm behind the sum, ONE_KERNEL or TWO_KERNELS
+    # "ONESHOT" or "TWOSHOT"; of registered outputs also "UB"; with a norm behind the sum, ONE_KERNEL or TWO_KERNELS.
+    strategy: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +54,14 @@ class TunedRanges:
         element_bytes: of an element.
         ranges: which strategy is the fastest.
         fused: with residual and norm behind the sum, one kernel or two; empty: that was not measured.
+        registered: which strategy is the fastest where results may go into registered outputs; empty: that was not
+            measured.
     """
 
     element_bytes: int
     ranges: tuple[Range, ...]
     fused: tuple[Range, ...] = ()
+    registered: tuple[Range, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +76,18 @@ class Tuned:
     source: str
     ranges: tuple[TunedRanges, ...]
 
-    def table(self, element_bytes: int) -> Table:
+    def _of(self, element_bytes: int) -> TunedRanges:
         """For elements of this size, or of the one that was measured: what counts is bytes, additions hardly do."""
-        found = next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
-        return Table(found.ranges, self.source)
+        return next((found for found in self.ranges if found.element_bytes == element_bytes), self.ranges[0])
+
+    def table(self, element_bytes: int) -> Table:
+        """For elements of this size, or of the one that was measured."""
+        return Table(self._of(element_bytes).ranges, self.source)
+
+    def registered_table(self, element_bytes: int) -> Table | None:
+        """The same where results may go into registered outputs; None: that was not measured."""
+        ranges = self._of(element_bytes).registered
+        return Table(ranges, self.source) if ranges else None
 
     def fused_table(self, element_bytes: int) -> Table | None:
         """One kernel or two for a sum of such elements with a norm behind it; None: that was not measured."""

@@ -109,8 +109,13 @@ def place_pays_from(facts: GroupFacts) -> tuple[int | None, str]:
     return least, measured.ONE_STEP_INSTEAD if least is None else measured.PLACE_SOURCE
 
 
+def registered_table_of(facts: GroupFacts, element_bytes: int) -> Table | None:
+    """The table for messages whose results may go into registered outputs; None: the group's profile has none."""
+    return None if facts.tuned is None else facts.tuned.registered_table(element_bytes)
+
+
 def table_places_from(facts: GroupFacts) -> int | None:
-    """The same where a table chooses, in AUTO and MINLATENCY; None: no size was measured to be faster."""
+    """The smallest such message where no profile says, in AUTO and MINLATENCY; None: none was measured to be faster."""
     if facts.transport is not Transport.SYMMETRIC or facts.world_size not in measured.TABLE_PLACES_FROM:
         return None
     return measured.TABLE_PLACES_FROM[facts.world_size]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from llm_allreduce_plugin.algorithms import tables
+from llm_allreduce_plugin.algorithms import measured, tables
 from llm_allreduce_plugin.algorithms.base import KernelStrategy, Merit, Message, Numerics, spread, spread_in_band
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
 from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
@@ -74,6 +74,12 @@ def pool_bytes(config: AllReduceConfig, facts: GroupFacts) -> int:
     return 0 if pool_obstacle(config, facts) is not None else wanted_pool_bytes(config, facts)
 
 
+def sizes_placed(config: AllReduceConfig, facts: GroupFacts) -> tuple[int, int] | None:
+    """The smallest and the largest message whose results UB, asked for by name, stores into outputs; None: of none."""
+    least, size = tables.place_pays_from(facts)[0], pool_bytes(config, facts)
+    return None if least is None or takes_one_step(facts) or size == 0 else (least, largest_output(size))
+
+
 def memory_in_words(config: AllReduceConfig, facts: GroupFacts) -> str:
     """Where UB's outputs lie, for the log; empty where it has no part, or cannot run, which the first call says."""
     if config.allreduce_strategy is not AllReduceStrategy.UB:
@@ -104,6 +110,18 @@ class UserBuffer(KernelStrategy):
             return reason
         if takes_one_step(facts):
             return None  # pays() says so
+        return self._memory_obstacle(config, facts, message)
+
+    def placing_obstacle(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
+        """Why results of a message cannot go into outputs of all ranks, whoever asks, or None."""
+        if (reason := super().obstacle(config, facts, message)) is not None:
+            return reason
+        if takes_one_step(facts):
+            return measured.ONE_STEP_INSTEAD
+        return self._memory_obstacle(config, facts, message)
+
+    @staticmethod
+    def _memory_obstacle(config: AllReduceConfig, facts: GroupFacts, message: Message) -> str | None:
         if (reason := pool_obstacle(config, facts)) is not None:
             return reason
         if message.registered_output is False:
@@ -113,9 +131,15 @@ class UserBuffer(KernelStrategy):
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002
+        """What the group's profile says comes before the estimate."""
         least, source = tables.place_pays_from(facts)
         if least is None:
             return Merit(pays=False, reason=source)
+        if (table := tables.registered_table_of(facts, message.element_bytes)) is not None:
+            if table.range_of(message.payload_bytes)[1].strategy == self.name:
+                return Merit(pays=True)
+            words = f"{table.place_of(message.payload_bytes)}, where results travel faster through slots"
+            return Merit(pays=False, reason=f"{words} ({table.source})")
         if message.payload_bytes >= least:
             return Merit(pays=True)
         words = f"below {bytes_in_words(least)} results travel as fast through slots ({source})"

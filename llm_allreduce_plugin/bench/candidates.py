@@ -38,7 +38,8 @@ class Candidate:
         exact: gives the bits of the rank-ordered fp32 sum.
         most_error: for lossy ones, the relative L2 error that their answer may have on normal data.
         in_place: the call overwrites its input, so only the first answer after ``bind`` can be checked.
-        max_bytes: the largest message that it takes.
+        min_bytes: the smallest message that it takes.
+        max_bytes: the largest.
         multiple_of: bytes that a message must be a multiple of.
         capturing: what it wants around a graph capture.
         close: lets go of its memory.
@@ -48,6 +49,7 @@ class Candidate:
     exact: bool = False
     most_error: float | None = None
     in_place: bool = False
+    min_bytes: int = 0
     max_bytes: int = 1 << 62
     multiple_of: int = 1
     capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
@@ -55,6 +57,8 @@ class Candidate:
 
     def refusal(self, payload_bytes: int) -> str | None:
         """Why a message of this size is left out, or None."""
+        if payload_bytes < self.min_bytes:
+            return f"takes at least {self.min_bytes} bytes"
         if payload_bytes > self.max_bytes:
             return f"takes at most {self.max_bytes} bytes"
         if payload_bytes % self.multiple_of:
@@ -70,11 +74,13 @@ class OurSettings:
         transport: ``auto``, ``peer`` or ``host``.
         wire_format: of LOWPRECISION.
         tuning_profile: as the setting of that name.
+        registered_pool: as the setting of that name, in bytes.
     """
 
     transport: str = "auto"
     wire_format: WireFormat = WireFormat.FP8
     tuning_profile: str | None = None
+    registered_pool: int | None = None
 
 
 Opener = Callable[[RankContext, OurSettings], Candidate]

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import statistics
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.user_buffer import sizes_placed
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench import messages, worker
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
@@ -65,6 +66,14 @@ class Comparison:
     eager_noise: float
     wrong: dict[str, int]
 
+    def only(self, names: Collection[str]) -> Comparison:
+        """The times of these candidates."""
+        graph, eager = (
+            {name: time_us for name, time_us in times.items() if name in names}
+            for times in (self.graph_us, self.eager_us)
+        )
+        return dataclasses.replace(self, graph_us=graph, eager_us=eager)
+
 
 def form_groups(context: RankContext, world_sizes: tuple[int, ...]) -> None:
     """Groups of the first ranks, which other functions here are then told by size. Collective over all ranks."""
@@ -94,11 +103,16 @@ def open_kernels(
 ) -> tuple[GroupFacts, str]:
     """Candidates for strategies of this package, all in one workspace. Collective over the group of this size.
 
+    UB is one of them where the group has registered memory, for messages that it takes when asked for by name.
+
     Returns:
         The group's facts; and why they cannot run, or nothing.
     """
     group = _groups[world_size].communicator(
-        "AUTO", transport=settings.transport, tuning_profile=settings.tuning_profile
+        "AUTO",
+        transport=settings.transport,
+        tuning_profile=settings.tuning_profile,
+        registered_pool=settings.registered_pool,
     )
     _communicators[world_size] = group
 
@@ -109,7 +123,14 @@ def open_kernels(
 
         return bind
 
-    worker.adopt({name: Candidate(bind_as(name), exact=True, close=group.close) for name in names})
+    made = {name: Candidate(bind_as(name), exact=True, close=group.close) for name in names}
+    if "UB" in made:
+        placed = sizes_placed(group.config, group.facts)
+        if placed is None:
+            del made["UB"]
+        else:
+            made["UB"] = dataclasses.replace(made["UB"], min_bytes=placed[0], max_bytes=placed[1])
+    worker.adopt(made)
     return group.facts, _obstacle(group)
 
 

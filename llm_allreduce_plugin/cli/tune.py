@@ -19,6 +19,7 @@ from llm_allreduce_plugin.errors import CacheError, ProfileError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from llm_allreduce_plugin.config import AllReduceConfig
     from llm_allreduce_plugin.measure.ranks import Ranks
     from llm_allreduce_plugin.profiles.entry import Entry, FusedMeasured, FusedRange, Measured
     from llm_allreduce_plugin.profiles.file import Profile
@@ -132,7 +133,8 @@ def tune(
 ) -> None:
     """Measure which strategy is fastest for which size on this node, and keep it where AUTO finds it.
 
-    And whether residual and norm are faster in the kernel of the sum or in one of their own.
+    And whether residual and norm are faster in the kernel of the sum or in one of their own; where the settings ask for
+    registered memory (`registered_pool`, or UB), whether results that go straight into it are.
 
     Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
     and eager. Takes about a minute, more for several groups, and keeps what it has of one before it goes on to the
@@ -161,7 +163,7 @@ def tune(
     device = "cpu" if cpu else "cuda"
     world_sizes = (place.world_size,) if place else _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
     groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
-    chosen = _transport(transport, device)
+    chosen, registered = _transport(transport, device), _registered_pool(options.configured(), device)
     largest = parse_bytes(maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
     sizes = message_sizes(parse_bytes(minbytes), largest, 4 if quick else 2, None, halves=False)
     if sizes[0] % 16:
@@ -186,7 +188,7 @@ def tune(
     seconds = (QUICK_SECONDS if quick else SECONDS) - (time.monotonic() - started)
     kept = _Kept(path, node, topology, force=force)
     ranks = tune_ranks.ranks_of(place, max(world_sizes), device)
-    _measure(ranks, groups, chosen, plan_of(sizes, seconds, quick=quick), kept.add)
+    _measure(ranks, groups, chosen, plan_of(sizes, seconds, quick=quick), kept.add, registered)
     if kept.profile is None:
         raise typer.Exit(1)
     typer.echo(_last_line(path, kept.profile, time.monotonic() - started))
@@ -223,8 +225,11 @@ def _measure(
     transport: str,
     plan: Plan,
     keep: Callable[[Entry], None],
+    registered_pool: int | None,
 ) -> None:
     """Each group's entry to ``keep``; a bar on stderr tells how far it is when a person watches.
+
+    ``registered_pool``: with which UB is measured, in bytes; None: it is not.
 
     Raises:
         typer.Exit: a strategy's answer was wrong.
@@ -258,6 +263,7 @@ def _measure(
                     versions,
                     lambda text, share: progress.update(task, description=text, completed=share),
                     keep,
+                    registered_pool=registered_pool,
                 )
         except (WrongAnswerError, *FAILURES) as error:
             typer.echo(f"error: {in_a_line(error)}", err=True)
@@ -272,10 +278,19 @@ def _report(entry: Entry, topology: NodeTopology | None) -> str:
     from llm_allreduce_plugin.selection.policy import describe_ranges
 
     lines = [f"#\n# {entry}, over {entry.topology_class.in_words}: us per call, the fastest marked"]
-    lines += _times(("ONESHOT", "TWOSHOT"), entry.measured)
+    placed = ("UB",) if entry.registered is not None else ()
+    lines += _times(("ONESHOT", "TWOSHOT", *placed), entry.measured)
     if entry.decides_in_graphs:
         lines.append(f"# in graphs: {describe_ranges(entry.graph)}")
     lines.append(f"# eager: {describe_ranges(entry.eager)}")
+    if (registered := entry.registered) is not None:
+        ranges = registered.graph if entry.decides_in_graphs else registered.eager
+        is_faster = any(found.strategy == "UB" for found in ranges)
+        lines.append(
+            f"# results that may go into registered outputs: {describe_ranges(ranges)}"
+            if is_faster
+            else "# stored straight into registered outputs (UB), results were at no size faster"
+        )
     if (fused := entry.fused) is not None:
         lines.append(f"# with residual and norm behind the sum, in one kernel or in two (rows of {fused.hidden}):")
         lines += _times((ONE_KERNEL, TWO_KERNELS), fused.measured)
@@ -292,18 +307,33 @@ def _report(entry: Entry, topology: NodeTopology | None) -> str:
     return "\n".join(lines)
 
 
-def _times(names: tuple[str, str], rows: Sequence[Measured | FusedMeasured]) -> Iterator[str]:
+def _times(names: Sequence[str], rows: Sequence[Measured | FusedMeasured]) -> Iterator[str]:
     """A table of what was measured; the fastest of each size is marked."""
-    first, second = names
-    yield f"#{'bytes':>12}  {first:>10} {second:>10} in graph   {first:>10} {second:>10} eager"
+    head = " ".join(f"{name:>10}" for name in names)
+    yield f"#{'bytes':>12}  {head} in graph   {head} eager"
     for row in rows:
-        cells = []
+        sides = []
         for times in (row.graph_us, row.eager_us):
             best = min(times.values(), default=None)
-            for name in names:
-                value = {str(key): time_us for key, time_us in times.items()}.get(name)
-                cells.append("-" if value is None else f"{value:.2f}{'*' if value == best else ' '}")
-        yield f"{row.bytes:>13}  {cells[0]:>10} {cells[1]:>10}            {cells[2]:>10} {cells[3]:>10}"
+            by_name = {str(key): time_us for key, time_us in times.items()}
+            cells = [
+                "-" if (value := by_name.get(name)) is None else f"{value:.2f}{'*' if value == best else ' '}"
+                for name in names
+            ]
+            sides.append(" ".join(f"{cell:>10}" for cell in cells))
+        yield f"{row.bytes:>13}  {sides[0]}            {sides[1]}"
+
+
+def _registered_pool(config: AllReduceConfig, device: str) -> int | None:
+    """Registered memory that the settings ask for, in bytes, with which UB is measured; None: they do not."""
+    from llm_allreduce_plugin.algorithms.user_buffer import DEFAULT_CPU_POOL_BYTES, DEFAULT_GPU_POOL_BYTES
+    from llm_allreduce_plugin.config import AllReduceStrategy
+
+    if config.registered_pool is not None:
+        return int(config.registered_pool)
+    if config.allreduce_strategy is not AllReduceStrategy.UB:
+        return None
+    return DEFAULT_CPU_POOL_BYTES if device == "cpu" else DEFAULT_GPU_POOL_BYTES
 
 
 def _in_words(found: FusedRange) -> Range:

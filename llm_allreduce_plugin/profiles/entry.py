@@ -14,6 +14,8 @@ from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 # The kernels of the exact class. A profile that names anything else is not valid, so no profile can change bits.
 Kernel = Literal["ONESHOT", "TWOSHOT"]
+# Those, and the one that stores results into registered outputs, for where there are such.
+Placing = Literal["ONESHOT", "TWOSHOT", "UB"]
 # One kernel for a sum and the norm behind it, or two (``ONE_KERNEL``, ``TWO_KERNELS``).
 Runs = Literal["fused", "then-norm"]
 
@@ -31,6 +33,13 @@ class ProfileRange(Frozen):
     strategy: Kernel
 
 
+class RegisteredRange(Frozen):
+    """The same of messages whose results may go straight into registered outputs."""
+
+    max_bytes: int | None = Field(ge=0)
+    strategy: Placing
+
+
 class FusedRange(Frozen):
     """Messages up to ``max_bytes`` per rank (None: all larger ones), with a norm behind the sum, run as ``runs``."""
 
@@ -42,8 +51,8 @@ class Measured(Frozen):
     """Microseconds per call of every strategy at one size; those that had become far slower are left out."""
 
     bytes: int = Field(ge=1)
-    graph_us: dict[Kernel, float] = Field(default_factory=dict)
-    eager_us: dict[Kernel, float] = Field(default_factory=dict)
+    graph_us: dict[Placing, float] = Field(default_factory=dict)
+    eager_us: dict[Placing, float] = Field(default_factory=dict)
 
 
 class FusedMeasured(Frozen):
@@ -55,7 +64,7 @@ class FusedMeasured(Frozen):
     eager_us: dict[Runs, float] = Field(default_factory=dict)
 
 
-def _check_ranges(name: str, ranges: Sequence[ProfileRange | FusedRange]) -> None:
+def _check_ranges(name: str, ranges: Sequence[ProfileRange | RegisteredRange | FusedRange]) -> None:
     """Raise ValueError unless limits rise and the last range, alone, has none."""
     limits = [found.max_bytes for found in ranges]
     bounded = [limit for limit in limits[:-1] if limit is not None]
@@ -65,6 +74,26 @@ def _check_ranges(name: str, ranges: Sequence[ProfileRange | FusedRange]) -> Non
     if bounded != sorted(set(bounded)):
         message = f"{name}: max_bytes must rise, not {bounded}"
         raise ValueError(message)
+
+
+class RegisteredEntry(Frozen):
+    """Where results go straight into registered outputs, of messages for which they may.
+
+    All others, and those sizes for which this does not say UB, go by the ranges of the entry itself.
+
+    Attributes:
+        graph: ranges by the times in CUDA graphs.
+        eager: ranges by the times of eager calls.
+    """
+
+    graph: tuple[RegisteredRange, ...]
+    eager: tuple[RegisteredRange, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_ranges("graph", self.graph)
+        _check_ranges("eager", self.eager)
+        return self
 
 
 class FusedEntry(Frozen):
@@ -106,6 +135,7 @@ class Entry(Frozen):
         eager: ranges by the times of eager calls.
         measured: the times behind them.
         fused: the same of sums with a norm behind them; None: nothing fused was measured.
+        registered: where there are registered outputs; None: UB was not measured.
     """
 
     world_size: int = Field(ge=2)
@@ -122,6 +152,7 @@ class Entry(Frozen):
     eager: tuple[ProfileRange, ...]
     measured: tuple[Measured, ...]
     fused: FusedEntry | None = None
+    registered: RegisteredEntry | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -159,12 +190,16 @@ class Entry(Frozen):
         """Those that decide, as the policy takes them."""
         ranges = self.graph if self.decides_in_graphs else self.eager
         fused: Sequence[FusedRange] = ()
+        registered: Sequence[RegisteredRange] = ()
         if self.fused is not None:
             fused = self.fused.graph if self.decides_in_graphs else self.fused.eager
+        if self.registered is not None:
+            registered = self.registered.graph if self.decides_in_graphs else self.registered.eager
         return TunedRanges(
             self.element_bytes,
             tuple(Range(found.max_bytes, found.strategy) for found in ranges),
             tuple(Range(found.max_bytes, found.runs) for found in fused),
+            tuple(Range(found.max_bytes, found.strategy) for found in registered),
         )
 
     def __str__(self) -> str:

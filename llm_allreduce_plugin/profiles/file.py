@@ -18,8 +18,9 @@ from llm_allreduce_plugin.profiles.entry import Entry, Frozen
 from llm_allreduce_plugin.topology.identity import NodeIdentity
 
 SCHEMA = "llm-allreduce tuning profile"
-# 1: without `fused`, which says nothing then. 1, 2: without `hosts`, of which there is one then. Written is the newest.
-READABLE_VERSIONS = (1, 2, 3)
+# 1: without `fused`, which says nothing then. 1, 2: without `hosts`, of which there is one then. 1 to 3: without
+# `registered`, which says nothing then. Written is the newest.
+READABLE_VERSIONS = (1, 2, 3, 4)
 SCHEMA_VERSION = READABLE_VERSIONS[-1]
 LOCK_TIMEOUT_S = 60.0
 _MOST_FAULTS = 3  # that an error names
@@ -29,7 +30,7 @@ class Profile(Frozen):
     """All entries of one node."""
 
     schema_name: Literal["llm-allreduce tuning profile"] = Field(default="llm-allreduce tuning profile", alias="schema")
-    schema_version: Literal[1, 2, 3] = 3
+    schema_version: Literal[1, 2, 3, 4] = 4
     device: Literal["cuda", "cpu"]
     gpu: str = Field(description="name of the GPUs, or of the CPU")
     architecture: int | None
@@ -83,8 +84,10 @@ def _block(fields: dict[str, Any], indent: str) -> str:
     rows = ",\n".join(f"{indent}  {json.dumps(row)}" for row in fields.pop("measured"))
     lines = []
     for name, value in fields.items():
+        if name in {"fused", "registered"} and value is None:
+            continue
         if name == "fused":
-            lines += [] if value is None else [f'{indent} "fused":\n{_block(value, indent + "  ")}']
+            lines.append(f'{indent} "fused":\n{_block(value, indent + "  ")}')
         else:
             lines.append(f"{indent} {json.dumps(name)}: {json.dumps(value)}")
     lines.append(f'{indent} "measured": [\n{rows}\n{indent} ]')

@@ -180,7 +180,8 @@ def describe(config: AllReduceConfig, facts: GroupFacts, dtype: str = "bfloat16"
     element = ELEMENT_BYTES[dtype]
     steps: list[tuple[int, str]] = []
     largest = 1 << 30
-    ranges = table_of(config, facts, element).ranges
+    registered = tables.registered_table_of(facts, element)
+    ranges = (*table_of(config, facts, element).ranges, *(registered.ranges if registered else ()))
     limits = {min(found.max_bytes, largest) for found in ranges if found.max_bytes}
     if staging.refusal(config, facts) is None:
         limits.add(facts.world_size * measured.STAGED_ABOVE_STAGE_BYTES)

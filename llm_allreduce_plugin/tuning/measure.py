@@ -8,17 +8,26 @@ from collections.abc import Callable, Sequence
 
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Range
+from llm_allreduce_plugin.algorithms.user_buffer import sizes_placed
 from llm_allreduce_plugin.bench import compare, worker
 from llm_allreduce_plugin.bench.candidates import OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison
-from llm_allreduce_plugin.config import NO_PROFILE
+from llm_allreduce_plugin.config import NO_PROFILE, AllReduceConfig
 from llm_allreduce_plugin.measure.ranks import Ranks
-from llm_allreduce_plugin.profiles.entry import Entry, FusedEntry, Measured, ProfileRange
+from llm_allreduce_plugin.profiles.entry import (
+    Entry,
+    FusedEntry,
+    Measured,
+    ProfileRange,
+    RegisteredEntry,
+    RegisteredRange,
+)
 from llm_allreduce_plugin.tuning.fused import FusedTuner
 from llm_allreduce_plugin.tuning.plan import Group, Plan, WrongAnswerError
 from llm_allreduce_plugin.tuning.search import SizeSearch
 
 KERNELS = ("ONESHOT", "TWOSHOT")
+PLACING = "UB"  # measured, too, where the group has registered memory
 # A strategy that was this much slower than the fastest at two sizes running is not measured at larger ones.
 HOPELESS = 2.0
 ALIGNMENT = 64  # bytes: sizes that are tried between powers of two are multiples
@@ -27,34 +36,51 @@ ALIGNMENT = 64  # bytes: sizes that are tried between powers of two are multiple
 class GroupTuner:
     """Measures one group on a pool of ranks.
 
+    Args:
+        pool: the ranks.
+        group: of them.
+        plan: sizes and effort.
+        told: is given what is being done.
+        places: the group has registered memory, and UB is one of the candidates.
+
     Raises:
         WrongAnswerError: from every call that measures, when a strategy's answer is wrong.
     """
 
-    def __init__(self, pool: Ranks, group: Group, plan: Plan, told: Callable[[str], None]) -> None:
+    def __init__(
+        self, pool: Ranks, group: Group, plan: Plan, told: Callable[[str], None], *, places: bool = False
+    ) -> None:
         self._pool = pool
         self._group = group
         self._plan = plan
         self._told = told
-        self._search = SizeSearch(ALIGNMENT)
+        self._names = (*KERNELS, PLACING) if places else KERNELS
+        self._search = SizeSearch(ALIGNMENT)  # of those that need no registered outputs
+        self._with_registered = SizeSearch(ALIGNMENT)  # of all
         self._element = ELEMENT_BYTES[group.dtype]
 
     def sweep(self) -> None:
         """Every size of the plan, from the smallest on."""
+        # Not UB: what it adds to small messages says nothing of large ones. Nor do the others go by it, for they are
+        # what runs where outputs are not registered.
         behind: dict[str, int] = dict.fromkeys(KERNELS, 0)
         for size in self._plan.sizes:
-            found = self._measure(size, tuple(name for name in KERNELS if behind[name] < 2))  # noqa: PLR2004
+            names = tuple(name for name in self._names if behind.get(name, 0) < 2)  # noqa: PLR2004
+            found = self._measure(size, names).only(KERNELS)
             times = found.graph_us or found.eager_us
             for name, time_us in times.items():
                 behind[name] = behind[name] + 1 if time_us > HOPELESS * min(times.values()) else 0
 
     def refine(self, until: float) -> None:
         """Halve the intervals in which the strategy changes, the widest first, until they are small or time is up."""
-        while time.monotonic() < until and (size := self._search.next_size()) is not None:
-            self._measure(size, KERNELS)
+        while time.monotonic() < until:
+            size = self._search.next_size() or self._with_registered.next_size()
+            if size is None:
+                return
+            self._measure(size, self._names)
 
     def strategy_at(self, size: int) -> str:
-        """The strategy that decides for a size, by what was measured so far."""
+        """The strategy that decides for a size without registered outputs, by what was measured so far."""
         return self._search.choice_at(size)
 
     def _measure(self, size: int, names: tuple[str, ...]) -> Comparison:
@@ -74,7 +100,9 @@ class GroupTuner:
                     f"{name} gave {wrong} wrong elements of {size} bytes ({self._group}): no entry is written for them"
                 )
                 raise WrongAnswerError(message)
-        self._search.add(found)
+        self._search.add(found.only(KERNELS))
+        if PLACING in self._names:
+            self._with_registered.add(found)
         return found
 
     def entry(self, facts: GroupFacts, environment: dict[str, str], fused: FusedEntry | None) -> Entry:
@@ -97,15 +125,29 @@ class GroupTuner:
             eager=_profile_ranges(eager),
             measured=tuple(
                 Measured.model_validate({"bytes": row.bytes, "graph_us": row.graph_us, "eager_us": row.eager_us})
-                for row in self._search.rows
+                for row in (self._with_registered.rows or self._search.rows)
             ),
             fused=fused,
+            registered=self._registered(),
         )
+
+    def _registered(self) -> RegisteredEntry | None:
+        """What goes into the profile of registered outputs; None: UB took no size that was measured."""
+        if not any(PLACING in row.eager_us for row in self._with_registered.rows):
+            return None
+        graph, eager = self._with_registered.ranges()
+        return RegisteredEntry(graph=_registered_ranges(graph), eager=_registered_ranges(eager))
 
 
 def _profile_ranges(ranges: Sequence[Range]) -> tuple[ProfileRange, ...]:
     return tuple(
         ProfileRange.model_validate({"max_bytes": found.max_bytes, "strategy": found.strategy}) for found in ranges
+    )
+
+
+def _registered_ranges(ranges: Sequence[Range]) -> tuple[RegisteredRange, ...]:
+    return tuple(
+        RegisteredRange.model_validate({"max_bytes": found.max_bytes, "strategy": found.strategy}) for found in ranges
     )
 
 
@@ -117,6 +159,8 @@ def tune(
     environment: dict[str, str],
     told: Callable[[str, float], None],
     kept: Callable[[Entry], None],
+    *,
+    registered_pool: int | None = None,
 ) -> dict[Group, str]:
     """Measure all ``groups`` on a pool that is as large as the largest of them.
 
@@ -132,6 +176,7 @@ def tune(
         told: is given what is being done, and how much of all is done (0 to 1).
         kept: is given the entry of each group when that has been measured, so that what ends the run later costs
             only the group that it meets.
+        registered_pool: registered memory of each rank, in bytes, with which UB is measured, too; None: there is none.
 
     Returns:
         For groups that cannot run kernels, why.
@@ -142,10 +187,12 @@ def tune(
     started = time.monotonic()
     refused: dict[Group, str] = {}
     pool.run(compare.form_groups, tuple(sorted({group.world_size for group in groups})))
-    settings = OurSettings(transport=transport, tuning_profile=NO_PROFILE)
+    settings = OurSettings(transport=transport, tuning_profile=NO_PROFILE, registered_pool=registered_pool)
+    config = AllReduceConfig(registered_pool=registered_pool)
     for done, group in enumerate(groups):
         members = list(range(group.world_size))
-        facts, obstacle = pool.run(compare.open_kernels, group.world_size, KERNELS, settings, ranks=members)[0]
+        names = (*KERNELS, PLACING)
+        facts, obstacle = pool.run(compare.open_kernels, group.world_size, names, settings, ranks=members)[0]
         if obstacle:
             refused[group] = obstacle
         else:
@@ -157,7 +204,7 @@ def tune(
                 within = min(0.95, steps / (1.5 * len(plan.sizes) + 6))
                 told(text, (done + within) / len(groups))
 
-            tuner = GroupTuner(pool, group, plan, step)
+            tuner = GroupTuner(pool, group, plan, step, places=sizes_placed(config, facts) is not None)
             tuner.sweep()
             # What is left, shared among the groups to come, which have their sweeps to do first.
             now = time.monotonic()

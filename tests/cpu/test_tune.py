@@ -11,11 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from llm_allreduce_plugin import ConfigError
+from llm_allreduce_plugin import AllReduceConfig, ConfigError
 from llm_allreduce_plugin.bench import compare, norm_compare, worker
 from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison, Effort
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.cli import tune as tune_command
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed
 from llm_allreduce_plugin.profiles import file as profiles
@@ -26,7 +27,8 @@ from llm_allreduce_plugin.tuning.measure import KERNELS
 from llm_allreduce_plugin.tuning.plan import WrongAnswerError
 from tests.conftest import PoolFor
 from tests.support import checks, norm_checks
-from tests.support.profiles import CHANGING, cpu_entry, fused
+from tests.support.profiles import CHANGING, cpu_entry, fused, registered
+from tests.support.reference import assert_same_bits, rank_ordered_sum
 
 RUNNER = CliRunner()
 
@@ -61,6 +63,8 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert {1024, 4096, 16384, 65536} <= {row.bytes for row in made.measured}
     assert all(time > 0 for row in made.measured for time in row.eager_us.values())
     assert made.environment["torch"] == torch.__version__
+    assert made.registered is None
+    assert all(set(row.eager_us) <= set(KERNELS) for row in made.measured)
     assert made.fused is not None
     assert made.fused.hidden == 8192
     assert {16384, 65536} <= {row.bytes for row in made.fused.measured}
@@ -72,6 +76,55 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert f"these sizes come from profile {path}, measured {made.date[:10]} in eager calls" in lines
     assert f"(profile {path}, measured" in reason
     assert (others, same) == ([], reason), "ranks decide alike, and one of them says so"
+
+
+def test_tune_measures_registered_outputs_where_there_are_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of messages that fit: a quarter of the pool."""
+    path = tmp_path / "profile.json"
+    monkeypatch.setattr(tune_command, "QUICK_SECONDS", 1.0)
+    monkeypatch.setenv("LLM_ALLREDUCE_REGISTERED_POOL", "64K")
+    flags = ["--cpu", "--quick", "--tp", "2", "-b", "1K", "-e", "64K", "--output", str(path)]
+    result = RUNNER.invoke(app, ["tune", *flags])
+    assert result.exit_code == 0, result.output
+    (made,) = profiles.read(path).entries
+    assert made.registered is not None
+    assert all(("UB" in row.eager_us) == (row.bytes <= 16 << 10) for row in made.measured)
+    assert "registered outputs" in result.output
+
+
+def test_tune_has_the_registered_memory_that_the_settings_ask_for() -> None:
+    pool = tune_command._registered_pool
+    assert pool(AllReduceConfig(), "cuda") is None
+    assert pool(AllReduceConfig(registered_pool="1M"), "cuda") == 1 << 20
+    assert pool(AllReduceConfig(allreduce_strategy="UB"), "cuda") == 512 << 20
+    assert pool(AllReduceConfig(allreduce_strategy="ub"), "cpu") == 16 << 20
+    assert pool(AllReduceConfig(allreduce_strategy="UB", registered_pool=0), "cpu") == 0
+
+
+def _by_profile(context: RankContext, strategy: str, path: str) -> tuple[list[dict[str, int]], str]:
+    """What calls are counted as: into fresh outputs, registered ones and others; all with the same bits."""
+    counted = []
+    inputs = [torch.randn(4096, generator=torch.Generator().manual_seed(rank)) for rank in range(context.world_size)]
+    mine, expected = inputs[context.rank], rank_ordered_sum(inputs)
+    with checks.communicator(context, strategy, tuning_profile=path, registered_pool="1M") as group:
+        for out in (None, group.registered_empty((4096,), torch.float32), torch.empty(4096)):
+            before = group.report()["calls"]
+            assert_same_bits(group.all_reduce(mine, out), expected, strategy)
+            calls = group.report()["calls"]
+            counted.append({name: count - before.get(name, 0) for name, count in calls.items()})
+        return counted, group.explain((4096,), torch.float32).reason
+
+
+@pytest.mark.parametrize("strategy", ["AUTO", "MINLATENCY"])
+def test_a_profile_places_registered_outputs_alone(cpu_pool: PoolFor, tmp_path: Path, strategy: str) -> None:
+    path = tmp_path / "profile.json"
+    made = cpu_entry(2, eager=((None, "ONESHOT"),), registered=registered(((8192, "TWOSHOT"), (None, "UB"))))
+    profiles.store(path, NodeIdentity.of_cpu(), [made])
+    answers = cpu_pool(2).run(_by_profile, strategy, str(path))
+    placed, pushed = ("UB", "ONESHOT") if strategy == "AUTO" else ("MINLATENCY (place)", "MINLATENCY")
+    for counted, reason in answers:
+        assert counted == [{placed: 1}, {placed: 1}, {placed: 0, pushed: 1}]
+        assert "16 KiB are more than 8 KiB, where results stored into registered outputs were fastest" in reason
 
 
 def test_what_ends_a_run_costs_one_group_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,17 +41,22 @@ def config(strategy: str, **settings: object) -> AllReduceConfig:
     return AllReduceConfig(allreduce_strategy=strategy, **settings)  # type: ignore[arg-type]
 
 
-any_ranges = st.lists(
-    st.tuples(st.integers(0, 1 << 34), st.sampled_from(("ONESHOT", "TWOSHOT"))), max_size=8, unique_by=lambda x: x[0]
-).flatmap(
-    lambda steps: st.sampled_from(("ONESHOT", "TWOSHOT")).map(
-        lambda last: (*(Range(*step) for step in sorted(steps)), Range(None, last))
+def ranges_among(*names: str) -> st.SearchStrategy[tuple[Range, ...]]:
+    """Any table that names these."""
+    steps = st.tuples(st.integers(0, 1 << 34), st.sampled_from(names))
+    return st.builds(
+        lambda limited, last: (*(Range(*step) for step in sorted(limited)), Range(None, last)),
+        st.lists(steps, max_size=8, unique_by=lambda step: step[0]),
+        st.sampled_from(names),
     )
-)
+
+
+any_ranges = ranges_among("ONESHOT", "TWOSHOT")
+any_registered_ranges = ranges_among("ONESHOT", "TWOSHOT", "UB")
 any_tuned = st.none() | st.builds(
     lambda ranges: Tuned("a profile", tuple(ranges)),
     st.lists(
-        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges),
+        st.builds(TunedRanges, st.sampled_from((2, 4)), any_ranges, registered=st.just(()) | any_registered_ranges),
         min_size=1,
         max_size=2,
         unique_by=lambda found: found.element_bytes,

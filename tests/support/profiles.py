@@ -40,6 +40,15 @@ def fused(graph: Ranges = ((1 << 20, "fused"), (None, "then-norm")), eager: Rang
     }
 
 
+def registered(graph: Ranges, eager: Ranges | None = None) -> dict[str, Any]:
+    """What an entry may say of registered outputs."""
+
+    def ranges(given: Ranges) -> list[dict[str, Any]]:
+        return [{"max_bytes": limit, "strategy": strategy} for limit, strategy in given]
+
+    return {"graph": ranges(graph), "eager": ranges(graph if eager is None else eager)}
+
+
 def entry(graph: Any = ((None, "ONESHOT"),), eager: Any = ((None, "TWOSHOT"),), **fields: Any) -> Entry:
     """An entry for 4 ranks over NVSwitch, in band, unless ``fields`` say otherwise."""
 

@@ -19,7 +19,7 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.group.capabilities import cpu_facts
 from llm_allreduce_plugin.oracle import CODECS
-from llm_allreduce_plugin.profiles.entry import Kernel
+from llm_allreduce_plugin.profiles.entry import Kernel, Placing
 from llm_allreduce_plugin.runtime.tally import Made, Tally
 from llm_allreduce_plugin.selection.policy import decide, describe, uses_table
 from llm_allreduce_plugin.selection.sweep import sweep
@@ -134,6 +134,8 @@ def test_tables_and_profiles_name_the_same_kernels() -> None:
         if isinstance(strategy, TableStrategy):
             assert set(strategy.among) == set(get_args(Kernel))
             assert {kernel.numerics for kernel in strategy.among.values()} == {strategy.numerics}
+            assert STRATEGIES[S.UB].numerics is strategy.numerics
+    assert set(get_args(Placing)) == {*get_args(Kernel), S.UB}
 
 
 def test_a_wire_format_is_known_everywhere_by_its_name() -> None:

@@ -19,10 +19,13 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
 from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES, FLAGGED_GPU_WORKSPACE_BYTES
+from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.selection.sweep import LARGEST_BYTES, SMALLEST_BYTES, name_of, size_text, sweep
+from llm_allreduce_plugin.topology import NodeIdentity
 from llm_allreduce_plugin.topology.links import Transport
+from tests.support.profiles import cpu_entry, registered
 
 FOLDER = Path(__file__).parents[2] / "configs" / "topologies"
 FILES = sorted(FOLDER.glob("*.json"))
@@ -200,6 +203,24 @@ def test_settings_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch)
     code, output = run("--topology", H200)
     assert code == 2
     assert "LLM_ALLREDUCE_TRANSPORT='pigeon'" in " ".join(output.replace("│", " ").split())
+
+
+def test_registered_outputs_that_a_profile_chooses_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only where the settings ask for registered memory; what else runs stands beside it."""
+    said = registered(((8192, "TWOSHOT"), (None, "UB")))
+    profile = store(tmp_path / "profile.json", NodeIdentity.of_cpu(), [cpu_entry(2, registered=said)])
+    assert profile.entries
+    monkeypatch.setenv("LLM_ALLREDUCE_TUNING_PROFILE", str(tmp_path / "profile.json"))
+    arguments = ("--cpu", "--tp", "2", "--bytes", "16K")
+    before = explained(*arguments)["decision"]
+    assert before["launch"]["exchange"] == "FLAGS"
+    monkeypatch.setenv("LLM_ALLREDUCE_REGISTERED_POOL", "1M")
+    decision = explained(*arguments)["decision"]
+    assert (decision["strategy"], decision["launch"]["exchange"]) == ("UB", "PLACE")
+    assert decision["reason"].startswith(
+        "16 KiB are more than 8 KiB, where results stored into registered outputs were fastest (profile "
+    )
+    assert explained("--cpu", "--tp", "2", "--bytes", "8K")["decision"]["strategy"] == before["strategy"]
 
 
 def test_what_is_assumed_is_said() -> None:

@@ -23,7 +23,7 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.profiles.entry import Entry
 from llm_allreduce_plugin.profiles.file import SCHEMA_VERSION, Profile, read, store
 from llm_allreduce_plugin.topology.links import Transport
-from tests.support.profiles import entry, fused, node
+from tests.support.profiles import cpu_entry, entry, fused, node, registered
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 H200 = node("NVIDIA H200")
@@ -40,6 +40,17 @@ any_fused_ranges = st.tuples(
     limits, st.sampled_from(("fused", "then-norm")), st.sampled_from(("fused", "then-norm"))
 ).map(lambda drawn: [(bound, drawn[1]) for bound in drawn[0]] + [(None, drawn[2])])
 
+placing = st.sampled_from(("ONESHOT", "TWOSHOT", "UB"))
+
+
+@st.composite
+def any_registered(draw: st.DrawFn) -> dict[str, Any]:
+    def ranges() -> list[dict[str, Any]]:
+        return [{"max_bytes": bound, "strategy": draw(placing)} for bound in (*draw(limits), None)]
+
+    return {"graph": ranges(), "eager": ranges()}
+
+
 any_entry = st.builds(
     lambda graph, eager, measured, **fields: entry(graph=graph, eager=eager, measured=measured, **fields),
     graph=any_ranges(),
@@ -48,8 +59,8 @@ any_entry = st.builds(
         st.fixed_dictionaries(
             {
                 "bytes": st.integers(1, 1 << 34),
-                "graph_us": st.dictionaries(st.sampled_from(("ONESHOT", "TWOSHOT")), st.floats(0.1, 1e6)),
-                "eager_us": st.dictionaries(st.sampled_from(("ONESHOT", "TWOSHOT")), st.floats(0.1, 1e6)),
+                "graph_us": st.dictionaries(placing, st.floats(0.1, 1e6)),
+                "eager_us": st.dictionaries(placing, st.floats(0.1, 1e6)),
             }
         ),
         max_size=4,
@@ -60,6 +71,7 @@ any_entry = st.builds(
     in_band=st.booleans(),
     dtype=st.text(max_size=8),
     fused=st.none() | st.builds(fused, any_fused_ranges, any_fused_ranges),
+    registered=st.none() | any_registered(),
 )
 
 
@@ -128,12 +140,13 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     path = written(tmp_path)
     entries = json.loads(path.read_text())["entries"]
     assert fault(changed(path, schema_version=SCHEMA_VERSION + 1)) == (
-        "its schema version is 4, and this package reads 1 to 3 (written by a newer version of this package)"
+        "its schema version is 5, and this package reads 1 to 4 (written by a newer version of this package)"
     )
     assert fault(changed(path, schema="something else")) == "it is no tuning profile"
     for wrong, text in (
         ([{"max_bytes": None, "strategy": "LOWPRECISION"}], "entries.0.graph.0.strategy: Input should be 'ONESHOT' or"),
         ([{"max_bytes": None, "strategy": "NCCL"}], "entries.0.graph.0.strategy: Input should be"),
+        ([{"max_bytes": None, "strategy": "UB"}], "entries.0.graph.0.strategy: Input should be 'ONESHOT' or 'TWOSHOT'"),
         ([{"max_bytes": 7, "strategy": "ONESHOT"}], "the last range, and no other, has max_bytes null"),
         ([], "the last range, and no other, has max_bytes null"),
         (
@@ -187,6 +200,42 @@ def test_profiles_of_the_first_version_still_load(tmp_path: Path) -> None:
     assert [(found.max_bytes, found.strategy) for found in two.ranges().fused] == [
         (1 << 20, "fused"), (None, "then-norm"),
     ]  # fmt: skip
+
+
+def test_profiles_of_the_third_version_still_load(tmp_path: Path) -> None:
+    """They say nothing of registered outputs."""
+    path = written(tmp_path, fused=fused())
+    document = json.loads(path.read_text())
+    assert "registered" not in document["entries"][0]
+    changed(path, schema_version=3)
+    (old,) = read(path).entries
+    assert old.registered is None
+    assert old.ranges().registered == ()
+    assert old.fused is not None
+
+
+def test_what_is_said_of_registered_outputs_is_kept_and_decides(tmp_path: Path) -> None:
+    in_graphs, eager = ((1 << 20, "ONESHOT"), (None, "UB")), ((None, "TWOSHOT"),)
+    path = written(tmp_path, registered=registered(in_graphs, eager))
+    (made,) = read(path).entries
+    assert [(found.max_bytes, found.strategy) for found in made.ranges().registered] == list(in_graphs)
+    of_cpu = cpu_entry(2, registered=registered(in_graphs, eager))
+    assert [(found.max_bytes, found.strategy) for found in of_cpu.ranges().registered] == list(eager)
+
+
+def test_what_is_wrong_about_registered_outputs_is_named(tmp_path: Path) -> None:
+    for graph, text in (
+        (((None, "NCCL"),), "entries.0.registered.graph.0.strategy: Input should be 'ONESHOT', 'TWOSHOT' or 'UB'"),
+        (((7, "UB"),), "graph: the last range, and no other, has max_bytes null"),
+        (((9, "UB"), (8, "TWOSHOT"), (None, "UB")), "graph: max_bytes must rise, not [9, 8]"),
+    ):
+        path = written(tmp_path)
+        entries = json.loads(path.read_text())["entries"]
+        entries[0]["registered"] = registered(graph, ((None, "UB"),))
+        with pytest.raises(ProfileError) as caught:
+            read(changed(path, entries=entries))
+        assert text in caught.value.reason
+        path.unlink()
 
 
 def test_entries_of_other_groups_are_kept_and_the_same_replaced(tmp_path: Path) -> None:

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
-from llm_allreduce_plugin.algorithms.user_buffer import memory_in_words, pool_bytes
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
+from llm_allreduce_plugin.algorithms.user_buffer import memory_in_words, pool_bytes, sizes_placed
 from llm_allreduce_plugin.group.start_log import log_start
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
-from tests.support.group_facts import config, facts
+from tests.support.group_facts import any_facts, config, facts
 
 S = AllReduceStrategy
 MIB = 1 << 20
@@ -133,6 +135,88 @@ def test_tables_choose_it_only_where_it_was_measured(strategy: str, monkeypatch:
     ):
         assert other.launch is not None
         assert other.launch.exchange is Exchange.PUSH
+
+
+PROFILE = (Range(MIB, "ONESHOT"), Range(8 * MIB, "UB"), Range(16 * MIB, "TWOSHOT"), Range(None, "UB"))
+
+
+def tuned(group: GroupFacts, registered: tuple[Range, ...] = PROFILE) -> GroupFacts:
+    """With a profile, by which all that is not placed takes one step."""
+    said = TunedRanges(2, (Range(None, "ONESHOT"),), registered=registered)
+    return dataclasses.replace(group, tuned=Tuned("a profile", (said,)))
+
+
+@pytest.mark.parametrize("strategy", ["AUTO", "MINLATENCY"])
+def test_a_profile_chooses_it_for_registered_outputs_alone(strategy: str) -> None:
+    """Where it does not say so, or the output is another, the other table decides."""
+    group, with_pool = tuned(facts(4, in_band=True)), config(strategy, registered_pool="512MiB")
+    for size in (2 * MIB, 8 * MIB, 32 * MIB):
+        for registered in (None, True):
+            decision = decide(with_pool, group, size // 2, "bfloat16", registered_output=registered)
+            assert decision.launch is not None
+            assert decision.launch.exchange is Exchange.PLACE
+            assert decision.strategy == ("UB" if strategy == "AUTO" else "MINLATENCY")
+            assert "where results stored into registered outputs were fastest (a profile)" in decision.reason
+            assert not decision.is_fallback
+            assert decision.numerics == decide(config("TWOSHOT"), group, size // 2, "bfloat16").numerics
+    for settings_, of, size, registered in (
+        (with_pool, group, MIB, True),
+        (with_pool, group, 16 * MIB, True),
+        (with_pool, group, 2 * MIB, False),
+        (with_pool, group, 256 * MIB, True),  # more than a quarter of the pool
+        (config(strategy), group, 2 * MIB, None),
+        (with_pool, tuned(facts(4, in_band=True), ()), 2 * MIB, True),
+        (with_pool, tuned(facts(2, in_band=True)), 2 * MIB, True),  # one step
+        (with_pool, tuned(dataclasses.replace(group, no_pool_reason="a test says so")), 2 * MIB, None),
+        (with_pool, tuned(dataclasses.replace(group, hosts=(0, 0, 1, 1), fabric=True)), 2 * MIB, True),
+    ):
+        other = decide(settings_, of, size // 2, "bfloat16", registered_output=registered)
+        assert other.launch is not None
+        assert (other.launch.algorithm, other.launch.exchange) == (Algorithm.ONE_SHOT, Exchange.PUSH)
+        assert "like all sizes, where one step beats two (a profile)" in other.reason
+        assert other.strategy == ("ONESHOT" if strategy == "AUTO" else "MINLATENCY")
+
+
+def test_a_setting_comes_before_what_a_profile_says_of_registered_outputs() -> None:
+    group = tuned(facts(4, in_band=True))
+    asked = config("AUTO", registered_pool="512MiB", one_shot_max_bytes=1024)
+    assert decide(asked, group, MIB, "bfloat16").strategy is S.TWOSHOT
+
+
+def test_what_speaks_against_it_is_the_profile() -> None:
+    """And the log names every size at which it changes."""
+    group, with_pool = tuned(facts(4, in_band=True)), config("AUTO", registered_pool="512MiB")
+    passed_over = {found.strategy: found.reason for found in decide(with_pool, group, 6 * MIB, "bfloat16").passed_over}
+    assert passed_over[S.UB] == (
+        "12 MiB are within 16 MiB and more than 8 MiB, where results travel faster through slots (a profile)"
+    )
+    said = describe(with_pool, group)
+    assert said == "ONESHOT to 1 MiB, UB to 8 MiB, ONESHOT to 16 MiB, UB to 128 MiB, then ONESHOT"
+
+
+@given(
+    any_facts, st.sampled_from(["AUTO", "MINLATENCY"]), st.integers(0, 1 << 28), st.sampled_from([None, True, False])
+)
+def test_no_profile_places_where_there_is_no_memory(
+    group: GroupFacts, strategy: str, count: int, registered: bool | None
+) -> None:
+    for settings_ in (config(strategy), config(strategy, registered_pool="64MiB")):
+        launch = decide(settings_, group, count, "bfloat16", registered_output=registered).launch
+        if launch is not None and launch.exchange is Exchange.PLACE:
+            assert pool_bytes(settings_, group) > 0
+            assert registered is not False
+            assert 2 * count <= 16 * MIB
+
+
+def test_tuning_measures_what_it_takes_by_name() -> None:
+    assert sizes_placed(config("AUTO", registered_pool="64MiB"), facts(4, in_band=True)) == (4 * MIB, 16 * MIB)
+    assert sizes_placed(config("AUTO", registered_pool="64MiB"), facts(transport=Transport.SHM)) == (0, 16 * MIB)
+    for none in (
+        sizes_placed(config("AUTO"), facts(4, in_band=True)),
+        sizes_placed(config("AUTO", registered_pool="64MiB"), facts(2, in_band=True)),
+        sizes_placed(config("AUTO", registered_pool="64MiB"), facts(transport=Transport.HOST)),
+    ):
+        assert none is None
 
 
 def test_there_is_memory_only_where_it_is_wanted_and_of_use() -> None:
