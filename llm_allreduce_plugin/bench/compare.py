@@ -123,13 +123,17 @@ def open_kernels(
 
         return bind
 
-    made = {name: Candidate(bind_as(name), exact=True, close=group.close) for name in names}
-    if "UB" in made:
-        placed = sizes_placed(group.config, group.facts)
-        if placed is None:
-            del made["UB"]
-        else:
-            made["UB"] = dataclasses.replace(made["UB"], min_bytes=placed[0], max_bytes=placed[1])
+    def bind_placing(input_: torch.Tensor) -> Callable[[], torch.Tensor]:
+        # One output for all calls: captured ones would each keep their own.
+        out = group.registered_empty(tuple(input_.shape), input_.dtype)
+        out.fill_(float("nan"))
+        call = group.call_into_of("UB", input_.numel(), input_.dtype)
+        return lambda: call(input_, out)
+
+    made = {name: Candidate(bind_as(name), exact=True, close=group.close) for name in names if name != "UB"}
+    placed = sizes_placed(group.config, group.facts)
+    if placed is not None and "UB" in names:
+        made["UB"] = Candidate(bind_placing, exact=True, min_bytes=placed[0], max_bytes=placed[1], close=group.close)
     worker.adopt(made)
     return group.facts, _obstacle(group)
 

@@ -32,6 +32,13 @@ from llm_allreduce_plugin.transport.peer import is_by_files
 from llm_allreduce_plugin.transport.peer_visible import PeerVisibleBuffer
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """The same, with its number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 class TensorParallelCommunicator:
     """All-reduces of one tensor-parallel group.
 
@@ -69,9 +76,7 @@ class TensorParallelCommunicator:
             from llm_allreduce_plugin.config import load_config
 
             config = load_config()
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None:
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = _with_index(torch.device(device))
         self.config = config
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
@@ -82,14 +87,7 @@ class TensorParallelCommunicator:
         self._closed = False
 
         self._control_group = control_group or group
-        agreement = Agreement(self._control_group, config.start_timeout_s)
-        try:
-            opened = open_group(agreement, group, self.device, config)
-        except BaseException as error:
-            agreement.give_up(error)
-            raise
-        finally:
-            agreement.close()
+        opened = self._open()
         self.facts = opened.facts
         self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
         self._memory, self._workspace = opened.memory, opened.workspace
@@ -115,20 +113,35 @@ class TensorParallelCommunicator:
             log_start(config, self.facts, self._sizes)
             log_times(opened.times)
             self._planner.log_missing_kernel()
-        self._monitor: Monitor | None = None
+        self._monitor = self._watch()
+
+    def _open(self) -> Opened:
+        """Agree with all ranks, and share memory. Collective."""
+        agreement = Agreement(self._control_group, self.config.start_timeout_s)
+        try:
+            return open_group(agreement, self._group, self.device, self.config)
+        except BaseException as error:
+            agreement.give_up(error)
+            raise
+        finally:
+            agreement.close()
+
+    def _watch(self) -> Monitor | None:
+        """The threads beside the calls; None: there is nothing to watch or to report."""
         counters = metrics.RankCounters.if_wanted()
-        if self._workspace is not None or config.report_dir is not None or counters is not None:
-            this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
-            self._monitor = Monitor(
-                self._workspace,
-                config.report_dir,
-                lambda: owner.report() if (owner := this()) else None,
-                counters,
-                alive=lambda: this() is not None,
-                board=self._board,
-                watchers=self._watchers(),
-                error=None if self._health is None else self._health.error,
-            )
+        if self._workspace is None and self.config.report_dir is None and counters is None:
+            return None
+        this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
+        return Monitor(
+            self._workspace,
+            self.config.report_dir,
+            lambda: owner.report() if (owner := this()) else None,
+            counters,
+            alive=lambda: this() is not None,
+            board=self._board,
+            watchers=self._watchers(),
+            error=None if self._health is None else self._health.error,
+        )
 
     def _join_hosts(self, opened: Opened) -> Between | None:
         """What joins this rank to other hosts, watched."""
@@ -333,6 +346,14 @@ class TensorParallelCommunicator:
             RuntimeError: the strategy cannot run here, with the reason.
         """
         return self._planner.call_of(strategy, count, dtype)
+
+    def call_into_of(self, strategy: str, count: int, dtype: torch.dtype) -> placed_calls.CallInto:
+        """The same into a tensor of :meth:`registered_empty`, which comes second.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, with the reason.
+        """
+        return self._planner.call_into_of(strategy, count, dtype)
 
     def norm_call_of(self, strategy: str, shape: norm_calls.NormShape, *, fused: bool) -> norm_calls.NormCall:
         """The same with a norm behind the sum, in one kernel (``fused``) or in two, whichever is faster.

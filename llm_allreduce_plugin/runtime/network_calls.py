@@ -143,6 +143,56 @@ def _pieces(workspace: _C.Workspace, shape: Shape, index: int) -> list[_Piece]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Travelling:
+    """A piece of which this rank's sums are on their way to other hosts.
+
+    Attributes:
+        piece: of the message.
+        mine: what is sent, which must live until it has been.
+        gathered: of all hosts.
+        work: of torch.
+        began_s: when.
+    """
+
+    piece: _Piece
+    mine: torch.Tensor
+    gathered: torch.Tensor
+    work: dist.Work
+    began_s: float
+
+
+def _set_out(between: Between, piece: _Piece, mine: torch.Tensor, hosts: int) -> _Travelling:
+    """Send what this rank has of a piece to ranks of equal place, and theirs here.
+
+    Raises:
+        PeerTimeoutError: it cannot be sent; naming who is behind it where that is known.
+    """
+    gathered = torch.empty(hosts * mine.numel(), dtype=mine.dtype, device=mine.device)
+    began_s, watch = time.monotonic(), between.watch
+    try:
+        return _Travelling(piece, mine, gathered, between.rail.start(gathered, mine, watch.limit_s), began_s)
+    except RuntimeError as error:
+        raise watch.failed(began_s, str(error)) from error
+
+
+def _arrive(between: Between, travelling: _Travelling) -> None:
+    """Wait for it: on a GPU its stream does.
+
+    Raises:
+        PeerTimeoutError: it has not come.
+    """
+    watch = between.watch
+    try:
+        between.rail.wait(travelling.work, watch.limit_s, watch.raise_error)
+    except RuntimeError as error:
+        raise watch.failed(travelling.began_s, str(error)) from error
+    except BaseException:  # a signal's handler may raise anything
+        if watch.error is None:
+            watch.leave()
+        raise
+
+
 def network_call(
     shape: Shape, workspace: _C.Workspace, between: Between, health: Health, device: torch.device, name: str
 ) -> Call:
@@ -163,7 +213,6 @@ def network_call(
     format_ = shape.launch.wire_format
     wire: Wire = Raw() if format_ is None else Packed.of(format_, hosts, device)
     current_stream, index, size = current_stream_of(device), device.index, shape.dtype.itemsize
-    rail, watch = between.rail, between.watch
     capturing = torch.cuda.is_current_stream_capturing if device.type == "cuda" else bool
 
     def check(status: int) -> None:
@@ -173,24 +222,6 @@ def network_call(
             health.raise_error()
         raise error_of_status(status, name)
 
-    def exchange(mine: torch.Tensor) -> tuple[torch.Tensor, dist.Work, float]:
-        gathered = torch.empty(hosts * mine.numel(), dtype=mine.dtype, device=device)
-        began_s = time.monotonic()
-        try:
-            return gathered, rail.start(gathered, mine, watch.limit_s), began_s
-        except RuntimeError as error:
-            raise watch.failed(began_s, str(error)) from error
-
-    def finish(work: dist.Work, began_s: float) -> None:
-        try:
-            rail.wait(work, watch.limit_s, watch.raise_error)
-        except RuntimeError as error:
-            raise watch.failed(began_s, str(error)) from error
-        except BaseException:  # a signal's handler may raise anything
-            if watch.error is None:
-                watch.leave()
-            raise
-
     def run(input_: torch.Tensor) -> torch.Tensor:
         # Kernels see the elements in logical order, so that ranks agree whatever their strides.
         source = input_.contiguous()
@@ -199,17 +230,16 @@ def network_call(
             return output if input_.is_contiguous() else torch.empty_like(input_)
         from_, to, stream = source.data_ptr(), output.data_ptr(), current_stream(index)
         if capturing():
-            watch.note_capture()
-        under_way: list[tuple[_Piece, torch.Tensor, torch.Tensor, dist.Work, float]] = []
+            between.watch.note_capture()
+        under_way: list[_Travelling] = []
         for piece in pieces:
             sums = torch.empty(piece.sum_elements, dtype=torch.float32, device=device)
             check(piece.inside(from_ + piece.first * size, sums.data_ptr(), stream))
-            mine = wire.pack(sums, piece.own_elements)
-            gathered, work, began_s = exchange(mine)
-            under_way.append((piece, mine, gathered, work, began_s))
-        for piece, _mine, gathered, work, began_s in under_way:
-            finish(work, began_s)
-            sums = wire.unpack(gathered, piece.own_elements, piece.sum_elements)
+            under_way.append(_set_out(between, piece, wire.pack(sums, piece.own_elements), hosts))
+        for travelling in under_way:
+            _arrive(between, travelling)
+            piece = travelling.piece
+            sums = wire.unpack(travelling.gathered, piece.own_elements, piece.sum_elements)
             check(piece.rest(sums.data_ptr(), to + piece.first * size, stream))
         return output if source is input_ or input_.is_contiguous() else torch.empty_like(input_).copy_(output)
 

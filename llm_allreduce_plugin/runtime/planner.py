@@ -222,22 +222,36 @@ class Planner:
             RuntimeError: the communicator is closed.
         """
         decision = self._decide(count, dtype, registered_output=registered)
-        launch, workspace, health = decision.launch, self._workspace, self._health
-        planned: Planned[CallInto]
-        if launch is None or launch.hosts > 1:
-            made = self._engine_call(decision) if launch is None else self._kernel_call(decision, count, dtype)
-            planned = Planned(decision, copied_into(made.call), made.counted)
-        else:
-            assert workspace is not None
-            assert health is not None
-            pools = self._pool.bases if self._pool is not None and launch.exchange is Exchange.PLACE else ()
-            plan = plan_of(workspace, launch, count, dtype, pools=pools)
-            call = kernel_call_into(plan, launch, health, self._device, str(decision.strategy))
-            self.tally.add(decision, plan, call)
-            planned = Planned(decision, call, plan)
+        planned = self._call_into(decision, count, dtype)
         planned = self._checked(planned, decision, count, dtype, " to an output of the caller's")
         self.into.keep((count, dtype, registered), planned)
         return planned
+
+    def call_into_of(self, strategy: str, count: int, dtype: torch.dtype) -> CallInto:
+        """The call that another strategy would make into a registered output.
+
+        Raises:
+            RuntimeError: the strategy cannot run here, with the reason.
+        """
+        settings = self._settings_of(strategy)
+        decision = decide(settings, self._facts, count, dtype_name(dtype), registered_output=True)
+        if decision.launch is None or decision.runs_another:
+            raise RuntimeError(decision.reason)
+        return self._call_into(decision, count, dtype).call
+
+    def _call_into(self, decision: Decision, count: int, dtype: torch.dtype) -> Planned[CallInto]:
+        """A function that does it, into an output of the caller's."""
+        launch, workspace, health = decision.launch, self._workspace, self._health
+        if launch is None or launch.hosts > 1:
+            made = self._engine_call(decision) if launch is None else self._kernel_call(decision, count, dtype)
+            return Planned(decision, copied_into(made.call), made.counted)
+        assert workspace is not None
+        assert health is not None
+        pools = self._pool.bases if self._pool is not None and launch.exchange is Exchange.PLACE else ()
+        plan = plan_of(workspace, launch, count, dtype, pools=pools)
+        call = kernel_call_into(plan, launch, health, self._device, str(decision.strategy))
+        self.tally.add(decision, plan, call)
+        return Planned(decision, call, plan)
 
     def _kernel_call(
         self, decision: Decision, count: int, dtype: torch.dtype, peer_distances: Sequence[int] = ()
