@@ -221,6 +221,18 @@ def load_kernels(world_size: int) -> None:
     Load all kernels for a world size onto the current device. Others may run Python meanwhile.
     """
 
+def capture_of(stream: int) -> int:
+    """
+    A number for the CUDA graph that a stream is being captured into; 0: none.
+    """
+
+def abi_version() -> int: ...
+
+def cuda_release() -> int:
+    """Of the compiler of the kernels: 13000 is 13.0."""
+
+def error_string(code: int) -> str: ...
+
 def wire_codes() -> dict[str, int]:
     """The number of each wire format, raw among them, by its name."""
 
@@ -252,18 +264,6 @@ def rms_norm(norm: Norm, tensors: NormTensors, input: int, residual_out: int, co
     """
     Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.
     """
-
-def capture_of(stream: int) -> int:
-    """
-    A number for the CUDA graph that a stream is being captured into; 0: none.
-    """
-
-def abi_version() -> int: ...
-
-def cuda_release() -> int:
-    """Of the compiler of the kernels: 13000 is 13.0."""
-
-def error_string(code: int) -> str: ...
 
 class Workspace:
     """One rank's view of the group's workspaces."""

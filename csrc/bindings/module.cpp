@@ -86,12 +86,8 @@ uint64_t host_register(uint64_t address, int64_t bytes) {
   return reinterpret_cast<uint64_t>(seen);
 }
 
-}  // namespace
-
-NB_MODULE(_C, module) {
-  // A communicator that lives until the interpreter ends, as an engine's does, is not a leak worth a page of text.
-  nb::set_leak_warnings(false);
-  module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
+// Those of the C ABI that Python needs.
+void bind_numbers(nb::module_& module) {
   module.attr("MAX_WORLD_SIZE") = static_cast<int>(LAR_MAX_WORLD_SIZE);
   module.attr("MAX_HOSTS") = static_cast<int>(LAR_MAX_HOSTS);
   module.attr("VECTOR_BYTES") = static_cast<int>(LAR_VECTOR_BYTES);
@@ -143,7 +139,10 @@ NB_MODULE(_C, module) {
   module.attr("WIRE_HADAMARD2") = static_cast<int>(LAR_WIRE_HADAMARD2);
   module.attr("WIRE_FP8_GROUP") = static_cast<int>(LAR_WIRE_FP8_GROUP);
   module.attr("CPU") = static_cast<int>(LAR_CPU);
+}
 
+// What lies where in memory that ranks share.
+void bind_layouts(nb::module_& module) {
   nb::class_<lar_slots>(module, "Slots",
                         "Where a kind of slots lies in a workspace; a slot of 0 bytes: there are none.")
       .def_ro("one_shot_offset", &lar_slots::one_shot_offset)
@@ -184,6 +183,10 @@ NB_MODULE(_C, module) {
              "Lay out so many bytes of multicast memory. Raises ValueError when they are too few.");
   module.def("sum_elements", &lar_sum_elements, "count"_a, "parts"_a,
              "fp32 elements of a sum that REDUCE (`parts` 1) or REDUCE_SCATTER (`parts`: ranks of the host) makes.");
+}
+
+// Memory and kernels of a device, and the library itself.
+void bind_device(nb::module_& module) {
   module.def("host_register", &host_register, "address"_a, "bytes"_a,
              "Pin whole pages of host memory; the address at which the current device sees them.");
   module.def(
@@ -193,12 +196,26 @@ NB_MODULE(_C, module) {
       "load_kernels", [](int world_size) { throw_on_error(lar_load_kernels_cuda(world_size), "load kernels"); },
       "world_size"_a, nb::call_guard<nb::gil_scoped_release>(),
       "Load all kernels for a world size onto the current device. Others may run Python meanwhile.");
+  module.def(
+      "capture_of", [](uint64_t stream) { return lar_capture_of(pointer(stream)); }, "stream"_a,
+      "A number for the CUDA graph that a stream is being captured into; 0: none.");
+  module.def("abi_version", &lar_abi_version);
+  module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
+  module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
+}
+
+// What travels.
+void bind_wire_formats(nb::module_& module) {
   module.def("wire_codes", &wire_codes, "The number of each wire format, raw among them, by its name.");
   module.def("packet_size", &packet_size, "format"_a, "Values and bytes of a packet of a wire format.");
   module.def("encode", &encode, "format"_a, "dtype"_a, "values"_a, "count"_a, "packets"_a, "stream"_a = nb::none(),
              "Encode `count` values at one address into packets at another, on the CPU or on a stream.");
   module.def("decode", &decode, "format"_a, "dtype"_a, "packets"_a, "count"_a, "values"_a, "stream"_a = nb::none(),
              "The other way round.");
+}
+
+// What becomes of summed rows.
+void bind_norms(nb::module_& module) {
   nb::class_<lar_norm>(module, "Norm", "What becomes of summed rows: lar_norm without addresses.")
       .def(
           "__init__",
@@ -227,13 +244,10 @@ NB_MODULE(_C, module) {
   module.def("rms_norm", &rms_norm, "norm"_a, "tensors"_a, "input"_a, "residual_out"_a, "count"_a, "dtype"_a,
              "device"_a, "stream"_a = 0,
              "Norm rows that are summed already. `device`: CPU or that of the tensors. `residual_out` may be `input`.");
-  module.def(
-      "capture_of", [](uint64_t stream) { return lar_capture_of(pointer(stream)); }, "stream"_a,
-      "A number for the CUDA graph that a stream is being captured into; 0: none.");
-  module.def("abi_version", &lar_abi_version);
-  module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
-  module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
+}
 
+// A rank in its group.
+void bind_workspace(nb::module_& module) {
   nb::class_<Workspace>(module, "Workspace", "One rank's view of the group's workspaces.")
       .def(nb::init<int, const std::vector<uint64_t>&, const lar_layout&, double, int, uint64_t, double, nb::object>(),
            "rank"_a, "bases"_a, "layout"_a, "timeout_s"_a, "device"_a, "local"_a = 0, "first_timeout_s"_a = 0.0,
@@ -261,7 +275,10 @@ NB_MODULE(_C, module) {
            "An exchange between hosts has failed: no call begins any more, and no second half works on what came.")
       .def("close", &Workspace::close, "wait_s"_a,
            "Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.");
+}
 
+// Calls of one size and type.
+void bind_plan(nb::module_& module) {
   nb::class_<Plan>(module, "Plan", "All-reduces of one size and type: called with input, output and stream.")
       .def(
           "__init__",
@@ -297,7 +314,10 @@ NB_MODULE(_C, module) {
            "Host nanoseconds per launch of so many bare ones, on GPUs. Collective, like as many calls.")
       .def_prop_ro("calls", &Plan::calls, "Calls that ran at once.")
       .def_prop_ro("captured", &Plan::captured, "Calls that went into a CUDA graph.");
+}
 
+// A communicator's calls in one step.
+void bind_eager_calls(nb::module_& module) {
   nb::class_<EagerCalls>(module, "EagerCalls", "The plans of a communicator: called with a tensor, gives its sum.")
       .def(nb::init<const nb::object&, nb::object, int, nb::object, nb::object>(), "api"_a, "tensor_type"_a, "device"_a,
            "empty_strided"_a, "current_stream"_a,
@@ -316,4 +336,20 @@ NB_MODULE(_C, module) {
                    "What outputs are made by.")
       .def("__len__", &EagerCalls::size)
       .def("__call__", &EagerCalls::operator(), "tensor"_a, "None where nothing is kept for such a tensor.");
+}
+
+}  // namespace
+
+NB_MODULE(_C, module) {
+  // A communicator that lives until the interpreter ends, as an engine's does, is not a leak worth a page of text.
+  nb::set_leak_warnings(false);
+  module.doc() = "Bindings of libllm_allreduce (csrc/include/llm_allreduce.h).";
+  bind_numbers(module);
+  bind_layouts(module);
+  bind_device(module);
+  bind_wire_formats(module);
+  bind_norms(module);
+  bind_workspace(module);
+  bind_plan(module);
+  bind_eager_calls(module);
 }
