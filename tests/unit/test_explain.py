@@ -256,8 +256,9 @@ def test_a_type_without_a_kernel_is_explained() -> None:
     assert "no kernel for dtype int32" in document["decision"]["reason"]
 
 
-def test_norms_behind_an_all_reduce_are_explained() -> None:
+def test_norms_behind_an_all_reduce_are_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same decision as the engine's, with the launch, or the reason for two kernels."""
+    monkeypatch.setenv("LLM_ALLREDUCE_TUNING_PROFILE", "none")  # a profile ships for such a node
     code, output = run(
         "--topology", H200, "--tp", "2", "--fused", "--rows", "4", "--hidden", "8192", "--quant", "NVFP4"
     )

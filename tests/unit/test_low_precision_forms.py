@@ -380,6 +380,7 @@ def test_what_nvml_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def card_of(uuid: str, node: NodeTopology, monkeypatch: pytest.MonkeyPatch) -> cards.RankCard:
     """Of a rank on a GPU."""
-    properties = type("Properties", (), {"uuid": uuid, "major": 9, "minor": 0, "multi_processor_count": 132})
+    said = {"name": "NVIDIA H100", "uuid": uuid, "major": 9, "minor": 0, "multi_processor_count": 132}
+    properties = type("Properties", (), said)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     return cards.RankCard.of_this_rank(AllReduceConfig(), torch.device("cuda", 0), node)
