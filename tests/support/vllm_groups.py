@@ -1,0 +1,206 @@
+"""vLLM's own processes and groups of two: ``python -m tests.support.vllm_groups FOLDER PROFILE PART...``.
+
+Run for any version of vLLM that PYTHONPATH has. Prints a line of JSON for each part: ``registration``, ``groups`` and
+``compiled``; the last two by every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+import vllm.platforms  # isort: skip
+
+if vllm.platforms.current_platform.is_unspecified():  # 0.26 knows its CPU platform by the name of its CPU build
+    from vllm.platforms.cpu import CpuPlatform
+
+    vllm.platforms._current_platform = CpuPlatform()
+
+# Here, before ranks are forked: once for all.
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import CompilationConfig, CompilationMode, ParallelConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed import parallel_state as ps
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+
+from llm_allreduce_plugin.oracle.norm import residual_rms_norm
+
+# What is asked for, and what runs.
+STRATEGIES = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
+HIDDEN, ROWS, EPS = 512, 5, 1e-6
+
+
+def say(part: str, **seen: Any) -> None:
+    sys.stdout.write(json.dumps({"part": part, **seen}) + "\n")
+    sys.stdout.flush()
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def registration() -> None:
+    """Entry point found, idempotent, no CUDA; the factory replaces the path and knows the stock one."""
+    load_general_plugins()
+    from llm_allreduce_plugin.engines.vllm import register
+    from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, has_custom_all_reduce, stock_communicator_path
+    from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
+
+    first = type(current_platform).get_device_communicator_cls
+    register()
+    register()
+    assert type(current_platform).get_device_communicator_cls == first
+    assert current_platform.get_device_communicator_cls() == FACTORY
+    stock = stock_communicator_path(type(current_platform))
+
+    def reason(*, disabled: bool, **additional: Any) -> str | None:
+        parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled)
+        config = VllmConfig(parallel_config=parallel, additional_config=additional)
+        custom = has_custom_all_reduce(current_platform)
+        return stands_aside(config, settings_of(config.additional_config), custom_all_reduce=custom)
+
+    assert not has_custom_all_reduce(current_platform)
+    assert ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce, "set by vLLM"
+    assert reason(disabled=False) is None
+    assert reason(disabled=True) is None
+    type(current_platform).use_custom_allreduce = classmethod(lambda cls: True)
+    assert not ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce
+    assert reason(disabled=False) is None
+    assert reason(disabled=True, allreduce_strategy="ONESHOT") is None
+    assert not torch.cuda.is_initialized()
+    say("registration", version=vllm.__version__, stock=stock, reason=reason(disabled=True))
+
+
+def alone() -> None:
+    """A process in which this plugin is not named."""
+    os.environ["VLLM_PLUGINS"] = "another"
+    load_general_plugins()
+    say("alone", stock=current_platform.get_device_communicator_cls())
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tensor_parallel(rank: int, store: str, config: VllmConfig) -> Iterator[Any]:
+    """vLLM's groups of two ranks; yields the tensor-parallel one's communicator."""
+    with set_current_vllm_config(config):
+        ps.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
+        ps.initialize_model_parallel(2, 1)
+        yield ps.get_tp_group().device_communicator
+        ps.destroy_model_parallel()
+        ps.destroy_distributed_environment()
+
+
+def groups(rank: int, folder: str, profile: str) -> None:
+    """Of a tensor-parallel group the communicator is ours, of others vLLM's."""
+    logging.basicConfig(level=logging.INFO)
+    load_general_plugins()
+    for strategy, runs in STRATEGIES.items():
+        allreduce = {"allreduce_strategy": strategy, "tuning_profile": profile}
+        config = VllmConfig(additional_config={"allreduce": allreduce})
+        with tensor_parallel(rank, f"{folder}/store-{strategy}", config) as tp:
+            assert isinstance(tp, CpuCommunicator)
+            # The world group has the same ranks, and is none of our business.
+            world = ps.init_model_parallel_group([[0, 1]], rank, "gloo", group_name="ep").device_communicator
+            x = torch.full((3, 4), float(rank + 1))
+            y = ps.get_tp_group().all_reduce(x)
+            assert torch.equal(y, torch.full((3, 4), 3.0))
+            if strategy != "NCCL":
+                assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
+                assert tp.llm_allreduce.report()["calls"] == {runs: 1}
+            say("groups", rank=rank, strategy=strategy, tp=type(tp).__qualname__, world=type(world).__qualname__)
+
+
+class Layers(torch.nn.Module):
+    """Two layer boundaries of vLLM's own parts."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:  # noqa: ARG002  (vLLM's signature)
+        super().__init__()
+        self.first = RMSNorm(HIDDEN, eps=EPS, dtype=torch.bfloat16)
+        self.second = RMSNorm(HIDDEN, eps=EPS, dtype=torch.bfloat16)
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y, total = self.first(tensor_model_parallel_all_reduce(x), residual)
+        y, total = self.second(tensor_model_parallel_all_reduce(y * 2), total)
+        return y, total
+
+
+def compiled(rank: int, folder: str, strategy: str, fuse_norm: str) -> None:
+    """A model in bfloat16 through vLLM's compiler and passes: fused, it has the bits of our definition."""
+    lines: list[str] = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    load_general_plugins()
+    ours = logging.getLogger("llm_allreduce_plugin")
+    ours.addHandler(Handler())
+    ours.setLevel(logging.INFO)
+    config = VllmConfig(
+        parallel_config=ParallelConfig(tensor_parallel_size=2),
+        compilation_config=CompilationConfig(mode=CompilationMode.VLLM_COMPILE, custom_ops=["none"]),
+        additional_config={"allreduce": {"allreduce_strategy": strategy, "fuse_norm": fuse_norm == "True"}},
+    )
+    torch.manual_seed(0)
+    parts = torch.randn(2, ROWS, HIDDEN).bfloat16()
+    residual, weights = torch.randn(ROWS, HIDDEN).bfloat16(), torch.randn(2, HIDDEN).bfloat16()
+    first = residual_rms_norm(parts[0] + parts[1], residual, weights[0], EPS)
+    assert first.norm_out is not None
+    second = residual_rms_norm(first.norm_out * 4, first.residual_out, weights[1], EPS)
+    assert second.norm_out is not None
+    with tensor_parallel(rank, f"{folder}/store-{strategy}-{fuse_norm}", config) as tp:
+        model = support_torch_compile(dynamic_arg_dims={"x": 0, "residual": 0})(Layers)(vllm_config=config)
+        model.first.weight.data.copy_(weights[0])
+        model.second.weight.data.copy_(weights[1])
+        for _ in range(3):
+            with torch.inference_mode(), set_forward_context(None, config):
+                norm, total = model(parts[rank].clone(), residual.clone())
+            if fuse_norm == "True":
+                assert torch.equal(norm, second.norm_out)
+                assert torch.equal(total, second.residual_out)
+            else:  # vLLM's norm rounds elsewhere
+                torch.testing.assert_close(norm, second.norm_out, rtol=0.03, atol=0.03)
+                torch.testing.assert_close(total, second.residual_out, rtol=0.03, atol=0.03)
+        report = tp.llm_allreduce.report()
+        seen = {name: report[name] for name in ("calls", "fallbacks", "registered_memory")}
+    fusion = [line for line in lines if line.startswith("all-reduce fusion: ")]
+    say("compiled", rank=rank, strategy=strategy, fuse_norm=fuse_norm == "True", lines=fusion, **seen)
+
+
+def run(function: Any, *arguments: str, ranks: int = 2) -> None:
+    mp.start_processes(function, arguments, ranks, start_method="fork")  # type: ignore[attr-defined]
+
+
+def main() -> None:
+    folder, profile, *parts = sys.argv[1:]
+    for part in parts:
+        name, *arguments = part.split(",")
+        if name == "registration":
+            for function in (alone, registration):
+                run(_in_a_process, function.__name__, ranks=1)
+        elif name == "groups":
+            run(groups, folder, profile)
+        else:
+            os.environ["CPU_OPS_COMPILE"] = "1"
+            run(compiled, folder, *arguments)
+
+
+def _in_a_process(rank: int, name: str) -> None:  # noqa: ARG001
+    {"alone": alone, "registration": registration}[name]()
+
+
+if __name__ == "__main__":
+    main()
