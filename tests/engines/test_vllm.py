@@ -1,9 +1,8 @@
-"""Real vLLM: the patches in its process, a server at tensor parallel 2, and what a user sees when it goes wrong."""
+"""Real vLLM: a server at tensor parallel 2, and what a user sees when it goes wrong."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import http.client
 import json
 import os
@@ -22,11 +21,8 @@ from llm_allreduce_plugin.algorithms.user_buffer import DEFAULT_CPU_POOL_BYTES
 from llm_allreduce_plugin.demo import serve as serve_demo
 from llm_allreduce_plugin.demo.engines import ENGINES
 from llm_allreduce_plugin.demo.server import end_of
-from llm_allreduce_plugin.profiles.file import store
-from llm_allreduce_plugin.topology import NodeIdentity
 from tests.support.forked import left_in_shm, wait_until
 from tests.support.marks import slow
-from tests.support.profiles import entry
 from tests.support.switched_off import Watch
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -41,155 +37,6 @@ CPU = {
 }
 FORK = {"CPU_OPS_FORK": "1"}  # of scripts/vllm_cpu_ops: a server's processes do not each import vLLM
 TIMEOUT_S = 5  # of a call, where a worker is stopped
-
-
-def run_python(script: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **CPU},
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result.stdout
-
-
-@functools.cache
-def said_in_one_process() -> dict[str, str]:
-    """What the tests of a single process ask of a real vLLM, whose import takes longest."""
-    out = run_python("""
-import json, os, torch
-from vllm.config import ParallelConfig, VllmConfig
-from vllm.platforms import current_platform
-from vllm.plugins import load_general_plugins
-
-# -- a process of its own, in which this plugin is not named
-reader, writer = os.pipe()
-if os.fork() == 0:
-    os.environ["VLLM_PLUGINS"] = "vllm_cpu_ops"
-    load_general_plugins()
-    os.write(writer, current_platform.get_device_communicator_cls().encode())
-    os._exit(0)
-assert os.wait()[1] == 0
-alone = os.read(reader, 200).decode()
-
-load_general_plugins()
-from llm_allreduce_plugin.engines.vllm import register
-from llm_allreduce_plugin.engines.vllm.plugin import FACTORY, has_custom_all_reduce, stock_communicator_path
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside
-
-# -- registration
-first = type(current_platform).get_device_communicator_cls
-register()
-register()
-assert type(current_platform).get_device_communicator_cls == first
-assert current_platform.get_device_communicator_cls() == FACTORY
-stock = stock_communicator_path(type(current_platform))
-
-# -- the flag against custom all-reduce
-def reason(disabled, **additional):
-    parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled)
-    config = VllmConfig(parallel_config=parallel, additional_config=additional)
-    custom = has_custom_all_reduce(current_platform)
-    return stands_aside(config, settings_of(config.additional_config), custom_all_reduce=custom)
-
-assert not has_custom_all_reduce(current_platform)
-assert ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce, "set by vLLM"
-assert reason(False) is None and reason(True) is None
-type(current_platform).use_custom_allreduce = classmethod(lambda cls: True)
-assert not ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce
-assert reason(False) is None
-assert reason(True, allreduce_strategy="ONESHOT") is None
-
-assert not torch.cuda.is_initialized()
-print(json.dumps({"stock": stock, "reason": reason(True), "alone": alone}))
-""")
-    said: dict[str, str] = json.loads(out.strip().splitlines()[-1])
-    return said
-
-
-def test_registration_in_a_real_vllm_process() -> None:
-    """Entry point found, idempotent, no CUDA; the factory replaces the path and knows the stock one."""
-    assert said_in_one_process()["stock"].endswith("cpu_communicator.CpuCommunicator")
-
-
-def test_the_flag_against_custom_all_reduce_in_a_real_vllm_config() -> None:
-    """On a platform that has such kernels, as GPUs do; on CPU ranks vLLM sets the flag itself, and it means nothing."""
-    assert "--disable-custom-all-reduce was given" in said_in_one_process()["reason"]
-
-
-def test_plugin_not_named_leaves_vllm_alone() -> None:
-    assert said_in_one_process()["alone"].endswith("cpu_communicator.CpuCommunicator")
-
-
-def test_only_tensor_parallel_groups_get_our_class(tmp_path: Path) -> None:
-    """Two ranks as threads of thought would not do: real processes, real vLLM groups, TP 2 beside others.
-
-    And AUTO goes by the profile that vLLM's configuration names, and says so.
-    """
-    profile = tmp_path / "profile.json"
-    cpu_ranks = {"world_size": 2, "transport": "shm", "topology_class": "cpu", "in_band": False}
-    store(profile, NodeIdentity.of_cpu(), [entry(eager=[(None, "TWOSHOT")], **cpu_ranks)])
-    script = """
-import logging, os, sys, torch
-import torch.multiprocessing as mp
-# Here, before ranks are forked: once for both.
-from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed import parallel_state as ps
-from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
-from vllm.plugins import load_general_plugins
-
-RUNS = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
-
-def rank_main(rank, store, profile):
-    logging.basicConfig(level=logging.INFO)
-    load_general_plugins()
-    for strategy, runs in RUNS.items():
-        groups_of(rank, store + strategy, strategy, runs, profile)
-
-def groups_of(rank, store, strategy, runs, profile):
-    config = VllmConfig(additional_config={"allreduce": {"allreduce_strategy": strategy, "tuning_profile": profile}})
-    with set_current_vllm_config(config):
-        ps.init_distributed_environment(2, rank, f"file://{store}", rank, "gloo")
-        ps.initialize_model_parallel(2, 1)
-        tp = ps.get_tp_group().device_communicator
-        assert isinstance(tp, CpuCommunicator)
-        # The world group has the same ranks, and is none of our business.
-        world = ps.init_model_parallel_group([[0, 1]], rank, "gloo", group_name="ep").device_communicator
-        x = torch.full((3, 4), float(rank + 1))
-        y = ps.get_tp_group().all_reduce(x)
-        assert torch.equal(y, torch.full((3, 4), 3.0))
-        if strategy != "NCCL":
-            assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
-            assert tp.llm_allreduce.report()["calls"] == {runs: 1}
-        if rank == 0:
-            print(type(tp).__qualname__, type(world).__qualname__)
-        ps.destroy_model_parallel()
-        ps.destroy_distributed_environment()
-
-if __name__ == "__main__":
-    mp.start_processes(rank_main, (sys.argv[1], sys.argv[2]), 2, start_method="fork")
-"""
-    path = ROOT / ".demo"
-    path.mkdir(exist_ok=True)
-    file = path / "groups.py"
-    file.write_text(script)
-    stores = path / f"store-{os.getpid()}-"
-    result = subprocess.run(
-        [sys.executable, str(file), str(stores), str(profile)],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env={**os.environ, **CPU},
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    lines = [line for line in result.stdout.splitlines() if "CpuCommunicator" in line and "INFO" not in line]
-    ours = "AllReduceCommunicator[CpuCommunicator] CpuCommunicator"
-    assert lines == [ours, ours, "CpuCommunicator CpuCommunicator", ours, ours], result.stdout
-    said = [line for line in (result.stdout + result.stderr).splitlines() if "these sizes come from" in line]
-    assert len(said) == 1
-    assert f"these sizes come from profile {profile}, measured 2025-01-02" in said[0]
 
 
 # -- the demo ----------------------------------------------------------------------------------------------------------
