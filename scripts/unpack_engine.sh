@@ -2,7 +2,7 @@
 # The Python code of an engine's wheels, to test against versions beside the installed one:
 #   scripts/unpack_engine.sh vllm|sglang FOLDER VERSION...
 #   scripts/unpack_engine.sh --whole sglang FOLDER VERSION...    # with the transformers that it pins: for whole servers
-# Then ALLREDUCE_TEST_VLLM=FOLDER/VERSION:... pytest tests/engines/test_vllm_fusion.py
+# Then ALLREDUCE_TEST_VLLM=FOLDER/VERSION:... pytest tests/engines/test_vllm_fusion.py tests/engines/test_vllm_versions.py
 # or ALLREDUCE_TEST_SGLANG=FOLDER/VERSION:... pytest tests/engines/test_sglang.py
 set -euo pipefail
 whole=

@@ -99,18 +99,25 @@ def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
     assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
 
 
-@pytest.mark.parametrize("package", [INSTALLED, *(slow(package) for package in PACKAGES if package != INSTALLED)])
-def test_groups_of_two_processes(package: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("package", "strategy"),
+    [
+        (INSTALLED, "TWOSHOT"),
+        (INSTALLED, "UB"),
+        *(slow(package, "TWOSHOT") for package in PACKAGES if package != INSTALLED),
+    ],
+)
+def test_groups_of_two_processes(package: str, strategy: str, tmp_path: Path) -> None:
     """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone.
 
     Calls of both overlap, and none maps memory after the first ones.
     """
-    variables = {"LLM_ALLREDUCE_STRATEGY": "TWOSHOT", "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
+    variables = {"LLM_ALLREDUCE_STRATEGY": strategy, "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
     result = run_module(package, "tests.support.sglang_groups", str(tmp_path / "store"), **variables)
     seen = sorted(
         (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")), key=lambda of: of["rank"]
     )
-    calls = {"tp": {"TWOSHOT": 11, "NCCL": 1}, "pdmux_prefill_tp": {"TWOSHOT": 11}, "attention_tp": None, "pp": None}
+    calls = {"tp": {strategy: 11, "NCCL": 1}, "pdmux_prefill_tp": {strategy: 11}, "attention_tp": None, "pp": None}
     assert seen == [{"rank": rank, "groups": calls} for rank in (0, 1)]
     names = {report["group"].split(".")[0] for report in reports(tmp_path / "reports")}
     assert names == {"tp0", "pdmux-prefill-tp0"}
