@@ -1,0 +1,278 @@
+"""The start of multicast in a group compares whole calls: what differs is told, what does not end ends the start.
+
+No kernel runs here: made-up plans compute on the CPU what kernels would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llm_allreduce_plugin import _C, AllReduceConfig
+from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
+from llm_allreduce_plugin.algorithms.facts import MulticastBytes
+from llm_allreduce_plugin.base.agreement import Agreement
+from llm_allreduce_plugin.errors import StartError, TransportError
+from llm_allreduce_plugin.group import multicast_start
+from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, WAITS_OF_A_PHASE
+from tests.support.fake_multicast import Switch
+from tests.support.group_facts import facts as facts_of
+from tests.support.thread_ranks import on_thread_ranks
+from tests.unit.test_multicast import RANKS, drivers_of
+from tests.unit.test_multicast_start import CONFIG, Started, Workspace, starter
+
+
+@pytest.fixture
+def start_all(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """See :func:`starter`."""
+    return starter(monkeypatch)
+
+
+COMPARED = dataclasses.replace(
+    facts_of(RANKS, in_band=True), multicast=MulticastBytes(1 << 20, 1 << 24, 1 << 24), no_multicast_reason=""
+)
+# What a call writes instead of its result: rank, (algorithm, exchange, count), result; None: nothing.
+Write = Callable[[int, tuple[Algorithm, Exchange, int], torch.Tensor], torch.Tensor | None]
+
+
+class Plans:
+    """In place of the native library: plans that double their input. ``made``: of rank 0, in order."""
+
+    IN_BAND_MARKER = _C.IN_BAND_MARKER
+
+    def __init__(self, write: Write, status: int = 0) -> None:
+        self._write, self._status = write, status
+        self.made: list[tuple[Algorithm, Exchange, int]] = []
+
+    @staticmethod
+    def error_string(status: int) -> str:
+        return f"error {status}"
+
+    def Plan(self, workspace: Any, *, algorithm: int, exchange: int, count: int, **_launch: int) -> Any:
+        rank, kind = workspace.rank, (Algorithm(algorithm), Exchange(exchange), count)
+        if rank == 0:
+            self.made.append(kind)
+
+        def run(source: int, target: int, _stream: int) -> int:
+            given, made = (
+                torch.frombuffer((ctypes.c_ubyte * (2 * count)).from_address(address), dtype=torch.bfloat16)
+                for address in (source, target)
+            )
+            assert not given.isnan().any()
+            assert made.isnan().all(), "what a call leaves out must not look like its result"
+            if (result := self._write(rank, kind, given * 2)) is not None:
+                made.copy_(result)
+            return self._status if kind[1] is Exchange.MULTICAST else 0
+
+        return run
+
+
+def right(_rank: int, _kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+    return result
+
+
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a plan has run, nothing is left to wait for."""
+    stream = SimpleNamespace(cuda_stream=0, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Compares calls on all ranks with these plans: what that raised on each."""
+    on_the_cpu(monkeypatch)
+
+    def run(plans: Plans, config: AllReduceConfig = CONFIG) -> list[Any]:
+        monkeypatch.setattr(multicast_start, "_C", plans)
+
+        def one(steps: Agreement) -> None:
+            workspace: Any = Workspace(steps.rank)
+            multicast_start._compare(steps, torch.device("cpu"), config, COMPARED, workspace)
+
+        return on_thread_ranks(RANKS, one, 60.0)
+
+    return run
+
+
+@pytest.mark.parametrize("in_switch_sum", (False, True))
+def test_calls_are_compared_that_push_and_that_go_by_multicast(compare: Any, in_switch_sum: bool) -> None:
+    """Of one step and of two, in whole vectors and not; never sums in the switch, which have other bits."""
+    plans = Plans(right)
+    assert compare(plans, CONFIG.model_copy(update={"in_switch_sum": in_switch_sum})) == [None] * RANKS
+    assert plans.made == [
+        (algorithm, exchange, count)
+        for algorithm in (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
+        for count in PROVED_COUNTS
+        for exchange in (Exchange.PUSH, Exchange.MULTICAST)
+    ]
+    assert any(count * 2 % 16 for count in PROVED_COUNTS)
+
+
+@pytest.mark.parametrize("place", (0, -1))
+@pytest.mark.parametrize("count", PROVED_COUNTS)
+@pytest.mark.parametrize(("algorithm", "name"), [(Algorithm.ONE_SHOT, "ONESHOT"), (Algorithm.TWO_SHOT, "TWOSHOT")])
+def test_one_differing_bit_on_one_rank_is_found(
+    compare: Any, algorithm: Algorithm, name: str, count: int, place: int
+) -> None:
+    def flip(rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        if (rank, kind) == (2, (algorithm, Exchange.MULTICAST, count)):
+            result.view(torch.int16)[place] ^= 1
+        return result
+
+    found = compare(Plans(flip))
+    assert [type(error) for error in found] == [TransportError] * RANKS
+    words = f"rank 2 cannot use multicast: {name} by multicast differs in 1 of {count} elements"
+    assert all(words in str(error) for error in found), found
+
+
+def test_a_zero_of_the_other_sign_is_another_result(compare: Any) -> None:
+    def turn(_rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        result[7] = -0.0 if kind[1] is Exchange.MULTICAST else 0.0
+        return result
+
+    assert "differs in 1 of" in str(compare(Plans(turn))[0])
+
+
+def test_what_was_not_stored_is_found(compare: Any) -> None:
+    """On one rank, whose part a store to all has not reached."""
+
+    def leave(rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor | None:
+        return None if (rank, kind[1]) == (1, Exchange.MULTICAST) else result
+
+    words = f"rank 1 cannot use multicast: ONESHOT by multicast differs in {PROVED_COUNTS[0]} of {PROVED_COUNTS[0]}"
+    assert all(words in str(error) for error in compare(Plans(leave)))
+
+
+def test_a_call_that_fails_on_all_ranks_is_told(compare: Any) -> None:
+    found = compare(Plans(right, status=-2))
+    assert all(type(error) is TransportError for error in found)
+    assert str(found[0]) == f"rank 0 cannot use multicast: ONESHOT of {PROVED_COUNTS[0]} elements: error -2"
+
+
+class Gpus:
+    """The GPUs of all ranks behind plans that compute on the CPU, one call of which goes wrong on one rank.
+
+    As on a GPU, a plan only begins a call. What comes of it is told where its end is waited for, and then always.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rank: int, call: int, *, hangs: bool) -> None:
+        self.answer = threading.Event()
+        self._begun = [0] * RANKS
+        self._wrong: tuple[int, int] = (rank, call)
+        self._hangs, self._dead = hangs, False
+        self._here = threading.local()
+        on_the_cpu(monkeypatch)
+        stream = SimpleNamespace(cuda_stream=0, synchronize=self.synchronize)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.synchronize)
+        monkeypatch.setattr(torch.Tensor, "to", self._to(torch.Tensor.to))
+        monkeypatch.setattr(multicast_start, "_C", self)
+        self.IN_BAND_MARKER, self.error_string = _C.IN_BAND_MARKER, Plans.error_string
+        self._plans = Plans(right)
+
+    @staticmethod
+    def _to(move: Any) -> Any:
+        return lambda tensor, *to: tensor if isinstance(to[0], torch.device) else move(tensor, *to)
+
+    def Plan(self, workspace: Any, **launch: int) -> Any:
+        plan = self._plans.Plan(workspace, **launch)
+        rank = self._here.rank = workspace.rank
+
+        def run(*arguments: int) -> int:
+            self._begun[rank] += 1
+            if (rank, self._begun[rank]) == self._wrong:
+                self._dead = True
+                if not self._hangs:
+                    workspace.expired = (rank + 1) % RANKS
+                return 0
+            return int(plan(*arguments))
+
+        return run
+
+    def synchronize(self, _device: object = None) -> None:
+        if self._dead and self._here.rank == self._wrong[0]:
+            if self._hangs:
+                self.answer.wait(30)
+            message = "CUDA error: unspecified launch failure\nand much more"
+            raise RuntimeError(message)
+
+
+BY_MULTICAST = range(2, 4 * len(PROVED_COUNTS) + 1, 2)  # of the calls that are made
+WHAT_TO_DO = "Nothing more can run there, with multicast or without: set multicast to off and start again"
+
+
+def assert_all_stop(started: Started, words: str) -> None:
+    for error in started.found:
+        assert type(error) is StartError
+        assert words in str(error)
+        assert str(error).endswith(WHAT_TO_DO)
+    assert all(workspace.multicast == [] for workspace in started.workspaces)
+    assert all(agreement.abandoned for agreement in started.agreements), "no rank frees what may still be stored to"
+
+
+@pytest.mark.parametrize("call", BY_MULTICAST)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_an_expired_wait_ends_the_start_of_all_ranks(
+    start_all: Any, monkeypatch: pytest.MonkeyPatch, rank: int, call: int
+) -> None:
+    """Its kernel has ended the context: all-reduces that push cannot run there either."""
+    Gpus(monkeypatch, rank, call, hangs=False)
+    switch = Switch()
+    started = start_all(drivers_of(switch), COMPARED)
+    strategy, count = divmod(call // 2 - 1, len(PROVED_COUNTS))
+    what = f"{('ONESHOT', 'TWOSHOT')[strategy]} of {PROVED_COUNTS[count]} elements by multicast"
+    peer = (rank + 1) % RANKS
+    words = f"rank {rank} has lost its GPU in {what}: it waited 4 s in vain for what rank {peer} stores"
+    assert_all_stop(started, words)
+    assert {trial.wait_s for trial in started.trials} == {20.0 / WAITS_OF_A_PHASE}
+    assert switch.broken == []
+
+
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_call_that_does_not_come_back_ends_the_start_of_all_ranks(
+    start_all: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    gpus = Gpus(monkeypatch, rank, 4, hangs=True)
+    monkeypatch.setattr(multicast_start, "PHASE_WAIT_S", 1.0)
+    switch = Switch()
+    began = time.monotonic()
+    started = start_all(drivers_of(switch), COMPARED)
+    assert time.monotonic() - began < 5
+    assert_all_stop(started, f"rank {rank} has lost its GPU in ONESHOT of {PROVED_COUNTS[1]} elements")
+    assert all("not done after 1 s" in str(error) for error in started.found)
+    assert caplog.text.count("memory is kept until this process ends: a GPU does not answer") == RANKS
+    gpus.answer.set()
+
+
+def test_another_rank_that_finds_wrong_bits_meanwhile_changes_nothing(compare: Any) -> None:
+    """A rank that is only later than one with wrong bits is waited for: it can go on."""
+
+    def late(rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        if kind[1] is Exchange.MULTICAST:
+            if rank == 0:
+                result.view(torch.int16)[0] ^= 1
+            else:
+                time.sleep(0.5)
+        return result
+
+    found = compare(Plans(late))
+    assert [type(error) for error in found] == [TransportError] * RANKS
+
+
+def test_the_marker_is_in_every_word_before_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    memory = torch.zeros(1024, dtype=torch.uint8)
+    multicast_start._prepare(memory.data_ptr(), 1000, torch.device("cpu"))
+    words = memory.view(torch.uint32).tolist()
+    assert words == [_C.IN_BAND_MARKER] * 250 + [0] * 6
