@@ -102,8 +102,9 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   reduce_rows<T, kWorldSize, kWorldSize == 2, kUnits>(all, sink, slots, blockIdx.x - pushers, gridDim.x - pushers);
 }
 
-// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for as
-// many rows as there are multiprocessors; of more ranks, 64 registers do not hold the vectors.
+// More than a unit to a thread is for few ranks' large messages, and for GPUs without clusters. Wide blocks are for
+// messages that no lanes only push, of which a multiprocessor holds one; of more ranks, 64 registers do not hold the
+// vectors.
 const Registration rows([] {
   add_rows_in_band<Worlds<2, 4, 8, 0>>(LAR_ONE_SHOT, LAR_PUSH, [](auto type, auto world, auto add) {
     using T = typename decltype(type)::type;

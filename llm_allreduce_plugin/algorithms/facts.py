@@ -75,7 +75,7 @@ class GroupFacts:
         multicast: memory of which one store reaches every rank; all 0: there is none.
         no_multicast_reason: why, when there is none.
         architecture: compute capability without the dot (90 for H100/H200), None on CPU.
-        model: what its GPUs are called, like ``"NVIDIA H200"``; empty where they differ, or nobody knows.
+        gpu_name: what its GPUs are called, like ``"NVIDIA H200"``; empty where they differ, or nobody knows.
         multiprocessors: of the smallest GPU; None where it is not known, and on CPU.
         hosts: the host of each rank, numbered as ranks first name them: (0, 0, 1, 1) for two hosts of two.
         fabric: ranks on several hosts form one NVLink domain: they reach each other's GPU memory as on one host.
@@ -97,7 +97,7 @@ class GroupFacts:
     multicast: MulticastBytes = MulticastBytes()
     no_multicast_reason: str = ""
     architecture: int | None = None
-    model: str = ""
+    gpu_name: str = ""
     multiprocessors: int | None = None
     hosts: tuple[int, ...] = ()
     fabric: bool = False

@@ -93,7 +93,7 @@ def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
 
 def pushing_warps(facts: GroupFacts) -> int:
     """Of fused one-shot over two ranks, warps that only push, of a grid of ``measured.LARGEST_GRID``."""
-    return next(warps for name, warps in measured.PUSHING_WARPS.items() if name in facts.model)
+    return next(warps for name, warps in measured.PUSHING_WARPS.items() if name in facts.gpu_name)
 
 
 def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_bytes: int) -> Split | None:

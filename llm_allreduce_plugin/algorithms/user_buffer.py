@@ -131,7 +131,7 @@ class UserBuffer(KernelStrategy):
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002
-        """What the group's profile says comes before the estimate."""
+        """What the group's profile says comes before the estimate. A group has one under AUTO and MINLATENCY."""
         least, source = tables.place_pays_from(facts)
         if least is None:
             return Merit(pays=False, reason=source)

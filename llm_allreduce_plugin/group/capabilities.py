@@ -47,7 +47,7 @@ def group_facts(
             architecture=gpu.architecture,
             host=str(gpu.host),
             gpu=gpu.uuid or None,
-            model=gpu.name,
+            gpu_name=gpu.name,
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             peer_refusal=refusal,

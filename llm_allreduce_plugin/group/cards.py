@@ -32,7 +32,7 @@ class RankCard:
     """What one rank tells the others at start.
 
     ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
-    ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``model`` what its GPU is called,
+    ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``gpu_name`` what its GPU is called,
     ``multiprocessors`` how large it is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory,
     ``domain_refusal`` the same across hosts, ``multicast_switch`` what switches multicast off there, ``fabric`` in
     which NVLink domain its GPU is. ``node`` is what NVML says of the node, empty where it says nothing. ``member``
@@ -46,7 +46,7 @@ class RankCard:
     architecture: int | None
     host: str
     gpu: str | None
-    model: str = ""
+    gpu_name: str = ""
     multiprocessors: int = 0
     numa_node: int | None = None
     peer_refusal: str | None = None
@@ -85,7 +85,7 @@ class RankCard:
             card,
             architecture=properties.major * 10 + properties.minor,
             gpu=gpu,
-            model=properties.name,
+            gpu_name=properties.name,
             multiprocessors=properties.multi_processor_count,
             numa_node=own.numa_node if own else None,
             peer_refusal=peer_refusal(),

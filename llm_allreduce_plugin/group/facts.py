@@ -109,7 +109,7 @@ def reach_of(
     device, size = cards[0].device, len(cards)
     members = range(len(topology.gpus))
     architectures = {card.architecture for card in cards}
-    models = {card.model for card in cards}
+    gpu_names = {card.gpu_name for card in cards}
     multiprocessors = min(card.multiprocessors for card in cards) or None
     hosts = hosts_of(cards)
     spread = len(set(hosts)) > 1
@@ -125,7 +125,7 @@ def reach_of(
         device=device,
         transport=Transport.NONE,
         architecture=architectures.pop() if len(architectures) == 1 else None,
-        model=models.pop() if len(models) == 1 else "",
+        gpu_name=gpu_names.pop() if len(gpu_names) == 1 else "",
         multiprocessors=multiprocessors,
         hosts=hosts,
         fabric=spread and no_domain is None,

@@ -108,6 +108,7 @@ def placing_call(plan: _C.Plan, launch: Launch, health: Health, pool: Registered
         out = pool.take(input_.shape, input_.dtype, capture)
         if out is None:
             out = into(input_, pool.lend(input_.shape, input_.dtype, stream, capture)).clone()
+            pool.copied(capture)
         else:
             into(input_, out)
         return out if input_.is_contiguous() else torch.empty_like(input_).copy_(out)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -245,11 +246,21 @@ class MappedMemory:
         own = getattr(self, "own", None)
         if own is None or sys.is_finalizing():
             return
-        if own.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if own.device.type == "cuda" and _may_be_capturing():
             # To wait for the GPU now would end the capture.
             _dropped.append((self._mapped, own.device))
         else:
             _let_go_when_idle(self._mapped, own.device)
+
+
+def _may_be_capturing() -> bool:
+    """Whether a graph is captured here. Of other threads nobody knows: so it may be, where this is not the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        return True
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # of a context that has failed, in which nothing is captured
+        return False
 
 
 # Of objects that nobody had any more while a graph was captured. The end of the process lets go of it, too.

@@ -74,6 +74,7 @@ class RegisteredPool:
         self.graphs_share = False
         self._lent_on: int | None = None  # by eager calls
         self._lent_in = (0, 0)  # by captured ones: the capture, and the stream
+        self._copied: dict[bool, torch.cuda.Event] = {}  # what was lent last; of captured calls, and of others
 
     @classmethod
     def open(
@@ -128,19 +129,15 @@ class RegisteredPool:
     def lend(self, shape: Sequence[int], dtype: torch.dtype, stream: int, capture: int = 0) -> torch.Tensor:
         """A tensor of at most ``largest`` bytes for one call, whose result is copied right behind it, on its stream.
 
-        Raises:
-            RuntimeError: it was lent on another stream: what is still copied there could be overwritten.
+        Whoever has copied it says so: :meth:`copied`. Where it was lent on another stream, this one waits for that
+        copy: peers may store the next result only when the call that it is for has begun.
         """
         if capture:
             elsewhere = self._lent_in[0] == capture and self._lent_in[1] != stream
         else:
             elsewhere = self._lent_on not in (None, stream)
-        if elsewhere:
-            message = (
-                "registered memory is full, and all-reduces come on several streams: "
-                f"{self.size} bytes are too few, and it cannot grow: set registered_pool to more"
-            )
-            raise RuntimeError(message)
+        if elsewhere and (event := self._copied.get(capture != 0)) is not None:
+            event.wait(torch.cuda.current_stream(self.device))
         if capture:
             self._lent_in = (capture, stream)
         else:
@@ -149,6 +146,15 @@ class RegisteredPool:
         size = math.prod(shape) * dtype.itemsize
         assert self._storage is not None
         return self._storage[self._kept :][:size].view(dtype).view(tuple(shape))
+
+    def copied(self, capture: int = 0) -> None:
+        """What was lent has been copied by all that stands on the current stream so far."""
+        if self.device.type == "cuda":
+            # Of a captured call one of its own: a graph keeps what was recorded in it.
+            made: torch.cuda.Event | None = None if capture else self._copied.get(False)
+            event = made or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self.device))
+            self._copied[capture != 0] = event
 
     def _collect(self, capture: int) -> None:
         """What has been released since; those of graphs that have been captured stay with them."""

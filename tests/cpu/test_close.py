@@ -24,7 +24,7 @@ from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime.calls import plan_of
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.driver import Driver
-from llm_allreduce_plugin.transport.mapped import Mapped, MappedMemory
+from llm_allreduce_plugin.transport.mapped import Mapped, MappedMemory, let_go_of_dropped
 from tests.support.fake_fabric import FakeEntryPoints, Truth
 from tests.support.forked import Ended, forked, open_files, own_mappings
 
@@ -266,6 +266,28 @@ def _dropped_before(context: RankContext) -> list[bool]:
 def test_a_close_lets_go_of_what_was_dropped_in_a_capture() -> None:
     with forked(2, _dropped_before) as ranks:
         assert [ranks.value(rank, 30) for rank in range(2)] == [[True, False]] * 2
+
+
+def test_memory_is_let_go_of_where_cuda_cannot_say_whether_a_graph_is_captured() -> None:
+    """In the thread that may capture, that is: of others it is not known, so that they leave it to the next close."""
+    for in_a_thread in (False, True):
+        entry_points, whole = FakeEntryPoints(Truth()), Mapped()
+        whole.driver = Driver(0, entry_points)
+        held = [MappedMemory(whole, mock.Mock(device=torch.device("cuda", 0)), Transport.SYMMETRIC)]
+        fault = RuntimeError("CUDA error: unspecified launch failure")
+        with (
+            mock.patch.object(torch.cuda, "is_current_stream_capturing", side_effect=fault),
+            mock.patch.object(torch.cuda, "synchronize", side_effect=fault),
+        ):
+            if in_a_thread:
+                thread = threading.Thread(target=held.clear)
+                thread.start()
+                thread.join()
+                assert any(entry_points.left().values())
+                let_go_of_dropped()
+            else:
+                held.clear()
+            assert not any(entry_points.left().values())
 
 
 class Stock:

@@ -71,7 +71,7 @@ def cards_on(topology: NodeTopology, settings: AllReduceConfig) -> list[RankCard
             architecture=gpu.architecture,
             host=f"host{gpu.host}",
             gpu=gpu.uuid,
-            model=gpu.name,
+            gpu_name=gpu.name,
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             fabric=gpu.fabric,

@@ -149,7 +149,7 @@ def test_every_usual_message_on_peers_memory_can_be_fused(world_size: int, hidde
             assert launch.algorithm is alone.algorithm
 
 
-def test_wide_blocks_take_as_many_rows_as_there_are_multiprocessors() -> None:
+def test_wide_blocks_take_what_is_not_large() -> None:
     """Of two ranks, a row to a block, a vector to a thread. Of more rows, each block takes two, or one in two waves."""
     group = facts(2)
     for hidden, rows in ((8192, 33), (8192, 132), (5120, 64), (7168, 100)):
@@ -217,8 +217,8 @@ def test_large_messages_give_lanes_one_task_each() -> None:
         (7168, 448, 132, {"H200": 32, "H100": 36}),
         (8192, 512, 132, {"H200": 28, "H100": 32}),
     ):
-        for model, scatter in {"": pushing["H200"], **pushing}.items():
-            group = dataclasses.replace(facts(2), model=f"NVIDIA {model} 80GB HBM3")
+        for name, scatter in {"": pushing["H200"], **pushing}.items():
+            group = dataclasses.replace(facts(2), gpu_name=f"NVIDIA {name} 80GB HBM3")
             pushed = launch_of(group, (8 << 20) // (2 * hidden) + 1, hidden)
             assert (pushed.threads, pushed.lanes, pushed.scatter_lanes) == (threads, lanes, scatter)
             assert pushed.drain_lanes == 0

@@ -33,7 +33,7 @@ def cards_on(topology: NodeTopology, settings: AllReduceConfig, *knowing: int) -
             card,
             architecture=gpu.architecture,
             gpu=gpu.uuid,
-            model=gpu.name,
+            gpu_name=gpu.name,
             multiprocessors=gpu.multiprocessors or 0,
             numa_node=gpu.numa_node,
             node=topology if rank in knowing else NodeTopology(),

@@ -317,17 +317,43 @@ def test_graphs_of_one_memory_pool_take_turns() -> None:
     assert pool.take((1,), torch.uint8) is None, "what graphs have taken is no eager call's"
 
 
-def test_what_is_lent_stays_on_one_stream() -> None:
+def test_another_stream_waits_until_what_was_lent_has_been_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of captured calls it is the same capture's; on the stream that had it nobody waits."""
     pool = pool_of(8 * ALIGNMENT, 4 * ALIGNMENT)
-    for _ in range(2):
-        pool.lend((8,), torch.float32, stream=1)
-        pool.lend((8,), torch.float32, stream=2, capture=5)
-        pool.lend((8,), torch.float32, stream=3, capture=6)
-    with pytest.raises(RuntimeError, match="several streams: 4096 bytes are too few, .* set registered_pool to more"):
-        pool.lend((8,), torch.float32, stream=2)
-    with pytest.raises(RuntimeError, match="on several streams"):
-        pool.lend((8,), torch.float32, stream=2, capture=6)
-    assert pool.lent == 6
+    pool.device = torch.device("cuda", 0)
+    here, done = [0], list[tuple[str, int, int]]()
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self, stream: int) -> None:
+            done.append(("recorded", self.number, stream))
+
+        def wait(self, stream: int) -> None:
+            done.append(("waited for", self.number, stream))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: here[0])
+
+    def call(stream: int, capture: int = 0) -> list[tuple[str, int, int]]:
+        here[0] = stream
+        done.clear()
+        pool.lend((8,), torch.float32, stream, capture)
+        pool.copied(capture)
+        return list(done)
+
+    assert call(1) == [("recorded", 1, 1)]
+    assert call(1) == [("recorded", 1, 1)]
+    assert call(2, capture=5) == [("recorded", 2, 2)], "a replay is ordered by who replays"
+    assert call(3, capture=5) == [("waited for", 2, 3), ("recorded", 3, 3)]
+    assert call(3, capture=6) == [("recorded", 4, 3)]
+    assert call(2) == [("waited for", 1, 2), ("recorded", 1, 2)]
+    assert call(1) == [("waited for", 1, 1), ("recorded", 1, 1)]
+    assert pool.lent == 7
 
 
 def test_only_whole_outputs_are_held() -> None:
