@@ -52,7 +52,7 @@ HIDDEN = (2880, 4096, 5120, 7168, 8192, 16384)
 
 def fused_hidden() -> str:
     """One kernel and two over two GPUs, by hidden size; sizes are rounded down to whole rows."""
-    sizes = [64 * KIB, 256 * KIB, MIB, 4 * MIB]
+    sizes = [64 * KIB, 256 * KIB, MIB, 2 * MIB, 4 * MIB]
     curves: dict[str, dict[int, float]] = {}
     for hidden in HIDDEN:
         for label, candidate in (("one kernel", "fused"), ("two", "then-norm")):

@@ -203,7 +203,8 @@ ONE_STEP_INSTEAD = (
 TABLE_PLACES_FROM: dict[int, int] = {}
 
 # All-reduce, residual and norm in one kernel, by exchange (algorithms/fused.py). Measured on 2 H100 with one-shot
-# (benchmarks/h100/fused_shapes_tp2.json, wide blocks: fused_shapes_wide_tp2.json); for more ranks, and through host
+# (benchmarks/h100/fused_shapes_tp2.json, wide blocks: fused_shapes_wide_tp2.json), from 2 MiB on with 2 H200
+# (benchmarks/h200/fused_shapes_narrow_tp2.json); for more ranks, and through host
 # memory, an estimate from it. What a launch does to the kernel behind it counts, too: with 32 rows of 8192, clusters of
 # two blocks are 0.4 us faster than wide blocks by themselves, and a matrix product over all multiprocessors takes 7 us
 # longer behind them (fused_shapes_behind_tp2.json).
@@ -230,7 +231,7 @@ MOST_SHARING = 8  # blocks of a cluster
 # Warps that only push, of a grid of LARGEST_GRID, by what GPUs are called, whatever a row is wide; of others the last.
 # With fewer the links wait for them; with more everything is slower at once, as if other accesses stood behind what
 # waits for the links. 6560 rows of 2880 / 4096 / 5120 / 8192 take two H200 113 / 155 / 199 / 300 us with 448 and
-# 135 / 191 / 213 / 352 with 512 (benchmarks/h200/fused_pushing_warps_tp2.json). Two H100, whose memory is slower, took
+# 135 / 191 / 212 / 352 with 512 (benchmarks/h200/fused_pushing_warps_tp2.json). Two H100, whose memory is slower, took
 # 192 us for 4096 rows of 8192 with 512, and 216 with 384 (benchmarks/h100/fused_shapes_tp2.json).
 PUSHING_WARPS = {"H100": 512, "H200": 448, "": 448}
 # As SPLITS, of fused two-shot, with four ranks (benchmarks/h100/fused_shapes_own_row_too_tp4.json, whose lanes with one
