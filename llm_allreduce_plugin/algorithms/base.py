@@ -189,15 +189,16 @@ def spread_in_band(
     chunk = min(capacity, math.ceil(pieces / rounds / unit) * unit)
     rounds = math.ceil(pieces / chunk)
     if split is not None and chunk > MAX_THREADS * facts.lanes and facts.lanes >= MIN_SPLIT_LANES:
+        tasks = split.on(facts.lanes)
         return Launch(
             algorithm=algorithm,
             exchange=Exchange.PUSH,
-            lanes=facts.lanes * split.lanes // measured.LARGEST_GRID,
+            lanes=tasks.lanes,
             threads=MAX_THREADS,
             chunk_vectors=chunk,
             rounds=rounds,
-            scatter_lanes=max(1, facts.lanes * split.scatter // measured.LARGEST_GRID),
-            drain_lanes=facts.lanes * split.drain // measured.LARGEST_GRID,
+            scatter_lanes=tasks.scatter,
+            drain_lanes=tasks.drain,
         )
     few = facts.lanes * TWO_SHOT_BLOCKS // measured.LARGEST_GRID if algorithm is Algorithm.TWO_SHOT else facts.lanes
     threads = next(

@@ -28,7 +28,6 @@ MOST_RANKS = 8
 MOST_HIDDEN = 16384
 FUSED_BYTES = 2  # of an element
 WARP = 32
-MOST_PUSHING = 0.4  # of the lanes, whatever a block has: more was fastest for no size of rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,13 +253,10 @@ def _tasks(facts: GroupFacts, algorithm: Algorithm, threads: int, shape: RowShap
     """Lanes that scatter and drain, in a grid of blocks of ``threads``. None: there are no kernels for it."""
     if facts.lanes < MIN_SPLIT_LANES:
         return None
-    of_grid = facts.lanes / measured.LARGEST_GRID
     if algorithm is Algorithm.TWO_SHOT:
-        split = measured.FUSED_TWO_SHOT_SPLIT
-        lanes, scatter, drain = (int(number * of_grid) for number in (split.lanes, split.scatter, split.drain))
-        return Split(0, lanes, max(1, scatter), drain)
+        return measured.FUSED_TWO_SHOT_SPLIT.on(facts.lanes)
     if facts.world_size != PAIR or not shape.pushes:
         return None
     lanes = facts.lanes if threads <= shape.paired_threads else facts.lanes // 2
-    pushing = int(tables.pushing_warps(facts) * of_grid) * WARP // threads
-    return Split(0, lanes, min(max(1, pushing), int(lanes * MOST_PUSHING)), 0)
+    pushing = facts.lanes * tables.pushing_warps(facts) // measured.LARGEST_GRID * WARP // threads
+    return Split(0, lanes, min(max(1, pushing), int(lanes * measured.MOST_PUSHING)), 0)

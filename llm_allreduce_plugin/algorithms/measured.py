@@ -119,12 +119,17 @@ LARGEST_GRID = 264
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """From ``min_bytes`` on, lanes have one task each: so many of LARGEST_GRID, scaled to the grid at hand."""
+    """From ``min_bytes`` on, lanes have one task each: so many of LARGEST_GRID."""
 
     min_bytes: int
     lanes: int
     scatter: int
     drain: int
+
+    def on(self, lanes: int) -> Split:
+        """The same of a grid of so many lanes."""
+        used, scatter, drain = (lanes * number // LARGEST_GRID for number in (self.lanes, self.scatter, self.drain))
+        return Split(self.min_bytes, used, max(1, scatter), drain)
 
 
 # In band, measured on H200 and H100 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the
@@ -234,6 +239,7 @@ MOST_SHARING = 8  # blocks of a cluster
 # 135 / 191 / 212 / 352 with 512 (benchmarks/h200/fused_pushing_warps_tp2.json). Two H100, whose memory is slower, took
 # 192 us for 4096 rows of 8192 with 512, and 216 with 384 (benchmarks/h100/fused_shapes_tp2.json).
 PUSHING_WARPS = {"H100": 512, "H200": 448, "": 448}
+MOST_PUSHING = 0.4  # of the lanes, whatever a block has: more was fastest for no size of rows (the same records)
 # As SPLITS, of fused two-shot, with four ranks (benchmarks/h100/fused_shapes_own_row_too_tp4.json, whose lanes with one
 # task each are those of the library).
 FUSED_TWO_SHOT_SPLIT = Split(0, 132, 16, 76)

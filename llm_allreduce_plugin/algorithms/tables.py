@@ -88,17 +88,13 @@ def fastest(
 
 def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
     """How the lanes of a large message share the tasks out; None: they do not."""
-    return _split(measured.SPLITS[strategy], world_size, payload_bytes)
+    splits = _of(measured.SPLITS[strategy], world_size)
+    return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
 
 def pushing_warps(facts: GroupFacts) -> int:
     """Of fused one-shot over two ranks, warps that only push, of a grid of ``measured.LARGEST_GRID``."""
     return next(warps for name, warps in measured.PUSHING_WARPS.items() if name in facts.gpu_name)
-
-
-def _split(table: Mapping[int, tuple[Split, ...]], world_size: int, payload_bytes: int) -> Split | None:
-    splits = _of(table, world_size)
-    return next((split for split in reversed(splits) if payload_bytes >= split.min_bytes), None)
 
 
 def place_pays_from(facts: GroupFacts) -> tuple[int | None, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Range
@@ -27,6 +28,7 @@ from llm_allreduce_plugin.tuning.plan import Group, Plan, WrongAnswerError
 from llm_allreduce_plugin.tuning.search import SizeSearch
 
 KERNELS = ("ONESHOT", "TWOSHOT")
+AnyRange = TypeVar("AnyRange", ProfileRange, RegisteredRange)
 PLACING = "UB"  # measured, too, where the group has registered memory
 # A strategy that was this much slower than the fastest at two sizes running is not measured at larger ones.
 HOPELESS = 2.0
@@ -121,8 +123,8 @@ class GroupTuner:
             method=f"up to {effort.calls} calls, {effort.replays} times, in {effort.rounds} rounds in turns; median, "
             "slowest rank, microseconds per call",
             environment=environment,
-            graph=_profile_ranges(graph),
-            eager=_profile_ranges(eager),
+            graph=_as(ProfileRange, graph),
+            eager=_as(ProfileRange, eager),
             measured=tuple(
                 Measured.model_validate({"bytes": row.bytes, "graph_us": row.graph_us, "eager_us": row.eager_us})
                 for row in (self._with_registered.rows or self._search.rows)
@@ -136,19 +138,12 @@ class GroupTuner:
         if not any(PLACING in row.eager_us for row in self._with_registered.rows):
             return None
         graph, eager = self._with_registered.ranges()
-        return RegisteredEntry(graph=_registered_ranges(graph), eager=_registered_ranges(eager))
+        return RegisteredEntry(graph=_as(RegisteredRange, graph), eager=_as(RegisteredRange, eager))
 
 
-def _profile_ranges(ranges: Sequence[Range]) -> tuple[ProfileRange, ...]:
-    return tuple(
-        ProfileRange.model_validate({"max_bytes": found.max_bytes, "strategy": found.strategy}) for found in ranges
-    )
-
-
-def _registered_ranges(ranges: Sequence[Range]) -> tuple[RegisteredRange, ...]:
-    return tuple(
-        RegisteredRange.model_validate({"max_bytes": found.max_bytes, "strategy": found.strategy}) for found in ranges
-    )
+def _as(kind: type[AnyRange], ranges: Sequence[Range]) -> tuple[AnyRange, ...]:
+    """Ranges as a profile has them."""
+    return tuple(kind.model_validate({"max_bytes": found.max_bytes, "strategy": found.strategy}) for found in ranges)
 
 
 def tune(

@@ -29,6 +29,8 @@ import yaml
 from llm_allreduce_plugin.demo import serve as serve_demo
 from tests.support.forked import left_in_shm
 from tests.support.marks import slow
+from tests.support.packages import INSTALLED, name_of, packages
+from tests.support.packages import run_module as run_with
 from tests.support.switched_off import Watch
 
 pytestmark = [
@@ -37,11 +39,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed"),
 ]
 
-ROOT = Path(__file__).parents[2]
-INSTALLED = "installed"
-# What scripts/test.sh has unpacked.
-UNPACKED = sorted(str(folder) for folder in (ROOT / ".venv" / "sglang").glob("*") if (folder / "sglang").is_dir())
-PACKAGES = [INSTALLED, *(list(filter(None, os.environ.get("ALLREDUCE_TEST_SGLANG", "").split(":"))) or UNPACKED)]
+PACKAGES = packages("sglang", "ALLREDUCE_TEST_SGLANG")
 CPU = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
@@ -63,22 +61,8 @@ FUSED, PLAIN = 2 * serve_demo.LAYERS - 1, 2
 
 def run_module(package: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A module of ``tests.support`` with that version of SGLang."""
-    paths = [
-        *([] if package == INSTALLED else [str(Path(package).resolve())]),
-        str(ROOT),
-        os.environ.get("PYTHONPATH", ""),
-    ]
-    environment = {name: value for name, value in CPU.items() if name != "TORCHDYNAMO_DISABLE"}
-    result = subprocess.run(
-        [sys.executable, "-m", *words],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        cwd=ROOT,
-        env={**os.environ, **environment, **variables, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
+    environment = {name: value for name, value in CPU.items() if name != "TORCHDYNAMO_DISABLE"} | variables
+    return run_with(package, *words, environment=environment, more_paths=os.environ.get("PYTHONPATH", ""))
 
 
 @functools.cache
@@ -317,7 +301,7 @@ def test_a_server_that_is_started_again_at_once(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", PACKAGES[1:], ids=lambda package: Path(package).name)
+@pytest.mark.parametrize("package", PACKAGES[1:], ids=name_of)
 @pytest.mark.parametrize("strategy", ["ONESHOT", "TWOSHOT", "NCCL"])
 def test_a_server_of_another_version(package: str, strategy: str, model: Path, tmp_path: Path) -> None:
     """The same hooks in a whole server: every all-reduce of the group, and Hugging Face's tokens."""

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from tests.support.vllm_packages import PACKAGES, name_of, run_module
+from tests.support.packages import name_of
+from tests.support.vllm_packages import PACKAGES, run_module
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -11,8 +11,9 @@ import pytest
 
 from llm_allreduce_plugin.profiles.file import store
 from llm_allreduce_plugin.topology import NodeIdentity
+from tests.support.packages import INSTALLED, name_of
 from tests.support.profiles import entry
-from tests.support.vllm_packages import INSTALLED, PACKAGES, name_of, run_module
+from tests.support.vllm_packages import PACKAGES, run_module
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 

@@ -78,6 +78,17 @@ def failing(call: str, status: int, times: int = 1 << 30) -> Misbehave:
     return lambda name: status if name == call and next(left) <= times else 0
 
 
+def hanging(call: str, answer: threading.Event) -> Misbehave:
+    """Does not come back from this call before ``answer``."""
+
+    def hang(name: str) -> int:
+        if name == call:
+            answer.wait(30)
+        return 0
+
+    return hang
+
+
 def assert_nothing_left(switch: Switch, entry_points: list[FakeMulticast], wait_s: float = 5.0) -> None:
     """Soon: ranks that have given up let go in threads."""
     deadline = time.monotonic() + wait_s
@@ -175,13 +186,7 @@ def test_a_fabric_that_is_not_ready_is_asked_again_by_all_in_step(rank: int, cal
 def test_a_driver_that_does_not_answer_stops_all_within_the_deadline(rank: int, call: str) -> None:
     """And when it does at last, what that rank has is let go of, too."""
     switch, answer = Switch(), threading.Event()
-
-    def hang(name: str) -> int:
-        if name == call:
-            answer.wait(30)
-        return 0
-
-    entry_points = drivers_of(switch, {rank: hang})
+    entry_points = drivers_of(switch, {rank: hanging(call, answer)})
     began = time.monotonic()
     found = open_on_all(switch, entry_points, wait_s=0.5)
     assert time.monotonic() - began < 6 * 0.5 + 3

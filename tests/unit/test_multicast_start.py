@@ -28,7 +28,7 @@ from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.multicast_driver import ILLEGAL_STATE, NOT_READY, OUT_OF_MEMORY, MulticastDriver
 from tests.support.fake_multicast import PROOF, FakeMulticast, Switch
 from tests.support.thread_ranks import on_thread_ranks
-from tests.unit.test_multicast import CALLS, RANKS, assert_nothing_left, drivers_of, failing
+from tests.unit.test_multicast import CALLS, RANKS, assert_nothing_left, drivers_of, failing, hanging
 
 CONFIG = AllReduceConfig(allreduce_strategy="TWOSHOT", multicast="on")
 FACTS = GroupFacts(RANKS, "cuda", Transport.SYMMETRIC, multicast=MulticastBytes(1 << 16, 1 << 20))
@@ -224,13 +224,7 @@ def test_a_driver_that_hangs_leaves_all_ranks_without(
     """Within the deadline of a phase. What is mapped by then may still be used, and stays: that is told."""
     monkeypatch.setattr(multicast_start, "PHASE_WAIT_S", 0.5)
     switch, answer = Switch(), threading.Event()
-
-    def hang(name: str) -> int:
-        if name == call:
-            answer.wait(30)
-        return 0
-
-    entry_points = drivers_of(switch, {rank: hang})
+    entry_points = drivers_of(switch, {rank: hanging(call, answer)})
     began = time.monotonic()
     with caplog.at_level(logging.WARNING):
         found, workspaces = start(entry_points)
