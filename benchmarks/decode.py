@@ -138,6 +138,23 @@ def equal_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]])
     return sum(a == b for a, b in zip(one, other, strict=True))
 
 
-def times_of(row: dict[str, Any]) -> str:
-    """The milliseconds per token of a row, for a table."""
-    return "  ".join(f"{row[f'ms_per_token_batch_{size}']:>7.3f}" for size in BATCHES)
+def graph_milliseconds(ranks: Sequence[Sequence[float]], steps: int) -> float:
+    """The median time of the newest ``steps`` graphs but NOT_COUNTED, of each on the rank where it was the shortest.
+
+    ``ranks``: of each rank the milliseconds of its graphs, the newest last.
+
+    Raises:
+        RuntimeError: ranks ran different numbers of graphs, or too few.
+    """
+    counts = {len(graphs) for graphs in ranks}
+    if len(counts) != 1 or min(counts) < steps + NOT_COUNTED:
+        message = f"ranks ran {sorted(counts)} graphs: as many each, and at least {steps + NOT_COUNTED}, are needed"
+        raise RuntimeError(message)
+    shortest = [min(times) for times in zip(*ranks, strict=True)]
+    median: float = statistics.median(shortest[-steps - NOT_COUNTED : -NOT_COUNTED])
+    return round(median, 3)
+
+
+def times_of(row: dict[str, Any], what: str = "ms_per_token") -> str:
+    """The milliseconds per token of a row, or ``what`` else was measured at each batch size, for a table."""
+    return "  ".join(f"{row[f'{what}_batch_{size}']:>7.3f}" for size in BATCHES)

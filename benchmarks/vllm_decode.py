@@ -9,15 +9,17 @@
 A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
 of its own, one after another. ms per token at a batch size: the median time between two of the engine's steps, over
 200 steps in which the whole batch decodes. (The time of many tokens less that of one, taken before, carries the
-jitter of two prefills.) Where both run, ONESHOT and TWOSHOT must generate the same
-tokens for the same 256 requests. ``--no-peer-access``: as on a node whose GPUs do not see each other: NCCL with
-NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median time of 32 prompts of 1024 tokens with
-one new token each. A strategy with ``-unfused`` behind it: the norm behind all-reduces stays vLLM's. ``--quantization
-fp8``: weights and activations, as vLLM quantizes a 16-bit model when it loads it. ``--hosts 2``: the ranks as those of
-two hosts, as NCCL and this package tell hosts apart, with sockets on the loopback device as the network between them;
-that shows that it works, and its times are of no network that a cluster has. ``default-flashinfer``: vLLM with its own
-pass that gives all-reduce and norm to FlashInfer, by FlashInfer's back end without multicast; only this variant finds
-FlashInfer, which lies in ``--flashinfer``, for with it vLLM takes that pass, and multicast, unasked.
+jitter of two prefills.) GPU ms: the median time of the graphs of these steps, each on the rank on which it was the
+shortest, for the others wait for that one. It is less than a step takes where the host is waited for. Where both run,
+ONESHOT and TWOSHOT must generate the same tokens for the same 256 requests. ``--no-peer-access``: as on a node whose
+GPUs do not see each other: NCCL with NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median
+time of 32 prompts of 1024 tokens with one new token each. A strategy with ``-unfused`` behind it: the norm behind
+all-reduces stays vLLM's. ``--quantization fp8``: weights and activations, as vLLM quantizes a 16-bit model when it
+loads it. ``--hosts 2``: the ranks as those of two hosts, as NCCL and this package tell hosts apart, with sockets on
+the loopback device as the network between them; that shows that it works, and its times are of no network that a
+cluster has. ``default-flashinfer``: vLLM with its own pass that gives all-reduce and norm to FlashInfer, by
+FlashInfer's back end without multicast; only this variant finds FlashInfer, which lies in ``--flashinfer``, for with
+it vLLM takes that pass, and multicast, unasked.
 """
 
 from __future__ import annotations
@@ -123,9 +125,11 @@ def run_variant(arguments: argparse.Namespace) -> None:
     for size in BATCHES:
         batch = prompts(size, 32, 32)
         generate(batch, 4)
+        llm.collective_rpc(vllm_probe.GRAPH_MS)
         steps = step_times(batch)
         result[f"ms_per_token_batch_{size}"] = decode.milliseconds(steps)
         result[f"steps_batch_{size}"] = len(steps)
+        result[f"gpu_ms_batch_{size}"] = decode.graph_milliseconds(llm.collective_rpc(vllm_probe.GRAPH_MS), STEPS)
     if arguments.profile is not None:
         llm.start_profile()
         generate(prompts(PROFILED_BATCH, 32, 32), PROFILED_TOKENS)
@@ -149,20 +153,20 @@ def start_variant(
     report = work / f"report-{variant}-{tp}"
     result = work / f"result-{variant}-{tp}.json"
     environment = dict(os.environ)
-    if variant in VLLM_ALONE:
-        environment["VLLM_PLUGINS"] = ""  # as if this package were not there
+    environment |= {
+        "VLLM_PLUGINS": PROBE if variant in VLLM_ALONE else f"{PROBE},{PLUGIN}",  # alone: as if ours were not there
+        "PYTHONPATH": decode.python_path(work / "probe"),
+    }
     if variant == FLASHINFER:
         folder = arguments.flashinfer.resolve()
         environment |= {
-            "PYTHONPATH": os.pathsep.join(filter(None, [environment.get("PYTHONPATH", ""), str(folder)])),
+            "PYTHONPATH": os.pathsep.join([environment["PYTHONPATH"], str(folder)]),
             "VLLM_FLASHINFER_ALLREDUCE_BACKEND": "trtllm",
         }
     if arguments.hosts > 1:
         environment |= {
             **BETWEEN_HOSTS,
-            "VLLM_PLUGINS": PROBE if variant in VLLM_ALONE else f"{PROBE},{PLUGIN}",
             vllm_probe.RANKS_OF_A_HOST: str(tp // arguments.hosts),
-            "PYTHONPATH": decode.python_path(work / "probe"),
         }
     command = [
         sys.executable,
@@ -270,7 +274,8 @@ def main() -> None:
                 rows.append(row)
                 times = decode.times_of(row)
                 print(
-                    f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; prefill "
+                    f"TP{tp} {variant:>8}: ms per token at batch {BATCHES}: {times}; on the GPU "
+                    f"{decode.times_of(row, 'gpu_ms')}; prefill "
                     f"{row['prefill_32x1024_s']} s; start {row['start_s']} s",
                     flush=True,
                 )

@@ -1,4 +1,4 @@
-"""The decode benchmark of SGLang: which steps count, when a batch begins, and what makes a measurement void."""
+"""The decode benchmarks of engines: which steps count, when a batch begins, and what makes a measurement void."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import (
@@ -83,6 +84,47 @@ def test_engines_find_the_probe(tmp_path: Path, probe: ModuleType, entry_points:
         env={**MULTICAST_SWITCHES, "PYTHONPATH": str(tmp_path)},
     ).stdout
     assert said.split() == [str(tmp_path / source.name), "True"]
+
+
+def test_graphs_are_timed_on_the_rank_that_waits_for_nobody() -> None:
+    ends = [9.0] * decode.NOT_COUNTED
+    one, other = [7.0, 1.0, 5.0, 3.0, *ends], [9.0, 4.0, 2.0, 3.5, *ends]
+    assert decode.graph_milliseconds([one, other], 3) == 2.0
+    for ranks in ([one, other[1:]], [one[2:], other[2:]]):
+        with pytest.raises(RuntimeError, match=r"graphs: as many each, and at least 13, are needed"):
+            decode.graph_milliseconds(ranks, 3)
+
+
+def test_the_probe_times_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events around each graph in its stream; a worker's method gives their times out, once."""
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = float(next(clock))
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Graph:
+        def replay(self) -> None:
+            for _ in range(2):
+                next(clock)
+
+    class Worker: ...
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    vllm_probe.time_graphs(Worker)
+    for _ in range(3):
+        torch.cuda.CUDAGraph().replay()
+    worker: Any = Worker()
+    assert getattr(worker, vllm_probe.GRAPH_MS)() == [3.0] * 3
+    assert getattr(worker, vllm_probe.GRAPH_MS)() == []
 
 
 def test_engines_that_are_there_at_once_take_turns(tmp_path: Path) -> None:
