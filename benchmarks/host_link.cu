@@ -5,8 +5,7 @@
 //   stores, loads      each GPU stores a message to host memory of its own, loads one from the other's
 //   both               some blocks store, others load, at the same time, and nobody waits for anybody
 //   engines            the same as "both" by the GPUs' copy engines
-//   exchange           blocks store tiles, with a flag behind each; others wait for the flag, load the peer's tile and
-//   add
+//   exchange           some blocks store tiles, each with a flag behind it; others wait for that, load the tile, add
 //
 // "both" is what an all-reduce over two ranks must move, and so the least that it can take.
 #include <cuda_bf16.h>

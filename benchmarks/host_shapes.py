@@ -65,7 +65,7 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
             packets = math.ceil(size / DTYPE.itemsize / PACKETS[WireFormat.FP8].values / world_size)
             used = min(lanes, math.ceil(packets * 32 / threads))
             shapes.append(("fp8 in band", size, used, threads, packets))
-    one_shot = [64 * KIB, 256 * KIB, MIB] + [4 * MIB, 16 * MIB, 64 * MIB] * (world_size == 2)
+    one_shot = [64 * KIB, 256 * KIB, 512 * KIB, MIB] + [2 * MIB, 4 * MIB, 16 * MIB, 64 * MIB] * (world_size == 2)
     kernels: dict[str, tuple[list[int], int, int]] = {"ONESHOT flagged": (one_shot, 1, WORKERS)}
     kernels["ONESHOT pairs"] = (one_shot[1:], 1, WORKERS)  # of blocks, of which one pushes
     if world_size > 2:
