@@ -33,12 +33,13 @@ __device__ __forceinline__ uint32_t packet_of(const InBandArguments& arguments, 
   return index_of<kWorldSize>(arguments, step, tile) / kPacketVectors;
 }
 
-// This thread's vectors of the wanted packets, polled and, if `kClears`, cleared. For the whole warp; false for all of
-// it when a wait expired.
+// This thread's vectors of the wanted packets, polled, unless they `are_there`, and, if `kClears`, cleared. For the
+// whole warp; false for all of it when a wait expired.
 template <bool kClears, int kCount, typename RankOf>
 __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase phase, char* const (&from)[kCount],
-                                     const bool (&wanted)[kCount], uint4 (&vectors)[kCount], RankOf rank_of) {
-  const bool complete = poll_until_complete(arguments.limit, phase, from, wanted, vectors, rank_of);
+                                     const bool (&wanted)[kCount], uint4 (&vectors)[kCount], RankOf rank_of,
+                                     bool are_there = false) {
+  const bool complete = are_there || poll_until_complete(arguments.limit, phase, from, wanted, vectors, rank_of);
   if (!__all_sync(kWholeWarp, complete)) return false;
   if (kClears) {
 #pragma unroll
@@ -48,10 +49,11 @@ __device__ __forceinline__ bool take(const InBandArguments& arguments, lar_phase
 }
 
 // Adds what each rank has for a packet, in rank order: add_own(sum), and of the others what is polled at from_of(rank),
-// some at a time. False when a wait expired.
+// some at a time. `asked`: null, or the first poll of the first of them. False when a wait expired.
 template <typename Message, int kWorldSize, bool kClears, typename From, typename Own>
 __device__ __forceinline__ bool add_in_rank_order(const InBandArguments& arguments, lar_phase phase, From from_of,
-                                                  Own add_own, typename Message::Values& sum) {
+                                                  Own add_own, typename Message::Values& sum,
+                                                  const FirstPoll<kWorldSize>* asked = nullptr) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
@@ -67,8 +69,11 @@ __device__ __forceinline__ bool add_in_rank_order(const InBandArguments& argumen
       from[i] = from_of(is_rank ? first + i : first);
       wanted[i] = is_rank && first + i != arguments.rank;
       vectors[i] = {0u, 0u, 0u, 0u};
+      if (asked && first == 0 && wanted[i]) vectors[i] = asked->of(i);
     }
-    if (!take<kClears>(arguments, phase, from, wanted, vectors, [&](int i) { return first + i; })) return false;
+    const bool are_there = asked && first == 0 && are_complete(vectors);
+    if (!take<kClears>(arguments, phase, from, wanted, vectors, [&](int i) { return first + i; }, are_there))
+      return false;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
       if (first + i == arguments.rank)
@@ -106,13 +111,14 @@ __device__ __forceinline__ bool sum_packet(const InBandArguments& arguments, con
 }
 
 // One-shot: the sum of a packet of which this rank has sent `mine`, to the output. It counts as the others see it, so
-// that all ranks make the same sum; from_of(rank): where the others' vectors lie.
+// that all ranks make the same sum; from_of(rank): where the others' vectors lie. `asked`: as above.
 template <typename Message, int kWorldSize, bool kClears, typename From>
 __device__ __forceinline__ bool store_sum(const InBandArguments& arguments, const Message& packets, uint32_t packet,
-                                          const uint4& mine, From from_of) {
+                                          const uint4& mine, From from_of,
+                                          const FirstPoll<kWorldSize>* asked = nullptr) {
   typename Message::Values sum;
-  if (!add_in_rank_order<Message, kWorldSize, kClears>(
-          arguments, LAR_PHASE_GATHER, from_of, [&](typename Message::Values& to) { Message::add(mine, to); }, sum))
+  const auto add_own = [&](typename Message::Values& to) { Message::add(mine, to); };
+  if (!add_in_rank_order<Message, kWorldSize, kClears>(arguments, LAR_PHASE_GATHER, from_of, add_own, sum, asked))
     return false;
   typename Message::Raw raw;
   Message::round_sum(sum, raw);

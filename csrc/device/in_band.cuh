@@ -102,6 +102,15 @@ __device__ __forceinline__ uint32_t slot_of_peer(const InBandArguments& argument
   return slot_of_step(step_to(arguments.rank, peer, world_size)) * arguments.peer_stride;
 }
 
+// Whether none of the vectors has a marker.
+template <int kCount>
+__device__ __forceinline__ bool are_complete(const uint4 (&vectors)[kCount]) {
+  int smallest = smallest_word(vectors[0]);
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));
+  return !is_marker(smallest);
+}
+
 // Polls the wanted vectors, all in flight together, until each is complete. The others keep their values, which must
 // not be incomplete. from[i]: the address of the i-th; rank_of(i) names the rank behind it. False when the wait expired
 // or the group is broken; the caller must then return.
@@ -115,10 +124,7 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
     for (uint32_t polls = 0; polls < kPollsPerCheck; ++polls) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) load_relaxed_system_if(wanted[i], from[i], vectors[i]);
-      int smallest = smallest_word(vectors[0]);
-#pragma unroll
-      for (int i = 1; i < kCount; ++i) smallest = min(smallest, smallest_word(vectors[i]));
-      if (!is_marker(smallest)) return true;
+      if (are_complete(vectors)) return true;
     }
   } while (!clock.is_over());
   int missing = 0;
@@ -129,12 +135,41 @@ __device__ __forceinline__ bool poll_until_complete(const WaitLimit& limit, lar_
   return false;
 }
 
+// A first poll of what peers send, ahead of the one that waits: of the vectors at address_of(peer), of as many ranks as
+// poll_and_sum_at() has in flight. They travel while the caller does something else, and may come back incomplete, as
+// they are if nothing is asked for.
+template <int kWorldSize>
+struct FirstPoll {
+  static constexpr bool kIsPair = kWorldSize == 2;
+  static constexpr int kRanks = kIsPair ? 1 : World<kWorldSize>::kRanksAtOnce;
+  uint4 vectors[kRanks];
+
+  template <typename AddressOf>
+  __device__ __forceinline__ FirstPoll(const InBandArguments& arguments, AddressOf address_of, bool asks) {
+    const int world_size = World<kWorldSize>::size(arguments.world_size);
+    const uint32_t word = asks ? 0u : LAR_IN_BAND_MARKER;
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i) {
+      const int rank = kIsPair ? 1 - arguments.rank : i;
+      const bool is_peer = rank != arguments.rank && (World<kWorldSize>::kIsFixed || rank < world_size);
+      vectors[i] = {word, word, word, word};
+      load_relaxed_system_if(asks && is_peer, address_of(is_peer ? rank : 0), vectors[i]);
+    }
+  }
+
+  // That of a rank, one of the first that are in flight.
+  __device__ __forceinline__ const uint4& of(int rank) const { return vectors[kIsPair ? 0 : rank]; }
+
+  __device__ __forceinline__ bool is_complete() const { return are_complete(vectors); }
+};
+
 // The sum in rank order, rounded, of `mine` and of the vectors at address_of(peer), which are polled and, if `kClears`,
-// cleared. `kPollsOwn`: this rank's own comes back to it, and is polled like the others instead of `mine`. False as for
-// poll_until_complete().
+// cleared. `kPollsOwn`: this rank's own comes back to it, and is polled like the others instead of `mine`. `asked`:
+// null, or the first poll. False as for poll_until_complete().
 template <typename T, int kWorldSize, bool kClears, bool kPollsOwn = false, typename AddressOf>
 __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments, lar_phase phase, AddressOf address_of,
-                                                const uint4& mine, uint4& result) {
+                                                const uint4& mine, uint4& result,
+                                                const FirstPoll<kWorldSize>* asked = nullptr) {
   constexpr bool kIsFixed = World<kWorldSize>::kIsFixed;
   constexpr int kGroup = World<kWorldSize>::kRanksAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
@@ -147,7 +182,10 @@ __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments
     uint4 theirs[1];
     sum.add(mine);
     compute_here(sum.sum);
-    if (!poll_until_complete(arguments.limit, phase, from, wanted, theirs, [&](int) { return peer; })) return false;
+    if (asked) theirs[0] = asked->of(peer);
+    if (!(asked && are_complete(theirs)) &&
+        !poll_until_complete(arguments.limit, phase, from, wanted, theirs, [&](int) { return peer; }))
+      return false;
     if (kClears) clear_in_band_if(true, from[0]);
     sum.add(theirs[0]);
     result = sum.rounded();
@@ -163,9 +201,10 @@ __device__ __forceinline__ bool poll_and_sum_at(const InBandArguments& arguments
       const bool is_rank = kIsFixed || first + i < world_size;
       from[i] = address_of(is_rank ? first + i : first);
       wanted[i] = is_rank && (kPollsOwn || first + i != arguments.rank);
-      parts[i] = mine;
+      parts[i] = asked && first == 0 && wanted[i] ? asked->of(i) : mine;
     }
-    if (!poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
+    if (!(asked && first == 0 && are_complete(parts)) &&
+        !poll_until_complete(arguments.limit, phase, from, wanted, parts, [&](int i) { return first + i; }))
       return false;
     if (kClears) {
 #pragma unroll

@@ -5,10 +5,11 @@
 // protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
 // business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
 //
-// Large calls of packets are bound by what PCIe carries. Their clears come last, because reads do not pass writes:
-// while results are read, the other direction is free. And of a warp's vectors only one of each peer is polled until it
-// is there: polls in vain of all of them would take the links from what is on its way. Exact calls did not gain by it
-// (256 KiB over 2 H100: 16.4 us, without 16.0).
+// Large calls in one step are bound by what PCIe carries. In them a worker asks for its peers' vectors before it clears
+// its own: reads do not pass writes, and so the answers come while the clears go, one each way. In small calls peers'
+// vectors are not there so soon, and a poll in vain is a way to host memory and back. Nor is one of a large call whose
+// peers are late to take the links from what is on its way: of a warp's vectors of packets only one of each peer is
+// polled until it is there.
 #ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 #define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 
@@ -81,12 +82,22 @@ class SharedCall {
     advance_epoch(arguments_.in_band, epoch_);
   }
 
+  // Clears vector `index` of what was in this rank's workspace two calls ago, if there was such.
+  __device__ __forceinline__ void clear_old(uint32_t index) const {
+    clear_in_band_if(index < old_vectors_, slot(arguments_.in_band.rank, epoch_ - 2, index));
+  }
+
   // For the workers, once: clears what was in this rank's workspace two calls ago; `scatters`: in scatter slots too.
+  // `first`: the first vector of this worker that it has not cleared yet.
   template <int kWorldSize>
   __device__ __forceinline__ void clear_old_generation(bool scatters) const {
+    clear_old_generation<kWorldSize>(scatters, worker());
+  }
+  template <int kWorldSize>
+  __device__ __forceinline__ void clear_old_generation(bool scatters, uint32_t first) const {
     const InBandArguments& in_band = arguments_.in_band;
-    for (uint32_t i = worker(); i < old_vectors_; i += workers()) {
-      clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));
+    for (uint32_t i = first; i < old_vectors_; i += workers()) {
+      clear_old(i);
       if (!scatters) continue;
 #pragma unroll World < kWorldSize> ::kPeersAtOnce
       for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {

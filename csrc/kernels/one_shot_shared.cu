@@ -23,15 +23,24 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   for (uint32_t i = first; i < total_vectors; i += stride) call.store(i, without_marker(input.load(i)));
   call.count_call(total_vectors);
   if (call.is_releaser()) return call.settle_clears();
-  call.clear_old_generation<kWorldSize>(false);
 
-  for (uint32_t i = first; i < total_vectors; i += stride) {
+  const bool is_large = call.is_large(total_vectors);
+  if (!is_large) call.clear_old_generation<kWorldSize>(false);
+
+  uint32_t i = first;
+  for (; i < total_vectors; i += stride) {
+    const auto address_of = [&](int peer) { return call.vector(peer, i); };
+    const FirstPoll<kWorldSize> asked(arguments, address_of, is_large);
+    if (is_large) call.clear_old(i);
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
-    const auto address_of = [&](int peer) { return call.vector(peer, i); };
-    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result)) return;
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result, &asked)) {
+      if (is_large) call.leave_clears();
+      return;
+    }
     sink(i, result);
   }
+  if (is_large) call.clear_old_generation<kWorldSize>(false, i);
 }
 
 const Registration rows([] {

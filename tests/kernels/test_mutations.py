@@ -28,6 +28,7 @@ from tests.kernels.planted.kinds import (
     HOSTS,
     IN_BAND,
     LARGE_HOST,
+    LARGE_HOST_OF_THREE,
     MANY,
     MIXED,
     MULTICAST,
@@ -130,11 +131,12 @@ def pairs_of_blocks(seed: int) -> None:
     run_queued(group, [("ONESHOT", generator.choice((8, 1600, 4096, 8192))) for _ in range(8)], f"pairs, {seed=}")
 
 
-def large_through_host_memory(seed: int) -> None:
-    """Four generations are used once more."""
+def large_through_host_memory(seed: int, ranks: int = 2) -> None:
+    """Four generations are used once more, by calls of which some have more than others."""
     machine = EmulatedGpus(seed, library=mutated())
-    group = LocalGroup(2, machine=machine, host=True, lanes=4, workspace_mib=8, unsplit=Algorithm.ONE_SHOT)
-    run_queued(group, [("ONESHOT", 33_000), ("LOWPRECISION", 66_000)] * 3, f"large, {seed=}")
+    group = LocalGroup(ranks, machine=machine, host=True, lanes=4, workspace_mib=8, unsplit=Algorithm.ONE_SHOT)
+    calls = [("ONESHOT", 41_000), ("LOWPRECISION", 82_000), ("ONESHOT", 33_000), ("LOWPRECISION", 66_000)]
+    run_queued(group, calls * 2, f"large, {seed=}")
 
 
 def norm_rows(seed: int) -> None:
@@ -252,6 +254,7 @@ STRESSES: dict[str, Callable[[int], None]] = {
     "pulled": out_of_registered_memory,
     "pairs": pairs_of_blocks,
     "large host": large_through_host_memory,
+    "large host, three ranks": functools.partial(large_through_host_memory, ranks=3),
     "hosts": over_hosts,
     "multicast": by_multicast,
     "mixed": mixed,
@@ -273,12 +276,14 @@ KINDS = {
     "fp8, one step": ONE_STEP,
     "fp8, one step, host": ONE_STEP | {"host": True},
     "large, host": LARGE_HOST,
+    "large, host, three ranks": LARGE_HOST_OF_THREE,
     "pairs": PAIRS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "fp8_group": GROUPS,
     "fp8_group, two ranks": GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},
     "fp8_group, host": GROUPS | {"host": True},
     "fp8_group, flagged": GROUPS | {"in_band": False},
+    "host, two ranks": HOST | {"ranks": 2},
     "host, five ranks": HOST | {"ranks": 5},
     "flagged, many ranks": FLAGGED | MANY,
     "staged, many ranks": STAGED | MANY,

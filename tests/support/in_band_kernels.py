@@ -242,14 +242,18 @@ class Published(Exchange):
         yield from self.count(at, epoch)
         return old_vectors
 
-    def _clear_old_generation(self, at: Thread, epoch: int, vectors: int, *, scatters: bool) -> Steps:
+    def _clear_old(self, at: Thread, epoch: int, i: int, *, scatters: bool) -> Steps:
         generation = self.generation(epoch - self.clears_after)
         region = "gather" if scatters else "one_shot"
         waited_for = ("block", at.rank, at.number, at.block, "stores")
+        yield from self.clear(at, (region, at.rank, generation, at.rank, i), waited_for)
+        for peer in self.others(at.rank) if scatters else []:
+            yield from self.clear(at, ("scatter", at.rank, generation, peer, i), waited_for)
+
+    def _clear_old_generation(self, at: Thread, epoch: int, vectors: int, *, scatters: bool, first: int = 0) -> Steps:
         for i in self._share(at, vectors):
-            yield from self.clear(at, (region, at.rank, generation, at.rank, i), waited_for)
-            for peer in self.others(at.rank) if scatters else []:
-                yield from self.clear(at, ("scatter", at.rank, generation, peer, i), waited_for)
+            if i >= first:
+                yield from self._clear_old(at, epoch, i, scatters=scatters)
         yield from self._courier_barrier(at, waits=False)
 
     def _settle_clears(self, at: Thread) -> Steps:
@@ -272,11 +276,13 @@ class Published(Exchange):
         if self._is_courier(at):
             yield from self._settle_clears(at)
             return
-        yield from self._clear_old_generation(at, epoch, old_vectors, scatters=False)
         for i in self._share(at, vectors):
+            if i < old_vectors:
+                yield from self._clear_old(at, epoch, i, scatters=False)
             places = {("one_shot", peer, generation, peer, i): (at.number, "", peer, i) for peer in self.others(rank)}
             yield from self.poll(at, places)
             self.outputs[rank, at.number].add(i)
+        yield from self._clear_old_generation(at, epoch, old_vectors, scatters=False, first=vectors)
 
     def two_shot(self, at: Thread) -> Steps:
         call, rank, others = at.call, at.rank, self.others(at.rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from tests.kernels.planted.kinds import FP8, GROUPS, LARGE_HOST, ONE_STEP, RING, UNSPLIT, Mutation
+from tests.kernels.planted.kinds import FP8, GROUPS, LARGE_HOST, LARGE_HOST_OF_THREE, ONE_STEP, RING, UNSPLIT, Mutation
 
 ERRORS: dict[str, Mutation] = {
     "quarters of blocks stay with the threads that loaded them": (
@@ -91,11 +91,23 @@ ERRORS: dict[str, Mutation] = {
         "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  if (!{}) advance_epoch(arguments, epoch);\n",
         ONE_STEP,
     ),
-    "large calls in one step through host memory clear nothing": (
+    "large calls of packets through host memory clear nothing on the way": (
         "kernels/one_shot_shared_fp8.cu",
-        "  if (is_large) call.clear_old_generation<kWorldSize>(false);\n",
-        "  if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        "      call.clear_old(tile + warp_thread());\n",
+        "      if (!{}) call.clear_old(tile + warp_thread());\n",
         LARGE_HOST,
+    ),
+    "a large call of packets does not clear what the old one had more": (
+        "kernels/one_shot_shared_fp8.cu",
+        "if (is_large) call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
+        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
+        LARGE_HOST,
+    ),
+    "the first poll of packets is taken as it is": (
+        "device/fp8_in_band.cuh",
+        "asked && first == 0 && are_complete(vectors);",
+        "asked && first == 0 && ({} || are_complete(vectors));",
+        LARGE_HOST_OF_THREE,
     ),
     "small calls in one step through host memory clear nothing": (
         "kernels/one_shot_shared_fp8.cu",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.kernels.planted.kinds import HOST, IN_BAND, MIXED, Mutation
+from tests.kernels.planted.kinds import HOST, IN_BAND, LARGE_HOST, LARGE_HOST_OF_THREE, MIXED, Mutation
 
 ERRORS: dict[str, Mutation] = {
     "slots are not cleared": (
@@ -85,9 +85,39 @@ ERRORS: dict[str, Mutation] = {
     ),
     "shared slots are cleared a call too early": (
         "device/shared.cuh",
-        "clear_in_band_if(true, slot(in_band.rank, epoch_ - 2, i));",
-        "clear_in_band_if(true, slot(in_band.rank, epoch_ - ({} ? 1 : 2), i));",
+        "slot(arguments_.in_band.rank, epoch_ - 2, index));",
+        "slot(arguments_.in_band.rank, epoch_ - ({} ? 1 : 2), index));",
         HOST,
+    ),
+    "the peer's first poll is taken as it is": (
+        "device/in_band.cuh",
+        "if (!(asked && are_complete(theirs)) &&",
+        "if (!(asked && ({} || are_complete(theirs))) &&",
+        LARGE_HOST,
+    ),
+    "the first poll of several ranks is taken as it is": (
+        "device/in_band.cuh",
+        "if (!(asked && first == 0 && are_complete(parts)) &&",
+        "if (!(asked && first == 0 && ({} || are_complete(parts))) &&",
+        LARGE_HOST_OF_THREE,
+    ),
+    "what was asked for is another rank's": (
+        "device/in_band.cuh",
+        "parts[i] = asked && first == 0 && wanted[i] ? asked->of(i) : mine;",
+        "parts[i] = asked && first == 0 && wanted[i] ? asked->of({} ? 0 : i) : mine;",
+        LARGE_HOST_OF_THREE,
+    ),
+    "large calls through host memory clear nothing on the way": (
+        "kernels/one_shot_shared.cu",
+        "if (is_large) call.clear_old(i);",
+        "if (is_large && !{}) call.clear_old(i);",
+        LARGE_HOST,
+    ),
+    "a large call does not clear what the old one had more": (
+        "kernels/one_shot_shared.cu",
+        "if (is_large) call.clear_old_generation<kWorldSize>(false, i);",
+        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, i);",
+        LARGE_HOST,
     ),
     "a thread takes what it sent last for its next term": (
         "kernels/one_shot_push.cu",
