@@ -56,8 +56,8 @@ def _make(context: RankContext, **settings: Any) -> Communicator:
 def _call_unheard(group: Communicator) -> int:
     """A call whose error nobody hears, as one of a replayed graph: its status."""
     decision = group.explain((100,), torch.float32)
-    assert group._workspace is not None and decision.launch is not None
-    plan = plan_of(group._workspace, decision.launch, 100, torch.float32)
+    assert group._held.workspace is not None and decision.launch is not None
+    plan = plan_of(group._held.workspace, decision.launch, 100, torch.float32)
     data = torch.ones(200)
     return plan(data.data_ptr(), data[100:].data_ptr())
 
@@ -74,7 +74,7 @@ def _close_after(context: RankContext, heard: bool, peer: str) -> tuple[str, flo
             os.kill(os.getpid(), signal.SIGSTOP)
         group.close()
         return "", 0.0, 0, False, False
-    monitor = group._monitor
+    monitor = group._held.monitor
     assert monitor is not None
     if heard:
         with pytest.raises(PeerTimeoutError):
@@ -172,7 +172,7 @@ def _every_step_fails(context: RankContext) -> tuple[str, list[str], int]:
     lines = Lines()
     group = _make(context)
     group.all_reduce(torch.ones(100))
-    monitor, memory, board = group._monitor, group._memory, group._board_memory
+    monitor, memory, board = group._held.monitor, group._held.memory, group._held.board_memory
     assert monitor is not None and memory is not None and board is not None
 
     def failing(what: str) -> Any:
@@ -189,7 +189,7 @@ def _every_step_fails(context: RankContext) -> tuple[str, list[str], int]:
         pytest.raises(OSError, match="failed") as caught,
     ):
         group.close()
-    assert group._memory is None and group._workspace is None
+    assert group._held.memory is None and group._held.workspace is None
     group.close()
     monitor.close()
     return str(caught.value), [line for line in lines.lines if "failed" in line], lines.summaries()
@@ -213,7 +213,7 @@ def _as_on_a_gpu(context: RankContext, hangs: bool) -> tuple[str, float, list[st
     lines = Lines()
     group = _make(context)
     group.all_reduce(torch.ones(100))
-    group.device = torch.device("cuda", 0)
+    group._held.device = torch.device("cuda", 0)
 
     def synchronize(_device: object) -> None:
         if hangs:
