@@ -63,7 +63,7 @@ TOGETHER = {
     "tests/cpu/test_shared_memory.py": "CPU ranks that end",
     "tests/cpu/": "CPU ranks",
     "tests/gpu/": "GPUs",
-    "tests/engines/test_sglang.py::test_hooks_in_sglangs_own_layers": "SGLang's layers",
+    "tests/engines/test_sglang_versions.py::test_hooks_in_sglangs_own_layers": "SGLang's layers",
     "tests/engines/test_sglang_fusion.py": "settings of SGLang",
     "tests/engines/test_sglang_settings.py": "settings of SGLang",
     "tests/engines/test_sglang_switches.py": "settings of SGLang",
