@@ -73,7 +73,7 @@ def _ours(context: RankContext, strategy: str, mine: torch.Tensor, expected: tor
     name = strategy if wire is None else "LOWPRECISION"
     group = context.communicator(name, timeout_s=60.0, first_timeout_s=120.0, **settings)
     try:
-        decision, between = group.explain(mine.shape, DTYPE), group._between  # noqa: SLF001
+        decision, between = group.explain(mine.shape, DTYPE), group._held.between  # noqa: SLF001
         launch = decision.launch
         if launch is None or between is None:
             message = f"{strategy} does not run over hosts here: {decision.reason}"

@@ -3,7 +3,7 @@
 #   scripts/unpack_engine.sh vllm|sglang FOLDER VERSION...
 #   scripts/unpack_engine.sh --whole sglang FOLDER VERSION...    # with the transformers that it pins: for whole servers
 # Then ALLREDUCE_TEST_VLLM=FOLDER/VERSION:... pytest tests/engines/test_vllm_fusion.py tests/engines/test_vllm_versions.py
-# or ALLREDUCE_TEST_SGLANG=FOLDER/VERSION:... pytest tests/engines/test_sglang.py
+# or ALLREDUCE_TEST_SGLANG=FOLDER/VERSION:... pytest tests/engines/test_sglang_versions.py tests/engines/test_sglang.py
 set -euo pipefail
 whole=
 if [[ ${1:-} == --whole ]]; then

@@ -76,7 +76,17 @@ def _check_ranges(name: str, ranges: Sequence[ProfileRange | RegisteredRange | F
         raise ValueError(message)
 
 
-class RegisteredEntry(Frozen):
+class Ranged(Frozen):
+    """A part that has ranges, ``graph`` and ``eager``: each class has the fields itself, where files have them."""
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> Self:
+        for name in ("graph", "eager"):
+            _check_ranges(name, getattr(self, name))
+        return self
+
+
+class RegisteredEntry(Ranged):
     """Where results go straight into registered outputs, of messages for which they may.
 
     All others, and those sizes for which this does not say UB, go by the ranges of the entry itself.
@@ -89,14 +99,8 @@ class RegisteredEntry(Frozen):
     graph: tuple[RegisteredRange, ...]
     eager: tuple[RegisteredRange, ...]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_ranges("graph", self.graph)
-        _check_ranges("eager", self.eager)
-        return self
 
-
-class FusedEntry(Frozen):
+class FusedEntry(Ranged):
     """Whether residual and norm belong in the kernel of the sum.
 
     Attributes:
@@ -111,14 +115,8 @@ class FusedEntry(Frozen):
     eager: tuple[FusedRange, ...]
     measured: tuple[FusedMeasured, ...]
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_ranges("graph", self.graph)
-        _check_ranges("eager", self.eager)
-        return self
 
-
-class Entry(Frozen):
+class Entry(Ranged):
     """What was measured for one kind of group.
 
     Attributes:
@@ -153,12 +151,6 @@ class Entry(Frozen):
     measured: tuple[Measured, ...]
     fused: FusedEntry | None = None
     registered: RegisteredEntry | None = None
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _check_ranges("graph", self.graph)
-        _check_ranges("eager", self.eager)
-        return self
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 
 import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.cleanup import Ending, keep_for_ever
-from llm_allreduce_plugin.group.board import Board
-from llm_allreduce_plugin.runtime.checked_calls import CallChecker
-from llm_allreduce_plugin.runtime.health import Health
-from llm_allreduce_plugin.runtime.monitor import Monitor
-from llm_allreduce_plugin.runtime.network_calls import Between
+from llm_allreduce_plugin.runtime.held import Held
 from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.runtime.reports import RegisteredUse
 from llm_allreduce_plugin.topology.links import Transport
-from llm_allreduce_plugin.transport import SharedMemory
 from llm_allreduce_plugin.transport.mapped import let_go_of_dropped
-from llm_allreduce_plugin.transport.multicast import Multicast
-from llm_allreduce_plugin.transport.registered import RegisteredPool
-from llm_allreduce_plugin.transport.shm import ShmMemory
 
 logger = logging.getLogger(__name__)
 
@@ -31,40 +22,13 @@ _HOSTS_WAIT_S = 8.0  # for the store to answer, and the network
 _MONITOR_WAIT_S = 8.0  # for the last report, on whatever file system
 
 
-@dataclasses.dataclass
-class Held:
-    """What a communicator holds, and its end lets go of; None: there is none."""
-
-    rank: int
-    device: torch.device
-    transport: Transport
-    timeout_s: float
-    planner: Planner
-    checker: CallChecker | None
-    monitor: Monitor | None
-    health: Health | None
-    memory: SharedMemory | None
-    workspace: _C.Workspace | None
-    board: Board | None
-    board_memory: ShmMemory | None
-    between: Between | None = None
-    pool: RegisteredPool | None = None
-    multicast: Multicast | None = None
-
-    def forget(self) -> None:
-        """Hold nothing that could keep memory alive."""
-        self.memory = self.workspace = self.board = self.board_memory = self.health = self.monitor = self.between = (
-            self.pool
-        ) = self.multicast = None
-
-
-def end(held: Held, ending: Ending) -> None:
-    """Take every step to the end, each in bounded time; ``ending`` has what went wrong.
+def end(held: Held, planner: Planner, ending: Ending) -> None:
+    """Take every step to the end, each in bounded time; ``ending`` has what went wrong. Nothing is held any more.
 
     No call begins any more; CPU ranks that wait in one leave it. What runs on the GPU is waited for. Then come the
     summary, the last report, and the end of the memory, unless something still runs on it.
     """
-    health, tally = held.health, held.planner.tally
+    health, tally = held.health, planner.tally
     is_quiet = _end_calls(held, ending)
     _leave_hosts(held, ending, is_quiet=is_quiet)
     is_broken = bool(ending.errors)
@@ -84,7 +48,8 @@ def end(held: Held, ending: Ending) -> None:
         ending.step(lambda: logger.info("%s", RegisteredUse(**pool.use())), "log what registered memory was used for")
     if held.monitor is not None:
         ending.step(held.monitor.close, "end the monitor", _MONITOR_WAIT_S)
-    _free(held, ending, is_quiet=is_quiet, is_broken=is_broken)
+    _free(held, planner, ending, is_quiet=is_quiet, is_broken=is_broken)
+    held.forget()
 
 
 def _leave_hosts(held: Held, ending: Ending, *, is_quiet: bool) -> None:
@@ -123,10 +88,10 @@ def _end_calls(held: Held, ending: Ending) -> bool:
     return is_quiet
 
 
-def _free(held: Held, ending: Ending, *, is_quiet: bool, is_broken: bool) -> None:
+def _free(held: Held, planner: Planner, ending: Ending, *, is_quiet: bool, is_broken: bool) -> None:
     """The end of all memory."""
-    buffers = held.planner.buffers
-    held.planner.forget()
+    buffers = planner.buffers
+    planner.forget()
     kept = [held.memory, held.workspace, held.pool, held.multicast, *buffers]
     if not is_quiet:
         logger.warning("an all-reduce may still be running: its memory is kept until this process ends")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,12 @@ from llm_allreduce_plugin.algorithms.user_buffer import pool_obstacle, stores_on
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.cleanup import Ending
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.group.start import Opened, open_group
 from llm_allreduce_plugin.group.start_log import log_start, log_times
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind
-from llm_allreduce_plugin.runtime import metrics, norm_calls, placed_calls, reports
+from llm_allreduce_plugin.runtime import norm_calls, placed_calls, reports
 from llm_allreduce_plugin.runtime.calls import Call, torch_all_reduce
-from llm_allreduce_plugin.runtime.checked_calls import CallChecker
-from llm_allreduce_plugin.runtime.closing import Held, end
-from llm_allreduce_plugin.runtime.health import Health
-from llm_allreduce_plugin.runtime.monitor import Monitor
-from llm_allreduce_plugin.runtime.network_calls import Between, join_hosts
+from llm_allreduce_plugin.runtime.closing import end
+from llm_allreduce_plugin.runtime.held import hold, open_together
 from llm_allreduce_plugin.runtime.planner import Planner, dtype_name
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
@@ -87,22 +83,13 @@ class TensorParallelCommunicator:
         self._closed = False
 
         self._control_group = control_group or group
-        opened = self._open()
+        opened = open_together(self._control_group, group, self.device, config)
         self.facts = opened.facts
         self._identity = reports.Identity(self.rank, dist.get_process_group_ranks(group), name, opened.first_member)
-        self._memory, self._workspace = opened.memory, opened.workspace
-        self._board, self._board_memory = opened.board, opened.board_memory
-        self._multicast = opened.multicast
-        self._pool = opened.pool
-        self._between = self._join_hosts(opened)
-        self._health = self._health_of(opened)
-        self._checker = (
-            CallChecker(self._control_group, config.timeout_s, config.first_timeout_s) if config.check_calls else None
-        )
+        self._held = held = hold(opened, self._control_group, self.rank, self.device, config)
         self._planner = Planner(
             config, self.facts, self.rank, self.device, fallback,
-            workspace=self._workspace, health=self._health, checker=self._checker, between=self._between,
-            pool=opened.pool,
+            workspace=held.workspace, health=held.health, checker=held.checker, between=held.between, pool=held.pool,
         )  # fmt: skip
         # Looked at in every call.
         self._plans, self._peer_visible = self._planner.plans, self._planner.buffers
@@ -113,54 +100,8 @@ class TensorParallelCommunicator:
             log_start(config, self.facts, self._sizes)
             log_times(opened.times)
             self._planner.log_missing_kernel()
-        self._monitor = self._watch()
-
-    def _open(self) -> Opened:
-        """Agree with all ranks, and share memory. Collective."""
-        agreement = Agreement(self._control_group, self.config.start_timeout_s)
-        try:
-            return open_group(agreement, self._group, self.device, self.config)
-        except BaseException as error:
-            agreement.give_up(error)
-            raise
-        finally:
-            agreement.close()
-
-    def _watch(self) -> Monitor | None:
-        """The threads beside the calls; None: there is nothing to watch or to report."""
-        counters = metrics.RankCounters.if_wanted()
-        if self._workspace is None and self.config.report_dir is None and counters is None:
-            return None
         this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
-        return Monitor(
-            self._workspace,
-            self.config.report_dir,
-            lambda: owner.report() if (owner := this()) else None,
-            counters,
-            alive=lambda: this() is not None,
-            board=self._board,
-            watchers=self._watchers(),
-            error=None if self._health is None else self._health.error,
-        )
-
-    def _join_hosts(self, opened: Opened) -> Between | None:
-        """What joins this rank to other hosts, watched."""
-        if opened.rail is None or opened.places is None or opened.workspace is None:
-            return None
-        return join_hosts(self._control_group, opened.workspace, opened.board, opened.rail, opened.places,
-                          opened.first_member, self.config)  # fmt: skip
-
-    def _health_of(self, opened: Opened) -> Health | None:
-        if opened.workspace is None:
-            return None
-        if self._between is None or opened.places is None:
-            return Health(opened.workspace, opened.board)
-        watch = self._between.watch
-        return Health(opened.workspace, opened.board, opened.places.members, lambda: watch.error)
-
-    def _watchers(self) -> tuple[Callable[[], None], ...]:
-        found = () if self._health is None else (self._health.look,)
-        return found if self._between is None else (*found, self._between.watch.look)
+        held.watch(config, lambda: owner.report() if (owner := this()) else None, lambda: this() is not None)
 
     # -- calls ---------------------------------------------------------------------------------------------------------
 
@@ -199,7 +140,8 @@ class TensorParallelCommunicator:
 
     def _all_reduce_into(self, input_: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         placed_calls.check_output(input_, out)
-        registered = self._pool is not None and self._pool.holds(out)
+        pool = self._held.pool
+        registered = pool is not None and pool.holds(out)
         key = (input_.numel(), input_.dtype, registered)
         planned = self._planner.into.get(key)
         if planned is None:
@@ -271,7 +213,7 @@ class TensorParallelCommunicator:
         agreement = Agreement(self._control_group, self.config.start_timeout_s, when="for memory that peers see")
         try:
             buffer = PeerVisibleBuffer.open(
-                agreement, self._group, self.device, size, by_files=is_by_files(self._memory)
+                agreement, self._group, self.device, size, by_files=is_by_files(self._held.memory)
             )
         finally:
             agreement.close()
@@ -283,8 +225,8 @@ class TensorParallelCommunicator:
 
         For engines that capture all their graphs into one pool: what a graph has returned lasts until the next replay.
         """
-        if self._pool is not None:
-            self._pool.graphs_share = True
+        if self._held.pool is not None:
+            self._held.pool.graphs_share = True
 
     def registered_empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor in registered memory, which peers may store into: for the ``out`` of :meth:`all_reduce`.
@@ -304,10 +246,11 @@ class TensorParallelCommunicator:
         Raises:
             RuntimeError: there is no registered memory, with the reason, or too little of it is free.
         """
-        if self._pool is None and not self._closed and stores_only_here(self.config, self.facts):
+        pool = self._held.pool
+        if pool is None and not self._closed and stores_only_here(self.config, self.facts):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
         reason = pool_obstacle(self.config, self.facts) or "this communicator is closed"
-        return placed_calls.registered_empty(self._pool, reason, shape, dtype)
+        return placed_calls.registered_empty(pool, reason, shape, dtype)
 
     def explain(
         self,
@@ -371,7 +314,7 @@ class TensorParallelCommunicator:
         both kinds for each of them. ``registered_memory`` says how many outputs peers stored into, and how many were
         copied out because it was full, those of captured calls once; None: there is none, or this is closed.
         """
-        pool = self._pool  # another thread may ask while this communicator closes
+        pool = self._held.pool  # another thread may ask while this communicator closes
         return {
             **self._identity.fields(),
             "device": str(self.device),
@@ -389,8 +332,8 @@ class TensorParallelCommunicator:
         Raises:
             PeerTimeoutError: a wait has expired.
         """
-        if self._health is not None:
-            self._health.raise_error()
+        if self._held.health is not None:
+            self._held.health.raise_error()
 
     def close(self) -> None:
         """Let go of everything, in an order that suits a group in which something is wrong, and in bounded time.
@@ -407,17 +350,6 @@ class TensorParallelCommunicator:
             return
         self._closed = True
         self._planner.stop()
-        ending, held = Ending(), self._held()
-        end(held, ending)
-        held.forget()
-        self._memory = self._workspace = self._board = self._board_memory = self._health = self._between = (
-            self._pool
-        ) = self._multicast = None
+        ending = Ending()
+        end(self._held, self._planner, ending)
         ending.raise_first()
-
-    def _held(self) -> Held:
-        return Held(
-            self.rank, self.device, self.facts.transport, self.config.timeout_s, self._planner, self._checker,
-            self._monitor, self._health, self._memory, self._workspace, self._board, self._board_memory,
-            self._between, self._pool, self._multicast,
-        )  # fmt: skip

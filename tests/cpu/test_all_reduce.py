@@ -209,8 +209,8 @@ def _abandon(context: RankContext, folder: str) -> bool:
     config = AllReduceConfig(allreduce_strategy="ONESHOT", report_dir=folder)
     made = TensorParallelCommunicator(context.group, context.device, config)
     made.all_reduce(torch.ones(3))
-    assert made._monitor is not None
-    thread = made._monitor._thread
+    assert made._held.monitor is not None
+    thread = made._held.monitor._thread
     del made
     gc.collect()
     thread.join(10)
@@ -235,12 +235,12 @@ def _drop_without_collection(context: RankContext) -> None:
             group = context.communicator("TWOSHOT")
             group.all_reduce(torch.ones(100))
             group.all_reduce(torch.arange(10))  # no kernel
-            workspace, gone = group._workspace, weakref.ref(group)
+            workspace, gone = group._held.workspace, weakref.ref(group)
             if closed:
                 group.close()
             else:
-                assert group._monitor is not None
-                thread = group._monitor._thread
+                assert group._held.monitor is not None
+                thread = group._held.monitor._thread
             del group
             assert gone() is None, "nothing refers back to the communicator"
             if not closed:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
-import re
 import signal
 import threading
 import time
@@ -16,10 +14,9 @@ from unittest import mock
 import pytest
 import torch
 
-from llm_allreduce_plugin import AllReduceConfig, PeerTimeoutError, RankMismatchError, StartError
+from llm_allreduce_plugin import PeerTimeoutError
 from llm_allreduce_plugin import TensorParallelCommunicator as Communicator
 from llm_allreduce_plugin.engines.vllm.communicator import _communicator_class
-from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime.calls import plan_of
 from llm_allreduce_plugin.topology.links import Transport
@@ -27,8 +24,7 @@ from llm_allreduce_plugin.transport.driver import Driver
 from llm_allreduce_plugin.transport.mapped import Mapped, MappedMemory, let_go_of_dropped
 from tests.support.fake_fabric import FakeEntryPoints, Truth
 from tests.support.forked import Ended, forked, open_files, own_mappings
-
-TIMEOUT_S = 1.0
+from tests.support.short_waits import TIMEOUT_S, communicator
 
 
 class Lines(logging.Handler):
@@ -48,16 +44,11 @@ class Lines(logging.Handler):
         return sum(line.startswith("all-reduce summary: ") for line in self.lines)
 
 
-def _make(context: RankContext, **settings: Any) -> Communicator:
-    values = {"allreduce_strategy": "ONESHOT", "timeout_s": TIMEOUT_S, "first_timeout_s": TIMEOUT_S, **settings}
-    return Communicator(context.group, context.device, AllReduceConfig(tuning_profile="none", **values))
-
-
 def _call_unheard(group: Communicator) -> int:
     """A call whose error nobody hears, as one of a replayed graph: its status."""
     decision = group.explain((100,), torch.float32)
-    assert group._workspace is not None and decision.launch is not None
-    plan = plan_of(group._workspace, decision.launch, 100, torch.float32)
+    assert group._held.workspace is not None and decision.launch is not None
+    plan = plan_of(group._held.workspace, decision.launch, 100, torch.float32)
     data = torch.ones(200)
     return plan(data.data_ptr(), data[100:].data_ptr())
 
@@ -65,7 +56,7 @@ def _call_unheard(group: Communicator) -> int:
 def _close_after(context: RankContext, heard: bool, peer: str) -> tuple[str, float, int, bool, bool]:
     lines = Lines()
     before = open_files()
-    group = _make(context)
+    group = communicator(context)
     group.all_reduce(torch.ones(100))
     if context.rank == 1:
         if peer == "killed":
@@ -74,7 +65,7 @@ def _close_after(context: RankContext, heard: bool, peer: str) -> tuple[str, flo
             os.kill(os.getpid(), signal.SIGSTOP)
         group.close()
         return "", 0.0, 0, False, False
-    monitor = group._monitor
+    monitor = group._held.monitor
     assert monitor is not None
     if heard:
         with pytest.raises(PeerTimeoutError):
@@ -111,7 +102,7 @@ def test_close_with_a_peer_that_is_no_more(peer: str, known: str, heard: bool) -
 
 
 def _close_beside_a_call(context: RankContext) -> tuple[list[str], float]:
-    group = _make(context, timeout_s=30.0, first_timeout_s=30.0)
+    group = communicator(context, timeout_s=30.0, first_timeout_s=30.0)
     if context.rank == 1:
         time.sleep(3)
         group.close()
@@ -146,7 +137,7 @@ def test_close_beside_a_call_ends_both() -> None:
 def _call_after_the_end(context: RankContext) -> list[str]:
     said = []
     for closed in (True, False):
-        group = _make(context)
+        group = communicator(context)
         call = group.call_of("ONESHOT", 100, torch.float32)
         call(torch.ones(100))
         if closed:
@@ -170,9 +161,9 @@ def test_what_can_still_be_called_has_its_memory() -> None:
 
 def _every_step_fails(context: RankContext) -> tuple[str, list[str], int]:
     lines = Lines()
-    group = _make(context)
+    group = communicator(context)
     group.all_reduce(torch.ones(100))
-    monitor, memory, board = group._monitor, group._memory, group._board_memory
+    monitor, memory, board = group._held.monitor, group._held.memory, group._held.board_memory
     assert monitor is not None and memory is not None and board is not None
 
     def failing(what: str) -> Any:
@@ -189,7 +180,7 @@ def _every_step_fails(context: RankContext) -> tuple[str, list[str], int]:
         pytest.raises(OSError, match="failed") as caught,
     ):
         group.close()
-    assert group._memory is None and group._workspace is None
+    assert group._held.memory is None and group._held.workspace is None
     group.close()
     monitor.close()
     return str(caught.value), [line for line in lines.lines if "failed" in line], lines.summaries()
@@ -211,9 +202,9 @@ def test_every_step_is_made_whatever_became_of_the_others() -> None:
 def _as_on_a_gpu(context: RankContext, hangs: bool) -> tuple[str, float, list[str], bool]:
     """The end with a device that hangs, or whose context has failed: of a CPU rank, but for the wait for a device."""
     lines = Lines()
-    group = _make(context)
+    group = communicator(context)
     group.all_reduce(torch.ones(100))
-    group.device = torch.device("cuda", 0)
+    group._held.device = torch.device("cuda", 0)
 
     def synchronize(_device: object) -> None:
         if hangs:
@@ -251,7 +242,7 @@ def test_a_device_that_does_not_answer_holds_nothing(hangs: bool) -> None:
 
 def _dropped_before(context: RankContext) -> list[bool]:
     """Whether memory that was dropped in a capture is still there before another communicator is closed, and after."""
-    group, entry_points = _make(context), FakeEntryPoints(Truth())
+    group, entry_points = communicator(context), FakeEntryPoints(Truth())
     whole = Mapped()
     whole.driver = Driver(0, entry_points)
     memory = MappedMemory(whole, mock.Mock(device=torch.device("cuda", 0)), Transport.SYMMETRIC)
@@ -307,118 +298,3 @@ def test_the_engines_own_end_comes_in_any_case(error: Exception | None, caplog: 
     assert made.ended == 1
     assert made.llm_allreduce.close.call_count == 1
     assert ("the end was not clean; what failed is below" in caplog.text) == (error is not None)
-
-
-# -- what a rank hears of its peers ------------------------------------------------------------------------------------
-
-
-def _call_for_ever(group: Communicator) -> None:
-    while True:
-        group.all_reduce(torch.ones(100))
-
-
-def _comes_late(context: RankContext) -> str:
-    group = _make(context)
-    group.all_reduce(torch.ones(100))
-    if context.rank == 1:
-        time.sleep(TIMEOUT_S + 1.5)  # in compilation, say
-    with pytest.raises(PeerTimeoutError) as caught:
-        _call_for_ever(group)
-    if context.rank == 0:
-        time.sleep(3)
-    group.close()
-    return str(caught.value)
-
-
-def test_a_late_rank_hears_that_it_is_late() -> None:
-    with forked(2, _comes_late) as ranks:
-        on_time, late = (ranks.ended(rank, 30) for rank in (0, 1))
-    assert on_time.value.startswith("rank 0 waited 1")
-    assert on_time.value.endswith(" s for rank 1 in ONESHOT/gather")
-    assert re.fullmatch(
-        r"rank 1 came too late: rank 0 gave up [12]\.?\d* s ago, after it had waited 1\.?\d* s for rank 1 in "
-        r"ONESHOT/gather",
-        late.value,
-    )
-
-
-def _fails_at_start(context: RankContext) -> tuple[str, str, float]:
-    began = time.monotonic()
-    patch: Any = contextlib.nullcontext()
-    if context.rank == 1:
-        patch = mock.patch.object(RankCard, "of_this_rank", side_effect=OSError(24, "Too many open files"))
-    with patch, pytest.raises((StartError, OSError)) as caught:
-        _make(context, start_timeout_s=30.0)
-    return type(caught.value).__name__, str(caught.value), time.monotonic() - began
-
-
-def test_a_rank_that_fails_at_the_start_ends_it_for_all() -> None:
-    with forked(3, _fails_at_start) as ranks:
-        for rank in range(3):
-            kind, text, seconds = ranks.ended(rank, 30).value
-            assert seconds < 5
-            if rank == 1:
-                assert (kind, text) == ("OSError", "[Errno 24] Too many open files")
-            else:
-                assert (kind, text) == (
-                    "StartError",
-                    "rank 1 failed at the start: OSError: [Errno 24] Too many open files",
-                )
-
-
-# -- check_calls -------------------------------------------------------------------------------------------------------
-
-
-def _differ(context: RankContext, sizes: list[int], dtypes: list[str]) -> tuple[str, str]:
-    group = _make(context, check_calls=True)
-    try:
-        for call in range(36):
-            ones = torch.ones(50 + call)
-            assert torch.equal(group.all_reduce(ones), ones * context.world_size)
-        mine = torch.ones(sizes[context.rank], dtype=getattr(torch, dtypes[context.rank]))
-        with pytest.raises(RankMismatchError) as caught:
-            group.all_reduce(mine)
-        # A call that was not made has broken nothing.
-        assert torch.equal(group.all_reduce(torch.ones(7)), torch.full((7,), float(context.world_size)))
-        return type(caught.value).__name__, str(caught.value)
-    finally:
-        group.close()
-
-
-@pytest.mark.parametrize(
-    ("sizes", "dtypes", "text"),
-    [
-        ([100, 200, 100], ["bfloat16"] * 3, "ranks 0, 2 pass 100 bfloat16, rank 1 200 bfloat16"),
-        ([100] * 3, ["bfloat16", "bfloat16", "float16"], "ranks 0, 1 pass 100 bfloat16, rank 2 100 float16"),
-        ([1, 2, 3], ["float32"] * 3, "rank 0 passes 1 float32, rank 1 2 float32, rank 2 3 float32"),
-    ],
-)
-def test_the_first_difference_has_a_name_on_every_rank(sizes: list[int], dtypes: list[str], text: str) -> None:
-    with forked(3, _differ, sizes, dtypes) as ranks:
-        for rank in range(3):
-            ended = ranks.ended(rank, 60)
-            assert ended.kind == "ok", ended
-            kind, said = ended.value
-            assert kind == "RankMismatchError"
-            assert said == f"call 37: {text}. Every rank must make the same calls in the same order (check_calls)"
-
-
-def _one_makes_no_call(context: RankContext) -> tuple[float, str]:
-    group = _make(context, check_calls=True)
-    group.all_reduce(torch.ones(10))
-    if context.rank == 1:
-        time.sleep(5)
-        return 0.0, ""
-    began = time.monotonic()
-    with pytest.raises(PeerTimeoutError) as caught:
-        group.all_reduce(torch.ones(10))
-    assert caught.value.peer == 1
-    return time.monotonic() - began, str(caught.value)
-
-
-def test_a_rank_that_makes_no_call_is_named() -> None:
-    with forked(2, _one_makes_no_call) as ranks:
-        seconds, text = ranks.ended(0, 30).value
-        assert TIMEOUT_S <= seconds < TIMEOUT_S + 1.2
-        assert text.startswith("rank 0 waited 1")
-        assert "s before a call for rank 1 to compare call 2; see its log (check_calls)" in text

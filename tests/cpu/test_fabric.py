@@ -275,7 +275,7 @@ def run_group(context: RankContext, name: str, truths: list[Truth], strategies: 
                 bits.append(result.view(torch.int16).numpy().tobytes())
             decision = group.explain((4096,), torch.bfloat16)
             against = {passed.strategy: passed.reason for passed in decision.passed_over}
-            memory = group._memory
+            memory = group._held.memory
             one = Found(
                 group.facts.fabric, group.facts.no_fabric_reason, str(group.facts.transport),
                 isinstance(memory, FabricMemory), decision.reason, against.get("MNNVL", ""), len(asked), wrong, -1,

@@ -135,7 +135,7 @@ def _own_outputs(context: RankContext) -> tuple[int, int]:
                 assert_same_bits(found, expected, f"call {call}, {number} of those that live")
             while len(kept) > generator.randrange(1, 9):
                 kept.pop(generator.randrange(len(kept)))
-        pool = group._pool
+        pool = group._held.pool
         assert pool is not None
         taken, lent = pool.taken, pool.lent
         assert taken + lent == 60

@@ -1,8 +1,4 @@
-"""Real SGLang on CPU ranks: servers at tensor parallel 2, what a user sees when one goes wrong, SGLang's own layers.
-
-``ALLREDUCE_TEST_SGLANG`` names folders that ``scripts/unpack_engine.sh`` made, separated by colons, for more versions;
-those that it made with ``--whole`` can be served with, too.
-"""
+"""Real SGLang on CPU ranks: servers at tensor parallel 2, and what a user sees when one goes wrong."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ import contextlib
 import functools
 import http.client
 import importlib.util
-import json
 import os
 import re
 import signal
@@ -29,8 +24,8 @@ import yaml
 from llm_allreduce_plugin.demo import serve as serve_demo
 from tests.support.forked import left_in_shm
 from tests.support.marks import slow
-from tests.support.packages import INSTALLED, name_of, packages
-from tests.support.packages import run_module as run_with
+from tests.support.packages import name_of
+from tests.support.sglang_packages import CPU, PACKAGES
 from tests.support.switched_off import Watch
 
 pytestmark = [
@@ -39,99 +34,9 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed"),
 ]
 
-PACKAGES = packages("sglang", "ALLREDUCE_TEST_SGLANG")
-CPU = {
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    # For which a server would wait a minute when a rank has ended.
-    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
-}
 PROMPTS = (serve_demo.PROMPT, "To be, or not to be", "1 2 3 4 5 6 7 8 9")
 # The first norm has no sum of a layer before it, and the sum before the last norm is not left to that.
 FUSED, PLAIN = 2 * serve_demo.LAYERS - 1, 2
-
-
-# -- in one process ----------------------------------------------------------------------------------------------------
-
-
-def run_module(package: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A module of ``tests.support`` with that version of SGLang."""
-    environment = {name: value for name, value in CPU.items() if name != "TORCHDYNAMO_DISABLE"} | variables
-    return run_with(package, *words, environment=environment, more_paths=os.environ.get("PYTHONPATH", ""))
-
-
-@functools.cache
-def faults_of(package: str) -> dict[str, Any]:
-    """The faults of every case of ``tests.support.sglang_cases``, in one process of that version."""
-    result = run_module(package, "tests.support.sglang_cases")
-    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return found
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-@pytest.mark.parametrize("what", ["arguments", "question", "group", "norm, ", "model, "])
-def test_hooks_in_sglangs_own_layers(package: str, what: str) -> None:
-    found = faults_of(package)
-    of_these = {name: fault for name, fault in found["faults"].items() if name.startswith(what)}
-    by_itself = tuple(map(int, found["version"].split(".")[:3])) >= (0, 5, 22)
-    assert of_these or (what == "model, " and by_itself), "from 0.5.22 on models have boundaries: servers show them"
-    assert [f"{name}: {fault}" for name, fault in of_these.items() if fault is not None] == []
-
-
-@pytest.mark.parametrize(
-    ("package", "strategy"),
-    [
-        (INSTALLED, "TWOSHOT"),
-        (INSTALLED, "UB"),
-        *(slow(package, "TWOSHOT") for package in PACKAGES if package != INSTALLED),
-    ],
-)
-def test_groups_of_two_processes(package: str, strategy: str, tmp_path: Path) -> None:
-    """Tensor-parallel groups have a communicator each, which ends with them; other groups are left alone.
-
-    Calls of both overlap, and none maps memory after the first ones.
-    """
-    variables = {"LLM_ALLREDUCE_STRATEGY": strategy, "LLM_ALLREDUCE_REPORT_DIR": str(tmp_path / "reports")}
-    result = run_module(package, "tests.support.sglang_groups", str(tmp_path / "store"), **variables)
-    seen = sorted(
-        (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")), key=lambda of: of["rank"]
-    )
-    calls = {"tp": {strategy: 11, "NCCL": 1}, "pdmux_prefill_tp": {strategy: 11}, "attention_tp": None, "pp": None}
-    assert seen == [{"rank": rank, "groups": calls} for rank in (0, 1)]
-    names = {report["group"].split(".")[0] for report in reports(tmp_path / "reports")}
-    assert names == {"tp0", "pdmux-prefill-tp0"}
-    assert (
-        "group attention_tp:0 is a part of the tensor-parallel group and keeps SGLang's own all-reduce" in result.stderr
-    )
-
-
-@pytest.mark.parametrize(("named", "hooked"), [("another", False), slow("another,llm_allreduce", True)])
-def test_plugin_not_named_leaves_sglang_alone(named: str, hooked: bool) -> None:
-    script = """
-from sglang.srt.plugins import load_plugins
-load_plugins()
-from sglang.srt.distributed.parallel_state import GroupCoordinator
-from sglang.srt.server_args import ServerArgs
-found = (GroupCoordinator.__init__, GroupCoordinator.all_reduce, ServerArgs.add_cli_args)
-print([hasattr(function, "__wrapped__") for function in found])
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, **CPU, "SGLANG_PLUGINS": named},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.splitlines()[-1] == str([hooked] * 3)
-
-
-# -- servers -----------------------------------------------------------------------------------------------------------
 
 
 def command(model: Path, port: int, *words: str) -> list[str]:
@@ -195,10 +100,6 @@ def expected(model: Path) -> dict[str, list[int]]:
     return {prompt: serve_demo.reference_tokens(model, prompt) for prompt in PROMPTS}
 
 
-def reports(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
-
-
 def check_report(report: dict[str, Any], strategy: str) -> None:
     calls = report["calls"]
     assert set(calls) == {strategy, f"{strategy}, then norm"}, calls
@@ -240,7 +141,7 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...], switc
         assert len(switches.seen) >= 3 * len(servers), "server and two ranks; those that lack a switch end the test"
         time.sleep(1.5)  # ranks write their reports some times a second
         for strategy, server in servers.items():
-            found = reports(tmp_path / strategy / "reports")
+            found = serve_demo.read_reports(tmp_path / strategy / "reports")
             assert [report["rank"] for report in found] == [0, 1]
             for report in found:
                 assert report["group"].startswith("tp0.ranks0-1.")
@@ -254,7 +155,10 @@ def test_servers(model: Path, tmp_path: Path, strategies: tuple[str, ...], switc
                 labels = rf'group="tp0\.ranks0-1\.[^"]+",how="eager",rank="{rank}",strategy="{strategy}"'
                 counted = re.search(rf"llm_allreduce_calls_total\{{{labels}\}} ([0-9.]+)", text)
                 assert counted, text[-2000:]
-                assert float(counted[1]) == reports(tmp_path / strategy / "reports")[rank]["calls"][strategy]
+                assert (
+                    float(counted[1])
+                    == serve_demo.read_reports(tmp_path / strategy / "reports")[rank]["calls"][strategy]
+                )
         if "TWOSHOT" in servers:
             kill_a_rank(servers["TWOSHOT"])
         stop_a_rank(servers["ONESHOT"])
@@ -268,7 +172,7 @@ def test_a_stock_server(model: Path, tmp_path: Path) -> None:
     with serving(model, tmp_path / "one", **variables) as server:
         same_tokens(server, model)
         assert "SGLang's own all-reduce is left in place: allreduce_strategy is NCCL" in server.log
-        assert [report["calls"] for report in reports(tmp_path / "reports-stock")] == [{}, {}]
+        assert [report["calls"] for report in serve_demo.read_reports(tmp_path / "reports-stock")] == [{}, {}]
         assert "layer boundaries are one call each" not in server.log
 
 
@@ -282,7 +186,7 @@ def test_a_server_that_is_started_again_at_once(model: Path, tmp_path: Path) -> 
             same_tokens(server, model)
             time.sleep(1.5)  # ranks write their reports some times a second
             by_server: dict[str, list[dict[str, Any]]] = {}
-            for report in reports(folder):
+            for report in serve_demo.read_reports(folder):
                 by_server.setdefault(report["server"], []).append(report)
             assert len(by_server) == turn + 1, "those of the first server stay, and are not the second one's"
             for of_one in by_server.values():
@@ -315,7 +219,7 @@ def test_a_server_of_another_version(package: str, strategy: str, model: Path, t
         version = serve_demo.http(f"http://127.0.0.1:{server.port}/get_server_info")["version"]
         assert version == Path(package).name
         time.sleep(1.5)  # ranks write their reports some times a second
-        found = reports(tmp_path / "reports")
+        found = serve_demo.read_reports(tmp_path / "reports")
         assert [report["rank"] for report in found] == [0, 1]
         for report in found:
             if strategy == "NCCL":

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -36,10 +34,6 @@ def counters(url: str) -> dict[tuple[str, str], float]:
 def complete(port: int, text: str) -> None:
     body = {"model": "demo", "prompt": text, "max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
     serve_demo.http(f"http://127.0.0.1:{port}/v1/completions", body)
-
-
-def written(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("rank-*.json"))]
 
 
 # Four workers take two minutes. What they share is tested without them: tests/unit/test_reports.py, test_tally.py.
@@ -72,7 +66,7 @@ def test_data_parallel_groups_are_told_apart(tmp_path: Path, monkeypatch: pytest
     assert len({group for group, _ in last}) == 2
     assert len(last) == 4
     assert all(value > 0 for value in last.values())
-    reports = written(folder)
+    reports = serve_demo.read_reports(folder)
     assert len(reports) == 4
     total = {(report["group"], str(report["rank"])): sum(report["calls"].values()) for report in reports}
     assert total.keys() == last.keys()

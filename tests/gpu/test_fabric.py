@@ -38,7 +38,7 @@ def _facts(context: RankContext, strategy: str) -> None:
     with checks.communicator(context, strategy) as group:
         assert group.facts.fabric
         assert len(set(group.facts.hosts)) == 2
-        assert isinstance(group._memory, FabricMemory)
+        assert isinstance(group._held.memory, FabricMemory)
         assert group.explain((4096,), torch.bfloat16).launch is not None
 
 

@@ -253,7 +253,7 @@ def _end_in_a_capture(context: RankContext) -> None:
             other = context.communicator("TWOSHOT")
             other.all_reduce(static)
             torch.cuda.synchronize()
-            left = [other._workspace, other._memory]
+            left = [other._held.workspace, other._held.memory]
             if closed:
                 other.close()
             del other

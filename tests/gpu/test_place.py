@@ -194,7 +194,7 @@ def _graphs(context: RankContext) -> None:
                 assert_same_bits(found.cpu(), expected, f"replay {replay}: eager output {number}, which still lives")
             while len(eager) > 1 + (replay + context.rank) % 9:
                 eager.pop(0)
-        pool = group._pool
+        pool = group._held.pool
         assert pool is not None
         assert pool.taken > pool.lent >= 0
 

@@ -59,7 +59,7 @@ def _start_without_memory(context: RankContext, transport: str) -> tuple[str, st
 def _how_mapped(context: RankContext) -> str:
     with checks.communicator(context, "AUTO", transport="peer") as group:
         checks.check_at_rest(context, group)
-        return type(group._memory).__name__
+        return type(group._held.memory).__name__
 
 
 def test_ranks_map_memory_by_files(gpu_pool: PoolFor) -> None:
@@ -99,7 +99,7 @@ def _end_after_an_expired_wait(context: RankContext, transport: str) -> tuple[st
             made.close()
         return "", time.monotonic() - began, lines, False, False
     made.all_reduce(mine)
-    monitor = made._monitor
+    monitor = made._held.monitor
     assert monitor is not None
     began, said = time.monotonic(), ""
     try:

@@ -106,7 +106,7 @@ def reduce_and_compare(
 
 def check_at_rest(context: RankContext, group: TensorParallelCommunicator) -> None:
     """Where GPUs reach each other's memory: what the next in-band call relies on. Collective, between calls."""
-    memory = group._memory
+    memory = group._held.memory
     if not isinstance(memory, SymmetricMemory | MappedMemory):
         return
     layout = workspace_layout(group.config, group.facts, group.facts.multiprocessors or 0)

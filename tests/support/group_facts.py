@@ -13,6 +13,8 @@ from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
 from llm_allreduce_plugin.group.layouts import host_layout
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
+LANES = 264  # of an H200
+
 
 def facts(
     world_size: int = 4,
@@ -31,13 +33,13 @@ def facts(
         layout = _C.make_layout(world_size, 1, flagged_bytes=workspace, shared=True)
     else:
         share = workspace if in_band else 0
-        layout = _C.make_layout(world_size, 264, in_band_bytes=share, flagged_bytes=workspace - share)  # an H200's
+        layout = _C.make_layout(world_size, LANES, in_band_bytes=share, flagged_bytes=workspace - share)
     device = "cpu" if transport is Transport.SHM else "cuda"
     group = GroupFacts(world_size=world_size, device=device, transport=Transport.NONE, architecture=architecture)
     return group.with_layout(transport, layout)
 
 
-def config(strategy: str, **settings: object) -> AllReduceConfig:
+def config(strategy: str = "AUTO", **settings: object) -> AllReduceConfig:
     return AllReduceConfig(allreduce_strategy=strategy, **settings)  # type: ignore[arg-type]
 
 

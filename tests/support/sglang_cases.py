@@ -1,7 +1,6 @@
 """Our hooks in SGLang's own layers, in one process. ``python -m tests.support.sglang_cases`` prints each case's fault.
 
-Run for any version of SGLang that PYTHONPATH has. The group is a stand-in whose two ranks hold the same parts: the sum
-of a part is twice the part. Everything else is SGLang's: norms, layers, models, and the questions that it asks.
+Run for any version of SGLang that PYTHONPATH has, with the group of :mod:`tests.support.sglang_stand_in`.
 """
 
 from __future__ import annotations
@@ -11,108 +10,16 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-
-os.environ["SGLANG_USE_CPU_ENGINE"] = "1"  # which is read when SGLang is imported
 
 import torch
 
 from llm_allreduce_plugin.engines.common.fusion_ops import serve
-from llm_allreduce_plugin.norm import Normed
-from llm_allreduce_plugin.oracle.norm import residual_rms_norm
-from tests.support.fusion_ranks import OneRank
+from tests.support.sglang_norm_cases import norm_cases
+from tests.support.sglang_stand_in import HIDDEN, Case, Doubled, fusion_attribute, group_of_two, load, tensors
 
-HIDDEN = 64
 LAYERS = 3
-Case = Callable[[], None]
-
-
-class Doubled(OneRank):
-    """The communicator of the stand-in, which counts fused calls."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        super().__init__(rank=1)
-        self.fused = 0
-        self.plain = 0
-
-    def total(self, input_: torch.Tensor) -> torch.Tensor:
-        return input_ * 2
-
-    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        self.plain += 1
-        return self.total(input_)
-
-    def all_reduce_residual_rms_norm(self, *args: Any, **kwargs: Any) -> Normed:
-        self.fused += 1
-        return super().all_reduce_residual_rms_norm(*args, **kwargs)
-
-
-def load() -> str:
-    """SGLang with our hooks in it; its version."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    # Versions differ in which models transformers already has.
-    register = CONFIG_MAPPING.register
-    CONFIG_MAPPING.register = lambda key, value, exist_ok=False: register(key, value, exist_ok=True)
-    import sglang
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.runtime_context import get_context
-    from sglang.srt.server_args import ServerArgs
-
-    load_plugins()
-    from llm_allreduce_plugin.engines.sglang import fusion, hooks, plugin
-
-    assert hooks.not_applied(plugin.our_hooks()) == []
-    assert fusion._installed() is None, fusion._installed()
-    arguments = ServerArgs(model_path="dummy", device="cpu")
-    if hasattr(arguments, "resolve_once"):
-        arguments.resolve_once()
-    get_context().set_server_args(arguments)
-    return str(sglang.__version__)
-
-
-def fusion_attribute() -> str:
-    """Of a group: where our communicator is."""
-    from llm_allreduce_plugin.engines.sglang.boundaries import ATTRIBUTE
-
-    return ATTRIBUTE
-
-
-def group_of_two() -> tuple[Any, Doubled]:
-    """SGLang's own class of groups, without the making of one, in the place of its tensor-parallel groups."""
-    from sglang.srt.distributed import parallel_state
-    from sglang.srt.runtime_context import get_parallel
-
-    group = parallel_state.GroupCoordinator.__new__(parallel_state.GroupCoordinator)
-    group.__dict__.update(
-        unique_name="tp:0", ranks=[0, 1], rank=0, rank_in_group=0, world_size=2, device=torch.device("cpu"),
-        local_size=0, device_group=None, cpu_group=None, pynccl_comm=None, ca_comm=None,
-    )  # fmt: skip
-    communicator = Doubled()
-    setattr(group, fusion_attribute(), communicator)
-    serve(group.unique_name, communicator)
-    one = SimpleNamespace(ranks=[0], world_size=1, rank_in_group=0, is_first_rank=True, is_last_rank=True)
-    for name in ("_TP", "_ATTN_TP", "_MOE_TP"):
-        setattr(parallel_state, name, group)
-    for name in ("_PP", "_MOE_EP", "_ATTN_CP", "_MOE_DP", "_WORLD"):
-        setattr(parallel_state, name, one)
-    values = {
-        "tp_size": 2, "tp_rank": 0, "tp_group": group, "attn_tp_size": 2, "attn_tp_rank": 0, "attn_tp_group": group,
-        "moe_tp_size": 2, "moe_tp_rank": 0, "moe_tp_group": group,
-        "moe_ep_size": 1, "moe_ep_rank": 0, "moe_ep_group": one,
-        "pp_group": one, "pp_size": 1, "pp_rank": 0, "moe_dp_size": 1, "attn_cp_size": 1, "attn_dp_size": 1,
-    }  # fmt: skip
-    get_parallel()._overrides.update(values)
-    return group, communicator
-
-
-def tensors(rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(rows)
-    return torch.randn(rows, HIDDEN).to(dtype), torch.randn(rows, HIDDEN).to(dtype)
 
 
 def arguments_case() -> None:
@@ -139,92 +46,6 @@ def arguments_case() -> None:
     else:
         message = "a bad setting was taken"
         raise AssertionError(message)
-
-
-# -- norms -------------------------------------------------------------------------------------------------------------
-
-
-def norm_case(name: str, dtype: torch.dtype, *, attention: bool, more: bool) -> None:
-    """A boundary has the bits of our definition, and its inputs stay as they are."""
-    from sglang.srt.layers import layernorm
-
-    group, communicator = group_of_two()
-    norm = getattr(layernorm, name)(HIDDEN, eps=1e-5).to(dtype)
-    weight = torch.randn(HIDDEN).to(dtype)
-    norm.weight.data.copy_(weight)
-    if name == "GemmaRMSNorm":
-        norm.weight.weight_loader(norm.weight, weight)
-    x, residual = tensors(5, dtype)
-    before = x.clone(), residual.clone()
-    addition = torch.randn_like(residual) if more else None
-    norm_out, residual_out = norm.forward_with_allreduce_fusion(x, residual, addition, use_attn_tp_group=attention)
-    assert communicator.fused == 1
-    added = residual if addition is None else residual + addition
-    bias = 1.0 if name == "GemmaRMSNorm" else 0.0
-    expected = residual_rms_norm(x * 2, added, weight, 1e-5, weight_bias=bias)
-    assert torch.equal(norm_out, expected.norm_out), (norm_out, expected.norm_out)
-    assert torch.equal(residual_out, expected.residual_out)
-    assert torch.equal(x, before[0])
-    assert torch.equal(residual, before[1])
-    assert group.world_size == 2
-
-
-def other_norm_case(what: str) -> None:
-    """A norm that our kernels do not compute: SGLang's runs behind our sum, and the old residual stays as it is."""
-    from sglang.srt.layers.layernorm import RMSNorm
-
-    _, communicator = group_of_two()
-    options: dict[str, Any] = {"cast_x_before_out_mul": True} if what == "cast" else {}
-    norm = RMSNorm(HIDDEN, eps=1e-5, **options)
-    x, residual = tensors(5, torch.bfloat16)
-    if what == "cast":
-        norm = norm.to(torch.bfloat16)
-    before = residual.clone()
-    norm_out, residual_out = norm.forward_with_allreduce_fusion(x, residual, use_attn_tp_group=False)
-    assert (communicator.fused, communicator.plain) == (0, 1)
-    expected = norm.forward(x * 2, residual.clone())
-    assert torch.equal(norm_out, expected[0])
-    assert torch.equal(residual_out, expected[1])
-    assert torch.equal(residual, before)
-
-
-def compiled_norm_case(name: str) -> None:
-    """A boundary in a graph: SGLang's question and the operator, without a break."""
-    import pkgutil
-
-    from sglang.srt.layers import layernorm
-
-    from llm_allreduce_plugin.engines.sglang import fusion
-
-    _, communicator = group_of_two()
-    norm = getattr(layernorm, name)(HIDDEN, eps=1e-5)
-    ask = pkgutil.resolve_name(fusion._hooks()[0].target)
-
-    def boundary(x: torch.Tensor, residual: torch.Tensor) -> Any:
-        x = x + 1
-        if ask(x.shape[0]):
-            return norm.forward_with_allreduce_fusion(x, residual, use_attn_tp_group=False)
-        return x, residual
-
-    x, residual = tensors(5, torch.float32)
-    compiled = torch.compile(boundary, fullgraph=True, backend="aot_eager", dynamic=True)
-    for rows in (5, 3):
-        norm_out, residual_out = compiled(x[:rows], residual[:rows])
-        expected = boundary(x[:rows], residual[:rows])
-        assert torch.equal(norm_out, expected[0])
-        assert torch.equal(residual_out, expected[1])
-    assert communicator.fused == 4
-
-
-def first_norm_case() -> None:
-    """Without a residual there is nothing to sum."""
-    from sglang.srt.layers.layernorm import RMSNorm
-
-    _, communicator = group_of_two()
-    norm = RMSNorm(HIDDEN, eps=1e-5)
-    x, _ = tensors(5, torch.float32)
-    assert torch.equal(norm.forward_with_allreduce_fusion(x), norm.forward(x))
-    assert (communicator.fused, communicator.plain) == (0, 0)
 
 
 def question_case() -> None:
@@ -369,21 +190,8 @@ def cases() -> dict[str, Case]:
         },
         "group": group_case,
         "group, second": second_group_case,
-        "norm, first": first_norm_case,
+        **norm_cases(),
     }
-    for name in ("RMSNorm", "GemmaRMSNorm"):
-        for dtype in (torch.float32, torch.bfloat16):
-            for attention in (True, False):
-                for more in (True, False):
-                    label = (
-                        f"norm, {name}, {str(dtype)[6:]}, {'attention' if attention else 'experts'}{', more' * more}"
-                    )
-                    found[label] = lambda name=name, dtype=dtype, attention=attention, more=more: norm_case(
-                        name, dtype, attention=attention, more=more
-                    )
-        found[f"norm, compiled, {name}"] = lambda name=name: compiled_norm_case(name)
-    for what in ("cast", "types"):
-        found[f"norm, other, {what}"] = lambda what=what: other_norm_case(what)
     for hook in dense_layers.our_hooks():
         if hook.kind == "AROUND":
             module = hook.target.split(".")[3]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.support.forked import left_in_shm
-from tests.support.sglang_cases import fusion_attribute, load
+from tests.support.sglang_stand_in import fusion_attribute, load
 
 NAMES = ("tp", "pdmux_prefill_tp", "attention_tp", "pp")
 AT_ONCE = NAMES[:2]  # as PD-multiplexing runs them

@@ -29,7 +29,7 @@ from tests.support.cpu_group import CpuGroup
 from tests.support.reference import assert_same_bits, rank_ordered_sum
 
 S = AllReduceStrategy
-HEADER = Path(__file__).parents[2] / "csrc" / "include" / "llm_allreduce.h"
+KINDS = Path(__file__).parents[2] / "csrc" / "include" / "llm_allreduce" / "kinds.h"
 PAYS_FROM = 64 << 10
 LARGEST_CHUNK_BYTES = 4096
 
@@ -112,7 +112,7 @@ def test_its_launch_runs() -> None:
     ("enum", "prefix"), [(Algorithm, "lar_algorithm"), (Exchange, "lar_exchange"), (Epilogue, "lar_epilogue")]
 )
 def test_numbers_are_those_of_the_header(enum: type[Algorithm | Exchange | Epilogue], prefix: str) -> None:
-    body = re.search(rf"typedef enum {prefix} {{(.*?)}} {prefix};", HEADER.read_text(), flags=re.DOTALL)
+    body = re.search(rf"typedef enum {prefix} {{(.*?)}} {prefix};", KINDS.read_text(), flags=re.DOTALL)
     assert body is not None
     found = {name: int(number) for name, number in re.findall(r"LAR_(\w+) = (\d+)", body[1])}
     assert found == {member.name: int(member) for member in enum}

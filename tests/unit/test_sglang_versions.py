@@ -75,6 +75,16 @@ def test_the_fake_takes_hooks(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert patched(fake_sglang.APPLIES, fake_sglang.NORM) == [fake_sglang.APPLIES, fake_sglang.NORM]
 
 
+@pytest.mark.parametrize("version", ("0.5.17", "0.5.20.post1", "0.5.23", "0.5.23+cu130"))
+def test_versions_that_were_tried(version: str) -> None:
+    assert plugin.untried(version) is None
+
+
+@pytest.mark.parametrize("version", ("0.5.16", "0.5.24", "0.6.0", "1.0", "main"))
+def test_other_versions_are_named(version: str) -> None:
+    assert f"SGLang {version} was not tried (this release is made for 0.5.17 to 0.5.23)" in str(plugin.untried(version))
+
+
 # -- at the start ------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,16 +19,21 @@ from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector, samples_of
 from llm_allreduce_plugin.runtime.reports import Report
 from llm_allreduce_plugin.runtime.tally import (
+    FUSED,
     MOST_FALLBACKS,
     OTHER_REASONS,
     CountedCall,
     Fallback,
+    Made,
     Tally,
     fallback_of,
+    fallbacks_of,
     summary_of,
 )
-from llm_allreduce_plugin.selection.policy import decide
+from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
+from tests.support.fused_decisions import facts
+from tests.support.group_facts import config
 
 NOBODY = GroupFacts(2, "cuda", Transport.NONE, no_transport_reason="a test says so")
 
@@ -107,6 +113,53 @@ def test_only_so_many_reasons_are_told_apart() -> None:
     assert len(fallbacks) == MOST_FALLBACKS + 1
     assert fallbacks[Fallback("ONESHOT", "NCCL", OTHER_REASONS)] == 1000 - MOST_FALLBACKS
     assert fallbacks.total() == 1000
+
+
+# -- a norm behind the sum ---------------------------------------------------------------------------------------------
+
+
+def test_names_with_a_norm() -> None:
+    group = facts(2)
+
+    def name(strategy: str, rows: int = 8, **settings: Any) -> str:
+        return decide_fused(config(strategy, **settings), group, rows, 8192, "bfloat16").counted_as
+
+    assert name("AUTO") == "ONESHOT (fused norm)"
+    assert name("AUTO", 256) == "ONESHOT (fused norm)", "its kernel, where the sum alone would be two-shot"
+    assert name("TWOSHOT") == "ONESHOT (fused norm)"
+    assert name("MINLATENCY") == "MINLATENCY (fused norm)"
+    assert name("MINLATENCY", fuse_norm=False) == "MINLATENCY, then norm"
+    assert name("NCCL") == "NCCL, then norm"
+
+
+def test_what_is_not_fused_is_counted_with_the_reason() -> None:
+    tally = Tally()
+    fused = decide_fused(config("ONESHOT"), facts(2), 8, 8192, "bfloat16")
+    other = decide_fused(config("ONESHOT"), facts(2), 8, 8192, "float32")
+    tally.add(fused, Made(calls=3, captured=1))
+    tally.add(other, Made(captured=2))
+    counts = tally.counts()
+    assert counts.calls == {"ONESHOT (fused norm)": 3, "ONESHOT, then norm": 0}
+    assert counts.captured == {"ONESHOT (fused norm)": 1, "ONESHOT, then norm": 2}
+    reason = "only 16-bit types are fused, not float32"
+    assert counts.fallbacks == {Fallback(FUSED, "ONESHOT, then norm", reason): 2}
+    assert counts.fields()["fallbacks"] == {"fused norm -> ONESHOT, then norm": reason}
+
+
+def test_the_sums_own_fallback_comes_first_and_what_nobody_asked_for_is_none() -> None:
+    to_engine = decide_fused(config("ONESHOT"), facts(2, Transport.NONE), 8, 8192, "bfloat16")
+    assert fallbacks_of(to_engine) == (Fallback("ONESHOT", "NCCL", "a test says so"),)
+    unwritten = decide_fused(config("UB", registered_pool=0), facts(4), 8, 8192, "float32")
+    assert [found.requested for found in fallbacks_of(unwritten)] == ["UB", FUSED]
+    for nothing in (
+        decide_fused(config("NCCL"), facts(2), 8, 8192, "bfloat16"),
+        decide_fused(config("ONESHOT", fuse_norm=False), facts(2), 8, 8192, "bfloat16"),
+        decide_fused(config("ONESHOT"), facts(2), 0, 8192, "bfloat16"),
+    ):
+        assert fallbacks_of(nothing) == ()
+
+
+# -- reports -----------------------------------------------------------------------------------------------------------
 
 
 REPORT = {
