@@ -96,9 +96,10 @@ HOST = {
     16: changeover(8 * KIB, _BEYOND),
 }
 
-# Through host memory: the largest message whose readiness travels inside the data.
+# Through host memory: the largest message whose readiness travels inside the data. Two ranks of ONESHOT: 25.7 us at
+# 512 KiB, by flags 27.1 (benchmarks/h200/host_in_band_tp2.json, host_shapes_pairs_tp2.json).
 HOST_IN_BAND_BYTES = {
-    "ONESHOT": {2: 256 * KIB, 4: 256 * KIB, 16: 64 * KIB},
+    "ONESHOT": {2: 512 * KIB, 4: 256 * KIB, 16: 64 * KIB},
     "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 16: 256 * KIB},
     "LOWPRECISION": {16: 1 * MIB},
 }
@@ -285,9 +286,9 @@ STAGED_LANES = 32
 # 1.7 us faster at 64 KiB, 1.3 at 1 MiB and 2 at 64 MiB (benchmarks/h100/low_precision_shapes_tp2.json); with more it
 # sends more, all of which is decoded. An estimate for more.
 ONE_STEP_RANKS = 2
-# The same through host memory, the largest message: 10.9 us instead of 12.4 at 256 KiB, 34.1 instead of 31.5 at 1 MiB
-# (benchmarks/h100/bench_host_tp2.json, two_versions_host_tp2.json).
-ONE_STEP_HOST_BYTES = 256 * KIB
+# The same through host memory, the largest message: 10.7 us instead of 10.9 at 256 KiB, 27.7 instead of 30.4 at 1 MiB
+# (benchmarks/h200/host_in_band_tp2.json).
+ONE_STEP_HOST_BYTES = 1 * MIB
 
 # The smallest message per rank for which a wire format is faster than the best exact kernel, and where that comes from,
 # by world size (the next larger one, or the last). Scaled, for GPUs' own memory, to what their links carry: what

@@ -137,13 +137,13 @@ def test_two_gpus_take_one_step() -> None:
 def test_words_and_reason_are_those_of_the_launch(settings: dict[str, Any]) -> None:
     """Through host memory one step is for small messages, which the decision says of a large one."""
     host = facts(2, Transport.HOST)
-    small = low_precision(host, 1 << 17, min_bytes=0, **settings)
+    small = low_precision(host, 1 << 19, min_bytes=0, **settings)
     assert small.algorithm == "one-shot, compressed on the wire"
-    large = low_precision(host, (1 << 17) + 1, min_bytes=0, **settings)
+    large = low_precision(host, (1 << 19) + 1, min_bytes=0, **settings)
     assert large.launch is not None
     assert large.launch.algorithm is Algorithm.TWO_SHOT
     assert large.algorithm == "two-shot push, compressed on the wire"
-    assert "two_shot: through host memory one step is for messages up to 256 KiB" in large.reason
+    assert "two_shot: through host memory one step is for messages up to 1 MiB" in large.reason
     assert "rounds once less" not in large.reason
 
 
