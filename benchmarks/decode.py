@@ -138,18 +138,15 @@ def equal_requests(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]])
     return sum(a == b for a, b in zip(one, other, strict=True))
 
 
-def graph_milliseconds(ranks: Sequence[Sequence[float]], steps: int) -> float:
+def graph_milliseconds(ranks: Sequence[Sequence[float]], steps: int) -> float | None:
     """The median time of the newest ``steps`` graphs but NOT_COUNTED, of each on the rank where it was the shortest.
 
-    ``ranks``: of each rank the milliseconds of its graphs, the newest last.
-
-    Raises:
-        RuntimeError: ranks ran different numbers of graphs, or too few.
+    ``ranks``: of each rank the milliseconds of its graphs, the newest last. None: ranks ran different numbers of them,
+    or too few, so that a step is no graph.
     """
     counts = {len(graphs) for graphs in ranks}
     if len(counts) != 1 or min(counts) < steps + NOT_COUNTED:
-        message = f"ranks ran {sorted(counts)} graphs: as many each, and at least {steps + NOT_COUNTED}, are needed"
-        raise RuntimeError(message)
+        return None
     shortest = [min(times) for times in zip(*ranks, strict=True)]
     median: float = statistics.median(shortest[-steps - NOT_COUNTED : -NOT_COUNTED])
     return round(median, 3)
@@ -157,4 +154,5 @@ def graph_milliseconds(ranks: Sequence[Sequence[float]], steps: int) -> float:
 
 def times_of(row: dict[str, Any], what: str = "ms_per_token") -> str:
     """The milliseconds per token of a row, or ``what`` else was measured at each batch size, for a table."""
-    return "  ".join(f"{row[f'{what}_batch_{size}']:>7.3f}" for size in BATCHES)
+    times = (row[f"{what}_batch_{size}"] for size in BATCHES)
+    return "  ".join(f"{'-':>7}" if time is None else f"{time:>7.3f}" for time in times)

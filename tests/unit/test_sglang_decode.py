@@ -91,8 +91,7 @@ def test_graphs_are_timed_on_the_rank_that_waits_for_nobody() -> None:
     one, other = [7.0, 1.0, 5.0, 3.0, *ends], [9.0, 4.0, 2.0, 3.5, *ends]
     assert decode.graph_milliseconds([one, other], 3) == 2.0
     for ranks in ([one, other[1:]], [one[2:], other[2:]]):
-        with pytest.raises(RuntimeError, match=r"graphs: as many each, and at least 13, are needed"):
-            decode.graph_milliseconds(ranks, 3)
+        assert decode.graph_milliseconds(ranks, 3) is None
 
 
 def test_the_probe_times_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
