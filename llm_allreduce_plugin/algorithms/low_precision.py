@@ -108,13 +108,17 @@ class LowPrecision(KernelStrategy):
         A format that keeps rows is asked for because of that: without ``min_bytes`` it runs at every size.
         """
         settings = config.low_precision
+        size = bytes_in_words(message.payload_bytes)
         if settings.min_bytes is None and settings.wire_format.keeps_rows:
             return Merit(pays=True)  # what is exact in a small batch must not be rounded in a large one
         if settings.min_bytes is not None:
             reason = f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
             if settings.wire_format.keeps_rows:
                 reason += "; a row's answer then depends on its batch"
-            return Merit(pays=True) if message.payload_bytes >= settings.min_bytes else Merit(pays=False, reason=reason)
+            if message.payload_bytes < settings.min_bytes:
+                return Merit(pays=False, reason=reason)
+            asked = bytes_in_words(int(settings.min_bytes))
+            return Merit(pays=True, reason=f"{size} are at least {asked} (low_precision.min_bytes)")
         least, source = tables.low_precision_pays_from(facts, settings.wire_format, message.element_bytes)
         if least is None:
             if facts.crosses_network:
@@ -122,8 +126,13 @@ class LowPrecision(KernelStrategy):
             else:
                 reason = f"from which size on {settings.wire_format} is faster than exact sums is not known: {source}"
             return Merit(pays=False, reason=reason)
-        reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
-        return Merit(pays=True) if message.payload_bytes >= least else Merit(pays=False, reason=reason)
+        if message.payload_bytes < least:
+            reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
+            return Merit(pays=False, reason=reason)
+        if least == 0:  # whatever the size
+            return Merit(pays=True, reason=source)
+        faster = f"from which on {settings.wire_format} is faster than exact sums"
+        return Merit(pays=True, reason=f"{size} are at least {bytes_in_words(least)}, {faster} ({source})")
 
     @staticmethod
     def _in_band(config: AllReduceConfig, facts: GroupFacts) -> bool:

@@ -22,24 +22,30 @@ _BETWEEN = "an estimate between 2 and 4 ranks"
 _BEYOND = "an estimate beyond 4 ranks"
 _ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot sends more at 350 GB/s"
 
-# In band, on one NVSwitch node of H200. 2 and 4 ranks are measured: between the last power of two at which the one and
-# the first at which the other is faster, where their lines cross. The others are estimates, scaled to meet them.
+# In band, on one NVSwitch node of H200. 2, 3 and 4 ranks are measured (configs/tuning/nvidia-h200.json,
+# nvidia-h200-x4.json): between two sizes that were measured, where the lines of both cross. The others are estimates,
+# scaled to meet that of 4.
 H200 = {
     2: Table(
-        # As far as the largest grid has a thread for each vector; TWOSHOT has half as many to a rank.
-        (Range(2 * MIB, "ONESHOT"), Range(4 * MIB, "TWOSHOT"), Range(None, "ONESHOT")),
-        _MEASURED,
+        # Both send as much. In one step the largest grid has a thread for each vector to 2 MiB, in two to 4: the
+        # window comes of grids and memory, not of links. 2 H100 have none (configs/tuning/nvidia-h100.json).
+        (Range(3328 * KIB, "ONESHOT"), Range(8960 * KIB, "TWOSHOT"), Range(None, "ONESHOT")),
+        "measured on 2 H200",
     ),
-    3: changeover(416 * KIB, _ESTIMATE),
-    4: changeover(192 * KIB, _MEASURED),
-    5: changeover(112 * KIB, _ESTIMATE),
-    6: changeover(80 * KIB, _ESTIMATE),
-    7: changeover(64 * KIB, _ESTIMATE),
-    8: changeover(52 * KIB, _ESTIMATE),
-    16: changeover(20 * KIB, _ESTIMATE),
-    32: changeover(9 * KIB, _ESTIMATE),
+    3: changeover(560 * KIB, "measured on 3 H200"),
+    4: changeover(216 * KIB, "measured on 4 H200"),
+    5: changeover(126 * KIB, _ESTIMATE),
+    6: changeover(90 * KIB, _ESTIMATE),
+    7: changeover(72 * KIB, _ESTIMATE),
+    8: changeover(58 * KIB, _ESTIMATE),
+    16: changeover(22 * KIB, _ESTIMATE),
+    32: changeover(10 * KIB, _ESTIMATE),
     72: changeover(4 * KIB, _ESTIMATE),
 }
+# Of two GPUs whose links are not an H200's: nobody measured where two steps hide what they cost, if anywhere.
+TWO_RANKS_ELSEWHERE = Table((Range(None, "ONESHOT"),), "with 2 ranks one step sends no more than two: an estimate")
+# Of H100 and H200, on which numbers that are called measured were: of other GPUs they are estimates.
+MEASURED_ARCHITECTURE = 90
 
 # How much more (or less) than an H200 another GPU's links carry in the time of one step; none of it measured here.
 PCIE_SCALE = 0.1
@@ -69,7 +75,7 @@ FLAGGED = {
 # Kernels that wait for flags on B200 and B300: FlashInfer's limits (its pull request 1972, measured on B200): one-shot
 # while tokens * hidden * 2 * tp * itemsize, which is 2 * tp messages, is at most so many MiB. Its one-shot polls the
 # data as ours in band does; its two-shot waits at two barriers as our kernels with flags do, which is what these limits
-# weigh. In band two-shot has no barrier and pays from far smaller messages (on H200 with 4 ranks from 192 KiB on, where
+# weigh. In band two-shot has no barrier and pays from far smaller messages (on H200 with 4 ranks from 216 KiB on, where
 # FlashInfer's limit says 8 MiB and its own two-shot is nearly twice as fast at 2 MiB), so that H200's table, scaled to
 # the links, is nearer. The limits are upper bounds: our one-shot with flags is slower than the one that was measured.
 FLASHINFER_B200_MIB = {2: 512, 4: 64, 8: 42}

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
 
 _T = TypeVar("_T")
+PAIR = 2
+_ESTIMATE = ": an estimate"
 
 
 def _tabulated(table: Mapping[int, object], world_size: int) -> int:
@@ -60,9 +62,21 @@ def table_of(facts: GroupFacts, element_bytes: int) -> Table:
     else:
         in_band = facts.in_band.two_shot > 0
         table = fastest(facts.world_size, facts.architecture, in_band=in_band, topology_class=facts.topology_class)
+    source = table.source + (_ESTIMATE if table.source.startswith("measured") and not _is_as_measured(facts) else "")
     known = facts.topology_class is not TopologyClass.UNKNOWN
     over = f" over {facts.topology_class.in_words}" if known else ""
-    return Table(table.ranges, f"the seed table for {facts.world_size} ranks{over}: {table.source}")
+    return Table(table.ranges, f"the seed table for {facts.world_size} ranks{over}: {source}")
+
+
+def _is_as_measured(facts: GroupFacts) -> bool:
+    """Whether a group has GPUs, and links between them, like those on which numbers were measured."""
+    is_slower = facts.topology_class is TopologyClass.PCIE_PEER
+    return facts.device == "cuda" and facts.architecture == measured.MEASURED_ARCHITECTURE and not is_slower
+
+
+def _links_in_words(architecture: int | None, scale: float) -> str:
+    """What numbers are scaled for."""
+    return f"sm_{architecture}" if scale != measured.PCIE_SCALE else "PCIe"
 
 
 def fastest(
@@ -72,18 +86,22 @@ def fastest(
     in_band: bool,
     topology_class: TopologyClass = TopologyClass.UNKNOWN,
 ) -> Table:
-    """The seed for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links."""
+    """The seed for any group: the next larger tabulated world size, or the largest; scaled to the GPU's links.
+
+    But for two ranks, whose table says nothing of links.
+    """
     if not in_band:
         return _of(measured.FLAGGED_B200 if architecture in measured.B200 else measured.FLAGGED, world_size)
     table = _of(measured.H200, world_size)
     scale = link_scale(architecture, topology_class)
     if scale == 1.0:
         return table
+    if world_size <= PAIR:
+        return measured.TWO_RANKS_ELSEWHERE
     ranges = tuple(
         dataclasses.replace(found, max_bytes=found.max_bytes and int(found.max_bytes * scale)) for found in table.ranges
     )
-    on = f"sm_{architecture}" if scale != measured.PCIE_SCALE else "PCIe"
-    return Table(ranges, f"scaled by {scale} from H200 for {on}: an estimate")
+    return Table(ranges, f"scaled by {scale} from H200 for {_links_in_words(architecture, scale)}{_ESTIMATE}")
 
 
 def split(strategy: str, world_size: int, payload_bytes: int) -> Split | None:
@@ -136,7 +154,9 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: 
     symmetric = facts.transport is Transport.SYMMETRIC
     scale = link_scale(facts.architecture, facts.topology_class) if symmetric else 1.0
     if scale != 1.0:
-        source += f", scaled by {scale} for sm_{facts.architecture}"
+        source += f", scaled by {scale} for {_links_in_words(facts.architecture, scale)}"
+    if facts.world_size != tabulated or not _is_as_measured(facts):
+        source += _ESTIMATE
     return int(size * scale), source
 
 
@@ -148,7 +168,7 @@ def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[tuple[int, int | None
     through_host = facts.transport is Transport.HOST
     sizes = _of(measured.FUSED_PAYS[facts.transport, algorithm], facts.world_size)
     if (source := measured.FUSED_SOURCES.get((facts.transport, facts.world_size))) is not None:
-        return sizes, source
+        return sizes, source if _is_as_measured(facts) else source + _ESTIMATE
     through = " through host memory" if through_host else ""
     unknown = f"one kernel or two was not measured for {facts.world_size} ranks{through}"
     if sizes is not None and sizes[0] == 0:

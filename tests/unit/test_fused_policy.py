@@ -115,7 +115,7 @@ def test_where_it_does_not_pay_two_kernels_run(monkeypatch: pytest.MonkeyPatch) 
 
 def test_few_rows_in_two_steps_take_two_kernels() -> None:
     """With more than two ranks, as measured with four."""
-    for rows, algorithm in ((12, Algorithm.ONE_SHOT), (128, Algorithm.TWO_SHOT), (4096, Algorithm.TWO_SHOT)):
+    for rows, algorithm in ((13, Algorithm.ONE_SHOT), (128, Algorithm.TWO_SHOT), (4096, Algorithm.TWO_SHOT)):
         launch = decide_fused(config(), facts(4), rows, 8192, "bfloat16").launch
         assert launch is not None
         assert launch.algorithm is algorithm
@@ -124,7 +124,7 @@ def test_few_rows_in_two_steps_take_two_kernels() -> None:
         assert (
             reason_of(facts(ranks), 100, 8192) == f"in two steps below 2 MiB two kernels are faster than one {unknown}"
         )
-    for rows in (13, 127):
+    for rows in (14, 127):
         reason = reason_of(facts(4), rows, 8192)
         assert reason.startswith("in two steps below 2 MiB two kernels are faster than one (one kernel was faster")
     for rows in (100, 295):

@@ -80,10 +80,31 @@ def test_compression_runs_where_it_is_faster() -> None:
     assert small.reason == "below 1179648 bytes the exact kernels are faster than fp8 (measured on H100)"
     pcie = low_precision(1 << 17, "bfloat16", facts(8, in_band=True, architecture=89))
     assert pcie.strategy is S.LOWPRECISION
-    assert (
-        "with 4 ranks, scaled by 0.1 for sm_89"
-        in low_precision(100, "bfloat16", facts(8, in_band=True, architecture=89)).reason
-    )
+    for group, source in (
+        (facts(8, in_band=True, architecture=89), "measured on H100 with 4 ranks, scaled by 0.1 for PCIe: an estimate"),
+        (facts(4, in_band=True, architecture=100), "measured on H100, scaled by 2.0 for sm_100: an estimate"),
+        (facts(8, in_band=True), "measured on H100 with 4 ranks: an estimate"),
+        (facts(8, Transport.HOST, architecture=89), "measured on H200 with 4 ranks: an estimate"),
+        (facts(4, Transport.HOST, architecture=89), "measured on H200: an estimate"),
+        (facts(2, Transport.HOST), "measured on H100"),
+    ):
+        for count in (100, 1 << 26):
+            assert f"({source})" in low_precision(count, "bfloat16", group).reason
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
+def test_what_is_compressed_says_from_which_size_on(world_size: int) -> None:
+    least = "448 KiB" if world_size == 2 else "1.125 MiB"
+    reason = low_precision(1 << 20, "bfloat16", facts(world_size, in_band=True)).reason
+    words = f"2 MiB are at least {least}, from which on fp8 is faster than exact sums (measured on H100"
+    assert reason.startswith(f"allreduce_strategy is LOWPRECISION; {words}")
+    set_ = low_precision(1 << 20, "bfloat16", facts(world_size, in_band=True), min_bytes="64K").reason
+    assert "2 MiB are at least 64 KiB (low_precision.min_bytes)" in set_
+    cpu = low_precision(1 << 20, "bfloat16", facts(world_size, Transport.SHM))
+    assert "CPU ranks compress everything" in cpu.reason
+
+
+def test_compression_runs_where_it_is_faster_through_host_memory() -> None:
     host = facts(4, Transport.HOST, workspace=12 << 20)
     assert low_precision(48 << 10, "bfloat16", host).strategy is S.LOWPRECISION
     assert low_precision((48 << 10) - 1, "bfloat16", host).strategy is S.MINLATENCY

@@ -96,9 +96,9 @@ def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:
 
 def test_description() -> None:
     assert describe(config("AUTO"), facts(4)) == "ONESHOT to 512 KiB, then TWOSHOT"
-    assert describe(config("AUTO"), facts(4, in_band=True)) == "ONESHOT to 192 KiB, then TWOSHOT"
+    assert describe(config("AUTO"), facts(4, in_band=True)) == "ONESHOT to 216 KiB, then TWOSHOT"
     assert describe(config("MINLATENCY"), facts(2, in_band=True)) == (
-        "one-shot to 2 MiB, two-shot to 4 MiB, then one-shot"
+        "one-shot to 3.25 MiB, two-shot to 8.75 MiB, then one-shot"
     )
     assert describe(config("TWOSHOT"), facts(4)) == "TWOSHOT at every size"
     assert describe(config("AUTO", one_shot_max_bytes=3000), facts(4)) == "ONESHOT to 2.93 KiB, then TWOSHOT"
