@@ -7,6 +7,7 @@ import enum
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.config import AllReduceStrategy, WireFormat
+from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.wire import PACKETS
 
 
@@ -215,12 +216,14 @@ class FusedDecision:
         reason: why in one kernel, or why in two.
         all_reduce: what happens to the all-reduce alone, and why.
         by_design: nobody asked for one kernel, two are faster, or there is nothing to do: two are no fallback.
+        quant: what the one kernel quantizes to; None: nothing is quantized, or in a kernel of its own.
     """
 
     launch: Launch | None
     reason: str
     all_reduce: Decision
     by_design: bool = False
+    quant: QuantKind | None = dataclasses.field(default=None, compare=False)  # for words: it changes nothing that runs
 
     @property
     def counted_as(self) -> str:
@@ -235,8 +238,9 @@ class FusedDecision:
     def __str__(self) -> str:
         if self.launch is None:
             return f"all-reduce, then norm: two kernels\n  because {self.reason}\n{self.all_reduce}"
+        behind = "residual and norm" if self.quant is None else f"residual, norm and quantization ({self.quant})"
         lines = [
-            f"{self.counted_as}: {self.launch.algorithm.in_words}; residual, norm and quantization in the same kernel",
+            f"{self.counted_as}: {self.launch.algorithm.in_words}; {behind} in the same kernel",
             f"  because {self.reason}",
             f"  launch: {self.launch}",
             f"  without the norm {self.all_reduce.strategy}, because {self.all_reduce.reason}",

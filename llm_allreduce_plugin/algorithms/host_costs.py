@@ -111,8 +111,8 @@ def cost(hosts: int, ranks: int, payload_bytes: int, network: Network, inside: f
 def codec_seconds(hosts: int, ranks: int, elements: float, wire: WireFormat) -> float:
     """What a rank spends on encoding its part of ``elements`` fp32 sums, and on decoding those of all hosts.
 
-    By the speeds on an H200, which were measured with 16-bit values: of fp32 it takes as many bytes, half as many
-    values.
+    By the speeds on an H100 (``measured.CODEC_BYTES_PER_S``), which were measured with 16-bit values: of fp32 it takes
+    as many bytes, half as many values.
     """
     encode, decode = measured.CODEC_BYTES_PER_S[wire]
     size = elements / ranks * SUM_BYTES

@@ -203,8 +203,9 @@ class RowShape:
 
 # Results that are stored into registered outputs. The smallest message, by world size (the next larger one, or the
 # last), where that was asked for: an estimate, below which two more flights of a flag cost more than a copy. None: at
-# no size; over two GPUs one step was faster everywhere (benchmarks/h100/shapes_ub_tp2.json, bench_ub_tp2.json). With
-# four, TWOSHOT by slots was (shapes_ub_tp4.json): whoever asks for UB by name gets it, and nobody else.
+# no size; over two GPUs one step was faster than that everywhere (benchmarks/h100/shapes_ub_tp2.json,
+# bench_ub_tp2.json). With four, TWOSHOT by slots was (shapes_ub_tp4.json): whoever asks for UB by name gets it, and
+# nobody else.
 PLACE_PAYS_FROM: dict[int, int | None] = {2: None, 72: 4 * MIB}
 PLACE_SOURCE = "an estimate"
 ONE_STEP_INSTEAD = (

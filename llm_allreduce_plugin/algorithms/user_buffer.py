@@ -44,7 +44,7 @@ def pool_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
 
 
 def takes_one_step(facts: GroupFacts) -> bool:
-    """Whether a group stores nothing into others' outputs because one step is faster at every size."""
+    """Whether a group stores nothing into others' outputs because one step is faster than that at every size."""
     in_band = facts.transport is Transport.SYMMETRIC and facts.num_hosts == 1 and facts.in_band.one_shot > 0
     return in_band and tables.place_pays_from(facts)[0] is None
 
@@ -127,7 +127,8 @@ class UserBuffer(KernelStrategy):
         if message.registered_output is False:
             return "its output does not lie in registered memory"
         if message.payload_bytes > (most := largest_output(pool_bytes(config, facts))):
-            return f"{bytes_in_words(message.payload_bytes)} are more than a quarter of registered_pool, {most} bytes"
+            # Without this message's size: a reason is told, and counted, once.
+            return f"messages above {most} bytes, a quarter of registered_pool, go through slots"
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002

@@ -65,10 +65,12 @@ def outlook(supported: Sequence[bool | None], switched_off: str | None, ranks: i
     if ranks <= PAIR:
         return f"all GPUs have it; {off}; nothing to win over two GPUs"
     push, summed = 2 * (ranks - 1) / ranks, 1 + 1 / ranks
+    of = "bytes for each byte of a large message"
+    # One store of the own part for all, and a read of it from all: with three as much as two pushed steps.
+    in_switch = f"{summed:.2f} {of}, not {push:.2f}" if summed < push else f"as much over three GPUs, {push:.2f} {of}"
     return (
         f"all GPUs have it; {off}. ONESHOT and TWOSHOT would store once instead of {ranks - 1} times what is for all, "
-        f"with the same bits; with in_switch_sum a GPU would send {summed:.2f} bytes for each byte of a large message, "
-        f"not {push:.2f}. Neither has run on hardware yet"
+        f"with the same bits; with in_switch_sum a GPU would send {in_switch}. Neither has run on hardware yet"
     )
 
 

@@ -195,6 +195,12 @@ class Planner:
         if self._rank == 0 and line not in self._logged and len(self._logged) < MOST_FALLBACKS:
             self._logged.add(line)
             logger.log(level, "%s", line)
+            if len(self._logged) == MOST_FALLBACKS:
+                logger.log(
+                    level,
+                    "%d lines like these were written; further ones are not, reports count them all",
+                    len(self._logged),
+                )
 
     def pull(self, input_: torch.Tensor) -> Call | None:
         """The call for an input that peers read in place; None where it lies elsewhere, or is sent all the same."""

@@ -10,7 +10,7 @@ from llm_allreduce_plugin.algorithms.base import Message, Numerics
 from llm_allreduce_plugin.algorithms.decision import Decision, Exchange, FusedDecision, PassedOver
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Table, bytes_in_words
-from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, TableStrategy
+from llm_allreduce_plugin.algorithms.strategies import ASKED_FOR, STRATEGIES, Strategy, TableStrategy
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.quantization import QuantKind, check_hidden
 
@@ -97,21 +97,37 @@ def _passed_over(
 ) -> tuple[PassedOver, ...]:
     """Every strategy but the chosen one, those that were tried first."""
     requested = config.allreduce_strategy
+    asked = ASKED_FOR[requested]
     reasons = dict(against)
     for name, strategy in STRATEGIES.items():
         if name is chosen or name in reasons:
             continue
         if (obstacle := strategy.obstacle(config, facts, message)) is not None:
             reasons[name] = obstacle
+        elif requested not in STRATEGIES and strategy.numerics is Numerics.LOSSY:
+            reasons[name] = f"{requested} never compresses"
         elif not (merit := strategy.pays(config, facts, message)).pays:
             reasons[name] = merit.reason
         elif strategy.numerics is Numerics.ENGINE:
             reasons[name] = "a kernel of this package can run"
-        elif requested not in STRATEGIES:
-            reasons[name] = why
+        elif requested not in STRATEGIES and isinstance(asked, TableStrategy):
+            reasons[name] = _not_by_table(config, asked, strategy, why)
         else:
             reasons[name] = f"allreduce_strategy is {requested}"
     return tuple(PassedOver(name, reason) for name, reason in reasons.items())
+
+
+def _not_by_table(config: AllReduceConfig, asked: TableStrategy, other: Strategy, why: str) -> str:
+    """Why ``asked``, which runs nothing under its own name, has not chosen an exact strategy. ``why``: of its choice."""
+    if other.name in asked.among:
+        return why
+    if isinstance(other, TableStrategy):
+        return f"it runs the same kernels as {asked.name}"
+    if other.name is not AllReduceStrategy.UB:
+        return f"{asked.name} does not choose it"
+    if config.one_shot_max_bytes is not None:
+        return "one_shot_max_bytes chooses between one step and two"
+    return "results stored into registered outputs were not measured to be faster"
 
 
 def decide_fused(
@@ -147,7 +163,7 @@ def decide_fused(
     merit = fused.pays(facts, subject, carrier)
     if not merit.pays and not however_slow:
         return FusedDecision(None, merit.reason, all_reduce, by_design=True)
-    return FusedDecision(fused.plan(facts, subject, carrier), merit.reason, all_reduce)
+    return FusedDecision(fused.plan(facts, subject, carrier), merit.reason, all_reduce, quant=quant)
 
 
 def kernel_in_words(decision: Decision) -> str | None:

@@ -178,6 +178,9 @@ def test_what_it_would_bring_is_told() -> None:
     assert "store once instead of 7 times" in told
     assert "1.12 bytes for each byte of a large message, not 1.75" in told
     assert told.endswith("Neither has run on hardware yet")
+    three = multicast.outlook([True] * 3, None, 3)
+    assert "with in_switch_sum a GPU would send as much over three GPUs, 1.33 bytes for each byte" in three
+    assert "not 1.33" not in three
     assert "switched off by NCCL_NVLS_ENABLE=0" in multicast.outlook([True] * 4, "NCCL_NVLS_ENABLE=0", 4)
     assert multicast.outlook([True, False, True, False], None, 4) == "GPU 1, 3 has none"
     assert multicast.outlook([True, None], None, 2) == "not known of all GPUs"

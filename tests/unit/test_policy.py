@@ -14,7 +14,8 @@ from llm_allreduce_plugin import AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import Message, Numerics
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
 from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
-from llm_allreduce_plugin.selection.policy import decide, describe
+from llm_allreduce_plugin.quantization import QuantKind
+from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from tests.support.group_facts import any_facts, config, facts
 
@@ -84,6 +85,37 @@ def test_without_registered_memory_ub_falls_back_with_exactly_that_reason(
     assert decision.strategy == "TWOSHOT"
     assert decision.is_fallback
     assert decision.reason == reason
+
+
+def test_under_auto_only_kernels_of_the_table_are_passed_over_for_its_size() -> None:
+    fabric = dataclasses.replace(facts(in_band=True), hosts=(0, 0, 1, 1), fabric=True)
+    decision = decide(config("AUTO", registered_pool="64MiB"), fabric, 4 << 20, "bfloat16")
+    assert decision.strategy is S.TWOSHOT
+    same = "it runs the same kernels as AUTO"
+    reasons = {other.strategy: other.reason for other in decision.passed_over}
+    seed = "the seed table for 4 ranks: measured on 4 H200"
+    assert reasons == {
+        S.ONESHOT: f"8 MiB are more than 216 KiB, where two steps beat one ({seed})",
+        S.MINLATENCY: same,
+        S.MNNVL: same,
+        S.LOWPRECISION: "AUTO never compresses",
+        S.UB: "ranks run on 2 hosts, and registered memory is that of one",
+        S.NCCL: "a kernel of this package can run",
+    }
+    of = {"registered_pool": "64MiB"}
+    for settings, reason in (
+        (of, "results stored into registered outputs were not measured to be faster"),
+        (of | {"one_shot_max_bytes": "1M"}, "one_shot_max_bytes chooses between one step and two"),
+    ):
+        decision = decide(config("AUTO", **settings), facts(in_band=True), 4 << 20, "bfloat16")
+        assert {other.strategy: other.reason for other in decision.passed_over}[S.UB] == reason
+
+
+def test_a_fused_decision_names_the_quantization_that_there_is() -> None:
+    plain = decide_fused(config("ONESHOT"), facts(2, in_band=True), 8, 8192, "bfloat16")
+    assert str(plain).startswith("ONESHOT (fused norm): one-shot; residual and norm in the same kernel\n")
+    quantized = decide_fused(config("ONESHOT"), facts(2, in_band=True), 8, 8192, "bfloat16", QuantKind.FP8_TOKEN)
+    assert "; residual, norm and quantization (fp8-token) in the same kernel\n" in str(quantized)
 
 
 def test_what_no_kernel_can_do_goes_to_nccl_with_the_reason() -> None:

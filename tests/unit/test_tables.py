@@ -73,7 +73,7 @@ def test_the_seed_of_h200_is_what_its_newest_profiles_measured() -> None:
             assert [dataclasses.asdict(found) for found in table.ranges] == entry["graph"]
             assert table.source == f"measured on {entry['world_size']} H200"
             seen += 1
-    assert seen == 3  # noqa: PLR2004
+    assert seen == 3
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -12,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm_allreduce_plugin import AllReduceConfig
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.engines.common.summary import tell
 from llm_allreduce_plugin.runtime.metrics import ReportCollector, samples_of
+from llm_allreduce_plugin.runtime.planner import Planner
 from llm_allreduce_plugin.runtime.reports import Report
 from llm_allreduce_plugin.runtime.tally import (
     FUSED,
@@ -160,6 +163,17 @@ def test_the_sums_own_fallback_comes_first_and_what_nobody_asked_for_is_none() -
 
 
 # -- reports -----------------------------------------------------------------------------------------------------------
+def test_where_further_fallbacks_are_not_told_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    def fall_back(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    cpu = torch.device("cpu")
+    planner = Planner(AllReduceConfig(), NOBODY, 0, cpu, fall_back, workspace=None, health=None, checker=None)
+    for number in range(2 * MOST_FALLBACKS):
+        planner._log_once(logging.WARNING, f"line {number}")
+        planner._log_once(logging.WARNING, f"line {number}")
+    lines = [*(f"line {number}" for number in range(MOST_FALLBACKS))]
+    assert caplog.messages == [*lines, "64 lines like these were written; further ones are not, reports count them all"]
 
 
 REPORT = {

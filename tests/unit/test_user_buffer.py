@@ -18,6 +18,7 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
 from llm_allreduce_plugin.algorithms.user_buffer import memory_in_words, pool_bytes, sizes_placed
 from llm_allreduce_plugin.group.start_log import log_start
+from llm_allreduce_plugin.runtime.tally import fallback_of
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.registered import ALIGNMENT, RegisteredPool
@@ -52,7 +53,9 @@ def test_large_messages_are_placed_and_small_ones_left_to_two_shot() -> None:
     assert small.reason == "below 4 MiB results travel as fast through slots (an estimate)"
     large = decide(config("UB", registered_pool="64MiB"), group, 8 * MIB + 1, "bfloat16")
     assert (large.strategy, large.is_fallback) == (S.TWOSHOT, True)
-    assert large.reason == "16 MiB are more than a quarter of registered_pool, 16777216 bytes"
+    assert large.reason == "messages above 16777216 bytes, a quarter of registered_pool, go through slots"
+    larger = decide(config("UB", registered_pool="64MiB"), group, 64 * MIB, "bfloat16")
+    assert fallback_of(larger) == fallback_of(large), "one warning and one label, whatever the size"
 
 
 def test_over_two_gpus_one_step_runs() -> None:
