@@ -119,7 +119,7 @@ def between(anchors: Mapping[int, int], world_size: int) -> int:
 
 def bytes_in_words(count: int) -> str:
     """``192 KiB``, to four digits."""
-    for unit, size in (("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} bytes"

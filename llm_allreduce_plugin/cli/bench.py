@@ -164,8 +164,9 @@ def bench(
     settings = _settings(transport, wire_format)
     dtype = parse_dtype(datatype)
     norm = norm_of(fused=fused, hidden=hidden, quant=options.parse_quant(quant, fused=fused))
-    step = parse_bytes(stepbytes) if stepbytes else None
-    sizes = message_sizes(parse_bytes(minbytes), parse_bytes(maxbytes), stepfactor, step, halves=halves)
+    step = parse_bytes("--stepbytes", stepbytes) if stepbytes else None
+    smallest, largest = parse_bytes("--minbytes", minbytes), parse_bytes("--maxbytes", maxbytes)
+    sizes = message_sizes(smallest, largest, stepfactor, step, halves=halves)
     element = ELEMENT_BYTES[dtype]
     counts = norm.counts(sizes, dtype) if norm else [size // element for size in sizes if size >= element]
     device_type, ranks = _devices(cpu, ngpus)

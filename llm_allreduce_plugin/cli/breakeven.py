@@ -70,7 +70,7 @@ def breakeven(
 
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
-    payload = parse_bytes(size)
+    payload = parse_bytes("--bytes", size)
     speeds, where = _measured(payload, cpu=cpu) if source is None else _recorded(source)
     typer.echo(f"# codecs measured on {where}; {ranks} ranks")
     for wire, speed in speeds.items():

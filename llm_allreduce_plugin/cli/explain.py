@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from llm_allreduce_plugin.cli import hosts as hosts_option
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.cli.decision_fields import decision_fields, fused_fields, range_fields
 from llm_allreduce_plugin.cli.explain_subject import modelled, subject
+from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.errors import ConfigError, TopologyError
 from llm_allreduce_plugin.selection import sweep as sweeps
 from llm_allreduce_plugin.selection.policy import decide, decide_fused
@@ -37,6 +40,34 @@ def _why_sent(decision: Decision, message: Message) -> str | None:
     if decision.launch is None:
         return f"{decision.strategy} runs the engine's own all-reduce, which reads no input in place"
     return pulling.obstacle(decision.launch, message)
+
+
+def _check_whole_rows(**given: bool) -> None:
+    """Of options that are given, none speaks of other messages than whole rows."""
+    if name := next((name for name, is_given in given.items() if is_given), None):
+        message = f"{name}: not with --fused, which takes whole rows"
+        raise typer.BadParameter(message)
+
+
+def _elements(size: str, dtype: str, element_bytes: int) -> int:
+    """Elements of a message of so many bytes."""
+    payload = options.parse_bytes("--bytes", size)
+    if payload % element_bytes:
+        message = f"--bytes {size!r}: must be a multiple of {element_bytes}, the bytes of a {dtype}"
+        raise typer.BadParameter(message)
+    return payload // element_bytes
+
+
+def _with_unit(payload_bytes: int) -> str:
+    """``1000 bytes``, ``4 KiB``: exactly."""
+    text = sweeps.size_text(payload_bytes)
+    return f"{text} bytes" if text.isdecimal() else text
+
+
+def _unused(wire_format: str | None, strategy: AllReduceStrategy) -> Iterator[str]:
+    """A note where a wire format is given and nothing will use it."""
+    if wire_format is not None and strategy is not AllReduceStrategy.LOWPRECISION:
+        yield f"--wire-format {wire_format}: {strategy} never compresses, LOWPRECISION does"
 
 
 def explain(
@@ -128,15 +159,16 @@ def explain(
     element_type = options.parse_dtype(dtype, OTHER_DTYPES)
     kind = options.parse_quant(quant, fused=fused)
     spread, network = hosts_option.parse_hosts(hosts), hosts_option.parse_link(link)
-    others = {"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": plot is not None}
-    if fused and any(others.values()):
-        message = f"{next(name for name, given in others.items() if given)}: not with --fused, which takes whole rows"
-        raise typer.BadParameter(message)
+    if fused:
+        _check_whole_rows(
+            **{"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": bool(plot)}
+        )
     element = (ELEMENT_BYTES | OTHER_DTYPES)[element_type]
-    count = tokens * hidden if size is None else options.parse_bytes(size) // element
-    what = f"{tokens} x {hidden}" if size is None else f"{count} elements"
+    count = tokens * hidden if size is None else _elements(size, element_type, element)
+    what = f"{tokens} x {hidden}" if size is None else f"{count} element{'s' * (count != 1)}"
     try:
         group = subject(topology, world_size, config, cpu=cpu, hosts=spread)
+        group = dataclasses.replace(group, notes=(*group.notes, *_unused(wire_format, config.allreduce_strategy)))
         costs = modelled(group, hosts, network, element)
         wanted = sweep or plot is not None
         ranges = sweeps.sweep(config, group.facts, element_type, readable_in_place=in_place) if wanted else []
@@ -171,10 +203,11 @@ def explain(
         head = (f"{group.where}{via}, allreduce_strategy {config.allreduce_strategy}", *group.notes)
         typer.echo("\n".join(f"# {line}" for line in head))
         if sweep:
-            typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}")
+            whys = "".join(f"\n# {why}" for why in sweeps.whys(ranges))
+            typer.echo(f"# {element_type}, sizes in bytes per rank\n{sweeps.table(ranges)}{whys}")
         else:
             behind = f", then residual, norm{f' and {kind}' if kind else ''}" if fused else ""
-            typer.echo(f"# {what} of {element_type}: {sweeps.size_text(count * element)} per rank{behind}\n{shown}")
+            typer.echo(f"# {what} of {element_type}: {_with_unit(count * element)} per rank{behind}\n{shown}")
             if sent is not None:
                 typer.echo(f"  the input is sent: {sent}")
         if costs is not None:

@@ -54,7 +54,8 @@ def subject(
     Raises:
         TopologyError: the file cannot be read.
         ConfigError: ``tuning_profile`` names a file that cannot be used, or a setting does not fit the ranks.
-        ValueError: the node has fewer GPUs than ``world_size``, or this process sees none of them.
+        ValueError: the node has fewer GPUs than ``world_size``, this process sees none of them, or a file is given for
+            CPU ranks.
     """
     if hosts is not None:
         ranks = hosts.number * hosts.ranks
@@ -63,6 +64,9 @@ def subject(
             raise ValueError(message)
         world_size = ranks
     if topology_file is not None:
+        if cpu:
+            message = "--cpu: not with --topology, which is a node with GPUs"
+            raise ValueError(message)
         topology = NodeTopology.from_json(topology_file)
         return _of_gpus(topology, topology, topology_file.name, world_size, config, hosts)
     note: tuple[str, ...] = ()

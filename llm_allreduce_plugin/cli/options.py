@@ -19,7 +19,7 @@ from typer.models import OptionInfo
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.quantization import QuantKind
-from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size
+from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size, shown
 
 *_FIRST, _LAST = WireFormat
 WIRE_FORMAT_HELP = f"LOWPRECISION: {', '.join(_FIRST)} or {_LAST}."
@@ -38,8 +38,8 @@ DTYPES = {
 }
 
 
-def parse_bytes(text: str) -> int:
-    """``"4K"`` is 4096, as in nccl-tests and as in settings.
+def parse_bytes(option: str, text: str) -> int:
+    """``"4K"`` is 4096, as in nccl-tests and as in settings. ``option``: whose text it is, for errors.
 
     Raises:
         typer.BadParameter: it is not a size, or larger than any message.
@@ -47,12 +47,11 @@ def parse_bytes(text: str) -> int:
     try:
         number = parse_size(text)
     except ValueError as error:
-        reason = f": {error}"
-    else:
-        if 0 < number <= MOST_BYTES_OF_A_MESSAGE:
-            return number
-        reason = ""
-    message = f"{text!r}: must be a positive number of bytes up to 1T, like 512, 4K, 1M or 1G{reason}"
+        message = f"{option} {shown(text)}: {error}"
+        raise typer.BadParameter(message) from None
+    if 0 < number <= MOST_BYTES_OF_A_MESSAGE:
+        return number
+    message = f"{option} {shown(text)}: must be a positive number of bytes up to 1T, like 512, 4K, 1M or 1G"
     raise typer.BadParameter(message)
 
 
@@ -171,6 +170,6 @@ def brief(command: _Command) -> _Command:
 def _shorten(option: OptionInfo, kind: object, default: object) -> None:
     if option.metavar is None and kind is not bool:
         option.metavar = "N" if int in (kind, *get_args(kind)) else "WORD"
-    if option.show_default and option.help and default not in (None, False, ""):
+    if option.show_default and option.help and default not in (None, False, "", inspect.Parameter.empty):
         option.help = f"{option.help.removesuffix('.')}; default: {default}."
     option.show_default = False

@@ -164,8 +164,8 @@ def tune(
     world_sizes = (place.world_size,) if place else _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
     groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
     chosen, registered = _transport(transport, device), _registered_pool(options.configured(), device)
-    largest = parse_bytes(maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
-    sizes = message_sizes(parse_bytes(minbytes), largest, 4 if quick else 2, None, halves=False)
+    largest = parse_bytes("--maxbytes", maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
+    sizes = message_sizes(parse_bytes("--minbytes", minbytes), largest, 4 if quick else 2, None, halves=False)
     if sizes[0] % 16:
         message = f"--minbytes {minbytes}: must be a multiple of 16"
         raise typer.BadParameter(message)

@@ -118,7 +118,7 @@ def _passed_over(
 
 
 def _not_by_table(config: AllReduceConfig, asked: TableStrategy, other: Strategy, why: str) -> str:
-    """Why ``asked``, which runs nothing under its own name, has not chosen an exact strategy. ``why``: of its choice."""
+    """Why ``asked``, which runs nothing under its own name, has not chosen an exact one. ``why``: of its choice."""
     if other.name in asked.among:
         return why
     if isinstance(other, TableStrategy):

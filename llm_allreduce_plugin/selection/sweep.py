@@ -19,7 +19,7 @@ _Kind = tuple[AllReduceStrategy, Algorithm | None, Exchange | None, bool, bool, 
 
 def size_text(count: int) -> str:
     """Bytes, in the largest unit that leaves a whole number: 196608 is ``192 KiB``, 196609 itself."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
         if count and count % size == 0:
             return f"{count // size} {unit}"
     return str(count)
@@ -167,6 +167,14 @@ def _border(decision_of: Callable[[int], Decision], low: int, high: int) -> list
         found += [(below, decision_of(below)), (above, decision_of(above))]
         low = above
     return found
+
+
+def whys(ranges: list[SizeRange]) -> list[str]:
+    """Where another strategy runs than was asked for, or the engine's own under AUTO, why: each reason once."""
+    found = (row.decision for row in ranges)
+    others = (other for other in found if other.runs_another or other.launch is None)
+    said = {(other.strategy, other.reason): None for other in others if other.strategy is not other.requested}
+    return [f"{strategy}, because {reason}" for strategy, reason in said]
 
 
 def table(ranges: list[SizeRange]) -> str:

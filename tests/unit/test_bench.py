@@ -32,13 +32,29 @@ RUNNER = CliRunner()
     [("1", 1), ("512", 512), ("4K", 4096), ("4k", 4096), ("1M", 1 << 20), ("2GiB", 2 << 30), ("8KiB", 8192)],
 )
 def test_sizes_as_nccl_tests_write_them(text: str, size: int) -> None:
-    assert parse_bytes(text) == size
+    assert parse_bytes("--bytes", text) == size
 
 
 @pytest.mark.parametrize("text", ("", "0", "-4", "4X", "K", "1.5M", "8KB", "1025G", "9" * 5000))
 def test_what_is_not_a_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match="must be a positive number of bytes"):
-        parse_bytes(text)
+    with pytest.raises(typer.BadParameter) as caught:
+        parse_bytes("--maxbytes", text)
+    said = str(caught.value)
+    assert said.startswith("--maxbytes ")
+    assert said.count("must be") == 1
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [("bench", "--minbytes"), ("bench", "--maxbytes"), ("bench", "--stepbytes"), ("tune", "--minbytes"),
+     ("tune", "--maxbytes"), ("breakeven", "--bytes"), ("explain", "--bytes")],
+)  # fmt: skip
+@pytest.mark.parametrize("text", ("0", "8KB"))
+def test_an_error_of_a_size_names_its_option(command: str, option: str, text: str) -> None:
+    result = CliRunner().invoke(app, [command, "--cpu", option, text], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert f"{option} '{text}': must be" in " ".join(result.output.replace("│", " ").split())
 
 
 @given(st.integers(1, 1 << 20), st.integers(0, 1 << 24), st.integers(2, 8), st.none() | st.integers(1 << 16, 1 << 20))

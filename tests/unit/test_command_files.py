@@ -183,3 +183,10 @@ def test_numbers_without_bound_are_refused(command: str, option: str) -> None:
         code, printed, said = run(command, *cpu, option, "9" * digits)
         assert (code, printed) == (2, ""), said[:300]
         assert option.lstrip("-") in said
+
+
+@pytest.mark.parametrize("command", [str(found.name) for found in app.registered_commands])
+def test_help_tells_a_default_only_where_there_is_one(command: str) -> None:
+    code, output, _ = run(command, "--help")
+    assert code == 0
+    assert not [word for word in ("<class", "inspect", "default: None") if word in output]

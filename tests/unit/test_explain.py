@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, NodeTopology
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.group.capabilities import cpu_facts, group_facts
 from llm_allreduce_plugin.group.layouts import DEFAULT_GPU_WORKSPACE_BYTES, FLAGGED_GPU_WORKSPACE_BYTES
@@ -150,6 +151,9 @@ def test_sizes_are_written_exactly() -> None:
     assert [size_text(size) for size in (0, 16, 1024, 196608, 196610, 1 << 20, 1 << 30)] == [
         "0", "16", "1 KiB", "192 KiB", "196610", "1 MiB", "1 GiB",
     ]  # fmt: skip
+    assert [bytes_in_words(size) for size in (0, 1536, 1 << 30, 5 << 29, 1 << 40)] == [
+        "0 bytes", "1.5 KiB", "1 GiB", "2.5 GiB", "1 TiB",
+    ]  # fmt: skip
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -238,7 +242,9 @@ def test_what_is_assumed_is_said() -> None:
         (["--topology", H200, "--tp", "5"], "world size 5: the topology has 4 GPUs"),
         (["--topology", "nowhere.json"], "nowhere.json: cannot be read"),
         (["--topology", H200, "--dtype", "bf15"], "--dtype bf15: must be one of"),
-        (["--topology", H200, "--bytes", "0"], "must be a positive number of bytes"),
+        (["--topology", H200, "--bytes", "0"], "--bytes '0': must be a positive number of bytes up to 1T"),
+        (["--topology", H200, "--bytes", "3"], "--bytes '3': must be a multiple of 2, the bytes of a bfloat16"),
+        (["--topology", H200, "--cpu"], "--cpu: not with --topology, which is a node with GPUs"),
         (["--topology", H200, "--strategy", "fastest"], "must be one of AUTO, NCCL"),
         (["--topology", H200, "--dtype", "int32", "--sweep"], "dtype int32: no kernel handles it"),
     ],
@@ -247,6 +253,51 @@ def test_bad_input(arguments: list[str], text: str) -> None:
     code, output = run(*arguments)
     assert code == 2
     assert text in " ".join(output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--bytes", "2"], "# 1 element of bfloat16: 2 bytes per rank"),
+        (["--bytes", "1000"], "# 500 elements of bfloat16: 1000 bytes per rank"),
+        (["--bytes", "1T"], "# 549755813888 elements of bfloat16: 1 TiB per rank"),
+        (["--rows", "0"], "# 0 x 8192 of bfloat16: 0 bytes per rank"),
+    ],
+)
+def test_sizes_have_a_unit(arguments: list[str], line: str) -> None:
+    code, output = run("--topology", H200, *arguments)
+    assert (code, line in output.splitlines()) == (0, True), output
+
+
+def test_a_wire_format_that_nothing_uses_is_told() -> None:
+    line = "# --wire-format tq3: AUTO never compresses, LOWPRECISION does"
+    for shown in ([], ["--sweep"], ["--fused"]):
+        assert line in run("--topology", H200, "--wire-format", "tq3", *shown)[1].splitlines()
+    assert line[2:] in explained("--topology", H200, "--wire-format", "tq3")["group"]["notes"]
+    assert "--wire-format" not in run("--topology", H200, "--wire-format", "tq3", "--strategy", "lowprecision")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lines"),
+    [
+        (["--strategy", "UB", "--transport", "host"], ["# TWOSHOT, because ranks share host memory, and outputs lie"]),
+        (["--strategy", "UB", "--tp", "2"], ["# ONESHOT, because over two GPUs one step stores sums straight"]),
+        (["--strategy", "lowprecision", "-d", "fp32"], ["# MINLATENCY, because compression is for bfloat16 and"]),
+        (["--strategy", "lowprecision"], ["# MINLATENCY, because below 1179648 bytes the exact kernels are faster"]),
+        (["--strategy", "UB"], ["# TWOSHOT, because below 4 MiB", "# TWOSHOT, because messages above 134217728 bytes"]),
+        (["--tp", "1"], ["# NCCL, because no kernel for 1 rank"]),
+        (["--strategy", "TWOSHOT"], []),
+        (["--strategy", "NCCL"], []),
+        ([], []),
+    ],
+)
+def test_a_sweep_says_why_another_strategy_runs(arguments: list[str], lines: list[str]) -> None:
+    code, output = run("--topology", H200, "--sweep", *arguments)
+    assert code == 0
+    _, table = output.split("launch\n")
+    found = [line for line in table.splitlines() if line.startswith("#")]
+    assert len(found) == len(lines), found
+    assert all(line.startswith(said) for line, said in zip(found, lines, strict=True)), found
 
 
 def test_a_type_without_a_kernel_is_explained() -> None:

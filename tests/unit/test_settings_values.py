@@ -152,7 +152,7 @@ def test_a_size_means_the_same_everywhere(number: int, unit: str, rest: str, dat
     suffix = data.draw(st.sampled_from(["", " "])) + unit + (rest if unit else data.draw(st.sampled_from(["", "B"])))
     text = f"{number}{data.draw(st.sampled_from([suffix.upper(), suffix.lower(), suffix]))}"
     expected = number * {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}[unit]
-    assert parse_bytes(text) == expected
+    assert parse_bytes("--bytes", text) == expected
     settings = {"one_shot_max_bytes": text, "low_precision": {"min_bytes": text}}
     assert load_config(settings).one_shot_max_bytes == expected
     assert load_config(settings).low_precision.min_bytes == expected
@@ -165,7 +165,7 @@ def test_a_size_means_the_same_everywhere(number: int, unit: str, rest: str, dat
 )
 def test_what_is_no_size_is_none_anywhere(text: str) -> None:
     with pytest.raises(typer.BadParameter):
-        parse_bytes(text)
+        parse_bytes("--bytes", text)
     for field in SIZES:
         with pytest.raises(ConfigError, match=f"{field[-1]}.*must be a whole number of bytes"):
             load_config(at(field, text))
