@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,8 +42,8 @@ def _why_sent(decision: Decision, message: Message) -> str | None:
     return pulling.obstacle(decision.launch, message)
 
 
-def _check_whole_rows(**given: bool) -> None:
-    """Of options that are given, none speaks of other messages than whole rows."""
+def _check_whole_rows(given: Mapping[str, bool]) -> None:
+    """Of options that speak of other messages than whole rows, none is given."""
     if name := next((name for name, is_given in given.items() if is_given), None):
         message = f"{name}: not with --fused, which takes whole rows"
         raise typer.BadParameter(message)
@@ -160,9 +160,7 @@ def explain(
     kind = options.parse_quant(quant, fused=fused)
     spread, network = hosts_option.parse_hosts(hosts), hosts_option.parse_link(link)
     if fused:
-        _check_whole_rows(
-            **{"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": bool(plot)}
-        )
+        _check_whole_rows({"--bytes": size is not None, "--in-place": in_place, "--sweep": sweep, "--plot": bool(plot)})
     element = (ELEMENT_BYTES | OTHER_DTYPES)[element_type]
     count = tokens * hidden if size is None else _elements(size, element_type, element)
     what = f"{tokens} x {hidden}" if size is None else f"{count} element{'s' * (count != 1)}"
