@@ -31,8 +31,9 @@ SHIPPED_WITH_NORM = {
 
 def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
     """What others have beside ours, over four GPUs and over two, each in one run."""
-    return by_size({f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
-                    for ranks in (4, 2) for label, names in lines.items()})  # fmt: skip
+    curves = {f"{ranks} GPUs: {label}": times(f"h200/{name}_tp{ranks}", *names)
+              for ranks in (4, 2) for label, names in lines.items()}  # fmt: skip
+    return by_size({label: curve for label, curve in curves.items() if curve})
 
 
 def sglang() -> str:
@@ -161,6 +162,23 @@ def host_memory() -> str:
             "2 GPUs: NCCL without peer access": times("h200/host_bench_tp2", "NCCL"),
         }
     )
+
+
+def host_link() -> str:
+    """What PCIe carries to and from host memory: of each kind the fastest shape."""
+    labels = {
+        "stores": "stores alone",
+        "loads": "loads alone",
+        "both": "both at once",
+        "engines": "both, by copy engines",
+        "exchange": "an exchange, a flag to a tile",
+    }
+    rows = record("h200/host_link_tp2")["rows"]
+    curves: dict[str, dict[int, float]] = {}
+    for what, label in labels.items():
+        found = [(row["bytes"], row["us"]) for row in rows if row["what"] == what]
+        curves[label] = {nbytes: min(us for other, us in found if other == nbytes) for nbytes, _ in found}
+    return by_size(curves)
 
 
 def fused() -> str:

@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "workspaces": lambda: kernel_tables.workspaces(2),
     "workspaces_tp4": lambda: kernel_tables.workspaces(4),
     "host_memory": kernel_tables.host_memory,
+    "host_link": kernel_tables.host_link,
     "fused": kernel_tables.fused,
     "fused_tp4": kernel_tables.fused_tp4,
     "fused_quant": kernel_tables.fused_quant,
@@ -70,6 +71,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm_ub_tp2": lambda: engine_tables.tokens(
         "h200/vllm_ub_tp2",
         {"MINLATENCY-unfused": "MINLATENCY, norm left to vLLM", "UB-unfused": "UB, norm left to vLLM"},
+    ),
+    "vllm_ub_tp4": lambda: engine_tables.tokens(
+        "h200/vllm_ub_tp4", _STOCK | _FUSED | {"UB-unfused": "UB, norm left to vLLM"}
     ),
     "vllm_host_tp2": lambda: engine_tables.tokens("h100/vllm_host_tp2", {"default": "vLLM with NCCL"} | _OURS | _LOW),
     "vllm_8192_tp2": lambda: engine_tables.tokens(
