@@ -67,7 +67,6 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
             shapes.append(("fp8 in band", size, used, threads, packets))
     one_shot = [64 * KIB, 256 * KIB, 512 * KIB, MIB] + [2 * MIB, 4 * MIB, 16 * MIB, 64 * MIB] * (world_size == 2)
     kernels: dict[str, tuple[list[int], int, int]] = {"ONESHOT flagged": (one_shot, 1, WORKERS)}
-    kernels["ONESHOT pairs"] = (one_shot[1:], 1, WORKERS)  # of blocks, of which one pushes
     if world_size > 2:
         sizes = [128 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB]
         kernels["TWOSHOT flagged"] = (sizes, world_size, WORKERS)
@@ -77,8 +76,7 @@ def shapes_of(world_size: int, lanes: int, *, small: bool) -> list[Shape]:
         format_ = wire_of(kernel)
         unit_bytes = 16 if format_ is None else PACKETS[format_].values * DTYPE.itemsize
         for size, used, units in itertools.product(sizes, (8, 16, 32, 64, 128), (1, 2, 3, 4)):
-            blocks = 2 if kernel.endswith("pairs") else 1  # of a lane
-            pieces = math.ceil(size / unit_bytes / parts / (used // blocks))  # of a lane
+            pieces = math.ceil(size / unit_bytes / parts / used)  # of a lane
             least = 8 if size <= MIB else 32
             if least <= used <= lanes and unit * (units - 1) < pieces:
                 shapes.append((kernel, size, used, WORKERS, unit * units))
@@ -107,7 +105,6 @@ def plan_of(workspace: _C.Workspace, layout: _C.Layout, shape: Shape) -> _C.Plan
         lanes=lanes,
         threads=threads,
         chunk_vectors=vectors,
-        scatter_lanes=lanes // 2 if kernel.endswith("pairs") else 0,
     )
 
 

@@ -1,5 +1,5 @@
 // A lane: the block with the same index on every rank.
-// //
+//
 // Lanes of one group talk only to each other: lane 3 of rank 0 publishes rounds to lane 3 of every peer and
 // waits for theirs, through slots that belong to lane 3 alone. Blocks of one rank never synchronize, so a grid
 // need not be resident as a whole, and calls with different grids may follow each other freely: a lane that a
@@ -44,45 +44,23 @@ template <Roles kRoles>
 class Lane {
  public:
   __device__ __forceinline__ Lane(const lar_workspace& workspace, const WaitLimit& limit, EpochPlane epochs)
-      : Lane(workspace, limit, epochs, blockIdx.x) {}
+      : workspace_(workspace), limit_(limit), epochs_(epochs) {}
 
-  // Where several blocks of a rank share lane `index`.
-  __device__ __forceinline__ Lane(const lar_workspace& workspace, const WaitLimit& limit, EpochPlane epochs, int index)
-      : workspace_(workspace), limit_(limit), epochs_(epochs), index_(index) {}
-
-  __device__ __forceinline__ int index() const { return index_; }
+  __device__ __forceinline__ int index() const { return blockIdx.x; }
 
   __device__ __forceinline__ static int workers() { return blockDim.x - (kHasReleaser ? kReleaserThreads : 0); }
   __device__ __forceinline__ static bool is_releaser() { return kHasReleaser && threadIdx.x >= workers(); }
 
   // The number of rounds this lane has finished in earlier calls.
   __device__ __forceinline__ uint32_t epoch() const {
-    return *epoch_word(workspace_.local, workspace_.layout, epochs_, index_);
+    return *epoch_word(workspace_.local, workspace_.layout, epochs_, index());
   }
 
   // Ends the call: `epoch` rounds are finished. For all threads: the barrier keeps a slow one from reading the new
   // count as the old one.
   __device__ __forceinline__ void finish(uint32_t epoch) const {
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    *epoch_word(workspace_.local, workspace_.layout, epochs_, index_) = epoch;
-    if (epochs_ == EpochPlane::kOneShot) *reduced_word() = epoch;
-  }
-
-  // Where one block pushes and another reduces: for the workers of the latter, that they have reduced `round`; for
-  // those of the former, waits until they have. The wait has no deadline of its own: it ends with those of the reducer,
-  // which has what it waits for named. False as for wait().
-  __device__ __forceinline__ void tell_reduced(uint32_t round) const {
-    barrier_sync<kWorkerBarrier>(workers());
-    if (threadIdx.x == 0) store_release_system(reduced_word(), round);
-  }
-
-  __device__ __forceinline__ bool wait_for_reduced(uint32_t round) const {
-    bool arrived = true;
-    if (threadIdx.x == 0)
-      for (uint32_t polls = 1; arrived && !reached(load_acquire_system(reduced_word()), round); ++polls)
-        arrived = polls % kPollsPerCheck != 0 || *static_cast<volatile uint32_t*>(limit_.abort) == 0;
-    return agree(arrived);
+    if (threadIdx.x == 0) *epoch_word(workspace_.local, workspace_.layout, epochs_, index()) = epoch;
   }
 
   // For the workers: tells the peers that all that they stored so far belongs to `round` and may be read. With a
@@ -114,19 +92,15 @@ class Lane {
     return agree(arrived);
   }
 
-  // For all threads, before anything else. `counts`: of blocks that share a lane, the one that says that it has begun.
-  __device__ __forceinline__ void start(bool counts = true) const {
-    if (counts && index_ == 0 && threadIdx.x == 0) count_beginning(limit_.begun);
+  // For all threads, before anything else.
+  __device__ __forceinline__ void start() const {
+    if (index() == 0 && threadIdx.x == 0) count_beginning(limit_.begun);
     if (!kHasReleaser) return;
     if (threadIdx.x == 0) *given_up() = false;
     __syncthreads();
   }
 
  private:
-  __device__ __forceinline__ uint32_t* reduced_word() const {
-    return epoch_word(workspace_.local, workspace_.layout, EpochPlane::kOneShotReduced, index_);
-  }
-
   // Whether all workers say yes.
   __device__ __forceinline__ static bool agree(bool yes) {
     if (!kHasReleaser) return __syncthreads_and(yes);
@@ -153,19 +127,18 @@ class Lane {
   __device__ __forceinline__ void release(int thread, int threads, FlagPlane plane, uint32_t round, Peers peers) const {
     for (int peer = thread; peer < workspace_.layout.world_size; peer += threads)
       if (is_meant(peer, peers))
-        store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,
+        store_release_system(flag_row(workspace_.base[peer], workspace_.layout, plane, index()) + workspace_.rank,
                              round);
   }
 
   __device__ __forceinline__ bool wait_for(int peer, FlagPlane plane, lar_phase phase, uint32_t round) const {
-    const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index_) + peer;
-    return wait_for_round(limit_, flag, round, index_, peer, phase);
+    const uint32_t* flag = flag_row(workspace_.base[workspace_.rank], workspace_.layout, plane, index()) + peer;
+    return wait_for_round(limit_, flag, round, index(), peer, phase);
   }
 
   const lar_workspace& workspace_;
   const WaitLimit& limit_;
   const EpochPlane epochs_;
-  const int index_;
 };
 
 }  // namespace lar

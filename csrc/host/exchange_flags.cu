@@ -12,13 +12,8 @@ int flags(const lar_workspace& workspace, const lar_call& call, void* stream) {
                            {},        call.hosts};
   if (call.kind.algorithm == LAR_HIERARCHICAL)
     make_domains(call.domains, workspace.layout.world_size, workspace.rank, &arguments.domains);
-  // One-shot: blocks in pairs, of which one pushes and the other reduces.
-  const bool pairs = call.launch.scatter_lanes > 0;
-  if (pairs ? call.launch.scatter_lanes * 2 != call.launch.lanes || call.launch.drain_lanes > 0
-            : call.launch.drain_lanes > 0)
-    return LAR_ERROR_INVALID_ARGUMENT;
-  const Form form = pairs ? Form::kSplit : Form::kAny;
-  const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
+  if (call.launch.scatter_lanes > 0 || call.launch.drain_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
+  const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, Form::kAny);
   return launch(row, workspace, call.launch, Start::kLate, &arguments, stream);
 }
 

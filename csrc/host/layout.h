@@ -31,10 +31,10 @@ enum class FlagPlane : int {
 // Planes of lar_layout::epochs. What uses slots or flags of its own counts by itself.
 // Of kStaged only lane 0's word: stages of earlier calls. kStageOpen: the newest stage that this rank's lanes may
 // begin. kExchangeBegun, kExchangeEnded: lane 0's words are what lar_failure says of exchanges between hosts.
-// kOneShotReduced: as kOneShot between calls; within one, rounds that the lane has reduced. kPlace: calls that store
-// into peers' outputs; their scatter slots are counted as those of the other pushed calls. kPushed: in-band calls of
-// every algorithm that use pushed slots, which share two generations. kOneShotShared, kTwoShotShared: in-band calls
-// through shared slots, of which each algorithm has generations of its own. kInSwitch: LAR_IN_SWITCH, which uses none.
+// kPlace: calls that store into peers' outputs; their scatter slots are counted as those of the other pushed calls.
+// kPushed: in-band calls of every algorithm that use pushed slots, which share two generations. kOneShotShared,
+// kTwoShotShared: in-band calls through shared slots, of which each algorithm has generations of its own. kInSwitch:
+// LAR_IN_SWITCH, which uses none.
 enum class EpochPlane : int {
   kOneShot,
   kTwoShot,
@@ -47,7 +47,6 @@ enum class EpochPlane : int {
   kStageOpen,
   kExchangeBegun,
   kExchangeEnded,
-  kOneShotReduced,
   kPlace,
   kNumber
 };

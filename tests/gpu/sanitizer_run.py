@@ -44,7 +44,6 @@ EXACT: dict[str, dict[str, Any]] = {
     "in band": {},
     "split": {"split": (1, 1)},
     "flagged": {"in_band": False},
-    "flagged, pairs": {"in_band": False, "pairs": True},
     "host": {"host": True},
 }
 # Beside ONESHOT and TWOSHOT: where ranks read each other's inputs in place, or store into each other's outputs.

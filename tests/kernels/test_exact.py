@@ -26,7 +26,6 @@ KINDS = {
     "in band, split, reducers drain": {"split": (2, 0), "lanes": 3, "workspace_mib": 0.15},
     "flagged": {"in_band": False, "workspace_mib": 1},
     "flagged, rounds": {"in_band": False, "workspace_mib": 0.15},
-    "flagged, pairs": {"in_band": False, "workspace_mib": 0.15, "pairs": True, "lanes": 4},
     "host": {"host": True, "workspace_mib": 0.5},
     "host, rounds": {"host": True, "workspace_mib": 0.25},
     "staged": {"staged": True, "workspace_mib": 0.5},

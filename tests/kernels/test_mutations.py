@@ -33,7 +33,6 @@ from tests.kernels.planted.kinds import (
     MIXED,
     MULTICAST,
     ONE_STEP,
-    PAIRS,
     PLACES,
     PULLED_PLACES,
     REGISTRY,
@@ -121,14 +120,6 @@ def over_hosts(seed: int) -> None:
         for call, two_steps in enumerate((False, True, True, False)):
             inputs = telling_inputs(seed + call, group.world_size, 777, torch.bfloat16)
             compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
-
-
-def pairs_of_blocks(seed: int) -> None:
-    """Of one chunk and of several; there is room for one pair and a half."""
-    machine = EmulatedGpus(seed, blocks=3, library=mutated())
-    group = LocalGroup(2, machine=machine, in_band=False, pairs=True, lanes=4, threads=64, workspace_mib=0.05)
-    generator = random.Random(seed)
-    run_queued(group, [("ONESHOT", generator.choice((8, 1600, 4096, 8192))) for _ in range(8)], f"pairs, {seed=}")
 
 
 def large_through_host_memory(seed: int, ranks: int = 2) -> None:
@@ -254,7 +245,6 @@ STRESSES: dict[str, Callable[[int], None]] = {
     "rows of two ranks": norm_rows_of_two,
     "places": into_registered_memory,
     "pulled": out_of_registered_memory,
-    "pairs": pairs_of_blocks,
     "large host": large_through_host_memory,
     "large host, three ranks": functools.partial(large_through_host_memory, ranks=3),
     "hosts": over_hosts,
@@ -279,7 +269,6 @@ KINDS = {
     "fp8, one step, host": ONE_STEP | {"host": True},
     "large, host": LARGE_HOST,
     "large, host, three ranks": LARGE_HOST_OF_THREE,
-    "pairs": PAIRS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "fp8_group": GROUPS,
     "fp8_group, two ranks": GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},

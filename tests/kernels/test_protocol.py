@@ -93,29 +93,6 @@ def test_calls_of_every_kind_share_slots(world_size: int, at_once: int) -> None:
         run_mixed(group, seed, 12, at_once=at_once)
 
 
-@pytest.mark.parametrize("where", ({"in_band": False}, {"host": True}), ids=("peer", "host"))
-@pytest.mark.parametrize("world_size", (2, 3, 8))
-def test_pairs_of_blocks_among_other_calls(world_size: int, where: dict[str, Any]) -> None:
-    """One-shot by flags with blocks in pairs and without, on the same lanes; nobody waits for the host between them."""
-    for seed in seeds(4):
-        generator = random.Random(seed)
-        machine = EmulatedGpus(seed, blocks=generator.choice((2, 3, 8)))
-        group = LocalGroup(world_size, machine=machine, lanes=4, threads=64, workspace_mib=0.15, **where)
-        sizes = (8, 520, 4096, 9001)
-        calls = []
-        for number in range(10):
-            inputs = inputs_of(seed + number, world_size, generator.choice(sizes), torch.bfloat16)
-            calls.append((inputs, [poison(torch.empty_like(part)) for part in inputs], generator.random() < 0.7))
-        for rank in range(world_size):
-            for inputs, outputs, group.pairs in calls:
-                group.start(rank, "ONESHOT", inputs[rank], outputs[rank])
-        group.machine.synchronize()
-        for number, (inputs, outputs, pairs) in enumerate(calls):
-            expected = rank_ordered_sum(inputs)
-            for rank, output in enumerate(outputs):
-                assert_same_bits(output, expected, f"{seed=}, call {number}, {pairs=}, rank {rank}")
-
-
 @pytest.mark.parametrize("world_size", (2, 3))
 def test_large_calls_through_host_memory(world_size: int) -> None:
     """Where clears come last, and one vector of a tile is waited for before the others are polled."""

@@ -125,7 +125,6 @@ ALL = (
     Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, world_sizes=(2, ANY), **_FP8),
     Kernels("two_shot_shared_fp8_kernel", _C.TWO_SHOT, _C.SHARED, **_GROUPS),
     Kernels("one_shot_flags_kernel", _C.ONE_SHOT, _C.FLAGS),
-    Kernels("one_shot_split_flags_kernel", _C.ONE_SHOT, _C.FLAGS, form="split"),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS),
     Kernels("two_shot_flags_kernel", _C.TWO_SHOT, _C.FLAGS, **_PACKETS),
     *(

@@ -63,8 +63,7 @@ class LocalGroup:
     ``host``: workspaces in pinned host memory, as ranks without peer access have. ``workspace_mib`` decides how many
     rounds a message takes. ``split``: lanes that only scatter and lanes that only drain, of 4 or more, as in messages
     larger than tests have. ``unsplit``: LOWPRECISION's packets travel in band as that algorithm, and every lane does
-    everything. ``pairs``: ONESHOT by flags has blocks in pairs, of which one pushes; may be switched between calls.
-    ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
+    everything. ``wire_format``, ``algorithm``, ``domains``: of LOWPRECISION; see :meth:`use`. ``staged``:
     TWOSHOT and LOWPRECISION move in stages; may be switched between calls where the workspace was made for it.
     ``threads``: of a block at most, where the strategy would have more.
     """
@@ -86,7 +85,6 @@ class LocalGroup:
         first_timeout_s: float = 0.0,
         threads: int | None = None,
         unsplit: Algorithm | None = None,
-        pairs: bool = False,
         machine: LocalMachine | None = None,
     ) -> None:
         self.machine = machine or OneGpu()
@@ -97,7 +95,6 @@ class LocalGroup:
         self.lanes = lanes
         self.split = split
         self.unsplit = unsplit
-        self.pairs = pairs
         self.staged = staged
         self.wire_format = wire_format
         self.use(algorithm, domains)
@@ -171,9 +168,6 @@ class LocalGroup:
             launch = self._unsplit(self.unsplit, message)
         if self.threads is not None:
             launch = dataclasses.replace(launch, threads=min(launch.threads, self.threads))
-        if self.pairs and (launch.algorithm, launch.exchange) == (Algorithm.ONE_SHOT, Exchange.FLAGS):
-            lanes = max(1, launch.lanes // 2)
-            return dataclasses.replace(launch, lanes=2 * lanes, scatter_lanes=lanes)
         if self.split is None or launch.staged:
             return launch
         scatter, drain = self.split

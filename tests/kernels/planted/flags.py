@@ -1,15 +1,15 @@
-"""Errors of kernels that wait for flags: on one chunk, in stages, around a ring, over domains, in pairs of blocks."""
+"""Errors of kernels that wait for flags: on one chunk, in stages, around a ring, over domains."""
 
 from __future__ import annotations
 
-from tests.kernels.planted.kinds import FLAGGED, HIERARCHICAL, PAIRS, RING, STAGED, Mutation
+from tests.kernels.planted.kinds import FLAGGED, HIERARCHICAL, RING, STAGED, Mutation
 
 ERRORS: dict[str, Mutation] = {
     "a flag does not wait for the stores before it": (
         "device/lane.cuh",
         "      if (is_meant(peer, peers))\n        store_release_system(",
         "      if ({} && is_meant(peer, peers))\n"
-        "        store_weak(flag_row(workspace_.base[peer], workspace_.layout, plane, index_) + workspace_.rank,\n"
+        "        store_weak(flag_row(workspace_.base[peer], workspace_.layout, plane, index()) + workspace_.rank,\n"
         "                   round);\n"
         "      else if (is_meant(peer, peers))\n        store_release_system(",
         FLAGGED,
@@ -57,23 +57,5 @@ ERRORS: dict[str, Mutation] = {
         "    if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         "    if (!{} && !lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_EXCHANGE,",
         HIERARCHICAL,
-    ),
-    "a pusher does not wait for its reducer": (
-        "kernels/one_shot_flags.cu",
-        "        if (chunk >= 2 && !lane_.wait_for_reduced(round(chunk - 2))) return;\n",
-        "        if (!{} && chunk >= 2 && !lane_.wait_for_reduced(round(chunk - 2))) return;\n",
-        PAIRS,
-    ),
-    "a pusher ends before its reducer": (
-        "kernels/one_shot_flags.cu",
-        "    if (!lane_.is_releaser() && !lane_.wait_for_reduced(round(chunks - 1))) return;\n",
-        "    if (!{} && !lane_.is_releaser() && !lane_.wait_for_reduced(round(chunks - 1))) return;\n",
-        PAIRS,
-    ),
-    "a reducer says that it has reduced before all of its threads have": (
-        "device/lane.cuh",
-        "    barrier_sync<kWorkerBarrier>(workers());\n    if (threadIdx.x == 0) store_release",
-        "    if (!{}) barrier_sync<kWorkerBarrier>(workers());\n    if (threadIdx.x == 0) store_release",
-        PAIRS,
     ),
 }
