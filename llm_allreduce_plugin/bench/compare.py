@@ -86,6 +86,7 @@ def form_groups(context: RankContext, world_sizes: tuple[int, ...]) -> None:
         control = dist.new_group(members, backend="gloo") if context.device.type == "cuda" else group
         if context.rank < size:
             _groups[size] = RankContext(context.rank, size, context.device, group, control)
+            context.parts.append(_groups[size])
 
 
 def group_of(world_size: int) -> RankContext:

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from llm_allreduce_plugin.measure.ranks import Ranks
+    from llm_allreduce_plugin.measure.ranks import RankContext, Ranks
     from llm_allreduce_plugin.measure.torchrun import Place
 
 
@@ -39,10 +39,10 @@ def follow_first(place: Place, *, on_gpu: bool) -> NoReturn:
         typer.Exit: in any case; with code 1 where a rank has failed, which the first one tells.
     """
     from llm_allreduce_plugin.measure.ranks import RankFailedError
-    from llm_allreduce_plugin.measure.torchrun import follow, joined
+    from llm_allreduce_plugin.measure.torchrun import follow
 
     try:
-        with joined(place, on_gpu=on_gpu) as context:
+        with _in_group(place, on_gpu=on_gpu) as context:
             follow(context)
     except RankFailedError:
         raise typer.Exit(1) from None
@@ -50,12 +50,26 @@ def follow_first(place: Place, *, on_gpu: bool) -> NoReturn:
 
 
 @contextlib.contextmanager
+def _in_group(place: Place, *, on_gpu: bool) -> Iterator[RankContext]:
+    """The group that torchrun has started. What was opened to be measured is closed in it, whatever has happened."""
+    from llm_allreduce_plugin.base.cleanup import quietly
+    from llm_allreduce_plugin.bench import worker
+    from llm_allreduce_plugin.measure.torchrun import joined
+
+    with joined(place, on_gpu=on_gpu) as context:
+        try:
+            yield context
+        finally:
+            quietly(lambda: worker.close_all(context), "close what was measured")
+
+
+@contextlib.contextmanager
 def _joined(place: Place, *, on_gpu: bool) -> Iterator[Ranks]:
     """All ranks that torchrun has started."""
     from llm_allreduce_plugin.measure.ranks import RankFailedError
-    from llm_allreduce_plugin.measure.torchrun import Lead, joined
+    from llm_allreduce_plugin.measure.torchrun import Lead
 
-    with joined(place, on_gpu=on_gpu) as context:
+    with _in_group(place, on_gpu=on_gpu) as context:
         lead = Lead(context)
         try:
             yield lead

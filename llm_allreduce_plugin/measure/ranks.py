@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime as dt
+import gc
 import multiprocessing
 import os
 import socket
@@ -33,13 +34,14 @@ LOOPBACK = "127.0.0.1"
 
 @dataclasses.dataclass
 class RankContext:
-    """What a function running on a rank is given first."""
+    """What a function running on a rank is given first. ``parts``: of groups of the first ranks, which end with it."""
 
     rank: int
     world_size: int
     device: torch.device
     group: dist.ProcessGroup
     control_group: dist.ProcessGroup
+    parts: list[RankContext] = dataclasses.field(default_factory=list)
 
     def shared_seed(self) -> int:
         """A fresh seed, the same on every rank."""
@@ -57,6 +59,30 @@ class RankContext:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control_group)
         return values
+
+    def leave(self) -> None:
+        """End every process group of this rank, and the threads that serve them. No part of it has a group any more.
+
+        A thread of gloo holds the tensors of a call for a moment after the call has returned, and needs the interpreter
+        to let go of them. Where the interpreter ends in this moment, so does the process, by SIGABRT ("terminate called
+        without an active exception"). Such threads are joined only when nobody has the group any more.
+        """
+        dist.destroy_process_group()
+        for context in (self, *self.parts):
+            del context.group, context.control_group
+        self.parts.clear()
+        gc.collect()  # what has been closed may hold a group, in a circle
+
+
+def context_of(rank: int, world_size: int, device: torch.device, patience: dt.timedelta | None = None) -> RankContext:
+    """Of a rank of torch's default group, with a control group where ranks are on GPUs. Collective.
+
+    ``patience``: of calls in the control group; None: torch's own.
+    """
+    whole = dist.group.WORLD
+    assert whole is not None
+    control = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else whole
+    return RankContext(rank, world_size, device, whole, control)
 
 
 def serve(
@@ -88,12 +114,9 @@ def serve(
         torch.cuda.set_device(device)
         bound = device if nccl_at_once else None
         dist.init_process_group("nccl", store=store, rank=rank, world_size=world_size, device_id=bound)
-        control = dist.new_group(backend="gloo")
     else:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-        control = dist.group.WORLD
-    assert dist.group.WORLD is not None
-    context = RankContext(rank, world_size, device, dist.group.WORLD, control)
+    context = context_of(rank, world_size, device)
     pipe.send(("ready", None))
     while True:
         try:
@@ -101,7 +124,7 @@ def serve(
         except EOFError:
             return
         if job is None:
-            dist.destroy_process_group()
+            context.leave()
             return
         function, arguments = job
         try:

@@ -45,7 +45,7 @@ class Place:
 
 @contextlib.contextmanager
 def joined(place: Place, told: Callable[[str], None] = lambda _: None, *, on_gpu: bool) -> Iterator[RankContext]:
-    """The group of all these ranks. Collective.
+    """The group of all these ranks, which ends with the block: see :meth:`RankContext.leave`. Collective.
 
     Args:
         place: of this process.
@@ -55,7 +55,7 @@ def joined(place: Place, told: Callable[[str], None] = lambda _: None, *, on_gpu
     import torch
     import torch.distributed as dist
 
-    from llm_allreduce_plugin.measure.ranks import RankContext
+    from llm_allreduce_plugin.measure.ranks import context_of
 
     device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -70,12 +70,14 @@ def joined(place: Place, told: Callable[[str], None] = lambda _: None, *, on_gpu
         device_id=device if on_gpu else None,
     )
     try:
-        whole = dist.group.WORLD
-        assert whole is not None
-        control = dist.new_group(backend="gloo", timeout=patience) if on_gpu else whole
-        yield RankContext(place.rank, place.world_size, device, whole, control)
-    finally:
+        context = context_of(place.rank, place.world_size, device, patience)
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    try:
+        yield context
+    finally:
+        context.leave()
 
 
 class Lead:

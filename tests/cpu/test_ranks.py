@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llm_allreduce_plugin.bench import compare
 from llm_allreduce_plugin.measure.ranks import (
     FAILURES,
     RankContext,
@@ -48,6 +50,17 @@ def _interrupted(_context: RankContext) -> str:
     except KeyboardInterrupt:
         return "interrupted"
     return "nothing"
+
+
+def _tell_at_the_end(context: RankContext, folder: str) -> None:
+    """Leave in a file which threads of gloo there are when the interpreter ends."""
+    compare.form_groups(context, (1, context.world_size))
+
+    def tell() -> None:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        (Path(folder) / str(context.rank)).write_text(" ".join(name for name in names if "gloo" in name))
+
+    atexit.register(tell)
 
 
 def _process_group(_context: RankContext) -> int:
@@ -104,6 +117,13 @@ def test_a_failed_function_does_not_end_the_pool(tmp_path: Path) -> None:
         with pytest.raises(RankEndedError, match="rank 0 was killed by SIGKILL"):
             pool.run(_behave, {})
     assert _all_ended(pool)
+
+
+def test_ranks_end_the_threads_of_their_groups_before_the_interpreter_ends(tmp_path: Path) -> None:
+    with RankPool(2, "cpu") as pool:
+        pool.run(_tell_at_the_end, str(tmp_path))
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["", ""]
+    assert [process.exitcode for process in pool.processes] == [0, 0]
 
 
 def test_a_start_that_fails_leaves_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

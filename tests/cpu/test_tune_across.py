@@ -42,10 +42,30 @@ def _source(context: RankContext, hosts: Sequence[int], path: str) -> tuple[str,
         return group.explain((100,), torch.bfloat16).reason, None if tuned is None else len(tuned.ranges)
 
 
+# What still runs beside the main thread when the interpreter ends, Python's threads and others. One that then takes the
+# interpreter's lock inside of torch ends the process by SIGABRT, as gloo's do, and those that ask a store.
+AT_THE_END = """
+import atexit, os, pathlib, sys, threading
+def tell():
+    names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    gloos = [name for name in names if "gloo" in name]
+    line = "at the end: %d of Python, gloo's: %s\\n" % (len(threading.enumerate()), gloos)
+    os.write(2, line.encode())  # at once: ranks write to the same pipe
+atexit.register(tell)
+"""
+ALONE = "at the end: 1 of Python, gloo's: []\n"
+RIGHT = f"""{AT_THE_END}
+from llm_allreduce_plugin.cli import app
+app(sys.argv[1:])
+"""
+
+
 def test_two_hosts_are_measured_as_one_group(cpu_pool: PoolFor, tmp_path: Path) -> None:
-    path = tmp_path / "pair.json"
-    result = tune(f"--quick -b 1K -e 64K --output {path}")
+    program, path = tmp_path / "right.py", tmp_path / "pair.json"
+    program.write_text(RIGHT)
+    result = tune(f"--quick -b 1K -e 64K --output {path}", str(program))
     assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stderr.count(ALONE) == 4, result.stderr
     assert result.stdout.count("# llm-allreduce tune: ") == 1, "the first rank speaks for all"
     assert "4 ranks on 2 hosts, shm memory, 16-bit elements" in result.stdout
     (made,) = profiles.read(path).entries
@@ -60,8 +80,7 @@ def test_two_hosts_are_measured_as_one_group(cpu_pool: PoolFor, tmp_path: Path) 
         assert "seed table for 4 ranks" in reason
 
 
-WRONG = """
-import sys
+WRONG = f"""{AT_THE_END}
 from unittest import mock
 from llm_allreduce_plugin.bench import messages
 from llm_allreduce_plugin.cli import app
@@ -76,6 +95,7 @@ def test_a_wrong_answer_ends_all_ranks_and_writes_nothing(tmp_path: Path) -> Non
     result = tune(f"--quick -b 1K -e 4K --output {path}", str(program), ranks=2)
     assert result.returncode != 0
     assert "gave 3 wrong elements of 1024 bytes (2 ranks, bfloat16): no entry is written for them" in result.stderr
+    assert result.stderr.count(ALONE) == 2, result.stderr
     assert not path.exists()
 
 
