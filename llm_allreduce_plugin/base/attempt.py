@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
 import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+
+_LAST_WAIT_S = 2.0  # at the end of the process, for all that was left to itself
+_under_way: set[Attempt[Any]] = set()
 
 
 class Attempt(Generic[T]):
     """A function that runs in a daemon thread of its own: one that never returns ends with the process.
+
+    The process waits for it a moment, though. A thread that comes back from torch's C++ while the interpreter ends is
+    ended there, and takes the process with it by SIGABRT ("terminate called without an active exception").
 
     Args:
         function: what to run.
@@ -23,6 +32,7 @@ class Attempt(Generic[T]):
         self._result: list[T] = []
         self._error: BaseException | None = None
         self._ended = threading.Event()
+        _under_way.add(self)
         threading.Thread(target=self._run, name=f"llm-allreduce-{name}", daemon=True).start()
 
     def _run(self) -> None:
@@ -32,6 +42,7 @@ class Attempt(Generic[T]):
             self._error = error
         finally:
             del self._function  # and what it holds
+            _under_way.discard(self)
             self._ended.set()
 
     @property
@@ -53,6 +64,16 @@ class Attempt(Generic[T]):
             error, self._error = self._error, None
             raise error
         return self._result.pop()
+
+
+def _wait_at_exit() -> None:
+    deadline = time.monotonic() + _LAST_WAIT_S
+    for attempt in tuple(_under_way):
+        attempt.wait(max(0.0, deadline - time.monotonic()))
+
+
+atexit.register(_wait_at_exit)
+os.register_at_fork(after_in_child=_under_way.clear)  # a child has none of these threads
 
 
 class EndsWhenUnused:

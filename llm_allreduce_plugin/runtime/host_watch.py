@@ -7,6 +7,7 @@ has begun and ended, and why it has stopped. A thread of its own does that: a st
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import threading
@@ -84,6 +85,8 @@ class HostWatch:
         self.error: PeerTimeoutError | None = None
         self._thread = threading.Thread(target=self._run, name="llm-allreduce-hosts", daemon=True)
         self._thread.start()
+        # A thread that the end of the interpreter meets inside of a store ends the process by SIGABRT.
+        atexit.register(self.close)
 
     # -- what others ask -----------------------------------------------------------------------------------------------
 
@@ -154,7 +157,8 @@ class HostWatch:
             self._wake.set()
 
     def close(self) -> None:
-        """Say so, and end the thread; a store that does not answer holds nobody."""
+        """Say so, and end the thread; a store that does not answer holds nobody. Idempotent."""
+        atexit.unregister(self.close)
         self._stop.set()
         self._wake.set()
         self._thread.join(2 * self._beat_s)
