@@ -17,6 +17,7 @@ from llm_allreduce_plugin.algorithms.user_buffer import sizes_placed
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench import messages, worker
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
+from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.measure import answers, timing
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
@@ -104,17 +105,23 @@ def open_kernels(
 ) -> tuple[GroupFacts, str]:
     """Candidates for strategies of this package, all in one workspace. Collective over the group of this size.
 
-    UB is one of them where the group has registered memory, for messages that it takes when asked for by name.
+    UB is one of them where the group has registered memory, for messages that it takes when asked for by name. Where
+    it would take none, none is mapped.
 
     Returns:
         The group's facts; and why they cannot run, or nothing.
     """
-    group = _groups[world_size].communicator(
-        "AUTO",
-        transport=settings.transport,
-        tuning_profile=settings.tuning_profile,
-        registered_pool=settings.registered_pool,
-    )
+
+    def opened(pool: int) -> TensorParallelCommunicator:
+        return _groups[world_size].communicator(
+            "AUTO", transport=settings.transport, tuning_profile=settings.tuning_profile, registered_pool=pool
+        )
+
+    group = opened(0)
+    with_pool = AllReduceConfig(registered_pool=settings.registered_pool)
+    if "UB" in names and sizes_placed(with_pool, group.facts) is not None:
+        group.close()  # whether UB places anything follows from facts that a group has only once it is open
+        group = opened(settings.registered_pool or 0)
     _communicators[world_size] = group
 
     def bind_as(name: str) -> Callable[[torch.Tensor], Callable[[], torch.Tensor]]:

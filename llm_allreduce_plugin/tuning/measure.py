@@ -171,7 +171,8 @@ def tune(
         told: is given what is being done, and how much of all is done (0 to 1).
         kept: is given the entry of each group when that has been measured, so that what ends the run later costs
             only the group that it meets.
-        registered_pool: registered memory of each rank, in bytes, with which UB is measured, too; None: there is none.
+        registered_pool: registered memory of each rank, in bytes, with which UB is measured, too, in groups in which it
+            stores anything into it; the others have none. None: no group has.
 
     Returns:
         For groups that cannot run kernels, why.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+import types
 from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin.bench import compare
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.bench import compare, worker
+from llm_allreduce_plugin.bench.candidates import OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison
 from llm_allreduce_plugin.profiles.entry import Entry
+from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.tuning.measure import GroupTuner
 from llm_allreduce_plugin.tuning.plan import Group, WrongAnswerError, plan_of
-from tests.support.group_facts import facts
+from tests.support.group_facts import config, facts
 
 KIB, MIB = 1024, 1 << 20
 SIZES = tuple(1 << power for power in range(10, 27))
@@ -83,6 +87,58 @@ def test_without_registered_memory_nothing_is_asked_or_said_of_it() -> None:
     assert made.registered is None
     assert all("UB" not in names for _, names in pool.asked)
     assert all("UB" not in row.graph_us for row in made.measured)
+
+
+class MadeUpGroup:
+    """A communicator that only notes down what it was opened with, and its end."""
+
+    def __init__(self, context: MadeUpContext, pool: int | None) -> None:
+        self.config, self.facts = config("AUTO", registered_pool=pool), context.facts
+        self.pool, self.is_open = pool or 0, True
+        self.explain = lambda _shape, _dtype: types.SimpleNamespace(launch=object())
+
+    def close(self) -> None:
+        self.is_open = False
+
+
+class MadeUpContext:
+    """A rank of a group of these facts."""
+
+    def __init__(self, group_facts: GroupFacts) -> None:
+        self.facts = group_facts
+        self.groups: list[MadeUpGroup] = []
+
+    def communicator(self, _strategy: str, *, registered_pool: int | None, **_settings: Any) -> MadeUpGroup:
+        assert not any(group.is_open for group in self.groups), "one at a time: memory may be short"
+        self.groups.append(MadeUpGroup(self, registered_pool))
+        return self.groups[-1]
+
+
+@pytest.mark.parametrize(
+    ("group_facts", "pool"),
+    [
+        (facts(4, in_band=True), 64 * MIB),
+        (facts(2, in_band=True), 0),
+        (facts(4), 0),
+        (facts(4, Transport.HOST), 0),
+        (facts(2, Transport.SHM), 64 * MIB),
+    ],
+    ids=("four GPUs", "two GPUs take one step", "flags", "host memory", "CPU ranks"),
+)
+def test_registered_memory_is_mapped_only_where_ub_stores_into_it(
+    monkeypatch: pytest.MonkeyPatch, group_facts: GroupFacts, pool: int
+) -> None:
+    context: Any = MadeUpContext(group_facts)
+    monkeypatch.setitem(compare._groups, group_facts.world_size, context)
+    monkeypatch.setattr(worker, "_open", {})
+    settings = OurSettings(registered_pool=64 * MIB)
+    found, obstacle = compare.open_kernels(context, group_facts.world_size, ("ONESHOT", "TWOSHOT", "UB"), settings)
+    assert (found, obstacle) == (group_facts, "")
+    assert max(group.pool for group in context.groups) == pool
+    assert [group.is_open for group in context.groups] == [False] * (len(context.groups) - 1) + [True]
+    assert ("UB" in worker._open) == (pool > 0)
+    worker._open["TWOSHOT"].close()
+    assert not context.groups[-1].is_open
 
 
 def test_a_wrong_answer_ends_it() -> None:
