@@ -137,7 +137,8 @@ def tune(
     registered memory (`registered_pool`, or UB), whether results that go straight into it are.
 
     Every answer is verified, bit for bit, before anything is timed; times are those of the slowest rank, in CUDA graphs
-    and eager. What it has of one group is kept before it goes on to the next. Engines use the result from their next start on.
+    and eager. What it has of one group is kept before it goes on to the next. Engines use the result from their next
+    start on.
 
     With `--torchrun` this is one of the ranks that `torchrun ... --no-python llm-allreduce tune --torchrun` starts on
     each host. What they measure is kept on the first rank's host, whose word counts when a group starts.
