@@ -87,14 +87,6 @@ class SharedCall {
     clear_in_band_if(index < old_vectors_, slot(arguments_.in_band.rank, epoch_ - 2, index));
   }
 
-  // The same on the way, for a worker that has another vector to poll: at `index`, and behind its last one all that it
-  // has left, so that the releaser waits for clears while vectors are polled.
-  template <int kWorldSize>
-  __device__ __forceinline__ void clear_on_the_way(uint32_t index, bool is_last) const {
-    clear_old(index);
-    if (is_last) clear_old_generation<kWorldSize>(false, index + workers());
-  }
-
   // For the workers, once: clears what was in this rank's workspace two calls ago; `scatters`: in scatter slots too.
   // `first`: the first vector of this worker that it has not cleared yet.
   template <int kWorldSize>

@@ -25,21 +25,22 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   if (call.is_releaser()) return call.settle_clears();
 
   const bool is_large = call.is_large(total_vectors);
-  if (!is_large || first >= total_vectors) call.clear_old_generation<kWorldSize>(false);
+  if (!is_large) call.clear_old_generation<kWorldSize>(false);
 
-  for (uint32_t i = first; i < total_vectors; i += stride) {
+  uint32_t i = first;
+  for (; i < total_vectors; i += stride) {
     const auto address_of = [&](int peer) { return call.vector(peer, i); };
-    const bool is_last = total_vectors - i <= stride;
     const FirstPoll<kWorldSize> asked(arguments, address_of, is_large);
-    if (is_large) call.clear_on_the_way<kWorldSize>(i, is_last);
+    if (is_large) call.clear_old(i);
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
     if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result, &asked)) {
-      if (is_large && !is_last) call.leave_clears();
+      if (is_large) call.leave_clears();
       return;
     }
     sink(i, result);
   }
+  if (is_large) call.clear_old_generation<kWorldSize>(false, i);
 }
 
 const Registration rows([] {

@@ -91,10 +91,16 @@ ERRORS: dict[str, Mutation] = {
         "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  if (!{}) advance_epoch(arguments, epoch);\n",
         ONE_STEP,
     ),
-    "large calls of packets through host memory clear the first of a warp's vectors alone": (
+    "large calls of packets through host memory clear nothing on the way": (
         "kernels/one_shot_shared_fp8.cu",
-        "call.clear_on_the_way<kWorldSize>(tile + warp_thread(), is_last);",
-        "call.clear_on_the_way<kWorldSize>({} ? tile : tile + warp_thread(), is_last);",
+        "      call.clear_old(tile + warp_thread());\n",
+        "      if (!{}) call.clear_old(tile + warp_thread());\n",
+        LARGE_HOST,
+    ),
+    "a large call of packets does not clear what the old one had more": (
+        "kernels/one_shot_shared_fp8.cu",
+        "if (is_large) call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
+        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
         LARGE_HOST,
     ),
     "the first poll of packets is taken as it is": (
@@ -105,9 +111,8 @@ ERRORS: dict[str, Mutation] = {
     ),
     "small calls in one step through host memory clear nothing": (
         "kernels/one_shot_shared_fp8.cu",
-        "  if (!is_large || first >= total_vectors) call.clear_old_generation<kWorldSize>(false);\n",
-        "  if (!is_large || first >= total_vectors)\n"
-        "    {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large) call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
         ONE_STEP | {"host": True},
     ),
     "what a warp has sent first counts for all of its packets": (

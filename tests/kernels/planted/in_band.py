@@ -108,22 +108,15 @@ ERRORS: dict[str, Mutation] = {
         LARGE_HOST_OF_THREE,
     ),
     "large calls through host memory clear nothing on the way": (
-        "device/shared.cuh",
-        "    clear_old(index);\n    if (is_last)",
-        "    if (!{}) clear_old(index);\n    if (is_last)",
+        "kernels/one_shot_shared.cu",
+        "if (is_large) call.clear_old(i);",
+        "if (is_large && !{}) call.clear_old(i);",
         LARGE_HOST,
     ),
     "a large call does not clear what the old one had more": (
-        "device/shared.cuh",
-        "if (is_last) clear_old_generation<kWorldSize>(false, index + workers());",
-        "if (is_last) {} ? leave_clears() : clear_old_generation<kWorldSize>(false, index + workers());",
-        LARGE_HOST,
-    ),
-    "workers without a vector of a large call clear nothing": (
         "kernels/one_shot_shared.cu",
-        "  if (!is_large || first >= total_vectors) call.clear_old_generation<kWorldSize>(false);\n",
-        "  if (!is_large || first >= total_vectors)\n"
-        "    is_large && {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        "if (is_large) call.clear_old_generation<kWorldSize>(false, i);",
+        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, i);",
         LARGE_HOST,
     ),
     "a thread takes what it sent last for its next term": (
