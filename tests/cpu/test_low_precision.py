@@ -111,7 +111,8 @@ def _falls_back(context: RankContext, more: dict[str, Any]) -> str:
 def test_what_cannot_be_hierarchical_is_two_shot(cpu_pool: PoolFor) -> None:
     uneven = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical", "domains": (0, 0, 0, 1)})
     assert set(uneven) == {
-        "allreduce_strategy is LOWPRECISION; hierarchical cannot run: ranks form 2 domains of 3, 1 ranks, not two of "
+        "allreduce_strategy is LOWPRECISION; CPU ranks compress everything; "
+        "hierarchical cannot run: ranks form 2 domains of 3, 1 ranks, not two of "
         "equal size with 2 to 4 ranks each"
     }
     unknown = cpu_pool(4).run(_falls_back, {"algorithm": "hierarchical"})
