@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from llm_allreduce_plugin.transport import mapped
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from tests.support.fabric_ranks import fabric_of, placed
-from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
+from tests.support.fake_fabric import FakeEntryPoints, Fault, Truth
 from tests.support.forked import forked, wait_until
 from tests.support.hosts import telling_inputs
 from tests.support.marks import slow
@@ -63,34 +62,15 @@ CALLS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenario:
-    """What is true of each rank's GPU, and what goes wrong.
-
-    ``call``, ``count``, ``rank``: that call of that rank returns an error, or with ``hangs`` does not return. ``lost``:
-    what this rank writes to others goes nowhere.
-    """
+class Scenario(Fault):
+    """What is true of each rank's GPU, and what goes wrong. ``lost``: what this rank writes to others goes nowhere."""
 
     truths: tuple[Truth, ...] = (Truth(),) * RANKS
-    rank: int = -1
-    call: str = ""
-    count: int = 1
-    hangs: bool = False
     lost: int = -1
 
     def entry_points(self, rank: int) -> FakeEntryPoints:
         """Of a rank."""
-        seen = 0
-
-        def misbehave(name: str) -> int:
-            nonlocal seen
-            seen += name == self.call
-            if rank != self.rank or name != self.call or seen != self.count:
-                return 0
-            if self.hangs:
-                threading.Event().wait()
-            return UNKNOWN
-
-        return FakeEntryPoints(self.truths[rank], misbehave, lose=rank == self.lost)
+        return FakeEntryPoints(self.truths[rank], self.on(rank), lose=rank == self.lost)
 
 
 def probes(context: RankContext, scenarios: list[Scenario], wait_s: float) -> list[tuple[str | None, float, int]]:

@@ -21,7 +21,8 @@ import torch
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from llm_allreduce_plugin.algorithms.fused import MOST_RANKS, PAIR, WARP
+from llm_allreduce_plugin.algorithms.facts import PAIR
+from llm_allreduce_plugin.algorithms.fused import MOST_RANKS, WARP
 from llm_allreduce_plugin.algorithms.low_precision import LARGEST_WORLD_SIZE
 from llm_allreduce_plugin.algorithms.staging import FEWEST_RANKS
 from llm_allreduce_plugin.config import WireFormat

@@ -273,6 +273,34 @@ class FakeEntryPoints:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """What goes wrong on one rank: that call of it, ``call`` for the ``count``-th time, returns an error.
+
+    With ``hangs`` it does not return. ``rank`` -1: nothing goes wrong.
+    """
+
+    rank: int = -1
+    call: str = ""
+    count: int = 1
+    hangs: bool = False
+
+    def on(self, rank: int) -> Callable[[str], int]:
+        """How the driver of a rank misbehaves, see :class:`FakeEntryPoints`."""
+        seen = 0
+
+        def misbehave(name: str) -> int:
+            nonlocal seen
+            seen += name == self.call
+            if rank != self.rank or name != self.call or seen != self.count:
+                return SUCCESS
+            if self.hangs:
+                threading.Event().wait()
+            return UNKNOWN
+
+        return misbehave
+
+
 def hand_out(listener: socket.socket, file: int) -> None:
     try:
         while True:

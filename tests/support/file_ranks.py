@@ -17,7 +17,7 @@ import torch
 from llm_allreduce_plugin.transport import mapped, peer
 from llm_allreduce_plugin.transport.driver import FILE_DESCRIPTOR, Driver
 from llm_allreduce_plugin.transport.passing import ThroughSocket
-from tests.support.fake_fabric import UNKNOWN, FakeEntryPoints, Truth
+from tests.support.fake_fabric import FakeEntryPoints, Fault, Truth
 
 RANKS = 3
 CPU = torch.device("cpu")
@@ -25,32 +25,14 @@ WAIT_S = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Scenario:
-    """``call``, ``count``, ``rank``: that call of that rank returns an error, or with ``hangs`` does not return.
+class Scenario(Fault):
+    """What goes wrong. ``deaf``: this rank gets no file through a socket."""
 
-    ``deaf``: this rank gets no file through a socket.
-    """
-
-    rank: int = -1
-    call: str = ""
-    count: int = 1
-    hangs: bool = False
     deaf: int = -1
 
     def entry_points(self, rank: int) -> FakeEntryPoints:
         """Of a rank whose GPU is in no NVLink domain."""
-        seen = 0
-
-        def misbehave(name: str) -> int:
-            nonlocal seen
-            seen += name == self.call
-            if rank != self.rank or name != self.call or seen != self.count:
-                return 0
-            if self.hangs:
-                threading.Event().wait()
-            return UNKNOWN
-
-        return FakeEntryPoints(Truth(None, handles=False), misbehave)
+        return FakeEntryPoints(Truth(None, handles=False), self.on(rank))
 
 
 @contextlib.contextmanager
