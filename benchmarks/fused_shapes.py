@@ -28,8 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from llm_allreduce_plugin import _C, AllReduceConfig
 from llm_allreduce_plugin.algorithms.base import Message
 from llm_allreduce_plugin.algorithms.by_table import MinLatency
-from llm_allreduce_plugin.algorithms.facts import GroupFacts
-from llm_allreduce_plugin.algorithms.fused import PAIR
+from llm_allreduce_plugin.algorithms.facts import PAIR, GroupFacts
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.answers import make_case
 from llm_allreduce_plugin.measure.environment import write_record

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.tables import KIB, MIB, MISSING, by_size, fastest, markdown, number, record, size, times
 
 PEERS = {
@@ -173,11 +175,10 @@ def host_link() -> str:
         "engines": "both, by copy engines",
         "exchange": "an exchange, a flag to a tile",
     }
-    rows = record("h200/host_link_tp2")["rows"]
-    curves: dict[str, dict[int, float]] = {}
-    for what, label in labels.items():
-        found = [(row["bytes"], row["us"]) for row in rows if row["what"] == what]
-        curves[label] = {nbytes: min(us for other, us in found if other == nbytes) for nbytes, _ in found}
+    curves: dict[str, dict[int, float]] = {label: {} for label in labels.values()}
+    for row in record("h200/host_link_tp2")["rows"]:
+        curve = curves[labels[row["what"]]]
+        curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
     return by_size(curves)
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin import _C
     from llm_allreduce_plugin.algorithms.ranges import Tuned
 
+PAIR = 2  # ranks of the smallest group
 LARGEST_WORLD_SIZE = 72  # LAR_MAX_WORLD_SIZE: an NVLink domain
 SUPPORTED_WORLD_SIZES = range(2, LARGEST_WORLD_SIZE + 1)
 # The kernels' element types, as torch spells them, and their sizes in bytes.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llm_allreduce_plugin.algorithms import measured, tables
 from llm_allreduce_plugin.algorithms.base import MIN_SPLIT_LANES, VECTOR_BYTES, Merit, Message
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue, Exchange, Launch
+from llm_allreduce_plugin.algorithms.facts import PAIR
 from llm_allreduce_plugin.algorithms.measured import RowShape, Split
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, bytes_in_words
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
     from llm_allreduce_plugin.config import AllReduceConfig
 
-PAIR = 2
 MOST_RANKS = 8
 MOST_HIDDEN = 16384
 FUSED_BYTES = 2  # of an element

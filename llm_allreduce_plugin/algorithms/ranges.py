@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+BYTE_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
 # What a sum with a norm behind it may run as.
 ONE_KERNEL, TWO_KERNELS = "fused", "then-norm"
 
@@ -119,7 +121,7 @@ def between(anchors: Mapping[int, int], world_size: int) -> int:
 
 def bytes_in_words(count: int) -> str:
     """``192 KiB``, to four digits."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in BYTE_UNITS:
         if count >= size:
             return f"{count / size:.4g} {unit}"
     return f"{count} bytes"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from llm_allreduce_plugin.algorithms import measured, network
+from llm_allreduce_plugin.algorithms.facts import PAIR
 from llm_allreduce_plugin.algorithms.link_scale import link_scale
 from llm_allreduce_plugin.algorithms.measured import Split
 from llm_allreduce_plugin.algorithms.ranges import Table
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.algorithms.facts import GroupFacts
 
 _T = TypeVar("_T")
-PAIR = 2
 _ESTIMATE = ": an estimate"
 
 

@@ -10,7 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import staging
-from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE, GroupFacts, hosts_obstacle, world_size_obstacle
+from llm_allreduce_plugin.algorithms.facts import (
+    LARGEST_WORLD_SIZE,
+    PAIR,
+    GroupFacts,
+    hosts_obstacle,
+    world_size_obstacle,
+)
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of, needs_flags
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, LowPrecisionAlgorithm, TransportChoice
 from llm_allreduce_plugin.topology.links import Transport
@@ -131,7 +137,7 @@ def workspace_layout(config: AllReduceConfig, facts: GroupFacts, multiprocessors
         return host_layout(world_size, RING_HOST_LANES if is_ring else HOST_LANES, size)
     staged = staging.refusal(config, facts) is None and config.allreduce_strategy is not AllReduceStrategy.ONESHOT
     flags = not config.in_band or staged or (compresses and needs_flags(config, facts))
-    default = PAIR_GPU_WORKSPACE_BYTES if world_size == 2 else DEFAULT_GPU_WORKSPACE_BYTES  # noqa: PLR2004
+    default = PAIR_GPU_WORKSPACE_BYTES if world_size == PAIR else DEFAULT_GPU_WORKSPACE_BYTES
     size = int(wanted or (FLAGGED_GPU_WORKSPACE_BYTES if flags else default))
     lanes = min(_C.MAX_LANES, 2 * multiprocessors)  # two blocks to a multiprocessor
     flagged = 0

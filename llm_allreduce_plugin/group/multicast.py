@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
+from llm_allreduce_plugin.algorithms.facts import PAIR, GroupFacts, MulticastBytes
 from llm_allreduce_plugin.config import AllReduceConfig, MulticastChoice
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.transport.multicast_driver import switched_off_by
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.topology.model import NodeTopology
 
 MULTICAST_BYTES = 64 << 20  # of each rank's memory; as much again for inputs that the switch sums
-PAIR = 2  # ranks
 FIRST_ARCHITECTURE = 90
 
 

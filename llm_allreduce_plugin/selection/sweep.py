@@ -8,6 +8,7 @@ from collections.abc import Callable
 from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Decision, Exchange, Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES, GroupFacts
+from llm_allreduce_plugin.algorithms.ranges import BYTE_UNITS
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, WireFormat
 from llm_allreduce_plugin.selection.policy import decide, kernel_in_words
 
@@ -19,7 +20,7 @@ _Kind = tuple[AllReduceStrategy, Algorithm | None, Exchange | None, bool, bool, 
 
 def size_text(count: int) -> str:
     """Bytes, in the largest unit that leaves a whole number: 196608 is ``192 KiB``, 196609 itself."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+    for unit, size in BYTE_UNITS:
         if count and count % size == 0:
             return f"{count // size} {unit}"
     return str(count)
