@@ -103,7 +103,7 @@ HOST = {
 }
 
 # Through host memory: the largest message whose readiness travels inside the data. Two ranks of ONESHOT: 25.7 us at
-# 512 KiB, by flags 27.1 (benchmarks/h200/host_in_band_tp2.json, host_shapes_pairs_tp2.json).
+# 512 KiB (benchmarks/h200/host_in_band_tp2.json), on another node 27.1 by flags (host_shapes_pairs_tp2.json).
 HOST_IN_BAND_BYTES = {
     "ONESHOT": {2: 512 * KIB, 4: 256 * KIB, 16: 64 * KIB},
     "TWOSHOT": {2: 256 * KIB, 4: 512 * KIB, 16: 256 * KIB},
