@@ -1,13 +1,15 @@
-// What PCIe carries to and from pinned host memory, without and with the protocol of an all-reduce over two ranks. Two
-// GPUs at once, from one process. A line of JSON for each shape that is tried: benchmarks/host_link.py compiles this,
-// runs it and keeps the fastest.
+// What PCIe carries to and from pinned host memory, without and with the protocol of an all-reduce over two ranks. All
+// GPUs at once, as many as the argument says, from one process. A line of JSON for each shape that is tried:
+// benchmarks/host_link.py compiles this, runs it and keeps the fastest.
 //
-//   stores, loads      each GPU stores a message to host memory of its own, loads one from the other's
+//   stores, loads      each GPU stores a message to host memory of its own, loads 2 * (N - 1) / N from the next one's
 //   both               some blocks store, others load, at the same time, and nobody waits for anybody
 //   engines            the same as "both" by the GPUs' copy engines
-//   exchange           some blocks store tiles, each with a flag behind it; others wait for that, load the tile, add
+//   exchange           some blocks store tiles, each with a flag behind it; others wait for that, load the tile, add;
+//                      two GPUs only
 //
-// "both" is what an all-reduce over two ranks must move, and so the least that it can take.
+// "both" is what an all-reduce over N ranks must move at least, and so the least that it can take: in two steps a rank
+// stores the N - 1 parts of the others and the sum of its own, and loads N - 1 parts and N - 1 sums.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -20,7 +22,7 @@
 
 namespace {
 
-constexpr int kGpus = 2;
+constexpr int kMostGpus = 8;
 constexpr int kVectors = 4;  // of a thread at once, where nothing else is said
 constexpr int kRepeats = 7;
 constexpr int64_t kMostBytes = int64_t{16} << 20;
@@ -70,15 +72,15 @@ struct Shape {
   int threads, vectors;  // vectors of a thread
 };
 
-// The first `storing` blocks store, the others load.
-__global__ void move_kernel(const uint4* message, uint4* output, uint4* mine, const uint4* theirs, int64_t vectors,
-                            int storing) {
+// The first `storing` blocks store so many vectors, the others load.
+__global__ void move_kernel(const uint4* message, uint4* output, uint4* mine, const uint4* theirs, int64_t stored,
+                            int64_t loaded, int storing) {
   const bool stores = static_cast<int>(blockIdx.x) < storing;
   const int64_t block = stores ? blockIdx.x : blockIdx.x - storing;
   const int64_t blocks = stores ? storing : gridDim.x - storing;
   const int64_t tile = int64_t{blockDim.x} * kVectors;
   uint32_t seen = 0;
-  for (int64_t i = block * tile + threadIdx.x; i < vectors; i += blocks * tile) {
+  for (int64_t i = block * tile + threadIdx.x; i < (stores ? stored : loaded); i += blocks * tile) {
     uint4 raw[kVectors];
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
@@ -140,17 +142,21 @@ struct Gpu {
   cudaStream_t stream, second;
   cudaEvent_t begin, end, joined;
   uint4 *message, *output;
-  char* host;  // two slots
+  char* host;  // four slots
   uint32_t *flags, *calls, *wrong;
 };
-Gpu gpus[kGpus];
+Gpu gpus[kMostGpus];
+int gpu_count = 2;
+
+const Gpu& next_of(int gpu) { return gpus[(gpu + 1) % gpu_count]; }
+int64_t loaded_bytes(int64_t bytes) { return bytes * 2 * (gpu_count - 1) / gpu_count; }
 
 using Launch = std::function<void(int gpu, int call)>;
 
 // Microseconds of a call in a graph of so many, on the slower GPU: the median.
 float time_graph(int calls, const Launch& launch) {
-  cudaGraphExec_t graphs[kGpus];
-  for (int g = 0; g < kGpus; ++g) {
+  cudaGraphExec_t graphs[kMostGpus];
+  for (int g = 0; g < gpu_count; ++g) {
     cudaGraph_t graph;
     CHECK(cudaSetDevice(g));
     CHECK(cudaStreamBeginCapture(gpus[g].stream, cudaStreamCaptureModeThreadLocal));
@@ -163,14 +169,14 @@ float time_graph(int calls, const Launch& launch) {
   }
   std::vector<float> times;
   for (int repeat = 0; repeat <= kRepeats; ++repeat) {
-    for (int g = 0; g < kGpus; ++g) {
+    for (int g = 0; g < gpu_count; ++g) {
       CHECK(cudaSetDevice(g));
       CHECK(cudaEventRecord(gpus[g].begin, gpus[g].stream));
       CHECK(cudaGraphLaunch(graphs[g], gpus[g].stream));
       CHECK(cudaEventRecord(gpus[g].end, gpus[g].stream));
     }
     float slowest = 0;
-    for (int g = 0; g < kGpus; ++g) {
+    for (int g = 0; g < gpu_count; ++g) {
       float ms = 0;
       CHECK(cudaSetDevice(g));
       CHECK(cudaEventSynchronize(gpus[g].end));
@@ -179,7 +185,7 @@ float time_graph(int calls, const Launch& launch) {
     }
     if (repeat > 0) times.push_back(slowest * 1e3f / calls);  // the first one warms up
   }
-  for (int g = 0; g < kGpus; ++g) CHECK(cudaGraphExecDestroy(graphs[g]));
+  for (int g = 0; g < gpu_count; ++g) CHECK(cudaGraphExecDestroy(graphs[g]));
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
@@ -194,7 +200,7 @@ void say(const char* what, int64_t bytes, const Shape& shape, float us, int64_t 
 }
 
 void open_gpus() {
-  for (int g = 0; g < kGpus; ++g) {
+  for (int g = 0; g < gpu_count; ++g) {
     Gpu& gpu = gpus[g];
     CHECK(cudaSetDevice(g));
     CHECK(cudaStreamCreate(&gpu.stream));
@@ -203,14 +209,14 @@ void open_gpus() {
     CHECK(cudaEventCreate(&gpu.end));
     CHECK(cudaEventCreateWithFlags(&gpu.joined, cudaEventDisableTiming));
     CHECK(cudaMalloc(&gpu.message, kMostBytes));
-    CHECK(cudaMalloc(&gpu.output, kMostBytes));
+    CHECK(cudaMalloc(&gpu.output, 2 * kMostBytes));
     CHECK(cudaMalloc(&gpu.calls, sizeof(uint32_t)));
     CHECK(cudaMalloc(&gpu.wrong, sizeof(uint32_t)));
     CHECK(cudaMemset(gpu.calls, 0, sizeof(uint32_t)));
     const int64_t flag_bytes = 2 * (kMostBytes / 1024) * kFlagWords * sizeof(uint32_t);
-    CHECK(cudaHostAlloc(&gpu.host, 2 * kMostBytes, cudaHostAllocPortable | cudaHostAllocMapped));
+    CHECK(cudaHostAlloc(&gpu.host, 4 * kMostBytes, cudaHostAllocPortable | cudaHostAllocMapped));
     CHECK(cudaHostAlloc(&gpu.flags, flag_bytes, cudaHostAllocPortable | cudaHostAllocMapped));
-    std::fill_n(gpu.host, 2 * kMostBytes, char{0});
+    std::fill_n(gpu.host, 4 * kMostBytes, char{0});
     std::fill_n(reinterpret_cast<char*>(gpu.flags), flag_bytes, char{0});
     std::vector<__nv_bfloat16> values(kMostBytes / sizeof(__nv_bfloat16));
     for (size_t i = 0; i < values.size(); ++i) values[i] = __float2bfloat16(element(i, g));
@@ -221,7 +227,7 @@ void open_gpus() {
 // Elements that are not the sum on both GPUs, whose outputs are poisoned behind it.
 int64_t wrong_elements(int64_t bytes) {
   uint32_t wrong = 0;
-  for (int g = 0; g < kGpus; ++g) {
+  for (int g = 0; g < gpu_count; ++g) {
     uint32_t here = 0;
     CHECK(cudaSetDevice(g));
     CHECK(cudaMemset(gpus[g].wrong, 0, sizeof(here)));
@@ -239,11 +245,12 @@ void time_moves(int64_t bytes) {
     for (int storing : {0, 1, 2, 4, 8, 16, 32, 64})
       for (int loading : {0, 2, 4, 8, 16, 32, 64, 128}) {
         const Shape shape{storing, loading, threads, kVectors};
-        if (storing + loading == 0 || bytes / 16 % (threads * kVectors) != 0) continue;
+        if (storing + loading == 0 || loaded_bytes(bytes) / 16 % (threads * kVectors) != 0) continue;
         const float us = time_graph(10, [&](int g, int) {
           move_kernel<<<storing + loading, threads, 0, gpus[g].stream>>>(
               gpus[g].message, gpus[g].output, reinterpret_cast<uint4*>(gpus[g].host),
-              reinterpret_cast<const uint4*>(gpus[1 - g].host + kMostBytes), bytes / 16, storing);
+              reinterpret_cast<const uint4*>(next_of(g).host + 2 * kMostBytes), bytes / 16, loaded_bytes(bytes) / 16,
+              storing);
         });
         say(loading == 0 ? "stores" : storing == 0 ? "loads" : "both", bytes, shape, us, 0);
       }
@@ -257,7 +264,8 @@ void time_engines(int64_t bytes) {
       CHECK(cudaStreamWaitEvent(gpu.second, gpu.joined, 0));
     }
     CHECK(cudaMemcpyAsync(gpu.host, gpu.message, bytes, cudaMemcpyDeviceToHost, gpu.stream));
-    CHECK(cudaMemcpyAsync(gpu.output, gpus[1 - g].host + kMostBytes, bytes, cudaMemcpyHostToDevice, gpu.second));
+    CHECK(cudaMemcpyAsync(gpu.output, next_of(g).host + 2 * kMostBytes, loaded_bytes(bytes), cudaMemcpyHostToDevice,
+                          gpu.second));
     if (call == 9) {
       CHECK(cudaEventRecord(gpu.joined, gpu.second));
       CHECK(cudaStreamWaitEvent(gpu.stream, gpu.joined, 0));
@@ -286,11 +294,14 @@ void time_exchange(int64_t bytes) {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count > 1) gpu_count = std::atoi(arguments[1]);
+  if (gpu_count < 2 || gpu_count > kMostGpus) return 2;
   open_gpus();
   for (int64_t bytes = 256 << 10; bytes <= kMostBytes; bytes *= 2) {
     time_moves(bytes);
     time_engines(bytes);
+    if (gpu_count > 2) continue;
     time_exchange<1>(bytes);
     time_exchange<2>(bytes);
     time_exchange<4>(bytes);
