@@ -128,9 +128,9 @@ __device__ __forceinline__ bool store_sum(const InBandArguments& arguments, cons
 
 // Polls the packets at `tile` of the other owners, some at a time, and stores them. from(step): where the packet of the
 // rank `step` places on lies.
-template <typename Message, int kWorldSize, bool kClears, typename From>
+template <typename Message, int kWorldSize, bool kClears, typename From, typename Meanwhile>
 __device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Message& packets, uint32_t tile,
-                                              From from_of) {
+                                              From from_of, bool asks, Meanwhile meanwhile) {
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const int world_size = World<kWorldSize>::size(arguments.world_size);
 #pragma unroll 1
@@ -144,14 +144,27 @@ __device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, 
       from[j] = from_of(World<kWorldSize>::kIsFixed || first + j < world_size ? first + j : first);
       results[j] = {0u, 0u, 0u, 0u};
     }
-    if (!take<kClears>(arguments, LAR_PHASE_GATHER, from, wanted, results,
-                       [&](int j) { return rotated(arguments.rank, first + j, world_size); }))
+    const bool asks_first = asks && first == 1;
+    if (asks_first) {
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) load_relaxed_system_if(wanted[j], from[j], results[j]);
+      meanwhile();
+    }
+    if (!take<kClears>(
+            arguments, LAR_PHASE_GATHER, from, wanted, results,
+            [&](int j) { return rotated(arguments.rank, first + j, world_size); }, asks_first && are_complete(results)))
       return false;
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
       if (wanted[j]) packets.store(packet_of<kWorldSize>(arguments, first + j, tile), results[j]);
   }
   return true;
+}
+
+template <typename Message, int kWorldSize, bool kClears, typename From>
+__device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Message& packets, uint32_t tile,
+                                              From from_of) {
+  return drain_packets<Message, kWorldSize, kClears>(arguments, packets, tile, from_of, false, [] {});
 }
 
 }  // namespace lar

@@ -5,11 +5,11 @@
 // protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
 // business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
 //
-// Large calls in one step are bound by what PCIe carries. In them a worker asks for its peers' vectors before it clears
-// its own: reads do not pass writes, and so the answers come while the clears go, one each way. In small calls peers'
-// vectors are not there so soon, and a poll in vain is a way to host memory and back. Nor is one of a large call whose
-// peers are late to take the links from what is on its way: of a warp's vectors of packets only one of each peer is
-// polled until it is there.
+// Large calls are bound by what PCIe carries. In them a worker asks for its peers' vectors, in two steps for their
+// sums, before it clears its own: reads do not pass writes, and so the answers come while the clears go, one each way.
+// In small calls peers' vectors are not there so soon, and a poll in vain is a way to host memory and back. Nor is one
+// of a large call in one step whose peers are late to take the links from what is on its way: of a warp's vectors of
+// packets only one of each peer is polled until it is there.
 #ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 #define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 
@@ -87,6 +87,15 @@ class SharedCall {
     clear_in_band_if(index < old_vectors_, slot(arguments_.in_band.rank, epoch_ - 2, index));
   }
 
+  // The same on the way, for a worker of a large call: at `index`, and with its last vector all that it has left, so
+  // that the releaser waits for the clears while that one is polled. For all threads of a warp, with the same
+  // `is_last`.
+  template <int kWorldSize>
+  __device__ __forceinline__ void clear_on_the_way(bool scatters, uint32_t index, bool is_last) const {
+    if (index < old_vectors_) clear_all<kWorldSize>(scatters, index);
+    if (is_last) clear_old_generation<kWorldSize>(scatters, index + workers());
+  }
+
   // For the workers, once: clears what was in this rank's workspace two calls ago; `scatters`: in scatter slots too.
   // `first`: the first vector of this worker that it has not cleared yet.
   template <int kWorldSize>
@@ -95,16 +104,7 @@ class SharedCall {
   }
   template <int kWorldSize>
   __device__ __forceinline__ void clear_old_generation(bool scatters, uint32_t first) const {
-    const InBandArguments& in_band = arguments_.in_band;
-    for (uint32_t i = first; i < old_vectors_; i += workers()) {
-      clear_old(i);
-      if (!scatters) continue;
-#pragma unroll World < kWorldSize> ::kPeersAtOnce
-      for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {
-        const uint32_t at = scatter_slots(epoch_ - 2) + peer * in_band.peer_stride + i;
-        clear_in_band_if(true, in_band.own + int64_t{at} * LAR_VECTOR_BYTES);
-      }
-    }
+    for (uint32_t i = first; i < old_vectors_; i += workers()) clear_all<kWorldSize>(scatters, i);
     barrier<false>();
   }
 
@@ -118,6 +118,18 @@ class SharedCall {
   }
 
  private:
+  template <int kWorldSize>
+  __device__ __forceinline__ void clear_all(bool scatters, uint32_t index) const {
+    const InBandArguments& in_band = arguments_.in_band;
+    clear_old(index);
+    if (!scatters) return;
+#pragma unroll World < kWorldSize> ::kPeersAtOnce
+    for (int peer = 0; peer < World<kWorldSize>::size(in_band.world_size) - 1; ++peer) {
+      const uint32_t at = scatter_slots(epoch_ - 2) + peer * in_band.peer_stride + index;
+      clear_in_band_if(true, in_band.own + int64_t{at} * LAR_VECTOR_BYTES);
+    }
+  }
+
   __device__ __forceinline__ char* slot(int rank, uint32_t epoch, uint32_t index) const {
     const uint32_t at = shared_generation(epoch) * arguments_.slots_stride + index;
     return arguments_.slots[rank] + int64_t{at} * LAR_VECTOR_BYTES;

@@ -24,23 +24,27 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   call.count_call(total_vectors);
   if (call.is_releaser()) return call.settle_clears();
 
+  // A warp at a time: whether its last vectors have come is for all of its threads to say.
+  const uint32_t first_tile = first - warp_thread();
   const bool is_large = call.is_large(total_vectors);
-  if (!is_large) call.clear_old_generation<kWorldSize>(false);
+  if (!is_large || first_tile >= total_vectors) call.clear_old_generation<kWorldSize>(false);
 
-  uint32_t i = first;
-  for (; i < total_vectors; i += stride) {
+  for (uint32_t tile = first_tile; tile < total_vectors; tile += stride) {
+    const uint32_t i = tile + warp_thread();
     const auto address_of = [&](int peer) { return call.vector(peer, i); };
-    const FirstPoll<kWorldSize> asked(arguments, address_of, is_large);
-    if (is_large) call.clear_old(i);
+    const bool has_vector = i < total_vectors;
+    const bool is_last = total_vectors - tile <= stride;
+    const FirstPoll<kWorldSize> asked(arguments, address_of, is_large && has_vector);
+    if (is_large) call.clear_on_the_way<kWorldSize>(false, i, is_last);
+    if (!has_vector) continue;
     const uint4 mine = without_marker(input.load(i));
     uint4 result;
     if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_GATHER, address_of, mine, result, &asked)) {
-      if (is_large) call.leave_clears();
+      if (is_large && !is_last) call.leave_clears();
       return;
     }
     sink(i, result);
   }
-  if (is_large) call.clear_old_generation<kWorldSize>(false, i);
 }
 
 const Registration rows([] {

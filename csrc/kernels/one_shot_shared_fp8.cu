@@ -29,24 +29,23 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
   call.count_call(total_vectors);
   if (call.is_releaser()) return call.settle_clears();
   const bool is_large = call.is_large(total_vectors);
-  if (!is_large) call.clear_old_generation<kWorldSize>(false);
+  if (!is_large || first >= total_vectors) call.clear_old_generation<kWorldSize>(false);
 
-  uint32_t tile = first;
-  for (; tile < total_vectors; tile += stride) {
+  for (uint32_t tile = first; tile < total_vectors; tile += stride) {
     const auto from = [&](int rank) { return call.vector(rank, tile + warp_thread()); };
+    const bool is_last = total_vectors - tile <= stride;
+    const auto leave = [&] {
+      if (is_large && !is_last) call.leave_clears();
+    };
     const FirstPoll<kWorldSize> asked(arguments, from, is_large);
     if (is_large) {
-      call.clear_old(tile + warp_thread());
-      if (!__all_sync(kWholeWarp, asked.is_complete()) && !call.wait_for_tile(LAR_PHASE_GATHER, tile))
-        return call.leave_clears();
+      call.clear_on_the_way<kWorldSize>(false, tile + warp_thread(), is_last);
+      if (!__all_sync(kWholeWarp, asked.is_complete()) && !call.wait_for_tile(LAR_PHASE_GATHER, tile)) return leave();
     }
     const uint4 mine = tile == first ? sent : encoded_own(packets, tile / kPacketVectors);
-    if (!store_sum<Message, kWorldSize, false>(arguments, packets, tile / kPacketVectors, mine, from, &asked)) {
-      if (is_large) call.leave_clears();
-      return;
-    }
+    if (!store_sum<Message, kWorldSize, false>(arguments, packets, tile / kPacketVectors, mine, from, &asked))
+      return leave();
   }
-  if (is_large) call.clear_old_generation<kWorldSize>(false, tile + warp_thread());
 }
 
 const Registration rows([] {

@@ -41,12 +41,18 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
       const uint32_t at = slots + i + slot_of_peer<kWorldSize>(arguments, peer);
       return arguments.own + int64_t{at} * LAR_VECTOR_BYTES;
     };
-    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_SCATTER, address_of, mine, result)) return;
+    if (!poll_and_sum_at<T, kWorldSize, false>(arguments, LAR_PHASE_SCATTER, address_of, mine, result))
+      return call.leave_clears();
     call.store(i, result);
     sink(index(0, i), result);
   }
-  call.clear_old_generation<kWorldSize>(true);
-  for (uint32_t i = start; i < part; i += stride) {
+  // A warp at a time: whether its last vectors have come is for all of its threads to say.
+  const uint32_t first_tile = start - warp_thread();
+  const bool is_large = call.is_large(total_vectors);
+  if (!is_large || first_tile >= part) call.clear_old_generation<kWorldSize>(true);
+  for (uint32_t tile = first_tile; tile < part; tile += stride) {
+    const uint32_t i = tile + warp_thread();
+    const bool is_last = part - tile <= stride;
 #pragma unroll 1
     for (int first = 1; first < world_size; first += kAtOnce) {
       char* from[kAtOnce];
@@ -54,13 +60,22 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
       uint4 results[kAtOnce];
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        wanted[j] = index(first + j, i) < total_vectors;
+        wanted[j] = i < part && index(first + j, i) < total_vectors;
         from[j] = call.vector(rotated(arguments.rank, first + j < world_size ? first + j : 0, world_size), i);
         results[j] = {0u, 0u, 0u, 0u};
       }
-      if (!poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
-                               [&](int j) { return rotated(arguments.rank, first + j, world_size); }))
+      const bool asks = is_large && first == 1;
+      if (asks) {
+#pragma unroll
+        for (int j = 0; j < kAtOnce; ++j) load_relaxed_system_if(wanted[j], from[j], results[j]);
+        call.clear_on_the_way<kWorldSize>(true, i, is_last);
+      }
+      if (!(asks && are_complete(results)) &&
+          !poll_until_complete(arguments.limit, LAR_PHASE_GATHER, from, wanted, results,
+                               [&](int j) { return rotated(arguments.rank, first + j, world_size); })) {
+        if (is_large && !is_last) call.leave_clears();
         return;
+      }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j)
         if (wanted[j]) sink(index(first + j, i), results[j]);

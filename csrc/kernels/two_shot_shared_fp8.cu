@@ -33,16 +33,23 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
 
   for (uint32_t tile = start; tile < part && packet(0, tile) < packets.number(); tile += stride) {
     uint4 result;
-    if (!sum_packet<Message, kWorldSize, false>(arguments, packets, slots, packet(0, tile), tile, result)) return;
+    if (!sum_packet<Message, kWorldSize, false>(arguments, packets, slots, packet(0, tile), tile, result))
+      return call.leave_clears();
     call.store(tile + warp_thread(), result);
     packets.store(packet(0, tile), result);
   }
-  call.clear_old_generation<kWorldSize>(true);
+  const bool is_large = call.is_large(part);
+  if (!is_large || start >= part) call.clear_old_generation<kWorldSize>(true);
   for (uint32_t tile = start; tile < part; tile += stride) {
+    const bool is_last = part - tile <= stride;
     const auto from = [&](int step) {
       return call.vector(rotated(arguments.rank, step, world_size), tile + warp_thread());
     };
-    if (!drain_packets<Message, kWorldSize, false>(arguments, packets, tile, from)) return;
+    const auto clears = [&] { call.clear_on_the_way<kWorldSize>(true, tile + warp_thread(), is_last); };
+    if (!drain_packets<Message, kWorldSize, false>(arguments, packets, tile, from, is_large, clears)) {
+      if (is_large && !is_last) call.leave_clears();
+      return;
+    }
   }
 }
 

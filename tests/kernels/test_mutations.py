@@ -28,6 +28,7 @@ from tests.kernels.planted.kinds import (
     HOSTS,
     IN_BAND,
     LARGE_HOST,
+    LARGE_HOST_IN_TWO_STEPS,
     LARGE_HOST_OF_THREE,
     MANY,
     MIXED,
@@ -122,13 +123,16 @@ def over_hosts(seed: int) -> None:
             compare_hosts(group, inputs, f"call {call}, {seed=}", two_steps=two_steps, chunk=2)
 
 
-def large_through_host_memory(seed: int, ranks: int = 2) -> None:
+def large_through_host_memory(seed: int, ranks: int = 2, algorithm: Algorithm = Algorithm.ONE_SHOT) -> None:
     """Four generations are used once more, by calls of which some have more than others: several vectors to a worker,
     or workers without any."""
     machine = EmulatedGpus(seed, library=mutated())
-    lanes = (4, 24)[seed % 2]
-    group = LocalGroup(ranks, machine=machine, host=True, lanes=lanes, workspace_mib=8, unsplit=Algorithm.ONE_SHOT)
-    calls = [("ONESHOT", 41_000), ("LOWPRECISION", 82_000), ("ONESHOT", 33_000), ("LOWPRECISION", 66_000)]
+    lanes = (4, 24 if algorithm is Algorithm.ONE_SHOT else 40)[seed % 2]
+    group = LocalGroup(ranks, machine=machine, host=True, lanes=lanes, workspace_mib=8, unsplit=algorithm)
+    if algorithm is Algorithm.ONE_SHOT:
+        calls = [("ONESHOT", 41_000), ("LOWPRECISION", 82_000), ("ONESHOT", 33_000), ("LOWPRECISION", 66_000)]
+    else:  # of packets a rank's part is large
+        calls = [("TWOSHOT", 41_000), ("LOWPRECISION", 150_000), ("TWOSHOT", 33_000), ("LOWPRECISION", 132_000)]
     run_queued(group, calls * 2, f"large, {seed=}")
 
 
@@ -247,6 +251,7 @@ STRESSES: dict[str, Callable[[int], None]] = {
     "pulled": out_of_registered_memory,
     "large host": large_through_host_memory,
     "large host, three ranks": functools.partial(large_through_host_memory, ranks=3),
+    "large host, two steps": functools.partial(large_through_host_memory, algorithm=Algorithm.TWO_SHOT),
     "hosts": over_hosts,
     "multicast": by_multicast,
     "mixed": mixed,
@@ -269,6 +274,7 @@ KINDS = {
     "fp8, one step, host": ONE_STEP | {"host": True},
     "large, host": LARGE_HOST,
     "large, host, three ranks": LARGE_HOST_OF_THREE,
+    "large, host, two steps": LARGE_HOST_IN_TWO_STEPS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "fp8_group": GROUPS,
     "fp8_group, two ranks": GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from llm_allreduce_plugin.algorithms.decision import Algorithm
-from tests.kernels.planted.kinds import FP8, GROUPS, LARGE_HOST, LARGE_HOST_OF_THREE, ONE_STEP, RING, UNSPLIT, Mutation
+from tests.kernels.planted.kinds import (
+    FP8,
+    GROUPS,
+    LARGE_HOST,
+    LARGE_HOST_IN_TWO_STEPS,
+    LARGE_HOST_OF_THREE,
+    ONE_STEP,
+    RING,
+    UNSPLIT,
+    Mutation,
+)
 
 ERRORS: dict[str, Mutation] = {
     "quarters of blocks stay with the threads that loaded them": (
@@ -91,16 +101,10 @@ ERRORS: dict[str, Mutation] = {
         "  for (int i = 0; i < kLead; ++i) sent[i] = push();\n  if (!{}) advance_epoch(arguments, epoch);\n",
         ONE_STEP,
     ),
-    "large calls of packets through host memory clear nothing on the way": (
+    "large calls of packets through host memory clear the first of a warp's vectors alone": (
         "kernels/one_shot_shared_fp8.cu",
-        "      call.clear_old(tile + warp_thread());\n",
-        "      if (!{}) call.clear_old(tile + warp_thread());\n",
-        LARGE_HOST,
-    ),
-    "a large call of packets does not clear what the old one had more": (
-        "kernels/one_shot_shared_fp8.cu",
-        "if (is_large) call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
-        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, tile + warp_thread());",
+        "call.clear_on_the_way<kWorldSize>(false, tile + warp_thread(), is_last);",
+        "call.clear_on_the_way<kWorldSize>(false, {} ? tile : tile + warp_thread(), is_last);",
         LARGE_HOST,
     ),
     "the first poll of packets is taken as it is": (
@@ -109,10 +113,23 @@ ERRORS: dict[str, Mutation] = {
         "asked && first == 0 && ({} || are_complete(vectors));",
         LARGE_HOST_OF_THREE,
     ),
+    "the first poll of sums of packets is taken as it is": (
+        "device/fp8_in_band.cuh",
+        "asks_first && are_complete(results)",
+        "asks_first && ({} || are_complete(results))",
+        LARGE_HOST_IN_TWO_STEPS,
+    ),
+    "large calls of packets in two steps clear the first of a warp's vectors alone": (
+        "kernels/two_shot_shared_fp8.cu",
+        "call.clear_on_the_way<kWorldSize>(true, tile + warp_thread(), is_last);",
+        "call.clear_on_the_way<kWorldSize>(true, {} ? tile : tile + warp_thread(), is_last);",
+        LARGE_HOST_IN_TWO_STEPS,
+    ),
     "small calls in one step through host memory clear nothing": (
         "kernels/one_shot_shared_fp8.cu",
-        "  if (!is_large) call.clear_old_generation<kWorldSize>(false);\n",
-        "  if (!is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large || first >= total_vectors) call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large || first >= total_vectors)\n"
+        "    {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
         ONE_STEP | {"host": True},
     ),
     "what a warp has sent first counts for all of its packets": (

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.kernels.planted.kinds import HOST, IN_BAND, LARGE_HOST, LARGE_HOST_OF_THREE, MIXED, Mutation
+from tests.kernels.planted.kinds import (
+    HOST,
+    IN_BAND,
+    LARGE_HOST,
+    LARGE_HOST_IN_TWO_STEPS,
+    LARGE_HOST_OF_THREE,
+    MIXED,
+    Mutation,
+)
 
 ERRORS: dict[str, Mutation] = {
     "slots are not cleared": (
@@ -108,16 +116,44 @@ ERRORS: dict[str, Mutation] = {
         LARGE_HOST_OF_THREE,
     ),
     "large calls through host memory clear nothing on the way": (
-        "kernels/one_shot_shared.cu",
-        "if (is_large) call.clear_old(i);",
-        "if (is_large && !{}) call.clear_old(i);",
+        "device/shared.cuh",
+        "if (index < old_vectors_) clear_all<kWorldSize>(scatters, index);",
+        "if (index < old_vectors_ && !{}) clear_all<kWorldSize>(scatters, index);",
         LARGE_HOST,
+        LARGE_HOST_IN_TWO_STEPS,
     ),
     "a large call does not clear what the old one had more": (
-        "kernels/one_shot_shared.cu",
-        "if (is_large) call.clear_old_generation<kWorldSize>(false, i);",
-        "if (is_large) {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false, i);",
+        "device/shared.cuh",
+        "if (is_last) clear_old_generation<kWorldSize>(scatters, index + workers());",
+        "if (is_last) {} ? leave_clears() : clear_old_generation<kWorldSize>(scatters, index + workers());",
         LARGE_HOST,
+        LARGE_HOST_IN_TWO_STEPS,
+    ),
+    "workers without a vector of a large call clear nothing": (
+        "kernels/one_shot_shared.cu",
+        "  if (!is_large || first_tile >= total_vectors) call.clear_old_generation<kWorldSize>(false);\n",
+        "  if (!is_large || first_tile >= total_vectors)\n"
+        "    is_large && {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(false);\n",
+        LARGE_HOST,
+    ),
+    "the first poll of results is taken as it is": (
+        "kernels/two_shot_shared.cu",
+        "if (!(asks && are_complete(results)) &&",
+        "if (!(asks && ({} || are_complete(results))) &&",
+        LARGE_HOST_IN_TWO_STEPS,
+    ),
+    "large calls in two steps clear no scatter slots on the way": (
+        "kernels/two_shot_shared.cu",
+        "call.clear_on_the_way<kWorldSize>(true, i, is_last);",
+        "call.clear_on_the_way<kWorldSize>(!{}, i, is_last);",
+        LARGE_HOST_IN_TWO_STEPS,
+    ),
+    "workers without a vector of a large call in two steps clear nothing": (
+        "kernels/two_shot_shared.cu",
+        "  if (!is_large || first_tile >= part) call.clear_old_generation<kWorldSize>(true);\n",
+        "  if (!is_large || first_tile >= part)\n"
+        "    is_large && {} ? call.leave_clears() : call.clear_old_generation<kWorldSize>(true);\n",
+        LARGE_HOST_IN_TWO_STEPS,
     ),
     "a thread takes what it sent last for its next term": (
         "kernels/one_shot_push.cu",

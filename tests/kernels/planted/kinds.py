@@ -32,6 +32,7 @@ GROUPS = {"wire_format": WireFormat.FP8_GROUP, "workspace_mib": 0.5, "low_precis
 ONE_STEP = {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.5, "low_precision": True}
 LARGE_HOST = {"large host": True}
 LARGE_HOST_OF_THREE = {"large host, three ranks": True}
+LARGE_HOST_IN_TWO_STEPS = {"large host, two steps": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 # Calls of every kind in one workspace, whose slots are the same bytes.
