@@ -38,6 +38,7 @@ class Candidate:
         exact: gives the bits of the rank-ordered fp32 sum.
         most_error: for lossy ones, the relative L2 error that their answer may have on normal data.
         in_place: the call overwrites its input, so only the first answer after ``bind`` can be checked.
+        graphs_overwrite: calls in a graph do so, others do not: answers of graphs cannot be checked.
         min_bytes: the smallest message that it takes.
         max_bytes: the largest.
         multiple_of: bytes that a message must be a multiple of.
@@ -49,6 +50,7 @@ class Candidate:
     exact: bool = False
     most_error: float | None = None
     in_place: bool = False
+    graphs_overwrite: bool = False
     min_bytes: int = 0
     max_bytes: int = 1 << 62
     multiple_of: int = 1
@@ -277,9 +279,17 @@ def _sglang(context: RankContext) -> Candidate:
         if not custom.should_custom_ar(x):
             message = f"SGLang sends {x.numel() * x.element_size()} bytes elsewhere"
             raise ValueError(message)
-        return lambda: custom.custom_all_reduce(x)
+        mine = x.clone()
+        return lambda: custom.custom_all_reduce(mine)
 
-    return Candidate(bind, max_bytes=16 * MIB, multiple_of=16, capturing=custom.capture, close=custom.close)
+    return Candidate(
+        bind,
+        graphs_overwrite=True,  # where it takes two steps that pull (its custom_all_reduce.cuh)
+        max_bytes=16 * MIB,
+        multiple_of=16,
+        capturing=custom.capture,
+        close=custom.close,
+    )
 
 
 OURS: dict[str, Opener] = {name: _ours(name) for name in ("ONESHOT", "TWOSHOT", "MINLATENCY", "AUTO")} | {

@@ -180,7 +180,10 @@ def compare(
 
     def judged(name: str, answer: torch.Tensor) -> int:
         # In place, the answer of one call is the input of the next: what was checked is the first.
-        return 0 if candidates[name].in_place else messages.wrong_elements(context, candidates[name], answer, expected)
+        candidate = candidates[name]
+        if candidate.in_place or candidate.graphs_overwrite:
+            return 0
+        return messages.wrong_elements(context, candidate, answer, expected)
 
     capturing = {name: candidate.capturing for name, candidate in candidates.items()}
     return time_in_turns(context, count * dtype.itemsize, calls, wrong, effort, judged, capturing)

@@ -58,6 +58,7 @@ class NormCandidate:
         refusal: why a case is left out, or None.
         exact: gives the bits of the oracle. Others may be off by what rounding can cost.
         in_place: the call overwrites input and residual, so only the first answer after ``bind`` can be checked.
+        graphs_overwrite: calls in a graph do so, others do not: answers of graphs cannot be checked.
         capturing: what it wants around a graph capture.
         close: lets go of its memory.
     """
@@ -66,6 +67,7 @@ class NormCandidate:
     refusal: Callable[[NormCase], str | None]
     exact: bool = False
     in_place: bool = False
+    graphs_overwrite: bool = False
     capturing: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     close: Callable[[], None] = lambda: None
 

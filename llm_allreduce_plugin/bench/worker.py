@@ -165,7 +165,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
 
     graph = timing.time_graph(context, timed, options.calls, options.replays, options.warmup, candidate.capturing)
     # In place, the answer of one call is the input of the next: what was checked is the first.
-    graph_wrong = eager_wrong if candidate.in_place else wrong(graph.output)
+    graph_wrong = eager_wrong if candidate.in_place or candidate.graphs_overwrite else wrong(graph.output)
     added = max(graph.median - product_us, LEAST_US)
     row = dataclasses.replace(row, graph_us=round(added, 2), graph_wrong=graph_wrong)
     return dataclasses.replace(row, product_us=round(product_us, 2)) if product else row

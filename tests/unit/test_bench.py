@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from llm_allreduce_plugin.bench import candidates, table, worker
+from llm_allreduce_plugin.bench.candidates import Candidate
 from llm_allreduce_plugin.bench.worker import Measurement
 from llm_allreduce_plugin.cli import app, bench_subject
 from llm_allreduce_plugin.cli.bench import message_sizes, parse_bytes
@@ -211,6 +212,7 @@ class Gpu:
         self.now_us = 0.0
         self.ran: list[str] = []
         self.products: list[tuple[Any, ...]] = []
+        self.answer = "answer"  # of calls in graphs
 
     def run(self, what: str, time_us: float) -> None:
         self.ran.append(what)
@@ -221,7 +223,7 @@ class Gpu:
         output = call()
         return Timing(self.now_us - started, self.now_us - started, output)
 
-    def measured(self, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Measurement:
+    def measured(self, monkeypatch: pytest.MonkeyPatch, candidate: Any = None, **options: Any) -> Measurement:
         gpu = self
 
         class Product(MatrixProduct):
@@ -234,7 +236,7 @@ class Gpu:
 
         def call() -> str:
             gpu.run("call", gpu.call_us)
-            return "answer"
+            return gpu.answer
 
         message = SimpleNamespace(
             refusal=lambda _candidate: None,
@@ -242,8 +244,7 @@ class Gpu:
             expected=lambda: "answer",
             wrong=lambda _candidate, found, expected: int(found != expected),
         )
-        candidate = SimpleNamespace(in_place=False, capturing=None)
-        monkeypatch.setitem(worker._open, "ONESHOT", candidate)
+        monkeypatch.setitem(worker._open, "ONESHOT", candidate or Candidate(lambda _: call))
         monkeypatch.setattr(worker, "_message", lambda *_arguments: message)
         monkeypatch.setattr(worker, "on_every_rank", lambda function, *_arguments: function())
         monkeypatch.setattr(worker, "MatrixProduct", Product)
@@ -269,6 +270,17 @@ def test_calls_without_products_take_all_of_a_graph(monkeypatch: pytest.MonkeyPa
     assert (row.graph_us, row.product_us) == (CALL_US, None)
     assert gpu.ran == ["call"]
     assert gpu.products == []
+
+
+@pytest.mark.parametrize(("overwrites", "wrong"), [(False, 1), (True, 0)])
+def test_answers_of_graphs_whose_calls_overwrite_their_input_are_not_judged(
+    monkeypatch: pytest.MonkeyPatch, overwrites: bool, wrong: int
+) -> None:
+    """They are sums of sums. Those of other graphs, and of calls from the host, are judged."""
+    gpu = Gpu(CALL_US)
+    gpu.answer = "sum of sums"
+    row = gpu.measured(monkeypatch, Candidate(lambda _: lambda: torch.empty(0), graphs_overwrite=overwrites))
+    assert (row.eager_wrong, row.graph_wrong) == (0, wrong)
 
 
 def test_a_call_that_is_hidden_wholly_takes_no_negative_time(monkeypatch: pytest.MonkeyPatch) -> None:
