@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.tables import MISSING, has_record, markdown, record
 
 BATCHES = (1, 8, 32, 128)
 SGLANG_PICTURE = "sglang_ms_per_token"
 
 
-def tokens(name: str, variants: dict[str, str], *, more: str | None = None) -> str:
-    """Milliseconds per token; a line to each start of each variant. ``more``: a record of further variants."""
+def _by_batch(row: dict[str, Any], what: str) -> list[str]:
+    return [f"{row[f'{what}_batch_{batch}']:.3f}" for batch in BATCHES]
+
+
+def tokens(name: str, variants: dict[str, str], *, more: str | None = None, of_gpu: bool = False) -> str:
+    """Milliseconds per token; a line to each start of each variant. ``more``: a record of further variants.
+
+    ``of_gpu``: below, lines of what the GPU takes of it.
+    """
     measured = [*record(name)["rows"], *(record(more)["rows"] if more else ())]
+    starts = [(label, row) for variant, label in variants.items() for row in measured if row.get("variant") == variant]
     rows = [
-        [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES),
+        [label, *_by_batch(row, "ms_per_token"),
          f"{row['prefill_32x1024_s']:.2f} s" if "prefill_32x1024_s" in row else MISSING]
-        for variant, label in variants.items()
-        for row in measured
-        if row.get("variant") == variant
+        for label, row in starts
     ]  # fmt: skip
+    if of_gpu:
+        rows += [[f"{label}: on the GPU", *_by_batch(row, "gpu_ms"), ""] for label, row in starts]
     return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
 
 

@@ -39,14 +39,12 @@ def beside(name: str, lines: dict[str, tuple[str, ...]]) -> str:
 
 
 def sglang() -> str:
-    """SGLang's own kernel beside ours, over two GPUs."""
-    lines = {
-        "MINLATENCY": "MINLATENCY",
-        "SGLang's push all-reduce": "SGLang",
-        "vLLM's custom all-reduce": "vLLM-custom",
-    }
+    """SGLang's own kernels beside ours, over four GPUs and over two."""
+    lines = {"MINLATENCY": "MINLATENCY", "SGLang's own": "SGLang", "vLLM's custom all-reduce": "vLLM-custom"}
     sizes = times("h200/bench_sglang_tp2", "SGLang")
-    return by_size({label: times("h200/bench_sglang_tp2", name) for label, name in lines.items()}, sizes)
+    curves = {f"{ranks} GPUs: {label}": times(f"h200/bench_sglang_tp{ranks}", name)
+              for ranks in (4, 2) for label, name in lines.items()}  # fmt: skip
+    return by_size({label: curve for label, curve in curves.items() if curve}, sizes)
 
 
 PUSHING_WARPS = (160, 192, 224, 256, 320, 384, 448, 512)
@@ -166,8 +164,11 @@ def host_memory() -> str:
     )
 
 
-def host_link() -> str:
-    """What PCIe carries to and from host memory: of each kind the fastest shape."""
+def host_link(ranks: int, most: int = 16 * MIB) -> str:
+    """What PCIe carries to and from host memory for so many GPUs at once: of each kind the fastest shape.
+
+    ``most``: bytes of the largest message that is shown.
+    """
     labels = {
         "stores": "stores alone",
         "loads": "loads alone",
@@ -176,9 +177,32 @@ def host_link() -> str:
         "exchange": "an exchange, a flag to a tile",
     }
     curves: dict[str, dict[int, float]] = {label: {} for label in labels.values()}
-    for row in record("h200/host_link_tp2")["rows"]:
+    for row in record(f"h200/host_link_tp{ranks}")["rows"]:
         curve = curves[labels[row["what"]]]
-        curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
+        if row["bytes"] <= most:
+            curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
+    return by_size({label: curve for label, curve in curves.items() if curve})
+
+
+def host_asks_first() -> str:
+    """Through host memory in band, before and after large calls ask for what they wait for before they clear."""
+    lines = (
+        (4, "ONESHOT in band", "exact, one step", (128, 256)),
+        (4, "TWOSHOT in band", "exact, two steps", (64, 128, 256, 512)),
+        (4, "fp8 in band", "`fp8`, two steps", (64, 128, 256, 512, 1024)),
+        (2, "TWOSHOT in band", "exact, two steps", (64, 128, 256, 512, 1024)),
+        (2, "fp8 in band", "`fp8`, two steps", (256, 512, 1024)),
+    )
+    curves: dict[str, dict[int, float]] = {}
+    for ranks, kernel, label, sizes in lines:
+        for now, when in ((False, "before"), (True, "now")):
+            curve = curves.setdefault(f"{ranks} GPUs, {label}: {when}", {})
+            for row in record(f"h200/host_asks_first_tp{ranks}")["rows"]:
+                is_now = row["variant"].startswith("large calls")
+                is_before = row["variant"].startswith("cleared")
+                kib = row["bytes"] // KIB
+                if row["kernel"] == kernel and kib in sizes and (is_now if now else is_before):
+                    curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
     return by_size(curves)
 
 
@@ -235,9 +259,14 @@ def start() -> str:
 
 def forms() -> str:
     """LOWPRECISION's algorithms, of four GPUs, over two links."""
-    records = (("NVLink", "h200/forms_fp8_tp4"), ("host memory", "h200/forms_fp8_host_tp4"))
+    records = (
+        ("NVLink, `fp8`", "h200/forms_fp8_tp4"),
+        ("NVLink, `tq3`", "h200/forms_tq3_tp4"),
+        ("NVLink, `hadamard2`", "h200/forms_hadamard2_tp4"),
+        ("host memory, `fp8`", "h200/forms_fp8_host_tp4"),
+    )
     return by_size(
-        fastest((f"{link}: `{row['algorithm']}`", row) for link, name in records for row in record(name)["rows"])
+        fastest((f"{what}: `{row['algorithm']}`", row) for what, name in records for row in record(name)["rows"])
     )
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import engine_tables, format_tables, kernel_tables
+from benchmarks.tables import MIB
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TABLE = re.compile(r"(<!-- table: ([a-z0-9_]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -38,7 +39,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "workspaces": lambda: kernel_tables.workspaces(2),
     "workspaces_tp4": lambda: kernel_tables.workspaces(4),
     "host_memory": kernel_tables.host_memory,
-    "host_link": kernel_tables.host_link,
+    "host_link": lambda: kernel_tables.host_link(2),
+    "host_link_tp4": lambda: kernel_tables.host_link(4, MIB),
+    "host_asks_first": kernel_tables.host_asks_first,
     "fused": kernel_tables.fused,
     "fused_tp4": kernel_tables.fused_tp4,
     "fused_quant": kernel_tables.fused_quant,
@@ -59,9 +62,7 @@ TABLES: dict[str, Callable[[], str]] = {
         more="h200/vllm_flashinfer_8192_tp2",
     ),
     "vllm_fused_4096_tp2": lambda: engine_tables.tokens("h200/vllm_fused_4096_tp2", _STOCK | _FUSED),
-    "vllm_fused_8192_tp4": lambda: engine_tables.tokens(
-        "h200/vllm_fused_8192_tp4", _STOCK | {"MINLATENCY": "MINLATENCY, norm fused"} | _LOW
-    ),
+    "vllm_gpu_tp4": lambda: engine_tables.tokens("h200/vllm_gpu_tp4", _STOCK | _FUSED | _LOW, of_gpu=True),
     "vllm_fused_8192_tp2_h100": lambda: engine_tables.tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: engine_tables.tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),
     "vllm_tokens_8192_tp2_h100": lambda: engine_tables.tokens("h100/vllm_tokens_8192_tp2", _FUSED),

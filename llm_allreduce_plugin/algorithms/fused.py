@@ -18,6 +18,7 @@ from llm_allreduce_plugin.algorithms.measured import RowShape, Split
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, bytes_in_words
 from llm_allreduce_plugin.algorithms.two_shot import TwoShot
+from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class Rows:
 def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact: Launch) -> Launch:
     """The launch of an all-reduce that the norm is put behind, given what the all-reduce alone would be.
 
-    Over two GPUs one step sends no more than two do, and its rows are whole everywhere.
+    In one step rows are whole everywhere. Over two GPUs it sends no more than two steps do; over more it is still the
+    faster kernel for some messages whose sum alone is faster in two, unless TWOSHOT is asked for.
     """
     if exact.wire_format is not None:  # another sum, behind which no kernel has a norm: see obstacle()
         return exact
@@ -68,9 +70,13 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
         exact = strategy.plan(config, facts, message)
     if exact.exchange is Exchange.PLACE:  # whose sums are outputs: in one kernel they are none
         exact = TwoShot().plan(config, facts, message)
-    if facts.world_size == PAIR and facts.transport is not Transport.SHM and exact.algorithm is Algorithm.TWO_SHOT:
-        return OneShot().plan(config, facts, message)
-    return exact
+    if exact.algorithm is not Algorithm.TWO_SHOT or facts.transport is Transport.SHM:
+        return exact
+    in_one_step = OneShot().plan(config, facts, message)
+    if facts.world_size == PAIR:
+        return in_one_step
+    fits = in_one_step.exchange is Exchange.PUSH and message.payload_bytes <= tables.fused_one_step_bytes(facts)
+    return in_one_step if fits and config.allreduce_strategy is not AllReduceStrategy.TWOSHOT else exact
 
 
 def obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:

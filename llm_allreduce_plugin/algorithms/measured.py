@@ -268,6 +268,10 @@ FUSED_PAYS: dict[tuple[Transport, str], dict[int, tuple[int, int | None] | None]
     (Transport.SYMMETRIC, "TWO_SHOT"): {3: (4736 * KIB, None), 8: (2 * MIB, None)},
     (Transport.HOST, "ONE_SHOT"): {8: NEVER},
 }
+# Over more than two ranks, the largest message that one kernel takes in one step where the sum alone takes two. Four
+# H200: 5.74 us for 256 KiB, sum and norm in two steps and two kernels 6.05; for 320 KiB 6.32 and 6.27
+# (benchmarks/h200/fused_shapes_16_rows_tp4.json). Four H100: 5.91 and 6.18 for 256 KiB (h100/fused_shapes_tp4.json).
+FUSED_ONE_STEP_BYTES = {3: 0, 4: 256 * KIB, 8: 0}
 # Which groups that was measured for (benchmarks/h200/bench_fused_tp2.json, h100/two_versions_fused_tp2.json,
 # h100/fused_shapes_tp4.json, and the profiles above); of others nobody knows.
 FUSED_SOURCES: dict[tuple[Transport, int], str] = {
@@ -276,7 +280,7 @@ FUSED_SOURCES: dict[tuple[Transport, int], str] = {
         "one kernel was faster than two in one step to 512 KiB and in two from 4.625 MiB on (3 H200, rows of 8192)"
     ),
     (Transport.SYMMETRIC, 4): (
-        "one kernel was faster than two to 128 KiB and from 2 MiB on (4 H200, 4 H100, rows of 8192)"
+        "one kernel was faster than two in one step to 256 KiB and in two from 2 MiB on (4 H200, 4 H100, rows of 8192)"
     ),
     (Transport.HOST, 2): "5.51 us against 6.88 at 16 KiB, 17.4 against 18.6 at 256 KiB: 2 H100, rows of 8192",
     (Transport.HOST, 4): "6.13 us against 10.1 at 16 KiB, 10.6 against 12.9 at 64 KiB: 4 H200, rows of 8192",

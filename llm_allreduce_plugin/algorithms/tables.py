@@ -160,6 +160,11 @@ def low_precision_pays_from(facts: GroupFacts, wire_format: str, element_bytes: 
     return int(size * scale), source
 
 
+def fused_one_step_bytes(facts: GroupFacts) -> int:
+    """The largest message that one kernel takes in one step though its sum alone takes two; of more than two ranks."""
+    return _of(measured.FUSED_ONE_STEP_BYTES, facts.world_size)
+
+
 def fused_pays(algorithm: str, facts: GroupFacts) -> tuple[tuple[int, int | None] | None, str]:
     """The smallest and the largest message for which one kernel for sum and norm is faster than two, and the source.
 

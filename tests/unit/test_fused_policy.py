@@ -115,7 +115,12 @@ def test_where_it_does_not_pay_two_kernels_run(monkeypatch: pytest.MonkeyPatch) 
 
 def test_few_rows_in_two_steps_take_two_kernels() -> None:
     """With more than two ranks, as measured with four."""
-    for rows, algorithm in ((13, Algorithm.ONE_SHOT), (128, Algorithm.TWO_SHOT), (4096, Algorithm.TWO_SHOT)):
+    for rows, algorithm in (
+        (13, Algorithm.ONE_SHOT),
+        (16, Algorithm.ONE_SHOT),
+        (128, Algorithm.TWO_SHOT),
+        (4096, Algorithm.TWO_SHOT),
+    ):
         launch = decide_fused(config(), facts(4), rows, 8192, "bfloat16").launch
         assert launch is not None
         assert launch.algorithm is algorithm
@@ -124,13 +129,36 @@ def test_few_rows_in_two_steps_take_two_kernels() -> None:
         assert (
             reason_of(facts(ranks), 100, 8192) == f"in two steps below 2 MiB two kernels are faster than one {unknown}"
         )
-    for rows in (14, 127):
-        reason = reason_of(facts(4), rows, 8192)
+    for rows, strategy in ((17, "AUTO"), (127, "AUTO"), (14, "TWOSHOT")):
+        reason = reason_of(facts(4), rows, 8192, strategy=strategy)
         assert reason.startswith("in two steps below 2 MiB two kernels are faster than one (one kernel was faster")
     for rows in (100, 295):
         reason = reason_of(facts(3), rows, 8192)
         assert reason.startswith("in two steps below 4.625 MiB two kernels are faster than one (one kernel was faster")
     assert decide_fused(config(), facts(3), 296, 8192, "bfloat16").launch is not None
+
+
+def test_one_kernel_takes_one_step_a_little_longer_than_the_sum_alone() -> None:
+    """With four ranks: its rows are whole everywhere. Two kernels, where it cannot run, sum as ever."""
+    decision = decide_fused(config(), facts(4), 16, 8192, "bfloat16")
+    alone = decision.all_reduce.launch
+    assert decision.launch is not None
+    assert alone is not None
+    assert (decision.launch.algorithm, alone.algorithm) == (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
+    assert decide_fused(config(), facts(4), 8, 8192, "float32").all_reduce.launch == alone
+    for world_size in (3, 5, 8):  # nobody measured those
+        for rows in range(1, 65):
+            group = facts(world_size)
+            decision = decide_fused(config(), group, rows, 8192, "bfloat16", however_slow=True)
+            alone = decision.all_reduce.launch
+            assert decision.launch is not None
+            assert alone is not None
+            assert decision.launch.algorithm is alone.algorithm
+    assert launch_of(facts(4), 16, 8192, "TWOSHOT").algorithm is Algorithm.TWO_SHOT
+    narrow = facts(4).with_layout(Transport.SYMMETRIC, _C.make_layout(4, LANES, in_band_bytes=2 << 20))
+    launch = launch_of(narrow, 16, 8192)
+    assert launch.algorithm is Algorithm.ONE_SHOT
+    assert launch.rounds == 1
 
 
 @pytest.mark.parametrize(
