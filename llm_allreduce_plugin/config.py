@@ -96,8 +96,9 @@ class LowPrecisionConfig(Settings):
     )
     algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(lower_case)] = Field(
         default=LowPrecisionAlgorithm.AUTO,
-        description="how packets move; auto is one_shot between two GPUs, hierarchical where GPUs without NVLink form "
-        "two NUMA domains of equal size, otherwise two_shot",
+        description="how packets move; auto is one_shot for fp8 and fp8_group between two GPUs (through host memory fp8 "
+        "alone, to 1 MiB), hierarchical for fp8 where GPUs without NVLink form two NUMA domains of equal size, otherwise "
+        "two_shot",
     )
     domains: Annotated[tuple[Domain, ...], Field(min_length=2, max_length=MOST_DOMAINS)] | None = Field(
         default=None,
@@ -151,7 +152,8 @@ class AllReduceConfig(Settings):
     registered_pool: PoolBytes | None = Field(
         default=None,
         description="registered memory of each rank, for outputs that UB has peers store into, as a number or like "
-        "'64MiB'; it never grows, and 0 is none; default 512 MiB of a GPU (16 MiB on a CPU rank) with UB, otherwise 0",
+        "'64MiB'; it never grows, and 0 is none; default 512 MiB of a GPU of more than two (16 MiB on a CPU rank) with UB, "
+        "otherwise 0",
     )
     one_shot_max_bytes: MessageBytes | None = Field(
         default=None,

@@ -142,8 +142,9 @@ class Split:
 # In band, measured on H200 and H100 with 2 and 4 ranks, the latter also for more. Those of exact kernels only where the
 # largest grid has not a thread for each vector; one block to a multiprocessor, because those that poll then leave the
 # caches to the others. Two steps of LOWPRECISION (FP8): below, warps that do everything were faster, by 0.2 us at 1 MiB
-# and 0.7 at 4 with 4 ranks; at 64 MiB, by 8 us with 2 and 6 with 4 ranks, they were slower, at their usual shape
-# (benchmarks/h100/low_precision_shapes_tp2.json, low_precision_shapes_tp4.json).
+# and 0.4 at 4 with 4 ranks, each at its best shape; at 64 MiB they were slower by 8 us with 2 ranks, and with 4 in
+# blocks of 512 threads by 6 (132 blocks of 384 were 1 % faster than any split there; that is not used:
+# benchmarks/h100/low_precision_shapes_tp2.json, low_precision_shapes_tp4.json).
 SPLITS: dict[str, dict[int, tuple[Split, ...]]] = {
     "ONESHOT": {2: (Split(0, 132, 16, 0),), 3: ()},
     "TWOSHOT": {2: (), 3: (Split(0, 132, 48, 40), Split(64 * MIB, 132, 48, 33))},
@@ -294,8 +295,8 @@ STAGED_ABOVE_STAGE_BYTES = 128 * KIB
 STAGED_LANES = 32
 
 # Up to so many ranks LOWPRECISION sums FP8 in one step: with two ranks one step sends as many bytes as two do, and was
-# 1.7 us faster at 64 KiB, 1.3 at 1 MiB and 2 at 64 MiB (benchmarks/h100/low_precision_shapes_tp2.json); with more it
-# sends more, all of which is decoded. An estimate for more.
+# 1.5 us faster at 64 KiB, 1.0 at 1 MiB and 2 at 64 MiB, each at its best shape (benchmarks/h100/
+# low_precision_shapes_tp2.json); with more it sends more, all of which is decoded. An estimate for more.
 ONE_STEP_RANKS = 2
 # The same through host memory, the largest message: 10.7 us instead of 10.9 at 256 KiB, 27.7 instead of 30.4 at 1 MiB
 # (benchmarks/h200/host_in_band_tp2.json).
