@@ -48,12 +48,15 @@ def times(record: Document, candidate: str) -> dict[int, float]:
     return {row["bytes"]: row["graph_us"] for row in rows if row["graph_us"] is not None}
 
 
-def tokens(record: Document, variant: str) -> dict[int, float]:
-    """Milliseconds per token by batch size, the mean of the starts; none where the variant was not measured."""
+def tokens(record: Document, variant: str, what: str = "ms_per_token") -> dict[int, float]:
+    """Milliseconds per token by batch size, or ``what`` else of a step; the mean of the starts.
+
+    None where the variant was not measured.
+    """
     rows = [row for row in record["rows"] if row.get("variant") == variant]
     keys = set().union(*rows)
-    batches = sorted(int(key.rsplit("_", 1)[1]) for key in keys if key.startswith("ms_per_token_batch_"))
-    return {batch: sum(row[f"ms_per_token_batch_{batch}"] for row in rows) / len(rows) for batch in batches}
+    batches = sorted(int(key.rsplit("_", 1)[1]) for key in keys if key.startswith(f"{what}_batch_"))
+    return {batch: sum(row[f"{what}_batch_{batch}"] for row in rows) / len(rows) for batch in batches}
 
 
 def _link(bandwidth: float) -> str:
@@ -150,8 +153,7 @@ def speed_up_over_peers(figure: Figure, records: Sequence[Document]) -> None:
     four.set_ylabel("others' time / this package's")
     figure.legend(*four.get_legend_handles_labels(), loc="outside lower left", ncols=4)
     (axes,) = engines
-    looks = (("MINLATENCY", "vLLM 0.26, 2 H200", "-", "o"), ("MINLATENCY", "vLLM 0.26, 4 H200", "--", "s"),
-             ("ONESHOT", "SGLang 0.5.17, 2 H100", "-", "^"))  # fmt: skip
+    looks = (("MINLATENCY", "vLLM 0.26, 2 H200", "-", "o"), ("ONESHOT", "SGLang 0.5.17, 2 H100", "-", "^"))
     for record, (variant, label, line, marker) in zip(records[2:], looks, strict=True):
         stock, found = tokens(record, "default"), tokens(record, variant)
         color = color_of("sglang" if "SGLang" in label else "default")
@@ -168,17 +170,19 @@ def speed_up_over_peers(figure: Figure, records: Sequence[Document]) -> None:
 
 
 def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
-    """What does a served token gain?"""
+    """What does a served token gain? Over four GPUs vLLM's processes are waited for: there, what the GPU gains."""
     figure.suptitle("vLLM 0.26, Llama 8192 wide x 16 layers: time per token saved against stock vLLM")
     panels = figure.subplots(1, 3, sharey=True)
-    titles = ("2 H200, NVLink", "4 H200, NVLink", "4 H200, no peer access")
-    shown = (("MINLATENCY-unfused", "MINLATENCY"), ("MINLATENCY",), ("MINLATENCY", "LOWPRECISION"))
-    for axes, record, title, names in zip(panels, records, titles, shown, strict=True):
-        stock = tokens(record, "default")
+    titles = ("2 H200, NVLink", "4 H200, NVLink, on the GPU", "4 H200, no peer access")
+    measured = ("ms_per_token", "gpu_ms", "ms_per_token")
+    both = ("MINLATENCY-unfused", "MINLATENCY")
+    shown = (both, both, ("MINLATENCY", "LOWPRECISION"))
+    for axes, record, title, names, what in zip(panels, records, titles, shown, measured, strict=True):
+        stock = tokens(record, "default", what)
         width = 0.4
         for number, name in enumerate(names):
-            found = tokens(record, name)
-            # Two of the records are older than the fused norm.
+            found = tokens(record, name, what)
+            # The last of the records has no fused norm.
             is_fused = any("(fused norm)" in call for call in _calls(record, name))
             kind = name if is_fused or name != "MINLATENCY" else "MINLATENCY-unfused"
             places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(stock))]
