@@ -50,6 +50,17 @@ def test_every_record_is_named() -> None:
     assert unnamed == []
 
 
+@pytest.mark.parametrize("name", ["soak_tp2", "soak_one_gpu"])
+def test_pages_have_the_steps_of_the_soaks(name: str) -> None:
+    """In prose, which no script writes: a new record must not leave an old number behind."""
+    record = json.loads((ROOT / "benchmarks" / "h200" / f"{name}.json").read_text())
+    assert record["wrong_elements"] == 0
+    for page in ("README.md", "docs/performance.md"):
+        text = (ROOT / page).read_text()
+        assert f"benchmarks/h200/{name}.json" in text
+        assert f"{record['steps']:,}" in text, f"{page} does not say {record['steps']:,} steps"
+
+
 GOOD_ROW = {"candidate": "ONESHOT", "bytes": 4096, "count": 2048, "eager_us": 3.5, "graph_us": None}
 GOOD = {"world_size": 4, "where": "a test", "rows": [GOOD_ROW]}
 CODEC_ROW = {"wire_format": "fp8", "encode": 100.0, "decode": 100.0}
