@@ -16,6 +16,48 @@ __device__ __forceinline__ uint32_t index_of(const InBandArguments& arguments, i
   return rotated(arguments.rank, step, world_size) * arguments.part + i;
 }
 
+// This rank's partials into their owners' slots (from `slots` on), some owners at a time; for all threads of the grid.
+template <int kWorldSize, typename T, int kTableSize>
+__device__ __forceinline__ void scatter(const PushArguments<kTableSize>& arguments, const Payload<T>& input,
+                                        uint32_t slots, uint32_t total_vectors) {
+  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+  const auto index = [&](int step, uint32_t i) { return index_of<kWorldSize>(arguments, step, i); };
+  for (uint32_t i = grid_thread(); i < arguments.part; i += grid_threads()) {
+#pragma unroll 1
+    for (int first = 1; first < world_size; first += kAtOnce) {
+      uint4 partials[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (index(first + j, i) < total_vectors) partials[j] = input.load(index(first + j, i));
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (index(first + j, i) < total_vectors)
+          store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
+    }
+  }
+}
+
+// The same of a thread with a vector of each part, whose first partials it has loaded: into the slots at `slot`.
+// index(step): the vector of the owner `step` places on; load(step): what it holds.
+template <int kWorldSize, int kTableSize, int kAtOnce, typename Index, typename Load>
+__device__ __forceinline__ void scatter_one(const PushArguments<kTableSize>& arguments, uint32_t slot,
+                                            uint32_t total_vectors, uint4 (&partials)[kAtOnce], Index index,
+                                            Load load) {
+  static_assert(kAtOnce == World<kWorldSize>::kPeersAtOnce);
+  const int world_size = World<kWorldSize>::size(arguments.world_size);
+#pragma unroll 1
+  for (int first = 1;;) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j)
+      if (index(first + j) < total_vectors) store_in_band(arguments.to[first + j], slot, without_marker(partials[j]));
+    first += kAtOnce;
+    if (first >= world_size) break;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);
+  }
+}
+
 // Polls vector `i` of all results (slots: the gather slots of this call), clears them and hands them to the sink.
 template <int kWorldSize, typename Sink>
 __device__ __forceinline__ bool drain(const InBandArguments& arguments, uint32_t slots, uint32_t total_vectors,

@@ -38,17 +38,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t epoch = epoch_of(arguments);
   mine = without_marker(mine);
   const uint32_t slots = slots_of_call(arguments, epoch);
-#pragma unroll 1
-  for (int first = 1;;) {
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j)
-      if (index(first + j) < total_vectors)
-        store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
-    first += kAtOnce;
-    if (first >= world_size) break;
-#pragma unroll
-    for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);
-  }
+  scatter_one<kWorldSize>(arguments, slots + i, total_vectors, partials, index, load);
   advance_epoch(arguments, epoch);
   if (i >= arguments.part) return;
 
@@ -79,19 +69,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t stride = grid_threads();
-  for (uint32_t i = grid_thread(); i < part; i += stride) {
-#pragma unroll 1
-    for (int first = 1; first < world_size; first += kAtOnce) {
-      uint4 partials[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (index(first + j, i) < total_vectors) partials[j] = input.load(index(first + j, i));
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (index(first + j, i) < total_vectors)
-          store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
-    }
-  }
+  scatter<kWorldSize>(arguments, input, slots, total_vectors);
   advance_epoch(arguments, epoch);
 
   for (uint32_t i = grid_thread(); i < part + stride; i += stride) {
@@ -129,28 +107,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   if (blockIdx.x < scatterers) {
     LAR_BULK_SENDER_MEMORY(memory);
     BulkSender sender(memory);
-    const Share share = share_of(0, scatterers, part);
-    for (uint32_t tile = share.first - warp_thread(); tile < share.end; tile += share.stride) {
-#pragma unroll 1
-      for (int first = 1; first < world_size; first += kAtOnce) {
-        uint4 partials[kAtOnce];
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile) + warp_thread();
-          partials[j] = load_vector(arguments.input, min(index, total_vectors - 1));
-        }
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          const uint32_t index = index_of<kWorldSize>(arguments, first + j, tile);
-          if (index >= total_vectors) continue;
-          sender.fill(without_marker(partials[j]));
-          sender.send(arguments.to[first + j], slots + tile,
-                      min(min(kTileVectors, part - tile), total_vectors - index));
-          sender.close();
-        }
-      }
-    }
-    sender.flush();
+    scatter_in_bulk<kWorldSize>(arguments, sender, slots, total_vectors);
     return;
   }
   if (blockIdx.x < scatterers + reducers) {

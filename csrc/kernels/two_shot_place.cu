@@ -30,19 +30,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t epoch = epoch_of(arguments);
   const uint32_t slots = slots_of_call(arguments, epoch);
   const uint32_t stride = grid_threads();
-  for (uint32_t i = grid_thread(); i < part; i += stride) {
-#pragma unroll 1
-    for (int first = 1; first < world_size; first += kAtOnce) {
-      uint4 partials[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (index(first + j, i) < total_vectors) partials[j] = input.load(index(first + j, i));
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j)
-        if (index(first + j, i) < total_vectors)
-          store_in_band(arguments.to[first + j], slots + i, without_marker(partials[j]));
-    }
-  }
+  scatter<kWorldSize>(arguments, input, slots, total_vectors);
   advance_epoch(arguments, epoch);
 
   if (!flags.admit()) return;

@@ -42,7 +42,7 @@ ERRORS: dict[str, Mutation] = {
         IN_BAND | {"ranks": 5},
     ),
     "the second group is sent what the first was": (
-        "kernels/two_shot_push.cu",
+        "device/two_shot_in_band.cuh",
         "for (int j = 0; j < kAtOnce; ++j) partials[j] = load(first + j);",
         "for (int j = 0; j < kAtOnce; ++j) partials[j] = load({} ? 1 + j : first + j);",
         IN_BAND | {"ranks": 5},
