@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import Field
 
-from llm_allreduce_plugin.base.validation import printable
+from llm_allreduce_plugin.base.validation import PlainText, printable
 from llm_allreduce_plugin.cli import options, outputs
 from llm_allreduce_plugin.errors import UnreadableFileError
 from llm_allreduce_plugin.runtime.reports import Report, Text, found_in, read_as
@@ -27,10 +27,10 @@ EPILOG = options.epilog(
 class Shown(Report):
     """A report with what stands in it for people."""
 
-    host: Text = ""
+    host: PlainText = ""
     pid: int | None = Field(default=None, ge=0)
-    transport: Text = ""
-    allreduce_strategy: Text = ""
+    transport: PlainText = ""
+    allreduce_strategy: PlainText = ""
     sizes: Text = ""
     note: Text = ""
 

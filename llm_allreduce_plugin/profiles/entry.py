@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import Range, TunedRanges
+from llm_allreduce_plugin.base.validation import PlainText
 from llm_allreduce_plugin.quantization import UNIT
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
@@ -18,6 +19,8 @@ Kernel = Literal["ONESHOT", "TWOSHOT"]
 Placing = Literal["ONESHOT", "TWOSHOT", "UB"]
 # One kernel for a sum and the norm behind it, or two (``ONE_KERNEL``, ``TWO_KERNELS``).
 Runs = Literal["fused", "then-norm"]
+
+Microseconds = Annotated[float, Field(ge=0)]
 
 
 class Frozen(BaseModel):
@@ -51,8 +54,8 @@ class Measured(Frozen):
     """Microseconds per call of every strategy at one size; those that had become far slower are left out."""
 
     bytes: int = Field(ge=1)
-    graph_us: dict[Placing, float] = Field(default_factory=dict)
-    eager_us: dict[Placing, float] = Field(default_factory=dict)
+    graph_us: dict[Placing, Microseconds] = Field(default_factory=dict)
+    eager_us: dict[Placing, Microseconds] = Field(default_factory=dict)
 
 
 class FusedMeasured(Frozen):
@@ -60,8 +63,8 @@ class FusedMeasured(Frozen):
 
     bytes: int = Field(ge=1)
     strategy: Kernel = Field(description="whose sum it was: what the ranges of the entry say for this size")
-    graph_us: dict[Runs, float] = Field(default_factory=dict)
-    eager_us: dict[Runs, float] = Field(default_factory=dict)
+    graph_us: dict[Runs, Microseconds] = Field(default_factory=dict)
+    eager_us: dict[Runs, Microseconds] = Field(default_factory=dict)
 
 
 def _check_ranges(name: str, ranges: Sequence[ProfileRange | RegisteredRange | FusedRange]) -> None:
@@ -142,10 +145,10 @@ class Entry(Ranged):
     topology_class: TopologyClass
     in_band: bool
     element_bytes: Literal[2, 4]
-    dtype: str
-    date: str
-    method: str
-    environment: dict[str, str]
+    dtype: PlainText
+    date: PlainText
+    method: PlainText
+    environment: dict[PlainText, PlainText]
     graph: tuple[ProfileRange, ...]
     eager: tuple[ProfileRange, ...]
     measured: tuple[Measured, ...]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from llm_allreduce_plugin.base.files import read_json
+from llm_allreduce_plugin.base.validation import PlainText, printable, read_document, shown
 from llm_allreduce_plugin.errors import ProfileError, UnreadableFileError
 from llm_allreduce_plugin.profiles.entry import Entry, Frozen
 from llm_allreduce_plugin.topology.identity import NodeIdentity
@@ -23,7 +23,6 @@ SCHEMA = "llm-allreduce tuning profile"
 READABLE_VERSIONS = (1, 2, 3, 4)
 SCHEMA_VERSION = READABLE_VERSIONS[-1]
 LOCK_TIMEOUT_S = 60.0
-_MOST_FAULTS = 3  # that an error names
 
 
 class Profile(Frozen):
@@ -32,10 +31,10 @@ class Profile(Frozen):
     schema_name: Literal["llm-allreduce tuning profile"] = Field(default="llm-allreduce tuning profile", alias="schema")
     schema_version: Literal[1, 2, 3, 4] = 4
     device: Literal["cuda", "cpu"]
-    gpu: str = Field(description="name of the GPUs, or of the CPU")
+    gpu: PlainText = Field(description="name of the GPUs, or of the CPU")
     architecture: int | None
-    fingerprint: str
-    node: str = Field(description="what the fingerprint is of, for people")
+    fingerprint: PlainText
+    node: PlainText = Field(description="what the fingerprint is of, for people")
     entries: tuple[Entry, ...]
 
     @model_validator(mode="after")
@@ -59,9 +58,15 @@ class Profile(Frozen):
         )
 
     def foreign_to(self, node: NodeIdentity) -> str | None:
-        """Why this was measured on other hardware than ``node``'s, or None: GPUs of another kind."""
+        """Why this was measured on other hardware than ``node``'s, or None: GPUs of another kind.
+
+        By their name, and by their architecture where both say it: a profile may have been edited or be an old one.
+        """
         if (self.device, self.gpu) != (node.device, node.name):
             return f"it was measured on {self.gpu}, and this node has {node.name}"
+        if None not in (self.architecture, node.architecture) and self.architecture != node.architecture:
+            measured, here = (f"{node.name} (sm_{number})" for number in (self.architecture, node.architecture))
+            return f"it was measured on {measured}, and this node has {here}"
         return None
 
     def of_another_node(self, node: NodeIdentity) -> str | None:
@@ -98,11 +103,12 @@ def _version_fault(document: Any) -> str | None:  # noqa: ANN401
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         return "it is no tuning profile"
     version = document.get("schema_version")
-    if version not in READABLE_VERSIONS:
+    if type(version) is not int or version not in READABLE_VERSIONS:  # True and 1.0 are in them, too
         newer = isinstance(version, int) and version > SCHEMA_VERSION
         first = READABLE_VERSIONS[0]
         by = " (written by a newer version of this package)" if newer else ""
-        return f"its schema version is {version!r}, and this package reads {first} to {SCHEMA_VERSION}{by}"
+        found = printable(shown(version))
+        return f"its schema version is {found}, and this package reads {first} to {SCHEMA_VERSION}{by}"
     return None
 
 
@@ -110,23 +116,17 @@ def read(path: Path) -> Profile:
     """The profile in a file.
 
     Raises:
-        ProfileError: naming the file and what is wrong with it.
+        ProfileError: naming the file and what is wrong with it: fields and their values.
     """
+
+    def check(document: Any) -> None:  # noqa: ANN401
+        if (fault := _version_fault(document)) is not None:
+            raise ProfileError(path, fault)
+
     try:
-        document = read_json(path)
+        return read_document(path, Profile, "tuning profile", check=check)
     except UnreadableFileError as error:
         raise ProfileError(path, f"it {error.reason}") from None
-    if (fault := _version_fault(document)) is not None:
-        raise ProfileError(path, fault)
-    try:
-        return Profile.model_validate(document)
-    except ValidationError as error:
-        faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'document'}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors()
-        ]
-        more = f"; and {len(faults) - _MOST_FAULTS} more" if len(faults) > _MOST_FAULTS else ""
-        raise ProfileError(path, "; ".join(faults[:_MOST_FAULTS]) + more) from None
 
 
 def check_replaceable(path: Path, node: NodeIdentity) -> Profile | None:

@@ -18,11 +18,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE
-from llm_allreduce_plugin.base.files import read_json, replace_text
+from llm_allreduce_plugin.base.files import replace_text
 from llm_allreduce_plugin.base.members import host_word
+from llm_allreduce_plugin.base.validation import PlainText, read_document
 from llm_allreduce_plugin.errors import UnreadableFileError
 
 # Inherited by all processes of a server; set by the first of them. Not a setting.
@@ -33,7 +34,7 @@ MOST_KEPT = 2 * LARGEST_WORLD_SIZE  # of processes that have ended: two runs of 
 KEPT_S = 7 * 24 * 3600.0  # a report that nobody has touched for so long is not kept beyond that number
 _PATTERN = "rank-*.json"
 
-_Word = Annotated[str, Field(max_length=64)]
+_Word = Annotated[PlainText, Field(max_length=64)]
 _Name = Annotated[str, Field(max_length=160, pattern=r"^[A-Za-z0-9._+-]*$")]
 _Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Text = Annotated[str, Field(max_length=4096)]  # for people
@@ -185,13 +186,7 @@ def read_as(model: type[_Report], path: Path) -> _Report:
     Raises:
         UnreadableFileError: it cannot be read or is no report, or another's than its name says.
     """
-    document = read_json(path, MOST_BYTES)
-    try:
-        report = model.model_validate(document)
-    except ValidationError as error:
-        fault = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(map(str, fault["loc"])) or "document"
-        raise UnreadableFileError(path, f"is no report: {where[:100]}: {fault['msg']}") from None
+    report = read_document(path, model, "report", most_bytes=MOST_BYTES)
     if path.name != file_name(report.rank, report.group):
         raise UnreadableFileError(path, "holds the report of another rank or group than its name says")
     return report

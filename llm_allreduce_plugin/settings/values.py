@@ -6,38 +6,20 @@ import enum
 import json
 import os
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
+from llm_allreduce_plugin.base import validation
+
 MOST_BYTES_OF_A_MESSAGE = 1 << 40
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_MOST_BITS_SHOWN = 128
 _MOST_DIGITS = 20  # more than any bound has; int() of thousands of digits is an error of its own
 
 
-class _Short(reprlib.Repr):
-    """``repr`` that is short whatever it is given: settings may be large, deep, or contain themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxstring = self.maxother = 80
-        self.maxlist = self.maxtuple = self.maxdict = 8
-        self.maxlevel = 4
-
-    def repr_int(self, value: int, level: int) -> str:
-        # repr() of thousands of digits is an error.
-        bits = value.bit_length()
-        return f"<number of {bits} bits>" if bits > _MOST_BITS_SHOWN else super().repr_int(value, level)
-
-    def repr_instance(self, value: object, level: int) -> str:
-        return self.repr_str(str(value), level) if isinstance(value, Path) else super().repr_instance(value, level)
-
-
-shown = _Short().repr
+shown = validation.shown
 
 
 def parse_size(text: str) -> int:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm_allreduce_plugin.base.validation import printable
 from llm_allreduce_plugin.topology.hosts import BETWEEN_HOSTS
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
@@ -64,7 +65,7 @@ class NodeIdentity:
             found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         except OSError:
             found = None
-        name = found[1].strip() if found else platform.machine()
+        name = printable(found[1].strip()) if found else platform.machine()
         facts = [platform.machine(), name, os.cpu_count() or 0]
         return cls("cpu", name, None, _digest(facts), f"{facts[2]} cores of {name}")
 

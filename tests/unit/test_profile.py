@@ -27,6 +27,8 @@ from tests.support.profiles import cpu_entry, entry, fused, node, registered
 
 TOPOLOGIES = Path(__file__).parents[2] / "configs" / "topologies"
 H200 = node("NVIDIA H200")
+# Of one line, as every text of a profile is.
+lines = st.text(max_size=20).filter(str.isprintable)
 limits = st.lists(st.integers(0, 1 << 34), unique=True, max_size=6).map(sorted)
 
 
@@ -69,13 +71,13 @@ any_entry = st.builds(
     transport=st.sampled_from(list(Transport)),
     element_bytes=st.sampled_from((2, 4)),
     in_band=st.booleans(),
-    dtype=st.text(max_size=8),
+    dtype=lines,
     fused=st.none() | st.builds(fused, any_fused_ranges, any_fused_ranges),
     registered=st.none() | any_registered(),
 )
 
 
-@given(st.lists(any_entry, max_size=4, unique_by=lambda made: made.key), st.text(max_size=20))
+@given(st.lists(any_entry, max_size=4, unique_by=lambda made: made.key), lines)
 def test_round_trip(entries: list[Entry], name: str) -> None:
     with fresh_folder() as folder:
         path = folder / "profile.json"
@@ -159,6 +161,59 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         assert text in fault(changed(path, entries=broken))
     store(path, H200, [entry()], force=True)
     assert "two are for the same kind of group" in fault(changed(path, entries=entries * 2))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "text"),
+    [
+        (
+            {"environment": {"gpu": "\x1b]0;title\x07"}},
+            "environment.gpu: must be one line of printable characters, not",
+        ),
+        ({"environment": {"a\nb": ""}}, "environment.a\\nb.[key]: must be one line of printable characters"),
+        ({"date": "2025-01-02\nforged"}, "date: must be one line of printable characters, not '2025-01-02\\nforged'"),
+        ({"dtype": "x" * 1001}, "dtype: must have at most 1000 characters"),
+        ({"method": "\ud800"}, ""),
+        ({"in_band": 0}, "in_band: Input should be a valid boolean, not 0"),
+        ({"hosts": True}, "hosts: Input should be a valid integer, not True"),
+        ({"world_size": "4"}, "world_size: Input should be a valid integer, not '4'"),
+        ({"measured": [{"bytes": 1, "graph_us": {"ONESHOT": -1.0}}]}, "measured.0.graph_us.ONESHOT: Input should be "),
+        (
+            {"measured": [{"bytes": 1, "eager_us": {"UB": "1"}}]},
+            "measured.0.eager_us.UB: Input should be a valid number",
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_about_an_entry_is_named_with_its_value(tmp_path: Path, spoil: dict[str, Any], text: str) -> None:
+    path = written(tmp_path)
+    entries = json.loads(path.read_text())["entries"]
+    entries[0] |= spoil
+    with pytest.raises(ProfileError) as caught:
+        read(changed(path, entries=entries))
+    assert (
+        f"it is no tuning profile: entries.0.{text}" if text else "it is no tuning profile: "
+    ) in caught.value.reason
+    assert caught.value.reason.isprintable()
+
+
+@pytest.mark.parametrize("field", ("gpu", "node", "fingerprint"))
+def test_what_is_wrong_about_a_node_is_named_with_its_value(tmp_path: Path, field: str) -> None:
+    path = changed(written(tmp_path), **{field: "H200\x1b[31m"})
+    with pytest.raises(ProfileError, match=rf"{field}: must be one line of printable characters, not 'H200\\x1b\[31m'"):
+        read(path)
+
+
+def test_a_wrong_version_is_told_in_few_words(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    for version in ("9" * 5000, 10**4000, [0] * 5000, {"\x1b": "\x1b"}):
+        with pytest.raises(ProfileError, match="its schema version is .*, and this package reads 1 to 4") as caught:
+            read(changed(path, schema_version=version))
+        assert len(caught.value.reason) < 300
+        assert caught.value.reason.isprintable()
+    for version in (True, 1.0, "1"):
+        with pytest.raises(ProfileError, match=f"its schema version is {version!r}, and this package reads 1 to 4"):
+            read(changed(path, schema_version=version))
 
 
 @pytest.mark.parametrize(

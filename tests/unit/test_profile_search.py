@@ -124,6 +124,24 @@ def test_a_configured_profile_that_cannot_be_used_is_an_error(places: dict[str, 
     assert "it has no entry for 4 ranks through peer memory (it has 2 ranks" in found.ignored[0]
 
 
+def test_other_architectures_are_other_hardware(places: dict[str, Path]) -> None:
+    """Also where GPUs are called the same; a profile that names none, or a node that has none, is told by the name."""
+    for name in ("configured", "cached", "shipped"):
+        store(places[name], H200, [entry()])
+        changed(places[name], architecture=80)
+    with pytest.raises(
+        ConfigError, match=r"measured on NVIDIA H200 \(sm_80\), and this node has NVIDIA H200 \(sm_90\)"
+    ):
+        search.find(places["configured"], FACTS, H200)
+    found = search.find(None, FACTS, H200)
+    assert found.tuned is None
+    assert "it was measured on NVIDIA H200 (sm_80), and this node has" in found.ignored[0]
+    changed(places["shipped"], architecture=None)
+    assert search.find(None, FACTS, H200).tuned is not None
+    without = dataclasses.replace(H200, architecture=None)
+    assert search.find(places["configured"], FACTS, without).tuned is not None
+
+
 def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert AllReduceConfig().tuning_profile is None
     assert load_config({"tuning_profile": "NONE"}).tuning_profile == "none"
@@ -135,7 +153,9 @@ def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_shipped_profiles_are_valid() -> None:
     """Whatever lies in configs/tuning can be read, and was measured with this schema."""
-    for path in search.shipped_paths():
+    shipped = search.shipped_paths()
+    assert {path.name for path in shipped} >= {"nvidia-h100.json", "nvidia-h200-x4.json", "nvidia-h200.json"}
+    for path in shipped:
         profile = read(path)
         assert profile.device == "cuda"
         assert profile.entries

@@ -105,6 +105,29 @@ def test_control_characters_reach_no_terminal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "fields",
+    [
+        {"transport": "\x1b[31m"},
+        {"allreduce_strategy": "AUTO\ngroup forged: peer memory"},
+        {"host": "node\n  rank 7 on node"},
+        {"fallback_calls": [{**FALLBACK, "requested": "\x1b[31m"}]},
+        {"fallback_calls": [{**FALLBACK, "strategy": "TWOSHOT\nforged"}]},
+        {"calls": {"ONESHOT\x1b": 1}},
+    ],
+    ids=str,
+)
+def test_names_that_a_terminal_would_obey_are_refused(folder: Path, fields: dict[str, Any]) -> None:
+    reports.write(folder, report_of(0, **fields))
+    output = said(folder)
+    (line,) = [line for line in output.splitlines() if line.startswith("left out: ")]
+    assert line.isprintable()
+    assert "is no report: " in line
+    assert "must be one line of printable characters" in line
+    assert "\x1b" not in output
+    assert not [line for line in output.splitlines() if line.startswith(("group forged", "  rank 7"))]
+
+
+@pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda path: path.mkdir(), "no reports there: give the folder that report_dir names"),
