@@ -28,19 +28,27 @@ EPILOG = options.epilog(
     "llm-allreduce bench --fused --hidden 8192 --quant fp8 -b 16K -e 64M -f 4",
 )
 
+MOST_SIZES = 10_000
+
 
 def message_sizes(smallest: int, largest: int, factor: int, step: int | None, *, halves: bool) -> list[int]:
     """Bytes per rank from ``smallest`` to ``largest``, times ``factor`` or plus ``step``; or also 3/2 of each.
 
     Raises:
-        typer.BadParameter: the range is empty.
+        typer.BadParameter: the range is empty, or has more than ``MOST_SIZES``.
     """
     if largest < smallest:
         message = f"--maxbytes {largest} is less than --minbytes {smallest}"
         raise typer.BadParameter(message)
-    sizes = []
+    sizes: list[int] = []
     size = smallest
     while size <= largest:
+        if len(sizes) >= MOST_SIZES:  # a factor, of 2 at least, has fewer
+            message = (
+                f"--stepbytes {step}: from {smallest} to {largest} bytes there are more than {MOST_SIZES} sizes: "
+                "give a larger step"
+            )
+            raise typer.BadParameter(message)
         sizes.append(size)
         if halves and size * 3 // 2 <= largest:
             sizes.append(size * 3 // 2)
@@ -69,6 +77,9 @@ def _chosen(with_: list[str] | None, norm: Norm | None, device_type: str) -> tup
         return known
     wanted = [name for text in with_ for name in text.split(",") if name]
     by_lower = {name.lower(): name for name in known}
+    if not wanted:
+        message = f"--with {' '.join(with_)}: names nothing: must be one of {', '.join(known)}"
+        raise typer.BadParameter(message)
     for name in wanted:
         if name.lower() not in by_lower:
             message = f"--with {name}: must be one of {', '.join(known)}"
@@ -168,7 +179,9 @@ def bench(
     smallest, largest = parse_bytes("--minbytes", minbytes), parse_bytes("--maxbytes", maxbytes)
     sizes = message_sizes(smallest, largest, stepfactor, step, halves=halves)
     element = ELEMENT_BYTES[dtype]
-    counts = norm.counts(sizes, dtype) if norm else [size // element for size in sizes if size >= element]
+    if norm is None:
+        options.check_holds_element("--minbytes", minbytes, smallest, dtype)
+    counts = norm.counts(sizes, dtype) if norm else [size // element for size in sizes]
     device_type, ranks = _devices(cpu, ngpus)
     wanted = _chosen(with_, norm, device_type)
     if between and device_type == "cpu":

@@ -23,8 +23,12 @@ EPILOG = options.epilog(
 )
 
 
-def _measured(payload: int, *, cpu: bool) -> tuple[dict[WireFormat, CodecSpeed], str]:
-    """The speed of every codec here, and where that is."""
+def _measured(payload: int, size: str, *, cpu: bool) -> tuple[dict[WireFormat, CodecSpeed], str]:
+    """The speed of every codec here, and where that is. ``size``: what ``--bytes`` says, for errors.
+
+    Raises:
+        typer.BadParameter: there is not that much memory.
+    """
     import torch
 
     from llm_allreduce_plugin.compression.breakeven.measure import codec_speed
@@ -32,7 +36,14 @@ def _measured(payload: int, *, cpu: bool) -> tuple[dict[WireFormat, CodecSpeed],
     on_gpu = torch.cuda.is_available() and not cpu
     device = torch.device("cuda" if on_gpu else "cpu")
     where = torch.cuda.get_device_name(0) if on_gpu else "the CPU, which says nothing about a GPU"
-    return {wire: codec_speed(wire, payload, device) for wire in WireFormat}, where
+    try:
+        return {wire: codec_speed(wire, payload, device) for wire in WireFormat}, where
+    except RuntimeError as error:
+        # torch has a class for the GPU's memory alone. Of the CPU's it says "can't allocate memory".
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        message = f"--bytes {size}: {'a GPU' if on_gpu else 'the CPU'} of this node has not that much memory: give less"
+        raise typer.BadParameter(message) from None
 
 
 def _recorded(path: Path) -> tuple[dict[WireFormat, CodecSpeed], str]:
@@ -71,7 +82,8 @@ def breakeven(
     outputs.check_file("--json", json_file)
     outputs.check_picture("--plot", plot)
     payload = parse_bytes("--bytes", size)
-    speeds, where = _measured(payload, cpu=cpu) if source is None else _recorded(source)
+    options.check_holds_element("--bytes", size, payload, "bfloat16")
+    speeds, where = _measured(payload, size, cpu=cpu) if source is None else _recorded(source)
     typer.echo(f"# codecs measured on {where}; {ranks} ranks")
     for wire, speed in speeds.items():
         typer.echo(f"# {wire}: encodes {speed.encode:.4g} GB/s of bf16, decodes {speed.decode:.4g} GB/s")

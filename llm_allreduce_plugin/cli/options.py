@@ -16,6 +16,7 @@ from typing import TypeVar, get_args, get_type_hints
 import typer
 from typer.models import OptionInfo
 
+from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.quantization import QuantKind
@@ -53,6 +54,17 @@ def parse_bytes(option: str, text: str) -> int:
         return number
     message = f"{option} {shown(text)}: must be a positive number of bytes up to 1T, like 512, 4K, 1M or 1G"
     raise typer.BadParameter(message)
+
+
+def check_holds_element(option: str, text: str, number: int, dtype: str) -> None:
+    """Check that a message of ``number`` bytes has an element. ``option``, ``text``: what it is from, for the error.
+
+    Raises:
+        typer.BadParameter: it has none.
+    """
+    if number < ELEMENT_BYTES[dtype]:
+        message = f"{option} {text}: less than an element of {dtype}, {ELEMENT_BYTES[dtype]} bytes"
+        raise typer.BadParameter(message)
 
 
 def parse_dtype(text: str, others: Iterable[str] = ()) -> str:

@@ -18,6 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,15 @@ class Answer:
     log: Path
 
 
+# Of a server that ends while it is asked: no connection, or an answer that breaks off.
+_NO_ANSWER = (OSError, HTTPException)
+
+
+def _silent(error: BaseException, log: Path) -> DemoError:
+    """What is said of a server that has ended instead of answering. The log is told here: it may not be kept."""
+    return DemoError(f"the server did not answer: {error!r}\nthe end of its log:\n{end_of(log)}")
+
+
 @contextlib.contextmanager
 def served(engine: Engine, strategy: str, work: Path, *, compiled: bool = False) -> Iterator[Answer]:
     """A server that has answered the prompt, and runs inside of the block. Everything that it needs goes into ``work``.
@@ -149,9 +159,15 @@ def served(engine: Engine, strategy: str, work: Path, *, compiled: bool = False)
             said = error.read().decode(errors="replace")
             message = f"the server answered {error.code}: {said}\nthe end of its log:\n{end_of(log)}"
             raise DemoError(message) from None
+        except _NO_ANSWER as error:
+            raise _silent(error, log) from None
         seconds = time.monotonic() - asked
         time.sleep(1.5)  # the workers write their reports some times a second
-        reports, counters = read_reports(work / "report"), read_metrics(f"{url}/metrics")
+        reports = read_reports(work / "report")
+        try:
+            counters = read_metrics(f"{url}/metrics")
+        except _NO_ANSWER as error:
+            raise _silent(error, log) from None
         yield Answer(text, tokens, expected, seconds, reports, counters, url, log)
 
 

@@ -10,10 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from llm_allreduce_plugin.settings.values import shown
+
 if TYPE_CHECKING:
     from llm_allreduce_plugin.measure.ranks import RankContext
 
 TIMEOUT_S = 300.0  # ranks of two hosts import torch, make contexts, and NCCL looks for its networks
+_MOST_DIGITS = 9
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,7 +33,7 @@ class Place:
         """Of this process. ``command``: which of this package is to be started, for the error.
 
         Raises:
-            ValueError: torchrun has not started it.
+            ValueError: torchrun has not started it, or a variable is not what torchrun sets.
         """
         missing = [name for name in _VARIABLES if not environment.get(name)]
         if missing:
@@ -40,7 +43,25 @@ class Place:
                 f"{command} --torchrun"
             )
             raise ValueError(message)
-        return cls(*(int(environment[name]) for name in _VARIABLES[:3]))
+        place = cls(*(_number(name, environment[name]) for name in _VARIABLES[:3]))
+        for name, number in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank)):
+            if number >= place.world_size:
+                message = f"{name}={number}: must be less than WORLD_SIZE={place.world_size}"
+                raise ValueError(message)
+        return place
+
+
+def _number(name: str, text: str) -> int:
+    """That a variable holds.
+
+    Raises:
+        ValueError: it holds none, or a negative one.
+    """
+    word = text.strip()
+    if not (word.isascii() and word.isdecimal() and len(word) <= _MOST_DIGITS):
+        message = f"{name}={shown(text)}: must be a whole number, as torchrun sets it"
+        raise ValueError(message)
+    return int(word)
 
 
 @contextlib.contextmanager

@@ -116,6 +116,8 @@ def test_flags_come_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> Non
         (("--allreduce-config", '{"timeout_s": 1, "timeout_s": 2}'), "argument --allreduce-config: not valid JSON"),
         (("--allreduce-config", '{"timeout": 3}'), "--allreduce-config: timeout=3: unknown key"),
         (("--allreduce-config", "/no/such/file.yaml"), "file /no/such/file.yaml: cannot be read"),
+        (("--allreduce-config", "~nosuchuser/x.yaml"), "'~nosuchuser/x.yaml': must be a path; ~nosuchuser is no home"),
+        (("--allreduce-config", ""), "'': must be a path, and not empty"),
         (("--allreduce-config", "ONESHOT"), "file ONESHOT: suffix ''"),
         (
             ("--allreduce-strategy", "UB", "--allreduce-config", '{"allreduce_strategy": "NCCL"}'),

@@ -27,6 +27,23 @@ def test_a_place_is_what_torchrun_says() -> None:
         Place.of({name: value for name, value in STARTED.items() if "RANK" not in name})
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("RANK", "x", "RANK='x': must be a whole number"),
+        ("WORLD_SIZE", "-4", "WORLD_SIZE='-4': must be a whole number"),
+        ("LOCAL_RANK", "1.0", "LOCAL_RANK='1.0': must be a whole number"),
+        ("RANK", "9" * 300, "RANK='9999.*': must be a whole number"),
+        ("RANK", "4", "RANK=4: must be less than WORLD_SIZE=4"),
+        ("LOCAL_RANK", "4", "LOCAL_RANK=4: must be less than WORLD_SIZE=4"),
+    ],
+)
+def test_what_torchrun_would_not_say_is_named(name: str, text: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as caught:
+        Place.of(STARTED | {name: text})
+    assert len(str(caught.value)) < 300
+
+
 def test_without_torchrun_the_command_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in STARTED:
         monkeypatch.delenv(name, raising=False)

@@ -189,6 +189,13 @@ def test_reference_is_the_sum_of_the_inputs() -> None:
         ),
         (["-b", "1M", "-e", "1K"], "is less than"),
         (["--cpu", "--fused", "--with", "ONESHOT"], "--with ONESHOT: must be one of fused, then-norm"),
+        (["--cpu", "--with", ","], "--with ,: names nothing: must be one of ONESHOT, TWOSHOT"),
+        (["--cpu", "-b", "1", "-e", "1"], "--minbytes 1: less than an element of bfloat16, 2 bytes"),
+        (["--cpu", "-b", "2", "-d", "float"], "--minbytes 2: less than an element of float32, 4 bytes"),
+        (
+            ["--cpu", "-b", "4", "-e", "1T", "-i", "1"],
+            "--stepbytes 1: from 4 to 1099511627776 bytes there are more than 10000 sizes: give a larger step",
+        ),
         (["--hidden", "64"], "--hidden 64: give --fused, too: only then messages have rows"),
         (["--fused", "--hidden", "100"], "--hidden 100: input: rows of 100 elements; RMSNorm needs a multiple of 8"),
         (["--quant", "nvfp4"], "--quant nvfp4: only norms are quantized"),

@@ -101,3 +101,16 @@ def test_recorded_speeds(tmp_path: Path) -> None:
     record.write_text("{}")
     assert RUNNER.invoke(app, ["breakeven", "--from", str(record)]).exit_code == 2
     assert RUNNER.invoke(app, ["breakeven", "--from", str(tmp_path / "none")]).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "complaint"),
+    [
+        ("1", "--bytes 1: less than an element of bfloat16, 2 bytes"),
+        ("1T", "--bytes 1T: the CPU of this node has not that much memory: give less"),
+    ],
+)
+def test_messages_that_cannot_be_measured_are_refused(size: str, complaint: str) -> None:
+    result = RUNNER.invoke(app, ["breakeven", "--cpu", "--bytes", size], env={"COLUMNS": "200", "TERM": "dumb"})
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.output.replace("│", " ").split())

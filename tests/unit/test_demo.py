@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -128,6 +129,52 @@ def test_a_second_ctrl_c_does_not_leave_the_server_behind(tmp_path: Path) -> Non
     assert process.returncode == 0, "it ended in order, not by a stronger signal"
     assert not serve_demo.group_is_alive(process.pid)
     assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+DYING = """
+import socket, sys, time
+with socket.create_server(("127.0.0.1", int(sys.argv[1]))) as listener:
+    print("ready", flush=True)
+    for answer in {answers!r}:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(answer)
+        print("its last words", flush=True)
+        connection.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [b""],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\nhalf"],
+        [b"no HTTP"],
+        [b"HTTP/1.0 200 OK\r\n\r\n", b""],
+    ],
+    ids=("nothing", "half", "no HTTP", "no metrics"),
+)
+def test_a_server_that_dies_while_it_answers_leaves_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[bytes]
+) -> None:
+
+    class Dying(type(ENGINES["vllm"])):  # type: ignore[misc]
+        def server_setup(self, *arguments: Any, **_: Any) -> tuple[list[str], dict[str, str]]:
+            return [sys.executable, "-c", DYING.format(answers=answers), str(arguments[3])], dict(os.environ)
+
+        def ask(self, url: str, *_: Any) -> tuple[str, list[int]]:
+            serve_demo.http(url)
+            return "", []
+
+    monkeypatch.setattr(serve_demo, "make_model", lambda _: None)
+    monkeypatch.setattr(serve_demo, "reference_tokens", lambda _: [])
+    monkeypatch.setattr(serve_demo, "wait_for_health", lambda *_: wait_until(lambda: "ready" in log.read_text()))
+    log = tmp_path / "server.log"
+    with (
+        pytest.raises(DemoError, match=r"(?s)did not answer: .*the end of its log:\n.*its last words"),
+        serve_demo.served(Dying(), "ONESHOT", tmp_path),
+    ):
+        pass
 
 
 def test_a_start_says_what_it_waits_for(

@@ -191,9 +191,8 @@ def test_what_is_wrong_about_an_entry_is_named_with_its_value(tmp_path: Path, sp
     entries[0] |= spoil
     with pytest.raises(ProfileError) as caught:
         read(changed(path, entries=entries))
-    assert (
-        f"it is no tuning profile: entries.0.{text}" if text else "it is no tuning profile: "
-    ) in caught.value.reason
+    where = f"entries.0.{text}" if text else ""
+    assert f"it is no tuning profile: {where}" in caught.value.reason
     assert caught.value.reason.isprintable()
 
 

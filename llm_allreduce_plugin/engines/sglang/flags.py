@@ -18,6 +18,7 @@ from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings.documents import from_json, read_settings
 from llm_allreduce_plugin.settings.environment import variable_of
 from llm_allreduce_plugin.settings.faults import validated
+from llm_allreduce_plugin.settings.values import path as as_path
 from llm_allreduce_plugin.settings.values import shown
 
 STRATEGY = "--allreduce-strategy"
@@ -96,15 +97,19 @@ def settings_in(given: str) -> AllReduceConfig:
         ConfigError: it is neither a JSON object of settings nor a file with some.
     """
     if not given.lstrip().startswith("{"):
-        path = Path(given).expanduser()
+        try:
+            path = Path(str(as_path(given)))
+        except ValueError as error:
+            message = f"{shown(given)}: {error}"
+            raise ConfigError(message) from None
         return validated(f"file {path}", AllReduceConfig, read_settings(path, CONFIG))
     try:
-        values = from_json(given)
+        found = from_json(given)
     except ValueError as error:
         message = f"not valid JSON: {error}"
         raise ConfigError(message) from None
-    assert isinstance(values, dict)  # it begins with a brace
-    return validated(CONFIG, AllReduceConfig, values)
+    assert isinstance(found, dict)  # it begins with a brace
+    return validated(CONFIG, AllReduceConfig, found)
 
 
 def _take_strategy(action: argparse.Action, flag: str, strategy: AllReduceStrategy) -> None:
