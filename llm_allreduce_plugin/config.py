@@ -12,9 +12,9 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings import environment
@@ -88,6 +88,15 @@ Domain = Annotated[int, Field(ge=0, lt=MOST_DOMAINS), BeforeValidator(no_boolean
 Folder = Annotated[Path, BeforeValidator(path)]
 
 
+class _Sources(dict[str, str]):
+    """Where fields are from. A note beside the settings: these are the same wherever they are from."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Sources)
+
+    __hash__ = None
+
+
 class LowPrecisionConfig(Settings):
     """What LOWPRECISION does. Frozen; unknown keys are errors."""
 
@@ -96,9 +105,9 @@ class LowPrecisionConfig(Settings):
     )
     algorithm: Annotated[LowPrecisionAlgorithm, BeforeValidator(lower_case)] = Field(
         default=LowPrecisionAlgorithm.AUTO,
-        description="how packets move; auto is one_shot for fp8 and fp8_group between two GPUs (through host memory fp8 "
-        "alone, to 1 MiB), hierarchical for fp8 where GPUs without NVLink form two NUMA domains of equal size, otherwise "
-        "two_shot",
+        description="how packets move; auto is one_shot for fp8 and fp8_group between two GPUs (through host memory "
+        "fp8 alone, to 1 MiB), hierarchical for fp8 where GPUs without NVLink form two NUMA domains of equal size, "
+        "otherwise two_shot",
     )
     domains: Annotated[tuple[Domain, ...], Field(min_length=2, max_length=MOST_DOMAINS)] | None = Field(
         default=None,
@@ -152,8 +161,8 @@ class AllReduceConfig(Settings):
     registered_pool: PoolBytes | None = Field(
         default=None,
         description="registered memory of each rank, for outputs that UB has peers store into, as a number or like "
-        "'64MiB'; it never grows, and 0 is none; default 512 MiB of a GPU of more than two (16 MiB on a CPU rank) with UB, "
-        "otherwise 0",
+        "'64MiB'; it never grows, and 0 is none; default 512 MiB of a GPU of more than two (16 MiB on a CPU rank) "
+        "with UB, otherwise 0",
     )
     one_shot_max_bytes: MessageBytes | None = Field(
         default=None,
@@ -207,17 +216,28 @@ class AllReduceConfig(Settings):
         "and name the first difference; for finding a fault, some milliseconds a call",
     )
 
+    _sources: _Sources = PrivateAttr(default_factory=_Sources)
+
+    def told_from(self, sources: Mapping[str, str]) -> Self:
+        """The same, which knows where its fields are from. ``sources``: source and name there, by field."""
+        self._sources = _Sources(sources)
+        return self
+
+    def name_of(self, field: str) -> str:
+        """What errors call a field, one that is nested after its own: with its source in front, where that is known."""
+        return self._sources.get(field, field)
+
     def check_world_size(self, world_size: int) -> None:
         """Check what depends on the number of ranks.
 
         Raises:
-            ConfigError: naming the field, its value and what is allowed.
+            ConfigError: naming the source, the field, its value and what is allowed.
         """
         domains = self.low_precision.domains
         if domains is not None and len(domains) != world_size:
             message = (
-                f"low_precision.domains={shown(list(domains))}: has {len(domains)} numbers: must have one for each of "
-                f"the {world_size} ranks"
+                f"{self.name_of('low_precision.domains')}={shown(list(domains))}: has {len(domains)} numbers: must "
+                f"have one for each of the {world_size} ranks"
             )
             raise ConfigError(message)
 
@@ -318,12 +338,17 @@ def load_config(
         ConfigError: naming the source, the field, the value and what is allowed.
     """
     merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
 
     def add(source: str, values: Mapping[Any, Any], label: Mapping[str, str] | None = None) -> None:
         # Every source by itself, so that an error names the one that is wrong.
         found = validated(source, AllReduceConfig, values, label).model_dump(exclude_unset=True)
-        for name in _NESTED.keys() & found.keys():
-            found[name] = merged.get(name, {}) | found[name]
+        for name, value in found.items():
+            field = f"{source}: {(label or {}).get(name, name)}"
+            sources[name] = field
+            if name in _NESTED:
+                sources.update({f"{name}.{inner}": f"{field}.{inner}" for inner in value})
+                found[name] = merged.get(name, {}) | value
         merged.update(found)
 
     variables = in_environment()
@@ -338,4 +363,4 @@ def load_config(
             message = f"{engine_name}: {shown(engine)}: must be a mapping of settings"
             raise ConfigError(message)
         add(engine_name, engine)
-    return validated("settings", AllReduceConfig, merged)
+    return validated("settings", AllReduceConfig, merged).told_from(sources)

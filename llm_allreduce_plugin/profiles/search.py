@@ -83,8 +83,8 @@ def _has(profile: Profile) -> str:
     return "; ".join(map(str, profile.entries)) or "nothing"
 
 
-def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
-    """The profile that a setting names. It need not be of this very node, but of its kind of GPUs.
+def _configured(path: Path, facts: GroupFacts, node: NodeIdentity, name: str) -> Found:
+    """The profile that a setting, of this ``name``, names. It need not be of this very node, but of its kind of GPUs.
 
     Raises:
         ConfigError: it cannot be used at all.
@@ -97,7 +97,7 @@ def _configured(path: Path, facts: GroupFacts, node: NodeIdentity) -> Found:
         reason = profile.foreign_to(node)
         fault = None if reason is None else ProfileError(path, reason)
     if fault is not None:
-        message = f"tuning_profile: {fault} (give another file, or none, or leave the setting out)"
+        message = f"{name}: {fault} (give another file, or none, or leave the setting out)"
         raise ConfigError(message)
     tuned = _tuned(profile, facts, f"profile {path}", anywhere=True)
     if tuned is not None:
@@ -130,13 +130,14 @@ def _candidates(node: NodeIdentity, cached: Path | None) -> Iterator[tuple[Path,
         yield path, f"shipped profile {path.name} for {node.name}", False
 
 
-def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity) -> Found:
+def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity, named: str = "tuning_profile") -> Found:
     """The profile for a group.
 
     Args:
         setting: ``tuning_profile``.
         facts: of the group, with its transport and slots.
         node: that the group runs on.
+        named: what errors call the setting.
 
     Raises:
         ConfigError: the setting names a file that cannot be used. Any other file that cannot is ignored, with a line.
@@ -145,7 +146,7 @@ def find(setting: Path | str | None, facts: GroupFacts, node: NodeIdentity) -> F
         return Found(None)
     ignored: list[str] = []
     if setting is not None:
-        found = _configured(Path(setting), facts, node)
+        found = _configured(Path(setting), facts, node, named)
         if found.tuned is not None:
             return found
         ignored += found.ignored
@@ -177,5 +178,5 @@ def with_profile(config: AllReduceConfig, facts: GroupFacts, node: NodeIdentity)
     """
     if facts.transport is Transport.NONE or not uses_table(config):
         return facts, ()
-    found = find(config.tuning_profile, facts, node)
+    found = find(config.tuning_profile, facts, node, config.name_of("tuning_profile"))
     return dataclasses.replace(facts, tuned=found.tuned), found.ignored

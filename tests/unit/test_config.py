@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -168,6 +169,26 @@ def test_config_is_frozen_and_strict() -> None:
         config.timeout_s = 3  # type: ignore[misc]
     with pytest.raises(ValidationError, match="extra"):
         AllReduceConfig(strategy="ONESHOT")  # type: ignore[call-arg]
+
+
+def test_what_depends_on_the_number_of_ranks_names_its_source(tmp_path: Path) -> None:
+    """Each key of a nested setting has its own: one source may give the domains, and another the wire format."""
+    wrong = {"low_precision": {"domains": [0, 1, 2]}}
+    of_file = write(tmp_path, "a.yaml", "low_precision: {domains: [0, 1, 2]}")
+    of_file["LLM_ALLREDUCE_LOW_PRECISION"] = '{"wire_format": "tq3"}'
+    of_variable = {"LLM_ALLREDUCE_LOW_PRECISION": '{"domains": [0, 1, 2]}'}
+    for config, where in (
+        (load_config(environment=of_file), f"file {tmp_path / 'a.yaml'}: low_precision.domains="),
+        (load_config(environment=of_variable), "environment: LLM_ALLREDUCE_LOW_PRECISION.domains="),
+        (load_config(wrong, environment=of_variable), "engine configuration: low_precision.domains="),
+        (AllReduceConfig.model_validate(wrong), "low_precision.domains="),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config.model_copy().check_world_size(4)
+        assert str(caught.value).startswith(f"{where}[0, 1, 2]: has 3 numbers: must have one for each of the 4 ranks")
+        assert config == AllReduceConfig.model_validate(config.model_dump(exclude_unset=True)), "whatever the source"
+        assert hash(config) == hash(config.model_copy())
+        assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_llm_args() -> None:

@@ -142,6 +142,16 @@ def test_other_architectures_are_other_hardware(places: dict[str, Path]) -> None
     assert search.find(places["configured"], FACTS, without).tuned is not None
 
 
+def test_the_source_of_a_configured_profile_is_named(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLM_ALLREDUCE_TUNING_PROFILE", str(places["configured"]))
+    with pytest.raises(
+        ConfigError, match="^environment: LLM_ALLREDUCE_TUNING_PROFILE: tuning profile .*cannot be read"
+    ):
+        search.with_profile(load_config(), FACTS, H200)
+    with pytest.raises(ConfigError, match="^vLLM: tuning_profile: tuning profile .*/other.json: it cannot be read"):
+        search.with_profile(load_config({"tuning_profile": "/other.json"}, engine_name="vLLM"), FACTS, H200)
+
+
 def test_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert AllReduceConfig().tuning_profile is None
     assert load_config({"tuning_profile": "NONE"}).tuning_profile == "none"
