@@ -112,12 +112,12 @@ class LowPrecision(KernelStrategy):
         if settings.min_bytes is None and settings.wire_format.keeps_rows:
             return Merit(pays=True)  # what is exact in a small batch must not be rounded in a large one
         if settings.min_bytes is not None:
-            reason = f"messages below {int(settings.min_bytes)} bytes stay exact (low_precision.min_bytes)"
+            asked = bytes_in_words(int(settings.min_bytes))
+            reason = f"messages below {asked} stay exact (low_precision.min_bytes)"
             if settings.wire_format.keeps_rows:
                 reason += "; a row's answer then depends on its batch"
             if message.payload_bytes < settings.min_bytes:
                 return Merit(pays=False, reason=reason)
-            asked = bytes_in_words(int(settings.min_bytes))
             return Merit(pays=True, reason=f"{size} are at least {asked} (low_precision.min_bytes)")
         least, source = tables.low_precision_pays_from(facts, settings.wire_format, message.element_bytes)
         if least is None:
@@ -127,7 +127,9 @@ class LowPrecision(KernelStrategy):
                 reason = f"from which size on {settings.wire_format} is faster than exact sums is not known: {source}"
             return Merit(pays=False, reason=reason)
         if message.payload_bytes < least:
-            reason = f"below {least} bytes the exact kernels are faster than {settings.wire_format} ({source})"
+            reason = (
+                f"below {bytes_in_words(least)} the exact kernels are faster than {settings.wire_format} ({source})"
+            )
             return Merit(pays=False, reason=reason)
         if least == 0:  # whatever the size
             return Merit(pays=True, reason=source)

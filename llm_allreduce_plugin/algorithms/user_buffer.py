@@ -128,7 +128,7 @@ class UserBuffer(KernelStrategy):
             return "its output does not lie in registered memory"
         if message.payload_bytes > (most := largest_output(pool_bytes(config, facts))):
             # Without this message's size: a reason is told, and counted, once.
-            return f"messages above {most} bytes, a quarter of registered_pool, go through slots"
+            return f"messages above {bytes_in_words(most)}, a quarter of registered_pool, go through slots"
         return None
 
     def pays(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> Merit:  # noqa: ARG002

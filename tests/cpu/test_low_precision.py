@@ -195,7 +195,7 @@ def _warnings(context: RankContext) -> list[str]:
                 group.all_reduce(torch.ones(size, dtype=torch.bfloat16))
             assert group.report()["calls"] == {"MINLATENCY": 2, "LOWPRECISION": 1}
             assert (group.report()["fallbacks"], group.report()["fallback_calls"]) == ({}, [])
-            assert "messages below 2000 bytes stay exact" in group.explain((1,), torch.bfloat16).reason
+            assert "messages below 1.953 KiB stay exact" in group.explain((1,), torch.bfloat16).reason
     finally:
         logger.removeHandler(handler)
     return lines

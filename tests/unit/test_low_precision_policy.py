@@ -39,7 +39,7 @@ def test_low_precision_runs_where_it_can_and_says_why_not() -> None:
         (low_precision(4096, "float32", cpu), "compression is for bfloat16 and float16, not float32"),
         (
             low_precision(4096, "bfloat16", cpu, min_bytes="1MiB"),
-            "messages below 1048576 bytes stay exact (low_precision.min_bytes)",
+            "messages below 1 MiB stay exact (low_precision.min_bytes)",
         ),
         (low_precision(4096, "float16", dataclasses.replace(cpu, world_size=16)), "for 2 to 8 ranks, not 16"),
     ):
@@ -77,7 +77,7 @@ def test_compression_runs_where_it_is_faster() -> None:
     assert low_precision(576 << 10, "bfloat16", group).strategy is S.LOWPRECISION
     small = low_precision((576 << 10) - 1, "bfloat16", group)
     assert small.strategy is S.MINLATENCY
-    assert small.reason == "below 1179648 bytes the exact kernels are faster than fp8 (measured on H100)"
+    assert small.reason == "below 1.125 MiB the exact kernels are faster than fp8 (measured on H100)"
     pcie = low_precision(1 << 17, "bfloat16", facts(8, in_band=True, architecture=89))
     assert pcie.strategy is S.LOWPRECISION
     for group, source in (

@@ -53,7 +53,7 @@ def test_large_messages_are_placed_and_small_ones_left_to_two_shot() -> None:
     assert small.reason == "below 4 MiB results travel as fast through slots (an estimate)"
     large = decide(config("UB", registered_pool="64MiB"), group, 8 * MIB + 1, "bfloat16")
     assert (large.strategy, large.is_fallback) == (S.TWOSHOT, True)
-    assert large.reason == "messages above 16777216 bytes, a quarter of registered_pool, go through slots"
+    assert large.reason == "messages above 16 MiB, a quarter of registered_pool, go through slots"
     larger = decide(config("UB", registered_pool="64MiB"), group, 64 * MIB, "bfloat16")
     assert fallback_of(larger) == fallback_of(large), "one warning and one label, whatever the size"
 
