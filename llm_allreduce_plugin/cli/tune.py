@@ -11,6 +11,7 @@ import typer
 
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS, Range
+from llm_allreduce_plugin.base.validation import MOST_CHARACTERS, printable
 from llm_allreduce_plugin.cli import options, outputs, tune_ranks
 from llm_allreduce_plugin.cli.bench import message_sizes
 from llm_allreduce_plugin.cli.options import DTYPES, parse_bytes
@@ -36,6 +37,8 @@ EPILOG = options.epilog(
 
 SECONDS = 55.0  # of a minute; the rest is for what is under way when it ends
 QUICK_SECONDS = 9.0
+LARGEST, LARGEST_QUICK, LARGEST_CPU = "256M", "64M", "4M"  # messages, by default
+_LARGEST_HELP = f"Largest message; default: {LARGEST}, with --quick {LARGEST_QUICK}, of CPU ranks {LARGEST_CPU}."
 LARGEST_CPU_GROUP = 2  # by default: CPU ranks are for trying out
 
 
@@ -116,7 +119,7 @@ def tune(
         str, typer.Option("--transport", help="GPUs: auto, peer or host memory; each has entries of its own.")
     ] = "auto",
     minbytes: Annotated[str, typer.Option("--minbytes", "-b", help="Smallest message, in bytes per rank.")] = "1K",
-    maxbytes: Annotated[str | None, typer.Option("--maxbytes", "-e", help="Largest message.")] = None,
+    maxbytes: Annotated[str | None, typer.Option("--maxbytes", "-e", help=_LARGEST_HELP)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, less often: under 15 seconds.")] = False,
     cpu: Annotated[bool, typer.Option("--cpu", help="CPU ranks, even where there are GPUs.")] = False,
     torchrun: Annotated[
@@ -164,7 +167,7 @@ def tune(
     world_sizes = (place.world_size,) if place else _world_sizes(tp, LARGEST_CPU_GROUP if cpu else available, device)
     groups = [Group(size, name) for size in world_sizes for name in _dtypes(dtype)]
     chosen, registered = _transport(transport, device), _registered_pool(options.configured(), device)
-    largest = parse_bytes("--maxbytes", maxbytes or ("4M" if cpu else "64M" if quick else "256M"))
+    largest = parse_bytes("--maxbytes", maxbytes or (LARGEST_CPU if cpu else LARGEST_QUICK if quick else LARGEST))
     sizes = message_sizes(parse_bytes("--minbytes", minbytes), largest, 4 if quick else 2, None, halves=False)
     if sizes[0] % 16:
         message = f"--minbytes {minbytes}: must be a multiple of 16"
@@ -219,6 +222,15 @@ class _Kept:
             raise _fail(str(error)) from None
 
 
+def versions() -> dict[str, str]:
+    """What a profile says of its environment, as records do: versions, driver, commit and command, where known."""
+    from llm_allreduce_plugin.measure.environment import environment
+
+    names = ("driver", "cuda", "torch", "nccl", "python", "llm_allreduce_plugin", "commit", "command")
+    known = environment()
+    return {name: printable(str(known[name]))[:MOST_CHARACTERS] for name in names if known.get(name)}
+
+
 def _measure(
     ranks: contextlib.AbstractContextManager[Ranks],
     groups: list[Group],
@@ -237,16 +249,10 @@ def _measure(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from llm_allreduce_plugin.measure.environment import environment
     from llm_allreduce_plugin.measure.ranks import FAILURES, in_a_line
     from llm_allreduce_plugin.tuning.measure import tune
     from llm_allreduce_plugin.tuning.plan import WrongAnswerError
 
-    versions = {
-        name: str(value)
-        for name, value in environment().items()
-        if name in ("driver", "cuda", "torch", "nccl", "python", "llm_allreduce_plugin", "command") and value
-    }
     started = time.monotonic()
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -260,7 +266,7 @@ def _measure(
                     groups,
                     transport,
                     left,
-                    versions,
+                    versions(),
                     lambda text, share: progress.update(task, description=text, completed=share),
                     keep,
                     registered_pool=registered_pool,

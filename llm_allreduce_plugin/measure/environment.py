@@ -15,6 +15,9 @@ import torch
 
 from llm_allreduce_plugin.base.files import replace_text
 
+# Of a checkout. Of an installed package, the folder that it lies in.
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def _output(*command: str) -> str:
     try:
@@ -33,10 +36,21 @@ def _command() -> str:
     return shlex.join(["python", *sys.argv])
 
 
+def commit() -> str:
+    """What of this package runs: ``BENCHMARK_COMMIT``, else the commit of its checkout; empty where that is unknown.
+
+    Of an installed package it is: a repository that its folder or the current one lies in is another's.
+    """
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return given
+    found = _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD").splitlines()
+    return found[1] if len(found) == 2 and Path(found[0]).resolve() == ROOT else ""  # noqa: PLR2004
+
+
 def environment() -> dict[str, Any]:
     """GPU, driver, CUDA, torch, NCCL, the engines, this package, commit, command and the switches that matter.
 
-    The commit is git's, or ``BENCHMARK_COMMIT`` where the checkout came without its history.
+    The commit is that of this package's checkout, or ``BENCHMARK_COMMIT`` where that came without its history.
     """
     versions = {}
     for package in ("llm_allreduce_plugin", "vllm", "sglang", "flashinfer-python"):
@@ -53,7 +67,7 @@ def environment() -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpus else "",  # type: ignore[no-untyped-call]
         "python": sys.version.split()[0],
         **versions,
-        "commit": os.environ.get("BENCHMARK_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "commit": commit(),
         "command": _command(),
         "switches": {
             name: os.environ[name]

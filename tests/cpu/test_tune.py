@@ -19,6 +19,7 @@ from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.cli import tune as tune_command
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed
+from llm_allreduce_plugin.measure.environment import commit
 from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.topology import NodeIdentity
@@ -63,6 +64,7 @@ def test_tune_and_what_uses_it(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert {1024, 4096, 16384, 65536} <= {row.bytes for row in made.measured}
     assert all(time > 0 for row in made.measured for time in row.eager_us.values())
     assert made.environment["torch"] == torch.__version__
+    assert made.environment.get("commit", "") == commit()
     assert made.registered is None
     assert all(set(row.eager_us) <= set(KERNELS) for row in made.measured)
     assert made.fused is not None
