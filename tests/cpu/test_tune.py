@@ -17,9 +17,9 @@ from llm_allreduce_plugin.bench.candidates import Bound, OurSettings
 from llm_allreduce_plugin.bench.compare import Comparison, Effort
 from llm_allreduce_plugin.cli import app
 from llm_allreduce_plugin.cli import tune as tune_command
+from llm_allreduce_plugin.measure.environment import commit
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed
-from llm_allreduce_plugin.measure.environment import commit
 from llm_allreduce_plugin.profiles import file as profiles
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
 from llm_allreduce_plugin.topology import NodeIdentity
