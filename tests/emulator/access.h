@@ -19,6 +19,7 @@ inline constexpr uint32_t kWordBytes = 4;
 // Stores into the block's buffer, from which words arrive in memory later.
 inline void store_word(Block& block, const StoreBuffer::Word& word) {
   machine.progress();
+  if (StoreBuffer* left = block.left_by_kernels()) left->arrive_at(word.address);
   if (word.copier && machine.schedule().copies_are_late) {
     block.stores.add_late(word);
     machine.add_under_way(&block);
@@ -53,6 +54,11 @@ T load(const T* address) {
   static_assert(std::is_trivially_copyable_v<T>);
   T value;
   std::memcpy(&value, address, sizeof(value));
+  const StoreBuffer* left = machine.self->block->left_by_kernels();
+  if (left) {
+    left->see(machine.self, address, sizeof(value), &value);
+    left->see_late(address, sizeof(value), &value);
+  }
   const StoreBuffer& stores = machine.self->block->stores;
   if (!stores.empty()) stores.see(machine.self, address, sizeof(value), &value);
   return value;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "machine.h"
 #include "report.h"
@@ -142,7 +143,13 @@ void Block::finish_warp(uint32_t warp) {
 
 void Block::leave() {
   Thread* self = machine.self;
-  if (--live == 0) lose_shared_memory();
+  if (--live == 0) {
+    lose_shared_memory();
+    for (int barrier = 0; barrier < kBarriers; ++barrier)
+      if (barriers_[barrier].arrived != 0)
+        machine.fault("a block has ended with threads at barrier " + std::to_string(barrier) +
+                      " that others should have met there");
+  }
   const uint32_t warp = self->warp();
   --live_in_warp_[warp];
   // Those who wait do not wait for threads that have ended.

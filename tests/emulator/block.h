@@ -83,6 +83,9 @@ struct Block {
   bool advance(const std::vector<uintptr_t>* polled);
   bool has_any_under_way() const { return !copying.empty() || !stores.empty() || stores.has_late(); }
 
+  // Stores to host memory that kernels of this GPU have left under way at their end; null if there are none.
+  StoreBuffer* left_by_kernels() const;
+
   // Of the variable with this key, zeroed the first time; its offset.
   uint32_t shared(const void* key, size_t bytes);
   char* shared_memory(uint32_t offset) { return shared_memory_.get() + offset; }

@@ -21,6 +21,9 @@ EMULATOR_EXPORT void emulator_limit(int device, int multiprocessors, int blocks_
   machine.device(device).blocks_per_multiprocessor = blocks_per_multiprocessor;
 }
 
+// This is host memory, until the next reset: stores to it may be under way when their kernel has ended.
+EMULATOR_EXPORT void emulator_host_memory(const char* first, size_t bytes) { machine.add_host_memory(first, bytes); }
+
 // Runs until all streams have done all that they were given. 0; 1: some device has trapped, now or earlier; 2: it
 // cannot end, for the reason in `text`.
 EMULATOR_EXPORT int emulator_run(char* text, size_t bytes) {

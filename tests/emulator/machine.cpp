@@ -23,7 +23,8 @@ constexpr int64_t kIdleRoundNs = 500'000'000;  // of kPollsPerRound polls of eve
 constexpr int64_t kPollsPerRound = 256;
 constexpr size_t kPolledVectors = 8192;
 constexpr uint32_t kMostLateWords = 4096;
-constexpr int kTries = 16;  // to find somebody who is not starved
+constexpr uint32_t kMostLeft = 4;  // times as many words of a GPU as a block has under way
+constexpr int kTries = 16;         // to find somebody who is not starved
 
 }  // namespace
 
@@ -36,6 +37,8 @@ void Machine::reset(uint64_t seed) {
   are_candidates_old_ = true;
   runnable_threads_ = 0;
   under_way_.clear();
+  fault_.clear();
+  host_memory_.clear();
   devices_.assign(kDevices, Device{});
   for (int i = 0; i < kDevices; ++i) devices_[i].number = i;
   random_ = Random(seed);
@@ -95,10 +98,32 @@ void Machine::let_stores_arrive() {
   if (is_waited_for) vain_ = fruitless_;  // nothing has come: it takes as many polls before the next try
 }
 
-// A kernel that ends leaves nothing under way.
+bool Machine::is_host(const char* address) const {
+  return std::any_of(host_memory_.begin(), host_memory_.end(),
+                     [&](const auto& range) { return range.first <= address && address < range.second; });
+}
+
+void Machine::leave_to_device(Block& block) {
+  std::shared_ptr<Block>& left = block.grid->stream->device->left;
+  if (!left) left = std::make_shared<Block>(nullptr, 0, dim3(0, 1, 1));
+  block.stores.leave(left->stores, [&](const char* address) { return is_host(address); }, schedule_.copies_are_late);
+  while (left->stores.size() > kMostLeft * schedule_.stores_under_way) left->stores.arrive(random_);
+  if (left->has_any_under_way()) add_under_way(left.get());
+}
+
+// The host has waited for all kernels.
+void Machine::let_all_arrive() {
+  for (Device& device : devices_)
+    if (device.left) device.left->stores.arrive_all();
+}
+
+// A kernel that ends leaves nothing under way but stores to host memory that no release of it has waited for.
 void Machine::forget_under_way(const Grid& grid) {
   for (const auto& block : grid.resident) {
-    block->stores.arrive_all();
+    if (host_memory_.empty() || block->stores.empty())
+      block->stores.arrive_all();
+    else
+      leave_to_device(*block);
     if (block->is_under_way) under_way_.erase(std::find(under_way_.begin(), under_way_.end(), block.get()));
   }
 }
@@ -257,9 +282,12 @@ std::string Machine::run() {
     if (!thread) {
       if (may_start_blocks_) continue;
       const bool done = std::all_of(streams_.begin(), streams_.end(), [](const auto& s) { return s->work.empty(); });
-      return done ? "" : what_stands();
+      if (!done) return what_stands();
+      let_all_arrive();
+      return "";
     }
     run_thread(thread);
+    if (!fault_.empty()) return fault_;
   }
 }
 

@@ -9,6 +9,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "block.h"
@@ -67,6 +68,8 @@ struct Device {
   int multiprocessors = 132;
   int blocks_per_multiprocessor = 16;
   int resident = 0;  // blocks
+  // Of no kernel and without threads: the stores to host memory that ended kernels have left under way.
+  std::shared_ptr<Block> left;
   bool broken = false;
 };
 
@@ -108,6 +111,12 @@ class Machine {
   // This block has stores or copies that are not everywhere yet.
   void add_under_way(Block* block);
 
+  // What lies there is host memory, until reset().
+  void add_host_memory(const char* first, size_t bytes) { host_memory_.push_back({first, first + bytes}); }
+
+  // Something was done that GPUs do not bear: run() ends, and says so.
+  void fault(const std::string& text) { fault_ = text; }
+
   // Something has changed that a poll might have waited for.
   void progress() {
     fruitless_ = 0;
@@ -127,6 +136,9 @@ class Machine {
   void remove_runnable(Thread* thread);
   void let_stores_arrive();
   void forget_under_way(const Grid& grid);
+  void leave_to_device(Block& block);
+  bool is_host(const char* address) const;
+  void let_all_arrive();
   void start_blocks();
   bool start_blocks_of(Stream& stream);
   void end_block(Block& block);
@@ -155,9 +167,16 @@ class Machine {
   size_t turn_ = 0;
   bool may_start_blocks_ = false;
   bool broke_ = false;
+  std::string fault_;
+  std::vector<std::pair<const char*, const char*>> host_memory_;
 };
 
 extern Machine machine;
+
+inline StoreBuffer* Block::left_by_kernels() const {
+  const Block* left = grid->stream->device->left.get();
+  return left && left->has_any_under_way() ? const_cast<StoreBuffer*>(&left->stores) : nullptr;
+}
 
 // For sources with errors patched into them: which of them is made.
 inline int mutation = 0;

@@ -30,8 +30,10 @@ struct Schedule {
   uint32_t arrivals;          // a word arrives once in so many steps; 0: only where others have to wait for it
   Bias bias;                  // kAhead, kBehind: one stream; kStarved: one thread, or one warp
   uint32_t which;
-  bool copies_are_late;  // bulk copies read, and what they write arrives, only where others have to wait for it
-  bool starves_warp;     // instead of a thread: the other warps of its block go on without any thread of it
+  // Bulk copies read, and what they write and what kernels leave under way at their end arrives, only where others have
+  // to wait for it.
+  bool copies_are_late;
+  bool starves_warp;  // instead of a thread: the other warps of its block go on without any thread of it
 };
 
 }  // namespace emulator

@@ -53,6 +53,19 @@ void StoreBuffer::adopt(const Thread* copier, uint64_t end_of_groups) {
   }
 }
 
+void StoreBuffer::see_late(const void* address, uint32_t bytes, void* value) const {
+  const auto* first = static_cast<const char*>(address);
+  for (uintptr_t vector = vector_of(first); vector <= vector_of(first + bytes - 1); ++vector) {
+    if (late_count(vector) == 0) continue;
+    const auto found = late_.find(vector);
+    if (found == late_.end()) continue;
+    for (const Word& word : found->second)
+      for (uint32_t i = 0; i < word.bytes; ++i)
+        if (const ptrdiff_t at = word.address + i - first; at >= 0 && at < ptrdiff_t{bytes})
+          static_cast<char*>(value)[at] = reinterpret_cast<const char*>(&word.value)[i];
+  }
+}
+
 void StoreBuffer::see(const Thread* reader, const void* address, uint32_t bytes, void* value) const {
   bool any = false;
   for (uint32_t at = 0; at < bytes; at += sizeof(uint32_t)) any |= count(static_cast<const char*>(address) + at) != 0;
@@ -110,6 +123,27 @@ bool StoreBuffer::arrive_late(Random& random, const std::vector<uintptr_t>& vect
 void StoreBuffer::release(const Thread* writer) {
   const auto arrives = [&](const Word& word) {
     const bool is_meant = word.shared || word.writer == writer;
+    if (is_meant) store(word);
+    return is_meant;
+  };
+  words_.erase(std::remove_if(words_.begin(), words_.end(), arrives), words_.end());
+}
+
+void StoreBuffer::arrive_at(const char* address) {
+  if (const uintptr_t vector = vector_of(address); late_count(vector) != 0)
+    if (const auto found = late_.find(vector); found != late_.end()) {
+      std::vector<Word>& words = found->second;
+      const auto arrives = [&](const Word& word) {
+        const bool is_meant = is_same_word(word.address, address);
+        if (is_meant) std::memcpy(word.address, &word.value, word.bytes);
+        return is_meant;
+      };
+      words.erase(std::remove_if(words.begin(), words.end(), arrives), words.end());
+      if (words.empty()) erase_late(found);
+    }
+  if (count(address) == 0) return;
+  const auto arrives = [&](const Word& word) {
+    const bool is_meant = is_same_word(word.address, address);
     if (is_meant) store(word);
     return is_meant;
   };

@@ -25,10 +25,13 @@ from tests.kernels.planted.kinds import (
     GROUPS,
     HIERARCHICAL,
     HOST,
+    HOST_ROWS,
     HOSTS,
     IN_BAND,
     LARGE_HOST,
     LARGE_HOST_IN_TWO_STEPS,
+    LARGE_HOST_IN_TWO_STEPS_OF_FIVE,
+    LARGE_HOST_IN_TWO_STEPS_OF_THREE,
     LARGE_HOST_OF_THREE,
     MANY,
     MIXED,
@@ -63,6 +66,10 @@ from tests.support.soft_switch import MulticastGroup
 pytestmark = emulator.needs_emulator
 
 ROW = 384  # elements of a row that is normed
+HOST_ROW = 2048  # the same through host memory: for every worker of four lanes
+WHOLE_STRIDES = 65_536  # elements: of the last stride of vectors, and of those of half of them, no worker has none
+# By the number of ranks: elements of which a rank's part is large as packets, with more of them and with fewer.
+LARGE_PARTS = {2: (150_000, 132_000), 3: (210_000, 198_000), 5: (340_000, 328_000)}
 SEEDS = 12  # in which an error must show at least once
 
 
@@ -130,10 +137,27 @@ def large_through_host_memory(seed: int, ranks: int = 2, algorithm: Algorithm = 
     lanes = (4, 24 if algorithm is Algorithm.ONE_SHOT else 40)[seed % 2]
     group = LocalGroup(ranks, machine=machine, host=True, lanes=lanes, workspace_mib=8, unsplit=algorithm)
     if algorithm is Algorithm.ONE_SHOT:
-        calls = [("ONESHOT", 41_000), ("LOWPRECISION", 82_000), ("ONESHOT", 33_000), ("LOWPRECISION", 66_000)]
-    else:  # of packets a rank's part is large
-        calls = [("TWOSHOT", 41_000), ("LOWPRECISION", 150_000), ("TWOSHOT", 33_000), ("LOWPRECISION", 132_000)]
-    run_queued(group, calls * 2, f"large, {seed=}")
+        calls = [("ONESHOT", 41_000), ("LOWPRECISION", 82_000), ("ONESHOT", 33_000), ("LOWPRECISION", 66_000)] * 2
+        calls.append(("ONESHOT", WHOLE_STRIDES))
+    else:
+        most, fewest = LARGE_PARTS[ranks]
+        calls = [("TWOSHOT", 41_000), ("LOWPRECISION", most), ("TWOSHOT", 33_000), ("LOWPRECISION", fewest)]
+        calls += calls if ranks < 5 else [("TWOSHOT", 41_000), ("LOWPRECISION", fewest)]
+        calls.append(("TWOSHOT", WHOLE_STRIDES))
+    run_queued(group, calls, f"large, {seed=}")
+
+
+def norm_rows_through_host_memory(seed: int) -> None:
+    """A row that one lane has, and sums on all lanes, which clear what it has left."""
+    group = LocalGroup(3, machine=EmulatedGpus(seed, library=mutated()), host=True, lanes=4, workspace_mib=0.5)
+    for call in range(9):
+        inputs = inputs_of(seed + call, 3, HOST_ROW, torch.bfloat16)
+        if call % 4:
+            reduce_and_compare(group, "ONESHOT", inputs, f"call {call}, {seed=}")
+            continue
+        boundary = random_boundary(seed + call, 1, HOST_ROW, torch.bfloat16)
+        rows = [part.view(1, HOST_ROW) for part in inputs]
+        check(group, Algorithm.ONE_SHOT, _C.SHARED, Shape(1, 64), rows, boundary, f"call {call}, {seed=}")
 
 
 def norm_rows(seed: int) -> None:
@@ -252,6 +276,13 @@ STRESSES: dict[str, Callable[[int], None]] = {
     "large host": large_through_host_memory,
     "large host, three ranks": functools.partial(large_through_host_memory, ranks=3),
     "large host, two steps": functools.partial(large_through_host_memory, algorithm=Algorithm.TWO_SHOT),
+    "large host, two steps, three ranks": functools.partial(
+        large_through_host_memory, ranks=3, algorithm=Algorithm.TWO_SHOT
+    ),
+    "large host, two steps, five ranks": functools.partial(
+        large_through_host_memory, ranks=5, algorithm=Algorithm.TWO_SHOT
+    ),
+    "rows through host memory": norm_rows_through_host_memory,
     "hosts": over_hosts,
     "multicast": by_multicast,
     "mixed": mixed,
@@ -275,6 +306,9 @@ KINDS = {
     "large, host": LARGE_HOST,
     "large, host, three ranks": LARGE_HOST_OF_THREE,
     "large, host, two steps": LARGE_HOST_IN_TWO_STEPS,
+    "large, host, two steps, three ranks": LARGE_HOST_IN_TWO_STEPS_OF_THREE,
+    "large, host, two steps, five ranks": LARGE_HOST_IN_TWO_STEPS_OF_FIVE,
+    "rows, host": HOST_ROWS,
     "fp8, one step, two ranks": ONE_STEP | {"ranks": 2},
     "fp8_group": GROUPS,
     "fp8_group, two ranks": GROUPS | {"unsplit": Algorithm.ONE_SHOT, "ranks": 2},
@@ -306,7 +340,7 @@ def test_every_planted_error_is_tried() -> None:
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_nothing_is_wrong_without_an_error(kind: dict[str, Any]) -> None:
     mutated().mutate(0)
-    for seed in emulator.seeds(4 if kind.get("ranks", 4) == 4 else 1):
+    for seed in emulator.seeds(kind.get("seeds", 4 if kind.get("ranks", 4) == 4 else 1)):
         stress(seed, kind)
 
 

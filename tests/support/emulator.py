@@ -234,6 +234,7 @@ class Library:
         self._c = ctypes.CDLL(str(path))
         self._c.emulator_stream.restype = ctypes.c_void_p
         self._c.emulator_now.restype = ctypes.c_int64
+        self._c.emulator_host_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         self._c.emulator_reset.argtypes = [ctypes.c_uint64]
         self._c.emulator_soft_switch.argtypes = [
             ctypes.c_void_p, *[ctypes.c_uint] * 2, *[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2, ctypes.c_void_p,
@@ -253,6 +254,10 @@ class Library:
     def limit(self, device: int, *, blocks: int) -> None:
         """How many blocks this GPU has room for."""
         self._c.emulator_limit(device, 1, blocks)
+
+    def add_host_memory(self, address: int, size: int) -> None:
+        """Let stores to these bytes be under way when their kernel ends, until the next reset."""
+        self._c.emulator_host_memory(address, size)
 
     def run(self) -> None:
         """Until all streams have done all that they were given.

@@ -24,7 +24,7 @@ class Pushed(Exchange):
 
     GENERATIONS = 2
     CLEARS_AFTER = 0
-    COURIERS = 0
+    RELEASERS = 0
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -206,11 +206,11 @@ class Published(Exchange):
 
     GENERATIONS = 4
     CLEARS_AFTER = 2
-    COURIERS = 1
+    RELEASERS = 1
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        self._extents: dict[tuple[str, int, int, int], int] = {}  # plane, rank, generation, lane
+        self._lengths: dict[tuple[str, int, int, int], int] = {}  # plane, rank, generation, lane
 
     def filled(self, number: int, rank: int) -> Iterator[Place]:
         call, generation = self.calls[number], self._generation_of_call(number)
@@ -221,11 +221,11 @@ class Published(Exchange):
             yield ("gather", rank, generation, rank, i)
             yield from (("scatter", rank, generation, peer, i) for peer in self.others(rank))
 
-    def _is_courier(self, at: Thread) -> bool:
+    def _is_releaser(self, at: Thread) -> bool:
         return at.thread >= at.call.threads
 
     def _share(self, at: Thread, end: int) -> range:
-        return range(0) if self._is_courier(at) else at.share(0, at.call.lanes, end)
+        return range(0) if self._is_releaser(at) else at.share(0, at.call.lanes, end)
 
     def _publish(self, at: Thread, place: Place, value: Value) -> Steps:
         return self.store(at, place, value, ("block", at.rank, at.number, at.block, "stores"))
@@ -233,12 +233,12 @@ class Published(Exchange):
     def _count_call(self, at: Thread, epoch: int, vectors: int) -> Generator[Keys, None, int]:
         """Returns how many vectors of the old generation there are to clear."""
         plane, old = self.plane_of(at.call), self.generation(epoch - self.clears_after)
-        old_vectors = self._extents.get((plane, at.rank, old, at.block), 0)
+        old_vectors = self._lengths.get((plane, at.rank, old, at.block), 0)
         lanes = [at.block] if at.thread == 0 else []
-        if at.block == 0 and self.rules.keeps_extents_of_absent_lanes:
-            lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.COURIERS)
+        if at.block == 0 and self.rules.keeps_lengths_of_absent_lanes:
+            lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.RELEASERS)
         for lane in lanes:
-            self._extents[plane, at.rank, self.generation(epoch), lane] = vectors
+            self._lengths[plane, at.rank, self.generation(epoch), lane] = vectors
         yield from self.count(at, epoch)
         return old_vectors
 
@@ -254,16 +254,16 @@ class Published(Exchange):
         for i in self._share(at, vectors):
             if i >= first:
                 yield from self._clear_old(at, epoch, i, scatters=scatters)
-        yield from self._courier_barrier(at, waits=False)
+        yield from self._releaser_barrier(at, waits=False)
 
     def _settle_clears(self, at: Thread) -> Steps:
-        yield from self._courier_barrier(at, waits=True)
-        if self.rules.courier_waits:
+        yield from self._releaser_barrier(at, waits=True)
+        if self.rules.releaser_waits:
             yield from self.machine.arrived(("block", at.rank, at.number, at.block, "stores"))
 
-    def _courier_barrier(self, at: Thread, *, waits: bool) -> Steps:
-        name = ("block", at.rank, at.number, at.block, "courier")
-        return self.machine.barrier(name, at.call.threads + self.COURIERS, waits=waits)
+    def _releaser_barrier(self, at: Thread, *, waits: bool) -> Steps:
+        name = ("block", at.rank, at.number, at.block, "releaser")
+        return self.machine.barrier(name, at.call.threads + self.RELEASERS, waits=waits)
 
     def one_shot(self, at: Thread) -> Steps:
         vectors, rank = at.call.vectors, at.rank
@@ -273,7 +273,7 @@ class Published(Exchange):
         for i in self._share(at, vectors):
             yield from self._publish(at, ("one_shot", rank, generation, rank, i), (at.number, "", rank, i))
         old_vectors = yield from self._count_call(at, epoch, vectors)
-        if self._is_courier(at):
+        if self._is_releaser(at):
             yield from self._settle_clears(at)
             return
         for i in self._share(at, vectors):
@@ -296,7 +296,7 @@ class Published(Exchange):
                     place = ("scatter", owner, generation, rank, i)
                     yield from self._publish(at, place, (at.number, "partial", rank, i))
         old_vectors = yield from self._count_call(at, epoch, part)
-        if self._is_courier(at):
+        if self._is_releaser(at):
             yield from self._settle_clears(at)
             return
         for i in self._share(at, call.owned(self.ranks, rank)):

@@ -43,10 +43,10 @@ class Rules:
     skipped_clear: tuple[int, int] | None = None  # a call and a rank, which leaves out its first clear
     waits_before_sending: bool = True  # for the end of the previous kernel
     kernel_ends_after_clears: bool = True  # pushed: once they have arrived
-    courier_waits: bool = True
+    releaser_waits: bool = True
     counts_absent_lanes: bool = True
     counts_after_all_read: bool = True
-    keeps_extents_of_absent_lanes: bool = True
+    keeps_lengths_of_absent_lanes: bool = True
     checks_every_word: bool = True
     splits_on_all_ranks: bool = True  # lanes with one task each
     counts_together: bool = True  # pushed: calls of all algorithms
@@ -102,7 +102,7 @@ class Exchange:
 
     GENERATIONS: int
     CLEARS_AFTER: int
-    COURIERS: int  # threads of a block beyond those that the call names
+    RELEASERS: int  # threads of a block beyond those that the call names
 
     def __init__(self, ranks: int, lanes: int, order: Order, *, epoch: int = 0, rules: Rules | None = None) -> None:
         self.ranks = ranks
@@ -137,7 +137,7 @@ class Exchange:
         self.calls = calls
         for rank in range(self.ranks):
             kernels = [
-                (call.lanes, call.threads + self.COURIERS, self._kernel(rank, number))
+                (call.lanes, call.threads + self.RELEASERS, self._kernel(rank, number))
                 for number, call in enumerate(calls)
             ]
             self.machine.launch(rank, kernels)
@@ -182,13 +182,13 @@ class Exchange:
         if not self.rules.counts_after_all_read:
             self._advance(at, epoch)
         yield ()
-        yield from self.machine.barrier(("block", at.rank, at.number, at.block), at.call.threads + self.COURIERS)
+        yield from self.machine.barrier(("block", at.rank, at.number, at.block), at.call.threads + self.RELEASERS)
         self._advance(at, epoch)
 
     def _advance(self, at: Thread, epoch: int) -> None:
         lanes = [at.block] if at.thread == 0 else []
         if at.block == 0 and self.rules.counts_absent_lanes:
-            lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.COURIERS)
+            lanes += range(at.call.lanes + at.thread, self.lanes, at.call.threads + self.RELEASERS)
         for lane in lanes:
             self.epochs[self.plane_of(at.call), at.rank, lane] = (epoch + 1) % EPOCHS
 

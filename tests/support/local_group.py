@@ -118,6 +118,8 @@ class LocalGroup:
         ]
         for buffer in self.buffers:
             initialize(buffer, self.layout)
+            if host:
+                self.machine.use_host_memory(buffer)
         self.locals = [
             torch.zeros(self.layout.local_bytes, dtype=torch.uint8, device=self.device_of(rank))
             for rank in range(world_size)

@@ -41,6 +41,10 @@ class LocalMachine(Protocol):
         """Before any runs: on a GPU where others wait for it, a kernel that is loaded later would wait for them."""
         ...
 
+    def use_host_memory(self, memory: torch.Tensor) -> None:
+        """Before any kernel runs: that this is pinned host memory, which all ranks share."""
+        ...
+
     def stream(self, rank: int) -> Stream:
         """A stream of its own."""
         ...
@@ -66,6 +70,9 @@ class OneGpu:
 
     def load_kernels(self, world_size: int) -> None:
         self.native.load_kernels(world_size)
+
+    def use_host_memory(self, memory: torch.Tensor) -> None:
+        pass
 
     def stream(self, rank: int) -> torch.cuda.Stream:
         return torch.cuda.Stream(self.device_of(rank))
@@ -132,6 +139,9 @@ class EmulatedGpus:
 
     def load_kernels(self, world_size: int) -> None:
         self.native.load_kernels(world_size)
+
+    def use_host_memory(self, memory: torch.Tensor) -> None:
+        self.library.add_host_memory(memory.data_ptr(), memory.nbytes)
 
     def stream(self, rank: int) -> emulator.Stream:
         if self._blocks is not None:

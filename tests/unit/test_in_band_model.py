@@ -128,13 +128,13 @@ BROKEN: list[tuple[type[Exchange], dict[str, Any], dict[Algorithm, tuple[Fault, 
     (Pushed, {"waits_before_sending": False}, {"one_shot": ("wrong",), "two_shot": ("stuck",)}),
     (Published, {"waits_before_sending": False}, {"one_shot": ("wrong",), "two_shot": ("stuck",)}),
     (Pushed, {"kernel_ends_after_clears": False}, {"one_shot": ("stuck",), "two_shot": ("wrong",), "pull": ("stuck",)}),
-    (Published, {"courier_waits": False}, {"one_shot": ("wrong",), "two_shot": ("wrong", "stuck")}),
-    # Epochs and extents.
+    (Published, {"releaser_waits": False}, {"one_shot": ("wrong",), "two_shot": ("wrong", "stuck")}),
+    # Epochs and lengths.
     (Pushed, {"counts_absent_lanes": False}, {"one_shot": ("wrong", "stuck", "uncounted"), "two_shot": ("stuck",)}),
     (Published, {"counts_absent_lanes": False}, {"one_shot": ("wrong", "uncounted"), "two_shot": ("wrong",)}),
     (Pushed, {"counts_after_all_read": False}, {"one_shot": ("stuck",), "two_shot": ("stuck",)}),
     (Published, {"counts_after_all_read": False}, {"one_shot": ("stuck",), "two_shot": ("stuck",)}),
-    (Published, {"keeps_extents_of_absent_lanes": False}, {"one_shot": ("wrong",), "two_shot": ("wrong",)}),
+    (Published, {"keeps_lengths_of_absent_lanes": False}, {"one_shot": ("wrong",), "two_shot": ("wrong",)}),
     # Vectors that arrive in parts.
     (Pushed, {"checks_every_word": False}, {"one_shot": ("wrong",), "two_shot": ("wrong",)}),
     (Published, {"checks_every_word": False}, {"one_shot": ("wrong",), "two_shot": ("wrong",)}),

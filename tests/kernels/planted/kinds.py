@@ -33,6 +33,9 @@ ONE_STEP = {"unsplit": Algorithm.ONE_SHOT, "workspace_mib": 0.5, "low_precision"
 LARGE_HOST = {"large host": True}
 LARGE_HOST_OF_THREE = {"large host, three ranks": True}
 LARGE_HOST_IN_TWO_STEPS = {"large host, two steps": True}
+LARGE_HOST_IN_TWO_STEPS_OF_THREE = {"large host, two steps, three ranks": True, "seeds": 2}
+LARGE_HOST_IN_TWO_STEPS_OF_FIVE = {"large host, two steps, five ranks": True, "seeds": 2}
+HOST_ROWS: dict[str, Any] = {"rows through host memory": True}
 # More ranks than a block has workers, or a warp threads.
 MANY = {"ranks": 34, "lanes": 1, "threads": 32, "workspace_mib": 1.5}
 # Calls of every kind in one workspace, whose slots are the same bytes.
