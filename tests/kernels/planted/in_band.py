@@ -162,7 +162,6 @@ ERRORS: dict[str, Mutation] = {
         "    barrier<true>();\n",
         "    {} ? barrier<false>() : barrier<true>();\n",
         HOST,
-        LARGE_HOST,
         LARGE_HOST_IN_TWO_STEPS,
     ),
     "the releaser does not wait for the clears": (
@@ -170,7 +169,6 @@ ERRORS: dict[str, Mutation] = {
         "    __threadfence_system();\n",
         "    if (!{}) __threadfence_system();\n",
         HOST,
-        LARGE_HOST,
         LARGE_HOST_IN_TWO_STEPS,
     ),
     "results of all groups of peers are asked for first": (
