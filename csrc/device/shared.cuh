@@ -3,7 +3,9 @@
 // Storing the same vectors to every peer would send them over PCIe several times. So a rank stores them once, in its
 // own workspace, and all peers poll them there. Which generation a call uses and which it clears:
 // protocol/generations.h. That the clears have arrived in host memory by the end of the kernel is the releaser's
-// business: a warp that waits for it, over PCIe for a microsecond, while the others poll.
+// business: a warp that waits for it, over PCIe for a microsecond, while the others poll. The end of the kernel is not
+// relied on: it orders clears before what follows in the stream, but a peer that polls what the next kernel
+// stores acquires nothing by it, and must not find the old vectors.
 //
 // Large calls are bound by what PCIe carries. In them a worker asks for its peers' vectors, in two steps for their
 // sums, before it clears its own: reads do not pass writes, and so the answers come while the clears go, one each way.
