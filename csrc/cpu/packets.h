@@ -1,4 +1,4 @@
-// A message as packets of a wire format, on the CPU: the arithmetic of device/packets.cuh.
+// A message as packets of a wire format, on the CPU: the arithmetic of device/wire/packets.cuh.
 #ifndef LLM_ALLREDUCE_CPU_PACKETS_H_
 #define LLM_ALLREDUCE_CPU_PACKETS_H_
 

@@ -126,8 +126,9 @@ __device__ __forceinline__ bool store_sum(const InBandArguments& arguments, cons
   return true;
 }
 
-// Polls the packets at `tile` of the other owners, some at a time, and stores them. from(step): where the packet of the
-// rank `step` places on lies.
+// Polls the packets at `tile` of the other owners, some at a time, and stores them. from_of(step): where the packet of
+// the rank `step` places on lies. `asks`: the first of them are loaded once before they are polled, and `meanwhile` is
+// called while those loads are under way; it is called at no other time.
 template <typename Message, int kWorldSize, bool kClears, typename From, typename Meanwhile>
 __device__ __forceinline__ bool drain_packets(const InBandArguments& arguments, const Message& packets, uint32_t tile,
                                               From from_of, bool asks, Meanwhile meanwhile) {

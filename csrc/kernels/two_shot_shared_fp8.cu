@@ -38,6 +38,8 @@ __global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
     call.store(tile + warp_thread(), result);
     packets.store(packet(0, tile), result);
   }
+  // By a rank's part, and not by all of the message as in two_shot_shared.cu: at 128 KiB over two GPUs, where all of it
+  // is large and a part is not, asking first cost 6 % (benchmarks/h200/host_asks_first_tp2.json).
   const bool is_large = call.is_large(part);
   if (!is_large || start >= part) call.clear_old_generation<kWorldSize>(true);
   for (uint32_t tile = start; tile < part; tile += stride) {

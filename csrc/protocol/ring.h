@@ -17,9 +17,9 @@
 // no slot unread.
 //
 // A rank needs flags of its neighbours only, data (the scatter plane) of the predecessor and credit (the gather plane)
-// of the successor. The last ones of a call go to all: flags are compared by distance (reached()), and one that rested
-// for 2^31 rounds would look like one to come. They run ahead of nothing: a rank that looks for them in a later call
-// waits for later rounds.
+// of the successor. The last ones of a call go to all: flags are compared by distance (reached(), overwritten()), and
+// one that rested for more than 2^31 rounds would look overwritten, for nearly 2^32 like one that has come. They run
+// ahead of nothing: a rank that looks for them in a later call waits for later rounds.
 #ifndef LLM_ALLREDUCE_PROTOCOL_RING_H_
 #define LLM_ALLREDUCE_PROTOCOL_RING_H_
 

@@ -51,8 +51,7 @@ typedef struct lar_launch {
   int64_t chunk_vectors;
   // LAR_PUSH, for tensors that start on 16 bytes: lanes that do nothing but send this rank's input, and (two-shot)
   // nothing but take in results; the others do the rest. LAR_PLACE: the same, but results are taken in by nobody. 0:
-  // every lane does everything for its own vectors. LAR_FLAGS, one-shot: half of the lanes (scatter_lanes), every
-  // second block, only send.
+  // every lane does everything for its own vectors. Other exchanges take 0 alone.
   int32_t scatter_lanes;
   int32_t drain_lanes;
   // LAR_RMS_NORM: lanes that share a row, 1 to 8, a cluster of blocks (sm_90 and newer); 0 counts as 1.

@@ -7,7 +7,8 @@
 typedef enum lar_dtype { LAR_FLOAT32 = 0, LAR_FLOAT16 = 1, LAR_BFLOAT16 = 2 } lar_dtype;
 
 // What tells one all-reduce from another, from the policy to the kernel: an algorithm, how readiness travels, what
-// values travel as, and what becomes of a reduced vector. docs/contributing.md says which combinations have kernels.
+// values travel as, and what becomes of a reduced vector. Which combinations have kernels: csrc/kernels/, each of
+// whose files registers its own (csrc/host/registry.h).
 typedef enum lar_algorithm {
   LAR_ONE_SHOT = 0,      // everyone sends everything to everyone, and sums
   LAR_TWO_SHOT = 1,      // reduce-scatter, then all-gather
