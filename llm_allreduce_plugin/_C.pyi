@@ -23,6 +23,8 @@ STAGE_TIMES: int = 128
 
 IN_BAND_MARKER: int = 2147483648
 
+STATUS_INVALID_ARGUMENT: int = -1
+
 STATUS_TIMEOUT: int = -2
 
 STATUS_CLOSED: int = -5
@@ -233,6 +235,11 @@ def cuda_release() -> int:
 
 def error_string(code: int) -> str: ...
 
+def refusal() -> str:
+    """
+    What was wrong with this thread's last call of STATUS_INVALID_ARGUMENT, as "field: condition".
+    """
+
 def wire_codes() -> dict[str, int]:
     """The number of each wire format, raw among them, by its name."""
 
@@ -310,7 +317,7 @@ class Workspace:
 
     def close(self, wait_s: float) -> bool:
         """
-        Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.
+        Let no call begin, and wait so many seconds for those of other threads, until they have left their waits (CPU ranks) or been launched (GPUs). True when none is left.
         """
 
 class Plan:

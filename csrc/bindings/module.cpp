@@ -98,6 +98,7 @@ void bind_numbers(nb::module_& module) {
   module.attr("MAX_STAGED_THREADS") = static_cast<int>(LAR_MAX_STAGED_THREADS);
   module.attr("STAGE_TIMES") = static_cast<int>(LAR_STAGE_TIMES);
   module.attr("IN_BAND_MARKER") = static_cast<uint32_t>(LAR_IN_BAND_MARKER);
+  module.attr("STATUS_INVALID_ARGUMENT") = static_cast<int>(LAR_ERROR_INVALID_ARGUMENT);
   module.attr("STATUS_TIMEOUT") = static_cast<int>(LAR_ERROR_TIMEOUT);
   module.attr("STATUS_CLOSED") = static_cast<int>(LAR_ERROR_CLOSED);
   module.attr("STATUS_BUSY") = static_cast<int>(LAR_ERROR_BUSY);
@@ -202,6 +203,9 @@ void bind_device(nb::module_& module) {
   module.def("abi_version", &lar_abi_version);
   module.def("cuda_release", &lar_cuda_release, "Of the compiler of the kernels: 13000 is 13.0.");
   module.def("error_string", [](int code) { return std::string(lar_error_string(code)); }, "code"_a);
+  module.def(
+      "refusal", [] { return std::string(lar_refusal()); },
+      "What was wrong with this thread's last call of STATUS_INVALID_ARGUMENT, as \"field: condition\".");
 }
 
 // What travels.
@@ -274,7 +278,9 @@ void bind_workspace(nb::module_& module) {
       .def("fail_exchange", &Workspace::fail_exchange, "waited_s"_a,
            "An exchange between hosts has failed: no call begins any more, and no second half works on what came.")
       .def("close", &Workspace::close, "wait_s"_a,
-           "Let no call begin, and wait so many seconds for those of a CPU rank to leave. True when none is left.");
+           "Let no call begin, and wait so many seconds for those of other threads, until they have left their waits "
+           "(CPU "
+           "ranks) or been launched (GPUs). True when none is left.");
 }
 
 // Calls of one size and type.

@@ -21,7 +21,10 @@
 namespace nb = nanobind;
 
 inline void throw_on_error(int status, const char* what) {
-  if (status != LAR_OK) throw std::runtime_error(std::string(what) + ": " + lar_error_string(status));
+  if (status == LAR_OK) return;
+  std::string text = std::string(what) + ": " + lar_error_string(status);
+  if (status == LAR_ERROR_INVALID_ARGUMENT) text += std::string(" (") + lar_refusal() + ")";
+  throw std::runtime_error(text);
 }
 
 inline void* pointer(uint64_t address) { return reinterpret_cast<void*>(address); }
@@ -54,11 +57,11 @@ class Workspace {
     workspace_.should_leave = &should_leave;
     workspace_.should_leave_context = this;
     if (device == LAR_CPU) {
-      throw_on_error(lar_failure_create(&failure_, nullptr), "failure record");
+      throw_on_error(lar_failure_create(&failure_, nullptr, device), "failure record");
       workspace_.failure = failure_;
     } else {
       throw_on_error(lar_stream_order_create(&order_, device), "stream order");
-      const int status = lar_failure_create(&failure_, &workspace_.failure);
+      const int status = lar_failure_create(&failure_, &workspace_.failure, device);
       if (status != LAR_OK) lar_stream_order_destroy(order_);
       throw_on_error(status, "failure record");
     }
@@ -69,7 +72,7 @@ class Workspace {
 
   ~Workspace() {
     lar_stream_order_destroy(order_);
-    lar_failure_destroy(failure_, device_ != LAR_CPU);
+    lar_failure_destroy(failure_, device_);
   }
 
   // One all-reduce; `captured` is set to whether it went into a graph. Returns at once with the status
@@ -99,40 +102,52 @@ class Workspace {
   double time_launches(const lar_call& call, void* stream, int launches) {
     double nanoseconds = 0;
     bool captured = false;
-    with_order(stream, false, &captured, [&] {
+    const int status = with_order(stream, false, &captured, [&] {
       const auto start = std::chrono::steady_clock::now();
       int status = LAR_OK;
       for (int i = 0; i < launches && status == LAR_OK; ++i) status = lar_all_reduce(&workspace_, &call, stream);
       nanoseconds = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
       return status;
     });
+    throw_on_error(status, "launch");
     return nanoseconds / launches;
   }
 
   void probe_write(uint32_t nonce, uint64_t stream) {
     bool captured = false;
-    with_order(pointer(stream), false, &captured,
-               [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+    const int status = with_order(pointer(stream), false, &captured,
+                                  [&] { return lar_probe_write_cuda(&workspace_, nonce, pointer(stream)); });
+    throw_on_error(status, "probe");
   }
 
   void probe_check(uint32_t nonce, uint64_t verdict, uint64_t stream) {
     auto* words = static_cast<int32_t*>(pointer(verdict));
     bool captured = false;
-    with_order(pointer(stream), false, &captured,
-               [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+    const int status = with_order(pointer(stream), false, &captured,
+                                  [&] { return lar_probe_check_cuda(&workspace_, nonce, words, pointer(stream)); });
+    throw_on_error(status, "probe");
   }
 
   // Algorithm, exchange, wire format and epilogue.
   using Kind = std::tuple<int, int, int, int>;
   using Failure = std::tuple<int, int, Kind, int, int, uint32_t, uint32_t, double>;
   std::optional<Failure> failure() const {
-    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
+    if (const int64_t waited_ns = exchange_waited_ns_.load(); waited_ns >= 0)
+      return Failure{workspace_.rank,
+                     workspace_.rank,
+                     Kind{LAR_REDUCE, LAR_FLAGS, LAR_WIRE_RAW, LAR_STORE},
+                     LAR_PHASE_EXCHANGE,
+                     0,
+                     0,
+                     0,
+                     waited_ns * 1e-9};
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != kRecorded) return std::nullopt;
     return Failure{failure_->rank, failure_->peer,           kind(failure_->kind), failure_->phase,
                    failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
   }
 
   // lar_reason, of a failure.
-  int reason() const { return failure_->reason; }
+  int reason() const { return exchange_waited_ns_.load() >= 0 ? LAR_REASON_EXCHANGE : failure_->reason; }
 
   // Of a mismatch, this rank's call and the peer's: kind, dtype, count.
   using Made = std::tuple<Kind, int, int64_t>;
@@ -149,24 +164,22 @@ class Workspace {
 
   std::tuple<uint32_t, uint32_t> exchanges() const { return {failure_->exchanges_begun, failure_->exchanges_ended}; }
 
+  // What is known of it is kept here: a kernel whose wait expires at the same time may be writing the record.
   void fail_exchange(double waited_s) {
-    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != 0) return;
-    failure_->reason = LAR_REASON_EXCHANGE;
-    failure_->rank = workspace_.rank;
-    failure_->peer = workspace_.rank;
-    failure_->kind = {LAR_REDUCE, LAR_FLAGS, LAR_WIRE_RAW, LAR_STORE};
-    failure_->phase = LAR_PHASE_EXCHANGE;
-    failure_->waited_ns = static_cast<int64_t>(waited_s * 1e9);
-    __atomic_store_n(&failure_->state, 1, __ATOMIC_RELEASE);
+    int32_t state = __atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE);
+    if (state != 0) return;
+    int64_t none = -1;
+    exchange_waited_ns_.compare_exchange_strong(none, static_cast<int64_t>(std::max(waited_s, 0.0) * 1e9));
+    __atomic_compare_exchange_n(&failure_->state, &state, kExchangeFailed, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   }
 
-  // Lets no call begin, and waits at most `wait_s` seconds for those on a CPU rank to leave their waits. True when no
-  // call is under way any more.
+  // Lets no call begin, and waits at most `wait_s` seconds for those of other threads: on a CPU rank until they have
+  // left their waits, on a GPU until they have been launched. True when none is under way any more.
   bool close(double wait_s) {
     closed_.store(true);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(wait_s);
     nb::gil_scoped_release release;
-    while (inside_.load()) {
+    while (!are_calls_over()) {
       if (std::chrono::steady_clock::now() >= deadline) return false;
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
@@ -174,7 +187,17 @@ class Workspace {
   }
 
  private:
+  // Of lar_failure.state.
+  static constexpr int32_t kRecorded = 1;
+  static constexpr int32_t kExchangeFailed = 2;
+
   static Kind kind(const lar_kind& kind) { return {kind.algorithm, kind.exchange, kind.wire, kind.epilogue}; }
+
+  // Of a closed workspace. On a GPU, whoever takes the lock from now on finds it closed.
+  bool are_calls_over() {
+    if (device_ == LAR_CPU) return !inside_.load();
+    return std::unique_lock<std::mutex>(order_mutex_, std::try_to_lock).owns_lock();
+  }
 
   int call_on_cpu(const lar_call& call, bool is_first) {
     // A second thread's call could meet another call of the peers than the one it is for.
@@ -192,7 +215,8 @@ class Workspace {
   }
 
   // A launch waits where the stream's queue is full, as it is behind a kernel that waits for a peer: without the
-  // interpreter's lock, so that others can say what is wrong meanwhile.
+  // interpreter's lock, so that others can say what is wrong meanwhile. LAR_OK, or LAR_ERROR_CLOSED, also where another
+  // thread has closed the workspace before this one's turn came; throws what else is wrong.
   template <typename Launch>
   int with_order(void* stream, bool is_first, bool* captured, Launch launch) {
     if (device_ == LAR_CPU) throw std::invalid_argument("this workspace belongs to a CPU rank");
@@ -201,6 +225,7 @@ class Workspace {
     {
       nb::gil_scoped_release release;
       const std::lock_guard<std::mutex> lock(order_mutex_);
+      if (closed_.load()) return LAR_ERROR_CLOSED;
       lar_call_order order{};
       status = lar_stream_order_begin(order_, stream, &order);
       if (status == LAR_OK) {
@@ -247,8 +272,9 @@ class Workspace {
   lar_stream_order* order_ = nullptr;
   std::mutex order_mutex_;
   std::atomic<bool> closed_{false};
-  std::atomic<bool> inside_{false};  // a CPU rank's call
-  std::atomic<bool> called_{false};  // an eager call was made
+  std::atomic<bool> inside_{false};              // a CPU rank's call
+  std::atomic<bool> called_{false};              // an eager call was made
+  std::atomic<int64_t> exchange_waited_ns_{-1};  // of an exchange between hosts that has failed; -1: none
   uint32_t begun_ = 0;
   uint64_t capture_ = 0;
   int32_t captures_word_ = -1;

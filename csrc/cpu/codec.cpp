@@ -6,6 +6,7 @@
 #include "codec/formats.h"
 #include "cpu/float_types.h"
 #include "host/check.h"
+#include "host/refusal.h"
 
 namespace lar::cpu {
 namespace {
@@ -179,7 +180,7 @@ extern "C" int lar_packet_size(lar_wire wire, int32_t* values, int32_t* bytes) {
     *values = decltype(format)::kValues;
     *bytes = decltype(format)::kBytes;
   });
-  return is_known ? LAR_OK : LAR_ERROR_INVALID_ARGUMENT;
+  return is_known ? LAR_OK : lar::refuse("wire: there is no format of this number");
 }
 
 extern "C" int lar_encode_cpu(lar_wire format, lar_dtype dtype, const void* values, int64_t count, void* packets) {

@@ -3,6 +3,7 @@
 
 #include "cpu/lane.h"
 #include "cpu/packets.h"
+#include "host/refusal.h"
 #include "host/registry.h"
 #include "protocol/hierarchy.h"
 
@@ -133,7 +134,7 @@ int hierarchical_flags(const lar_workspace& workspace, const lar_call& described
   const lar_message& message = described.message;
   Domains domains;
   if (!make_domains(described.domains, workspace.layout.world_size, workspace.rank, &domains))
-    return LAR_ERROR_INVALID_ARGUMENT;
+    return refuse("domains: not two of equal size, of 2 to 4 ranks each");
   Call call(workspace, described);
   if (const int status = call.begin(); status != LAR_OK) return status;
   if (message.count == 0) return LAR_OK;

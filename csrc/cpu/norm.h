@@ -6,7 +6,7 @@
 
 namespace lar::cpu {
 
-// Rows of a message that is summed already, which has passed check_norm(). message.output may be message.input.
+// Rows of a message that is summed already, which has passed fault_of_norm(). message.output may be message.input.
 void rms_norm(const lar_message& message, const lar_norm& norm);
 
 }  // namespace lar::cpu

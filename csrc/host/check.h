@@ -2,6 +2,7 @@
 #ifndef LLM_ALLREDUCE_HOST_CHECK_H_
 #define LLM_ALLREDUCE_HOST_CHECK_H_
 
+#include "host/refusal.h"
 #include "llm_allreduce.h"
 
 namespace lar {
@@ -28,8 +29,8 @@ constexpr int kMostLanesOfARow = 8;
 
 constexpr int lanes_of_a_row(const lar_launch& launch) { return launch.cluster > 1 ? launch.cluster : 1; }
 
-// Whether a message may be normed so, wherever the tensors lie.
-bool check_norm(const lar_message& message, const lar_norm& norm);
+// Why a message may not be normed so, wherever the tensors lie; null: it may.
+const char* fault_of_norm(const lar_message& message, const lar_norm& norm);
 
 // LAR_OK, or LAR_ERROR_INVALID_ARGUMENT for a call that no kernel may be given.
 int check_call(const lar_workspace& workspace, const lar_call& call);

@@ -12,7 +12,8 @@ int flags(const lar_workspace& workspace, const lar_call& call, void* stream) {
                            {},        call.hosts};
   if (call.kind.algorithm == LAR_HIERARCHICAL)
     make_domains(call.domains, workspace.layout.world_size, workspace.rank, &arguments.domains);
-  if (call.launch.scatter_lanes > 0 || call.launch.drain_lanes > 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.launch.scatter_lanes > 0 || call.launch.drain_lanes > 0)
+    return refuse("scatter_lanes, drain_lanes: by flags, every lane does everything");
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, Form::kAny);
   return launch(row, workspace, call.launch, Start::kLate, &arguments, stream);
 }

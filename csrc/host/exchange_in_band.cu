@@ -82,6 +82,10 @@ Form form_of(const lar_call& call, const lar_message& round, bool aligned) {
   return is_short && one_shot ? Form::kShort : Form::kAny;
 }
 
+constexpr const char* kNoAlignedRows = "dtype, input, output, norm: not 16-bit, or a tensor that is not at 16 bytes";
+constexpr const char* kUnalignedSplit = "scatter_lanes: of tensors at 16 bytes only";
+constexpr const char* kNoWholeInputs = "inputs, output, count: not whole vectors at 16 bytes";
+
 // Calls of whole rows: whole vectors, 16-bit elements.
 bool has_aligned_rows(const lar_call& call) {
   const lar_norm& norm = *call.norm;
@@ -97,7 +101,7 @@ template <typename Run>
 int in_rounds_of_rows(const lar_call& call, int parts, Run run) {
   const int64_t row_vectors = call.norm->hidden / codec::kUnitElements;
   const int64_t rows = call.message.count / call.norm->hidden;
-  if (call.launch.chunk_vectors % row_vectors != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.launch.chunk_vectors % row_vectors != 0) return refuse("chunk_vectors: not whole rows");
   const int64_t most = call.launch.chunk_vectors / row_vectors * parts;
   for (int64_t first = 0; first < rows; first += most) {
     const int64_t number = std::min(most, rows - first);
@@ -115,12 +119,13 @@ int push_rows(const lar_workspace& workspace, const lar_call& call, void* stream
   const int64_t units = call.norm->hidden / codec::kUnitElements;
   const int64_t threads = int64_t{shape.threads} * lanes_of_a_row(shape);
   const bool split = shape.scatter_lanes > 0;
-  if (!has_aligned_rows(call) || ceil_div(units, threads) > 2 || units > int64_t{kMostTiles} * codec::kTileUnits ||
-      (lanes_of_a_row(shape) > 1 && split))
-    return LAR_ERROR_INVALID_ARGUMENT;
+  if (!has_aligned_rows(call)) return refuse(kNoAlignedRows);
+  if (ceil_div(units, threads) > 2) return refuse("threads: too few for a row of norm.hidden");
+  if (units > int64_t{kMostTiles} * codec::kTileUnits) return refuse("norm.hidden: more than a block holds");
+  if (lanes_of_a_row(shape) > 1 && split) return refuse("cluster: not with scatter_lanes");
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const bool wide = shape.threads > LAR_MAX_THREADS;
-  if (wide && units > threads) return LAR_ERROR_INVALID_ARGUMENT;
+  if (wide && units > threads) return refuse("threads: too few for a row of norm.hidden, of so many one unit each");
   const Form form = split ? Form::kSplit : wide ? Form::kWide : units <= threads ? Form::kShort : Form::kAny;
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
   return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
@@ -133,7 +138,7 @@ int push(const lar_workspace& workspace, const lar_call& call, void* stream) {
   if (call.norm) return push_rows(workspace, call, stream);
   const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
   const bool split = call.launch.scatter_lanes > 0;
-  if (call.kind.wire == LAR_WIRE_RAW && split && !aligned) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.kind.wire == LAR_WIRE_RAW && split && !aligned) return refuse(kUnalignedSplit);
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
     PushArguments<0> arguments = in_band_arguments(workspace, call, round, use);
@@ -152,7 +157,7 @@ bool has_whole_inputs(const lar_workspace& workspace, const lar_call& call) {
 
 int pull(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const int world_size = workspace.layout.world_size;
-  if (!has_whole_inputs(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!has_whole_inputs(workspace, call)) return refuse(kNoWholeInputs);
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kAny);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
@@ -175,7 +180,8 @@ PlaceArguments place_arguments(const lar_workspace& workspace, const lar_call& c
 
 int place_pulled(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const int world_size = workspace.layout.world_size;
-  if (call.launch.scatter_lanes > 0 || !has_whole_inputs(workspace, call)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.launch.scatter_lanes > 0) return refuse("scatter_lanes: not of inputs that are read in place");
+  if (!has_whole_inputs(workspace, call)) return refuse(kNoWholeInputs);
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const Row* row = find_row(call.kind, call.message.dtype, world_size, Form::kPull);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t offset) {
@@ -188,7 +194,8 @@ int place_pulled(const lar_workspace& workspace, const lar_call& call, void* str
 
 int place(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const bool aligned = starts_on_a_vector(call.message.input);
-  if (call.launch.drain_lanes > 0 || (call.launch.scatter_lanes > 0 && !aligned)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.launch.drain_lanes > 0) return refuse("drain_lanes: results that are placed are taken in by nobody");
+  if (call.launch.scatter_lanes > 0 && !aligned) return refuse(kUnalignedSplit);
   if (call.inputs) return place_pulled(workspace, call, stream);
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
@@ -212,13 +219,15 @@ SharedArguments shared_arguments(const lar_workspace& workspace, const lar_call&
 }
 
 int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
-  if (call.launch.scatter_lanes > 0 || call.launch.cluster > 1) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.launch.scatter_lanes > 0)
+    return refuse("scatter_lanes: in memory that ranks share, every lane does everything");
+  if (call.launch.cluster > 1) return refuse("cluster: not in memory that ranks share");
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, Form::kAny);
   if (call.norm) {
     const int64_t units = call.norm->hidden / codec::kUnitElements;
-    if (!has_aligned_rows(call) || units > int64_t{call.launch.threads} * kSharedUnits)
-      return LAR_ERROR_INVALID_ARGUMENT;
+    if (!has_aligned_rows(call)) return refuse(kNoAlignedRows);
+    if (units > int64_t{call.launch.threads} * kSharedUnits) return refuse("threads: too few for a row of norm.hidden");
     return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
       SharedRowsArguments arguments{norm, shared_arguments(workspace, call, round, use)};
       return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
@@ -229,6 +238,9 @@ int shared(const lar_workspace& workspace, const lar_call& call, void* stream) {
     return launch(row, workspace, call.launch, Start::kEarly, &arguments, stream);
   });
 }
+
+constexpr const char* kMulticastNorm = "norm: not by multicast";
+constexpr const char* kNoMulticast = "exchange: multicast is of sm_90 and newer";
 
 MulticastArguments multicast_arguments(const lar_workspace& workspace, const lar_call& call) {
   const lar_multicast& multicast = workspace.multicast;
@@ -249,8 +261,10 @@ MulticastArguments multicast_arguments(const lar_workspace& workspace, const lar
 int multicast(const lar_workspace& workspace, const lar_call& call, void* stream) {
   const bool aligned = starts_on_a_vector(call.message.input) && starts_on_a_vector(call.message.output);
   const bool split = call.launch.scatter_lanes > 0;
-  if (call.norm || !knows_multicast()) return LAR_ERROR_INVALID_ARGUMENT;
-  if (split && (!aligned || call.kind.algorithm == LAR_ONE_SHOT)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm) return refuse(kMulticastNorm);
+  if (!knows_multicast()) return refuse(kNoMulticast);
+  if (split && !aligned) return refuse(kUnalignedSplit);
+  if (split && call.kind.algorithm == LAR_ONE_SHOT) return refuse("scatter_lanes: not in one step by multicast");
   const SlotUse use = slot_use(workspace.layout, call.kind);
   return in_rounds(call, use.parts, [&](const lar_message& round, int64_t) {
     MulticastCall<0> arguments{multicast_arguments(workspace, call), in_band_arguments(workspace, call, round, use)};
@@ -262,7 +276,9 @@ int multicast(const lar_workspace& workspace, const lar_call& call, void* stream
 }
 
 int in_switch(const lar_workspace& workspace, const lar_call& call, void* stream) {
-  if (call.norm || call.launch.scatter_lanes > 0 || !knows_multicast()) return LAR_ERROR_INVALID_ARGUMENT;
+  if (call.norm) return refuse(kMulticastNorm);
+  if (call.launch.scatter_lanes > 0) return refuse("scatter_lanes: not of sums in the switch");
+  if (!knows_multicast()) return refuse(kNoMulticast);
   const int world_size = workspace.layout.world_size;
   SlotUse use = slot_use(workspace.layout, call.kind);
   use.epochs = EpochPlane::kInSwitch;  // no slot is pushed

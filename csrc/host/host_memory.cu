@@ -2,10 +2,12 @@
 #include <cuda_runtime.h>
 
 #include "host/capture.h"
+#include "host/refusal.h"
 #include "llm_allreduce.h"
 
 extern "C" int lar_host_register(void* address, int64_t bytes, void** device_address) {
-  if (!address || bytes <= 0 || !device_address) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!address || bytes <= 0 || !device_address)
+    return lar::refuse("address, bytes, device_address: null, or not positive");
   const lar::OutsideCapture outside;
   const auto size = static_cast<size_t>(bytes);
   cudaError_t error = cudaHostRegister(address, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
@@ -16,7 +18,7 @@ extern "C" int lar_host_register(void* address, int64_t bytes, void** device_add
 }
 
 extern "C" int lar_host_unregister(void* address) {
-  if (!address) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!address) return lar::refuse("address: null");
   const lar::OutsideCapture outside;
   return cudaHostUnregister(address);
 }

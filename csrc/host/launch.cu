@@ -41,7 +41,7 @@ int launch_kernel(const void* kernel, int blocks, int threads, int cluster, bool
     attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   if (cluster > 1) {
-    if (!has_dependent_launch()) return LAR_ERROR_INVALID_ARGUMENT;  // which came with clusters
+    if (!has_dependent_launch()) return refuse("cluster: of sm_90 and newer");  // dependent launch came with clusters
     attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
     attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
@@ -52,7 +52,8 @@ bool knows_multicast() { return has_dependent_launch(); }  // which came with th
 
 int launch(const Row* row, const lar_workspace& workspace, const lar_launch& shape, Start start, void* argument,
            void* stream) {
-  if (!row || shape.threads > row->most_threads) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!row) return refuse("kind: there is no kernel of it for this dtype, world size and form of message");
+  if (shape.threads > row->most_threads) return refuse("threads: more than the kernel takes");
   const int threads = shape.threads + row->extra_threads;
   if (row->resident)
     if (const int status = check_residency(row->kernel, shape.lanes, threads); status != LAR_OK) return status;

@@ -76,11 +76,11 @@ bool holds_vectors(const lar_slots& slots) {
 
 extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes) {
   using namespace lar;
-  if (!layout || !sizes) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!layout || !sizes) return refuse("layout, sizes: null");
   const bool is_alone = sizes->world_size == 1 && sizes->in_band_bytes == 0;
-  if (!supported_world_size(sizes->world_size) && !is_alone) return LAR_ERROR_INVALID_ARGUMENT;
-  if (sizes->lanes < 1 || sizes->lanes > LAR_MAX_LANES) return LAR_ERROR_INVALID_ARGUMENT;
-  if (sizes->in_band_bytes < 0 || sizes->flagged_bytes < 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!supported_world_size(sizes->world_size) && !is_alone) return refuse("world_size: not supported");
+  if (sizes->lanes < 1 || sizes->lanes > LAR_MAX_LANES) return refuse("lanes: not from 1 to LAR_MAX_LANES");
+  if (sizes->in_band_bytes < 0 || sizes->flagged_bytes < 0) return refuse("in_band_bytes, flagged_bytes: negative");
 
   lar_layout out{};
   out.world_size = sizes->world_size;
@@ -110,14 +110,14 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
     // Shared, only small messages are sent in band, by either algorithm.
     out.in_band = sizes->shared ? split(bytes, bytes / 5 * 2, shared_in_band_counts(*sizes), &offset)
                                 : pushed_slots(bytes, sizes->world_size - 1, &offset);
-    if (!holds_vectors(out.in_band)) return LAR_ERROR_INVALID_ARGUMENT;
+    if (!holds_vectors(out.in_band)) return refuse("in_band_bytes: a slot would hold no vector");
   }
   if (const int64_t bytes = sizes->flagged_bytes; bytes > 0) {
     // With two ranks one-shot sends no more than two-shot and serves large messages too; with more, only small ones,
     // but every lane has slots of its own, which must not become too small.
     const int64_t one_shot = sizes->world_size == 2 ? bytes / 4 * 3 : bytes / 4;
     out.flagged = split(bytes, one_shot, flagged_counts(*sizes), &offset);
-    if (!holds_vectors(out.flagged)) return LAR_ERROR_INVALID_ARGUMENT;
+    if (!holds_vectors(out.flagged)) return refuse("flagged_bytes: a slot would hold no vector");
     if (!sizes->shared) out.flagged.staged_bytes = LAR_SLOTS * sizes->lanes * out.flagged.two_shot_bytes;
   }
   out.total_bytes = offset;
@@ -128,7 +128,8 @@ extern "C" int lar_layout_init(lar_layout* layout, const lar_layout_sizes* sizes
 extern "C" int lar_multicast_layout_init(lar_multicast_layout* layout, int32_t world_size, int64_t bytes,
                                          int32_t in_switch) {
   using namespace lar;
-  if (!layout || !supported_world_size(world_size) || bytes < 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!layout || !supported_world_size(world_size) || bytes < 0)
+    return refuse("layout, world_size, bytes: null, not supported, or negative");
   // Small messages alone take one step: every rank has a slot, and there are two generations.
   const int64_t one_shot_slots = int64_t{LAR_PUSH_SLOTS} * world_size;
   lar_multicast_layout out{};
@@ -142,7 +143,7 @@ extern "C" int lar_multicast_layout_init(lar_multicast_layout* layout, int32_t w
   out.total_bytes = bytes;
   if (out.one_shot_bytes < LAR_VECTOR_BYTES || out.results_bytes < int64_t{LAR_VECTOR_BYTES} * world_size ||
       (in_switch && out.inputs_bytes < int64_t{LAR_VECTOR_BYTES} * world_size))
-    return LAR_ERROR_INVALID_ARGUMENT;
+    return refuse("bytes: a slot would hold no vector");
   *layout = out;
   return LAR_OK;
 }
@@ -151,4 +152,4 @@ extern "C" int64_t lar_sum_elements(int64_t count, int32_t parts) {
   return count > 0 && parts > 0 ? lar::part_elements(count, parts) : 0;
 }
 
-extern "C" int lar_abi_version(void) { return 12; }
+extern "C" int lar_abi_version(void) { return 13; }

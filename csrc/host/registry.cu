@@ -74,7 +74,7 @@ int call_cpu(const lar_workspace& workspace, const lar_call& call) {
     cpu::rms_norm(sums, *call.norm);
     return LAR_OK;
   }
-  return LAR_ERROR_INVALID_ARGUMENT;
+  return refuse("kind: CPU ranks have no function of it");
 }
 
 }  // namespace
@@ -94,17 +94,17 @@ const Row* find_row(lar_kind kind, lar_dtype dtype, int32_t world_size, Form for
 
 extern "C" int lar_all_reduce(const lar_workspace* workspace, const lar_call* call, void* stream) {
   using namespace lar;
-  if (!workspace || !call) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!workspace || !call) return refuse("workspace, call: null");
   if (const int status = check_call(*workspace, *call); status != LAR_OK) return status;
   if (workspace->device == LAR_CPU) return call_cpu(*workspace, *call);
   const ExchangeFunction launch = call->kind.exchange < kExchanges ? exchanges()[call->kind.exchange] : nullptr;
-  if (!launch) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!launch) return refuse("exchange: there is none of this number");
   return call->message.count == 0 ? LAR_OK : launch(*workspace, *call, stream);
 }
 
 extern "C" int lar_load_kernels_cuda(int32_t world_size) {
   using namespace lar;
-  if (!supported_world_size(world_size) && world_size != 1) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!supported_world_size(world_size) && world_size != 1) return refuse("world_size: not supported");
   const OutsideCapture outside;
   for (const KeyedRow& keyed : sorted_rows()) {
     const Row& row = keyed.row;

@@ -14,6 +14,7 @@
 
 #include "host/capture.h"
 #include "host/layout.h"
+#include "host/on_device.h"
 
 namespace {
 
@@ -66,13 +67,11 @@ struct lar_stream_order {
 };
 
 extern "C" int lar_stream_order_create(lar_stream_order** order, int device) {
-  int callers_device = 0;
-  if (const cudaError_t error = cudaGetDevice(&callers_device); error != cudaSuccess) return error;
-  if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) return error;
+  const lar::OnDevice current(device);
+  if (current.error() != cudaSuccess) return current.error();
   auto* created = new lar_stream_order;
   created->device = device;
   const cudaError_t error = cudaEventCreateWithFlags(&created->last_call, cudaEventDisableTiming);
-  cudaSetDevice(callers_device);
   if (error != cudaSuccess) {
     delete created;
     return error;

@@ -30,6 +30,7 @@ typedef enum lar_status {
   LAR_ERROR_CLOSED = -5,        // the workspace is closed
   LAR_ERROR_BUSY = -6,          // CPU ranks: another thread is in a call of this workspace
   LAR_ERROR_NOT_RESIDENT = -7,  // blocks that wait for each other would not all run at the same time on this GPU
+  LAR_ERROR_NO_MEMORY = -8,     // the host has none, or the process as many mappings as it may have
 } lar_status;
 
 // LAR_ERROR_INVALID_ARGUMENT when a slot would hold less than one vector. One rank, of a host with no other, has
@@ -99,17 +100,23 @@ LAR_EXPORT uint64_t lar_capture_of(void* stream);
 LAR_EXPORT int lar_host_register(void* address, int64_t bytes, void** device_address);
 LAR_EXPORT int lar_host_unregister(void* address);
 
-// Host memory for a lar_failure that outlives a broken CUDA context. `device_address` may be null (CPU ranks).
-LAR_EXPORT int lar_failure_create(lar_failure** host_address, lar_failure** device_address);
-LAR_EXPORT void lar_failure_destroy(lar_failure* host_address, int registered);
+// Host memory for a lar_failure that outlives a broken CUDA context, and where `device` sees it, whichever device is
+// current. `device`: LAR_CPU, where `device_address` may be null, or a GPU. LAR_ERROR_NO_MEMORY.
+LAR_EXPORT int lar_failure_create(lar_failure** host_address, lar_failure** device_address, int32_t device);
+LAR_EXPORT void lar_failure_destroy(lar_failure* host_address, int32_t device);
 
 // The text of any code that a function above returned.
 LAR_EXPORT const char* lar_error_string(int code);
 
+// After a function above has returned LAR_ERROR_INVALID_ARGUMENT to this thread: what was wrong, as "field: condition",
+// such as "chunk_vectors: more than a slot holds". Before any has: "". The text stays valid for ever, and is that of
+// the thread's last refusal: other results do not change it.
+LAR_EXPORT const char* lar_refusal(void);
+
 // The CUDA release that the kernels were compiled with, 1000 times the major number and 10 times the minor: 13000.
 LAR_EXPORT int lar_cuda_release(void);
 
-// The version of this ABI; bumped when a struct changes.
+// The version of this ABI; bumped when a struct or a function changes.
 LAR_EXPORT int lar_abi_version(void);
 
 #ifdef __cplusplus

@@ -77,11 +77,11 @@ int code(lar_wire wire, lar_dtype dtype, const void* values, int64_t count, void
   if (const int status = check_codec_call(wire, dtype, values, count, packets, &packet_values, &packet_bytes);
       status != LAR_OK || count == 0)
     return status;
-  if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return LAR_ERROR_INVALID_ARGUMENT;
+  if (reinterpret_cast<uintptr_t>(packets) % LAR_VECTOR_BYTES != 0) return refuse("packets: not at 16 bytes");
   const void* from = encodes ? values : packets;
   void* to = encodes ? packets : const_cast<void*>(values);
   const Call call{encodes, dtype, from, to, count, ceil_div(count, packet_values), stream};
-  int status = LAR_ERROR_INVALID_ARGUMENT;
+  int status = LAR_OK;  // of a format that check_codec_call() has found
   codec::with_format(wire, [&](auto format) { status = run<PacketOf<decltype(format)>>(call); });
   return status;
 }

@@ -3,6 +3,7 @@
 
 #include "device/kernel.cuh"
 #include "host/layout.h"
+#include "host/refusal.h"
 
 namespace lar {
 namespace {
@@ -32,11 +33,11 @@ __global__ void probe_check_kernel(const __grid_constant__ lar_workspace workspa
 }  // namespace lar
 
 extern "C" int lar_probe_write_cuda(const lar_workspace* workspace, uint32_t nonce, void* stream) {
-  if (!workspace) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!workspace) return lar::refuse("workspace: null");
   return lar::launch(lar::probe_write_kernel, 1, lar::kProbeThreads, stream, *workspace, nonce);
 }
 
 extern "C" int lar_probe_check_cuda(const lar_workspace* workspace, uint32_t nonce, int32_t* verdict, void* stream) {
-  if (!workspace || !verdict) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!workspace || !verdict) return lar::refuse("workspace, verdict: null");
   return lar::launch(lar::probe_check_kernel, 1, lar::kProbeThreads, stream, *workspace, nonce, verdict);
 }

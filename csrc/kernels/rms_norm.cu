@@ -110,7 +110,7 @@ template <typename T>
 int run(const lar_message& message, const lar_norm& norm, void* stream) {
   RmsNormArguments arguments{norm_arguments(message, norm, 0, message.count / norm.hidden), message.input};
   const uint32_t units = arguments.norm.units;
-  if (units > kMostLongTiles * codec::kTileUnits) return LAR_ERROR_INVALID_ARGUMENT;
+  if (units > kMostLongTiles * codec::kTileUnits) return refuse("norm.hidden: more than a block holds");
   const int blocks = static_cast<int>(std::min<uint32_t>(arguments.norm.rows, 1u << 16));
   const void* kernel = kernel_address(rms_norm_long_kernel<T>);
   int threads = LAR_MAX_THREADS;
@@ -143,16 +143,18 @@ bool is_aligned(const lar_message& message, const lar_norm& norm) {
 
 extern "C" int lar_rms_norm(const lar_message* message, const lar_norm* norm, int32_t device, void* stream) {
   using namespace lar;
-  if (!message || !norm || message->dtype < LAR_FLOAT32 || message->dtype > LAR_BFLOAT16 || message->count < 0)
-    return LAR_ERROR_INVALID_ARGUMENT;
-  if (!check_norm(*message, *norm)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!message || !norm) return refuse("message, norm: null");
+  if (message->dtype < LAR_FLOAT32 || message->dtype > LAR_BFLOAT16)
+    return refuse("dtype: there is none of this number");
+  if (message->count < 0) return refuse("count: negative");
+  if (const char* fault = fault_of_norm(*message, *norm)) return refuse(fault);
   if (message->count == 0) return LAR_OK;
-  if (!message->input || !message->output) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!message->input || !message->output) return refuse("input, output: null");
   if (device == LAR_CPU) {
     cpu::rms_norm(*message, *norm);
     return LAR_OK;
   }
-  if (!is_aligned(*message, *norm)) return LAR_ERROR_INVALID_ARGUMENT;
+  if (!is_aligned(*message, *norm)) return refuse("input, output, norm: a tensor that is not at 16 bytes");
   switch (message->dtype) {
     case LAR_FLOAT32:
       return run<float>(*message, *norm, stream);

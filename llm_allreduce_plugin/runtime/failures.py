@@ -130,7 +130,7 @@ def error_of(workspace: _C.Workspace, board: Board | None = None, ranks: Sequenc
 
 
 def error_of_status(status: int, name: str) -> RuntimeError:
-    """The error for a call that was refused. ``name``: of the strategy."""
+    """The error for a call that was refused, in the thread that made it. ``name``: of the strategy."""
     if status == _C.STATUS_CLOSED:
         return RuntimeError("this communicator is closed")
     if status == _C.STATUS_BUSY:
@@ -138,4 +138,5 @@ def error_of_status(status: int, name: str) -> RuntimeError:
             "another thread is inside a call of this communicator: make calls one after the other, on every rank in "
             "the same order"
         )
-    return RuntimeError(f"{name}: {_C.error_string(status)}")
+    why = f" ({_C.refusal()})" if status == _C.STATUS_INVALID_ARGUMENT else ""
+    return RuntimeError(f"{name}: {_C.error_string(status)}{why}")

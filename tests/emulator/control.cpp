@@ -4,6 +4,7 @@
 
 #include "host/registry.h"
 #include "machine.h"
+#include "runtime.h"
 
 using emulator::machine;
 
@@ -40,6 +41,14 @@ EMULATOR_EXPORT int emulator_is_broken(int device) { return machine.device(devic
 
 // Which of the errors that were patched into the sources is made: emulator::mutation.
 EMULATOR_EXPORT void emulator_mutate(int number) { emulator::mutation = number; }
+
+// While this is set, a launch does not return, as where a stream's queue is full; and how many threads are in one.
+EMULATOR_EXPORT void emulator_hold_launches(int hold) { emulator::hold_launches(hold != 0); }
+EMULATOR_EXPORT int emulator_held_launches() { return emulator::held_launches(); }
+
+// The runtime's current device, and the one that was current when host memory was last pinned or let go; -1: never.
+EMULATOR_EXPORT int emulator_current_device() { return emulator::current_device_of_runtime(); }
+EMULATOR_EXPORT int emulator_device_that_pinned() { return emulator::device_that_pinned(); }
 
 // Nanoseconds of the emulated clock.
 EMULATOR_EXPORT int64_t emulator_now() { return machine.now_ns(); }

@@ -1,8 +1,13 @@
 // The functions of the CUDA runtime that the library calls, as far as it calls them. What is not supported fails
 // loudly: here, or because it cannot be linked.
+#include "runtime.h"
+
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstdio>
+#include <thread>
 #include <unordered_map>
 
 #include "kernels.h"
@@ -13,6 +18,17 @@ namespace emulator {
 namespace {
 
 int current_device = 0;
+int pinned_on = -1;
+std::atomic<bool> holds_launches{false};
+std::atomic<int> held{0};
+
+// As a launch does where its stream's queue is full.
+void wait_while_held() {
+  if (!holds_launches.load()) return;
+  ++held;
+  while (holds_launches.load()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  --held;
+}
 
 std::unordered_map<const void*, BindKernel>& kernels() {
   static std::unordered_map<const void*, BindKernel> all;
@@ -33,6 +49,11 @@ BindKernel find_kernel(const void* kernel) {
   const auto found = kernels().find(kernel);
   return found == kernels().end() ? nullptr : found->second;
 }
+
+void hold_launches(bool hold) { holds_launches.store(hold); }
+int held_launches() { return held.load(); }
+int current_device_of_runtime() { return current_device; }
+int device_that_pinned() { return pinned_on; }
 
 }  // namespace emulator
 
@@ -87,6 +108,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
 }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** parameters) {
+  emulator::wait_while_held();
   emulator::Stream* stream = emulator::stream_of(config->stream);
   if (stream->device->broken) return cudaErrorLaunchFailure;
   if (stream->device->number != emulator::current_device) return cudaErrorInvalidResourceHandle;
@@ -151,8 +173,14 @@ cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t, cudaGraphNode_t*, 
 
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 
-cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
-cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
+cudaError_t cudaHostRegister(void*, size_t, unsigned) {
+  emulator::pinned_on = emulator::current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void*) {
+  emulator::pinned_on = emulator::current_device;
+  return cudaSuccess;
+}
 cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
   *device = host;
   return cudaSuccess;

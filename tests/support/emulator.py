@@ -277,6 +277,22 @@ class Library:
         """Whether a kernel on this GPU has trapped."""
         return bool(self._c.emulator_is_broken(device))
 
+    def hold_launches(self, hold: bool) -> None:
+        """While held, no launch returns, as where a stream's queue is full."""
+        self._c.emulator_hold_launches(int(hold))
+
+    def held_launches(self) -> int:
+        """How many threads are in a launch that is held."""
+        return int(self._c.emulator_held_launches())
+
+    def current_device(self) -> int:
+        """As the CUDA runtime has it."""
+        return int(self._c.emulator_current_device())
+
+    def device_that_pinned(self) -> int:
+        """Which was current when host memory was last pinned or let go; -1: never."""
+        return int(self._c.emulator_device_that_pinned())
+
     def mutate(self, number: int) -> None:
         """Choose one of the errors that a patched library has been given; 0: none of them."""
         self._c.emulator_mutate(number)

@@ -7,7 +7,11 @@ import itertools
 import os
 import re
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +21,7 @@ from hypothesis import strategies as st
 import llm_allreduce_plugin
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES
+from llm_allreduce_plugin.runtime.failures import error_of_status
 from llm_allreduce_plugin.transport.symmetric import initialize
 from scripts import register_report
 from tests.support import kernel_list
@@ -249,24 +254,99 @@ def cpu_workspace(timeout_s: float = 1.0) -> tuple[_C.Workspace, list[ctypes.Arr
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"dtype": 3}, {"dtype": -1}, {"count": -1}, {"lanes": 0}, {"lanes": 2}, {"threads": 33}, {"threads": 512}]
-    + [{"chunk_vectors": 0}, {"chunk_vectors": 1 << 30}, {"input": 0}, {"output": 0}]
-    + [{"scatter_lanes": 1}, {"drain_lanes": 1}, {"scatter_lanes": -1}, {"exchange": _C.STAGED}],
+    ("change", "refusal"),
+    [
+        ({"dtype": 3}, "dtype: there is none of this number"),
+        ({"dtype": -1}, "dtype: there is none of this number"),
+        ({"count": -1}, "count: negative"),
+        ({"lanes": 0}, "lanes: not from 1 to those of the workspace"),
+        ({"lanes": 2}, "lanes: not from 1 to those of the workspace"),
+        ({"threads": 33}, "threads: not whole warps, or more than kernels of this exchange take"),
+        ({"threads": 512}, "threads: not whole warps, or more than kernels of this exchange take"),
+        ({"chunk_vectors": 0}, "chunk_vectors: less than one"),
+        ({"chunk_vectors": 1 << 30}, "chunk_vectors: more than a slot holds"),
+        ({"input": 0}, "input, output: null"),
+        ({"output": 0}, "input, output: null"),
+        ({"scatter_lanes": 1}, "scatter_lanes, drain_lanes: leave no lane for the rest"),
+        ({"drain_lanes": 1}, "scatter_lanes, drain_lanes: leave no lane for the rest"),
+        ({"scatter_lanes": -1}, "scatter_lanes, drain_lanes: negative"),
+        ({"exchange": _C.STAGED}, "exchange: the workspace has no slots or memory for it"),
+        ({"hosts": 1}, "hosts: only of calls that sum hosts' sums"),
+        ({"pools": True}, "pools: only of calls that are placed, and of all of them"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("algorithm", (_C.ONE_SHOT, _C.TWO_SHOT), ids=("one_shot", "two_shot"))
-def test_calls_that_no_kernel_may_be_given(algorithm: int, change: dict[str, int]) -> None:
+def test_calls_that_no_kernel_may_be_given(algorithm: int, change: dict[str, Any], refusal: str) -> None:
     workspace, _buffers = cpu_workspace()
     data = ctypes.create_string_buffer(64)
     address = ctypes.addressof(data)
-    plan = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1, "exchange": _C.FLAGS}
+    plan: dict[str, Any] = {"count": 4, "dtype": 0, "lanes": 1, "threads": 32, "chunk_vectors": 1, "exchange": _C.FLAGS}
     call = {"input": address, "output": address}
     plan |= {key: value for key, value in change.items() if key not in call}
     call |= {key: value for key, value in change.items() if key in call}
+    if plan.pop("pools", False):
+        plan["pools"] = [address, address]
     status = _C.Plan(workspace, algorithm=algorithm, **plan)(**call)
+    assert status == _C.STATUS_INVALID_ARGUMENT
     assert _C.error_string(status) == "invalid argument"
+    assert _C.refusal() == refusal
+    assert str(error_of_status(status, "ONESHOT")) == f"ONESHOT: invalid argument ({refusal})"
     assert workspace.failure() is None
+
+
+def test_every_refusal_says_why() -> None:
+    """Otherwise lar_refusal() would say what was wrong with a call before."""
+    silent = [
+        f"{path.relative_to(SOURCE)}: {line.strip()}"
+        for path in sorted(SOURCE.rglob("*.c*"))
+        if path.name != "refusal.cpp"
+        for line in path.read_text().splitlines()
+        if re.search(r"[=?:] *LAR_ERROR_INVALID_ARGUMENT|return LAR_ERROR_INVALID_ARGUMENT", line)
+    ]
+    assert silent == []
+
+
+_NO_MEMORY = """
+import ctypes, resource
+from llm_allreduce_plugin import _C
+layout = _C.make_layout(2, 1, flagged_bytes=1 << 16)
+buffers = [ctypes.create_string_buffer(layout.total_bytes) for _ in range(2)]
+bases = [ctypes.addressof(buffer) for buffer in buffers]
+_, most = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, most))  # less than the process has: no page more
+try:
+    _C.Workspace(0, bases, layout, 1.0, _C.CPU)
+except RuntimeError as error:
+    text = str(error)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+print(text)
+"""
+
+
+def test_a_workspace_without_memory_for_its_record_says_so() -> None:
+    run = subprocess.run([sys.executable, "-c", _NO_MEMORY], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "failure record: no memory, or as many mappings as a process may have"
+
+
+def test_a_record_of_a_failed_exchange_stays_when_a_wait_expires() -> None:
+    """It is the first that counts, and no field of it may come from the second."""
+    workspace, _buffers = cpu_workspace(timeout_s=0.5)
+    data = ctypes.create_string_buffer(64)
+    address = ctypes.addressof(data)
+    plan = _C.Plan(
+        workspace, algorithm=_C.ONE_SHOT, exchange=_C.FLAGS, count=4, dtype=0, lanes=1, threads=32, chunk_vectors=1
+    )
+    call = threading.Thread(target=plan, args=(address, address))
+    call.start()
+    time.sleep(0.1)  # it waits for its peer
+    workspace.fail_exchange(1.5)
+    before = workspace.failure()
+    call.join()
+    assert before is not None
+    assert before[7] == 1.5
+    assert workspace.failure() == before
+    assert workspace.reason() == _C.REASON_EXCHANGE
 
 
 def test_an_absent_peer_is_recorded() -> None:

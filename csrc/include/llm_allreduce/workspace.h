@@ -42,15 +42,18 @@ typedef enum lar_reason {
   LAR_REASON_MISMATCH = 1,     // `peer` makes another call
   LAR_REASON_OVERWRITTEN = 2,  // a flag is far ahead of its round, where no peer can be: somebody else wrote there
   LAR_REASON_INTERRUPTED = 3,  // a wait was left before its end
-  LAR_REASON_EXCHANGE = 4,     // an exchange between hosts has failed, says the host
+  LAR_REASON_EXCHANGE = 4,     // an exchange between hosts has failed, says the host: what `state` 2 stands for
 } lar_reason;
 
 // Written by the device (or by a CPU rank) when a bounded wait expires, read by the host at any time. `any_gone` and
-// `gone` are written by the host; all of it, when an exchange between hosts has failed, before a second half begins.
+// `gone` are written by the host; `state`, too, when an exchange between hosts has failed, before a second half begins.
+// The host leaves the other fields alone then: a wait that expires at the same time may be writing them.
 typedef struct lar_failure {
-  volatile int32_t state;  // 0: none, 1: the other fields are valid
-  int32_t reason;          // lar_reason
-  lar_call_record mine;    // of a mismatch
+  // 0: none, 1: the other fields are valid, 2: the host says that an exchange between hosts has failed. From 0, by
+  // compare-exchange, to 2; from either to 1.
+  volatile int32_t state;
+  int32_t reason;        // lar_reason
+  lar_call_record mine;  // of a mismatch
   lar_call_record theirs;
   volatile uint32_t exchanges_begun;          // first halves (lar_algorithm) that have ended, see LAR_REDUCE
   volatile uint32_t exchanges_ended;          // second halves that have begun
