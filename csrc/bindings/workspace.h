@@ -102,14 +102,14 @@ class Workspace {
   double time_launches(const lar_call& call, void* stream, int launches) {
     double nanoseconds = 0;
     bool captured = false;
-    const int status = with_order(stream, false, &captured, [&] {
+    const int ended = with_order(stream, false, &captured, [&] {
       const auto start = std::chrono::steady_clock::now();
       int status = LAR_OK;
       for (int i = 0; i < launches && status == LAR_OK; ++i) status = lar_all_reduce(&workspace_, &call, stream);
       nanoseconds = std::chrono::duration<double, std::nano>(std::chrono::steady_clock::now() - start).count();
       return status;
     });
-    throw_on_error(status, "launch");
+    throw_on_error(ended, "launch");
     return nanoseconds / launches;
   }
 
@@ -132,6 +132,7 @@ class Workspace {
   using Kind = std::tuple<int, int, int, int>;
   using Failure = std::tuple<int, int, Kind, int, int, uint32_t, uint32_t, double>;
   std::optional<Failure> failure() const {
+    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) == 0) return std::nullopt;
     if (const int64_t waited_ns = exchange_waited_ns_.load(); waited_ns >= 0)
       return Failure{workspace_.rank,
                      workspace_.rank,
@@ -141,7 +142,6 @@ class Workspace {
                      0,
                      0,
                      waited_ns * 1e-9};
-    if (__atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE) != kRecorded) return std::nullopt;
     return Failure{failure_->rank, failure_->peer,           kind(failure_->kind), failure_->phase,
                    failure_->lane, failure_->expected_round, failure_->seen_round, failure_->waited_ns * 1e-9};
   }
@@ -164,7 +164,8 @@ class Workspace {
 
   std::tuple<uint32_t, uint32_t> exchanges() const { return {failure_->exchanges_begun, failure_->exchanges_ended}; }
 
-  // What is known of it is kept here: a kernel whose wait expires at the same time may be writing the record.
+  // What is known of it is kept here, and is there before `state` says so: a kernel whose wait expires at the same time
+  // may be writing the record.
   void fail_exchange(double waited_s) {
     int32_t state = __atomic_load_n(&failure_->state, __ATOMIC_ACQUIRE);
     if (state != 0) return;
@@ -187,9 +188,7 @@ class Workspace {
   }
 
  private:
-  // Of lar_failure.state.
-  static constexpr int32_t kRecorded = 1;
-  static constexpr int32_t kExchangeFailed = 2;
+  static constexpr int32_t kExchangeFailed = 2;  // lar_failure.state
 
   static Kind kind(const lar_kind& kind) { return {kind.algorithm, kind.exchange, kind.wire, kind.epilogue}; }
 

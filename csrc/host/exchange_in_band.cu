@@ -125,7 +125,7 @@ int push_rows(const lar_workspace& workspace, const lar_call& call, void* stream
   if (lanes_of_a_row(shape) > 1 && split) return refuse("cluster: not with scatter_lanes");
   const SlotUse use = slot_use(workspace.layout, call.kind);
   const bool wide = shape.threads > LAR_MAX_THREADS;
-  if (wide && units > threads) return refuse("threads: too few for a row of norm.hidden, of so many one unit each");
+  if (wide && units > threads) return refuse("threads: too few for a row of norm.hidden, of so many a unit each");
   const Form form = split ? Form::kSplit : wide ? Form::kWide : units <= threads ? Form::kShort : Form::kAny;
   const Row* row = find_row(call.kind, call.message.dtype, workspace.layout.world_size, form);
   return in_rounds_of_rows(call, use.parts, [&](const lar_message& round, const NormArguments& norm) {
