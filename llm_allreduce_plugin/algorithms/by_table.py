@@ -100,5 +100,7 @@ class Auto(TableStrategy):
         return None if config.one_shot_max_bytes is not None else super()._why_placed(config, facts, message)
 
     def candidates(self, config: AllReduceConfig, facts: GroupFacts, message: Message) -> tuple[AllReduceStrategy, ...]:
+        if message.element_bytes == 0:  # no kernel handles the type: no table has its sizes
+            return tuple(self.among)
         fastest, _ = self._find(config, facts, message)
         return (fastest, *(name for name in self.among if name is not fastest))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C, AllReduceConfig
-from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts
+from llm_allreduce_plugin.algorithms.facts import SUPPORTED_WORLD_SIZES, GroupFacts, SlotBytes
 from llm_allreduce_plugin.algorithms.measured import LINK_SCALE
 from llm_allreduce_plugin.algorithms.ranges import Range, Tuned, TunedRanges
-from llm_allreduce_plugin.group.layouts import host_layout
+from llm_allreduce_plugin.group.layouts import host_layout, workspace_layout
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
 
 LANES = 264  # of an H200
@@ -64,13 +65,44 @@ any_tuned = st.none() | st.builds(
         unique_by=lambda found: found.element_bytes,
     ),
 )
+
+
+def over_hosts(group: GroupFacts, hosts: int | None, workspace: int, *, fabric: bool) -> GroupFacts:
+    """The same ranks on so many hosts, one after another; None, or a number that does not divide them: not told.
+
+    ``workspace``: bytes of each rank where a network joins the hosts, which are laid out in another way then.
+    ``fabric``: they are one NVLink domain, where ranks reach each other's memory at all.
+    """
+    if hosts is None or group.world_size % hosts:
+        return group
+    each = group.world_size // hosts
+    fabric = fabric and group.transport is Transport.SYMMETRIC
+    group = dataclasses.replace(group, hosts=tuple(rank // each for rank in range(group.world_size)), fabric=fabric)
+    if fabric or group.transport is Transport.NONE:
+        return group
+    group = dataclasses.replace(group, in_band=SlotBytes(), flagged=SlotBytes())
+    return group.with_layout(group.transport, workspace_layout(config(workspace_bytes=workspace), group, LANES // 2))
+
+
+def _any_group(
+    topology_class: TopologyClass,
+    tuned: Tuned | None,
+    workspace: int,
+    world_size: int,
+    hosts: int | None,
+    *,
+    fabric: bool,
+    **fields: Any,
+) -> GroupFacts:
+    workspace *= max(1, world_size // 8)  # large groups need more for a vector to a slot
+    group = over_hosts(facts(world_size=world_size, workspace=workspace, **fields), hosts, workspace, fabric=fabric)
+    return dataclasses.replace(group, topology_class=topology_class, tuned=tuned)
+
+
 any_facts = st.builds(
-    lambda topology_class, tuned, workspace, world_size, **fields: dataclasses.replace(
-        # Large groups need more for a vector to a slot.
-        facts(world_size=world_size, workspace=workspace * max(1, world_size // 8), **fields),
-        topology_class=topology_class,
-        tuned=tuned,
-    ),
+    _any_group,
+    hosts=st.sampled_from((None, 2, 4)),
+    fabric=st.booleans(),
     topology_class=st.sampled_from(list(TopologyClass)),
     tuned=any_tuned,
     world_size=st.sampled_from(SUPPORTED_WORLD_SIZES),

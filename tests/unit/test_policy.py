@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 from typing import Any
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as tries
 from hypothesis import strategies as st
 
 from llm_allreduce_plugin import AllReduceStrategy
@@ -17,11 +19,12 @@ from llm_allreduce_plugin.algorithms.strategies import STRATEGIES
 from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.selection.policy import decide, decide_fused, describe
 from llm_allreduce_plugin.topology.links import Transport
-from tests.support.group_facts import any_facts, config, facts
+from tests.support.group_facts import any_facts, config, facts, over_hosts
 
 S = AllReduceStrategy
 
 
+@tries(max_examples=400)  # many strategies, types and ways that hosts are joined
 @given(
     st.sampled_from(list(S)),
     any_facts,
@@ -52,6 +55,17 @@ def test_total_deterministic_and_reasoned(strategy: S, group: GroupFacts, count:
         runs = group.transport is not Transport.NONE and dtype in ELEMENT_BYTES
         assert STRATEGIES[decision.strategy].numerics is (Numerics.EXACT if runs else Numerics.ENGINE)
     assert str(decision)
+
+
+@pytest.mark.parametrize("hosts", (None, 2, 4))
+@pytest.mark.parametrize("fabric", (False, True))
+def test_a_type_without_a_kernel_runs_on_nccl_wherever_ranks_are(hosts: int | None, fabric: bool) -> None:
+    for transport, world_size, strategy in itertools.product(Transport, (4, 8), S):
+        group = over_hosts(facts(world_size, transport), hosts, 64 << 20, fabric=fabric)
+        decision = decide(config(strategy), group, 64, "int32")
+        assert decision.strategy is S.NCCL
+        if strategy is not S.NCCL and transport is not Transport.NONE:
+            assert "no kernel for dtype int32" in str(decision), (strategy, transport)
 
 
 def test_every_strategy_has_a_numeric_class() -> None:
