@@ -25,6 +25,9 @@ class Attempt(Generic[T]):
     Args:
         function: what to run.
         name: of the thread, for whoever looks at a stuck process.
+
+    Raises:
+        RuntimeError: there can be no thread: some releases of Python start none once the interpreter ends.
     """
 
     def __init__(self, function: Callable[[], T], name: str) -> None:
@@ -32,8 +35,13 @@ class Attempt(Generic[T]):
         self._result: list[T] = []
         self._error: BaseException | None = None
         self._ended = threading.Event()
+        thread = threading.Thread(target=self._run, name=f"llm-allreduce-{name}", daemon=True)
         _under_way.add(self)
-        threading.Thread(target=self._run, name=f"llm-allreduce-{name}", daemon=True).start()
+        try:
+            thread.start()
+        except RuntimeError:
+            _under_way.discard(self)
+            raise
 
     def _run(self) -> None:
         try:

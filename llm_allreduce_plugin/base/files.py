@@ -77,9 +77,17 @@ def replace_text(path: Path, text: str, *, mode: int = 0o644) -> None:
     put into the folder is followed or overwritten. ``mode``: before the process's umask.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; the same failure has the same text.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        _replace_by(partial, path, text, mode)
+    except OSError as error:
+        # Who writes again and again tells a failure once, and knows it by its text: that must not have a random name.
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _replace_by(partial: Path, path: Path, text: str, mode: int) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(partial, flags, mode)
     try:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llm_allreduce_plugin.runtime.reports import Report, of_this_server
+from llm_allreduce_plugin.runtime.reports import Reader, Report
 
 MULTIPROCESS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 CALLS = "llm_allreduce_calls"
@@ -81,24 +81,39 @@ class RankCounters:
 
 
 class ReportCollector:
-    """Shows the reports in a folder to a registry of the process that serves metrics."""
+    """Shows the reports in a folder to a registry of the process that serves metrics.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._since = time.time()
+    Args:
+        folder: of the reports.
+        since: seconds since 1970, before which those of earlier runs were written; None: now.
+    """
+
+    def __init__(self, folder: Path, since: float | None = None) -> None:
+        self._reader = Reader(folder, time.time() if since is None else since)
+
+    def describe(self) -> Iterator[Any]:
+        """What prometheus_client asks for at registering: names without numbers, so that nothing is read there."""
+        yield from _families().values()
 
     def collect(self) -> Iterator[Any]:
-        """What prometheus_client asks for at every scrape. Files of earlier runs and other servers are left out."""
-        from prometheus_client.core import CounterMetricFamily
+        """What prometheus_client asks for at every scrape. Files of earlier runs and other servers are left out.
 
-        families = {
-            CALLS: CounterMetricFamily(CALLS, CALLS_HELP, labels=CALLS_LABELS),
-            FALLBACKS: CounterMetricFamily(FALLBACKS, FALLBACKS_HELP, labels=FALLBACKS_LABELS),
-        }
-        for report in sorted(of_this_server(self.folder, self._since), key=lambda report: (report.group, report.rank)):
+        Where the folder hangs, it has what was read before.
+        """
+        families = _families()
+        for report in sorted(self._reader.read(), key=lambda report: (report.group, report.rank)):
             for name, labels, value in samples_of(report):
                 families[name].add_metric(labels, value)
         yield from families.values()
+
+
+def _families() -> dict[str, Any]:
+    from prometheus_client.core import CounterMetricFamily
+
+    return {
+        CALLS: CounterMetricFamily(CALLS, CALLS_HELP, labels=CALLS_LABELS),
+        FALLBACKS: CounterMetricFamily(FALLBACKS, FALLBACKS_HELP, labels=FALLBACKS_LABELS),
+    }
 
 
 @functools.cache

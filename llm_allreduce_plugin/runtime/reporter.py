@@ -67,7 +67,6 @@ class Reporter:
                 _Outlet("calls cannot be counted for Prometheus", works, counters.publish, self.RETRY_S)
             )
         self._stop = threading.Event()
-        self._busy = threading.Lock()
         # A process that ends without closing still says what it did. Runs in the children of multiprocessing too.
         self._at_exit = util.Finalize(None, _last_words, args=(weakref.ref(self),), exitpriority=10)
         self._thread = threading.Thread(target=self._run, name="llm-allreduce-reports", daemon=True)
@@ -75,45 +74,37 @@ class Reporter:
 
     @classmethod
     def write_once(cls, report_dir: Path, report: dict[str, Any]) -> None:
-        """Write a report that will not change: at once, or by a thread that goes on trying until it could be."""
-        written = False
+        """Write a report that will not change: by a thread that goes on trying until it could be.
 
-        def write() -> None:
-            nonlocal written
-            reports.write(report_dir, report)
-            written = True
-
+        Returns when that has tried once, or after ``CLOSE_S``, if the folder hangs.
+        """
         works = f"report_dir={report_dir} is written again"
-        guarded = Guarded(f"report_dir={report_dir} cannot be written", works, write)
-        if guarded():
-            return
+        failing = f"report_dir={report_dir} cannot be written"
+        guarded = Guarded(failing, works, lambda: reports.write(report_dir, report))
+        tried = threading.Event()
 
-        def try_again() -> None:
-            while not written:
+        def try_until_written() -> None:
+            while not guarded():
+                tried.set()
                 time.sleep(cls.RETRY_S)
-                guarded()
+            tried.set()
 
-        threading.Thread(target=try_again, name="llm-allreduce-reports", daemon=True).start()
+        threading.Thread(target=try_until_written, name="llm-allreduce-reports", daemon=True).start()
+        tried.wait(cls.CLOSE_S)
 
     def close(self) -> None:
-        """End the thread and write the last report. Takes at most twice ``CLOSE_S``, if the folder hangs."""
+        """Let the thread write the last report, and end. Takes at most ``CLOSE_S``, if the folder hangs."""
+        self._at_exit.cancel()
         self._stop.set()
         self._thread.join(self.CLOSE_S)
-        self._at_exit.cancel()
-        Guarded("the last report cannot be made", "", lambda: bool(self.tell(now=True)))()
 
-    def tell(self, *, now: bool = False) -> bool:
+    def _tell(self, *, now: bool = False) -> bool:
         """Report what has changed; False when there is nobody left to report on."""
-        if not self._busy.acquire(timeout=self.CLOSE_S):
-            return True  # somebody hangs in a write
-        try:
-            report = self._report()
-            if report is None:
-                return False
-            for outlet in self._outlets:
-                outlet(report, now=now)
-        finally:
-            self._busy.release()
+        report = self._report()
+        if report is None:
+            return False
+        for outlet in self._outlets:
+            outlet(report, now=now)
         return True
 
     def _run(self) -> None:
@@ -121,13 +112,15 @@ class Reporter:
 
         def tell() -> None:
             nonlocal over
-            over = not self.tell()
+            over = not self._tell()
 
         guarded = Guarded("reports cannot be made", "reports are made again", tell, self.RETRY_S)
         while not over and not self._stop.wait(self.PERIOD_S):
             guarded()
         if over:
             self._at_exit.cancel()
+        else:  # here, too, so that whoever closes waits no longer than it wants to
+            Guarded("the last report cannot be made", "", lambda: self._tell(now=True))()
 
 
 def _writer(folder: Path) -> Callable[[dict[str, Any]], None]:

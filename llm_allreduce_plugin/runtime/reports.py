@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_allreduce_plugin.algorithms.facts import LARGEST_WORLD_SIZE
+from llm_allreduce_plugin.base.attempt import Attempt
 from llm_allreduce_plugin.base.files import replace_text
+from llm_allreduce_plugin.base.guarded import Guarded
 from llm_allreduce_plugin.base.members import host_word
 from llm_allreduce_plugin.base.validation import PlainText, read_document
 from llm_allreduce_plugin.errors import UnreadableFileError
@@ -31,6 +34,7 @@ SERVER_VARIABLE = "_LLM_ALLREDUCE_SERVER"
 MOST_BYTES = 1 << 18  # of a report
 MOST_READ = 512  # reports, the youngest ones: what one look at a folder costs is bounded
 MOST_KEPT = 2 * LARGEST_WORLD_SIZE  # of processes that have ended: two runs of the largest group
+READ_S = 2.0  # that reading waits for a folder that hangs
 KEPT_S = 7 * 24 * 3600.0  # a report that nobody has touched for so long is not kept beyond that number
 _PATTERN = "rank-*.json"
 
@@ -232,6 +236,47 @@ def of_this_server(folder: Path, since: float) -> Iterator[Report]:
             yield report
 
 
+class Reader:
+    """Reads the reports of this server's ranks, and waits for no folder that hangs.
+
+    Args:
+        folder: of the reports.
+        since: see :func:`of_this_server`.
+    """
+
+    def __init__(self, folder: Path, since: float) -> None:
+        self._folder = folder
+        self._since = since
+        self._lock = threading.Lock()
+        self._reading: Attempt[list[Report]] | None = None  # one that has not ended in time
+        self._found: list[Report] = []
+        failing, works = f"report_dir={folder} cannot be read", f"report_dir={folder} is read again"
+        self._guarded = Guarded(failing, works, self._read)
+
+    def read(self) -> list[Report]:
+        """The youngest first; what was read the last time where the folder does not answer within ``READ_S``."""
+        with self._lock:
+            self._guarded()
+            return self._found
+
+    def _read(self) -> None:
+        patience_s = READ_S if self._reading is None else 0.0
+        try:
+            reading = self._reading or Attempt(self._read_now, "reports")
+        except RuntimeError:  # Python 3.12 starts no thread at a process's end: better late than not at all
+            self._found = self._read_now()
+            return
+        if not reading.wait(patience_s):
+            self._reading = reading
+            message = f"no answer within {READ_S:g} s"
+            raise TimeoutError(message)
+        self._reading = None
+        self._found = reading.result()
+
+    def _read_now(self) -> list[Report]:
+        return list(of_this_server(self._folder, self._since))
+
+
 def prune(folder: Path) -> None:
     """Remove old reports of processes that have ended, so that restarts do not fill the folder.
 
@@ -239,11 +284,12 @@ def prune(folder: Path) -> None:
     nobody has touched for a week.
 
     Raises:
-        OSError: the folder cannot be read, or a file in it not be removed.
+        OSError: the folder cannot be read.
     """
     own = re.escape(host_word())
     for modified, path in _youngest_first(folder)[MOST_KEPT:]:
         member = re.search(rf"\.{own}-(\d{{1,9}})-[0-9a-f]{{6}}-\d+\.json$", path.name)
         ended = member is not None and not Path("/proc", member[1]).exists()
         if ended or modified < time.time() - KEPT_S:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another user's, or a folder: others go
+                path.unlink()

@@ -74,3 +74,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         replace_text(tmp_path / "a.json", "x")
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_same_failure_has_the_same_text(tmp_path: Path) -> None:
+    """Whatever the new file would have been called."""
+    path = tmp_path / "missing" / "report.json"
+    told = set()
+    for _ in range(3):
+        with pytest.raises(FileNotFoundError) as caught:
+            replace_text(path, "text")
+        told.add(str(caught.value))
+    assert told == {f"[Errno 2] No such file or directory: '{path}'"}

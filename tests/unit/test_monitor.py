@@ -252,6 +252,60 @@ def test_a_process_that_ends_without_closing_writes_its_last_report(tmp_path: Pa
     assert reports.read(path).calls == {"ONESHOT": 216}
 
 
+HANGS = """
+import os, sys, threading, time
+from pathlib import Path
+from types import SimpleNamespace
+from llm_allreduce_plugin import AllReduceConfig
+from llm_allreduce_plugin.engines.common import reports as of_engines
+from llm_allreduce_plugin.engines.common.summary import tell_at_exit, tell_now
+from llm_allreduce_plugin.engines.vllm.communicator import _report_stock
+from llm_allreduce_plugin.runtime import metrics, reports
+from llm_allreduce_plugin.runtime.monitor import Monitor
+from llm_allreduce_plugin.runtime.reporter import Reporter
+from tests.unit.test_monitor import report_of
+
+def hang(*_args):
+    threading.Event().wait()
+
+reports.replace_text = reports.found_in = hang  # as on a file server that is gone
+Reporter.CLOSE_S = reports.READ_S = 0.5
+folder = Path("/dead")
+began = time.monotonic()
+match sys.argv[1]:
+    case "the last report":
+        monitor = Monitor(None, Path(sys.argv[2]), lambda: report_of(1, "m"))
+    case "a report of the engine's own":
+        stock = SimpleNamespace(rank_in_group=0, ranks=[0, 1])
+        settings = AllReduceConfig(allreduce_strategy="NCCL", report_dir=Path(sys.argv[2]))
+        _report_stock(stock, settings, "allreduce_strategy is NCCL", "dp0")
+    case "the start":
+        of_engines.read_reports(folder, lambda: None)
+    case "a scrape":
+        from prometheus_client import REGISTRY, generate_latest
+        assert metrics.show_reports(folder)
+        for _ in range(3):
+            assert b"python_info" in generate_latest(REGISTRY)
+    case "the summary":
+        tell_at_exit(folder, lambda: None)
+        tell_now()
+print(time.monotonic() - began)
+"""
+
+
+@pytest.mark.parametrize(
+    "what", ("the last report", "a report of the engine's own", "the start", "a scrape", "the summary")
+)
+def test_a_folder_that_hangs_holds_nobody(tmp_path: Path, what: str) -> None:
+    """Neither a start, nor a scrape, nor the end of a process."""
+    if what in ("the start", "a scrape"):
+        pytest.importorskip("prometheus_client")
+    run = [sys.executable, "-c", HANGS, what, str(tmp_path)]
+    result = subprocess.run(run, capture_output=True, text=True, timeout=12, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stderr
+    assert float(result.stdout) < (0.3 if what in ("the last report", "the start") else 2.0)
+
+
 def test_a_killed_process_has_reported_what_it_did_a_moment_before(tmp_path: Path) -> None:
     """It cannot say more once it is killed: so what it did is in the file soon after."""
     calls, member = 0, new_member()

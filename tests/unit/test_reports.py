@@ -86,8 +86,7 @@ from llm_allreduce_plugin.runtime.metrics import ReportCollector
 READ = """
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 folder = Path(os.environ["FOLDER"])
-collector = ReportCollector(folder)
-collector._since = 0.0
+collector = ReportCollector(folder, since=0.0)
 registry = CollectorRegistry()
 registry.register(collector)
 print(generate_latest(registry).decode())
@@ -152,8 +151,7 @@ def test_no_two_groups_share_a_file_or_a_counter(tmp_path: Path, caplog: pytest.
     prometheus = pytest.importorskip("prometheus_client")
     caplog.set_level("INFO")
     written = groups()
-    collector = ReportCollector(tmp_path)
-    collector._since = 0.0
+    collector = ReportCollector(tmp_path, since=0.0)
     registry = prometheus.CollectorRegistry()
     registry.register(collector)
     before: dict[str, float] = {}
@@ -242,6 +240,21 @@ def test_restarts_do_not_fill_the_folder(tmp_path: Path) -> None:
     os.utime(elsewhere, (time.time() - 8 * 24 * 3600,) * 2)
     reports.prune(tmp_path)
     assert not elsewhere.exists()
+
+
+def test_one_that_cannot_be_removed_keeps_no_other_from_it(tmp_path: Path) -> None:
+    names = [f"rank-{number}.json" for number in range(reports.MOST_KEPT + 3)]
+    for number, name in enumerate(names):
+        path = tmp_path / name
+        if number == reports.MOST_KEPT:
+            path.mkdir()  # which nobody unlinks
+        else:
+            path.write_text("{}")
+        os.utime(path, (time.time() - 2 * reports.KEPT_S - number,) * 2)
+    stuck = tmp_path / names[-3]
+    reports.prune(tmp_path)
+    assert stuck.exists()
+    assert not any((tmp_path / name).exists() for name in names[-2:])
 
 
 def test_all_ranks_of_the_largest_group_are_kept(tmp_path: Path) -> None:

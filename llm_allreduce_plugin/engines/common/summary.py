@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from llm_allreduce_plugin.runtime.reports import Report, of_this_server
+from llm_allreduce_plugin.runtime.reports import Reader, Report
 from llm_allreduce_plugin.runtime.tally import summary_of
 
 logger = logging.getLogger("llm_allreduce_plugin")
@@ -40,10 +40,10 @@ def tell_now() -> None:
 def tell(report_dir: Path, since: float, use_logging: Callable[[], None] = lambda: None) -> None:
     """Log what each group of this server last reported, if it did after ``since`` and could not say so itself.
 
-    ``use_logging``: lets lines go where the engine's go; called before the first one.
+    Waits for no folder that hangs. ``use_logging``: lets lines go where the engine's go; called before the first one.
     """
     groups: dict[str, list[Report]] = {}
-    for report in of_this_server(report_dir, since):
+    for report in Reader(report_dir, since).read():
         groups.setdefault(report.group, []).append(report)
     lines = [line for group in sorted(groups) if (line := _line(groups[group], several=len(groups) > 1)) is not None]
     if lines:
