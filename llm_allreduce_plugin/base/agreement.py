@@ -193,7 +193,8 @@ class Agreement:
     def _exchange(self, own: Own, givers: range, step: str, grace_s: float = 0.0) -> list[Any]:
         """The values of ``givers``; ``own``: of this rank."""
         if self.world_size == 1:
-            while (data := own(False, {})) is None:  # noqa: FBT003
+            began = time.monotonic()
+            while (data := own(time.monotonic() - began >= self.wait_s, {})) is None:
                 time.sleep(LONGEST_PAUSE_S)
             return [load(data)]
         self._steps += 1

@@ -128,7 +128,7 @@ def render(view: View, world_size: int | None) -> str:
         parts.append(f"Peer access: {_p2p_line(topology)}")
         of_a_host = sum(gpu.host == topology.gpus[0].host for gpu in topology.gpus)
         parts.append(f"Multicast: {node_outlook(topology, of_a_host)}")
-        parts += [*filter(None, [view.hidden_text]), *view.notes]
+        parts += [*filter(None, [topology.note, view.hidden_text]), *view.notes]
     if view.hidden and world_size is not None and world_size > len(view.positions):
         seen = f"this process sees {len(view.positions)} of the node's {len(topology.gpus)} GPUs ({view.cause})"
         message = f"world size {world_size}: {seen}"

@@ -52,6 +52,7 @@ def look() -> tuple[list[Finding], NodeTopology | None]:
         lambda: software.driver(topology.driver, software.cuda_of_driver(), software.toolkit_of_library(), gpus=gpus),
     )
     found += guarded("GPUs", lambda: hardware.gpus(topology, hidden=len(node.gpus) if view.hides_all else 0))
+    found += guarded("GPUs", lambda: list(filter(None, [hardware.left_out(node)])))
     found += [warn("GPU order", note, f"set {ORDER_VARIABLE}={BUS_ORDER}") for note in view.notes]
     if gpus:
         shown = {gpu.index for gpu in topology.gpus}

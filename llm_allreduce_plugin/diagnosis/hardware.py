@@ -84,6 +84,13 @@ def gpus(topology: NodeTopology, *, hidden: int = 0) -> Finding:
     return ok("GPUs", text)
 
 
+def left_out(topology: NodeTopology) -> Finding | None:
+    """Which GPUs NVML knows of and tells nothing about; None where there are none, or none at all."""
+    if not topology.gpus or not topology.note:
+        return None
+    return warn("GPUs", topology.note, "nvidia-smi says more; a lost GPU needs a reset, or the node a restart")
+
+
 def links(topology: NodeTopology) -> Finding:
     """How they are joined, by the driver's word."""
     kinds = dict.fromkeys(link for row in topology.links for link in row if link != "X")

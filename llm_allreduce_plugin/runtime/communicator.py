@@ -205,7 +205,9 @@ class TensorParallelCommunicator:
 
         Raises:
             TransportError: the memory cannot be allocated or mapped.
+            RuntimeError: the communicator is closed.
         """
+        self._planner.check_open()
         size = max(1, math.prod(shape)) * dtype.itemsize
         shares = self.facts.transport is Transport.SYMMETRIC and self.facts.num_hosts == 1
         if not shares or not self.facts.in_band.two_shot:
@@ -286,7 +288,7 @@ class TensorParallelCommunicator:
         Collective, like the calls themselves. Strategies share this communicator's workspace.
 
         Raises:
-            RuntimeError: the strategy cannot run here, with the reason.
+            RuntimeError: the strategy cannot run here, with the reason; or the communicator is closed.
         """
         return self._planner.call_of(strategy, count, dtype)
 
@@ -294,7 +296,7 @@ class TensorParallelCommunicator:
         """The same into a tensor of :meth:`registered_empty`, which comes second.
 
         Raises:
-            RuntimeError: the strategy cannot run here, with the reason.
+            RuntimeError: the strategy cannot run here, with the reason; or the communicator is closed.
         """
         return self._planner.call_into_of(strategy, count, dtype)
 
@@ -302,7 +304,8 @@ class TensorParallelCommunicator:
         """The same with a norm behind the sum, in one kernel (``fused``) or in two, whichever is faster.
 
         Raises:
-            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason; or the communicator
+                is closed.
         """
         return self._planner.norm_call_of(strategy, shape, fused=fused)
 

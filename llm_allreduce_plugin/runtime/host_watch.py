@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 from torch._C._distributed_c10d import Store
 
@@ -83,10 +86,17 @@ class HostWatch:
         self._stop = threading.Event()
         self._wake = threading.Event()
         self.error: PeerTimeoutError | None = None
-        self._thread = threading.Thread(target=self._run, name="llm-allreduce-hosts", daemon=True)
+        # Neither the thread nor the end of the process keeps alive what nobody uses any more, and what it holds.
+        self._thread = threading.Thread(
+            target=_tell_and_listen,
+            args=(weakref.ref(self), store, self._key(places.rank), self._beat_s, self._stop, self._wake),
+            name="llm-allreduce-hosts",
+            daemon=True,
+        )
+        self._end = functools.partial(_end, self._thread, self._stop, self._wake, 2 * self._beat_s)
         self._thread.start()
         # A thread that the end of the interpreter meets inside of a store ends the process by SIGABRT.
-        atexit.register(self.close)
+        atexit.register(self._end)
 
     # -- what others ask -----------------------------------------------------------------------------------------------
 
@@ -158,10 +168,8 @@ class HostWatch:
 
     def close(self) -> None:
         """Say so, and end the thread; a store that does not answer holds nobody. Idempotent."""
-        atexit.unregister(self.close)
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(2 * self._beat_s)
+        atexit.unregister(self._end)
+        self._end()
 
     # -- who is missing ------------------------------------------------------------------------------------------------
 
@@ -207,27 +215,10 @@ class HostWatch:
     def _key(self, rank: int) -> str:
         return f"{self._prefix}/alive/{rank}"
 
-    def _run(self) -> None:
-        beat = 0
-        while True:
-            beat += 1
-            is_last = self._stop.is_set()
-            try:
-                self._store.set(self._key(self._places.rank), self._own_sign(beat, is_last=is_last))
-                if is_last:
-                    return
-                self._listen()
-                self._answered_s = time.monotonic()
-            except Exception:  # noqa: BLE001  (a store that is gone; what that means, the next exchange shows)
-                if is_last:
-                    return
-            self._wake.wait(self._beat_s)
-            self._wake.clear()
-
-    def _own_sign(self, beat: int, *, is_last: bool) -> str:
+    def _own_sign(self, *, is_last: bool) -> list[Any]:
         error = self.error or self._failure()
         state = "broken" if error is not None else "closed" if is_last else "open"
-        return json.dumps([beat, self._workspace.exchanges()[0], state, str(error or "")[:_MOST_TEXT]])
+        return [self._workspace.exchanges()[0], state, str(error or "")[:_MOST_TEXT]]
 
     def _listen(self) -> None:
         for peer, sign in self._signs.items():
@@ -238,3 +229,43 @@ class HostWatch:
                 continue
             _beat, begun, state, text = json.loads(raw)
             self._signs[peer] = _Sign(begun, state, text, time.monotonic(), raw)
+        self._answered_s = time.monotonic()
+
+
+def _tell_and_listen(
+    this: weakref.ref[HostWatch],
+    store: Store,
+    key: str,
+    beat_s: float,
+    stop: threading.Event,
+    wake: threading.Event,
+) -> None:
+    """The thread of a watch: until that is closed, or nobody holds it any more, which other ranks hear as the same."""
+    beat = 0
+    sign: list[Any] = [0, "open", ""]
+    while True:
+        beat += 1
+        is_last = stop.is_set()
+        watch = this()
+        try:
+            if watch is not None:
+                sign = watch._own_sign(is_last=is_last)  # noqa: SLF001
+            elif sign[1] == "open":
+                sign[1] = "closed"
+            is_last = is_last or watch is None
+            store.set(key, json.dumps([beat, *sign]))
+            if watch is not None and not is_last:
+                watch._listen()  # noqa: SLF001
+        except Exception:  # noqa: BLE001, S110  (a store that is gone; what that means, the next exchange shows)
+            pass
+        if is_last:
+            return
+        watch = None
+        wake.wait(beat_s)
+        wake.clear()
+
+
+def _end(thread: threading.Thread, stop: threading.Event, wake: threading.Event, wait_s: float) -> None:
+    stop.set()
+    wake.set()
+    thread.join(wait_s)

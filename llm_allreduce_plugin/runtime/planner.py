@@ -129,8 +129,9 @@ class Planner:
         """The call that another strategy would make.
 
         Raises:
-            RuntimeError: the strategy cannot run here, with the reason.
+            RuntimeError: the strategy cannot run here, with the reason; or the communicator is closed.
         """
+        self.check_open()
         decision = decide(self._settings_of(strategy), self._facts, count, dtype_name(dtype))
         if decision.launch is None or decision.runs_another:
             raise RuntimeError(decision.reason)
@@ -138,7 +139,12 @@ class Planner:
         self._keep_eager(eager, planned, decision, count, dtype)
         return eager.around(planned.call)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise an error once nothing is planned any more.
+
+        Raises:
+            RuntimeError: the communicator is closed.
+        """
         if self._closed:
             message = "this communicator is closed"
             raise RuntimeError(message)
@@ -146,7 +152,7 @@ class Planner:
     def _decide(
         self, count: int, dtype: torch.dtype, *, readable_in_place: bool = False, registered_output: bool | None = None
     ) -> Decision:
-        self._check_open()
+        self.check_open()
         decision = decide(
             self._config, self._facts, count, dtype_name(dtype),
             readable_in_place=readable_in_place, registered_output=registered_output,
@@ -237,8 +243,9 @@ class Planner:
         """The call that another strategy would make into a registered output.
 
         Raises:
-            RuntimeError: the strategy cannot run here, with the reason.
+            RuntimeError: the strategy cannot run here, with the reason; or the communicator is closed.
         """
+        self.check_open()
         settings = self._settings_of(strategy)
         decision = decide(settings, self._facts, count, dtype_name(dtype), registered_output=True)
         if decision.launch is None or decision.runs_another:
@@ -318,7 +325,7 @@ class Planner:
             RuntimeError: the communicator is closed.
             ValueError: such rows cannot be normed, or not quantized like this.
         """
-        self._check_open()
+        self.check_open()
         shape.check()
         decision = decide_fused(
             self._config, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant
@@ -344,9 +351,11 @@ class Planner:
         """The call that another strategy would make, with the norm in the kernel of the sum or in one of its own.
 
         Raises:
-            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason.
+            RuntimeError: the strategy cannot run here, or its norm not be fused, with the reason; or the communicator
+                is closed.
             ValueError: such rows cannot be normed, or not quantized like this.
         """
+        self.check_open()
         settings = self._settings_of(strategy, fuse_norm=fused)
         decision = decide_fused(
             settings, self._facts, shape.rows, shape.hidden, dtype_name(shape.dtype), shape.quant, however_slow=True

@@ -82,7 +82,7 @@ class Node(_Frozen):
         p2p: ``p2p[i][j]`` is the driver's word on peer access: OK, CNS, GNS, TNS, NS, DR, or ``?``.
         nvswitch: the NVLinks go through switches.
         driver: driver version, empty when unknown.
-        note: why there is nothing to see, when there is nothing.
+        note: why there is nothing to see, when there is nothing, or which GPUs are left out.
     """
 
     source: PlainText = ""

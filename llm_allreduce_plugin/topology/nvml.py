@@ -158,13 +158,18 @@ def detect() -> Node:
 
 
 def _detect(nvml: Any) -> Node:  # noqa: ANN401
-    count = int(_ask(0, nvml.nvmlDeviceGetCount))
-    handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    number = int(_ask(0, nvml.nvmlDeviceGetCount))
+    answers = {index: _ask(None, nvml.nvmlDeviceGetHandleByIndex, index) for index in range(number)}
+    # One that has fallen off the bus, or that a container may not use, is no reason to know nothing of the others.
+    silent = [index for index, handle in answers.items() if handle is None]
+    indices = [index for index in answers if index not in silent]
+    handles = [answers[index] for index in indices]
+    count = len(handles)
     multicast = _attribute_by_bus_id(_CU_MULTICAST_SUPPORTED)
     multiprocessors = _attribute_by_bus_id(_CU_MULTIPROCESSORS)
     exportable = _attribute_by_bus_id(_CU_FABRIC_SUPPORTED)
     gpus = []
-    for index, handle in enumerate(handles):
+    for index, handle in zip(indices, handles, strict=True):
         pci = _ask(None, nvml.nvmlDeviceGetPciInfo, handle)
         bus_id = _text(pci.busId) if pci is not None else ""
         has_multicast = multicast.get(_bus_key(bus_id))
@@ -211,8 +216,15 @@ def _detect(nvml: Any) -> Node:  # noqa: ANN401
         # Each GPU cannot give all its links to each of several others, unless they meet in a switch.
         nvswitch=any(behind_switch) or all_to_all,
         driver=_text(_ask("", nvml.nvmlSystemGetDriverVersion)),
-        note="" if count else "NVML sees no GPU",
+        note=_note(number, silent),
     )
+
+
+def _note(number: int, silent: Sequence[int]) -> str:
+    """What there is to say of so many GPUs, of which some do not answer."""
+    if not silent:
+        return "" if number else "NVML sees no GPU"
+    return f"NVML gives no access to GPU {', '.join(map(str, silent))} of {number}: lost, or not for this process"
 
 
 def _link(

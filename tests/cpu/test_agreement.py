@@ -359,3 +359,18 @@ def _group_goes_on(context: RankContext) -> None:
 
 def test_torch_collectives_are_not_disturbed(cpu_pool: PoolFor) -> None:
     cpu_pool(3).run(_group_goes_on)
+
+
+def _alone_with_what_hangs(context: RankContext) -> tuple[str, float]:
+    agreement = Agreement(context.group, WAIT_S)
+    began = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        agreement.on_every_rank(lambda: time.sleep(20), "to map", TransportError, "cannot map", may_block=True)
+    agreement.close()
+    return str(caught.value), time.monotonic() - began
+
+
+def test_one_rank_has_a_deadline_too(cpu_pool: PoolFor) -> None:
+    ((text, took_s),) = cpu_pool(1).run(_alone_with_what_hangs)
+    assert text == "rank 0 cannot map: not done after 1 s"
+    assert WAIT_S <= took_s < WAIT_S + SLACK_S

@@ -26,6 +26,7 @@ from llm_allreduce_plugin.transport import nameless
 from tests.conftest import PoolFor
 from tests.support import checks
 from tests.support.forked import forked, wait_until
+from tests.support.hosts import on_host
 from tests.support.reference import DTYPES, SIZES
 
 WORLD_SIZES = (2, 3, 4, 8)
@@ -219,6 +220,25 @@ def _abandon(context: RankContext, folder: str) -> bool:
 
 def test_an_abandoned_communicator_leaves_no_thread(cpu_pool: PoolFor, tmp_path: Path) -> None:
     assert cpu_pool(2).run(_abandon, str(tmp_path)) == [False, False]
+
+
+def _abandon_over_hosts(context: RankContext) -> tuple[bool, bool]:
+    with on_host((0, 1), context):
+        made = context.communicator("ONESHOT")
+    made.all_reduce(torch.ones(3))
+    between = made._held.between
+    assert between is not None
+    thread, watch, rail = between.watch._thread, weakref.ref(between.watch), weakref.ref(between.rail)
+    context.gather(None)  # none leaves while others call
+    del made, between
+    gc.collect()
+    thread.join(10)
+    gc.collect()
+    return thread.is_alive(), watch() is None and rail() is None
+
+
+def test_an_abandoned_communicator_over_hosts_leaves_nothing(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_abandon_over_hosts) == [(False, True)] * 2
 
 
 def _report(context: RankContext, folder: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from llm_allreduce_plugin import PeerTimeoutError, RankMismatchError, TensorParallelCommunicator
 from llm_allreduce_plugin.measure.ranks import RankContext
+from llm_allreduce_plugin.runtime.norm_calls import shape_of
 from tests.conftest import PoolFor
 from tests.support.forked import forked, wait_until
 
@@ -161,6 +162,24 @@ def _close_beside_a_call(context: RankContext) -> str:
 
 def test_closing_ends_a_call_of_another_thread_with_an_error(cpu_pool: PoolFor) -> None:
     assert cpu_pool(2).run(_close_beside_a_call)[0] == "this communicator is closed"
+
+
+def _plan_after_the_end(context: RankContext) -> list[str]:
+    group = context.communicator("ONESHOT")
+    group.close()
+    rows = torch.ones(4, 16, dtype=torch.bfloat16)
+    shape = shape_of(rows, None, 1e-6, 0.0, None, return_norm=False)
+    plans: list[Callable[[], object]] = [
+        lambda: group.call_of("TWOSHOT", 1000, torch.float32),
+        lambda: group.call_into_of("UB", 1000, torch.float32),
+        lambda: group.norm_call_of("TWOSHOT", shape, fused=False),
+        lambda: group.peer_visible_empty((4,), torch.float32),
+    ]
+    return [_text_of(plan, RuntimeError) for plan in plans]
+
+
+def test_nothing_is_planned_after_the_end(cpu_pool: PoolFor) -> None:
+    assert cpu_pool(2).run(_plan_after_the_end) == [["this communicator is closed"] * 4] * 2
 
 
 def _calls_that_outlive(context: RankContext, closed: bool) -> str:

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -288,6 +289,40 @@ class Stock:
 
     def destroy(self) -> None:
         self.ended += 1
+
+
+def test_vllm_s_communicator_ends_without_garbage_collection() -> None:
+    """What runs vLLM's own all-reduce for ours does not hold vLLM's communicator, which holds ours."""
+
+    class Sums:
+        device_group = cpu_group = None
+        device = torch.device("cpu")
+
+        def __init__(self, unique_name: str) -> None:
+            self.unique_name = unique_name
+
+        def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+            return input_.mul_(2)
+
+    with (
+        mock.patch("llm_allreduce_plugin.runtime.communicator.TensorParallelCommunicator") as ours,
+        mock.patch("llm_allreduce_plugin.engines.common.fusion_ops.serve"),
+    ):
+        made = _communicator_class(Sums)(unique_name="tp:0", llm_allreduce_settings=None, llm_allreduce_name="")
+    fallback = ours.call_args.kwargs["fallback"]
+    mine = torch.ones(3)
+    assert fallback(mine).tolist() == [2.0] * 3
+    assert mine.tolist() == [1.0] * 3, "never written"
+    gone = weakref.ref(made)
+    gc.collect()
+    gc.disable()
+    try:
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="vLLM has destroyed this group"):
+        fallback(mine)
 
 
 @pytest.mark.parametrize("error", (None, PeerTimeoutError(0, 1, "ONESHOT", "gather", 60.0), OSError(5, "I/O error")))

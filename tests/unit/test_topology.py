@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from llm_allreduce_plugin import NodeTopology, TopologyError
 from llm_allreduce_plugin.cli import app
+from llm_allreduce_plugin.diagnosis.finding import Verdict
+from llm_allreduce_plugin.diagnosis.hardware import left_out
 from llm_allreduce_plugin.group.capabilities import group_facts, strategy_table
 from llm_allreduce_plugin.group.facts import p2p_fault
 from llm_allreduce_plugin.topology import nvml, visible
@@ -169,6 +171,29 @@ def test_detection_survives_a_driver_that_answers_little(monkeypatch: pytest.Mon
     assert topology.gpus[0].architecture is None
     assert topology.gpus[0].multiprocessors is None
     assert topology.gpus[0].multicast is None
+
+
+def test_a_lost_gpu_is_left_out_and_the_others_keep_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OneLost(FakeNvml):
+        def nvmlDeviceGetCount(self) -> int:
+            return 3
+
+        def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+            if index == 1:
+                message = "GPU is lost"
+                raise FakeNvmlError(message)
+            return index
+
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", OneLost())
+    monkeypatch.setattr(nvml, "_attribute_by_bus_id", lambda _attribute: {})
+    topology = NodeTopology.detect()
+    assert [gpu.index for gpu in topology.gpus] == [0, 2]
+    assert topology.links == (("X", "NV4"), ("NV4", "X"))
+    assert topology.note == "NVML gives no access to GPU 1 of 3: lost, or not for this process"
+    finding = left_out(topology)
+    assert finding is not None
+    assert (finding.verdict, finding.text) == (Verdict.WARN, topology.note)
+    assert left_out(load("h200_x4_nvswitch")) is None
 
 
 def test_detection_without_nvml(monkeypatch: pytest.MonkeyPatch) -> None:

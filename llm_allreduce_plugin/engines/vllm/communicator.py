@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.common import fusion_ops
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from llm_allreduce_plugin.config import AllReduceConfig
+    from llm_allreduce_plugin.runtime.calls import Call
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -64,6 +66,23 @@ def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, nam
     report_engines_own("vLLM", communicator.rank_in_group, communicator.ranks, settings, reason, name)
 
 
+def _stock_all_reduce(communicator: Any, stock: type) -> Call:  # noqa: ANN401
+    """The all-reduce that ``stock`` has. Holds on to no communicator of vLLM's: that holds ours."""
+    method: Any = stock.all_reduce  # type: ignore[attr-defined]
+    found = weakref.ref(communicator)
+
+    def run(input_: torch.Tensor) -> torch.Tensor:
+        owner = found()
+        if owner is None:
+            message = "all-reduce: vLLM has destroyed this group; make a new one before the next call"
+            raise RuntimeError(message)
+        # On CPU vLLM reduces in place; the promise here is a fresh tensor.
+        output: torch.Tensor = method(owner, input_.clone() if input_.device.type == "cpu" else input_)
+        return output
+
+    return run
+
+
 @functools.cache
 def _communicator_class(stock: type) -> type:
     """The subclass for one stock class (CudaCommunicator; CpuCommunicator on vLLM's CPU platform).
@@ -89,7 +108,7 @@ def _communicator_class(stock: type) -> type:
                 self.device,
                 llm_allreduce_settings,
                 control_group=self.cpu_group,
-                fallback=self._stock_all_reduce,
+                fallback=_stock_all_reduce(self, stock),
                 name=llm_allreduce_name,
             )
             self.llm_allreduce.let_graphs_share()  # vLLM's have one memory pool
@@ -97,11 +116,6 @@ def _communicator_class(stock: type) -> type:
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
             return self.llm_allreduce.all_reduce(input_)
-
-        def _stock_all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-            # On CPU vLLM reduces in place; the promise here is a fresh tensor.
-            output: torch.Tensor = super().all_reduce(input_.clone() if input_.device.type == "cpu" else input_)
-            return output
 
         def destroy(self) -> None:
             try:
