@@ -278,9 +278,8 @@ void bind_workspace(nb::module_& module) {
       .def("fail_exchange", &Workspace::fail_exchange, "waited_s"_a,
            "An exchange between hosts has failed: no call begins any more, and no second half works on what came.")
       .def("close", &Workspace::close, "wait_s"_a,
-           "Let no call begin, and wait so many seconds for those of other threads, until they have left their waits "
-           "(on "
-           "CPU ranks) or been launched (on GPUs). True when none is left.");
+           "Let no call begin, and wait so many seconds for those of other threads: on CPU ranks until they have left "
+           "their waits, on GPUs until they have been launched. True when none is left.");
 }
 
 // Calls of one size and type.
