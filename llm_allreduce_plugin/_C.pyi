@@ -317,7 +317,7 @@ class Workspace:
 
     def close(self, wait_s: float) -> bool:
         """
-        Let no call begin, and wait so many seconds for those of other threads, until they have left their waits (CPU ranks) or been launched (GPUs). True when none is left.
+        Let no call begin, and wait so many seconds for those of other threads: on CPU ranks until they have left their waits, on GPUs until they have been launched. True when none is left.
         """
 
 class Plan:

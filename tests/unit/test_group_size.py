@@ -17,7 +17,7 @@ from tests.unit.test_topology import FOLDER
 RUNNER = CliRunner()
 H200 = str(FOLDER / "h200_x4_nvswitch.json")
 THREE = '{"domains": [0, 0, 1]}'
-SAID = "low_precision.domains=[0, 0, 1]: has 3 numbers: must have one for each of the {} ranks"
+SAID = "domains=[0, 0, 1]: has 3 numbers: must have one for each of the {} ranks"
 
 
 @pytest.mark.parametrize(("group", "ranks"), [(["--topology", H200], 4), (["--cpu"], 2)])
@@ -25,7 +25,7 @@ def test_explain(group: list[str], ranks: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("LLM_ALLREDUCE_LOW_PRECISION", THREE)
     result = RUNNER.invoke(app, ["explain", *group])
     assert result.exit_code == 2, result.output
-    assert f"error: {SAID.format(ranks)}" in result.output
+    assert f"error: environment: LLM_ALLREDUCE_LOW_PRECISION.{SAID.format(ranks)}" in result.output
     assert RUNNER.invoke(app, ["explain", *group, "--tp", "3"]).exit_code == 0
 
 

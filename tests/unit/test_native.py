@@ -313,6 +313,8 @@ from llm_allreduce_plugin import _C
 layout = _C.make_layout(2, 1, flagged_bytes=1 << 16)
 buffers = [ctypes.create_string_buffer(layout.total_bytes) for _ in range(2)]
 bases = [ctypes.addressof(buffer) for buffer in buffers]
+spare = [_C.Workspace(0, bases, layout, 1.0, _C.CPU) for _ in range(8)]
+del spare  # so that what else a workspace takes, and an error, is there without a page more
 _, most = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (1 << 20, most))  # less than the process has: no page more
 try:

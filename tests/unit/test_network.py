@@ -16,6 +16,7 @@ from llm_allreduce_plugin.algorithms.base import Numerics
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
 from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.low_precision_algorithm import algorithm_of
+from llm_allreduce_plugin.algorithms.ranges import bytes_in_words
 from llm_allreduce_plugin.config import LowPrecisionConfig, WireFormat
 from llm_allreduce_plugin.group import cards
 from llm_allreduce_plugin.group.cards import RankCard, host_identity
@@ -132,7 +133,7 @@ def test_low_precision_leaves_to_exact_sums_what_the_model_says(wire: WireFormat
     assert "modelled" in source and "not measured" in source
     below = decide(settings, group, (least - 2) // 2, "bfloat16")
     assert (below.strategy, below.is_fallback) == (S.MINLATENCY, False)
-    assert f"below {least} bytes" in below.reason and "modelled" in below.reason
+    assert f"below {bytes_in_words(least)} the exact" in below.reason and "modelled" in below.reason
     assert decide(settings, group, least // 2 + 1, "bfloat16").strategy is S.LOWPRECISION
     everything = settings.model_copy(update={"low_precision": LowPrecisionConfig(wire_format=wire, min_bytes=0)})
     assert decide(everything, group, 1, "bfloat16").strategy is S.LOWPRECISION
