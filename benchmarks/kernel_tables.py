@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from benchmarks.tables import KIB, MIB, MISSING, by_size, fastest, markdown, number, record, size, times
 
 PEERS = {
@@ -176,12 +174,9 @@ def host_link(ranks: int, most: int = 16 * MIB) -> str:
         "engines": "both, by copy engines",
         "exchange": "an exchange, a flag to a tile",
     }
-    curves: dict[str, dict[int, float]] = {label: {} for label in labels.values()}
-    for row in record(f"h200/host_link_tp{ranks}")["rows"]:
-        curve = curves[labels[row["what"]]]
-        if row["bytes"] <= most:
-            curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
-    return by_size({label: curve for label, curve in curves.items() if curve})
+    rows = [row for row in record(f"h200/host_link_tp{ranks}")["rows"] if row["bytes"] <= most]
+    curves = fastest((labels[row["what"]], row) for row in rows)
+    return by_size({label: curves[label] for label in labels.values() if label in curves})
 
 
 def host_asks_first() -> str:
@@ -193,17 +188,16 @@ def host_asks_first() -> str:
         (2, "TWOSHOT in band", "exact, two steps", (64, 128, 256, 512, 1024)),
         (2, "fp8 in band", "`fp8`, two steps", (256, 512, 1024)),
     )
-    curves: dict[str, dict[int, float]] = {}
-    for ranks, kernel, label, sizes in lines:
-        for now, when in ((False, "before"), (True, "now")):
-            curve = curves.setdefault(f"{ranks} GPUs, {label}: {when}", {})
-            for row in record(f"h200/host_asks_first_tp{ranks}")["rows"]:
-                is_now = row["variant"].startswith("large calls")
-                is_before = row["variant"].startswith("cleared")
-                kib = row["bytes"] // KIB
-                if row["kernel"] == kernel and kib in sizes and (is_now if now else is_before):
-                    curve[row["bytes"]] = min(row["us"], curve.get(row["bytes"], math.inf))
-    return by_size(curves)
+    variants = {"before": "cleared", "now": "large calls"}  # how they begin
+    return by_size(
+        fastest(
+            (f"{ranks} GPUs, {label}: {when}", row)
+            for ranks, kernel, label, sizes in lines
+            for when, variant in variants.items()
+            for row in record(f"h200/host_asks_first_tp{ranks}")["rows"]
+            if row["kernel"] == kernel and row["bytes"] // KIB in sizes and row["variant"].startswith(variant)
+        )
+    )
 
 
 def fused() -> str:

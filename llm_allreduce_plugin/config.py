@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings import environment
 from llm_allreduce_plugin.settings.choices import (
@@ -42,7 +43,6 @@ from llm_allreduce_plugin.settings.values import (
     mapping,
     no_boolean,
     path,
-    shown,
     size,
     switch,
 )

@@ -74,19 +74,13 @@ int64_t most_chunk_bytes(const lar_workspace& workspace, const lar_call& call) {
   return call.kind.algorithm == LAR_ONE_SHOT ? slots.one_shot_bytes : slots.two_shot_bytes;
 }
 
-// Why a call may not be made, by what is checked; null: it may.
-
-const char* fault_of(const lar_message& message) {
-  if (message.count < 0) return "count: negative";
-  if (message.dtype < LAR_FLOAT32 || message.dtype > LAR_BFLOAT16) return "dtype: there is none of this number";
-  return message.count == 0 || (message.input && message.output) ? nullptr : "input, output: null";
-}
-
 // Whole warps. A kernel may allow less.
 int most_threads_of(lar_kind kind) {
   if (!is_in_band(kind.exchange)) return LAR_MAX_FLAGGED_THREADS;
   return kind.epilogue == LAR_RMS_NORM ? LAR_MAX_WIDE_THREADS : LAR_MAX_THREADS;
 }
+
+// Why a call may not be made, by what is checked; null: it may.
 
 const char* fault_of(const lar_layout& layout, const lar_launch& launch, lar_kind kind) {
   if (launch.lanes < 1 || launch.lanes > layout.lanes) return "lanes: not from 1 to those of the workspace";
@@ -168,7 +162,7 @@ const char* fault_of(const lar_workspace& workspace, const lar_call& call) {
   const bool is_alone = layout.world_size == 1 && is_half(algorithm_of(call));
   if (!supported_world_size(layout.world_size) && !is_alone) return "world_size: not supported";
   if (workspace.rank < 0 || workspace.rank >= layout.world_size) return "rank: not in the group";
-  if (const char* fault = fault_of(call.message)) return fault;
+  if (const char* fault = fault_of_message(call.message)) return fault;
   if (const char* fault = fault_of(layout, call.launch, call.kind)) return fault;
   if (!fits(workspace, call.kind.exchange)) return "exchange: the workspace has no slots or memory for it";
   if (const char* fault = fault_of_wire(workspace, call)) return fault;
@@ -180,6 +174,12 @@ const char* fault_of(const lar_workspace& workspace, const lar_call& call) {
 }
 
 }  // namespace
+
+const char* fault_of_message(const lar_message& message) {
+  if (message.count < 0) return "count: negative";
+  if (message.dtype < LAR_FLOAT32 || message.dtype > LAR_BFLOAT16) return "dtype: there is none of this number";
+  return message.count == 0 || (message.input && message.output) ? nullptr : "input, output: null";
+}
 
 int check_call(const lar_workspace& workspace, const lar_call& call) {
   const char* fault = fault_of(workspace, call);

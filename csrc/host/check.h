@@ -29,6 +29,9 @@ constexpr int kMostLanesOfARow = 8;
 
 constexpr int lanes_of_a_row(const lar_launch& launch) { return launch.cluster > 1 ? launch.cluster : 1; }
 
+// Why a message may not be given to any kernel; null: it may.
+const char* fault_of_message(const lar_message& message);
+
 // Why a message may not be normed so, wherever the tensors lie; null: it may.
 const char* fault_of_norm(const lar_message& message, const lar_norm& norm);
 

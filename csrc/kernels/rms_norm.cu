@@ -144,12 +144,9 @@ bool is_aligned(const lar_message& message, const lar_norm& norm) {
 extern "C" int lar_rms_norm(const lar_message* message, const lar_norm* norm, int32_t device, void* stream) {
   using namespace lar;
   if (!message || !norm) return refuse("message, norm: null");
-  if (message->dtype < LAR_FLOAT32 || message->dtype > LAR_BFLOAT16)
-    return refuse("dtype: there is none of this number");
-  if (message->count < 0) return refuse("count: negative");
+  if (const char* fault = fault_of_message(*message)) return refuse(fault);
   if (const char* fault = fault_of_norm(*message, *norm)) return refuse(fault);
   if (message->count == 0) return LAR_OK;
-  if (!message->input || !message->output) return refuse("input, output: null");
   if (device == LAR_CPU) {
     cpu::rms_norm(*message, *norm);
     return LAR_OK;

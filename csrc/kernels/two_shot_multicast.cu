@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_short_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
   if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
   constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t i = grid_thread();
@@ -56,8 +55,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
   if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
-  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const Payload<T> input(arguments.input, arguments.count);
   const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
@@ -90,8 +87,6 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_multicast_split_kernel(const __grid_constant__ MulticastCall<kWorldSize> call) {
   if (!kKnowsMulticast) return;
   const PushArguments<kWorldSize>& arguments = call.in_band;
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
-  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const uint32_t total_vectors = static_cast<uint32_t>(arguments.count / Vector<T>::kElements);
   const uint32_t part = arguments.part;
   const uint32_t scatterers = arguments.scatter_lanes;

@@ -16,8 +16,6 @@ template <typename T, int kWorldSize>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_place_kernel(const __grid_constant__ PlaceArguments place) {
   const PushArguments<0>& arguments = place.in_band;
-  const int world_size = World<kWorldSize>::size(arguments.world_size);
-  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const Payload<T> input(arguments.input, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));
   const uint32_t part = arguments.part;

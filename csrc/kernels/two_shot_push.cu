@@ -61,7 +61,6 @@ template <typename T, int kWorldSize, typename Epilogue>
 __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     two_shot_push_kernel(const __grid_constant__ PushArguments<kWorldSize> arguments) {
   const int world_size = World<kWorldSize>::size(arguments.world_size);
-  constexpr int kAtOnce = World<kWorldSize>::kPeersAtOnce;
   const Payload<T> input(arguments.input, arguments.count);
   const typename Epilogue::template Any<T> sink(arguments.output, arguments.count);
   const uint32_t total_vectors = static_cast<uint32_t>(ceil_div(arguments.count, Vector<T>::kElements));

@@ -38,6 +38,14 @@ class Message(Protocol[C_contra, A]):
         """Elements of an answer that are not what they must be, over all ranks."""
 
 
+def graphs_can_be_judged(candidate: Candidate | NormCandidate) -> bool:
+    """Whether a graph's last answer is of its input: in place, it is of the answer of the call before.
+
+    Of those for which it is not, what is checked is an answer outside of graphs.
+    """
+    return not (candidate.in_place or candidate.graphs_overwrite)
+
+
 def first_call(candidate: Candidate, mine: torch.Tensor) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
     """The call for one input, and its answer, in memory that was poisoned first.
 

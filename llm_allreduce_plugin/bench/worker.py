@@ -14,7 +14,7 @@ import torch
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench import candidates, norm_candidates
 from llm_allreduce_plugin.bench.candidates import Candidate, OurSettings
-from llm_allreduce_plugin.bench.messages import Message, NormMessage, SumMessage
+from llm_allreduce_plugin.bench.messages import Message, NormMessage, SumMessage, graphs_can_be_judged
 from llm_allreduce_plugin.bench.norm_candidates import NormCandidate
 from llm_allreduce_plugin.measure import timing
 from llm_allreduce_plugin.measure.products import MatrixProduct
@@ -164,8 +164,7 @@ def measure(context: RankContext, name: str, count: int, options: Options) -> Me
         return call()
 
     graph = timing.time_graph(context, timed, options.calls, options.replays, options.warmup, candidate.capturing)
-    # In place, the answer of one call is the input of the next: what was checked is the first.
-    graph_wrong = eager_wrong if candidate.in_place or candidate.graphs_overwrite else wrong(graph.output)
+    graph_wrong = wrong(graph.output) if graphs_can_be_judged(candidate) else eager_wrong
     added = max(graph.median - product_us, LEAST_US)
     row = dataclasses.replace(row, graph_us=round(added, 2), graph_wrong=graph_wrong)
     return dataclasses.replace(row, product_us=round(product_us, 2)) if product else row

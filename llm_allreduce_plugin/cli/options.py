@@ -17,10 +17,11 @@ import typer
 from typer.models import OptionInfo
 
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, TransportChoice, WireFormat, load_config
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.quantization import QuantKind
-from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size, shown
+from llm_allreduce_plugin.settings.values import MOST_BYTES_OF_A_MESSAGE, parse_size
 
 *_FIRST, _LAST = WireFormat
 WIRE_FORMAT_HELP = f"LOWPRECISION: {', '.join(_FIRST)} or {_LAST}."

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from llm_allreduce_plugin.settings.values import shown
+from llm_allreduce_plugin.base.validation import shown
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.measure.ranks import RankContext

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from llm_allreduce_plugin.base.files import read_text
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.errors import ConfigError, UnreadableFileError
-from llm_allreduce_plugin.settings.values import shorter, shown, unique
+from llm_allreduce_plugin.settings.values import shorter, unique
 
 MOST_DEPTH = 16
 MOST_VALUES = 10_000

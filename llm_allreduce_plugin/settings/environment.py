@@ -14,9 +14,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings.faults import unknown_key
-from llm_allreduce_plugin.settings.values import path, shown
+from llm_allreduce_plugin.settings.values import path
 
 ENV_PREFIX = "LLM_ALLREDUCE_"
 CONFIG_FILE_VARIABLE = "LLM_ALLREDUCE_CONFIG"

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.errors import ConfigError
-from llm_allreduce_plugin.settings.values import shorter, shown
+from llm_allreduce_plugin.settings.values import shorter
 
 _Model = TypeVar("_Model", bound=BaseModel)
 _MOST_LINES = 20

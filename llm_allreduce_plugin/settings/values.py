@@ -12,14 +12,11 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-from llm_allreduce_plugin.base import validation
+from llm_allreduce_plugin.base.validation import shown
 
 MOST_BYTES_OF_A_MESSAGE = 1 << 40
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _MOST_DIGITS = 20  # more than any bound has; int() of thousands of digits is an error of its own
-
-
-shown = validation.shown
 
 
 def parse_size(text: str) -> int:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from llm_allreduce_plugin import AllReduceConfig, ConfigError, LlmArgs, load_config
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.cli.options import parse_bytes
 from llm_allreduce_plugin.config import LowPrecisionConfig
-from llm_allreduce_plugin.settings.values import shown
 
 NESTED = {"low_precision": LowPrecisionConfig}
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, load_config
 from llm_allreduce_plugin.errors import ConfigError
-from llm_allreduce_plugin.settings.values import shown
 
 SECTION = "allreduce"
 SHORTHAND = "allreduce_strategy"

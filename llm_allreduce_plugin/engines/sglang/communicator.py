@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import inspect
 import logging
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llm_allreduce_plugin.engines.common import fusion_ops
+from llm_allreduce_plugin.engines.common.stock import own_all_reduce
 from llm_allreduce_plugin.engines.sglang import fusion, hooks
 from llm_allreduce_plugin.engines.sglang.boundaries import ATTRIBUTE
 from llm_allreduce_plugin.engines.sglang.hooks import Hook
 from llm_allreduce_plugin.engines.sglang.settings import settings_of, stands_aside
 
 if TYPE_CHECKING:
-    from llm_allreduce_plugin.runtime.calls import Call
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 
 logger = logging.getLogger("llm_allreduce_plugin")
@@ -70,7 +69,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
         group.device,
         settings,
         control_group=group.cpu_group,
-        fallback=_stock(group),
+        fallback=own_all_reduce("SGLang", group, inspect.unwrap(type(group).all_reduce)),
         name=name,
     )
     communicator.let_graphs_share()  # SGLang's have one memory pool
@@ -87,23 +86,6 @@ def _server_args() -> Any:  # noqa: ANN401
         return get_server_args()
     except ValueError:
         return None
-
-
-def _stock(group: Any) -> Call:  # noqa: ANN401
-    """SGLang's own all-reduce of a group. Holds on to no group: that holds the communicator."""
-    method = inspect.unwrap(type(group).all_reduce)
-    found = weakref.ref(group)
-
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        owner = found()
-        if owner is None:
-            message = "all-reduce: SGLang has destroyed this group; make a new one before the next call"
-            raise RuntimeError(message)
-        # SGLang may sum in place, and takes its inputs for lost; CPU ranks always do, where copies cost little.
-        output: torch.Tensor = method(owner, input_.clone() if input_.device.type == "cpu" else input_)
-        return output
-
-    return run
 
 
 def all_reduce(

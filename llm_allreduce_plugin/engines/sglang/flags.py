@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.errors import ConfigError
 from llm_allreduce_plugin.settings.documents import from_json, read_settings
 from llm_allreduce_plugin.settings.environment import variable_of
 from llm_allreduce_plugin.settings.faults import validated
 from llm_allreduce_plugin.settings.values import path as as_path
-from llm_allreduce_plugin.settings.values import shown
 
 STRATEGY = "--allreduce-strategy"
 CONFIG = "--allreduce-config"

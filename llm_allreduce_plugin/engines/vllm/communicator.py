@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-import weakref
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.common import fusion_ops
+from llm_allreduce_plugin.engines.common.stock import own_all_reduce
 from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_communicator_path
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from llm_allreduce_plugin.config import AllReduceConfig
-    from llm_allreduce_plugin.runtime.calls import Call
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -66,23 +65,6 @@ def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, nam
     report_engines_own("vLLM", communicator.rank_in_group, communicator.ranks, settings, reason, name)
 
 
-def _stock_all_reduce(communicator: Any, stock: type) -> Call:  # noqa: ANN401
-    """The all-reduce that ``stock`` has. Holds on to no communicator of vLLM's: that holds ours."""
-    method: Any = stock.all_reduce  # type: ignore[attr-defined]
-    found = weakref.ref(communicator)
-
-    def run(input_: torch.Tensor) -> torch.Tensor:
-        owner = found()
-        if owner is None:
-            message = "all-reduce: vLLM has destroyed this group; make a new one before the next call"
-            raise RuntimeError(message)
-        # On CPU vLLM reduces in place; the promise here is a fresh tensor.
-        output: torch.Tensor = method(owner, input_.clone() if input_.device.type == "cpu" else input_)
-        return output
-
-    return run
-
-
 @functools.cache
 def _communicator_class(stock: type) -> type:
     """The subclass for one stock class (CudaCommunicator; CpuCommunicator on vLLM's CPU platform).
@@ -108,7 +90,7 @@ def _communicator_class(stock: type) -> type:
                 self.device,
                 llm_allreduce_settings,
                 control_group=self.cpu_group,
-                fallback=_stock_all_reduce(self, stock),
+                fallback=own_all_reduce("vLLM", self, stock.all_reduce),  # type: ignore[attr-defined]
                 name=llm_allreduce_name,
             )
             self.llm_allreduce.let_graphs_share()  # vLLM's have one memory pool
