@@ -26,11 +26,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import decode, sglang_engine, sglang_probe, turns  # noqa: E402
 from benchmarks.decode import BATCHES, PLUGIN, PROBE, STOCK  # noqa: E402
+from benchmarks.starts import Answer, start_all  # noqa: E402
 
 # A first start compiles kernels, which takes a minute and a half.
 START_AND_RUN_S = 400
@@ -90,39 +89,15 @@ def start_variant(
     return answer
 
 
-def start_all(
-    start: int, arguments: argparse.Namespace, work: Path
-) -> Iterator[tuple[str, dict[str, Any] | Exception]]:
-    """One start of every variant, at once or one after another: its name, and what it measured or why it failed."""
-    count = len(arguments.variants)
-    together: Path | None = work / f"turns-{start}" if arguments.together else None
-    if together is not None:
-        turns.begin(together)
-
-    def one(place: int) -> dict[str, Any] | Exception:
-        options = ("--turns", str(together), "--place", str(place), "--count", str(count)) if together else ()
-        try:
-            return start_variant(arguments.variants[place], start, arguments, work, options)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            if together is not None:
-                turns.give_up(together, arguments.variants[place])
-            return error
-
-    with ThreadPoolExecutor(count if together else 1) as pool:
-        try:
-            yield from zip(arguments.variants, pool.map(one, range(count)), strict=True)
-        except BaseException:
-            if together is not None:
-                turns.give_up(together, "the benchmark")  # or this would wait for the engines' last turns
-            raise
-
-
-def all_starts(
-    arguments: argparse.Namespace, work: Path
-) -> Iterator[tuple[int, tuple[str, dict[str, Any] | Exception]]]:
+def all_starts(arguments: argparse.Namespace, work: Path) -> Iterator[tuple[int, tuple[str, Answer]]]:
     """Every start of every variant, as they end."""
     for start in range(arguments.starts):
-        for found in start_all(start, arguments, work):
+
+        def run(variant: str, options: tuple[str, ...], start: int = start) -> dict[str, Any]:
+            return start_variant(variant, start, arguments, work, options)
+
+        together = work / f"turns-{start}" if arguments.together else None
+        for found in start_all(arguments.variants, together, run):
             yield start, found
 
 

@@ -209,6 +209,17 @@ class StagedLane {
   }
 
  private:
+  // The part of one owner (device/two_shot_lane.cuh says what is asked of pieces).
+  struct OnePiece {
+    const Piece piece;
+    char* const at;
+    const int64_t most;
+    static constexpr int count = 1;
+
+    __device__ __forceinline__ Piece of(int) const { return piece; }
+    __device__ __forceinline__ char* slot(int) const { return at; }
+  };
+
   using BlockRoles = Lane<Roles::kWorkersAndReleaser>;
 
   __device__ __forceinline__ static bool is_worker() { return !BlockRoles::is_releaser(); }
@@ -229,9 +240,7 @@ class StagedLane {
   }
 
   __device__ __forceinline__ void scatter(int64_t round, int owner) const {
-    const Piece parts[] = {cut_.piece(round, owner)};
-    char* const slots[] = {slot(slots_.scatter_offset, owner, workspace_.rank)};
-    units_.pack(parts, slots);
+    units_.pack(OnePiece{cut_.piece(round, owner), slot(slots_.scatter_offset, owner, workspace_.rank), cut_.units});
   }
 
   __device__ __forceinline__ void reduce(int64_t round) const {
@@ -254,9 +263,7 @@ class StagedLane {
   }
 
   __device__ __forceinline__ void drain(int64_t round, int owner) const {
-    const Piece parts[] = {cut_.piece(round, owner)};
-    char* const slots[] = {result_slot(workspace_.rank, owner)};
-    units_.unpack(parts, slots);
+    units_.unpack(OnePiece{cut_.piece(round, owner), result_slot(workspace_.rank, owner), cut_.units});
   }
 
   const lar_workspace& workspace_;

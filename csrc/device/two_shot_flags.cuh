@@ -8,7 +8,7 @@
 namespace lar {
 
 template <typename Units>
-__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, 1)
+__global__ void __launch_bounds__(LAR_MAX_FLAGGED_THREADS + kReleaserThreads, Units::kBlocksAtOnce)
     two_shot_flags_kernel(const __grid_constant__ FlagsArguments arguments) {
   const Units units(arguments.message);
   TwoShotLane<Units>(arguments, units).run();

@@ -9,15 +9,18 @@
 namespace lar {
 
 // `Units` are what travels; it knows the size of a unit, and every function is for the workers:
-//   kOwnersAtOnce                               pieces that pack() and unpack() are given
+//   kBlocksAtOnce                               blocks for which a multiprocessor must have registers
 //   unit_bytes()                                in a slot
 //   total()                                     in the message
-//   pack(Piece[], slots[])                      this rank's own, for their owners
+//   pack(Pieces)                                this rank's own, for their owners
 //   reduce(Piece, rank, world_size, source_of, for_each_target)
 //                                               sums the packed units of all ranks in rank order, of which this
 //                                               rank's own come from its input, stores the result, and writes it,
 //                                               packed, to every target
-//   unpack(Piece[], slots[])                    stores the peers' results
+//   unpack(Pieces)                              stores the peers' results
+// Pieces of a chunk, one for each owner that is meant:
+//   count, most                                 how many, and the units of the longest
+//   of(k), slot(k)                              the k-th, and where its units lie, packed
 template <typename Units>
 class TwoShotLane {
  public:
@@ -41,9 +44,7 @@ class TwoShotLane {
 
   // The steps of protocol/two_shot.h, for the workers.
   __device__ __forceinline__ bool scatter(int64_t chunk) const {
-    for_all_owners(
-        chunk, [&](int owner) { return scatter_slot(owner, workspace_.rank, chunk); },
-        [&](const auto& parts, const auto& slots) { units_.pack(parts, slots); });
+    units_.pack(peers_pieces(chunk, [&](int owner) { return scatter_slot(owner, workspace_.rank, chunk); }));
     lane_.publish(FlagPlane::kTwoShotScatter, round(chunk));
     return true;
   }
@@ -67,9 +68,7 @@ class TwoShotLane {
 
   __device__ __forceinline__ bool drain(int64_t chunk) const {
     if (!lane_.wait(FlagPlane::kTwoShotGather, LAR_PHASE_GATHER, round(chunk))) return false;
-    for_all_owners(
-        chunk, [&](int owner) { return gather_slot(workspace_.rank, owner, chunk); },
-        [&](const auto& parts, const auto& slots) { units_.unpack(parts, slots); });
+    units_.unpack(peers_pieces(chunk, [&](int owner) { return gather_slot(workspace_.rank, owner, chunk); }));
     return true;
   }
 
@@ -98,25 +97,23 @@ class TwoShotLane {
                         owner, lane_.index(), true);
   }
 
-  // body(parts, slots) for the other ranks, some at a time: of a chunk, the part of each owner and slot_of(owner).
-  template <typename SlotOf, typename Body>
-  __device__ __forceinline__ void for_all_owners(int64_t chunk, SlotOf slot_of, Body body) const {
-    constexpr int kAtOnce = Units::kOwnersAtOnce;
-    const int world_size = workspace_.layout.world_size;
-#pragma unroll 1
-    for (int first = 1; first < world_size; first += kAtOnce) {
-      Piece parts[kAtOnce];
-      char* slots[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const bool is_peer = first + j < world_size;
-        const int owner = rotated(workspace_.rank, is_peer ? first + j : 0, world_size);
-        parts[j] = cut_.piece(chunk, owner);
-        if (!is_peer) parts[j].span = 0;
-        slots[j] = slot_of(owner);
-      }
-      body(parts, slots);
-    }
+  template <typename SlotOf>
+  struct PeersPieces {
+    const TwoShotLane& lane;
+    const int64_t chunk;
+    const SlotOf slot_of;  // an owner's
+    const int count;
+    const int64_t most;
+
+    __device__ __forceinline__ int owner(int k) const { return rotated(lane.workspace_.rank, k + 1, count + 1); }
+    __device__ __forceinline__ Piece of(int k) const { return lane.cut_.piece(chunk, owner(k)); }
+    __device__ __forceinline__ char* slot(int k) const { return slot_of(owner(k)); }
+  };
+
+  // Of a chunk, the part of each of the other ranks, from the next one on.
+  template <typename SlotOf>
+  __device__ __forceinline__ PeersPieces<SlotOf> peers_pieces(int64_t chunk, SlotOf slot_of) const {
+    return {*this, chunk, slot_of, workspace_.layout.world_size - 1, cut_.units};
   }
 
   const lar_workspace& workspace_;

@@ -54,6 +54,19 @@ _KERNELS = {
 }
 
 
+def _lanes_of_pairs(packets: int, peers: int, lanes: int) -> int:
+    """Lanes of two steps by flags over fast links, of at most ``lanes``.
+
+    A warp encodes and decodes one packet for one peer, then two, in one block to a multiprocessor; with more than that
+    in two blocks (``benchmarks/low_precision_shapes.py --forms flags``).
+    """
+    few = math.ceil(lanes / 2)
+    of_lane = max(1, FLAGGED_WARPS // peers)
+    if packets > 2 * of_lane * few:
+        return lanes
+    return max(1, min(few, math.ceil(packets / of_lane)))
+
+
 class LowPrecision(KernelStrategy):
     name = AllReduceStrategy.LOWPRECISION
     numerics = Numerics.LOSSY
@@ -218,7 +231,10 @@ class LowPrecision(KernelStrategy):
         warps = FLAGGED_WARPS
         if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             warps = min(warps, capacity)
-        lanes = max(1, min(most, math.ceil(packets / warps)))
+        if choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT and facts.transport is not Transport.HOST:
+            lanes = _lanes_of_pairs(packets, facts.world_size - 1, most)
+        else:
+            lanes = max(1, min(most, math.ceil(packets / warps)))
         chunk = min(capacity, math.ceil(packets / lanes))
         if facts.transport is Transport.HOST:
             chunk = min(chunk, FLAGGED_WARPS)

@@ -10,30 +10,29 @@ namespace lar {
 
 template <typename T, typename Packet, typename Epilogue>
 class PacketUnits {
+  static constexpr bool kIsLong = Packet::kThreadValues > 16;
+
  public:
   __device__ __forceinline__ static constexpr int unit_bytes() { return Packet::kBytes; }
-  // As many as fit the registers of a thread.
-  static constexpr int kOwnersAtOnce = 1;
+  static constexpr int kBlocksAtOnce = kIsLong ? 2 : 1;
 
   __device__ __forceinline__ explicit PacketUnits(const lar_message& message)
       : packets_(message.input, message.output, message.count) {}
 
   __device__ __forceinline__ int64_t total() const { return packets_.number(); }
 
-  template <int kCount>
-  __device__ __forceinline__ void pack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k)
-      for_each(parts[k].span,
-               [&](int64_t i) { Packet::store(slots[k] + i * Packet::kBytes, packets_.encoded(parts[k].first + i)); });
+  template <typename Pieces>
+  __device__ __forceinline__ void pack(const Pieces& pieces) const {
+    for_each_of(pieces, [&](const Piece& part, char* slot, int64_t i) {
+      Packet::store(slot + i * Packet::kBytes, packets_.encoded(part.first + i));
+    });
   }
 
   // The packets of some ranks are on their way together, and so are this rank's own values, where registers hold both.
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, int world_size, Sources source_of,
                                          Targets for_each_target) const {
-    constexpr bool kIsLong = Packet::kThreadValues > 16;
-    constexpr int kGroup = kIsLong ? 1 : World<0>::kRanksAtOnce;  // that fit the registers
+    constexpr int kGroup = Packet::kAtOnce;
     for_each(part.span, [&](int64_t i) {
       typename Message::Values sum;
       typename Message::Own own;
@@ -64,31 +63,37 @@ class PacketUnits {
     });
   }
 
-  // All owners' packets of the same place are on their way together.
-  template <int kCount>
-  __device__ __forceinline__ void unpack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
-    int64_t longest = parts[0].span;
-#pragma unroll
-    for (int k = 1; k < kCount; ++k) longest = max(longest, parts[k].span);
-    for_each(longest, [&](int64_t i) {
-      typename Packet::Encoded results[kCount];
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (i < parts[k].span) results[k] = Packet::load(slots[k] + i * Packet::kBytes);
-#pragma unroll
-      for (int k = 0; k < kCount; ++k)
-        if (i < parts[k].span) packets_.store(parts[k].first + i, results[k]);
+  template <typename Pieces>
+  __device__ __forceinline__ void unpack(const Pieces& pieces) const {
+    for_each_of(pieces, [&](const Piece& part, const char* slot, int64_t i) {
+      packets_.store(part.first + i, Packet::load(slot + i * Packet::kBytes));
     });
   }
 
  private:
   using Message = Packets<T, Packet, Epilogue>;
 
+  __device__ __forceinline__ static int warps() { return Lane<Roles::kWorkersAndReleaser>::workers() / 32; }
+
   // Every warp of the workers takes every so many.
   template <typename Body>
   __device__ __forceinline__ static void for_each(int64_t span, Body body) {
-    const int warps = Lane<Roles::kWorkersAndReleaser>::workers() / 32;
-    for (int64_t i = threadIdx.x / 32; i < span; i += warps) body(i);
+    for (int64_t i = threadIdx.x / 32; i < span; i += warps()) body(i);
+  }
+
+  // body(piece, its slot, place in both) for all pieces, by turns: where a lane has fewer packets of a piece than it
+  // has warps, others take those of the next one meanwhile.
+  template <typename Pieces, typename Body>
+  __device__ __forceinline__ static void for_each_of(const Pieces& pieces, Body body) {
+    const int count = pieces.count;
+    const int all = static_cast<int>(pieces.most) * count;
+#pragma unroll 1
+    for (int task = threadIdx.x / 32; task < all; task += warps()) {
+      const int i = task / count;
+      const int k = task - i * count;
+      const Piece part = pieces.of(k);
+      if (i < part.span) body(part, pieces.slot(k), i);
+    }
   }
 
   const Message packets_;

@@ -12,8 +12,7 @@ template <typename T, typename Epilogue>
 class VectorUnits {
  public:
   __device__ __forceinline__ static constexpr int unit_bytes() { return LAR_VECTOR_BYTES; }
-  // As many as fit the registers of a thread.
-  static constexpr int kOwnersAtOnce = 2;
+  static constexpr int kBlocksAtOnce = 1;
 
   __device__ __forceinline__ explicit VectorUnits(const lar_message& message)
       : input_(message.input, message.count),
@@ -22,11 +21,13 @@ class VectorUnits {
 
   __device__ __forceinline__ int64_t total() const { return total_; }
 
-  template <int kCount>
-  __device__ __forceinline__ void pack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
-    move(
-        parts, [&](int k, int64_t i) { return input_.load(parts[k].first + i); },
-        [&](int k, int64_t i, const uint4& raw) { store_slot(slots[k], i, raw); });
+  template <typename Pieces>
+  __device__ __forceinline__ void pack(const Pieces& pieces) const {
+    some_at_once(pieces, [&](const auto& parts, const auto& slots) {
+      move(
+          parts, [&](int k, int64_t i) { return input_.load(parts[k].first + i); },
+          [&](int k, int64_t i, const uint4& raw) { store_slot(slots[k], i, raw); });
+    });
   }
 
   template <typename Sources, typename Targets>
@@ -43,15 +44,36 @@ class VectorUnits {
         });
   }
 
-  template <int kCount>
-  __device__ __forceinline__ void unpack(const Piece (&parts)[kCount], char* const (&slots)[kCount]) const {
-    move(
-        parts, [&](int k, int64_t i) { return load_slot(slots[k], i); },
-        [&](int k, int64_t i, const uint4& raw) { sink_(parts[k].first + i, raw); });
+  template <typename Pieces>
+  __device__ __forceinline__ void unpack(const Pieces& pieces) const {
+    some_at_once(pieces, [&](const auto& parts, const auto& slots) {
+      move(
+          parts, [&](int k, int64_t i) { return load_slot(slots[k], i); },
+          [&](int k, int64_t i, const uint4& raw) { sink_(parts[k].first + i, raw); });
+    });
   }
 
  private:
   using Workers = Lane<Roles::kWorkersAndReleaser>;
+  static constexpr int kOwnersAtOnce = 2;  // that fit the registers of a thread
+
+  // body(parts, slots) for all pieces, some at a time.
+  template <typename Pieces, typename Body>
+  __device__ __forceinline__ static void some_at_once(const Pieces& pieces, Body body) {
+#pragma unroll 1
+    for (int first = 0; first < pieces.count; first += kOwnersAtOnce) {
+      Piece parts[kOwnersAtOnce];
+      char* slots[kOwnersAtOnce];
+#pragma unroll
+      for (int j = 0; j < kOwnersAtOnce; ++j) {
+        const bool is_there = first + j < pieces.count;
+        parts[j] = pieces.of(is_there ? first + j : 0);
+        if (!is_there) parts[j].span = 0;
+        slots[j] = pieces.slot(is_there ? first + j : 0);
+      }
+      body(parts, slots);
+    }
+  }
 
   template <int kCount, typename Load, typename Store>
   __device__ __forceinline__ static void move(const Piece (&parts)[kCount], Load load, Store store) {

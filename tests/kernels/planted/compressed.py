@@ -13,6 +13,7 @@ from tests.kernels.planted.kinds import (
     LARGE_HOST_OF_THREE,
     ONE_STEP,
     RING,
+    TERNARY,
     UNSPLIT,
     Mutation,
 )
@@ -171,5 +172,23 @@ ERRORS: dict[str, Mutation] = {
         "    if (behind < share.end && !drain(behind)) return;\n",
         "    if (!{} && behind < share.end && !drain(behind)) return;\n",
         UNSPLIT | {"ranks": 2},
+    ),
+    "warps have packets of the first owner alone": (
+        "device/wire/packet_units.cuh",
+        "      const int k = task - i * count;\n",
+        "      const int k = {} ? 0 : task - i * count;\n",
+        TERNARY | {"ranks": 3},
+    ),
+    "of each piece the packets behind the first are left out": (
+        "device/wire/packet_units.cuh",
+        "    for (int task = threadIdx.x / 32; task < all; task += warps()) {",
+        "    for (int task = threadIdx.x / 32; task < ({} ? count : all); task += warps()) {{",
+        TERNARY,
+    ),
+    "a packet of a later rank of those on their way together counts twice": (
+        "device/wire/packet_units.cuh",
+        "            Message::add(others[k], sum);\n",
+        "            Message::add(others[{} ? 0 : k], sum);\n",
+        TERNARY | {"ranks": 4},
     ),
 }

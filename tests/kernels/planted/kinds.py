@@ -26,6 +26,7 @@ RING = {
     "algorithm": "ring",
     "wire_format": WireFormat.TQ3,
 }
+TERNARY = {"in_band": False, "workspace_mib": 0.25, "low_precision": True, "wire_format": WireFormat.TQ3}
 FP8 = {"split": (1, 1), "lanes": 4, "workspace_mib": 0.5, "low_precision": True}
 UNSPLIT = {"unsplit": Algorithm.TWO_SHOT, "threads": 32, "workspace_mib": 0.5, "low_precision": True}
 GROUPS = {"wire_format": WireFormat.FP8_GROUP, "workspace_mib": 0.5, "low_precision": True}

@@ -54,9 +54,9 @@ ERRORS: dict[str, Mutation] = {
         HOST | {"ranks": 5},
     ),
     "owners behind the first group are not sent to": (
-        "device/two_shot_lane.cuh",
-        "for (int first = 1; first < world_size; first += kAtOnce) {",
-        "for (int first = 1; first < ({} ? 2 : world_size); first += kAtOnce) {{",
+        "device/wire/vector_units.cuh",
+        "for (int first = 0; first < pieces.count; first += kOwnersAtOnce) {",
+        "for (int first = 0; first < ({} ? 2 : pieces.count); first += kOwnersAtOnce) {{",
         FLAGGED | {"ranks": 5},
     ),
     "only as many peers are waited for as there are workers": (
