@@ -149,7 +149,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=1, help="of each variant, in turns")
     parser.add_argument("--together", action="store_true", help="engines of one start at once, passes in turns")
     parser.add_argument("--passes", type=int, default=1, help="over all batch sizes")
-    parser.add_argument("--profile", type=Path, help="folder for traces of GPUs (kernel_times.py, graph_gaps.py)")
+    parser.add_argument("--profile", type=Path, help="folder for traces of GPUs (kernel_times.py)")
     parser.add_argument("--profiled-batch", type=int, default=vllm_engine.PROFILED_BATCH)
     parser.add_argument("--flashinfer", type=Path, metavar="FOLDER", help=f"where {FLASHINFER} finds it, installed")
     parser.add_argument("--hosts", type=int, default=1, help="ranks are those of so many hosts (NCCL_HOSTID)")

@@ -54,17 +54,17 @@ _KERNELS = {
 }
 
 
-def _lanes_of_pairs(packets: int, peers: int, lanes: int) -> int:
-    """Lanes of two steps by flags over fast links, of at most ``lanes``.
+def _flagged_lanes(packets: int, peers: int, most: int) -> int:
+    """Lanes of two steps by flags over fast links, of at most ``most``, which are two to a multiprocessor.
 
-    A warp encodes and decodes one packet for one peer, then two, in one block to a multiprocessor; with more than that
-    in two blocks (``benchmarks/low_precision_shapes.py --forms flags``).
+    A warp encodes and decodes one packet for one peer. One block to a multiprocessor is enough until there are one and
+    a half of these to a warp, of one peer one (``benchmarks/h100/low_precision_shapes_flags_tp2.json``,
+    ``benchmarks/h200/low_precision_shapes_flags_tp4.json``).
     """
-    few = math.ceil(lanes / 2)
-    of_lane = max(1, FLAGGED_WARPS // peers)
-    if packets > 2 * of_lane * few:
-        return lanes
-    return max(1, min(few, math.ceil(packets / of_lane)))
+    few = math.ceil(most / 2)
+    if packets > few * min(FLAGGED_WARPS, max(1, FLAGGED_WARPS * 3 // 2 // peers)):
+        return most
+    return min(few, math.ceil(packets / max(1, FLAGGED_WARPS // peers)))
 
 
 class LowPrecision(KernelStrategy):
@@ -232,12 +232,13 @@ class LowPrecision(KernelStrategy):
         if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             warps = min(warps, capacity)
         if choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT and facts.transport is not Transport.HOST:
-            lanes = _lanes_of_pairs(packets, facts.world_size - 1, most)
+            lanes = _flagged_lanes(packets, facts.world_size - 1, most)
         else:
-            lanes = max(1, min(most, math.ceil(packets / warps)))
+            lanes = min(most, math.ceil(packets / warps))
+        lanes = max(1, lanes)
         chunk = min(capacity, math.ceil(packets / lanes))
-        if facts.transport is Transport.HOST:
-            chunk = min(chunk, FLAGGED_WARPS)
+        if facts.transport is Transport.HOST or choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT:
+            chunk = min(chunk, FLAGGED_WARPS)  # of more, warps would wait for those that have one more than they
         return Launch(
             _KERNELS[choice.algorithm],
             Exchange.FLAGS,
