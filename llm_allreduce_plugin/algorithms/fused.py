@@ -75,8 +75,13 @@ def carrier(config: AllReduceConfig, facts: GroupFacts, message: Message, exact:
     in_one_step = OneShot().plan(config, facts, message)
     if facts.world_size == PAIR:
         return in_one_step
-    fits = in_one_step.exchange is Exchange.PUSH and message.payload_bytes <= tables.fused_one_step_bytes(facts)
+    fits = in_one_step.exchange is Exchange.PUSH and takes_one_step(facts, message.payload_bytes)
     return in_one_step if fits and config.allreduce_strategy is not AllReduceStrategy.TWOSHOT else exact
+
+
+def takes_one_step(facts: GroupFacts, payload_bytes: int) -> bool:
+    """Whether one kernel sends a message in one step, and norms it, though its sum alone is faster in two."""
+    return facts.transport is Transport.SYMMETRIC and payload_bytes <= tables.fused_one_step_bytes(facts)
 
 
 def obstacle(facts: GroupFacts, rows: Rows, launch: Launch) -> str | None:

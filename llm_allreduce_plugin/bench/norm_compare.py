@@ -6,12 +6,15 @@ import functools
 
 import torch
 
+from llm_allreduce_plugin.algorithms import fused
+from llm_allreduce_plugin.algorithms.facts import GroupFacts
 from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS
 from llm_allreduce_plugin.base.agreement import on_every_rank
 from llm_allreduce_plugin.bench import compare
 from llm_allreduce_plugin.bench.compare import Comparison, Effort
 from llm_allreduce_plugin.bench.messages import NormMessage
 from llm_allreduce_plugin.bench.norm_candidates import EPS, Bound, NormCandidate, NormCase
+from llm_allreduce_plugin.config import AllReduceStrategy
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed, ScaleLayout
 from llm_allreduce_plugin.runtime.norm_calls import NormCall, NormShape
@@ -24,10 +27,22 @@ def _candidate(call: NormCall) -> NormCandidate:
     return NormCandidate(bind, lambda _case: None, exact=True)
 
 
+def strategy_in_one_kernel(facts: GroupFacts, strategy: str, payload_bytes: int) -> str:
+    """The strategy by which one kernel runs as AUTO's does where AUTO chooses ``strategy`` for the sum alone.
+
+    Who asks for TWOSHOT by name gets two steps in one kernel, too; with AUTO it may take one.
+    """
+    if strategy == AllReduceStrategy.TWOSHOT and fused.takes_one_step(facts, payload_bytes):
+        return AllReduceStrategy.ONESHOT
+    return strategy
+
+
 def compare_norms(
     _context: RankContext, world_size: int, strategy: str, rows: int, hidden: int, dtype_name: str, effort: Effort
 ) -> Comparison | str:
     """Verify and time both ways of ``strategy`` in turns, in its group. Collective over the group of this size.
+
+    As AUTO runs them where it chooses ``strategy`` for the sum alone: one kernel may then take one step instead of two.
 
     Returns:
         Times of ``ONE_KERNEL`` and ``TWO_KERNELS``; or why nothing is fused here.
@@ -39,9 +54,10 @@ def compare_norms(
         rows, hidden, dtype, EPS, weight_bias=0.0, adds=True, quant=None, layout=ScaleLayout.ROWS, scale_stride=0,
         return_norm=False,
     )  # fmt: skip
+    in_one_kernel = strategy_in_one_kernel(communicator.facts, strategy, rows * hidden * dtype.itemsize)
     try:  # pure: on all ranks or on none
         candidates = {
-            ONE_KERNEL: _candidate(communicator.norm_call_of(strategy, shape, fused=True)),
+            ONE_KERNEL: _candidate(communicator.norm_call_of(in_one_kernel, shape, fused=True)),
             TWO_KERNELS: _candidate(communicator.norm_call_of(strategy, shape, fused=False)),
         }
     except RuntimeError as error:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS
+from llm_allreduce_plugin.algorithms.ranges import ONE_KERNEL, TWO_KERNELS, Range, Tuned, TunedRanges
 from llm_allreduce_plugin.bench.compare import Comparison
-from llm_allreduce_plugin.bench.norm_compare import compare_norms
+from llm_allreduce_plugin.bench.norm_compare import compare_norms, strategy_in_one_kernel
+from llm_allreduce_plugin.selection.policy import decide_fused
 from llm_allreduce_plugin.tuning.fused import HIDDEN, MOST_BYTES, FusedTuner
 from llm_allreduce_plugin.tuning.plan import Group, WrongAnswerError, plan_of
+from tests.support.fused_decisions import facts
+from tests.support.group_facts import config
 
 ROW = 2 * HIDDEN
 SIZES = tuple(1 << power for power in range(10, 29))  # 1 KiB to 256 MiB
@@ -122,3 +126,24 @@ def test_a_wrong_answer_ends_it() -> None:
     wrong = Comparison(ROW, {}, {}, 0.0, 0.0, {ONE_KERNEL: 7, TWO_KERNELS: 0})
     with pytest.raises(WrongAnswerError, match=r"ONESHOT \(fused\) gave 7 wrong elements of 16384 bytes, then norm"):
         tuner(MadeUpPool(lambda _: wrong)).sweep()
+
+
+def test_one_kernel_is_measured_as_auto_runs_it() -> None:
+    """A profile by which the sum alone takes two steps from 128 KiB on, and the norm is always in its kernel."""
+    sums = (Range(128 << 10, "ONESHOT"), Range(None, "TWOSHOT"))
+    ranges = TunedRanges(2, sums, (Range(None, ONE_KERNEL),))
+    steps = set()
+    for ranks in (2, 3, 4, 8):
+        group = facts(ranks)
+        tuned = dataclasses.replace(group, tuned=Tuned(source="a profile", ranges=(ranges,)))
+        for rows in (1, 8, 9, 16, 17, 40, 256):
+            strategy = next(
+                found.strategy for found in sums if found.max_bytes is None or rows * ROW <= found.max_bytes
+            )
+            measured = strategy_in_one_kernel(group, strategy, rows * ROW)
+            here = decide_fused(config(measured), group, rows, HIDDEN, "bfloat16", however_slow=True).launch
+            auto = decide_fused(config(), tuned, rows, HIDDEN, "bfloat16").launch
+            assert here == auto is not None, (ranks, rows)
+            steps.add((ranks, strategy, measured))
+    assert (4, "TWOSHOT", "ONESHOT") in steps
+    assert (4, "TWOSHOT", "TWOSHOT") in steps
