@@ -17,7 +17,8 @@ def _by_batch(row: dict[str, Any], what: str) -> list[str]:
 def tokens(name: str, variants: dict[str, str], *, more: str | None = None, of_gpu: bool = False) -> str:
     """Milliseconds per token; a line to each start of each variant. ``more``: a record of further variants.
 
-    ``of_gpu``: below, lines of what the GPU takes of it.
+    ``of_gpu``: below, lines of what the GPU takes of it. Of engines that were there at once, last, what a variant takes
+    of the stock engine's time in the pass beside it, the median.
     """
     measured = [*record(name)["rows"], *(record(more)["rows"] if more else ())]
     starts = [(label, row) for variant, label in variants.items() for row in measured if row.get("variant") == variant]
@@ -28,6 +29,11 @@ def tokens(name: str, variants: dict[str, str], *, more: str | None = None, of_g
     ]  # fmt: skip
     if of_gpu:
         rows += [[f"{label}: on the GPU", *_by_batch(row, "gpu_ms"), ""] for label, row in starts]
+    rows += [
+        [f"{variants[variant]}: of stock, pass by pass", *(f"{100 * ratio:.1f} %" for ratio in ratios.values()), ""]
+        for row in measured
+        for variant, ratios in row.get("ratios_to_default", {}).items()
+    ]
     return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
 
 

@@ -112,7 +112,8 @@ def formats_h100_tp2() -> str:
     """Each of the other formats beside the exact kernels, over two H100."""
     wires = ("fp8_group", "tq3", "hadamard2")
     curves = {"MINLATENCY": times("h100/bench_tq3_tp2", "MINLATENCY")}
-    return by_size(curves | {wire: times(f"h100/bench_{wire}_tp2", "LOWPRECISION") for wire in wires})
+    curves |= {wire: times(f"h100/bench_{wire}_tp2", "LOWPRECISION") for wire in wires}
+    return by_size(curves, curves["fp8_group"])
 
 
 def formats_h100_tp4() -> str:
@@ -120,7 +121,17 @@ def formats_h100_tp4() -> str:
     curves = {"MINLATENCY": times("h100/bench_tq3_tp4", "MINLATENCY")}
     curves |= {wire: times(f"h100/bench_{wire}_tp4", "LOWPRECISION") for wire in ("tq3", "hadamard2")}
     fp8 = times("h100/bench_tp4", "LOWPRECISION")
-    return by_size(curves | {"fp8": {column: fp8[column] for column in curves["tq3"]}})
+    return by_size(curves | {"fp8": fp8}, [column for column in fp8 if column in curves["tq3"]])
+
+
+def flagged_packets() -> str:
+    """tq3 by flags with a warp's packets of one peer after the other in one block to a multiprocessor, and as it is."""
+    lines = {}
+    for ranks in (2, 4):
+        before = times(f"h100/tq3_one_block_tp{ranks}", "LOWPRECISION")
+        now = times(f"h100/bench_tq3_tp{ranks}", "LOWPRECISION")
+        lines |= {f"{ranks} GPUs, before": before, f"{ranks} GPUs, now": {column: now[column] for column in before}}
+    return by_size(lines)
 
 
 def host_memory_h100() -> str:

@@ -307,8 +307,8 @@ ONE_STEP_HOST_BYTES = 1 * MIB
 # compression costs does not depend on them, what it saves is inverse to them.
 LOW_PRECISION_PAYS_FROM: dict[tuple[Transport, str], dict[int, tuple[int, str]]] = {
     (Transport.SYMMETRIC, "fp8"): {2: (448 * KIB, _MEASURED_H100), 4: (1152 * KIB, _MEASURED_H100)},
-    (Transport.SYMMETRIC, "tq3"): {2: (12800 * KIB, _MEASURED_H100), 4: (5376 * KIB, _MEASURED_H100)},
-    (Transport.SYMMETRIC, "hadamard2"): {2: (10752 * KIB, _MEASURED_H100), 4: (5 * MIB, _MEASURED_H100)},
+    (Transport.SYMMETRIC, "tq3"): {2: (5760 * KIB, _MEASURED_H100), 4: (3840 * KIB, _MEASURED_H100)},
+    (Transport.SYMMETRIC, "hadamard2"): {2: (6400 * KIB, _MEASURED_H100), 4: (3968 * KIB, _MEASURED_H100)},
     (Transport.HOST, "fp8"): {2: (64 * KIB, _MEASURED_H100), 4: (96 * KIB, _MEASURED)},
     (Transport.HOST, "tq3"): {2: (256 * KIB, _MEASURED), 4: (384 * KIB, _MEASURED)},
     (Transport.HOST, "hadamard2"): {4: (640 * KIB, _MEASURED)},
