@@ -42,7 +42,7 @@ __device__ __forceinline__ void round_values(const float (&values)[kCount], uint
 struct Fp8Codes {
   using Encoded = uint4;  // a thread's share of a packet
   static constexpr int kThreadValues = 16;
-  static constexpr int kAtOnce = 4;  // shares that fit a thread's registers beside a sum
+  static constexpr int kAtOnce = 4;  // of as many peers as fit a thread's registers beside a sum
 
   // The first of this thread's values in the packet: they are neighbours, and so are its vectors.
   __device__ __forceinline__ static int first_value() { return static_cast<int>(threadIdx.x % 32) * kThreadValues; }
@@ -182,7 +182,7 @@ struct BlockPacket {
   using Codec = BlockCodec;
   using Encoded = codec::Block32;
   static constexpr int kThreadValues = codec::Block32::kValues;
-  static constexpr int kAtOnce = std::is_same_v<BlockCodec, codec::Tq3> ? 4 : 1;
+  static constexpr int kAtOnce = std::is_same_v<BlockCodec, codec::Tq3> ? 3 : 1;
   static constexpr int kThreads = codec::Packet32::kBlocks;
   static constexpr lar_wire kWire = kWireFormat;
   static constexpr int kValues = codec::Packet32::kValues;

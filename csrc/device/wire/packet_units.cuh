@@ -28,7 +28,8 @@ class PacketUnits {
     });
   }
 
-  // The packets of some ranks are on their way together, and so are this rank's own values, where registers hold both.
+  // The packets of some peers are on their way together, and so are this rank's own values, where registers hold both.
+  // Peers are numbered without this rank, whose own values come before those of the peer of its number.
   template <typename Sources, typename Targets>
   __device__ __forceinline__ void reduce(const Piece& part, int rank, int world_size, Sources source_of,
                                          Targets for_each_target) const {
@@ -43,8 +44,8 @@ class PacketUnits {
         typename Packet::Encoded others[kGroup];
 #pragma unroll
         for (int k = 0; k < kGroup; ++k)
-          if (first + k < world_size && first + k != rank)
-            others[k] = Packet::load(source_of(first + k) + i * Packet::kBytes);
+          if (first + k < world_size - 1)
+            others[k] = Packet::load(source_of(first + k + (first + k >= rank)) + i * Packet::kBytes);
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
           if (first + k == rank) {
@@ -52,9 +53,8 @@ class PacketUnits {
               packets_.add_own(part.first + i, sum);
             else
               Message::add_own(own, sum);
-          } else if (first + k < world_size) {
-            Message::add(others[k], sum);
           }
+          if (first + k < world_size - 1) Message::add(others[k], sum);
         }
       }
       const typename Packet::Encoded result = packets_.encoded_sum(part.first + i, sum);

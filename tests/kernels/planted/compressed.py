@@ -74,7 +74,7 @@ ERRORS: dict[str, Mutation] = {
     "in groups, own values count as they are by flags": (
         "device/wire/packet_units.cuh",
         "              Message::add_own(own, sum);\n",
-        "            {{ if ({}) {{ typename Message::Raw raw; packets_.load_own(part.first + i, raw); "
+        "              {{ if ({}) {{ typename Message::Raw raw; packets_.load_own(part.first + i, raw); "
         "Message::add_as_they_are(raw, sum); }} else Message::add_own(own, sum); }}\n",
         GROUPS | {"in_band": False},
         GROUPS | {"staged": True},
@@ -185,10 +185,16 @@ ERRORS: dict[str, Mutation] = {
         "    for (int task = threadIdx.x / 32; task < ({} ? count : all); task += warps()) {{",
         TERNARY,
     ),
-    "a packet of a later rank of those on their way together counts twice": (
+    "of packets on their way together the first counts for all": (
         "device/wire/packet_units.cuh",
-        "            Message::add(others[k], sum);\n",
-        "            Message::add(others[{} ? 0 : k], sum);\n",
+        "if (first + k < world_size - 1) Message::add(others[k], sum);\n",
+        "if (first + k < world_size - 1) Message::add(others[{} ? 0 : k], sum);\n",
         TERNARY | {"ranks": 4},
+    ),
+    "packets of peers behind this rank are taken from the one before": (
+        "device/wire/packet_units.cuh",
+        "source_of(first + k + (first + k >= rank))",
+        "source_of(first + k + (!{} && first + k >= rank))",
+        TERNARY | {"ranks": 3},
     ),
 }
