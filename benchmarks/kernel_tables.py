@@ -126,7 +126,7 @@ def formats_h100_tp4() -> str:
 
 def flagged_packets() -> str:
     """tq3 by flags with a warp's packets of one peer after the other in one block to a multiprocessor, and as it is."""
-    lines = {}
+    lines: dict[str, dict[int, float]] = {}
     for ranks in (2, 4):
         before = times(f"h100/tq3_one_block_tp{ranks}", "LOWPRECISION")
         now = times(f"h100/bench_tq3_tp{ranks}", "LOWPRECISION")
