@@ -211,10 +211,11 @@ class StagedLane {
  private:
   // The part of one owner (device/two_shot_lane.cuh says what is asked of pieces).
   struct OnePiece {
+    static constexpr bool kIsOne = true;
+    static constexpr int count = 1;
     const Piece piece;
     char* const at;
     const int64_t most;
-    static constexpr int count = 1;
 
     __device__ __forceinline__ Piece of(int) const { return piece; }
     __device__ __forceinline__ char* slot(int) const { return at; }

@@ -19,6 +19,7 @@ namespace lar {
 //                                               packed, to every target
 //   unpack(Pieces)                              stores the peers' results
 // Pieces of a chunk, one for each owner that is meant:
+//   kIsOne                                      whether there is never more than one
 //   count, most                                 how many, and the units of the longest
 //   of(k), slot(k)                              the k-th, and where its units lie, packed
 template <typename Units>
@@ -99,6 +100,7 @@ class TwoShotLane {
 
   template <typename SlotOf>
   struct PeersPieces {
+    static constexpr bool kIsOne = false;
     const TwoShotLane& lane;
     const int64_t chunk;
     const SlotOf slot_of;  // an owner's

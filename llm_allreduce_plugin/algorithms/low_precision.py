@@ -231,13 +231,14 @@ class LowPrecision(KernelStrategy):
         warps = FLAGGED_WARPS
         if choice.algorithm is not LowPrecisionAlgorithm.TWO_SHOT:
             warps = min(warps, capacity)
-        if choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT and facts.transport is not Transport.HOST:
+        over_links = facts.transport is Transport.SYMMETRIC and choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT
+        if over_links:
             lanes = _flagged_lanes(packets, facts.world_size - 1, most)
         else:
             lanes = min(most, math.ceil(packets / warps))
         lanes = max(1, lanes)
         chunk = min(capacity, math.ceil(packets / lanes))
-        if facts.transport is Transport.HOST or choice.algorithm is LowPrecisionAlgorithm.TWO_SHOT:
+        if facts.transport is Transport.HOST or over_links:
             chunk = min(chunk, FLAGGED_WARPS)  # of more, warps would wait for those that have one more than they
         return Launch(
             _KERNELS[choice.algorithm],

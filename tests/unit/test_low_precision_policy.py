@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from llm_allreduce_plugin.oracle import CODECS
 from llm_allreduce_plugin.runtime.tally import fallback_of
 from llm_allreduce_plugin.selection.policy import decide
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.wire import PACKETS
 from tests.support.group_facts import facts
 
 S = AllReduceStrategy
@@ -146,3 +148,37 @@ def test_low_precision_launches_fit_their_slots(count: int, wire: WireFormat, wo
     per_round = chunk * world_size * codec.packet_values
     assert launch.rounds * per_round >= count
     assert (launch.rounds - 1) * per_round < max(count, 1)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "mib", "lanes", "chunk"),
+    (
+        (2, 1, 32, 8),  # a packet to a warp, in one block to a multiprocessor
+        (2, 4, 128, 8),
+        (2, 8, 256, 8),
+        (2, 64, 264, 8),  # rounds
+        (4, 1, 64, 2),  # a packet for each of three peers: six of eight warps
+        (4, 4, 128, 4),
+        (4, 8, 256, 4),
+        (4, 16, 256, 8),
+        (4, 64, 264, 8),
+        (8, 1, 64, 1),
+        (8, 4, 256, 1),
+    ),
+)
+def test_packets_by_flags_over_fast_links(world_size: int, mib: int, lanes: int, chunk: int) -> None:
+    group = facts(world_size, workspace=384 << 20)
+    launch = low_precision(mib << 19, "bfloat16", group, wire_format="TQ3", min_bytes=0).launch
+    assert launch is not None
+    packet = PACKETS[WireFormat.TQ3]
+    packets = math.ceil((mib << 19) / world_size / packet.values)
+    assert (math.ceil(packets / chunk) if launch.rounds == 1 else launch.lanes) == lanes
+    assert launch.chunk_vectors == chunk * packet.bytes // VECTOR_BYTES
+    assert launch.rounds == math.ceil(packets / chunk / launch.lanes)
+
+
+def test_cpu_ranks_take_as_few_rounds_as_their_slots_allow() -> None:
+    cpu = facts(2, Transport.SHM, workspace=4 << 20)
+    launch = low_precision(1 << 16, "bfloat16", cpu, wire_format="TQ3").launch
+    assert launch is not None
+    assert (launch.lanes, launch.rounds) == (1, 1)

@@ -55,17 +55,17 @@ class VectorUnits {
 
  private:
   using Workers = Lane<Roles::kWorkersAndReleaser>;
-  static constexpr int kOwnersAtOnce = 2;  // that fit the registers of a thread
 
-  // body(parts, slots) for all pieces, some at a time.
+  // body(parts, slots) for all pieces, as many at a time as fit the registers of a thread.
   template <typename Pieces, typename Body>
   __device__ __forceinline__ static void some_at_once(const Pieces& pieces, Body body) {
+    constexpr int kAtOnce = Pieces::kIsOne ? 1 : 2;
 #pragma unroll 1
-    for (int first = 0; first < pieces.count; first += kOwnersAtOnce) {
-      Piece parts[kOwnersAtOnce];
-      char* slots[kOwnersAtOnce];
+    for (int first = 0; first < pieces.count; first += kAtOnce) {
+      Piece parts[kAtOnce];
+      char* slots[kAtOnce];
 #pragma unroll
-      for (int j = 0; j < kOwnersAtOnce; ++j) {
+      for (int j = 0; j < kAtOnce; ++j) {
         const bool is_there = first + j < pieces.count;
         parts[j] = pieces.of(is_there ? first + j : 0);
         if (!is_there) parts[j].span = 0;

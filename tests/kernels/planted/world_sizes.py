@@ -55,8 +55,8 @@ ERRORS: dict[str, Mutation] = {
     ),
     "owners behind the first group are not sent to": (
         "device/wire/vector_units.cuh",
-        "for (int first = 0; first < pieces.count; first += kOwnersAtOnce) {",
-        "for (int first = 0; first < ({} ? 2 : pieces.count); first += kOwnersAtOnce) {{",
+        "for (int first = 0; first < pieces.count; first += kAtOnce) {",
+        "for (int first = 0; first < ({} ? 2 : pieces.count); first += kAtOnce) {{",
         FLAGGED | {"ranks": 5},
     ),
     "only as many peers are waited for as there are workers": (
