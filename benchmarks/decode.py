@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -16,6 +18,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks import turns
 
 BATCHES = (1, 8, 32, 128)
 NOT_COUNTED = 10  # steps at either end of a run
@@ -94,6 +98,29 @@ def said_in(log: str) -> list[str]:
 def milliseconds(seconds: Sequence[float]) -> float:
     """The median, in milliseconds."""
     return round(statistics.median(seconds) * 1000, 3)
+
+
+def engine_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that the process of one engine has, whichever it is."""
+    parser = argparse.ArgumentParser(description=description)
+    for name in ("--variant", "--model", "--result", "--report"):
+        parser.add_argument(name, required=True)
+    for name in ("--tp", "--requests"):
+        parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--passes", type=int)
+    parser.add_argument("--profile", type=Path)
+    parser.add_argument("--quiet")
+    turns.add_options(parser)
+    return parser
+
+
+def of_passes(size: int, passes: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """What a record has of the steps of a batch of ``size``, in seconds: of all passes, and of each."""
+    return {
+        f"ms_per_token_batch_{size}": milliseconds(list(itertools.chain.from_iterable(passes))),
+        f"passes_batch_{size}": [milliseconds(times) for times in passes],
+        f"steps_batch_{size}": sum(map(len, passes)),
+    }
 
 
 def run_process(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -80,7 +79,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
-        tp_size=arguments.tp[0],
+        tp_size=arguments.tp,
         context_length=2048,
         max_running_requests=max(BATCHES),
         disable_radix_cache=True,
@@ -104,10 +103,10 @@ def run_variant(arguments: argparse.Namespace) -> None:
         return begin, time.perf_counter(), [list(output["output_ids"]) for output in outputs]
 
     spans: dict[int, list[tuple[float, float]]] = {size: [] for size in BATCHES}
-    mine = turns.Turns(arguments.turns, arguments.place, arguments.count) if arguments.turns else None
+    mine = turns.turns_of(arguments)
     passes = arguments.passes or PASSES[arguments.device]
     for _ in range(passes):
-        with mine.next() if mine else contextlib.nullcontext():
+        with turns.next_of(mine):
             for size in BATCHES:
                 batch = decode.prompts(generator, size, PROMPT_TOKENS, PROMPT_TOKENS)
                 generate(batch, 4)
@@ -129,27 +128,15 @@ def run_variant(arguments: argparse.Namespace) -> None:
     stamps = read_stamps(Path(os.environ[sglang_probe.FOLDER]) / sglang_probe.STEPS)
     for size, passes in spans.items():
         steps = [step_times(stamps, size, begin, end) for begin, end in passes]
-        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(list(itertools.chain.from_iterable(steps)))
-        result[f"passes_batch_{size}"] = [decode.milliseconds(times) for times in steps]
-        result[f"steps_batch_{size}"] = sum(map(len, steps))
+        result |= decode.of_passes(size, steps)
     time.sleep(1.5)  # the ranks' reports are written about once a second
     Path(arguments.result).write_text(json.dumps(result))
     engine.shutdown()
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--variant", "--model", "--result", "--report"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--tp", type=int, nargs=1, required=True)
-    parser.add_argument("--requests", type=int, required=True)
+    parser = decode.engine_parser(__doc__)
     parser.add_argument("--device", choices=list(STEPS), required=True)
-    parser.add_argument("--passes", type=int)
-    parser.add_argument("--profile", type=Path)
-    parser.add_argument("--quiet")
-    parser.add_argument("--turns", type=Path, help="the file of :class:`benchmarks.turns.Turns`")
-    for name in ("--place", "--count"):
-        parser.add_argument(name, type=int, default=0)
     return parser.parse_args()
 
 

@@ -28,7 +28,7 @@ def start_all(
         turns.begin(together)
 
     def one(place: int) -> Answer:
-        options = ("--turns", str(together), "--place", str(place), "--count", str(count)) if together else ()
+        options = turns.options(together, place, count) if together else ()
         try:
             return run(variants[place], options)
         except (RuntimeError, subprocess.TimeoutExpired) as error:

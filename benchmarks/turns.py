@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import statistics
 import time
@@ -73,6 +74,28 @@ class Turns:
                 raise TimeoutError(message)
             time.sleep(PAUSE_S)
         return int(text)
+
+
+def options(path: Path, place: int, count: int) -> tuple[str, ...]:
+    """Those by which an engine's process finds its turns."""
+    return ("--turns", str(path), "--place", str(place), "--count", str(count))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The same, for an engine to read."""
+    parser.add_argument("--turns", type=Path, help="the file of :class:`Turns`")
+    for name in ("--place", "--count"):
+        parser.add_argument(name, type=int, default=0)
+
+
+def turns_of(arguments: argparse.Namespace) -> Turns | None:
+    """An engine's turns; None: it is alone."""
+    return Turns(arguments.turns, arguments.place, arguments.count) if arguments.turns else None
+
+
+def next_of(turns: Turns | None) -> contextlib.AbstractContextManager[None]:
+    """The next turn; an engine that is alone has it at once."""
+    return turns.next() if turns else contextlib.nullcontext()
 
 
 def ratios(rows: Sequence[dict[str, Any]], batches: Sequence[int], stock_variant: str) -> dict[str, dict[str, float]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import random
@@ -100,9 +99,7 @@ def summary(steps: dict[int, list[list[float]]], graphs: dict[int, list[float | 
     """What a record has of the passes: for each batch size the seconds of steps, and milliseconds of graphs."""
     result: dict[str, Any] = {}
     for size in BATCHES:
-        result[f"ms_per_token_batch_{size}"] = decode.milliseconds(list(itertools.chain.from_iterable(steps[size])))
-        result[f"passes_batch_{size}"] = [decode.milliseconds(times) for times in steps[size]]
-        result[f"steps_batch_{size}"] = sum(map(len, steps[size]))
+        result |= decode.of_passes(size, steps[size])
         known = [time_ for time_ in graphs[size] if time_ is not None]
         result[f"gpu_ms_batch_{size}"] = round(statistics.median(known), 3) if known else None
         result[f"gpu_passes_batch_{size}"] = graphs[size]
@@ -117,10 +114,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
     llm = start(arguments)
     result: dict[str, Any] = {"start_s": round(time.monotonic() - started, 1)}
     generator = random.Random(7)
-    mine = turns.Turns(arguments.turns, arguments.place, arguments.count) if arguments.turns else None
-
-    def turn() -> contextlib.AbstractContextManager[None]:
-        return mine.next() if mine else contextlib.nullcontext()
+    mine = turns.turns_of(arguments)
 
     def prompts(count: int, shortest: int, longest: int) -> list[dict[str, list[int]]]:
         return [{"prompt_token_ids": tokens} for tokens in decode.prompts(generator, count, shortest, longest)]
@@ -135,7 +129,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
     graphs: dict[int, list[float | None]] = {size: [] for size in BATCHES}
     prefills: list[float] = []
     for _ in range(arguments.passes):
-        with turn():
+        with turns.next_of(mine):
             for size in BATCHES:
                 batch = prompts(size, 32, 32)
                 generate(batch, 4)
@@ -146,7 +140,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
                 taken = [generate(prompts(32, 1024, 1024), 1)[0] for _ in range(PREFILLS + 1)]
             prefills += taken[1:]  # the first one is not counted
     if arguments.profile is not None:
-        with turn():
+        with turns.next_of(mine):
             llm.start_profile()
             generate(prompts(arguments.profiled_batch, 32, 32), PROFILED_TOKENS)
             llm.stop_profile()
@@ -163,18 +157,10 @@ def run_variant(arguments: argparse.Namespace) -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--variant", "--model", "--result", "--report"):
-        parser.add_argument(name, required=True)
-    for name in ("--tp", "--requests", "--passes", "--profiled-batch"):
-        parser.add_argument(name, type=int, required=True)
+    parser = decode.engine_parser(__doc__)
+    parser.add_argument("--profiled-batch", type=int, required=True)
     parser.add_argument("--no-peer-access", action="store_true")
     parser.add_argument("--quantization")
-    parser.add_argument("--profile", type=Path, help="the folder of this engine's traces")
-    parser.add_argument("--quiet")
-    parser.add_argument("--turns", type=Path, help="the file of :class:`benchmarks.turns.Turns`")
-    for name in ("--place", "--count"):
-        parser.add_argument(name, type=int, default=0)
     return parser.parse_args()
 
 
