@@ -98,19 +98,27 @@ def next_of(turns: Turns | None) -> contextlib.AbstractContextManager[None]:
     return turns.next() if turns else contextlib.nullcontext()
 
 
-def ratios(rows: Sequence[dict[str, Any]], batches: Sequence[int], stock_variant: str) -> dict[str, dict[str, float]]:
-    """Of every variant, the median over all passes of its time over the stock engine's in the pass beside it."""
+def ratios(
+    rows: Sequence[dict[str, Any]], batches: Sequence[int], stock_variant: str, what: str = "passes"
+) -> dict[str, dict[str, float | None]]:
+    """Of every variant, the median over all passes of its time over the stock engine's in the pass beside it.
+
+    ``what``: the times, ``passes`` of the engine's steps or ``gpu_passes``. None: no two passes have both.
+    """
     stock = {row["start"]: row for row in rows if row["variant"] == stock_variant}
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != stock_variant):
         beside = [(row, stock[row["start"]]) for row in rows if row["variant"] == variant and row["start"] in stock]
         if not beside:
             continue
         found[variant] = {}
         for size in batches:
-            name = f"passes_batch_{size}"
+            name = f"{what}_batch_{size}"
             of_passes = [
-                ours / theirs for row, other in beside for ours, theirs in zip(row[name], other[name], strict=True)
+                ours / theirs
+                for row, other in beside
+                for ours, theirs in zip(row[name], other[name], strict=True)
+                if ours is not None and theirs is not None
             ]
-            found[variant][str(size)] = round(statistics.median(of_passes), 4)
+            found[variant][str(size)] = round(statistics.median(of_passes), 4) if of_passes else None
     return found

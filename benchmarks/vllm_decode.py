@@ -7,8 +7,8 @@
     python benchmarks/vllm_decode.py --tp 2 --hosts 2 --variants default ONESHOT TWOSHOT
     python benchmarks/vllm_decode.py --tp 2 --variants default default-flashinfer MINLATENCY --flashinfer FOLDER
 
-A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process
-of its own (``vllm_engine.py``), one after another, ``--starts`` times. ms per token at a batch size: the median time
+A Llama of the given width with dummy weights, torch.compile and full CUDA graphs on. Every variant runs in a process of
+its own (``vllm_engine.py``), one after another, ``--starts`` times. ms per token at a batch size: the median time
 between two of the engine's steps, over 200 steps of each pass in which the whole batch decodes. (The time of many
 tokens less that of one, taken before, carries the jitter of two prefills.) GPU ms: the median time of the graphs of
 these steps, each on the rank on which it was the shortest, for the others wait for that one. It is less than a step
@@ -19,11 +19,12 @@ of the ratios of passes that stood side by side. A variant may be named twice. `
 GPUs do not see each other: NCCL with NCCL_P2P_DISABLE=1 against this package through host memory. Prefill: the median
 time of 32 prompts of 1024 tokens with one new token each. A strategy with ``-unfused`` behind it: the norm behind
 all-reduces stays vLLM's. ``--quantization fp8``: weights and activations, as vLLM quantizes a 16-bit model when it
-loads it. ``--hosts 2``: the ranks as those of two hosts, as NCCL and this package tell hosts apart, with sockets on
-the loopback device as the network between them; that shows that it works, and its times are of no network that a
-cluster has. ``default-flashinfer``: vLLM with its own pass that gives all-reduce and norm to FlashInfer, by
-FlashInfer's back end without multicast; only this variant finds FlashInfer, which lies in ``--flashinfer``, for with
-it vLLM takes that pass, and multicast, unasked.
+loads it. ``--clocks``: for each pass, what the GPUs' clock was, and whether their power limit lowered it. ``--hosts
+2``: the ranks as those of two hosts, as NCCL and this package tell hosts apart, with sockets on the loopback device as
+the network between them; that shows that it works, and its times are of no network that a cluster has.
+``default-flashinfer``: vLLM with its own pass that gives all-reduce and norm to FlashInfer, by FlashInfer's back end
+without multicast; only this variant finds FlashInfer, which lies in ``--flashinfer``, for with it vLLM takes that pass,
+and multicast, unasked.
 """
 
 from __future__ import annotations
@@ -85,6 +86,8 @@ def start_variant(
     if arguments.no_peer_access:
         command.append("--no-peer-access")
         environment |= {"NCCL_P2P_DISABLE": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    if arguments.clocks:
+        command.append("--clocks")
     if arguments.profile is not None:
         command += ["--profile", str(arguments.profile / name)]
     if arguments.quiet is not None:
@@ -149,6 +152,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=1, help="of each variant, in turns")
     parser.add_argument("--together", action="store_true", help="engines of one start at once, passes in turns")
     parser.add_argument("--passes", type=int, default=1, help="over all batch sizes")
+    parser.add_argument("--clocks", action="store_true", help="record clock and power of the GPUs of each pass")
     parser.add_argument("--profile", type=Path, help="folder for traces of GPUs (kernel_times.py)")
     parser.add_argument("--profiled-batch", type=int, default=vllm_engine.PROFILED_BATCH)
     parser.add_argument("--flashinfer", type=Path, metavar="FOLDER", help=f"where {FLASHINFER} finds it, installed")
@@ -213,8 +217,9 @@ def main() -> None:
                 record()
             if arguments.together:
                 beside = turns.ratios(of_tp, BATCHES, STOCK)
-                rows.append({"tp": tp, "ratios_to_default": beside})
-                print(f"TP{tp}: over default, pass by pass: {beside}", flush=True)
+                on_gpu = turns.ratios(of_tp, BATCHES, STOCK, "gpu_passes")
+                rows.append({"tp": tp, "ratios_to_default": beside, "gpu_ratios_to_default": on_gpu})
+                print(f"TP{tp}: over default, pass by pass: {beside}; on the GPU: {on_gpu}", flush=True)
             if arguments.requests and tokens:
                 found, equal = compare(tokens, tp, arguments.requests)
                 good &= equal

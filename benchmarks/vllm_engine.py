@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import random
@@ -15,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import decode, turns, vllm_probe  # noqa: E402
+from benchmarks import clocks, decode, turns, vllm_probe  # noqa: E402
 from benchmarks.decode import BATCHES, NOT_COUNTED, STOCK  # noqa: E402
 
 STEPS = 200
@@ -127,6 +128,7 @@ def run_variant(arguments: argparse.Namespace) -> None:
 
     steps: dict[int, list[list[float]]] = {size: [] for size in BATCHES}
     graphs: dict[int, list[float | None]] = {size: [] for size in BATCHES}
+    seen: dict[int, list[dict[str, Any]]] = {size: [] for size in BATCHES}
     prefills: list[float] = []
     for _ in range(arguments.passes):
         with turns.next_of(mine):
@@ -134,7 +136,11 @@ def run_variant(arguments: argparse.Namespace) -> None:
                 batch = prompts(size, 32, 32)
                 generate(batch, 4)
                 llm.collective_rpc(vllm_probe.GRAPH_MS)
-                steps[size].append(step_times(llm, batch, arguments.quiet))
+                watched = clocks.sampled(clocks.visible_gpus(arguments.tp)) if arguments.clocks else None
+                with watched or contextlib.nullcontext() as samples:
+                    steps[size].append(step_times(llm, batch, arguments.quiet))
+                if samples is not None:
+                    seen[size].append(samples.summary())
                 graphs[size].append(decode.graph_milliseconds(llm.collective_rpc(vllm_probe.GRAPH_MS), STEPS))
             with decode.alone(arguments.quiet):
                 taken = [generate(prompts(32, 1024, 1024), 1)[0] for _ in range(PREFILLS + 1)]
@@ -147,6 +153,8 @@ def run_variant(arguments: argparse.Namespace) -> None:
     if mine is not None:
         mine.all_over(arguments.passes + (arguments.profile is not None))
     result |= summary(steps, graphs)
+    if arguments.clocks:
+        result |= {f"clocks_batch_{size}": seen[size] for size in BATCHES}
     result["prefill_32x1024_s"] = round(statistics.median(prefills), 3)
     result["tokens"] = []
     if arguments.requests:
@@ -161,6 +169,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--profiled-batch", type=int, required=True)
     parser.add_argument("--no-peer-access", action="store_true")
     parser.add_argument("--quantization")
+    parser.add_argument("--clocks", action="store_true")
     return parser.parse_args()
 
 

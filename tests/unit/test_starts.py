@@ -101,3 +101,11 @@ def test_oneshot_and_twoshot_must_agree() -> None:
         {"tp": 2, "requests": 2, "same_tokens_oneshot_twoshot": 1},
     ]
     assert vllm_decode.compare({"default": [[1], [2]], "AUTO": [[1], [3]]}, 2, 2)[1]
+
+
+def test_passes_that_have_no_time_are_left_out_of_ratios() -> None:
+    rows = [
+        {"start": 0, "variant": "default", "gpu_passes_batch_1": [2.0, None, 4.0], "gpu_passes_batch_8": [None] * 3},
+        {"start": 0, "variant": "AUTO", "gpu_passes_batch_1": [1.0, 1.0, 4.0], "gpu_passes_batch_8": [1.0] * 3},
+    ]
+    assert turns.ratios(rows, (1, 8), "default", "gpu_passes") == {"AUTO": {"1": 0.75, "8": None}}
