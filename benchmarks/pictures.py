@@ -193,7 +193,7 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
         axes.set_xticks(range(len(stock)), [f"{batch}\n{stock[batch]:.2f} ms" for batch in stock], fontsize=11)
         axes.set_title(title, fontsize=13)
         axes.set_xlabel("batch size, and stock vLLM's time")
-        axes.set_ylim(0, 52)
+        axes.set_ylim(-2, 52)
         axes.grid(visible=True, axis="y", alpha=0.25)
     panels[0].set_ylabel("time per token saved, %")
     shown_in = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in panels]

@@ -59,10 +59,10 @@ WANTED = {
     ),
     "speed_up_over_peers": Picture(
         pictures.speed_up_over_peers,
-        ("h200/bench_tp4", "h200/bench_tp2", "h200/vllm_fused_8192_tp2", "h100/sglang_4096_tp2"),
+        ("h200/bench_tp4", "h200/bench_tp2", "h200/vllm_together_tp2", "h100/sglang_4096_tp2"),
     ),
     "ms_per_token": Picture(
-        pictures.ms_per_token, ("h200/vllm_fused_8192_tp2", "h200/vllm_gpu_tp4", "h200/vllm_8192_tp4_host")
+        pictures.ms_per_token, ("h200/vllm_together_tp2", "h200/vllm_gpu_tp4", "h200/vllm_8192_tp4_host")
     ),
     "sglang_ms_per_token": Picture(pictures.sglang_ms_per_token, ("h100/sglang_4096_tp2", "h100/sglang_8192_tp2")),
     "fused_boundary": Picture(pictures.fused_boundary, ("h100/two_versions_fused_tp2",), 4.6),

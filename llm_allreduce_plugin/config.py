@@ -207,7 +207,7 @@ class AllReduceConfig(Settings):
     )
     report_dir: Folder | None = Field(
         default=None,
-        description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about every second",
+        description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about a quarter of a second old",
     )
 
     check_calls: bool = Field(

@@ -2,8 +2,7 @@
 // them to the peers.
 //
 // A store to a peer that waits for the links holds up every access behind it in its multiprocessor; a bulk copy waits
-// in the engine, by itself. Before sm_90, which has no such
-// engine, the same calls store straight to the peers.
+// in the engine, by itself. GPUs before sm_90 have no such engine: there the same calls store straight to the peers.
 //
 // PTX does not say in which pieces a bulk copy arrives. The readers do not care: they check each 32-bit word for itself
 // (device/in_band.cuh).

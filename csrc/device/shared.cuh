@@ -7,11 +7,11 @@
 // relied on: it orders clears before what follows in the stream, but a peer that polls what the next kernel
 // stores acquires nothing by it, and must not find the old vectors.
 //
-// Large calls are bound by what PCIe carries. In them a worker asks for its peers' vectors, in two steps for their
-// sums, before it clears its own: reads do not pass writes, and so the answers come while the clears go, one each way.
-// In small calls peers' vectors are not there so soon, and a poll in vain is a way to host memory and back. Nor is one
-// of a large call in one step whose peers are late to take the links from what is on its way: of a warp's vectors of
-// packets only one of each peer is polled until it is there.
+// Large calls are bound by what PCIe carries. In them a worker asks for its peers' vectors (in two steps: for their
+// sums) before it clears its own. Reads do not pass writes, so the answers come while the clears go, one each way.
+// In a small call, peers' vectors are not there so soon, and a poll that finds nothing costs a way to host memory and
+// back. In a large call in one step, polls for a late peer must not take the links from data that is under way: of a
+// warp's packets, only one vector of each peer is polled until it is there.
 #ifndef LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 #define LLM_ALLREDUCE_DEVICE_SHARED_CUH_
 

@@ -93,7 +93,7 @@ def report(
 ) -> None:
     """Print what ranks report: calls by strategy, fallbacks with their reasons, group by group.
 
-    The youngest reports come first. Those of servers that still run are about a second old.
+    The youngest reports come first. Those of servers that still run are about a quarter of a second old.
     """
     outputs.check_picture("--plot", plot)
     groups: dict[str, list[tuple[float, Shown]]] = {}

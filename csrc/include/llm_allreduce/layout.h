@@ -29,7 +29,7 @@ typedef struct lar_stage_times {
 //   local       what only this rank touches (lar_workspace.local):
 //     abort     uint32                               set once a wait has expired
 //     arrivals  uint32                               staged: lanes that have ended the stage; 0 between stages
-//     begun     uint32 [16384]                       how often what has this word, a graph, has begun a call
+//     begun     uint32 [16384]                       how often the graph, or eager call, of this word has begun
 //     calls     uint32                               CPU ranks: calls that this rank has begun
 //     epochs    uint32 [plane][lane]                 calls, or rounds that this lane has finished
 //     lengths   uint32 [plane][generation 4][lane]   shared in band: vectors that lie in that generation

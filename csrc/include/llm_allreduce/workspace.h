@@ -80,10 +80,11 @@ typedef struct lar_workspace {
   lar_multicast multicast;
   lar_failure* failure;  // host memory; on CUDA the address at which the device sees it
   int64_t timeout_ns;    // no wait lasts longer
-  // But for the first eager call and the first of a graph, before which ranks may compile for minutes: until a peer is
-  // gone, no longer than this. `begun`: which of the words of that name counts the beginnings of what the call belongs
-  // to, a graph or that eager call; it is the first while that is at most 1. -1: not a first call.
+  // For the first eager call and the first run of each graph, before which ranks may compile for minutes: no wait lasts
+  // longer than the longer of the two limits. Once a peer is gone, timeout_ns counts alone.
   int64_t first_timeout_ns;
+  // Which word of `begun` (lar_layout) counts how often this graph, or this eager call, has begun: while that word is
+  // at most 1, the call is a first one. -1: the call is no first one.
   int32_t begun;
   // The call must wait for the end of all that it depends on: its kernels may not start earlier.
   int32_t starts_late;
