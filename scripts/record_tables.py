@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm_fused_4096_tp2": lambda: engine_tables.tokens("h200/vllm_fused_4096_tp2", _STOCK | _FUSED),
     "vllm_gpu_tp4": lambda: engine_tables.tokens("h200/vllm_gpu_tp4", _STOCK | _FUSED | _LOW, of_gpu=True),
     "vllm_together_tp2": lambda: engine_tables.tokens("h200/vllm_together_tp2", _STOCK | _FUSED, of_gpu=True),
+    "vllm_together_tp2_h100": lambda: engine_tables.tokens("h100/vllm_together_tp2", _STOCK | _FUSED, of_gpu=True),
     "vllm_together_tp4": lambda: engine_tables.tokens("h100/vllm_together_tp4", _STOCK | _FUSED, of_gpu=True),
     "vllm_fused_8192_tp2_h100": lambda: engine_tables.tokens("h100/vllm_fused_8192_tp2", _STOCK | _FUSED),
     "vllm_fused_4096_tp2_h100": lambda: engine_tables.tokens("h100/vllm_fused_4096_tp2", _STOCK | _FUSED),

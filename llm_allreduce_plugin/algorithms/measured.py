@@ -28,7 +28,8 @@ _ESTIMATE = "an estimate: a step of about 1 us against the traffic that one-shot
 H200 = {
     2: Table(
         # Both send as much. In one step the largest grid has a thread for each vector to 2 MiB, in two to 4: the
-        # window comes of grids and memory, not of links. 2 H100 have none (configs/tuning/nvidia-h100.json).
+        # window comes of grids and memory, not of links. Of 2 H100 it is 2.6 to 4.1 MiB
+        # (configs/tuning/nvidia-h100-x4.json).
         (Range(3328 * KIB, "ONESHOT"), Range(8960 * KIB, "TWOSHOT"), Range(None, "ONESHOT")),
         "measured on 2 H200",
     ),
