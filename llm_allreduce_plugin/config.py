@@ -207,7 +207,7 @@ class AllReduceConfig(Settings):
     )
     report_dir: Folder | None = Field(
         default=None,
-        description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons, about a quarter of a second old",
+        description="folder in which every rank keeps rank-<r>.json: strategies, calls and reasons",
     )
 
     check_calls: bool = Field(
