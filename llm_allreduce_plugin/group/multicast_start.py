@@ -115,6 +115,8 @@ def open_multicast(
     finally:
         steps.close()
     workspace.set_multicast(made.all, made.own, layout)
+    if agreement.rank == 0:
+        logger.info("multicast takes %g MiB of each GPU", made.size / (1 << 20))
     return made, facts
 
 

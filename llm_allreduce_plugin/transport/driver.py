@@ -78,12 +78,13 @@ NAMES = (
 class DriverError(RuntimeError):
     """A call of the driver failed. The text names the call, what it was for, and the error.
 
-    ``status``: what the driver returned; 0: it has no such call.
+    ``status``: what the driver returned; 0: it has no such call. ``call``: its name; empty: another fault.
     """
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    def __init__(self, message: str, status: int = 0, call: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.call = call
 
 
 class Table:
@@ -248,15 +249,17 @@ class Driver:
         """
         self._bound("cuMemRelease", ctypes.c_ulonglong(handle))
 
-    def map(self, handle: int, size: int) -> int:
+    def map(self, handle: int, size: int, alignment: int = 0) -> int:
         """The address at which this GPU reads and writes the memory from now on.
+
+        ``alignment``: what it must be a multiple of; 0: as the driver has it.
 
         Raises:
             DriverError: with the reason; nothing is left mapped.
         """
         address, length = ctypes.c_ulonglong(), ctypes.c_size_t(size)
         nothing, zero = ctypes.c_ulonglong(0), ctypes.c_size_t(0)
-        self._bound("cuMemAddressReserve", ctypes.byref(address), length, zero, nothing, nothing)
+        self._bound("cuMemAddressReserve", ctypes.byref(address), length, ctypes.c_size_t(alignment), nothing, nothing)
         try:
             self._bound("cuMemMap", address, length, zero, ctypes.c_ulonglong(handle), nothing)
             try:
@@ -317,10 +320,10 @@ class Driver:
             function = getattr(self._entry_points, name)
         except AttributeError:
             message = f"the CUDA driver has no {name}: it is too old for {self.needed_for}"
-            raise DriverError(message) from None
+            raise DriverError(message, call=name) from None
         if (status := function(*arguments)) != SUCCESS:
             message = f"{name}: {self._name_of(status)}"
-            raise DriverError(message, status)
+            raise DriverError(message, status, name)
 
     def _name_of(self, status: int) -> str:
         text = ctypes.c_char_p()

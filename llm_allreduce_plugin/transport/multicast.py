@@ -38,14 +38,24 @@ CLOSE_WAIT_S = 10.0
 TRIES = 4  # of a phase in which the fabric is not ready on some rank
 PAUSE_S = 0.25  # before the next of them, longer each time
 _HINTS = {
-    OUT_OF_MEMORY: "the switches may have no room left for another multicast object",
     ILLEGAL_STATE: "the fabric manager may not have set up multicast",
     NOT_READY: "the fabric is not ready",
 }
 
 
+def _hint(error: DriverError, size: int) -> str:
+    """What an error of the driver may mean; empty where nobody knows. ``size``: bytes of the object."""
+    if error.status != OUT_OF_MEMORY:
+        return _HINTS.get(error.status, "")
+    if error.call.startswith("cuMulticast"):
+        return "the switches may have no room left for another multicast object"
+    return f"this GPU has no room for {size / (1 << 20):g} MiB more" if error.call == "cuMemCreate" else ""
+
+
 class Multicast(EndsWhenUnused):
     """One rank's part of a multicast object. ``all``: where one store reaches every rank; ``own``: its own memory.
+
+    ``size``: bytes of each; ``alignment``: what ``all`` is a multiple of.
 
     It ends when it has been closed and nothing uses it any more: a step that ranks have given up may still be on its
     way in the driver, or never return.
@@ -53,7 +63,7 @@ class Multicast(EndsWhenUnused):
 
     def __init__(self) -> None:
         super().__init__()
-        self.all = self.own = self.size = 0
+        self.all = self.own = self.size = self.alignment = 0
         self.driver: MulticastDriver | None = None
         self.handle: int | None = None
         self.memory: int | None = None
@@ -175,9 +185,9 @@ class Opening:
                 except DriverError as error:
                     if error.status == NOT_READY and tries < TRIES:
                         return False
-                    hint = _HINTS.get(error.status)
+                    hint = _hint(error, self._made.size)
                     message = f"{error}; {hint}" if hint else str(error)
-                    raise DriverError(message, error.status) from error
+                    raise DriverError(message, error.status, error.call) from error
                 return True
 
         for tries in range(1, TRIES + 1):
@@ -191,6 +201,7 @@ class Opening:
         if not driver.has_multicast:
             message = "the driver says that this GPU has no multicast"
             raise DriverError(message)
+        self._made.alignment = driver.multicast_granularity(self._wanted, self._steps.world_size)
         return driver.multicast_rounded(self._wanted, self._steps.world_size)
 
     def _create(self, driver: MulticastDriver) -> _Offer:
@@ -235,7 +246,7 @@ class Opening:
         if not made.own:
             made.own = driver.map(made.memory, made.size)
             self._prepare(made.own)
-        made.all = driver.map(self._handle, made.size)
+        made.all = driver.map(self._handle, made.size, made.alignment)
 
     @property
     def _handle(self) -> int:

@@ -27,7 +27,10 @@ NAMES = {
     NOT_READY: b"CUDA_ERROR_SYSTEM_NOT_READY",
     UNKNOWN: b"CUDA_ERROR_UNKNOWN",
 }
-GRANULARITY = 64 << 10
+MINIMUM, RECOMMENDED = 0, 1  # CU_MULTICAST_GRANULARITY_...
+GRANULARITIES = {MINIMUM: 64 << 10, RECOMMENDED: 16 << 20}  # what the driver says of each; as far apart as on an H100
+GRANULARITY = GRANULARITIES[MINIMUM]
+LEAST_ALIGNMENT = 4 << 10  # of an address that is reserved without a wish
 # The calls of the phases that a rank goes through, in order; those of the first rank and of the others differ.
 OPENING = ("cuMulticastGetGranularity", "cuMulticastCreate", "cuMemExportToShareableHandle")
 OPENING += ("cuMemImportFromShareableHandle", "cuMulticastAddDevice", "cuMemCreate", "cuMulticastBindMem")
@@ -60,6 +63,7 @@ class Switch:
         self.buffers: dict[int, ctypes.Array[ctypes.c_ubyte]] = {}
         self.unreached: set[int] = set()  # ranks whose memory a store to all does not reach
         self.made = 0  # objects
+        self.granularities = dict(GRANULARITIES)
 
 
 class FakeMulticast:
@@ -79,6 +83,7 @@ class FakeMulticast:
         self._names = multicast_driver.entry_names({}) if names is None else tuple(names)
         self._handles: dict[int, _Object | int] = {}  # an object, or the address of memory
         self._reserved: dict[int, int] = {}
+        self._aligned: dict[int, int] = {}  # what a reserved address was asked to be a multiple of
         self._mapped: dict[int, _Object | int] = {}
         self._contexts = 0
         self._next = 1000 * (rank + 1)
@@ -156,18 +161,18 @@ class FakeMulticast:
         return SUCCESS
 
     def _cuMemGetAllocationGranularity(self, granularity: Any, _properties: Any, _option: Any) -> int:
-        target(granularity).value = GRANULARITY // 4
+        target(granularity).value = self._switch.granularities[MINIMUM] // 4
         return SUCCESS
 
-    def _cuMulticastGetGranularity(self, granularity: Any, properties: Any, _option: Any) -> int:
+    def _cuMulticastGetGranularity(self, granularity: Any, properties: Any, option: Any) -> int:
         if target(properties).devices < 2:
             return self._refuse("an object over fewer than two GPUs")
-        target(granularity).value = GRANULARITY
+        target(granularity).value = self._switch.granularities[option.value]
         return SUCCESS
 
     def _cuMulticastCreate(self, handle: Any, properties: Any) -> int:
         wanted = target(properties)
-        if wanted.size % GRANULARITY:
+        if wanted.size % self._switch.granularities[MINIMUM]:
             return self._refuse("an object of a size that is no multiple of the granularity")
         self._switch.made += 1
         target(handle).value = self._new_handle(_Object(wanted.devices, wanted.size))
@@ -244,10 +249,12 @@ class FakeMulticast:
         del self._switch.buffers[meaning]
         return SUCCESS
 
-    def _cuMemAddressReserve(self, address: Any, size: Any, _alignment: Any, _wanted: Any, _flags: Any) -> int:
+    def _cuMemAddressReserve(self, address: Any, size: Any, alignment: Any, _wanted: Any, _flags: Any) -> int:
         self._next += 1
-        target(address).value = self._next << 32
-        self._reserved[self._next << 32] = size.value
+        start = (self._next << 32) + (0 if alignment.value else LEAST_ALIGNMENT)
+        target(address).value = start
+        self._reserved[start] = size.value
+        self._aligned[start] = alignment.value or LEAST_ALIGNMENT
         return SUCCESS
 
     def _cuMemAddressFree(self, address: Any, _size: Any) -> int:
@@ -257,6 +264,8 @@ class FakeMulticast:
         meaning = self._handles.get(handle.value)
         if meaning is None or address.value not in self._reserved:
             return INVALID_HANDLE
+        if isinstance(meaning, _Object) and self._aligned[address.value] % self._switch.granularities[MINIMUM]:
+            return self._refuse("an object is mapped at an address that is no multiple of the granularity")
         if isinstance(meaning, _Object) and self._rank not in meaning.bound:
             return self._refuse("an object is mapped before memory is bound to it")
         self._mapped[address.value] = meaning

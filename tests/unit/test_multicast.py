@@ -33,7 +33,7 @@ from llm_allreduce_plugin.transport.multicast_driver import (
 from llm_allreduce_plugin.transport.multicast_probe import probe
 from tests.conftest import MULTICAST_SWITCHES
 from tests.support.fake_fabric import UNKNOWN
-from tests.support.fake_multicast import GRANULARITY, OPENING, PROOF, FakeMulticast, Switch
+from tests.support.fake_multicast import GRANULARITY, MINIMUM, OPENING, PROOF, RECOMMENDED, FakeMulticast, Switch
 from tests.support.thread_ranks import on_thread_ranks
 
 RANKS = 3
@@ -128,6 +128,16 @@ def test_one_store_reaches_every_rank() -> None:
         ]  # fmt: skip
 
 
+def test_memory_is_as_large_as_must_be() -> None:
+    """On an H100 the recommended granularity is 512 MiB, and the least one 2 MiB: memory of 64 MiB stays 64 MiB."""
+    switch = Switch()
+    switch.granularities = {MINIMUM: 2 << 20, RECOMMENDED: 512 << 20}
+    one = MulticastDriver(0, FakeMulticast(switch, 0))
+    assert one.multicast_rounded(64 << 20, 8) == 64 << 20
+    assert one.multicast_rounded((64 << 20) + 1, 8) == 66 << 20
+    one.close()
+
+
 def test_phases_follow_each_other_on_all_ranks() -> None:
     """No rank binds before all are added, or adds before all have imported."""
     switch = Switch()
@@ -168,6 +178,17 @@ def test_a_reason_says_what_it_may_mean(status: int, hint: str) -> None:
     switch = Switch()
     found = open_on_all(switch, drivers_of(switch, {0: failing("cuMulticastCreate", status)}))
     assert all(hint in str(each) for each in found)
+
+
+@pytest.mark.parametrize("call", ("cuMemCreate", "cuMemMap", "cuMemExportToShareableHandle"))
+def test_a_full_gpu_is_not_taken_for_a_full_switch(call: str) -> None:
+    """Memory of the GPU's own is not in the switches."""
+    switch = Switch()
+    found = open_on_all(switch, drivers_of(switch, {0: failing(call, OUT_OF_MEMORY)}))
+    assert all(f"{call}: CUDA_ERROR_OUT_OF_MEMORY (2)" in str(each) for each in found)
+    assert not any("switches" in str(each) for each in found), found
+    if call == "cuMemCreate":
+        assert all(str(each).endswith("; this GPU has no room for 0.125 MiB more") for each in found)
 
 
 @pytest.mark.parametrize(("rank", "call"), [pair for pair in CALLS if pair[1] in OPENING])

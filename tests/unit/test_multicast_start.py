@@ -106,10 +106,12 @@ def start(start_all: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_what_is_proved_is_used(start: Any) -> None:
+def test_what_is_proved_is_used(start: Any, caplog: pytest.LogCaptureFixture) -> None:
     switch = Switch()
     entry_points = drivers_of(switch)
-    found, workspaces = start(entry_points)
+    with caplog.at_level(logging.INFO):
+        found, workspaces = start(entry_points)
+    assert caplog.text.count("multicast takes 64 MiB of each GPU") == 1
     for (made, facts), workspace in zip(found, workspaces, strict=True):
         assert facts is FACTS
         assert workspace.multicast == [(made.all, made.own)]
