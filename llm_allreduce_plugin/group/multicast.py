@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms import multicasting
 from llm_allreduce_plugin.algorithms.facts import PAIR, GroupFacts, MulticastBytes
 from llm_allreduce_plugin.config import AllReduceConfig, MulticastChoice
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -22,8 +23,8 @@ FIRST_ARCHITECTURE = 90
 
 def layout_of(config: AllReduceConfig, world_size: int) -> _C.MulticastLayout:
     """Where things lie in the multicast memory of a group."""
-    size = MULTICAST_BYTES * (2 if config.in_switch_sum else 1)
-    return _C.make_multicast_layout(world_size, size, in_switch=config.in_switch_sum)
+    in_switch = multicasting.asks_for_sums_in_switch(config)
+    return _C.make_multicast_layout(world_size, MULTICAST_BYTES * (2 if in_switch else 1), in_switch=in_switch)
 
 
 def refusal(
@@ -40,7 +41,8 @@ def refusal(
         world_size: ranks of the group.
         supported: what NVML or the driver say of each GPU; None: they say nothing.
         switched_off: of any rank, see :func:`~llm_allreduce_plugin.transport.multicast_driver.switched_off_by`.
-        other: what else stands against it: memory that is not peers' GPU memory, several hosts.
+        other: what else stands against it: a strategy that never goes by it, memory that is not
+            peers' GPU memory, several hosts.
     """
     if choice is MulticastChoice.OFF:
         return "multicast is off"
@@ -96,6 +98,8 @@ def group_outlook(topology: NodeTopology, ranks: int, transport: Transport, join
 
 
 def _other_obstacle(config: AllReduceConfig, facts: GroupFacts) -> str | None:
+    if (reason := multicasting.obstacle(config)) is not None:
+        return reason
     if facts.device != "cuda" or facts.transport is not Transport.SYMMETRIC:
         return "multicast is of GPU memory that ranks share"
     if facts.num_hosts > 1:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.algorithms.base import Numerics
 from llm_allreduce_plugin.algorithms.decision import Exchange
-from llm_allreduce_plugin.algorithms.facts import GroupFacts
+from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
 from llm_allreduce_plugin.algorithms.multicasting import UNTRIED
 from llm_allreduce_plugin.cli import app, tune
 from llm_allreduce_plugin.diagnosis import hardware
@@ -87,6 +87,31 @@ def test_no_other_strategy_goes_by_multicast(
     """AUTO and MINLATENCY choose by what was measured, and nothing was."""
     config = AllReduceConfig(allreduce_strategy=strategy, multicast=choice, in_switch_sum=in_switch)
     assert exchange_of(config, facts_of(config, ranks=ranks), count) not in (Exchange.MULTICAST, Exchange.IN_SWITCH)
+
+
+@pytest.mark.usefixtures("_no_switch")
+@pytest.mark.parametrize("in_switch", (False, True))
+@pytest.mark.parametrize("choice", ("on", "auto"))
+@pytest.mark.parametrize("strategy", [name for name in AllReduceStrategy if name not in ("ONESHOT", "TWOSHOT")])
+def test_nothing_is_opened_for_other_strategies(strategy: AllReduceStrategy, choice: str, in_switch: bool) -> None:
+    """Whatever it costs would be for nothing, and it may fail the start. NCCL, the engine's own path, opens nothing."""
+    facts = facts_of(config_of(strategy, multicast=choice, in_switch_sum=in_switch))
+    assert facts.multicast == MulticastBytes()
+    if strategy is not AllReduceStrategy.NCCL:
+        assert facts.no_multicast_reason == f"{strategy} does not go by multicast: ask for ONESHOT or TWOSHOT"
+
+
+@pytest.mark.usefixtures("_no_switch")
+@pytest.mark.parametrize("strategy", ("ONESHOT", "TWOSHOT"))
+def test_inputs_that_the_switch_sums_have_room_only_under_two_shot(strategy: str) -> None:
+    config, without = config_of(strategy, in_switch_sum=True), config_of(strategy)
+    facts = facts_of(config)
+    assert bool(facts.multicast.inputs) == (strategy == "TWOSHOT")
+    layout = multicast.layout_of(config, 8)
+    assert layout.total_bytes == multicast.MULTICAST_BYTES * (2 if strategy == "TWOSHOT" else 1)
+    reason = decide(config, facts, 4096, "bfloat16").reason
+    assert ("in_switch_sum is of TWOSHOT alone" in reason) == (strategy == "ONESHOT")
+    assert "in_switch_sum" not in decide(without, facts_of(without), 4096, "bfloat16").reason
 
 
 @pytest.mark.usefixtures("_no_switch")

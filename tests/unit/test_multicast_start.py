@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,16 +21,20 @@ from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group import multicast_start
+from llm_allreduce_plugin.group.capabilities import group_facts
 from llm_allreduce_plugin.group.multicast import layout_of
 from llm_allreduce_plugin.group.multicast_start import open_multicast
 from llm_allreduce_plugin.topology.links import Transport
+from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.transport import multicast
 from llm_allreduce_plugin.transport.multicast import Multicast
 from llm_allreduce_plugin.transport.multicast_driver import ILLEGAL_STATE, NOT_READY, OUT_OF_MEMORY, MulticastDriver
+from tests.conftest import MULTICAST_SWITCHES
 from tests.support.fake_multicast import PROOF, FakeMulticast, Switch
 from tests.support.thread_ranks import on_thread_ranks
 from tests.unit.test_multicast import CALLS, RANKS, assert_nothing_left, drivers_of, failing, hanging
 
+NODES = Path(__file__).parents[2] / "configs" / "topologies"
 CONFIG = AllReduceConfig(allreduce_strategy="TWOSHOT", multicast="on")
 FACTS = GroupFacts(RANKS, "cuda", Transport.SYMMETRIC, multicast=MulticastBytes(1 << 16, 1 << 20))
 
@@ -165,6 +170,22 @@ def test_nothing_is_asked_where_there_is_none(start: Any, caplog: pytest.LogCapt
     assert switch.calls == []
     assert all(workspace.multicast == [] for workspace in workspaces)
     assert caplog.text.count("multicast is on, but not used: the GPU of rank 1 has no multicast") == 1
+
+
+@pytest.mark.parametrize("strategy", ("AUTO", "MINLATENCY", "LOWPRECISION", "UB", "MNNVL"))
+def test_nothing_is_asked_for_a_strategy_that_never_goes_by_multicast(
+    start: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, strategy: str
+) -> None:
+    for name in MULTICAST_SWITCHES:
+        monkeypatch.delenv(name)
+    switch = Switch()
+    config = AllReduceConfig(allreduce_strategy=strategy, multicast="on")
+    node = NodeTopology.from_json(NODES / "h100_x8_nvswitch.json")
+    with caplog.at_level(logging.WARNING):
+        found, _ = start(drivers_of(switch), group_facts(node, RANKS, config))
+    assert [made for made, _ in found] == [None] * RANKS
+    assert switch.calls == []
+    assert caplog.text.count(f"multicast is on, but not used: {strategy} does not go by multicast") == 1
 
 
 def test_a_rank_that_is_gone_leaves_nothing_behind_on_the_others(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
