@@ -6,14 +6,16 @@ any more. Nothing can go on there; the start fails on all ranks, and says what t
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from llm_allreduce_plugin import _C
-from llm_allreduce_plugin.algorithms.base import Message
+from llm_allreduce_plugin.algorithms.base import KernelStrategy, Message
 from llm_allreduce_plugin.algorithms.decision import Launch
 from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES, GroupFacts
 from llm_allreduce_plugin.algorithms.one_shot import OneShot
@@ -37,6 +39,8 @@ PHASE_WAIT_S = 30.0
 WAITS_OF_A_PHASE = 5
 # What is compared before anything else goes by multicast: a call of whole vectors, and one that ends within one.
 PROVED_COUNTS = (1 << 20, 12_345)
+# The same of sums in the switch: elements, and rounds; in several, flags and inputs are used again.
+SUMMED = ((1 << 20, 1), (12_345, 1), (12_345, 3))
 
 
 def _open_driver(device: torch.device) -> MulticastDriver:
@@ -127,6 +131,51 @@ class _GpuLostError(Exception):
     """A rank is not back from calls, or cannot make any more."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call that is made twice: pushed, and by multicast.
+
+    Attributes:
+        what: the strategy and how its bytes go, in words; ``size``: how much it is, in words.
+        launches: pushed, and by multicast.
+        in_any_order: its inputs have one sum, in whatever order and precision the switch adds.
+    """
+
+    what: tuple[AllReduceStrategy, str]
+    count: int
+    launches: tuple[Launch, Launch]
+    size: str
+    in_any_order: bool = False
+
+    def __str__(self) -> str:
+        name, how = self.what
+        return f"{name} of {self.size} {how}"
+
+
+def _calls(config: AllReduceConfig, facts: GroupFacts) -> Iterator[_Call]:
+    """What is compared, of all that goes by multicast with these settings. Pure."""
+
+    def launches(strategy: KernelStrategy, count: int, *, in_switch: bool) -> tuple[Launch, Launch]:
+        asked = config.model_copy(update={"allreduce_strategy": strategy.name, "in_switch_sum": in_switch})
+        message = Message(count, "bfloat16", 2)
+        return strategy.plan(asked, facts.without_multicast(), message), strategy.plan(asked, facts, message)
+
+    for strategy in (OneShot(), TwoShot()):
+        for count in PROVED_COUNTS:
+            what = strategy.name, "by multicast"
+            yield _Call(what, count, launches(strategy, count, in_switch=False), f"{count} elements")
+    if not facts.multicast.inputs:
+        return
+    for count, rounds in SUMMED:
+        pushed, summed = launches(TwoShot(), count, in_switch=True)
+        chunk = math.ceil(summed.chunk_vectors / rounds)
+        what = TwoShot.name, "summed in the switch"
+        size = f"{count} elements" + (f" in {rounds} rounds" if rounds > 1 else "")
+        vectors = Message(count, "bfloat16", 2).vectors
+        cut = dataclasses.replace(summed, chunk_vectors=chunk, rounds=math.ceil(vectors / (chunk * facts.world_size)))
+        yield _Call(what, count, (pushed, cut), size, in_any_order=True)
+
+
 def _compare(
     steps: Agreement, device: torch.device, config: AllReduceConfig, facts: GroupFacts, workspace: _C.Workspace
 ) -> None:
@@ -136,55 +185,40 @@ def _compare(
         TransportError: on every rank alike, naming what differs or cannot be called.
         StartError: on every rank alike, naming one that cannot use its GPU any more.
     """
-    exact = config.model_copy(update={"in_switch_sum": False})
-    for strategy in (OneShot(), TwoShot()):
-        asked = exact.model_copy(update={"allreduce_strategy": strategy.name})
-        for count in PROVED_COUNTS:
-            message = Message(count, "bfloat16", 2)
-            launches = [strategy.plan(asked, known, message) for known in (facts.without_multicast(), facts)]
-            what = f"{strategy.name} of {count} elements by multicast"
-            step = f"to compare {what}"
-            try:
-                fault = steps.on_every_rank(
-                    lambda launches=launches, count=count, name=strategy.name: _fault_of(  # type: ignore[misc]
-                        steps.rank, device, workspace, launches, count, name
-                    ),
-                    step,
-                    _GpuLostError,
-                    f"has lost its GPU in {what}",
-                    may_block=True,
-                )
-            except _GpuLostError as error:
-                steps.abandoned = True  # what peers have begun may still store to what is mapped here
-                text = f"{error}. {_AFTER_A_LOSS}"
-                raise StartError(text) from error
-            # Only now: all ranks are back. What stopped them at once would leave peers on the way.
-            first = steps.first_fault(
-                None if fault is None else f"rank {steps.rank} cannot use multicast: {fault}", f"{step}, at the end"
+    for call in _calls(config, facts):
+        step = f"to compare {call}"
+        try:
+            fault = steps.on_every_rank(
+                lambda call=call: _fault_of(steps.rank, device, workspace, call),  # type: ignore[misc]
+                step,
+                _GpuLostError,
+                f"has lost its GPU in {call}",
+                may_block=True,
             )
-            if first is not None:
-                raise TransportError(first)
+        except _GpuLostError as error:
+            steps.abandoned = True  # what peers have begun may still store to what is mapped here
+            text = f"{error}. {_AFTER_A_LOSS}"
+            raise StartError(text) from error
+        # Only now: all ranks are back. What stopped them at once would leave peers on the way.
+        first = steps.first_fault(
+            None if fault is None else f"rank {steps.rank} cannot use multicast: {fault}", f"{step}, at the end"
+        )
+        if first is not None:
+            raise TransportError(first)
 
 
-def _fault_of(
-    rank: int,
-    device: torch.device,
-    workspace: _C.Workspace,
-    launches: list[Launch],
-    count: int,
-    name: AllReduceStrategy,
-) -> str | None:
-    """What is wrong with calls by multicast; None: nothing.
+def _fault_of(rank: int, device: torch.device, workspace: _C.Workspace, call: _Call) -> str | None:
+    """What is wrong with a call by multicast; None: nothing.
 
     Raises:
         RuntimeError: the GPU can be used no more.
     """
     fault: str | None
     try:
-        differing = _differing(rank, device, workspace, launches, count)
-        fault = f"{name} by multicast differs in {differing} of {count} elements" if differing else None
+        differing = _differing(rank, device, workspace, call)
+        fault = f"{' '.join(call.what)} differs in {differing} of {call.size}" if differing else None
     except Exception as error:  # noqa: BLE001  (whatever it is: what counts is whether the GPU can go on)
-        fault = f"{name} of {count} elements: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        fault = f"{call}: {(str(error).splitlines() or [type(error).__name__])[0]}"
         logger.warning("cannot compare calls by multicast: %s", fault)
     try:
         torch.cuda.synchronize(device)  # what has ended a context is told again by every call
@@ -196,23 +230,30 @@ def _fault_of(
     return fault
 
 
-def _differing(rank: int, device: torch.device, workspace: _C.Workspace, launches: list[Launch], count: int) -> int:
-    """In how many elements the results of two launches differ.
+def _input(rank: int, call: _Call) -> torch.Tensor:
+    """What this rank gives."""
+    generator = torch.Generator().manual_seed(rank + 1)
+    if call.in_any_order:
+        return torch.randint(-1, 2, (call.count,), generator=generator).to(torch.bfloat16)
+    return torch.randn(call.count, generator=generator).to(torch.bfloat16)
+
+
+def _differing(rank: int, device: torch.device, workspace: _C.Workspace, call: _Call) -> int:
+    """In how many elements the results of the two launches differ.
 
     Raises:
         RuntimeError: one cannot be made, or has failed.
     """
     with torch.cuda.device(device):
-        generator = torch.Generator().manual_seed(rank + 1)
-        input_ = torch.randn(count, generator=generator).to(torch.bfloat16).to(device)
-        outputs = [torch.full_like(input_, float("nan")) for _ in launches]
+        input_ = _input(rank, call).to(device)
+        outputs = [torch.full_like(input_, float("nan")) for _ in call.launches]
         stream = torch.cuda.current_stream(device)
-        for launch, output in zip(launches, outputs, strict=True):
+        for launch, output in zip(call.launches, outputs, strict=True):
             plan = _C.Plan(
                 workspace,
                 algorithm=int(launch.algorithm),
                 exchange=int(launch.exchange),
-                count=count,
+                count=call.count,
                 dtype=DTYPE_CODES["bfloat16"],
                 lanes=launch.lanes,
                 threads=launch.threads,

@@ -19,11 +19,11 @@ import torch
 
 from llm_allreduce_plugin import _C, AllReduceConfig
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Exchange
-from llm_allreduce_plugin.algorithms.facts import MulticastBytes
+from llm_allreduce_plugin.algorithms.facts import GroupFacts, MulticastBytes
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group import multicast_start
-from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, WAITS_OF_A_PHASE
+from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, SUMMED, WAITS_OF_A_PHASE
 from tests.support.fake_multicast import Switch
 from tests.support.group_facts import facts as facts_of
 from tests.support.thread_ranks import on_thread_ranks
@@ -40,27 +40,38 @@ def start_all(monkeypatch: pytest.MonkeyPatch) -> Any:
 COMPARED = dataclasses.replace(
     facts_of(RANKS, in_band=True), multicast=MulticastBytes(1 << 20, 1 << 24, 1 << 24), no_multicast_reason=""
 )
+WITHOUT_SUMS = dataclasses.replace(COMPARED, multicast=MulticastBytes(1 << 20, 1 << 24))
+SUMMING = CONFIG.model_copy(update={"in_switch_sum": True})
 # What a call writes instead of its result: rank, (algorithm, exchange, count), result; None: nothing.
 Write = Callable[[int, tuple[Algorithm, Exchange, int], torch.Tensor], torch.Tensor | None]
 
 
 class Plans:
-    """In place of the native library: plans that double their input. ``made``: of rank 0, in order."""
+    """In place of the native library: plans that double their input.
+
+    ``made``: of rank 0, in order; ``rounds``: of those that the switch sums; ``given``: values of inputs, by exchange.
+    """
 
     IN_BAND_MARKER = _C.IN_BAND_MARKER
 
     def __init__(self, write: Write, status: int = 0) -> None:
         self._write, self._status = write, status
         self.made: list[tuple[Algorithm, Exchange, int]] = []
+        self.rounds: list[int] = []
+        self.given: dict[Exchange, list[float]] = {}
 
     @staticmethod
     def error_string(status: int) -> str:
         return f"error {status}"
 
-    def Plan(self, workspace: Any, *, algorithm: int, exchange: int, count: int, **_launch: int) -> Any:
+    def Plan(
+        self, workspace: Any, *, algorithm: int, exchange: int, count: int, chunk_vectors: int, **_launch: int
+    ) -> Any:
         rank, kind = workspace.rank, (Algorithm(algorithm), Exchange(exchange), count)
         if rank == 0:
             self.made.append(kind)
+            if kind[1] is Exchange.IN_SWITCH:
+                self.rounds.append(-(-count // (chunk_vectors * 8 * RANKS)))
 
         def run(source: int, target: int, _stream: int) -> int:
             given, made = (
@@ -68,6 +79,8 @@ class Plans:
                 for address in (source, target)
             )
             assert not given.isnan().any()
+            if rank == 0:
+                self.given.setdefault(kind[1], []).extend(given[:10_000].tolist())
             assert made.isnan().all(), "what a call leaves out must not look like its result"
             if (result := self._write(rank, kind, given * 2)) is not None:
                 made.copy_(result)
@@ -93,30 +106,84 @@ def compare(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Compares calls on all ranks with these plans: what that raised on each."""
     on_the_cpu(monkeypatch)
 
-    def run(plans: Plans, config: AllReduceConfig = CONFIG) -> list[Any]:
+    def run(plans: Plans, config: AllReduceConfig = SUMMING, facts: GroupFacts = COMPARED) -> list[Any]:
         monkeypatch.setattr(multicast_start, "_C", plans)
 
         def one(steps: Agreement) -> None:
             workspace: Any = Workspace(steps.rank)
-            multicast_start._compare(steps, torch.device("cpu"), config, COMPARED, workspace)
+            multicast_start._compare(steps, torch.device("cpu"), config, facts, workspace)
 
         return on_thread_ranks(RANKS, one, 60.0)
 
     return run
 
 
-@pytest.mark.parametrize("in_switch_sum", (False, True))
-def test_calls_are_compared_that_push_and_that_go_by_multicast(compare: Any, in_switch_sum: bool) -> None:
-    """Of one step and of two, in whole vectors and not; never sums in the switch, which have other bits."""
+EXACT = [
+    (algorithm, exchange, count)
+    for algorithm in (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
+    for count in PROVED_COUNTS
+    for exchange in (Exchange.PUSH, Exchange.MULTICAST)
+]
+
+
+def test_calls_are_compared_that_push_and_that_go_by_multicast(compare: Any) -> None:
+    """Of one step and of two, in whole vectors and not."""
     plans = Plans(right)
-    assert compare(plans, CONFIG.model_copy(update={"in_switch_sum": in_switch_sum})) == [None] * RANKS
-    assert plans.made == [
-        (algorithm, exchange, count)
-        for algorithm in (Algorithm.ONE_SHOT, Algorithm.TWO_SHOT)
-        for count in PROVED_COUNTS
-        for exchange in (Exchange.PUSH, Exchange.MULTICAST)
-    ]
+    assert compare(plans, CONFIG, WITHOUT_SUMS) == [None] * RANKS
+    assert plans.made == EXACT
     assert any(count * 2 % 16 for count in PROVED_COUNTS)
+
+
+def test_sums_in_the_switch_are_compared_too(compare: Any) -> None:
+    """Where they are asked for: of values whose sum is exact in any order. Also one that takes several rounds."""
+    plans = Plans(right)
+    assert compare(plans) == [None] * RANKS
+    assert plans.made == EXACT + [
+        (Algorithm.TWO_SHOT, exchange, count) for count, _ in SUMMED for exchange in (Exchange.PUSH, Exchange.IN_SWITCH)
+    ]
+    assert plans.rounds == [rounds for _, rounds in SUMMED]
+    assert any(count * 2 % 16 for count, _ in SUMMED)
+    assert max(plans.rounds) > 1
+    given = plans.given[Exchange.IN_SWITCH]
+    assert set(given) == {-1.0, 0.0, 1.0}
+    assert not set(plans.given[Exchange.MULTICAST]) <= set(given), "what differs by its order must, too"
+
+
+@pytest.mark.parametrize(("count", "rounds"), SUMMED)
+def test_a_switch_that_sums_wrong_is_found(compare: Any, count: int, rounds: int) -> None:
+    """On one rank, in one element. The start then goes on without multicast."""
+
+    def spoil(rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        if (rank, kind) == (2, (Algorithm.TWO_SHOT, Exchange.IN_SWITCH, count)):
+            result[-1] += 1
+        return result
+
+    found = compare(Plans(spoil))
+    assert [type(error) for error in found] == [TransportError] * RANKS
+    words = f"rank 2 cannot use multicast: TWOSHOT summed in the switch differs in 1 of {count} elements"
+    assert all(words in str(error) for error in found), (found, rounds)
+
+
+def test_garbage_of_the_switch_leaves_all_ranks_without(start_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(_rank: int, kind: tuple[Algorithm, Exchange, int], result: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(result, 1e30) if kind[1] is Exchange.IN_SWITCH else result
+
+    on_the_cpu(monkeypatch)
+    monkeypatch.setattr(multicast_start, "_C", Plans(spoil))
+    monkeypatch.setattr(torch.Tensor, "to", Gpus._to(torch.Tensor.to))
+    switch = Switch()
+    started = start_all(drivers_of(switch), COMPARED, config=SUMMING)
+    for made, facts in started.found:
+        assert made is None
+        assert facts.multicast == MulticastBytes()
+        assert "rank 0 cannot use multicast: TWOSHOT summed in the switch differs in" in facts.no_multicast_reason
+    assert all(workspace.multicast == [] for workspace in started.workspaces)
+
+
+def test_a_sum_in_the_switch_that_does_not_end_is_named(start_all: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpus(monkeypatch, 1, len(EXACT) + 2, hangs=False)
+    started = start_all(drivers_of(Switch()), COMPARED, config=SUMMING)
+    assert_all_stop(started, f"rank 1 has lost its GPU in TWOSHOT of {SUMMED[0][0]} elements summed in the switch: ")
 
 
 @pytest.mark.parametrize("place", (0, -1))
@@ -157,7 +224,9 @@ def test_what_was_not_stored_is_found(compare: Any) -> None:
 def test_a_call_that_fails_on_all_ranks_is_told(compare: Any) -> None:
     found = compare(Plans(right, status=-2))
     assert all(type(error) is TransportError for error in found)
-    assert str(found[0]) == f"rank 0 cannot use multicast: ONESHOT of {PROVED_COUNTS[0]} elements: error -2"
+    assert (
+        str(found[0]) == f"rank 0 cannot use multicast: ONESHOT of {PROVED_COUNTS[0]} elements by multicast: error -2"
+    )
 
 
 class Gpus:

@@ -69,7 +69,12 @@ def starter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Started]:
     """Starts all ranks, on these drivers. ``wait_s``: of a step."""
     monkeypatch.setattr(multicast_start, "_prepare", lambda _address, _size, _device: None)
 
-    def run(entry_points: list[FakeMulticast], facts: GroupFacts = FACTS, wait_s: float = 20.0) -> Started:
+    def run(
+        entry_points: list[FakeMulticast],
+        facts: GroupFacts = FACTS,
+        wait_s: float = 20.0,
+        config: AllReduceConfig = CONFIG,
+    ) -> Started:
         monkeypatch.setattr(
             multicast_start, "_open_driver", lambda device: MulticastDriver(device.index, entry_points[device.index])
         )
@@ -85,7 +90,7 @@ def starter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Started]:
 
             workspace: Any = started.workspaces[rank]
             trial: Any = another
-            return open_multicast(agreement, torch.device("cuda", rank), CONFIG, facts, workspace, trial)
+            return open_multicast(agreement, torch.device("cuda", rank), config, facts, workspace, trial)
 
         started.found = on_thread_ranks(RANKS, one, wait_s)
         return started
