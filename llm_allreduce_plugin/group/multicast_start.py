@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +30,8 @@ from llm_allreduce_plugin.transport.mapped import bytes_at
 from llm_allreduce_plugin.transport.multicast import Multicast, Opening
 from llm_allreduce_plugin.transport.multicast_driver import MulticastDriver
 from llm_allreduce_plugin.transport.multicast_probe import probe
+
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +103,11 @@ def open_multicast(
             lambda: int.from_bytes(os.urandom(4), "little"), "to draw a number", TransportError
         )
         probe(steps, made, nonce)
-        trial = steps.on_every_rank(
+        trial = _on_every_rank(
+            steps,
             lambda: another(steps.wait_s / WAITS_OF_A_PHASE),
-            "to set up a workspace for calls by multicast", TransportError, "cannot use multicast", may_block=True,
-        )  # fmt: skip
+            "to set up a workspace for calls by multicast",
+        )
         trial.set_multicast(made.all, made.own, layout)
         _compare(steps, device, config, facts, trial)
     except BaseException as error:
@@ -122,6 +126,29 @@ def open_multicast(
     if agreement.rank == 0:
         logger.info("multicast takes %g MiB of each GPU", made.size / (1 << 20))
     return made, facts
+
+
+def _on_every_rank(steps: Agreement, make: Callable[[], _T], step: str) -> _T:
+    """``make()``, if it works on every rank. Collective.
+
+    Where it fails on one, it is still waited for on all: what is left on its way would keep the memory for ever.
+
+    Raises:
+        TransportError: on every rank alike, with what the lowest failing rank raised.
+    """
+
+    def run() -> tuple[list[_T], str | None]:
+        try:
+            return [make()], None
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other ranks must hear of it)
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return [], f"rank {steps.rank} cannot use multicast: {reason}"
+
+    made, fault = steps.on_every_rank(run, step, TransportError, "cannot use multicast", may_block=True)
+    first = steps.first_fault(fault, f"{step}, at the end")
+    if first is not None:
+        raise TransportError(first)
+    return made[0]
 
 
 _AFTER_A_LOSS = "Nothing more can run there, with multicast or without: set multicast to off and start again"
@@ -185,11 +212,18 @@ def _compare(
         TransportError: on every rank alike, naming what differs or cannot be called.
         StartError: on every rank alike, naming one that cannot use its GPU any more.
     """
-    for call in _calls(config, facts):
+    # What may fail on one rank alone comes before any rank launches: peers would wait for it until they have no GPU.
+    trials = _on_every_rank(
+        steps,
+        lambda: [_Trial(steps.rank, device, workspace, call) for call in _calls(config, facts)],
+        "to prepare calls by multicast",
+    )
+    for trial in trials:
+        call = trial.call
         step = f"to compare {call}"
         try:
             fault = steps.on_every_rank(
-                lambda call=call: _fault_of(steps.rank, device, workspace, call),  # type: ignore[misc]
+                lambda trial=trial: _fault_of(trial, workspace),  # type: ignore[misc]
                 step,
                 _GpuLostError,
                 f"has lost its GPU in {call}",
@@ -207,29 +241,6 @@ def _compare(
             raise TransportError(first)
 
 
-def _fault_of(rank: int, device: torch.device, workspace: _C.Workspace, call: _Call) -> str | None:
-    """What is wrong with a call by multicast; None: nothing.
-
-    Raises:
-        RuntimeError: the GPU can be used no more.
-    """
-    fault: str | None
-    try:
-        differing = _differing(rank, device, workspace, call)
-        fault = f"{' '.join(call.what)} differs in {differing} of {call.size}" if differing else None
-    except Exception as error:  # noqa: BLE001  (whatever it is: what counts is whether the GPU can go on)
-        fault = f"{call}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        logger.warning("cannot compare calls by multicast: %s", fault)
-    try:
-        torch.cuda.synchronize(device)  # what has ended a context is told again by every call
-    except RuntimeError as error:
-        if (failure := workspace.failure()) is None:
-            raise
-        message = f"it waited {failure[-1]:.3g} s in vain for what rank {failure[1]} stores"
-        raise RuntimeError(message) from error
-    return fault
-
-
 def _input(rank: int, call: _Call) -> torch.Tensor:
     """What this rank gives."""
     generator = torch.Generator().manual_seed(rank + 1)
@@ -238,18 +249,20 @@ def _input(rank: int, call: _Call) -> torch.Tensor:
     return torch.randn(call.count, generator=generator).to(torch.bfloat16)
 
 
-def _differing(rank: int, device: torch.device, workspace: _C.Workspace, call: _Call) -> int:
-    """In how many elements the results of the two launches differ.
+class _Trial:
+    """A call that can be made both ways: all of it that may fail on one rank alone has been done.
 
     Raises:
-        RuntimeError: one cannot be made, or has failed.
+        RuntimeError: there is no memory, or the GPU does not answer.
     """
-    with torch.cuda.device(device):
-        input_ = _input(rank, call).to(device)
-        outputs = [torch.full_like(input_, float("nan")) for _ in call.launches]
-        stream = torch.cuda.current_stream(device)
-        for launch, output in zip(call.launches, outputs, strict=True):
-            plan = _C.Plan(
+
+    def __init__(self, rank: int, device: torch.device, workspace: _C.Workspace, call: _Call) -> None:
+        self.call, self.device = call, device
+        with torch.cuda.device(device):
+            self._input = _input(rank, call).to(device)
+            self._outputs = [torch.full_like(self._input, float("nan")) for _ in call.launches]
+        self._plans = [
+            _C.Plan(
                 workspace,
                 algorithm=int(launch.algorithm),
                 exchange=int(launch.exchange),
@@ -261,7 +274,45 @@ def _differing(rank: int, device: torch.device, workspace: _C.Workspace, call: _
                 scatter_lanes=launch.scatter_lanes,
                 drain_lanes=launch.drain_lanes,
             )
-            if (status := plan(input_.data_ptr(), output.data_ptr(), stream.cuda_stream)) != 0:
-                raise RuntimeError(_C.error_string(status))
-        stream.synchronize()
-        return int((outputs[0].view(torch.int16) != outputs[1].view(torch.int16)).sum())
+            for launch in call.launches
+        ]
+        torch.cuda.synchronize(device)
+
+    def differing(self) -> int:
+        """In how many elements the results of the two launches differ.
+
+        Raises:
+            RuntimeError: one cannot be made, or has failed.
+        """
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            for plan, output in zip(self._plans, self._outputs, strict=True):
+                if (status := plan(self._input.data_ptr(), output.data_ptr(), stream.cuda_stream)) != 0:
+                    raise RuntimeError(_C.error_string(status))
+            stream.synchronize()
+            pushed, by_multicast = (output.view(torch.int16) for output in self._outputs)
+            return int((pushed != by_multicast).sum())
+
+
+def _fault_of(trial: _Trial, workspace: _C.Workspace) -> str | None:
+    """What is wrong with a call by multicast; None: nothing.
+
+    Raises:
+        RuntimeError: the GPU can be used no more.
+    """
+    call = trial.call
+    fault: str | None
+    try:
+        differing = trial.differing()
+        fault = f"{' '.join(call.what)} differs in {differing} of {call.size}" if differing else None
+    except Exception as error:  # noqa: BLE001  (whatever it is: what counts is whether the GPU can go on)
+        fault = f"{call}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        logger.warning("cannot compare calls by multicast: %s", fault)
+    try:
+        torch.cuda.synchronize(trial.device)  # what has ended a context is told again by every call
+    except RuntimeError as error:
+        if (failure := workspace.failure()) is None:
+            raise
+        message = f"it waited {failure[-1]:.3g} s in vain for what rank {failure[1]} stores"
+        raise RuntimeError(message) from error
+    return fault

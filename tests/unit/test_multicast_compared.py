@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +28,7 @@ from llm_allreduce_plugin.group.multicast_start import PROVED_COUNTS, SUMMED, WA
 from tests.support.fake_multicast import Switch
 from tests.support.group_facts import facts as facts_of
 from tests.support.thread_ranks import on_thread_ranks
-from tests.unit.test_multicast import RANKS, drivers_of
+from tests.unit.test_multicast import RANKS, assert_nothing_left, drivers_of
 from tests.unit.test_multicast_start import CONFIG, Started, Workspace, starter
 
 
@@ -256,9 +257,10 @@ class Gpus:
 
     def Plan(self, workspace: Any, **launch: int) -> Any:
         plan = self._plans.Plan(workspace, **launch)
-        rank = self._here.rank = workspace.rank
+        rank = workspace.rank
 
         def run(*arguments: int) -> int:
+            self._here.rank = rank
             self._begun[rank] += 1
             if (rank, self._begun[rank]) == self._wrong:
                 self._dead = True
@@ -275,6 +277,75 @@ class Gpus:
                 self.answer.wait(30)
             message = "CUDA error: unspecified launch failure\nand much more"
             raise RuntimeError(message)
+
+
+class MeetingGpus(Gpus):
+    """The GPUs of all ranks, whose calls wait for each other as kernels do: in vain, where a rank makes none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch, -1, 0, hangs=False)
+        self._meeting = threading.Barrier(RANKS, timeout=1.0)
+        self._lost: set[int] = set()
+
+    def Plan(self, workspace: Any, **launch: int) -> Any:
+        plan = super().Plan(workspace, **launch)
+
+        def run(*arguments: int) -> int:
+            self._here.rank = workspace.rank
+            try:
+                self._meeting.wait()
+            except threading.BrokenBarrierError:
+                self._lost.add(workspace.rank)
+                workspace.expired = (workspace.rank + 1) % RANKS
+                return 0
+            return int(plan(*arguments))
+
+        return run
+
+    def synchronize(self, _device: object = None) -> None:
+        if getattr(self._here, "rank", None) in self._lost:
+            message = "CUDA error: unspecified launch failure"
+            raise RuntimeError(message)
+
+
+@pytest.mark.parametrize("turn", (0, 1, 5))
+@pytest.mark.parametrize("what", ("full_like", "Plan"))
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_rank_that_cannot_begin_leaves_all_without(
+    start_all: Any, monkeypatch: pytest.MonkeyPatch, rank: int, what: str, turn: int
+) -> None:
+    """Before any peer has launched what would wait for it."""
+    gpus = MeetingGpus(monkeypatch)
+    here, turns = threading.local(), itertools.count()
+    find_input, find_plan, fill = multicast_start._input, gpus.Plan, torch.full_like
+
+    def input_of(of_rank: int, call: Any) -> torch.Tensor:
+        here.rank = of_rank
+        return find_input(of_rank, call)
+
+    def fail_in_turn(name: str) -> None:
+        if name == what and here.rank == rank and next(turns) == turn:
+            message = "CUDA out of memory. Tried to allocate 2.00 MiB"
+            raise torch.OutOfMemoryError(message)
+
+    def full_like(*arguments: Any) -> torch.Tensor:
+        fail_in_turn("full_like")
+        return fill(*arguments)
+
+    def plan_of(*arguments: Any, **launch: int) -> Any:
+        fail_in_turn("Plan")
+        return find_plan(*arguments, **launch)
+
+    monkeypatch.setattr(multicast_start, "_input", input_of)
+    monkeypatch.setattr(torch, "full_like", full_like)
+    monkeypatch.setattr(gpus, "Plan", plan_of)
+    switch = Switch()
+    entry_points = drivers_of(switch)
+    for made, facts in start_all(entry_points, COMPARED).found:
+        assert made is None
+        assert facts.multicast == MulticastBytes()
+        assert facts.no_multicast_reason.startswith(f"rank {rank} cannot use multicast: CUDA out of memory.")
+    assert_nothing_left(switch, entry_points)
 
 
 BY_MULTICAST = range(2, 4 * len(PROVED_COUNTS) + 1, 2)  # of the calls that are made
