@@ -1,7 +1,15 @@
 // In band through memory of which one store reaches every rank: a switch copies it on its way.
 //
-// A store to `all` arrives in every rank's memory, the sender's included, in each at another time. Kernels do nothing
-// special to make one: to the machine it is a store like any other, at another address.
+// A store to `all` arrives in every rank's memory, the sender's included, in each at another time. PTX lets nothing but
+// its multimem instructions go there (store_to_all). Up to sm_120 their machine code is that of a plain store, to which
+// only the address is another; tests that play the switch on ordinary memory rely on it (tests/support/soft_switch.py).
+//
+// `all` and `own` are two addresses of the same memory, between which PTX asks for a fence.proxy.alias. Between what
+// was stored through `all` and the polls of it through `own` there is none. Of an earlier call's, and of clears, the
+// end of the kernel before is one. Within a call nothing is ordered by it: polls look at the data until it is there,
+// word by word, and are strong, so that each goes past L1 to the memory where the switch stores. The fence would cost
+// each poll a MEMBAR.SC and a CCTL.IVALL. Inputs that the switch sums are another matter: flags say that they are
+// there.
 //
 // Places are absolute: the same on every rank. So what a rank has sent comes back to it, and late, perhaps after all
 // that others have sent. It is polled and cleared like theirs: places of results belong to the owners of this message's
@@ -52,6 +60,11 @@ struct InSwitchCall {
   InBandArguments in_band;
   uint32_t* peer_flags[kTableEntries<kWorldSize>];  // by rank: its flags, [lane][flag_words]
 };
+
+// Store a vector where it reaches every rank, `index` vectors behind `all`.
+__device__ __forceinline__ void send_to_all(const MulticastArguments& multicast, uint32_t index, const uint4& raw) {
+  store_to_all(reinterpret_cast<uint4*>(multicast.all) + index, raw);
+}
 
 // Polls the results at `i` of every part, clears them and hands them to the sink: those of this rank, which come back
 // to it, only until here, because the sink has them already.

@@ -100,7 +100,21 @@ __device__ __forceinline__ T load_weak(const T* address) {
   return __ldcg(address);
 }
 
-// -- sums in the switch, and other names of the same memory
+// -- multicast memory: stores that reach every rank, sums in the switch, and other names of the same memory
+
+// To an address of multicast memory, where only such instructions may go. Whole 32-bit words, each for itself, whatever
+// they mean: to this instruction they are called floats, but nothing computes with them. sm_90 and newer.
+__device__ __forceinline__ void store_to_all(uint4* address, const uint4& raw) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+               "f"(__uint_as_float(raw.x)), "f"(__uint_as_float(raw.y)), "f"(__uint_as_float(raw.z)),
+               "f"(__uint_as_float(raw.w)));
+#else
+  (void)address;
+  (void)raw;
+  __trap();
+#endif
+}
 
 // What lies at this address of multicast memory on every rank, as the switch sums it: in fp32, in no order that anybody
 // knows, rounded to the type. sm_90 and newer; kernels that ask for it are not launched elsewhere.

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   const uint32_t epoch = epoch_of(arguments);
   mine = without_marker(mine);
   const uint32_t slots = slots_of(call.multicast, epoch);
-  if (has_vector) store_in_band(call.multicast.all, slots + arguments.rank * call.multicast.rank_stride + index, mine);
+  if (has_vector) send_to_all(call.multicast, slots + arguments.rank * call.multicast.rank_stride + index, mine);
   advance_epoch(arguments, epoch);
   if (!has_vector) return;
   uint4 result;
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   uint32_t ahead = grid_thread();
   const auto push = [&] {
     if (ahead >= total_vectors) return;
-    store_in_band(call.multicast.all, slots + arguments.rank * call.multicast.rank_stride + ahead,
-                  without_marker(input.load(ahead)));
+    send_to_all(call.multicast, slots + arguments.rank * call.multicast.rank_stride + ahead,
+                without_marker(input.load(ahead)));
     ahead += grid_threads();
   };
 #pragma unroll 1

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
     if (i < part && index(0, i) < total_vectors) {
       const char* at = multicast.all_inputs + int64_t{index(0, i)} * LAR_VECTOR_BYTES;
       const uint4 result = without_marker(load_reduced_in_switch<T>(at));
-      store_in_band(multicast.all, index(0, i), result);
+      send_to_all(multicast, index(0, i), result);
       sink(index(0, i), result);
     }
     if (i >= stride && !drain_results<kWorldSize>(multicast, arguments, total_vectors, i - stride, sink)) return;

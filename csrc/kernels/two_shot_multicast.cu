@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
   if (index(0) < total_vectors) {
     uint4 result;
     if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
-    store_in_band(call.multicast.all, index(0), result);
+    send_to_all(call.multicast, index(0), result);
     sink(index(0), result);
   }
   drain_results<kWorldSize>(call.multicast, arguments, total_vectors, i, sink);
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       const uint4 mine = without_marker(input.load(index(0, i)));
       uint4 result;
       if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
-      store_in_band(call.multicast.all, index(0, i), result);
+      send_to_all(call.multicast, index(0, i), result);
       sink(index(0, i), result);
     }
     if (i >= stride && !drain_results<kWorldSize>(call.multicast, arguments, total_vectors, i - stride, sink)) return;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(LAR_MAX_THREADS, 1)
       const uint4 mine = without_marker(load_vector(arguments.input, first + i));
       uint4 result;
       if (!poll_and_sum<T, kWorldSize>(arguments, LAR_PHASE_SCATTER, slots + i, mine, result)) return;
-      store_in_band(call.multicast.all, first + i, result);
+      send_to_all(call.multicast, first + i, result);
       sink(first + i, result);
     }
     if (drainers > 0) return;

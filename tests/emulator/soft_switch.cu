@@ -141,7 +141,8 @@ EMULATOR_EXPORT int emulator_soft_switch(void* stream, unsigned blocks, unsigned
                    most_delay_ns, limit_ms);
 }
 
-// Lets sums in the switch read multicast memory: `all`, an address of `bytes` that rank has for it, or any other.
+// `bytes` at `all`, an address of one rank, are multicast memory: there only what is stored to all arrives, and sums in
+// the switch read it.
 EMULATOR_EXPORT void emulator_multicast(const void* all, int64_t bytes, const uint64_t* own, int ranks) {
   emulator::MulticastRange range{static_cast<const char*>(all), bytes, {}};
   for (int rank = 0; rank < ranks; ++rank) range.own.push_back(reinterpret_cast<const char*>(own[rank]));

@@ -1,4 +1,4 @@
-// A switch that sums what it reads of all ranks.
+// Multicast memory: where a switch copies what is stored, and sums what it reads of all ranks.
 #ifndef LLM_ALLREDUCE_EMULATOR_SWITCH_H_
 #define LLM_ALLREDUCE_EMULATOR_SWITCH_H_
 
@@ -16,6 +16,14 @@ struct MulticastRange {
 
 // By the addresses that ranks have for it: each has its own.
 inline std::vector<MulticastRange> multicast_ranges;
+
+inline bool is_multicast(const void* address) {
+  for (const MulticastRange& range : multicast_ranges) {
+    const int64_t at = static_cast<const char*>(address) - range.all;
+    if (at >= 0 && at < range.bytes) return true;
+  }
+  return false;
+}
 
 // Where each rank's memory lies behind this address; empty: it is no multicast address.
 inline std::vector<const char*> behind(const void* address) {

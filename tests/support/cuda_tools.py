@@ -79,6 +79,15 @@ def machine_code(cubin: Path) -> dict[str, bytes]:
     return found
 
 
+def disassembled(cubin: Path) -> dict[str, str]:
+    """By kernel: one line to an instruction, its first word behind it."""
+    path = tool("nvdisasm")
+    assert path is not None, "nvdisasm is missing: pip install '.[test]'"
+    listing = subprocess.run([path, "-c", "-hex", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(\w+):$", listing, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
 def runs_on(code: str, architecture: str) -> bool:
     """Whether machine code of ``code`` runs on a GPU of ``architecture``: CUDA's binary compatibility.
 

@@ -245,6 +245,7 @@ class Library:
 
     def reset(self, seed: int) -> None:
         """Forget all streams, mend all GPUs. ``seed``: of who runs when; the same seed, the same run."""
+        self._c.emulator_forget_multicast()
         self._c.emulator_reset(seed)
 
     def stream(self, device: int) -> Stream:
@@ -315,8 +316,8 @@ class Library:
         """Count one rank more that stores nothing any more, behind the work of its stream."""
         assert self._c.emulator_soft_switch_leave(stream, ended) == 0
 
-    def sum_in_switch(self, all_: Sequence[int], own: Sequence[int], size: int) -> None:
-        """Let kernels read sums over the memory at ``own`` at each of the addresses ``all_``; of nothing else."""
+    def make_multicast(self, all_: Sequence[int], own: Sequence[int], size: int) -> None:
+        """Each of the addresses ``all_`` is one of multicast memory at ``own``; no other is, until a reset."""
         self._c.emulator_forget_multicast()
         addresses = (ctypes.c_uint64 * len(own))(*own)
         for address in all_:

@@ -1,7 +1,8 @@
 """Ranks of one process whose multicast memory is an ordinary buffer each, behind which kernels play the switch.
 
-The kernels under test are the real ones: to the machine a store to multicast memory is a store, only the address
-differs. No multicast object is made anywhere. See tests/emulator/soft_switch.cu.
+The kernels under test are the real ones: the machine code of a store to multicast memory is that of any store, only
+the address differs (tests/unit/test_native_multicast.py holds it to that). On emulated GPUs such a store is another
+function. No multicast object is made anywhere. See tests/emulator/soft_switch.cu.
 """
 
 from __future__ import annotations
@@ -156,10 +157,11 @@ class MulticastGroup(LocalGroup):
         for rank, workspace in enumerate(self.workspaces):
             workspace.set_multicast(self.sent[rank].data_ptr(), self.copies[rank].data_ptr(), self.multicast)
         self.parts = [Part(switch, ranks, self.sent, self.copies) for switch, ranks in self._switches(switches).items()]
-        if in_switch:
-            assert isinstance(self.machine, EmulatedGpus)
+        if isinstance(self.machine, EmulatedGpus):
             addresses = [[part.data_ptr() for part in parts] for parts in (self.sent, self.copies)]
-            self.machine.library.sum_in_switch(*addresses, size)
+            self.machine.library.make_multicast(*addresses, size)
+        else:
+            assert not in_switch, "no ordinary address answers to that"
         self._is_open = False
         self.most_bytes = 0
         self.machine.synchronize()

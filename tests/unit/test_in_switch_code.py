@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.support import kernel_list
-from tests.support.cuda_tools import cubins, library_path, machine_code, ptx_of_kernels, tool
+from tests.support.cuda_tools import cubins, disassembled, library_path, machine_code, ptx_of_kernels, tool
 
 NAME = "two_shot_in_switch_kernel"
 FIRST = 90  # the architecture that came with sums in the switch
@@ -56,15 +55,6 @@ def test_ptx() -> None:
         seen.setdefault(architecture, set()).add(kernel)
     assert seen
     assert all(found == EXPECTED for found in seen.values())
-
-
-def disassembled(cubin: Path) -> dict[str, str]:
-    """By kernel: one line to an instruction, its first word behind it."""
-    path = tool("nvdisasm")
-    assert path is not None
-    listing = subprocess.run([path, "-c", "-hex", cubin], capture_output=True, text=True, check=True).stdout
-    parts = re.split(r"^\.text\.(\w+):$", listing, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 @pytest.mark.skipif(tool("nvdisasm") is None, reason="nvdisasm is missing: pip install '.[test]'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,10 +12,13 @@ from hypothesis import strategies as st
 
 from llm_allreduce_plugin import _C
 from tests.support import kernel_list
-from tests.support.cuda_tools import cuobjdump, library_path
+from tests.support.cuda_tools import cubins, cuobjdump, disassembled, library_path, machine_code, tool
 
 OLDEST_WITH_MULTICAST = 90
 IN_SWITCH = "two_shot_in_switch_kernel"
+BY_MULTICAST = re.compile(r"(?:one|two)_shot_multicast_\w*kernel")
+# What goes to all ranks: PTX allows nothing else at an address of multicast memory.
+STORE = "multimem.st.relaxed.sys.global.v4.f32"
 # Of each type, what the switch is told: fp32 sums of 16-bit values, too.
 SUMS = {
     "fp32": "multimem.ld_reduce.relaxed.sys.global.add.v4.f32",
@@ -32,27 +36,48 @@ def entries(ptx: str) -> Iterator[tuple[kernel_list.Kernel, list[str]]]:
             yield kernel, re.findall(r"\b(?:multimem|red\.async\.\S*multimem)\S*", part)
 
 
-def check(ptx: str) -> int:
-    """That no kernel but those that are named for it sums in the switch; how many do."""
-    summing = 0
+def check(ptx: str) -> tuple[int, int]:
+    """That kernels ask of the switch what they are named for: how many have it sum, and how many copy alone."""
+    summing = copying = 0
     for kernel, found in entries(ptx):
         if kernel.name == IN_SWITCH:
             summing += 1
-            assert found, f"{kernel}: must sum in the switch"
-            assert set(found) == {SUMS[kernel.type]}, f"{kernel}: {found}"
+            assert set(found) == {SUMS[kernel.type], STORE}, f"{kernel}: {found}"
+        elif BY_MULTICAST.fullmatch(kernel.name):
+            copying += 1
+            assert set(found) == {STORE}, f"{kernel} is exact, and has the switch copy what is for all: {found}"
         else:
-            assert not found, f"{kernel} is exact, and sums in the switch: {found}"
-    return summing
+            assert not found, f"{kernel} pushes, and asks something of the switch: {found}"
+    return summing, copying
 
 
-def test_exact_kernels_do_not_sum_in_the_switch() -> None:
+def test_kernels_ask_of_the_switch_what_they_are_named_for() -> None:
     """As the library holds them: in the PTX that machine code of every architecture with multicast is made from."""
     if max(map(int, re.findall(r"sm_(\d+)", cuobjdump("--list-ptx", library_path())))) < OLDEST_WITH_MULTICAST:
         pytest.skip("built for GPUs without multicast, for which these kernels are empty")
     ptx = cuobjdump("--dump-ptx", library_path())
     kernels = {kernel for kernel, _ in entries(ptx)}
     assert {kernel for kernel, _ in kernel_list.expected()} <= kernels
-    assert check(ptx) == len(SUMS) * 4
+    copying = [kernel for kernel, _ in kernel_list.expected() if BY_MULTICAST.fullmatch(kernel.name)]
+    assert check(ptx) == (len(SUMS) * 4, len(copying))
+
+
+@pytest.mark.skipif(tool("nvdisasm") is None, reason="nvdisasm is missing: pip install '.[test]'")
+def test_stores_to_all_are_plain_ones_to_the_machine(tmp_path: Path) -> None:
+    """tests/gpu/test_multishot.py gives these kernels an ordinary address; if this fails, it needs its own kernels."""
+
+    def copies(name: str) -> bool:
+        kernel = kernel_list.kernel_of(name)
+        return kernel is not None and BY_MULTICAST.fullmatch(kernel.name) is not None
+
+    for architecture, cubin in cubins(library_path(), tmp_path):
+        if int(architecture) < OLDEST_WITH_MULTICAST or not any(map(copies, machine_code(cubin))):
+            continue
+        for name, listing in disassembled(cubin).items():
+            if copies(name):
+                assert "STG.E.128.STRONG.SYS" in listing
+                asked = re.findall(r"\b[A-Z]+MC\b\S*|\b\w*MULTIMEM\S*", listing)
+                assert not asked, f"sm_{architecture}: {name} has instructions that are of multicast memory: {asked}"
 
 
 @given(st.integers(-1, 80), st.integers(-1, 1 << 26), st.booleans())

@@ -56,6 +56,13 @@ ERRORS: dict[str, Mutation] = {
         "      clear_in_band_if(wanted[j], {} ? multicast.all + (from[j] - multicast.own) : from[j]);",
         MULTICAST,
     ),
+    "what is for all is stored as if to one": (
+        "device/multicast.cuh",
+        "  store_to_all(reinterpret_cast<uint4*>(multicast.all) + index, raw);",
+        "  {} ? store_in_band(multicast.all, index, raw)\n"
+        "     : store_to_all(reinterpret_cast<uint4*>(multicast.all) + index, raw);",
+        MULTICAST,
+    ),
     "inputs are summed before all are there": (
         "kernels/two_shot_in_switch.cu",
         "  if (!__syncthreads_and(all_are_here)) return;",

@@ -61,7 +61,9 @@ inline uint32_t load_relaxed_gpu(const uint32_t* address) {
   return *address;
 }
 
-inline void store_relaxed_system(uint4* address, const uint4& raw) { emulator::store(address, raw); }
+inline void store_relaxed_system(uint4* address, const uint4& raw) {
+  if (!emulator::is_multicast(address)) emulator::store(address, raw);  // what becomes of it there nobody knows
+}
 
 inline void load_relaxed_system_if(bool wanted, const void* address, uint4& raw) {
   if (!wanted) return;
@@ -70,7 +72,7 @@ inline void load_relaxed_system_if(bool wanted, const void* address, uint4& raw)
 }
 
 inline void fill_relaxed_system_if(bool wanted, void* address, uint32_t word) {
-  if (wanted) emulator::store(static_cast<uint4*>(address), uint4{word, word, word, word});
+  if (wanted) store_relaxed_system(static_cast<uint4*>(address), uint4{word, word, word, word});
 }
 
 inline uint4 load_in_order(const uint4* address) { return *address; }
@@ -84,6 +86,10 @@ template <typename T>
 T load_weak(const T* address) {
   emulator::machine.step();
   return emulator::load(address);
+}
+
+inline void store_to_all(uint4* address, const uint4& raw) {
+  if (emulator::is_multicast(address)) emulator::store(address, raw);
 }
 
 // In any order, as the switch's may be: here, from a random rank on.
