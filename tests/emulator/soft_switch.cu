@@ -149,5 +149,8 @@ EMULATOR_EXPORT void emulator_multicast(const void* all, int64_t bytes, const ui
   emulator::multicast_ranges.push_back(range);
 }
 
-EMULATOR_EXPORT void emulator_forget_multicast() { emulator::multicast_ranges.clear(); }
+EMULATOR_EXPORT void emulator_forget_multicast() {
+  emulator::multicast_ranges.clear();
+  emulator::forget_fences();
+}
 #endif

@@ -2,6 +2,8 @@
 #ifndef LLM_ALLREDUCE_EMULATOR_SWITCH_H_
 #define LLM_ALLREDUCE_EMULATOR_SWITCH_H_
 
+#include <cuda_runtime.h>
+
 #include <cstdint>
 #include <vector>
 
@@ -36,6 +38,20 @@ inline std::vector<const char*> behind(const void* address) {
   }
   return {};
 }
+
+// Two addresses of the same memory: loads of the switch see of what was stored through a rank's own address only what
+// the storing thread has fenced since, before the last fence of the thread that loads.
+
+// This thread is about to store 16 bytes through its rank's own address, or anywhere else.
+void before_store_to_own(const void* address);
+
+// A fence of this thread, for what it has stored and for what it loads.
+void fence_addresses();
+
+// What the switch finds for this thread at 16 bytes of some rank's memory.
+uint4 through_the_switch(const char* own);
+
+void forget_fences();
 
 }  // namespace emulator
 

@@ -63,6 +63,19 @@ ERRORS: dict[str, Mutation] = {
         "     : store_to_all(reinterpret_cast<uint4*>(multicast.all) + index, raw);",
         MULTICAST,
     ),
+    "inputs are not fenced before they are told": (
+        "kernels/two_shot_in_switch.cu",
+        "  fence_between_addresses();\n  advance_epoch(arguments, epoch);",
+        "  if (!{}) fence_between_addresses();\n  advance_epoch(arguments, epoch);",
+        MULTICAST,
+    ),
+    "inputs are not fenced before the switch reads them": (
+        "kernels/two_shot_in_switch.cu",
+        "  fence_between_addresses();\n\n  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {\n",
+        "  if (!{}) fence_between_addresses();\n\n"
+        "  for (uint32_t i = grid_thread(); i < part + stride; i += stride) {{\n",
+        MULTICAST,
+    ),
     "inputs are summed before all are there": (
         "kernels/two_shot_in_switch.cu",
         "  if (!__syncthreads_and(all_are_here)) return;",

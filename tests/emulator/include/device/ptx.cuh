@@ -79,6 +79,7 @@ inline uint4 load_in_order(const uint4* address) { return *address; }
 
 template <typename T>
 void store_weak(T* address, const T& value) {
+  if constexpr (sizeof(T) == sizeof(uint4)) emulator::before_store_to_own(address);
   emulator::store(address, value);
 }
 
@@ -102,7 +103,9 @@ uint4 load_reduced_in_switch(const void* address) {
   float sums[kElements] = {};
   const size_t first = emulator::machine.random().below(own.size());
   for (size_t i = 0; i < own.size(); ++i) {
-    const auto* values = reinterpret_cast<const T*>(own[(first + i) % own.size()]);
+    const uint4 seen = emulator::through_the_switch(own[(first + i) % own.size()]);
+    T values[kElements];
+    std::memcpy(values, &seen, sizeof(seen));
     for (int element = 0; element < kElements; ++element) sums[element] += static_cast<float>(values[element]);
   }
   uint4 raw;
@@ -112,7 +115,10 @@ uint4 load_reduced_in_switch(const void* address) {
   return raw;
 }
 
-inline void fence_between_addresses() { emulator::machine.step(); }
+inline void fence_between_addresses() {
+  emulator::fence_addresses();
+  emulator::machine.step();
+}
 
 inline int64_t global_timer_ns() { return emulator::machine.now_ns(); }
 
