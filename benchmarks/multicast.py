@@ -3,7 +3,8 @@
     python benchmarks/multicast.py --gpus 8 --out build/multicast.json
 
 scripts/validate_multicast.sh calls it. It refuses where multicast is switched off. Microseconds per call, bf16, in CUDA
-graphs. Sums in the switch may be off by what rounding may cost in another order, and must be the same on all ranks.
+graphs. Sums in the switch may be off by what rounding may cost in another order, and once more: how the switch rounds
+differs per generation, and is not documented. They must be the same on all ranks.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def validate(context: RankContext, name: str, sizes: list[int]) -> dict[str, Any
 
 def _wrong(context: RankContext, output: torch.Tensor, expected: torch.Tensor, *, in_switch: bool) -> int:
     """Elements that are not what they must be; one more where sums in the switch differ between ranks."""
-    wrong = wrong_elements(output, expected, exact=not in_switch, world_size=context.world_size)
+    # A switch is asked for fp32 at least. How it adds and rounds nobody has documented, so it may round once more.
+    rounded = context.world_size + int(in_switch)
+    wrong = wrong_elements(output, expected, exact=not in_switch, world_size=rounded)
     return wrong + int(in_switch and len(set(context.gather(digest(output)))) > 1)
 
 

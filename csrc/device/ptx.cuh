@@ -116,8 +116,9 @@ __device__ __forceinline__ void store_to_all(uint4* address, const uint4& raw) {
 #endif
 }
 
-// What lies at this address of multicast memory on every rank, as the switch sums it: in fp32, in no order that anybody
-// knows, rounded to the type. sm_90 and newer; kernels that ask for it are not launched elsewhere.
+// What lies at this address of multicast memory on every rank, as the switch sums it, in no order that anybody knows.
+// At least fp32 is asked for; what the switch does differs per generation, and is not documented. sm_90 and newer;
+// kernels that ask for it are not launched elsewhere.
 template <typename T>
 __device__ __forceinline__ uint4 load_reduced_in_switch(const void* address) {
   uint4 raw = {0u, 0u, 0u, 0u};

@@ -2,8 +2,7 @@
 // adds is not told, and may change with where memory lies; so this is asked for by name and never chosen.
 //
 //     copy     store my input into my memory, for the switch to read; tell every rank
-//     reduce   wait for all ranks; read my part of all inputs at once, summed in fp32 and rounded; hand it to the sink
-//     and
+//     reduce   wait for all ranks; read my part of all inputs at once, summed by the switch; hand it to the sink and
 //              store it once
 //     drain    poll all results, mine as they come back, clear them, hand those of others to the sink
 //

@@ -45,8 +45,8 @@ class Numerics(enum.StrEnum):
         "once; the same bits on every rank"
     )
     IN_SWITCH = (
-        "fp32, summed in the switch in an order that it does not tell, rounded once: the same bits on every rank, "
-        "perhaps others in the next run"
+        "summed in the switch, in an order that it does not tell; at least fp32 is asked for, but what the switch does "
+        "differs per generation, and is not documented: the same bits on every rank, perhaps others in the next run"
     )
     ENGINE = "whatever order and precision the engine's own all-reduce has"
 

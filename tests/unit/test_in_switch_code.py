@@ -1,4 +1,4 @@
-"""What the compiled kernels ask of the switch: exact ones no sum, the one that sums there a sum in fp32.
+"""What the compiled kernels ask of the switch: exact ones no sum, the one that sums there fp32 at least.
 
 No order of a sum in the switch is known, and without ``.acc::f32`` it is rounded to 16 bits after each term: a kernel
 of the exact classes that had one would give other bits, on hardware that no test here has.
