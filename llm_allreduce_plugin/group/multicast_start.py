@@ -27,7 +27,7 @@ from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, Mult
 from llm_allreduce_plugin.errors import StartError, TransportError
 from llm_allreduce_plugin.group.multicast import layout_of
 from llm_allreduce_plugin.transport.mapped import bytes_at
-from llm_allreduce_plugin.transport.multicast import Multicast, Opening
+from llm_allreduce_plugin.transport.multicast import Multicast, MulticastMemory, Opening
 from llm_allreduce_plugin.transport.multicast_driver import MulticastDriver
 from llm_allreduce_plugin.transport.multicast_probe import probe
 
@@ -65,7 +65,7 @@ def open_multicast(
     facts: GroupFacts,
     workspace: _C.Workspace,
     another: Callable[[float], _C.Workspace],
-) -> tuple[Multicast | None, GroupFacts]:
+) -> tuple[MulticastMemory | None, GroupFacts]:
     """Multicast memory that has been proved and that ``workspace`` uses, if ``facts`` speak of any. Collective.
 
     Args:
@@ -125,7 +125,7 @@ def open_multicast(
     workspace.set_multicast(made.all, made.own, layout)
     if agreement.rank == 0:
         logger.info("multicast takes %g MiB of each GPU", made.size / (1 << 20))
-    return made, facts
+    return MulticastMemory(made, device), facts
 
 
 def _on_every_rank(steps: Agreement, make: Callable[[], _T], step: str) -> _T:

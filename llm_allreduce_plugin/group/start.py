@@ -39,7 +39,7 @@ from llm_allreduce_plugin.transport import SharedMemory, symmetric
 from llm_allreduce_plugin.transport.fabric import FabricMemory
 from llm_allreduce_plugin.transport.fabric_probe import domain_fault
 from llm_allreduce_plugin.transport.host import HostMemory
-from llm_allreduce_plugin.transport.multicast import Multicast
+from llm_allreduce_plugin.transport.multicast import MulticastMemory
 from llm_allreduce_plugin.transport.peer import is_by_files, open_peer_memory
 from llm_allreduce_plugin.transport.rail import Rail
 from llm_allreduce_plugin.transport.registered import RegisteredPool
@@ -75,7 +75,7 @@ class Opened:
     first_member: str = ""
     places: Places | None = None
     rail: Rail | None = None
-    multicast: Multicast | None = None
+    multicast: MulticastMemory | None = None
     pool: RegisteredPool | None = None
     times: StartTimes = dataclasses.field(default_factory=StartTimes)
 

@@ -21,7 +21,7 @@ from llm_allreduce_plugin.runtime.monitor import Monitor
 from llm_allreduce_plugin.runtime.network_calls import Between, join_hosts
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport import SharedMemory
-from llm_allreduce_plugin.transport.multicast import Multicast
+from llm_allreduce_plugin.transport.multicast import MulticastMemory
 from llm_allreduce_plugin.transport.registered import RegisteredPool
 from llm_allreduce_plugin.transport.shm import ShmMemory
 
@@ -57,7 +57,7 @@ class Held:
     workspace: _C.Workspace | None
     board: Board | None
     board_memory: ShmMemory | None
-    multicast: Multicast | None
+    multicast: MulticastMemory | None
     pool: RegisteredPool | None
     between: Between | None
     health: Health | None

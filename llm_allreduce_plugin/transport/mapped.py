@@ -21,7 +21,7 @@ import torch
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.attempt import EndsWhenUnused
-from llm_allreduce_plugin.base.cleanup import quietly
+from llm_allreduce_plugin.base.cleanup import Closable, quietly
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.transport.driver import Driver
@@ -244,13 +244,19 @@ class MappedMemory:
 
     def __del__(self) -> None:
         own = getattr(self, "own", None)
-        if own is None or sys.is_finalizing():
-            return
-        if own.device.type == "cuda" and _may_be_capturing():
-            # To wait for the GPU now would end the capture.
-            _dropped.append((self._mapped, own.device))
-        else:
-            _let_go_when_idle(self._mapped, own.device)
+        if own is not None and not sys.is_finalizing():
+            let_go_of_unowned(self._mapped, own.device)
+
+
+def let_go_of_unowned(memory: Closable, device: torch.device) -> None:
+    """Let go of memory that nobody has any more, once no kernel may run on it.
+
+    Where a graph may be captured it stays until :func:`let_go_of_dropped`: to wait for the GPU would end the capture.
+    """
+    if device.type == "cuda" and _may_be_capturing():
+        _dropped.append((memory, device))
+    else:
+        _let_go_when_idle(memory, device)
 
 
 def _may_be_capturing() -> bool:
@@ -264,15 +270,15 @@ def _may_be_capturing() -> bool:
 
 
 # Of objects that nobody had any more while a graph was captured. The end of the process lets go of it, too.
-_dropped: deque[tuple[Mapped, torch.device]] = deque()
+_dropped: deque[tuple[Closable, torch.device]] = deque()
 
 
-def _let_go_when_idle(mapped: Mapped, device: torch.device) -> None:
+def _let_go_when_idle(memory: Closable, device: torch.device) -> None:
     if device.type == "cuda":
         # A kernel may still be on its way. A context that an expired wait has ended has none.
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(device)
-    mapped.close()
+    memory.close()
 
 
 def let_go_of_dropped() -> None:

@@ -15,15 +15,17 @@ import dataclasses
 import functools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.attempt import EndsWhenUnused
 from llm_allreduce_plugin.base.cleanup import quietly
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.transport.driver import DriverError
+from llm_allreduce_plugin.transport.mapped import let_go_of_unowned
 from llm_allreduce_plugin.transport.multicast_driver import (
     ILLEGAL_STATE,
     NOT_READY,
@@ -31,6 +33,9 @@ from llm_allreduce_plugin.transport.multicast_driver import (
     MulticastDriver,
 )
 from llm_allreduce_plugin.transport.passing import ThroughSocket
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +111,32 @@ class Multicast(EndsWhenUnused):
         self.bound = False
         for step, what in steps:
             quietly(step, what)
+
+
+class MulticastMemory:
+    """One rank's part of a multicast object that serves calls; until nobody has it.
+
+    Attributes:
+        all: where one store reaches every rank.
+        own: this rank's memory.
+        size: bytes of each.
+    """
+
+    def __init__(self, made: Multicast, device: torch.device) -> None:
+        self.all, self.own, self.size = made.all, made.own, made.size
+        self._made: Multicast | None = made
+        self._device = device
+
+    def close(self) -> None:
+        """Let go of all of it. No kernel may be using it. Idempotent."""
+        made, self._made = self._made, None
+        if made is not None:
+            made.close()
+
+    def __del__(self) -> None:
+        made = getattr(self, "_made", None)
+        if made is not None and not sys.is_finalizing():
+            let_go_of_unowned(made, self._device)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,12 +5,15 @@ No kernel runs here, and no whole call is compared: test_multicast_compared.py.
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +30,8 @@ from llm_allreduce_plugin.group.multicast_start import open_multicast
 from llm_allreduce_plugin.topology.links import Transport
 from llm_allreduce_plugin.topology.model import NodeTopology
 from llm_allreduce_plugin.transport import multicast
-from llm_allreduce_plugin.transport.multicast import Multicast
+from llm_allreduce_plugin.transport.mapped import let_go_of_dropped
+from llm_allreduce_plugin.transport.multicast import MulticastMemory
 from llm_allreduce_plugin.transport.multicast_driver import ILLEGAL_STATE, NOT_READY, OUT_OF_MEMORY, MulticastDriver
 from tests.conftest import MULTICAST_SWITCHES
 from tests.support.fake_multicast import PROOF, FakeMulticast, Switch
@@ -80,7 +84,7 @@ def starter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Started]:
         )
         started = Started()
 
-        def one(agreement: Agreement) -> tuple[Multicast | None, GroupFacts]:
+        def one(agreement: Agreement) -> tuple[MulticastMemory | None, GroupFacts]:
             rank = agreement.rank
             started.agreements.append(agreement)
 
@@ -96,6 +100,20 @@ def starter(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Started]:
         return started
 
     return run
+
+
+class Gpu:
+    """What torch says of GPUs, on which a graph may be captured: then nobody may wait for them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captures = False
+        self.waited: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.captures)
+        monkeypatch.setattr(torch.cuda, "synchronize", self._wait)
+
+    def _wait(self, device: torch.device) -> None:
+        assert not self.captures, "this would end the capture"
+        self.waited.append(device)
 
 
 @pytest.fixture
@@ -128,6 +146,44 @@ def test_what_is_proved_is_used(start: Any, caplog: pytest.LogCaptureFixture) ->
         assert made.size >= layout_of(CONFIG, RANKS).total_bytes
     for made, _ in found:
         made.close()
+    assert_nothing_left(switch, entry_points)
+
+
+@pytest.mark.parametrize("captures", (False, True))
+def test_what_is_dropped_is_let_go_of(start: Any, monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    """As by a communicator that nobody closes: once nothing can run on it, and no graph is captured."""
+    gpu = Gpu(monkeypatch)
+    switch = Switch()
+    entry_points = drivers_of(switch)
+    found, _ = start(entry_points)
+    assert all(made is not None for made, _ in found)
+    gpu.captures, gpu.waited = captures, []
+    with mock.patch.object(sys, "unraisablehook") as raised:
+        found.clear()
+        gc.collect()
+    assert raised.call_args_list == []
+    if captures:
+        assert gpu.waited == []
+        assert [each.left()["mapped"] for each in entry_points] == [2] * RANKS
+        gpu.captures = False
+        let_go_of_dropped()
+    assert sorted(device.index for device in gpu.waited) == list(range(RANKS))
+    assert_nothing_left(switch, entry_points)
+
+
+def test_what_has_been_closed_is_not_waited_for_again(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    switch = Switch()
+    entry_points = drivers_of(switch)
+    found, _ = start(entry_points)
+    for made, _ in found:
+        made.close()
+        made.close()
+    gpu.waited = []
+    del made
+    found.clear()
+    gc.collect()
+    assert gpu.waited == []
     assert_nothing_left(switch, entry_points)
 
 
