@@ -1,4 +1,8 @@
-"""Proof that one store reaches every rank: bytes through the driver, before any kernel relies on it."""
+"""Proof that one store reaches every rank: bytes through the driver, before any kernel relies on it.
+
+A kernel whose stores do not arrive costs ranks their GPUs, a copy of the driver costs nothing. That it takes copies to
+multicast memory is nowhere promised: where it refuses one, that is told, and is no word of what kernels can do.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from llm_allreduce_plugin.transport.driver import DriverError
 from llm_allreduce_plugin.transport.multicast import Multicast
 
 PROBE_WAIT_S = 5.0  # for what peers have stored to arrive
+REFUSED = "the driver refuses copies to multicast memory, by which it is proved: of stores of kernels nothing is known"
 
 
 def probe(steps: Agreement, made: Multicast, nonce: int, wait_s: float = PROBE_WAIT_S) -> None:
@@ -36,7 +41,11 @@ def probe(steps: Agreement, made: Multicast, nonce: int, wait_s: float = PROBE_W
         with made.in_use():
             driver = made.driver
             assert driver is not None
-            driver.write(made.all + length * steps.rank, word(steps.rank))
+            try:
+                driver.write(made.all + length * steps.rank, word(steps.rank))
+            except DriverError as error:
+                message = f"{error}; {REFUSED}"
+                raise DriverError(message, error.status, error.call) from error
 
     def look() -> None:
         with made.in_use():

@@ -30,7 +30,7 @@ from llm_allreduce_plugin.transport.multicast_driver import (
     MulticastDriver,
     ObjectProperties,
 )
-from llm_allreduce_plugin.transport.multicast_probe import probe
+from llm_allreduce_plugin.transport.multicast_probe import REFUSED, probe
 from tests.conftest import MULTICAST_SWITCHES
 from tests.support.fake_fabric import UNKNOWN
 from tests.support.fake_multicast import GRANULARITY, MINIMUM, OPENING, PROOF, RECOMMENDED, FakeMulticast, Switch
@@ -223,6 +223,22 @@ def test_bytes_that_do_not_arrive_are_missed() -> None:
     entry_points = drivers_of(switch)
     found = open_on_all(switch, entry_points)
     assert all("rank 1 cannot use multicast: what rank 0 stored to all did not arrive" in str(each) for each in found)
+    assert_nothing_left(switch, entry_points)
+
+
+@pytest.mark.parametrize(("refused", "told"), ((1, True), (2, False)))
+def test_a_refused_copy_is_told_from_one_that_does_not_arrive(refused: int, told: bool) -> None:
+    """The first goes to all, where copies are nowhere promised; the second puts back what lay there."""
+    calls = itertools.count(1)
+    switch = Switch()
+    entry_points = drivers_of(
+        switch, {1: lambda name: UNKNOWN if name == "cuMemcpyHtoD_v2" and next(calls) == refused else 0}
+    )
+    found = open_on_all(switch, entry_points)
+    assert all(
+        str(each).startswith("rank 1 cannot use multicast: cuMemcpyHtoD_v2: CUDA_ERROR_UNKNOWN") for each in found
+    )
+    assert all(str(each).endswith(f"; {REFUSED}") == told for each in found), found
     assert_nothing_left(switch, entry_points)
 
 
