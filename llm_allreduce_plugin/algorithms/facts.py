@@ -86,6 +86,7 @@ class GroupFacts:
         topology_class: what the bytes travel over, as far as the first rank knows.
         tuned: what was measured about this group on this node or one like it; None: seed tables decide.
         no_pool_reason: why registered memory could not be opened, where it was asked for.
+        no_norm_reason: why no kernel norms what the engine's own all-reduce has summed; empty: one does.
     """
 
     world_size: int
@@ -108,6 +109,7 @@ class GroupFacts:
     topology_class: TopologyClass = TopologyClass.UNKNOWN
     tuned: Tuned | None = None
     no_pool_reason: str = ""
+    no_norm_reason: str = ""
 
     @property
     def num_hosts(self) -> int:

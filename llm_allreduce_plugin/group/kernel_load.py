@@ -1,4 +1,7 @@
-"""Loading the kernels of a group while its memory is opened: each takes a while, and neither needs the other."""
+"""Loading the kernels of a group while its memory is opened: each takes a while, and neither needs the other.
+
+Where none is opened, only the norm behind the engine's own all-reduce is left, which :func:`prove_norm` tries.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ import time
 import torch
 
 from llm_allreduce_plugin import _C
+from llm_allreduce_plugin.algorithms.facts import DTYPE_CODES
 from llm_allreduce_plugin.base.attempt import Attempt
+from llm_allreduce_plugin.quantization import UNIT
 
 logger = logging.getLogger(__name__)
 
@@ -47,3 +52,20 @@ class KernelLoad:
             raise RuntimeError(message)
         self._under_way.pop(world_size).result()
         self._loaded.add(world_size)
+
+
+def prove_norm(device: torch.device) -> None:
+    """Norm one row, as calls do behind the engine's own all-reduce.
+
+    Raises:
+        RuntimeError: what CUDA says, where the kernel cannot be loaded or does not run.
+    """
+    row, out = torch.ones(UNIT, device=device), torch.empty(UNIT, device=device)
+    tensors = _C.NormTensors(weight=row.data_ptr(), norm_out=out.data_ptr())
+    on_gpu = device.type == "cuda"
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    index, total = device.index if on_gpu else _C.CPU, torch.empty_like(row)
+    code = DTYPE_CODES["float32"]
+    _C.rms_norm(_C.Norm(UNIT, 1e-5), tensors, row.data_ptr(), total.data_ptr(), UNIT, code, index, stream)
+    if on_gpu:
+        torch.cuda.current_stream(device).synchronize()

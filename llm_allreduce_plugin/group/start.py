@@ -26,7 +26,7 @@ from llm_allreduce_plugin.group.board import ROW_BYTES, Board
 from llm_allreduce_plugin.group.cards import RankCard
 from llm_allreduce_plugin.group.facts import gpus_of, reach_of
 from llm_allreduce_plugin.group.host_agreement import HostAgreement
-from llm_allreduce_plugin.group.kernel_load import KernelLoad
+from llm_allreduce_plugin.group.kernel_load import KernelLoad, prove_norm
 from llm_allreduce_plugin.group.layouts import refusal_note
 from llm_allreduce_plugin.group.multicast_start import open_multicast
 from llm_allreduce_plugin.group.places import Places
@@ -146,6 +146,9 @@ class _Start:
         try:
             opened.facts = self._with_table(opened.facts)
             times.ended("tuning profile")
+            if opened.facts.transport is Transport.NONE:
+                opened.facts = self._with_norm(opened.facts)
+                times.ended("norm")
             if opened.workspace is not None:
                 self._open_board(opened)
                 times.ended("board")
@@ -294,6 +297,23 @@ class _Start:
             return found
 
         return self._agreement.from_first_rank(look, "to choose a tuning profile", ConfigError)
+
+    def _with_norm(self, facts: GroupFacts) -> GroupFacts:
+        """The facts with why this package norms nothing behind the engine's own all-reduce, if it cannot.
+
+        The driver may be too old for the library, or the GPU: then no kernel loads, that of the norm neither.
+        """
+        device = self._device
+        if device.type not in ("cpu", "cuda"):
+            return dataclasses.replace(facts, no_norm_reason=f"no kernels for device type {device.type}")
+        try:
+            self._agreement.on_every_rank(
+                lambda: prove_norm(device), "to prove the kernel of the norm", TransportError, "cannot norm a row",
+                may_block=device.type == "cuda",
+            )  # fmt: skip
+        except TransportError as error:
+            return dataclasses.replace(facts, no_norm_reason=str(error))
+        return facts
 
     def _open_board(self, opened: Opened) -> None:
         """Errors name more with it; without it, all works as well."""

@@ -56,6 +56,8 @@ def log_start(config: AllReduceConfig, facts: GroupFacts, sizes: str) -> None:
             logger.info("NVLink does not join the %d hosts: %s", hosts, facts.no_fabric_reason)
     if facts.transport is Transport.NONE:
         logger.info("all-reduce over %d ranks: %s: %s", facts.world_size, sizes, facts.no_transport_reason)
+        if facts.no_norm_reason:
+            logger.warning("norms behind sums are computed in plain torch, which is slower: %s", facts.no_norm_reason)
         return
     where = facts.transport.in_words
     if facts.crosses_network:

@@ -66,7 +66,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def _float32(value: float, like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float32, device=like.device)
+    return torch.full((), value, dtype=torch.float32, device=like.device)  # no copy from the host: graphs capture it
 
 
 def _group_scales(y: torch.Tensor, layout: ScaleLayout) -> torch.Tensor:

@@ -103,6 +103,11 @@ class TensorParallelCommunicator:
         this = weakref.ref(self)  # the threads must not keep an abandoned communicator alive
         held.watch(config, lambda: owner.report() if (owner := this()) else None, lambda: this() is not None)
 
+    @property
+    def no_norm_reason(self) -> str:
+        """Why no kernel of this package norms behind sums, so that nothing is won by fusing; empty: one does."""
+        return self.facts.no_norm_reason
+
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def all_reduce(self, input_: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from llm_allreduce_plugin.algorithms.base import VECTOR_BYTES
 from llm_allreduce_plugin.algorithms.decision import Launch
 from llm_allreduce_plugin.algorithms.facts import ELEMENT_BYTES
 from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout, empty_outputs
+from llm_allreduce_plugin.oracle.norm import residual_rms_norm
 from llm_allreduce_plugin.runtime.calls import DTYPE_CODES, Call, current_stream_of, plan_of, raise_refused
 from llm_allreduce_plugin.runtime.health import Health
 
@@ -245,6 +246,18 @@ def engine_then_norm(all_reduce: Call, shape: NormShape, device: torch.device) -
         tensors = _Tensors(shape, total, residual, weight, quant)
         norm(tensors, total.data_ptr())
         return tensors.outputs
+
+    return run
+
+
+def engine_then_torch(all_reduce: Call, shape: NormShape) -> NormCall:
+    """The same where that kernel does not load: with the same bits in plain torch, which graphs may capture, too."""
+
+    def run(input_: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, quant: Quant | None) -> Normed:
+        return residual_rms_norm(
+            all_reduce(input_), residual, weight, shape.eps,
+            weight_bias=shape.weight_bias, quant=quant, return_norm=shape.return_norm,
+        )  # fmt: skip
 
     return run
 

@@ -372,8 +372,13 @@ class Planner:
         """A function that does it, and what counts its calls."""
         name, launch = decision.counted_as, decision.launch or decision.all_reduce.launch
         if shape.rows == 0 or launch is None:
-            by_engine = norm_calls.engine_then_norm(self._fallback, shape, self._device)
-            call = CountedCall(by_engine if shape.rows else norm_calls.no_rows(shape), self._capturing)
+            if shape.rows == 0:
+                behind = norm_calls.no_rows(shape)
+            elif self._facts.no_norm_reason:
+                behind = norm_calls.engine_then_torch(self._fallback, shape)
+            else:
+                behind = norm_calls.engine_then_norm(self._fallback, shape, self._device)
+            call = CountedCall(behind, self._capturing)
             return call, call.made
         assert self._workspace is not None
         assert self._health is not None

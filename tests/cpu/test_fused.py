@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
+from unittest import mock
 
 import pytest
 import torch
 
 from llm_allreduce_plugin import (
+    _C,
     AllReduceConfig,
     GroupBrokenError,
     PeerTimeoutError,
@@ -76,6 +79,28 @@ def test_behind_the_engines_own_sum(cpu_pool: PoolFor) -> None:
     assert answers == cpu_pool(2).run(
         norm_checks.check_shapes, "ONESHOT", torch.float32, SHAPES, {}, "ONESHOT, then norm"
     )
+
+
+def _without_the_kernel(context: RankContext, dtype: torch.dtype) -> tuple[str, str]:
+    """Of one rank; all must decide alike."""
+
+    def fails(*_given: object) -> None:
+        message = "rms_norm: CUDA driver version is insufficient for CUDA runtime version"
+        raise RuntimeError(message)
+
+    with mock.patch.object(_C, "rms_norm", fails) if context.rank == 1 else contextlib.nullcontext():
+        found = norm_checks.check_shapes(context, "NCCL", dtype, SHAPES, {}, "NCCL, then norm")
+        with communicator(context, "NCCL") as group:
+            return found, group.no_norm_reason
+
+
+def test_without_a_kernel_norms_have_the_same_bits(cpu_pool: PoolFor) -> None:
+    """A driver that is older than the library, or a GPU that nothing was compiled for: no kernel of it loads."""
+    reason = "rank 1 cannot norm a row: rms_norm: CUDA driver version is insufficient for CUDA runtime version"
+    for dtype in (torch.float32, torch.bfloat16):
+        answers = cpu_pool(2).run(_without_the_kernel, dtype)
+        digests = cpu_pool(2).run(norm_checks.check_shapes, "NCCL", dtype, SHAPES, {}, "NCCL, then norm")
+        assert answers == [(digest, reason) for digest in digests]
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BITS, ids=str)

@@ -228,6 +228,23 @@ def test_reasons_to_stand_aside() -> None:
     assert "elastic" in str(stands_aside(vllm_config({}, elastic=True), one_shot))
 
 
+@pytest.mark.parametrize("device", ("xpu", "tpu:0", "hpu", "npu"))
+def test_other_devices_are_left_alone(device: str) -> None:
+    config = vllm_config({"allreduce_strategy": "ONESHOT"})
+    reason = stands_aside(config, settings_of(config.additional_config), device=device)
+    assert reason == f"there are kernels for CUDA GPUs and CPU ranks, and the device is {device}"
+    before = dict(config.additional_config)
+    apply_settings(config, device=device)
+    assert config.compilation_config.pass_config.fuse_allreduce_rms is True
+    assert config.additional_config == before
+
+
+def test_gpus_of_amd_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.version.hip", "6.4")
+    assert "the device is rocm" in str(stands_aside(None, AllReduceConfig(), device="cuda"))
+    assert stands_aside(None, AllReduceConfig(), device="cpu") is None
+
+
 # -- fusion ------------------------------------------------------------------------------------------------------------
 
 MODES = {"VLLM_COMPILE": 3, "DYNAMO_TRACE_ONCE": 2, "NONE": 0}

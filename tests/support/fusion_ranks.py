@@ -11,6 +11,8 @@ from llm_allreduce_plugin.oracle.norm import residual_rms_norm
 class OneRank:
     """A communicator whose sums are its inputs."""
 
+    no_norm_reason = ""
+
     def __init__(self, rank: int = 0) -> None:
         self.rank = rank
 

@@ -14,6 +14,7 @@ from llm_allreduce_plugin import TensorParallelCommunicator
 from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.measure.ranks import RankContext
 from llm_allreduce_plugin.norm import Normed
+from llm_allreduce_plugin.oracle import norm
 from llm_allreduce_plugin.runtime import norm_calls
 from tests.support.checks import communicator, judges
 from tests.support.norm_group import (
@@ -31,7 +32,14 @@ from tests.support.reference import bits, rank_input, rank_ordered_sum, special_
 def poisoned_outputs() -> Iterator[None]:
     """Every output is filled with garbage first, so unwritten elements cannot pass by luck."""
     empty_outputs = norm_calls.empty_outputs
-    with mock.patch.object(norm_calls, "empty_outputs", lambda *args, **kw: poison(empty_outputs(*args, **kw))):
+
+    def poisoned(*args: Any, **kw: Any) -> Normed:
+        return poison(empty_outputs(*args, **kw))
+
+    with (
+        mock.patch.object(norm_calls, "empty_outputs", poisoned),
+        mock.patch.object(norm, "empty_outputs", poisoned),  # where no kernel norms
+    ):
         yield
 
 

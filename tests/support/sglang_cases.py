@@ -54,9 +54,13 @@ def question_case() -> None:
 
     from llm_allreduce_plugin.engines.sglang import fusion
 
-    group, _ = group_of_two()
+    group, communicator = group_of_two()
     ask = pkgutil.resolve_name(fusion._hooks()[0].target)
     assert [ask(rows) for rows in (0, 1, 2048, 100_000)] == [False, True, True, True]
+    communicator.no_norm_reason = "rank 1 cannot norm a row"
+    assert not ask(1)
+    communicator.no_norm_reason = ""
+    assert ask(1)
     delattr(group, fusion_attribute())
     assert not ask(1)
 

@@ -113,6 +113,29 @@ def test_a_communicator_is_not_kept_alive() -> None:
     assert not fusion_ops.is_served("tp:9")
 
 
+def test_without_a_kernel_for_the_norm_nothing_is_fused(caplog: pytest.LogCaptureFixture) -> None:
+    """Calls in cached graphs run nevertheless."""
+    communicators = [OneRank(0), OneRank(1)]
+    for communicator in communicators:
+        communicator.no_norm_reason = "rank 0 cannot norm a row: no kernel image"
+    fusion_ops.register_operator()
+    with caplog.at_level(logging.INFO, logger="llm_allreduce_plugin"):
+        for communicator in communicators:
+            fusion_ops.serve(GROUP, communicator)  # type: ignore[arg-type]
+            assert fusion_ops.is_served(GROUP)
+            assert not fusion_ops.fuses(GROUP)
+            assert GROUP in fusion_ops.unfused_groups()
+    assert [record.getMessage() for record in caplog.records] == [
+        "all-reduce fusion: layer boundaries of group tp:7 are not fused: rank 0 cannot norm a row: no kernel image"
+    ]
+    assert len(torch.ops.llm_allreduce.all_reduce_rms_norm.default(*arguments(2, "", "", norm_too=False))) == 2
+    fusion_ops.serve(GROUP, capable := OneRank())  # type: ignore[arg-type]
+    assert fusion_ops.fuses(GROUP)
+    del capable
+    gc.collect()
+    assert not fusion_ops.fuses(GROUP)
+
+
 def test_boundaries_are_told_once_a_model_has_run_through(rank: OneRank, caplog: pytest.LogCaptureFixture) -> None:
     weights = [torch.ones(HIDDEN) for _ in range(5)]
     counted = fusion_ops.Boundaries()

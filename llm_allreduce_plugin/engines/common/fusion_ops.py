@@ -74,11 +74,24 @@ def serve(group: str, communicator: TensorParallelCommunicator) -> None:
     _boundaries.pop(group, None)
     if communicator.rank == 0:  # one line a group
         _boundaries[group] = Boundaries()
+        if reason := communicator.no_norm_reason:
+            logger.warning("all-reduce fusion: layer boundaries of group %s are not fused: %s", group, reason)
 
 
 def is_served(group: object) -> bool:
     """Whether fused calls of ``group`` have a communicator in this process."""
     return group in _communicators
+
+
+def fuses(group: object) -> bool:
+    """Whether boundaries that sum over ``group`` become fused calls in this process."""
+    communicator = _communicators.get(group) if isinstance(group, str) else None
+    return communicator is not None and not communicator.no_norm_reason
+
+
+def unfused_groups() -> list[str]:
+    """The groups that have a communicator, whose boundaries stay as they are nevertheless."""
+    return sorted(group for group, communicator in _communicators.items() if communicator.no_norm_reason)
 
 
 def tells(group: object) -> bool:

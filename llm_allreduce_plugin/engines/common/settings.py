@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from llm_allreduce_plugin.base.validation import shown
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy, load_config
 from llm_allreduce_plugin.errors import ConfigError
@@ -57,6 +59,15 @@ def settings_of(given: object, source: str, section: str = SECTION) -> AllReduce
             raise ConfigError(message)
         values[SHORTHAND] = short
     return load_config(values, engine_name=source)
+
+
+def device_obstacle(device: str) -> str | None:
+    """Why nothing of this package runs on such a device, as torch calls it (``"cuda:1"``), or None."""
+    if device.startswith("cuda") and torch.version.hip is not None:
+        device = "rocm"  # which torch calls cuda
+    if device.split(":", maxsplit=1)[0] in ("cuda", "cpu"):
+        return None
+    return f"there are kernels for CUDA GPUs and CPU ranks, and the device is {device}"
 
 
 def _letters(key: str) -> str:

@@ -38,6 +38,12 @@ def _group(*, attention: bool) -> Any:  # noqa: ANN401
     return tensor_parallel if group.ranks == tensor_parallel.ranks else group
 
 
+def _is_fused(group: Any) -> bool:  # noqa: ANN401
+    """Whether a group has a communicator of ours that norms behind its sums."""
+    communicator = getattr(group, ATTRIBUTE, None)
+    return communicator is not None and not communicator.no_norm_reason
+
+
 def applies_to(original: Any, batch_size: int) -> bool:  # noqa: ANN401
     """Around SGLang's question whether boundaries of a batch are fused."""
     if not _all_hooks_took:
@@ -45,7 +51,7 @@ def applies_to(original: Any, batch_size: int) -> bool:  # noqa: ANN401
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
     from sglang.srt.runtime_context import get_forward
 
-    ours = all(getattr(_group(attention=attention), ATTRIBUTE, None) is not None for attention in (True, False))
+    ours = all(_is_fused(_group(attention=attention)) for attention in (True, False))
     # In sequence-parallel regions (from 0.5.22 on) projections reduce and scatter by themselves.
     if not ours or is_dp_attention_enabled() or getattr(get_forward(), "sp_active", False):
         return bool(original(batch_size))
@@ -81,7 +87,7 @@ def all_reduce_add_norm(
     if residual is None or group.world_size == 1:
         return original(norm, x, residual, post_residual_addition, weight, use_attn_tp_group)
     fresh = residual if post_residual_addition is None else residual + post_residual_addition
-    if getattr(group, ATTRIBUTE, None) is not None and can_fuse(norm, x, fresh, weight):
+    if _is_fused(group) and can_fuse(norm, x, fresh, weight):
         bias = 0.0
         if weight is getattr(norm, "gemma_weight", None) and norm.weight.dtype is x.dtype:
             weight, bias = norm.weight, 1.0  # without its rounding

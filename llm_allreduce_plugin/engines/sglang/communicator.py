@@ -75,7 +75,8 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     communicator.let_graphs_share()  # SGLang's have one memory pool
     setattr(group, ATTRIBUTE, communicator)
     fusion_ops.serve(group.unique_name, communicator)
-    fusion.install(server_args, settings, talks=group.rank_in_group == 0)
+    if not communicator.no_norm_reason:  # which serve() has told
+        fusion.install(server_args, settings, talks=group.rank_in_group == 0)
 
 
 def _server_args() -> Any:  # noqa: ANN401

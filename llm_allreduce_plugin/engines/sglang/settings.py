@@ -7,8 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from llm_allreduce_plugin.config import AllReduceConfig, AllReduceStrategy
 from llm_allreduce_plugin.engines.common import settings as common
 from llm_allreduce_plugin.engines.common.settings import SHORTHAND
@@ -101,10 +99,8 @@ def stands_aside(server_args: Any, settings: AllReduceConfig, device: str | None
     if getattr(server_args, "elastic_ep_backend", None) is not None:
         return "elastic expert parallelism changes the ranks of its groups while they run"
     device = device or getattr(server_args, "device", None) or "cuda"
-    if device == "cuda" and torch.version.hip is not None:
-        device = "rocm"  # which torch calls cuda
-    if device.split(":")[0] not in ("cuda", "cpu"):
-        return f"there are kernels for CUDA GPUs and CPU ranks, and the device is {device}"
+    if (reason := common.device_obstacle(device)) is not None:
+        return reason
     if settings.allreduce_strategy is AllReduceStrategy.NCCL:
         return f"{SHORTHAND} is NCCL"
     if not by_name(settings) and (switches := _given(server_args)):

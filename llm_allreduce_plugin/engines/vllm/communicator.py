@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.engines.common.stock import own_all_reduce
-from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_communicator_path
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.vllm.plugin import left_alone, stock_communicator_path
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, unfused
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     """What vLLM calls for every group instead of its communicator class, with that class's arguments.
 
     Tensor-parallel groups get a subclass of the stock class that runs our all-reduce; every other group, and any
-    group where :func:`stands_aside` has a reason, gets the stock class itself.
+    group where :func:`left_alone` has a reason, gets the stock class itself.
     """
     from vllm.config import get_current_vllm_config_or_none
     from vllm.platforms import current_platform
@@ -35,8 +35,7 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         return stock(*args, **kwargs)
     config = get_current_vllm_config_or_none()
     settings = settings_of(config.additional_config if config is not None else None)
-    custom = has_custom_all_reduce(current_platform)
-    if (reason := stands_aside(config, settings, custom_all_reduce=custom)) is not None:
+    if (reason := left_alone(current_platform, config, settings)) is not None:
         communicator = stock(*args, **kwargs)
         _report_stock(communicator, settings, reason, _name_of(config))
         return communicator

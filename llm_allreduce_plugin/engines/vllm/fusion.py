@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.common import fusion, fusion_norms, fusion_ops, fusion_quants, fx
-from llm_allreduce_plugin.engines.vllm.plugin import has_custom_all_reduce, stock_pass_manager_path
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.vllm.plugin import left_alone, stock_pass_manager_path
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, unfused
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -21,8 +21,8 @@ _BEFORE = ("NoOpEliminationPass", "AddRMSNormFusionPass")
 
 
 def is_all_reduce(node: Node) -> bool:
-    """Whether a node is vLLM's all-reduce of a group that has a communicator of ours."""
-    return fx.operator_of(node) == "vllm::all_reduce" and fusion_ops.is_served(fx.arguments(node)["group_name"])
+    """Whether a node is vLLM's all-reduce of a group whose boundaries a communicator of ours fuses."""
+    return fx.operator_of(node) == "vllm::all_reduce" and fusion_ops.fuses(fx.arguments(node)["group_name"])
 
 
 def make_pass_manager() -> Any:  # noqa: ANN401
@@ -58,7 +58,7 @@ def fuses(config: Any) -> bool:  # noqa: ANN401
     settings = settings_of(config.additional_config)
     if config.parallel_config.tensor_parallel_size == 1 or unfused(config, settings, compiled=True) is not None:
         return False
-    return stands_aside(config, settings, custom_all_reduce=has_custom_all_reduce(current_platform)) is None
+    return left_alone(current_platform, config, settings) is None
 
 
 def line_of(fused: fusion.Fused) -> str:
@@ -83,8 +83,9 @@ def _pass_class() -> type:
                 logger.info("%s", line_of(fused))
 
         def uuid(self) -> str:
-            """What compiled graphs depend on: our version, and how graphs are searched."""
+            """What compiled graphs depend on: our version, how graphs are searched, and groups that do not fuse."""
             modules = (fusion, fusion_norms, fusion_ops, fusion_quants, fx)
-            return str(VllmInductorPass.hash_source(__version__, *map(inspect.getsource, modules)))
+            said = __version__, *fusion_ops.unfused_groups()
+            return str(VllmInductorPass.hash_source(*said, *map(inspect.getsource, modules)))
 
     return AllReduceNormFusionPass

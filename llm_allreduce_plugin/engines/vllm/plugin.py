@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.engines.common.fusion_ops import register_operator
@@ -21,6 +21,9 @@ from llm_allreduce_plugin.engines.common.logs import use_logging_of
 from llm_allreduce_plugin.engines.common.reports import read_reports
 from llm_allreduce_plugin.engines.common.settings import STAMP
 from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings_of, stands_aside, unfused
+
+if TYPE_CHECKING:
+    from llm_allreduce_plugin.config import AllReduceConfig
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
@@ -86,7 +89,7 @@ def _patch_config(platform: type) -> None:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401
         stock(vllm_config)
         _use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
-        apply_settings(vllm_config, custom_all_reduce=has_custom_all_reduce(cls))
+        apply_settings(vllm_config, custom_all_reduce=has_custom_all_reduce(cls), device=device_of(cls))
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
 
@@ -97,8 +100,19 @@ def has_custom_all_reduce(platform: Any) -> bool:  # noqa: ANN401
     return bool(ask()) if ask is not None else False
 
 
-def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None:  # noqa: ANN401
-    """Make ``vllm_config`` fit the plugin's settings. ``custom_all_reduce``: of :func:`has_custom_all_reduce`.
+def device_of(platform: Any) -> str:  # noqa: ANN401
+    """The type of the platform's devices, as torch calls it; empty where vLLM has found no platform."""
+    return str(getattr(platform, "device_type", ""))
+
+
+def left_alone(platform: Any, vllm_config: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
+    """:func:`stands_aside` of this platform."""
+    custom = has_custom_all_reduce(platform)
+    return stands_aside(vllm_config, settings, custom_all_reduce=custom, device=device_of(platform))
+
+
+def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False, device: str = "cuda") -> None:  # noqa: ANN401
+    """Make ``vllm_config`` fit the plugin's settings. The others: of the platform, see :func:`stands_aside`.
 
     Raises:
         ConfigError: a setting is wrong; vLLM then does not start.
@@ -106,7 +120,7 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False) -> None
     settings = settings_of(vllm_config.additional_config)
     if vllm_config.parallel_config.tensor_parallel_size == 1:
         return
-    if stands_aside(vllm_config, settings, custom_all_reduce=custom_all_reduce) is not None:
+    if stands_aside(vllm_config, settings, custom_all_reduce=custom_all_reduce, device=device) is not None:
         return
     if (line := flag_overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce)) is not None:
         logger.warning("%s", line)

@@ -50,11 +50,18 @@ def stands_aside(
     settings: AllReduceConfig,
     *,
     custom_all_reduce: bool = False,
+    device: str = "cuda",
 ) -> str | None:
     """Why vLLM is to be left as it is under this configuration (None: outside of one), or None.
 
-    ``custom_all_reduce``: whether vLLM's platform has all-reduce kernels of its own, which a user can disable.
+    Args:
+        vllm_config: vLLM's.
+        settings: the plugin's.
+        custom_all_reduce: whether vLLM's platform has all-reduce kernels of its own, which a user can disable.
+        device: of vLLM's platform, as torch calls it; empty: it has none.
     """
+    if device and (reason := common.device_obstacle(device)) is not None:
+        return reason
     if vllm_config is not None and getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         return "elastic expert parallelism requires vLLM's own communicator class"
     if settings.allreduce_strategy is AllReduceStrategy.NCCL:
