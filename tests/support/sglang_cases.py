@@ -134,6 +134,48 @@ def group_case() -> None:
     assert not hasattr(group, fusion_attribute())
 
 
+def apart_case() -> None:
+    """What SGLang's own all-reduce gives where ours cannot run: never the input, which compiled graphs use again.
+
+    Tensors without memory take the way of a GPU's.
+    """
+    from contextlib import nullcontext
+
+    from llm_allreduce_plugin.engines.common.stock import own_all_reduce
+    from llm_allreduce_plugin.engines.sglang.communicator import sum_apart
+
+    group, _ = group_of_two()
+    seen: list[str] = []
+
+    class Nccl:
+        disabled = False
+        available = True
+
+        def change_state(self, *, enable: bool) -> Any:
+            assert enable
+            return nullcontext()
+
+        def outplace_all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append("apart")
+            assert x.is_contiguous()
+            return torch.empty_like(x)
+
+    nccl = Nccl()
+    group.__dict__.update(
+        qr_comm=None, pymscclpp_comm=None, torch_symm_mem_comm=None, pcie_ipc_comm=None, hpu_communicator=None,
+        xpu_communicator=None, npu_communicator=None, flashinfer_comm=None, _fi_workspace_hint=None, pynccl_comm=nccl,
+        is_symmetric_memory_enabled=lambda: False,
+    )  # fmt: skip
+    call = own_all_reduce("SGLang", group, sum_apart, in_place=False)
+    x = torch.ones(4, HIDDEN, device="meta")
+    assert call(x) is not x
+    assert call(x[:, :8]).shape == (4, 8)
+    assert seen == ["apart", "apart"]
+    nccl.available = False
+    assert call(x) is not x
+    assert len(seen) == 2, "an NCCL that was not loaded is left alone"
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
@@ -194,6 +236,7 @@ def cases() -> dict[str, Case]:
         },
         "group": group_case,
         "group, second": second_group_case,
+        "group, its own all-reduce": apart_case,
         **norm_cases(),
     }
     for hook in dense_layers.our_hooks():

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from llm_allreduce_plugin.runtime.calls import Call
 
 
-def own_all_reduce(engine: str, owner: Any, method: Any) -> Call:  # noqa: ANN401
+def own_all_reduce(engine: str, owner: Any, method: Any, *, in_place: bool) -> Call:  # noqa: ANN401
     """``method(owner, input)``, which is ``engine``'s all-reduce. Holds on to no owner: that holds our communicator.
 
-    Engines may sum in place, and on CPU ranks always do; the promise here is a fresh tensor, and there copies cost
-    little.
+    ``in_place``: it may write its input. The promise here is a fresh tensor, and compiled graphs rely on it: they use
+    the memory of an input again while the sum is still read. So it gets a copy.
     """
     found = weakref.ref(owner)
 
@@ -24,7 +24,7 @@ def own_all_reduce(engine: str, owner: Any, method: Any) -> Call:  # noqa: ANN40
         if alive is None:
             message = f"all-reduce: {engine} has destroyed this group; make a new one before the next call"
             raise RuntimeError(message)
-        output: torch.Tensor = method(alive, input_.clone() if input_.device.type == "cpu" else input_)
+        output: torch.Tensor = method(alive, input_.clone() if in_place else input_)
         return output
 
     return run

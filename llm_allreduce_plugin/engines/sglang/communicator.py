@@ -69,7 +69,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
         group.device,
         settings,
         control_group=group.cpu_group,
-        fallback=own_all_reduce("SGLang", group, inspect.unwrap(type(group).all_reduce)),
+        fallback=own_all_reduce("SGLang", group, sum_apart, in_place=False),
         name=name,
     )
     communicator.let_graphs_share()  # SGLang's have one memory pool
@@ -77,6 +77,24 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     fusion_ops.serve(group.unique_name, communicator)
     if not communicator.no_norm_reason:  # which serve() has told
         fusion.install(server_args, settings, talks=group.rank_in_group == 0)
+
+
+def sum_apart(group: Any, input_: torch.Tensor) -> torch.Tensor:  # noqa: ANN401
+    """SGLang's own all-reduce, which never writes or returns its input.
+
+    What its compiled graphs call sums into another tensor, without a copy where the library below can do that. What
+    layers call may sum in place, and gets a copy: on CPU ranks, which have nothing else, and where the other one would
+    use an NCCL that was not loaded.
+    """
+    apart = getattr(group, "_all_reduce_out_place", None)
+    nccl = getattr(group, "pynccl_comm", None)
+    if apart is None or input_.device.type == "cpu" or not (nccl is None or getattr(nccl, "available", True)):
+        output: torch.Tensor = inspect.unwrap(type(group).all_reduce)(group, input_.clone())
+        return output
+    # It goes by addresses and counts: elements must lie without gaps.
+    dense = input_ if torch.ops.aten.is_non_overlapping_and_dense(input_) else input_.contiguous()
+    found: torch.Tensor = apart(dense, "auto")
+    return found
 
 
 def _server_args() -> Any:  # noqa: ANN401

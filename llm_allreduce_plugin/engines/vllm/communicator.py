@@ -89,7 +89,12 @@ def _communicator_class(stock: type) -> type:
                 self.device,
                 llm_allreduce_settings,
                 control_group=self.cpu_group,
-                fallback=own_all_reduce("vLLM", self, stock.all_reduce),  # type: ignore[attr-defined]
+                fallback=own_all_reduce(
+                    "vLLM",
+                    self,
+                    stock.all_reduce,  # type: ignore[attr-defined]
+                    in_place=self.device.type == "cpu",  # on GPUs vLLM's has an output of its own
+                ),
                 name=llm_allreduce_name,
             )
             self.llm_allreduce.let_graphs_share()  # vLLM's have one memory pool
