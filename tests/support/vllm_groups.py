@@ -64,10 +64,10 @@ def registration() -> None:
     assert current_platform.get_device_communicator_cls() == FACTORY
     stock = stock_communicator_path(type(current_platform))
 
-    def reason(*, disabled: bool, **additional: Any) -> str | None:
-        parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled)
+    def reason(*, disabled: bool, nodes: int = 1, **additional: Any) -> str | None:
+        parallel = ParallelConfig(tensor_parallel_size=2, disable_custom_all_reduce=disabled, nnodes=nodes)
         config = VllmConfig(parallel_config=parallel, additional_config=additional)
-        custom = has_custom_all_reduce(current_platform)
+        custom = has_custom_all_reduce(current_platform, config)
         return stands_aside(config, settings_of(config.additional_config), custom_all_reduce=custom)
 
     assert not has_custom_all_reduce(current_platform)
@@ -78,6 +78,7 @@ def registration() -> None:
     assert not ParallelConfig(tensor_parallel_size=2).disable_custom_all_reduce
     assert reason(disabled=False) is None
     assert reason(disabled=True, allreduce_strategy="ONESHOT") is None
+    assert reason(disabled=False, nodes=2) is None, "0.26 sets the flag itself"
     assert not torch.cuda.is_initialized()
     say("registration", version=vllm.__version__, stock=stock, reason=reason(disabled=True))
 

@@ -12,7 +12,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+import re
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin._version import __version__
@@ -89,15 +92,32 @@ def _patch_config(platform: type) -> None:
     def check_and_update_config(cls: type, vllm_config: Any) -> None:  # noqa: ANN401
         stock(vllm_config)
         _use_vllm_logging()  # which vLLM may have set up only after it loaded plugins
-        apply_settings(vllm_config, custom_all_reduce=has_custom_all_reduce(cls), device=device_of(cls))
+        custom = has_custom_all_reduce(cls, vllm_config)
+        apply_settings(vllm_config, custom_all_reduce=custom, device=device_of(cls))
 
     platform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[attr-defined]
 
 
-def has_custom_all_reduce(platform: Any) -> bool:  # noqa: ANN401
-    """Whether vLLM has all-reduce kernels here, which ``--disable-custom-all-reduce`` is about."""
+def has_custom_all_reduce(platform: Any, vllm_config: Any = None) -> bool:  # noqa: ANN401
+    """Whether vLLM has all-reduce kernels here, which ``--disable-custom-all-reduce`` is about.
+
+    Where it has none it sets that itself: on some platforms, and in some versions (0.26) with ``--nnodes`` above 1.
+    """
     ask = getattr(platform, "use_custom_allreduce", None)
-    return bool(ask()) if ask is not None else False
+    if ask is None or not ask():
+        return False
+    parallel = getattr(vllm_config, "parallel_config", None)
+    return getattr(parallel, "nnodes", 1) == 1 or not _disables_over_nodes(type(parallel))
+
+
+@functools.cache
+def _disables_over_nodes(kind: type) -> bool:
+    """Whether this class of vLLM's disables those kernels by itself where there are several nodes."""
+    try:
+        source = inspect.getsource(kind)
+    except (OSError, TypeError):
+        return False
+    return re.search(r"nnodes > 1:\s+self\.disable_custom_all_reduce = True", source) is not None
 
 
 def device_of(platform: Any) -> str:  # noqa: ANN401
@@ -107,7 +127,7 @@ def device_of(platform: Any) -> str:  # noqa: ANN401
 
 def left_alone(platform: Any, vllm_config: Any, settings: AllReduceConfig) -> str | None:  # noqa: ANN401
     """:func:`stands_aside` of this platform."""
-    custom = has_custom_all_reduce(platform)
+    custom = has_custom_all_reduce(platform, vllm_config)
     return stands_aside(vllm_config, settings, custom_all_reduce=custom, device=device_of(platform))
 
 
