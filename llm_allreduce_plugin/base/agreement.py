@@ -265,6 +265,18 @@ def _delete(store: Store, keys: list[str]) -> None:
             store.delete_key(key)
 
 
+def stand_aside(group: dist.ProcessGroup, reason: str) -> None:
+    """Tell ranks that wait for this one in their first step that it takes none with them, and why. Waits for nobody.
+
+    Whoever leaves an engine as it is must not harm it either: where the store does not answer, nothing is said.
+    """
+    with contextlib.suppress(Exception):
+        agreement = Agreement(group, _GRACE_S)
+        if agreement.world_size > 1:
+            agreement._leave_word(GivenUp(agreement.rank, "", 0.0, [], time.time(), "", aside=reason))  # noqa: SLF001
+        agreement.close()
+
+
 def on_every_rank(
     make: Callable[[], _T], group: dist.ProcessGroup, raising: type[Exception], failed: str = "", wait_s: float = 1800.0
 ) -> _T:

@@ -32,6 +32,7 @@ class GivenUp:
     missing: list[int]
     wall_s: float
     error: str  # that it raised itself; empty: it waited in vain
+    aside: str = ""  # why it has never meant to come
 
 
 def store_of(group: dist.ProcessGroup) -> Store:
@@ -165,6 +166,11 @@ class Step:
         agreement, peer = self._agreement, GivenUp(**json.loads(word))
         if peer.error:
             return StartError(f"rank {peer.rank} failed {agreement.when}: {peer.error}")
+        if peer.aside:
+            message = (
+                f"rank {peer.rank} takes no part {agreement.when}: {peer.aside}. Give every rank the same configuration"
+            )
+            return StartError(message)
         if agreement.rank not in peer.missing:
             return self._expired(missing, waited_s)
         ago = max(0.0, time.time() - peer.wall_s)

@@ -13,9 +13,16 @@ from typing import Any
 
 import pytest
 
-from llm_allreduce_plugin import StartError, StartTimeoutError, TransportError
+from llm_allreduce_plugin import (
+    AllReduceConfig,
+    StartError,
+    StartTimeoutError,
+    TensorParallelCommunicator,
+    TransportError,
+)
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.base.step import store_of
+from llm_allreduce_plugin.engines.common.reports import report_engines_own
 from llm_allreduce_plugin.measure.ranks import RankContext
 from tests.conftest import PoolFor
 from tests.support.forked import Ended, forked, wait_until
@@ -121,6 +128,33 @@ def test_a_rank_that_does_not_come_is_named_by_all_others(store: str, how: str) 
             assert seconds < 1, "there is nobody to wait for"
             assert text.startswith("rank 1 came too late at the start: rank ")
             assert "s for rank 1 to agree on the transport" in text
+
+
+def _one_stands_aside(context: RankContext) -> tuple[float, str] | None:
+    if context.rank == 1:
+        report_engines_own("vLLM", context.group, 1, [0, 1, 2], AllReduceConfig(), "allreduce_strategy is NCCL", "dp0")
+        context.gather(None)
+        return None
+    began = time.monotonic()
+    with pytest.raises(StartError) as caught:
+        TensorParallelCommunicator(context.group, "cpu", AllReduceConfig(start_timeout_s=60))
+    seconds = time.monotonic() - began
+    context.gather(None)
+    return seconds, str(caught.value)
+
+
+@STORES
+def test_a_rank_that_stands_aside_tells_why(store: str) -> None:
+    """Its settings are other ones: the others need not wait for their deadline to hear of it."""
+    with forked(3, _one_stands_aside, store=store) as ranks:
+        for rank in (0, 2):
+            seconds, text = ranks.ended(rank, 30).value
+            assert seconds < 10
+            assert text == (
+                "rank 1 takes no part at the start: vLLM's own all-reduce is left in place there: allreduce_strategy "
+                "is NCCL. Give every rank the same configuration"
+            )
+        assert ranks.ended(1, 30) == Ended("ok", None)
 
 
 def _two_miss(context: RankContext) -> list[int]:

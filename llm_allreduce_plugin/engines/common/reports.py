@@ -6,6 +6,9 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
+from llm_allreduce_plugin.base.agreement import stand_aside
 from llm_allreduce_plugin.base.members import new_member
 from llm_allreduce_plugin.config import AllReduceConfig
 from llm_allreduce_plugin.engines.common.summary import tell_at_exit
@@ -31,18 +34,28 @@ def read_reports(report_dir: Path, use_logging: Callable[[], None], *, metrics: 
 
 
 def report_engines_own(
-    engine: str, rank: int, ranks: Sequence[int], settings: AllReduceConfig, reason: str, name: str
+    engine: str,
+    control_group: dist.ProcessGroup,
+    rank: int,
+    ranks: Sequence[int],
+    settings: AllReduceConfig,
+    reason: str,
+    name: str,
 ) -> None:
     """The engine's own all-reduce runs, so there is nothing of ours to count; the log and the report say so.
 
+    Ranks that decide otherwise, because their settings are other ones, would wait for this one: they are told.
+
     Args:
         engine: as people call it: ``"vLLM"``.
+        control_group: through whose store ranks would agree.
         rank: in the group.
         ranks: of the group, as the whole job numbers them.
         settings: of the plugin.
         reason: why it is left in place.
         name: what the engine calls the group.
     """
+    stand_aside(control_group, f"{engine}'s own all-reduce is left in place there: {reason}")
     if rank == 0:
         logger.info("%s's own all-reduce is left in place: %s", engine, reason)
     if settings.report_dir is None:

@@ -59,7 +59,7 @@ def equip(_result: None, group: Any, *_args: Any, **_kwargs: Any) -> None:  # no
     if reason is not None:
         from llm_allreduce_plugin.engines.common.reports import report_engines_own
 
-        report_engines_own("SGLang", group.rank_in_group, group.ranks, settings, reason, name)
+        report_engines_own("SGLang", group.cpu_group, group.rank_in_group, group.ranks, settings, reason, name)
         return
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
 

@@ -61,7 +61,8 @@ def _report_stock(communicator: Any, settings: AllReduceConfig, reason: str, nam
     """The stock class runs, so there is nothing of ours to count; the log and the report say so."""
     from llm_allreduce_plugin.engines.common.reports import report_engines_own
 
-    report_engines_own("vLLM", communicator.rank_in_group, communicator.ranks, settings, reason, name)
+    rank, ranks = communicator.rank_in_group, communicator.ranks
+    report_engines_own("vLLM", communicator.cpu_group, rank, ranks, settings, reason, name)
 
 
 @functools.cache

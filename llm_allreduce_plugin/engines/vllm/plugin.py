@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import re
@@ -106,11 +105,10 @@ def has_custom_all_reduce(platform: Any, vllm_config: Any = None) -> bool:  # no
     ask = getattr(platform, "use_custom_allreduce", None)
     if ask is None or not ask():
         return False
-    parallel = getattr(vllm_config, "parallel_config", None)
+    parallel: Any = getattr(vllm_config, "parallel_config", None)
     return getattr(parallel, "nnodes", 1) == 1 or not _disables_over_nodes(type(parallel))
 
 
-@functools.cache
 def _disables_over_nodes(kind: type) -> bool:
     """Whether this class of vLLM's disables those kernels by itself where there are several nodes."""
     try:
