@@ -154,7 +154,7 @@ def equipped() -> Any:
     kind = pkgutil.resolve_name(fake_sglang.GROUP)
     group = kind.__new__(kind)
     group.ranks = [0, 1]
-    setattr(group, boundaries.ATTRIBUTE, SimpleNamespace())
+    setattr(group, boundaries.ATTRIBUTE, SimpleNamespace(no_norm_reason=""))
     return group
 
 

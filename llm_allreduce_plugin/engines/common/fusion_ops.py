@@ -99,6 +99,11 @@ def tells(group: object) -> bool:
     return group in _boundaries and is_served(group)
 
 
+def tells_any() -> bool:
+    """Whether this process is the one that writes such lines of a group whose boundaries become fused calls."""
+    return any(tells(group) and fuses(group) for group in _boundaries)
+
+
 def communicator_of(group: str) -> TensorParallelCommunicator | None:
     """What :func:`serve` was given for ``group``, if that still lives."""
     return _communicators.get(group)

@@ -20,9 +20,9 @@ import argparse
 import functools
 import logging
 import os
-import re
 from typing import Any
 
+from llm_allreduce_plugin.engines.common import versions
 from llm_allreduce_plugin.engines.common.fusion_ops import register_operator as register_fused_operator
 from llm_allreduce_plugin.engines.common.reports import read_reports
 from llm_allreduce_plugin.engines.common.summary import tell_now
@@ -60,13 +60,7 @@ def register() -> None:
 
 def untried(version: str) -> str | None:
     """What to say of a version that this plugin was not tried with, or None."""
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    numbers = tuple(int(part or 0) for part in found.groups()) if found else None
-    if numbers is not None and TRIED[0] <= numbers <= TRIED[1]:
-        return None
-    first, last = (".".join(map(str, end)) for end in TRIED)
-    tested = f"SGLang {version} was not tried (this release is made for {first} to {last})"
-    return f"all-reduce: {tested}; all hooks were found, so the plugin stays on"
+    return versions.untried("SGLang", version, *TRIED, "all hooks")
 
 
 def our_hooks() -> list[Hook]:

@@ -16,13 +16,14 @@ from llm_allreduce_plugin.engines.vllm.settings import settings_of, unfused
 
 logger = logging.getLogger("llm_allreduce_plugin")
 
+_OPERATOR = "vllm::all_reduce"
 # Passes that come before ours: what they leave is what it knows.
 _BEFORE = ("NoOpEliminationPass", "AddRMSNormFusionPass")
 
 
 def is_all_reduce(node: Node) -> bool:
     """Whether a node is vLLM's all-reduce of a group whose boundaries a communicator of ours fuses."""
-    return fx.operator_of(node) == "vllm::all_reduce" and fusion_ops.fuses(fx.arguments(node)["group_name"])
+    return fx.operator_of(node) == _OPERATOR and fusion_ops.fuses(fx.arguments(node)["group_name"])
 
 
 def make_pass_manager() -> Any:  # noqa: ANN401
@@ -67,12 +68,45 @@ def line_of(fused: fusion.Fused) -> str:
     return f"all-reduce fusion: {fused.count} of {fused.all_reduces} all-reduces of a compiled graph are fused{kinds}"
 
 
+class GraphsWithout:
+    """Says once per model that its graphs have no all-reduce of ours, as after a change of vLLM's operator.
+
+    vLLM compiles a model in pieces, and of those between two attentions each has one. Nobody says which piece is the
+    last, so the first few are looked at.
+    """
+
+    _ENOUGH = 3  # the first one may end before any sum
+
+    def __init__(self) -> None:
+        self._without: int | None = 0  # None: it is settled
+
+    def count(self, all_reduces: int) -> None:
+        """Note a graph, and how many all-reduces it has of groups that fuse."""
+        if self._without is None:
+            return
+        self._without = None if all_reduces else self._without + 1
+        if self._without == self._ENOUGH:
+            self._without = None
+            if fusion_ops.tells_any():
+                logger.warning(
+                    "all-reduce fusion: the first %d compiled graphs of this model have no all-reduce of a group of "
+                    "this plugin (operator %s), so nothing was fused in them; set fuse_norm to false to "
+                    "have vLLM's own fusion",
+                    self._ENOUGH,
+                    _OPERATOR,
+                )
+
+
 @functools.cache
 def _pass_class() -> type:
     from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass
 
     class AllReduceNormFusionPass(VllmInductorPass):  # type: ignore[misc]
         """Fuses all-reduce, residual, RMSNorm and quantization."""
+
+        def __init__(self, config: Any) -> None:  # noqa: ANN401
+            super().__init__(config)
+            self._graphs = GraphsWithout()
 
         @VllmInductorPass.time_and_log  # type: ignore[untyped-decorator]
         def __call__(self, graph: Graph) -> None:
@@ -81,6 +115,7 @@ def _pass_class() -> type:
             self.matched_count = fused.count
             if any(map(fusion_ops.tells, groups)):
                 logger.info("%s", line_of(fused))
+            self._graphs.count(fused.all_reduces)
 
         def uuid(self) -> str:
             """What compiled graphs depend on: our version, how graphs are searched, and groups that do not fuse."""

@@ -18,6 +18,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin._version import __version__
+from llm_allreduce_plugin.engines.common import versions
 from llm_allreduce_plugin.engines.common.fusion_ops import register_operator
 from llm_allreduce_plugin.engines.common.logs import use_logging_of
 from llm_allreduce_plugin.engines.common.reports import read_reports
@@ -31,6 +32,8 @@ logger = logging.getLogger("llm_allreduce_plugin")
 
 FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicator"
 PASS_MANAGER = "llm_allreduce_plugin.engines.vllm.fusion.make_pass_manager"  # noqa: S105
+TRIED = ((0, 26), (0, 33))
+_METHODS = ("get_device_communicator_cls", "get_pass_manager_cls", "check_and_update_config")
 _PATCHED = "_llm_allreduce_patched"
 
 
@@ -40,17 +43,34 @@ def _use_vllm_logging() -> None:
 
 def register() -> None:
     """Install the patches. Called by vLLM in every process, any number of times; makes no CUDA call."""
+    import vllm
     from vllm.platforms import current_platform
 
     _use_vllm_logging()
     platform = type(current_platform)
     if platform.__dict__.get(_PATCHED, False):
         return
+    version = str(getattr(vllm, "__version__", "of an unknown version"))
+    if absent := missing(platform):
+        logger.warning(
+            "vLLM %s is left alone, as if this plugin were not installed: its %s has no %s",
+            version,
+            platform.__name__,
+            ", ".join(absent),
+        )
+        return
+    if (doubt := versions.untried("vLLM", version, *TRIED, "all methods to patch")) is not None:
+        logger.warning("%s", doubt)
     register_operator()
     _patch_communicator(platform)
     _patch_pass_manager(platform)
     _patch_config(platform)
     setattr(platform, _PATCHED, True)
+
+
+def missing(platform: type) -> list[str]:
+    """The methods of ours to patch that this version of vLLM does not have."""
+    return [name for name in _METHODS if not callable(getattr(platform, name, None))]
 
 
 def stock_communicator_path(platform: type) -> str:
