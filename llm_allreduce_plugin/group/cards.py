@@ -31,7 +31,8 @@ _LOCAL_SETTINGS = {"report_dir"}
 class RankCard:
     """What one rank tells the others at start.
 
-    ``settings``, ``plugin_version``, ``abi_version``, ``device`` and ``architecture`` must be equal on all ranks;
+    ``settings``, ``plugin_version``, ``abi_version`` and ``device`` must be equal on all ranks; where ``architecture``
+    differs, ranks share no memory.
     ``host``, ``gpu`` and ``numa_node`` (None: not known) say where the rank runs, ``gpu_name`` what its GPU is called,
     ``multiprocessors`` how large it is, ``peer_refusal`` what in its environment keeps GPUs from each other's memory,
     ``domain_refusal`` the same across hosts, ``multicast_switch`` what switches multicast off there, ``fabric`` in
@@ -151,13 +152,26 @@ def peer_refusal_of(cards: Sequence[RankCard]) -> str | None:
     return f"{refusal} on rank {found.index(refusal)}"
 
 
+def architectures_obstacle(cards: Sequence[RankCard]) -> str | None:
+    """Why kernels of this package do not run on these ranks' GPUs together, or None: one launch must fit all of them.
+
+    The engine's own all-reduce does run.
+    """
+    found = ranks_with(f"sm_{card.architecture}" for card in cards)
+    if len(found) == 1:
+        return None
+    parts = [f"{name} on {ranks_text(ranks)}" for name, ranks in found.items()]
+    told = ", ".join(parts)
+    return f"kernels are launched alike on every GPU of a group, and these are of several architectures: {told}"
+
+
 def check(cards: Sequence[RankCard]) -> None:
     """Compare what must be equal.
 
     Raises:
         RankMismatchError: naming the field and the ranks behind each value.
     """
-    for field in ("plugin_version", "abi_version", "device", "architecture"):
+    for field in ("plugin_version", "abi_version", "device"):
         _compare(field, [getattr(card, field) for card in cards])
     for setting in cards[0].settings:
         _compare(setting, [card.settings.get(setting) for card in cards])

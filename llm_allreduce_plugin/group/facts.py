@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms.facts import GroupFacts, hosts_obstacle
 from llm_allreduce_plugin.config import AllReduceConfig
-from llm_allreduce_plugin.group.cards import RankCard, domains, hosts_of, peer_refusal_of
+from llm_allreduce_plugin.group.cards import RankCard, architectures_obstacle, domains, hosts_of, peer_refusal_of
 from llm_allreduce_plugin.group.layouts import transport_obstacle, transports, workspace_layout
 from llm_allreduce_plugin.group.multicast import with_multicast
 from llm_allreduce_plugin.topology.fabric import domain_obstacle
@@ -166,6 +166,8 @@ def _obstacle(cards: Sequence[RankCard], settings: AllReduceConfig, facts: Group
     if (reason := transport_obstacle(settings, len(cards), hosts, cards[0].device)) is not None:
         of_hosts = facts.no_fabric_reason and reason == hosts_obstacle(hosts)
         return f"{reason}; no NVLink domain joins them: {facts.no_fabric_reason}" if of_hosts else reason
+    if (reason := architectures_obstacle(cards)) is not None:
+        return reason
     gpus = [(card.gpu, card.host) for card in cards if card.gpu is not None]
     return "several ranks share a GPU" if len(set(gpus)) < len(gpus) else None
 

@@ -16,7 +16,7 @@ from llm_allreduce_plugin.base.pickled import dump, load
 from llm_allreduce_plugin.errors import TransportError
 from llm_allreduce_plugin.group import start
 from llm_allreduce_plugin.group.capabilities import group_facts
-from llm_allreduce_plugin.group.cards import RankCard
+from llm_allreduce_plugin.group.cards import RankCard, check
 from llm_allreduce_plugin.group.facts import facts_of, gpus_of, reach_of
 from llm_allreduce_plugin.topology import nvml
 from llm_allreduce_plugin.topology.links import TopologyClass, Transport
@@ -93,6 +93,19 @@ def test_two_ranks_on_one_gpu_share_no_memory() -> None:
 
 
 # -- NVML --------------------------------------------------------------------------------------------------------------
+
+
+def test_gpus_of_two_architectures_run_the_engines_own() -> None:
+    found = cards_on(named(H200), AllReduceConfig(), 0)
+    found[1] = dataclasses.replace(found[1], architecture=80)
+    check(found)  # no rank is told that it is set up wrongly
+    reached = reach_of(gpus_of(found), found, AllReduceConfig())
+    assert reached.layout is None
+    assert reached.facts.transport is Transport.NONE
+    assert reached.facts.no_transport_reason == (
+        "kernels are launched alike on every GPU of a group, and these are of several architectures: "
+        "sm_90 on ranks 0, 2, 3, sm_80 on rank 1"
+    )
 
 
 class CountingNvml(FakeNvml):
