@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,16 @@ from llm_allreduce_plugin.engines.vllm.fusion import GraphsWithout
 from tests.support.fusion_ranks import OneRank
 
 METHODS = ("get_device_communicator_cls", "get_pass_manager_cls", "check_and_update_config")
+
+
+RAY = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What registration leaves in the environment is taken away again."""
+    monkeypatch.setenv(RAY, "")
+    monkeypatch.delenv(RAY)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, version: str, lacks: str = "") -> type:
@@ -47,6 +58,22 @@ def test_versions_that_were_tried(
     assert platform.get_device_communicator_cls() == plugin.FACTORY
     assert platform.get_pass_manager_cls() == plugin.PASS_MANAGER
     assert said(caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, "LLM_ALLREDUCE_"),
+        ("", "LLM_ALLREDUCE_"),
+        ("MY_,OTHER_", "MY_,OTHER_,LLM_ALLREDUCE_"),
+        ("MY_, LLM_ALLREDUCE_", "MY_, LLM_ALLREDUCE_"),
+    ],
+)
+def test_workers_on_ray_get_our_variables(before: str | None, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if before is not None:
+        monkeypatch.setenv(RAY, before)
+    register(monkeypatch, "0.32.0")
+    assert os.environ[RAY] == after
 
 
 @pytest.mark.parametrize("version", ("0.25.1", "0.34.0", "1.0", "dev"))

@@ -8,12 +8,14 @@
 3. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off
    FlashInfer's fusion of all-reduces where ours replaces it, and stamps what compiled graphs depend on into
    ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general plugins would replace it.
+4. ``VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY`` names our variables, too: vLLM's own means for those of plugins.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ FACTORY = "llm_allreduce_plugin.engines.vllm.communicator.make_device_communicat
 PASS_MANAGER = "llm_allreduce_plugin.engines.vllm.fusion.make_pass_manager"  # noqa: S105
 TRIED = ((0, 26), (0, 33))
 _METHODS = ("get_device_communicator_cls", "get_pass_manager_cls", "check_and_update_config")
+_PREFIX, _RAY_PREFIXES = "LLM_ALLREDUCE_", "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"
 _PATCHED = "_llm_allreduce_patched"
 
 
@@ -62,10 +65,18 @@ def register() -> None:
     if (doubt := versions.untried("vLLM", version, *TRIED, "all methods to patch")) is not None:
         logger.warning("%s", doubt)
     register_operator()
+    _carry_by_ray()
     _patch_communicator(platform)
     _patch_pass_manager(platform)
     _patch_config(platform)
     setattr(platform, _PATCHED, True)
+
+
+def _carry_by_ray() -> None:
+    """Let vLLM's executor on Ray give workers our variables: it copies those that it knows, and prefixes named here."""
+    found = os.environ.get(_RAY_PREFIXES, "")
+    if _PREFIX not in (part.strip() for part in found.split(",")):
+        os.environ[_RAY_PREFIXES] = ",".join(filter(None, (found, _PREFIX)))
 
 
 def missing(platform: type) -> list[str]:
