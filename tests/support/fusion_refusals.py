@@ -95,7 +95,14 @@ def _padded_rows(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, 
     return total, *_custom_ops.scaled_fp8_quant(y, scale, num_token_padding=17)
 
 
+def _other_floor(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> Any:
+    y, total = _normed(x, residual, weight)
+    held = (y.float().abs().amax(dim=-1, keepdim=True) / 448).clamp(min=0.01)
+    return total, (y.float() * held.reciprocal()).clamp(-448, 448).to(torch.float8_e4m3fn), held
+
+
 NORM_ONLY = (
+    _other_floor,
     _scale_of_tensor, _other_limits, _scale_of_rows, _narrow_scale, _groups_of_64, _powers_of_two, _bounded_scale,
     _padded_rows,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,12 @@ _E4M3 = torch.float8_e4m3fn
 _E4M3_MAX = 448.0
 _GROUP = 128
 _NVFP4_BLOCK = 16
+# Below which a computed scale does not go, as engines write it. For groups vLLM has 1e-10 / 448 in its kernels, as we
+# do, and the other in plain torch (docs/fused.md says what that is about).
+_FLOORS = {
+    QuantKind.FP8_TOKEN: (1.0 / (_E4M3_MAX * 512.0),),
+    QuantKind.FP8_GROUP: (1e-10 / _E4M3_MAX, 1.0 / (_E4M3_MAX * 512.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -207,21 +214,33 @@ def _decomposed(root: Node, norm_out: Node) -> Quantization | None:
         return given if has_one_element(scale) else None
     if scale.meta["val"].dtype != torch.float32:
         return None
-    width = _width_of_maximum(scale, norm_out, inside)
+    floors: list[object] = []
+    width = _width_of_maximum(scale, norm_out, inside, floors)
     hidden = norm_out.meta["val"].shape[-1]
     kind = {hidden: QuantKind.FP8_TOKEN, _GROUP: QuantKind.FP8_GROUP}.get(width)
     if kind is None or (hidden % _GROUP and kind == QuantKind.FP8_GROUP):
         return None
+    if not all(_is_floor(floor, _FLOORS[kind]) for floor in floors):
+        return None
     return Quantization(kind, (root,), (scale,), inside=frozenset(inside))
 
 
-def _width_of_maximum(scale: Node, norm_out: Node, inside: set[Node]) -> int | None:
-    """How many elements share a scale max(abs(norm)) / 448, where it is one; else None."""
+def _is_floor(given: object, known: tuple[float, ...]) -> bool:
+    """Whether a scale is held at one of these values, or at one that fp32 does not tell from it."""
+    return isinstance(given, float | int) and any(math.isclose(given, value, rel_tol=1e-6) for value in known)
+
+
+def _width_of_maximum(scale: Node, norm_out: Node, inside: set[Node], floors: list[object]) -> int | None:
+    """How many elements share a scale max(abs(norm)) / 448, where it is one; else None.
+
+    ``floors``: gets the values below which the scale does not go.
+    """
     node: Any = scale
     inside.add(node)
     while operator_of(node) == "aten::clamp_min" or (
         operator_of(node) == "aten::clamp" and arguments(node)["max"] is None
     ):
+        floors.append(arguments(node)["min"])
         node = node.args[0]
         inside.add(node)
     if (operator_of(node) == "aten::div" and node.args[1] == _E4M3_MAX) or (
