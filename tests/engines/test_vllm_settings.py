@@ -12,7 +12,7 @@ from llm_allreduce_plugin import AllReduceConfig, AllReduceStrategy, ConfigError
 from llm_allreduce_plugin._version import __version__
 from llm_allreduce_plugin.config import WireFormat
 from llm_allreduce_plugin.engines.vllm.plugin import apply_settings
-from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.vllm.settings import settings_of, stands_aside, uncompiled, unfused
 
 
 def vllm_config(
@@ -228,6 +228,23 @@ def test_reasons_to_stand_aside() -> None:
     assert "elastic" in str(stands_aside(vllm_config({}, elastic=True), one_shot))
 
 
+@pytest.mark.parametrize("switch", ("VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC", "VLLM_USE_NCCL_SYMM_MEM"))
+def test_other_all_reduces_of_vllms_by_name(
+    switch: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = vllm_config({})
+    monkeypatch.setenv(switch, "0")
+    assert stands_aside(config, settings_of({})) is None
+    monkeypatch.setenv(switch, "1")
+    assert stands_aside(config, settings_of({})) == f"{switch}=1 was given; set allreduce_strategy to override it"
+    assert stands_aside(config, settings_of({}), device="cpu") is None, "they are of GPUs"
+    config = vllm_config({"allreduce_strategy": "AUTO"})
+    apply_settings(config)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{switch}=1 is ignored: allreduce_strategy AUTO was set, and overrides it"
+    ]
+
+
 @pytest.mark.parametrize("device", ("xpu", "tpu:0", "hpu", "npu"))
 def test_other_devices_are_left_alone(device: str) -> None:
     config = vllm_config({"allreduce_strategy": "ONESHOT"})
@@ -289,6 +306,9 @@ def test_where_ours_cannot_nothing_is_taken_away(config: Any, reason: str, caplo
         apply_settings(config)
     assert config.compilation_config.pass_config.fuse_allreduce_rms is True
     assert f"fuse_allreduce_rms left on, because this plugin does not replace it: {said}" in caplog.text
+    runs = uncompiled(config) is None
+    assert ("the all-reduces that it fuses bypass allreduce_strategy" in caplog.text) is runs
+    assert ("it does not run, so no all-reduce bypasses allreduce_strategy" in caplog.text) is not runs
 
 
 def test_compile_cache_tells_fused_graphs_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

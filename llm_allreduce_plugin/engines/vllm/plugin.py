@@ -25,7 +25,7 @@ from llm_allreduce_plugin.engines.common.fusion_ops import register_operator
 from llm_allreduce_plugin.engines.common.logs import use_logging_of
 from llm_allreduce_plugin.engines.common.reports import read_reports
 from llm_allreduce_plugin.engines.common.settings import STAMP
-from llm_allreduce_plugin.engines.vllm.settings import flag_overridden, settings_of, stands_aside, unfused
+from llm_allreduce_plugin.engines.vllm.settings import overridden, settings_of, stands_aside, uncompiled, unfused
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.config import AllReduceConfig
@@ -171,10 +171,10 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False, device:
         return
     if stands_aside(vllm_config, settings, custom_all_reduce=custom_all_reduce, device=device) is not None:
         return
-    if (line := flag_overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce)) is not None:
+    for line in overridden(vllm_config, settings, custom_all_reduce=custom_all_reduce, device=device):
         logger.warning("%s", line)
     settings.check_world_size(vllm_config.parallel_config.tensor_parallel_size)
-    _apply_fusion(vllm_config, unfused(vllm_config, settings))
+    _apply_fusion(vllm_config, unfused(vllm_config, settings), uncompiled(vllm_config))
     if settings.report_dir is not None:
         read_reports(settings.report_dir, _use_vllm_logging)
     if isinstance(vllm_config.additional_config, dict):
@@ -182,8 +182,8 @@ def apply_settings(vllm_config: Any, *, custom_all_reduce: bool = False, device:
         vllm_config.additional_config[STAMP] = __version__ if settings.fuse_norm else f"{__version__} unfused"
 
 
-def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
-    """Turn FlashInfer's fusion off where ours replaces it. ``reason``: of :func:`unfused`."""
+def _apply_fusion(vllm_config: Any, reason: str | None, no_passes: str | None) -> None:  # noqa: ANN401
+    """Turn FlashInfer's fusion off where ours replaces it. The reasons: of :func:`unfused` and :func:`uncompiled`."""
     pass_config = getattr(vllm_config.compilation_config, "pass_config", None)
     if pass_config is None or not getattr(pass_config, "fuse_allreduce_rms", False):
         return
@@ -195,7 +195,9 @@ def _apply_fusion(vllm_config: Any, reason: str | None) -> None:  # noqa: ANN401
         )
     else:
         logger.info(
-            "compilation pass fuse_allreduce_rms left on, because this plugin does not replace it: %s; the "
-            "all-reduces that it fuses bypass allreduce_strategy",
+            "compilation pass fuse_allreduce_rms left on, because this plugin does not replace it: %s; %s",
             reason,
+            "the all-reduces that it fuses bypass allreduce_strategy"
+            if no_passes is None
+            else "it does not run, so no all-reduce bypasses allreduce_strategy by it",
         )

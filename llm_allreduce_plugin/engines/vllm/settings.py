@@ -11,6 +11,8 @@ from llm_allreduce_plugin.engines.common.settings import SHORTHAND
 
 _SOURCE = "vLLM additional_config"
 _FLAG = "--disable-custom-all-reduce"
+# Off unless somebody sets them; those that are on by themselves say nothing of what a user wants.
+_SWITCHES = ("VLLM_ALLREDUCE_USE_FLASHINFER_PCIE_IPC", "VLLM_USE_NCCL_SYMM_MEM")
 
 
 def settings_of(additional_config: object) -> AllReduceConfig:
@@ -33,16 +35,33 @@ def flag_given(vllm_config: Any, *, custom_all_reduce: bool) -> bool:  # noqa: A
     return bool(getattr(vllm_config.parallel_config, "disable_custom_all_reduce", False))
 
 
-def flag_overridden(vllm_config: Any, settings: AllReduceConfig, *, custom_all_reduce: bool) -> str | None:  # noqa: ANN401
-    """What to log where the flag and an explicit strategy contradict each other, or None.
+def _given(vllm_config: Any, *, custom_all_reduce: bool, device: str) -> list[str]:  # noqa: ANN401
+    """The switches by which the user chose among vLLM's own all-reduces, as they are written."""
+    found = [_FLAG] if flag_given(vllm_config, custom_all_reduce=custom_all_reduce) else []
+    if device.startswith("cuda"):
+        found += [
+            f"{name}={value}" for name in _SWITCHES if (value := os.environ.get(name, "").strip()) not in ("", "0")
+        ]
+    return found
 
-    The strategy names what is to run, for this plugin; the flag is about a kernel of vLLM's. So the strategy wins.
+
+def overridden(
+    vllm_config: Any,  # noqa: ANN401
+    settings: AllReduceConfig,
+    *,
+    custom_all_reduce: bool,
+    device: str = "cuda",
+) -> list[str]:
+    """What to log where vLLM's switches and an explicit strategy contradict each other. The others: see below.
+
+    The strategy names what is to run, for this plugin; the switches are about all-reduces of vLLM's. So it wins.
     """
     if SHORTHAND not in settings.model_fields_set or settings.allreduce_strategy is AllReduceStrategy.NCCL:
-        return None
-    if not flag_given(vllm_config, custom_all_reduce=custom_all_reduce):
-        return None
-    return f"{_FLAG} is ignored: {SHORTHAND} {settings.allreduce_strategy} was set, and overrides it"
+        return []
+    given = _given(vllm_config, custom_all_reduce=custom_all_reduce, device=device)
+    return [
+        f"{switch} is ignored: {SHORTHAND} {settings.allreduce_strategy} was set, and overrides it" for switch in given
+    ]
 
 
 def stands_aside(
@@ -66,15 +85,16 @@ def stands_aside(
         return "elastic expert parallelism requires vLLM's own communicator class"
     if settings.allreduce_strategy is AllReduceStrategy.NCCL:
         return "allreduce_strategy is NCCL"
-    if SHORTHAND not in settings.model_fields_set and flag_given(vllm_config, custom_all_reduce=custom_all_reduce):
-        return f"{_FLAG} was given; set {SHORTHAND} to override it"
+    given = _given(vllm_config, custom_all_reduce=custom_all_reduce, device=device)
+    if given and SHORTHAND not in settings.model_fields_set:
+        return f"{', '.join(given)} was given; set {SHORTHAND} to override it"
     return None
 
 
-def unfused(vllm_config: Any, settings: AllReduceConfig, *, compiled: bool | None = None) -> str | None:  # noqa: ANN401
+def unfused(vllm_config: Any, settings: AllReduceConfig, *, compiled: bool = False) -> str | None:  # noqa: ANN401
     """Why layer boundaries are not fused under this configuration, or None: they are, in the graphs that vLLM compiles.
 
-    ``compiled``: whether vLLM's passes run; by default, what the configuration says.
+    ``compiled``: vLLM's passes run, whatever the configuration says.
     """
     if not settings.fuse_norm:
         return "fuse_norm is off"
@@ -82,10 +102,13 @@ def unfused(vllm_config: Any, settings: AllReduceConfig, *, compiled: bool | Non
     pass_config = getattr(compilation, "pass_config", None)
     if getattr(pass_config, "enable_sp", False):
         return "sequence parallelism splits the all-reduces up"
-    mode = getattr(compilation, "mode", None)
-    if compiled is None:
-        compiled = mode is None or getattr(mode, "name", "") == "VLLM_COMPILE"
-    if compiled:
+    return None if compiled else uncompiled(vllm_config)
+
+
+def uncompiled(vllm_config: Any) -> str | None:  # noqa: ANN401
+    """Why none of vLLM's passes runs under this configuration, ours or another, or None: they do."""
+    mode = getattr(vllm_config.compilation_config, "mode", None)
+    if mode is None or getattr(mode, "name", "") == "VLLM_COMPILE":
         return None
     if getattr(getattr(vllm_config, "model_config", None), "enforce_eager", False):
         return "enforce_eager is on, so no graph is compiled"
