@@ -121,7 +121,22 @@ def groups(rank: int, folder: str, profile: str) -> None:
             if strategy != "NCCL":
                 assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
                 assert tp.llm_allreduce.report()["calls"] == {runs: 1}
+                refuses_checkpoints(tp)
             say("groups", rank=rank, strategy=strategy, tp=type(tp).__qualname__, world=type(world).__qualname__)
+
+
+def refuses_checkpoints(communicator: Any) -> None:
+    """While ranks share memory; sleep, which lets go of memory alone, goes on."""
+    if hasattr(communicator, "suspend"):  # of some release on
+        communicator.suspend()
+        communicator.resume()
+    try:
+        communicator.checkpoint_prepare()
+    except NotImplementedError as error:
+        assert "start vLLM with allreduce_strategy NCCL" in str(error)
+    else:
+        message = "a checkpoint was prepared"
+        raise AssertionError(message)
 
 
 class Layers(torch.nn.Module):

@@ -10,6 +10,7 @@ from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.engines.common.stock import own_all_reduce
 from llm_allreduce_plugin.engines.vllm.plugin import left_alone, stock_communicator_path
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, unfused
+from llm_allreduce_plugin.topology.links import Transport
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +104,22 @@ def _communicator_class(stock: type) -> type:
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
             return self.llm_allreduce.all_reduce(input_)
+
+        def checkpoint_prepare(self) -> None:
+            """vLLM's, where there is nothing of ours that a checkpoint would lose. ``suspend`` is left as it is.
+
+            Raises:
+                NotImplementedError: ranks share memory, which no checkpoint of a process holds.
+            """
+            transport = self.llm_allreduce.facts.transport
+            if transport is not Transport.NONE:
+                message = (
+                    "a checkpoint of vLLM's processes cannot be taken: the all-reduce plugin has mapped memory of each "
+                    f"rank into the others' processes ({transport.in_words}), which a checkpoint does not hold; start "
+                    "vLLM with allreduce_strategy NCCL"
+                )
+                raise NotImplementedError(message)
+            super().checkpoint_prepare()
 
         def destroy(self) -> None:
             try:
