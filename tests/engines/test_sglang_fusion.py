@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -156,3 +157,22 @@ def test_kernels_of_a_model_are_named_once(caplog: pytest.LogCaptureFixture, mon
         "all-reduce fusion: this model has kernels of its own that sum through SGLang's custom all-reduce, "
         "which bypasses allreduce_strategy: kimi_k3.all_reduce"
     ]
+
+
+def test_models_that_give_the_communicator_at_each_call_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    beam = type("BeamModel", (), {"__module__": "sglang.srt.models.beam"})
+    runner = SimpleNamespace(model=type("BeamForCausalLM", (beam,), {"__module__": "sglang.srt.models.beam"})())
+    before = own_kernels.found()
+    assert [name for name in own_kernels.found(runner.model) if name not in before] == ["models.beam"]
+
+    @functools.cache
+    def made(comm: str) -> str:
+        return comm
+
+    monkeypatch.setitem(sys.modules, own_kernels._DECODE, SimpleNamespace(_get_decode_comm=made))
+    assert own_kernels.found() == before, "a model that does not use it"
+    made("v2")
+    assert [name for name in own_kernels.found() if name not in before] == ["layers.moe.qwen4_decode"]
+    own_kernels._say_once.cache_clear()
+    own_kernels.say(None, runner)
+    assert own_kernels._say_once.cache_info().currsize == 1

@@ -7,11 +7,13 @@ Run for any version of vLLM that PYTHONPATH has. Prints a line of JSON for each 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import os
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ from llm_allreduce_plugin.oracle.norm import residual_rms_norm
 # What is asked for, and what runs.
 STRATEGIES = {"ONESHOT": "ONESHOT", "TWOSHOT": "TWOSHOT", "NCCL": "NCCL", "AUTO": "TWOSHOT", "UB": "UB"}
 HIDDEN, ROWS, EPS = 512, 5, 1e-6
+GEMMA = "vllm.model_executor.layers.fused_allreduce_gemma_rms_norm"
+try:
+    STOCK_GEMMA = importlib.import_module(GEMMA).fused_allreduce_gemma_rms_norm
+except AttributeError:  # of 0.26, which cannot be imported without vLLM's own operators
+    STOCK_GEMMA = None
 
 
 def say(part: str, **seen: Any) -> None:
@@ -108,6 +115,9 @@ def groups(rank: int, folder: str, profile: str) -> None:
     """Of a tensor-parallel group the communicator is ours, of others vLLM's."""
     logging.basicConfig(level=logging.INFO)
     load_general_plugins()
+    model = ModuleType("vllm.models.of_a_test")  # which has imported vLLM's function before
+    model.__dict__["fused_allreduce_gemma_rms_norm"] = STOCK_GEMMA
+    sys.modules[model.__name__] = model
     for strategy, runs in STRATEGIES.items():
         allreduce = {"allreduce_strategy": strategy, "tuning_profile": profile}
         config = VllmConfig(additional_config={"allreduce": allreduce})
@@ -121,8 +131,45 @@ def groups(rank: int, folder: str, profile: str) -> None:
             if strategy != "NCCL":
                 assert torch.equal(x, torch.full((3, 4), float(rank + 1))), "the input was written"
                 assert tp.llm_allreduce.report()["calls"] == {runs: 1}
+                if STOCK_GEMMA is not None:
+                    models_that_sum_themselves(rank, tp)
                 refuses_checkpoints(tp)
             say("groups", rank=rank, strategy=strategy, tp=type(tp).__qualname__, world=type(world).__qualname__)
+
+
+def models_that_sum_themselves(rank: int, communicator: Any) -> None:
+    """What some models call instead of an all-reduce and a norm is our fused call, in modules that had it before, too.
+
+    FlashInfer is never asked for, whoever would.
+    """
+    from vllm.model_executor.layers.layernorm import GemmaRMSNorm
+
+    of_a_model = vars(sys.modules["vllm.models.of_a_test"])["fused_allreduce_gemma_rms_norm"]
+    assert of_a_model is not STOCK_GEMMA
+    calls: list[tuple[Any, Any, float]] = [(of_a_model, GemmaRMSNorm, 1.0)]
+    with contextlib.suppress(ImportError):  # before some release it was a model's own
+        from vllm.models.common.ops import fused_allreduce_rms_norm as plain
+
+        calls.append((plain.fused_allreduce_rms_norm, RMSNorm, 0.0))
+    torch.manual_seed(1)
+    parts, residual = torch.randn(2, ROWS, HIDDEN).bfloat16(), torch.randn(ROWS, HIDDEN).bfloat16()
+    for call, kind, bias in calls:
+        norm = kind(HIDDEN, eps=EPS).bfloat16()
+        norm.weight.data.normal_()
+        expected = residual_rms_norm(parts[0] + parts[1], residual, norm.weight.data, EPS, weight_bias=bias)
+        before = sum(communicator.llm_allreduce.report()["calls"].values())
+        with torch.inference_mode():
+            got = call(parts[rank].clone(), residual.clone(), norm)
+        assert sum(communicator.llm_allreduce.report()["calls"].values()) == before + 1
+        assert torch.equal(got[1], expected.residual_out)
+        assert expected.norm_out is not None
+        assert torch.equal(got[0], expected.norm_out)
+        # Of two types, which our kernels do not take: vLLM's own norm, behind our sum.
+        wide = kind(HIDDEN, eps=EPS).float()
+        with torch.inference_mode():
+            call(parts[rank].clone(), residual.clone(), wide)
+        assert sum(communicator.llm_allreduce.report()["calls"].values()) == before + 2
+    assert importlib.import_module(GEMMA)._can_use_flashinfer(parts[rank], 2) == (False, 0)
 
 
 def refuses_checkpoints(communicator: Any) -> None:

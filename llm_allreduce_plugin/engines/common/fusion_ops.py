@@ -9,11 +9,12 @@ import functools
 import logging
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
-from llm_allreduce_plugin.norm import Normed, Quant, QuantKind, ScaleLayout, empty_outputs
+from llm_allreduce_plugin.norm import UNIT, Normed, Quant, QuantKind, ScaleLayout, empty_outputs
 
 if TYPE_CHECKING:
     from llm_allreduce_plugin.runtime.communicator import TensorParallelCommunicator
@@ -23,6 +24,7 @@ logger = logging.getLogger("llm_allreduce_plugin")
 # Columns of scales that begin at multiples of 16 bytes each: ``Quant.aligned``, which has no name among ScaleLayout.
 ALIGNED_COLUMNS = "aligned-columns"
 
+_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_BOUNDARIES = 1024  # that are counted: an engine may move weights again and again
 
 _SCHEMA = (
@@ -34,7 +36,8 @@ _SCHEMA = (
 class Boundaries:
     """How many different boundaries the fused calls of a group are, told once a model has run through."""
 
-    def __init__(self) -> None:
+    def __init__(self, after_a_run: Callable[[], None] | None = None) -> None:
+        self._after_a_run = after_a_run
         self._seen: dict[int, str] = {}
         self._told = 0
 
@@ -47,6 +50,8 @@ class Boundaries:
         elif self._told != len(self._seen):
             self._told = len(self._seen)
             logger.info("%s", self.line())
+            if self._after_a_run is not None:
+                self._after_a_run()
 
     def line(self) -> str:
         """``all-reduce fusion: 9 layer boundaries are one call each (9 with RMSNorm); one kernel or two by size ...``.
@@ -68,12 +73,18 @@ _communicators: weakref.WeakValueDictionary[str, TensorParallelCommunicator] = w
 _boundaries: dict[str, Boundaries] = {}
 
 
-def serve(group: str, communicator: TensorParallelCommunicator) -> None:
-    """Let fused calls of ``group``, as the engine names it in its graphs, run on ``communicator`` while that lives."""
+def serve(
+    group: str, communicator: TensorParallelCommunicator, after_a_run: Callable[[str], None] | None = None
+) -> None:
+    """Let fused calls of ``group``, as the engine names it in its graphs, run on ``communicator`` while that lives.
+
+    ``after_a_run``: called with the group by the rank that tells, when a model has run through and its boundaries are
+    told.
+    """
     _communicators[group] = communicator
     _boundaries.pop(group, None)
     if communicator.rank == 0:  # one line a group
-        _boundaries[group] = Boundaries()
+        _boundaries[group] = Boundaries(None if after_a_run is None else functools.partial(after_a_run, group))
         if reason := communicator.no_norm_reason:
             logger.warning("all-reduce fusion: layer boundaries of group %s are not fused: %s", group, reason)
 
@@ -119,6 +130,19 @@ def register_operator() -> torch.library.Library:
         library.impl("all_reduce_rms_norm", all_reduce_rms_norm, key)  # type: ignore[no-untyped-call]
     library._register_fake("all_reduce_rms_norm", all_reduce_rms_norm_fake)  # type: ignore[no-untyped-call]  # noqa: SLF001
     return library
+
+
+def fits(input_: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a boundary's tensors are such as our kernels take: one type, one device, whole units of elements."""
+    return (
+        input_.dtype in _TYPES
+        and residual.dtype is input_.dtype
+        and weight.dtype is input_.dtype
+        and weight.device == input_.device
+        and residual.shape == input_.shape
+        and weight.shape == input_.shape[-1:]
+        and input_.shape[-1] % UNIT == 0
+    )
 
 
 def result_names(quant: str, *, return_norm: bool) -> tuple[str, ...]:

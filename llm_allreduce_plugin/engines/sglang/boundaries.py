@@ -9,8 +9,6 @@ import torch
 from llm_allreduce_plugin.engines.common import fusion_ops
 
 ATTRIBUTE = "llm_allreduce"  # of a group: its communicator
-_TYPES = (torch.float32, torch.float16, torch.bfloat16)
-_VECTOR = 8  # elements: rows are a multiple of it
 
 _all_hooks_took = False
 
@@ -104,13 +102,4 @@ def all_reduce_add_norm(
 def can_fuse(norm: Any, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> bool:  # noqa: ANN401
     """Whether a boundary is one that our kernels compute: like SGLang's norm, with one type for all."""
     other = ("cast_x_before_out_mul", "fp32_residual", "variance_size_override", "override_orig_dtype")
-    return (
-        x.dtype in _TYPES
-        and residual.dtype is x.dtype
-        and weight.dtype is x.dtype
-        and weight.device == x.device
-        and residual.shape == x.shape
-        and weight.shape == x.shape[-1:]
-        and x.shape[-1] % _VECTOR == 0
-        and not any(getattr(norm, name, None) for name in other)
-    )
+    return fusion_ops.fits(x, residual, weight) and not any(getattr(norm, name, None) for name in other)

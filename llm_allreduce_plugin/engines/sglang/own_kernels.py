@@ -1,6 +1,7 @@
 """Models whose own kernels sum through SGLang's custom all-reduce: they go on doing so, and the log says it once.
 
-Such kernels are given SGLang's communicator when the model is made, and keep it in a map of their module.
+Such kernels are given SGLang's communicator when the model is made, and keep it in a map of their module, or at each
+call.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ logger = logging.getLogger("llm_allreduce_plugin")
 _LOADED = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 _KERNELS = "sglang.kernels.ops."
 _MAP = "_COMM_MAP"
+# Which give it to kernels at each call.
+_SGLANG = "sglang.srt."
+_BEAM, _DECODE = "sglang.srt.models.beam", "sglang.srt.layers.moe.qwen4_decode"
 
 
 @functools.cache
@@ -26,15 +30,23 @@ def watch() -> None:
         hooks.add_late([Hook(_LOADED, say, "AFTER")])
 
 
-def found() -> list[str]:
-    """The modules of kernels that were given SGLang's communicator."""
+def found(model: object = None) -> list[str]:
+    """The modules of kernels that were given SGLang's communicator, or that ``model`` will give it."""
     modules = [(name, module) for name, module in list(sys.modules.items()) if name.startswith(_KERNELS)]
-    return sorted(name.removeprefix(_KERNELS) for name, module in modules if getattr(module, _MAP, None))
+    names = [name.removeprefix(_KERNELS) for name, module in modules if getattr(module, _MAP, None)]
+    of_model = {kind.__module__ for kind in type(model).__mro__}
+    if _BEAM in of_model:
+        names.append(_BEAM.removeprefix(_SGLANG))
+    # Which is loaded by the one model that may use it, and then has a communicator if that does.
+    made = getattr(getattr(sys.modules.get(_DECODE), "_get_decode_comm", None), "cache_info", None)
+    if made is not None and made().currsize:
+        names.append(_DECODE.removeprefix(_SGLANG))
+    return sorted(names)
 
 
-def say(_result: object, *_args: object, **_kwargs: object) -> None:
-    """After a model was loaded."""
-    if modules := found():
+def say(_result: object, *args: object, **_kwargs: object) -> None:
+    """After a model was loaded, by its runner, which comes first."""
+    if modules := found(getattr(args[0], "model", None) if args else None):
         _say_once(", ".join(modules))
 
 

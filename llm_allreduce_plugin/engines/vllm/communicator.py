@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm_allreduce_plugin.engines.common import fusion_ops
 from llm_allreduce_plugin.engines.common.stock import own_all_reduce
+from llm_allreduce_plugin.engines.vllm import own_kernels
 from llm_allreduce_plugin.engines.vllm.plugin import left_alone, stock_communicator_path
 from llm_allreduce_plugin.engines.vllm.settings import settings_of, unfused
 from llm_allreduce_plugin.topology.links import Transport
@@ -43,11 +44,11 @@ def make_device_communicator(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
     communicator = _communicator_class(stock)(
         *args, llm_allreduce_settings=settings, llm_allreduce_name=_name_of(config), **kwargs
     )
-    if (
-        communicator.llm_allreduce.rank == 0
-        and config is not None
-        and (reason := unfused(config, settings)) is not None
-    ):
+    if config is None:
+        return communicator
+    fuses = unfused(config, settings, compiled=True) is None  # models that call us need no compiler
+    own_kernels.replace(kwargs["unique_name"], wanted=fuses and not communicator.llm_allreduce.no_norm_reason)
+    if communicator.llm_allreduce.rank == 0 and (reason := unfused(config, settings)) is not None:
         logger.info("all-reduce fusion: layer boundaries are not fused: %s", reason)
     return communicator
 
@@ -100,9 +101,13 @@ def _communicator_class(stock: type) -> type:
                 name=llm_allreduce_name,
             )
             self.llm_allreduce.let_graphs_share()  # vLLM's have one memory pool
-            fusion_ops.serve(kwargs["unique_name"], self.llm_allreduce)
+            self._llm_allreduce_group = kwargs["unique_name"]
+            fusion_ops.serve(kwargs["unique_name"], self.llm_allreduce, own_kernels.say)
 
         def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+            """The first one, by when a model has been loaded. Later ones go straight to ours."""
+            self.all_reduce = self.llm_allreduce.all_reduce  # type: ignore[method-assign]
+            own_kernels.say(self._llm_allreduce_group)
             return self.llm_allreduce.all_reduce(input_)
 
         def checkpoint_prepare(self) -> None:

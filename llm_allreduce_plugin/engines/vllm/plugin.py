@@ -8,7 +8,8 @@
 3. ``Platform.check_and_update_config`` is followed by ours: it refuses bad settings before any worker starts, turns off
    FlashInfer's fusion of all-reduces where ours replaces it, and stamps what compiled graphs depend on into
    ``additional_config``, which is part of vLLM's compile-cache key. A config hook for general plugins would replace it.
-4. ``VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY`` names our variables, too: vLLM's own means for those of plugins.
+4. Functions by which some models run FlashInfer's fused kernel themselves: see ``own_kernels.py``.
+5. ``VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY`` names our variables, too: vLLM's own means for those of plugins.
 """
 
 from __future__ import annotations
