@@ -48,6 +48,7 @@ class GroupCoordinator:
     def __init__(self, unique_name: str) -> None:
         self.unique_name = unique_name
         self.ranks, self.rank_in_group, self.world_size, self.device = [0, 1], 0, 2, torch.device("cpu")
+        self.cpu_group = None
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         return input_ * 2
