@@ -261,13 +261,14 @@ CLUSTERS_FROM = 90  # architectures that have clusters of blocks
 #
 # Two steps (four H100, rows of 4096 and 8192): lanes of few rows wait for one message after the other, 10.6 us against
 # 9.1 at 1 MiB; 15.4 against 17.1 at 2 (benchmarks/h100/fused_shapes_tp4.json). With four H200 both are as fast at 1.6
-# MiB, with three at 4.6, and at 800 KiB before (configs/tuning/nvidia-h200-x4.json). Two ranks never take two steps.
+# MiB, with three at 4.6, and at 800 KiB before (configs/tuning/nvidia-h200-x4.json); with four H100 at 1.4
+# (nvidia-h100-x4.json). Two ranks never take two steps.
 # Through host memory 16-bit rows that travel in band were slower in one kernel at every size (the same file, and
 # nvidia-h100.json).
 NEVER = None
 FUSED_PAYS: dict[tuple[Transport, str], dict[int, tuple[int, int | None] | None]] = {
     (Transport.SYMMETRIC, "ONE_SHOT"): {8: (0, None)},
-    (Transport.SYMMETRIC, "TWO_SHOT"): {3: (4736 * KIB, None), 8: (2 * MIB, None)},
+    (Transport.SYMMETRIC, "TWO_SHOT"): {3: (4736 * KIB, None), 4: (1600 * KIB, None), 8: (2 * MIB, None)},
     (Transport.HOST, "ONE_SHOT"): {8: NEVER},
 }
 # Over more than two ranks, the largest message that one kernel takes in one step where the sum alone takes two. Four
@@ -282,7 +283,8 @@ FUSED_SOURCES: dict[tuple[Transport, int], str] = {
         "one kernel was faster than two in one step to 512 KiB and in two from 4.625 MiB on (3 H200, rows of 8192)"
     ),
     (Transport.SYMMETRIC, 4): (
-        "one kernel was faster than two in one step to 256 KiB and in two from 2 MiB on (4 H200, 4 H100, rows of 8192)"
+        "one kernel was faster than two in one step to 256 KiB and in two from 1.6 MiB on "
+        "(4 H200, 4 H100, rows of 8192)"
     ),
     (Transport.HOST, 2): "5.51 us against 6.88 at 16 KiB, 17.4 against 18.6 at 256 KiB: 2 H100, rows of 8192",
     (Transport.HOST, 4): "6.13 us against 10.1 at 16 KiB, 10.6 against 12.9 at 64 KiB: 4 H200, rows of 8192",

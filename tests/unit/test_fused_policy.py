@@ -9,6 +9,7 @@ import pytest
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.algorithms import measured
 from llm_allreduce_plugin.algorithms.decision import Algorithm, Epilogue
+from llm_allreduce_plugin.bench.norm_compare import strategy_in_one_kernel
 from llm_allreduce_plugin.profiles import file, search
 from llm_allreduce_plugin.quantization import QuantKind
 from llm_allreduce_plugin.runtime.tally import fallbacks_of
@@ -99,7 +100,10 @@ def test_shipped_profiles_and_the_numbers_without_one_agree() -> None:
             for times in entry.fused.measured:
                 one, two = (times.graph_us[runs] for runs in ("fused", "then-norm"))
                 rows, hidden = times.bytes // 2 // entry.fused.hidden, entry.fused.hidden
-                decision = decide_fused(config(times.strategy), group, rows, hidden, "bfloat16")
+                strategy = strategy_in_one_kernel(group, times.strategy, times.bytes)
+                if path.name == "nvidia-h200-x4.json" and strategy != times.strategy:
+                    continue  # timed in two steps: tune did not ask for what AUTO runs yet
+                decision = decide_fused(config(strategy), group, rows, hidden, "bfloat16")
                 if abs(one / two - 1) > 0.025:
                     assert (decision.launch is not None) == (one < two), f"{path.name}: {entry}: {times}"
                     compared.add((path.name, entry.world_size, entry.transport))
@@ -118,7 +122,7 @@ def test_few_rows_in_two_steps_take_two_kernels() -> None:
     for rows, algorithm in (
         (13, Algorithm.ONE_SHOT),
         (16, Algorithm.ONE_SHOT),
-        (128, Algorithm.TWO_SHOT),
+        (100, Algorithm.TWO_SHOT),
         (4096, Algorithm.TWO_SHOT),
     ):
         launch = decide_fused(config(), facts(4), rows, 8192, "bfloat16").launch
@@ -129,9 +133,9 @@ def test_few_rows_in_two_steps_take_two_kernels() -> None:
         assert (
             reason_of(facts(ranks), 100, 8192) == f"in two steps below 2 MiB two kernels are faster than one {unknown}"
         )
-    for rows, strategy in ((17, "AUTO"), (127, "AUTO"), (14, "TWOSHOT")):
+    for rows, strategy in ((17, "AUTO"), (99, "AUTO"), (14, "TWOSHOT")):
         reason = reason_of(facts(4), rows, 8192, strategy=strategy)
-        assert reason.startswith("in two steps below 2 MiB two kernels are faster than one (one kernel was faster")
+        assert reason.startswith("in two steps below 1.562 MiB two kernels are faster than one (one kernel was faster")
     for rows in (100, 295):
         reason = reason_of(facts(3), rows, 8192)
         assert reason.startswith("in two steps below 4.625 MiB two kernels are faster than one (one kernel was faster")

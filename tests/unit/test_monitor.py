@@ -199,7 +199,7 @@ def test_nccl_starts_although_the_report_cannot_be_written(
     monkeypatch.setattr(Reporter, "RETRY_S", 0.5)
     folder = tmp_path / "reports"
     folder.write_text("a file in the folder's place")
-    stock = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
+    stock = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1], cpu_group=None)
     settings = AllReduceConfig(allreduce_strategy="NCCL", report_dir=folder)  # type: ignore[arg-type]
     _report_stock(stock, settings, "allreduce_strategy is NCCL", "dp0")
     assert any(f"report_dir={folder} cannot be written" in line for line in caplog.messages)
@@ -272,7 +272,7 @@ match sys.argv[1]:
     case "the last report":
         monitor = Monitor(None, Path(sys.argv[2]), lambda: report_of(1, "m"))
     case "a report of the engine's own":
-        stock = SimpleNamespace(rank_in_group=0, ranks=[0, 1])
+        stock = SimpleNamespace(rank_in_group=0, ranks=[0, 1], cpu_group=None)
         settings = AllReduceConfig(allreduce_strategy="NCCL", report_dir=Path(sys.argv[2]))
         _report_stock(stock, settings, "allreduce_strategy is NCCL", "dp0")
     case "the start":

@@ -220,7 +220,7 @@ def test_without_fused_times_the_seeds_decide() -> None:
     for made in (entry(), entry(element_bytes=4, fused=fused([(None, "then-norm")]))):
         decision = decide_fused(AllReduceConfig(), with_fused(made), 4096, 8192, "bfloat16")
         assert decision.launch is not None
-        assert "from 2 MiB on (4 H200, 4 H100" in decision.reason
+        assert "from 1.6 MiB on (4 H200, 4 H100" in decision.reason
 
 
 def test_cpu_ranks_go_by_eager_calls() -> None:
