@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from llm_allreduce_plugin.measure.ranks import RankPool
+from tests.support.marks import wants_slow
 from tests.support.pool import ForkedPool
 from tests.support.switched_off import SWITCHES as MULTICAST_SWITCHES
 from tests.support.switched_off import WITH_ONE_SWITCH, Watch, refusal, watching
@@ -212,7 +213,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_order)
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for item in items:
-        if item.get_closest_marker("slow") is not None and os.environ.get("ALLREDUCE_TEST_SLOW", "0") in ("", "0"):
+        if item.get_closest_marker("slow") is not None and not wants_slow():
             item.add_marker(pytest.mark.skip(reason="slow: ALLREDUCE_TEST_SLOW=1 runs it"))
         marker = item.get_closest_marker("gpu")
         if marker is None:

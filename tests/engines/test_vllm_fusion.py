@@ -7,16 +7,25 @@ import json
 
 import pytest
 
-from tests.support.packages import name_of
+from tests.support.marks import wants_slow
+from tests.support.packages import INSTALLED, name_of
 from tests.support.vllm_packages import PACKAGES, run_module
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
 
+def tries_all(package: str) -> bool:
+    return package == INSTALLED or wants_slow()
+
+
 @functools.cache
 def faults_of(package: str) -> dict[str, str | None]:
-    """The faults of every case of ``tests.support.fusion_cases``, in one process of that version."""
-    result = run_module(package, "tests.support.fusion_cases", VLLM_PLUGINS="")
+    """The faults of the cases of ``tests.support.fusion_cases``, in one process of that version.
+
+    All of them of the installed version; of others few, unless slow tests are asked for.
+    """
+    few = () if tries_all(package) else ("few",)
+    result = run_module(package, "tests.support.fusion_cases", *few, VLLM_PLUGINS="")
     faults: dict[str, str | None] = json.loads(result.stdout.splitlines()[-1])
     return faults
 
@@ -45,5 +54,6 @@ def test_every_quantization_was_tried(package: str) -> None:
     ):  # fmt: skip
         assert {f"RMSNorm, {place}, {quant}, bfloat16" for place in ("first", "middle")} <= names.keys()
         assert f"RMSNorm, middle, {quant}, and norm, bfloat16" in names
-        for norm in ("GemmaRMSNorm", "native", "native_gemma", "custom", "transformers"):
+        others = ("GemmaRMSNorm", "native_gemma", "custom", "transformers") if tries_all(package) else ()
+        for norm in ("native", *others):
             assert f"{norm}, middle, {quant}, bfloat16" in names

@@ -1,7 +1,7 @@
 """Layer boundaries as engines write them, fused by our pass: ``python -m tests.support.fusion_cases`` runs them all.
 
 In a process of its own, so that it can be any version of vLLM: the one that is found first. Prints JSON: of every case,
-its fault, or null.
+its fault, or null. ``few`` as the first word: see :func:`all_checks`; further words: cases that have one in their name.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ from tests.support.fusion_spellings import (  # first: it sets up vLLM
 from tests.support.fusion_runs import RANKS, Output, functional_pass, make_inputs, run, same, same_layout, serve_groups  # isort: skip
 from tests.support.post_grad import traced  # isort: skip
 from tests.support.fusion_refusals import ALONE, NORM_ONLY, check_left_alone, check_odd_width, other_group  # isort: skip
+
+ONLY_FEW = "few"
+FEW = ("RMSNorm", "native")
 
 
 @dataclass(frozen=True)
@@ -242,12 +245,17 @@ def check_compile_ranges() -> None:
     assert not [found for found in lines if "of a compiled graph" in found], "of another rank than the first"
 
 
-def all_checks() -> dict[str, Callable[[], None]]:
+def all_checks(*, few: bool) -> dict[str, Callable[[], None]]:
+    """The checks by name. ``few``: types and quantizations with two norms alone, vLLM's and one in plain torch.
+
+    Norms and quantizations are found one after the other, so of a further version of vLLM these show what differs.
+    """
     cases = [Case(norm, place) for norm in NORMS for place in ("first", "middle", "last")]
-    cases += [Case(norm, place, dtype=torch.float32) for norm in NORMS for place in ("first", "middle")]
-    cases += [Case(norm, "middle", dtype=torch.float16) for norm in NORMS]
+    typed = FEW if few else NORMS
+    cases += [Case(norm, place, dtype=torch.float32) for norm in typed for place in ("first", "middle")]
+    cases += [Case(norm, "middle", dtype=torch.float16) for norm in typed]
     # ``layer`` and ``gemma_layer`` leave what vLLM's layers leave, of which each quantization is tried.
-    crossed = [norm for norm in NORMS if norm not in {"layer", "gemma_layer"}]
+    crossed = [norm for norm in typed if norm not in {"layer", "gemma_layer"}]
     cases += [Case(norm, "middle", quant) for norm in crossed for quant in QUANTS]
     cases += [Case("RMSNorm", "first", quant) for quant in QUANTS]
     cases += [Case("RMSNorm", "middle", quant, norm_too=True) for quant in QUANTS]
@@ -272,9 +280,10 @@ def main() -> int:
     gc.freeze()
     gc.disable()
     serve_groups()
-    wanted = sys.argv[1:]
+    few = sys.argv[1:2] == [ONLY_FEW]
+    wanted = sys.argv[1 + few :]
     faults: dict[str, str | None] = {}
-    for name, check in all_checks().items():
+    for name, check in all_checks(few=few).items():
         if wanted and not any(part in name for part in wanted):
             continue
         try:
