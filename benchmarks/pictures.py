@@ -188,8 +188,10 @@ def ms_per_token(figure: Figure, records: Sequence[Document]) -> None:
             places = [place + (number - (len(names) - 1) / 2) * width for place in range(len(stock))]
             saved = [(1 - found[batch] / stock[batch]) * 100 for batch in stock]
             label = FUSED_NORM if is_fused else TITLES[kind]
-            bars = axes.bar(places, saved, width, color=color_of(kind), label=label)
-            axes.bar_label(bars, [f"{found[batch]:.2f} ms" for batch in stock], rotation=90, fontsize=11, padding=3)
+            axes.bar(places, saved, width, color=color_of(kind), label=label)
+            for place, height, batch in zip(places, saved, stock, strict=True):  # above the axis where it is negative
+                text = f"{found[batch]:.2f} ms"
+                axes.text(place, max(height, 0) + 0.8, text, rotation=90, fontsize=11, ha="center", va="bottom")
         axes.set_xticks(range(len(stock)), [f"{batch}\n{stock[batch]:.2f} ms" for batch in stock], fontsize=11)
         axes.set_title(title, fontsize=13)
         axes.set_xlabel("batch size, and stock vLLM's time")
