@@ -56,7 +56,7 @@ def engine_arguments(device: str, *, several: bool = False) -> dict[str, Any]:
         return {"device": "cpu", "attention_backend": "torch_native", "max_total_tokens": 32768}
     room = {"max_total_tokens": TOKENS} if several else {}
     return room | {
-        "disable_prefill_cuda_graph": True,  # decode is measured; capturing these took 97 s of a start over four H100
+        "disable_prefill_cuda_graph": True,  # decode alone is measured; capturing these is most of a start
         "attention_backend": "triton",
         "mm_feature_transport": "cpu",
         "mem_fraction_static": 0.5,
