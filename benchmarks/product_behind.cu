@@ -38,12 +38,15 @@ __global__ void where(uint32_t* multiprocessors) {
   while (now - begin < 5000);
 }
 
-cudaLaunchConfig_t config_of(int blocks, int threads, void* stream, cudaLaunchAttribute* attributes) {
+cudaLaunchConfig_t config_of(int blocks, int threads, int cluster, void* stream, cudaLaunchAttribute* attributes) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(stream);
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = attributes;
+  config.numAttrs = 1;
   return config;
 }
 
@@ -51,12 +54,12 @@ cudaLaunchConfig_t config_of(int blocks, int threads, void* stream, cudaLaunchAt
 
 // `early`: the kernel may start while the one before it drains.
 extern "C" int launch_before(const void* input, void* output, uint32_t vectors, uint32_t least_ns, int lets_in,
-                             int early, int blocks, int threads, void* stream) {
-  cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config = config_of(blocks, threads, stream, &attribute);
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.numAttrs = early ? 1 : 0;
+                             int early, int blocks, int threads, int cluster, void* stream) {
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config = config_of(blocks, threads, cluster, stream, attributes);
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.numAttrs = early ? 2 : 1;
   const Before arguments{static_cast<const uint4*>(input), static_cast<uint4*>(output), vectors, least_ns, lets_in};
   return cudaLaunchKernelEx(&config, before, arguments);
 }
@@ -67,10 +70,7 @@ extern "C" int launch_where(uint32_t* multiprocessors, int blocks, void* stream)
   const cudaError_t error = cudaFuncSetAttribute(where, cudaFuncAttributeMaxDynamicSharedMemorySize, kAlone);
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute attribute{};
-  cudaLaunchConfig_t config = config_of(blocks, 128, stream, &attribute);
+  cudaLaunchConfig_t config = config_of(blocks, 128, 2, stream, &attribute);
   config.dynamicSmemBytes = kAlone;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {2, 1, 1};
-  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, where, multiprocessors);
 }

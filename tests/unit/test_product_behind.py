@@ -1,19 +1,19 @@
-"""What stands before a matrix product, and where the blocks of clusters ran."""
+"""Tests of which kernels benchmarks/product_behind.py runs."""
 
 from __future__ import annotations
 
 from benchmarks import product_behind
 
 
-def test_clusters_on_neighbouring_multiprocessors() -> None:
-    assert product_behind.neighbours([0, 1, 4, 5, 7, 6]) == 3
-    assert product_behind.neighbours([1, 2, 3, 4, 5, 5]) == 0
-
-
-def test_every_shape_comes_once() -> None:
+def test_shapes_are_measured_once_for_each_number_of_rows() -> None:
     for rows in product_behind.ROWS:
         found = list(product_behind.shapes(rows))
-        assert len(found) == len(set(found))
-        assert {(shape.early, shape.lets_in) for shape in found} == {
-            (a, b) for a in (False, True) for b in (False, True)
-        }
+        assert len(set(found)) == len(found)
+        assert found[0].blocks == rows
+
+
+def test_a_cluster_has_all_of_its_blocks() -> None:
+    found = list(product_behind.left_shapes())
+    assert len(set(found)) == len(found)
+    assert all(shape.blocks % shape.cluster == 0 for shape in found)
+    assert {shape.cluster for shape in found} == {1, 2, 4, 8}
