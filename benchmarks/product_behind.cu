@@ -10,6 +10,7 @@ struct Before {
   const uint4* input;
   uint4* output;
   uint32_t vectors;
+  uint32_t writers;   // blocks that copy
   uint32_t least_ns;  // the kernel takes at least so long
   int32_t lets_in;    // whether it lets the next kernel start when it starts itself
 };
@@ -19,9 +20,10 @@ __global__ void __launch_bounds__(1024, 1) before(const Before arguments) {
   if (arguments.lets_in) asm volatile("griddepcontrol.launch_dependents;");
   uint64_t begin;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
-  const uint32_t stride = gridDim.x * blockDim.x;
-  for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < arguments.vectors; i += stride)
-    arguments.output[i] = arguments.input[i];
+  const uint32_t stride = arguments.writers * blockDim.x;
+  if (blockIdx.x < arguments.writers)
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < arguments.vectors; i += stride)
+      arguments.output[i] = arguments.input[i];
   uint64_t now;
   do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
   while (now - begin < arguments.least_ns);
@@ -52,15 +54,16 @@ cudaLaunchConfig_t config_of(int blocks, int threads, int cluster, void* stream,
 
 }  // namespace
 
-// `early`: the kernel may start while the one before it drains.
-extern "C" int launch_before(const void* input, void* output, uint32_t vectors, uint32_t least_ns, int lets_in,
-                             int early, int blocks, int threads, int cluster, void* stream) {
+// `vectors`: of 16 bytes. `writers`: blocks that copy. `early`: the kernel may start while the one before it drains.
+extern "C" int launch_before(const void* input, void* output, uint32_t vectors, uint32_t writers, uint32_t least_ns,
+                             int lets_in, int early, int blocks, int threads, int cluster, void* stream) {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config = config_of(blocks, threads, cluster, stream, attributes);
   attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.numAttrs = early ? 2 : 1;
-  const Before arguments{static_cast<const uint4*>(input), static_cast<uint4*>(output), vectors, least_ns, lets_in};
+  const Before arguments{
+      static_cast<const uint4*>(input), static_cast<uint4*>(output), vectors, writers, least_ns, lets_in};
   return cudaLaunchKernelEx(&config, before, arguments);
 }
 
