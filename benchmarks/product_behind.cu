@@ -1,5 +1,5 @@
-// Kernels for benchmarks/product_behind.py: one that a matrix product stands behind, and one that says on which
-// multiprocessors the blocks of a cluster run.
+// Kernels for benchmarks/product_behind.py and clusters_leave.py: one that a matrix product stands behind, and one that
+// says on which multiprocessors the blocks of a cluster run.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -45,10 +45,11 @@ cudaLaunchConfig_t config_of(int blocks, int threads, int cluster, void* stream,
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.stream = static_cast<cudaStream_t>(stream);
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   config.attrs = attributes;
-  config.numAttrs = 1;
+  if (cluster > 0) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   return config;
 }
 
@@ -59,9 +60,10 @@ extern "C" int launch_before(const void* input, void* output, uint32_t vectors, 
                              int lets_in, int early, int blocks, int threads, int cluster, void* stream) {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config = config_of(blocks, threads, cluster, stream, attributes);
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.numAttrs = early ? 2 : 1;
+  if (early) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
   const Before arguments{
       static_cast<const uint4*>(input), static_cast<uint4*>(output), vectors, writers, least_ns, lets_in};
   return cudaLaunchKernelEx(&config, before, arguments);

@@ -45,21 +45,26 @@ class Shape(NamedTuple):
     threads: int
     early: bool
     lets_in: bool
-    cluster: int = 1
+    cluster: int = 0  # blocks; 0: launched without clusters, as most kernels are
 
 
 def shapes() -> Iterator[Shape]:
     """In the order in which they are measured."""
-    few = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 66, 68, 72, 80, 88, 96, 104, 112, 116, 120, 124, 126, 128, 130)
-    for blocks in (*few, 131, 132, 133, 136, 144, 160, 192, 198, 256, 264):
+    for blocks in (1, 8, 64, 66, 68, 96, 104, 128, 132, 264):
         yield Shape(blocks, 256, early=False, lets_in=False)
-    for blocks in (8, 64, 66, 128, 132, 264):
+    for blocks in (8, 132):
         yield Shape(blocks, 1024, early=False, lets_in=False)
-    for blocks in (8, 128, 132):
-        yield Shape(blocks, 256, early=True, lets_in=True)
         yield Shape(blocks, 256, early=True, lets_in=False)
-    for blocks, cluster in itertools.product((8, 64, 128), (2, 4, 8)):
-        yield Shape(blocks, 256, early=False, lets_in=False, cluster=cluster)
+        yield Shape(blocks, 256, early=True, lets_in=True)
+    clusters = {
+        1: (1, 4, 5, 6, 7, 8, 12, 16, 64, 66, 68, 80, 88, 96, 104, 112, 120, 128, 131, 132, 264),
+        2: (1, 4, 5, 6, 7, 8, 9, 32, 33, 37, 38, 39, 65, 66),
+        4: (1, 2, 3, 4, 5, 8, 9, 17, 20, 32, 33),
+        8: (1, 2, 3, 4, 5, 8, 9, 12, 16),
+    }
+    for cluster, numbers in clusters.items():
+        for number in numbers:
+            yield Shape(number * cluster, 256, early=False, lets_in=False, cluster=cluster)
 
 
 def compiled(folder: Path) -> ctypes.CDLL:
@@ -130,12 +135,13 @@ class Runs:
 
         torch.mm(self.copy, self.weight.t(), out=self.out)
 
-    def order_behind(self, shape: Shape) -> int:
-        """The number of the order in which multiprocessors are given to blocks behind a kernel of that shape."""
+    def order_behind(self, *shapes: Shape) -> int:
+        """The number of the order in which multiprocessors are given to blocks behind kernels of these shapes."""
         import torch
 
         stream = torch.cuda.current_stream()
-        self.before(shape, stream)
+        for shape in shapes:
+            self.before(shape, stream)
         status = self.kernels.launch_where(self.places.data_ptr(), len(self.places), stream.cuda_stream)
         assert status == 0, status
         found = self.places.tolist()
