@@ -156,10 +156,11 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     wide = _is_wide(facts, rows, launch, shape)
     cluster = _cluster(facts, rows, in_a_round, shape, wide=wide)
     wide &= cluster == 1
+    lanes = _lanes(facts, in_a_round, cluster, wide=wide)
     spread = Launch(
         launch.algorithm,
         launch.exchange,
-        lanes=_lanes(facts, in_a_round, cluster, wide=wide),
+        lanes=_with_idle(facts, lanes, cluster) if launch.exchange is Exchange.PUSH else lanes,
         threads=_whole_warps(rows.vectors) if wide else _threads(math.ceil(rows.vectors / cluster), shape),
         chunk_vectors=in_a_round * rows.vectors,
         rounds=math.ceil(rows.rows / (in_a_round * parts)),
@@ -219,6 +220,16 @@ def _lanes(facts: GroupFacts, rows: int, cluster: int, *, wide: bool) -> int:
     if wide and rows <= facts.lanes:  # a multiprocessor holds one of them: two rows each, rather than two waves of one
         most = facts.lanes // 2
     return min(rows * cluster, most)
+
+
+def _with_idle(facts: GroupFacts, lanes: int, cluster: int) -> int:
+    """As many lanes, and some without a row where a matrix product behind them would be slower without those.
+
+    It then finds the GPU as it would have without this kernel (:class:`~.measured.Leaves`).
+    """
+    if facts.multiprocessors != measured.LEAVES.multiprocessors:
+        return lanes
+    return measured.LEAVES.padded(lanes // cluster, cluster, facts.lanes // cluster) * cluster
 
 
 def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape, *, wide: bool) -> int:

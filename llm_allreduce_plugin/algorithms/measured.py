@@ -243,6 +243,43 @@ ROW_SHAPES = {
     "SHARED": RowShape(256, (1, 2, 4)),
 }
 MOST_SHARING = 8  # blocks of a cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    """Grids that leave a GPU as they found it, for the clusters of the kernel after them.
+
+    A GPU deals clusters out over its GPCs in turns. Where the next kernel's turn begins may depend on how many clusters
+    the kernel before it had. A matrix product of 112 clusters takes an H100 161 to 171 us by that alone
+    (benchmarks/h100/product_behind.json).
+
+    Attributes:
+        multiprocessors: of the GPUs on which that was measured; of others nothing is known.
+        clusters: by blocks of a cluster, the numbers of clusters behind which the turn begins where it would have begun
+            without them, or at the first GPC (benchmarks/h100/clusters_leave.json). 1: of kernels without clusters.
+    """
+
+    multiprocessors: int
+    clusters: dict[int, tuple[int, ...]]
+
+    def padded(self, clusters: int, blocks: int, most: int) -> int:
+        """The least such number, from ``clusters`` of so many ``blocks`` to ``most``; if there is none, itself."""
+        found = (number for number in self.clusters.get(blocks, ()) if clusters <= number <= most)
+        return next(found, clusters)
+
+
+LEAVES = Leaves(
+    132,
+    {
+        1: (*range(1, 9), *range(15, 141), *range(147, 265)),
+        2: (
+            *(1, 2, 3, 4, 11, 12, 19, 20, 27, 28, 35, 36, 43, 50, 57, 64, 66, 67, 68, 69, 70, 78, 86, 94, 102, 109),
+            *(116, 123, 130, 132),
+        ),
+        4: (7, 8, 15, 16, 23, 30, 38, 46, 53, 60, 62),
+        8: (7, 8, 15, 23, 30),
+    },
+)
 # Warps that only push, of a grid of LARGEST_GRID, by what GPUs are called, whatever a row is wide; of others the last.
 # With fewer the links wait for them; with more everything is slower at once, as if other accesses stood behind what
 # waits for the links. 6560 rows of 2880 / 4096 / 5120 / 8192 take two H200 113 / 155 / 199 / 300 us with 448 and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import pickle
 from typing import Any
@@ -21,12 +22,14 @@ from llm_allreduce_plugin.selection.policy import decide, decide_fused
 from llm_allreduce_plugin.topology.links import Transport
 from tests.support.fused_decisions import facts, launch_of
 from tests.support.group_facts import LANES, config
+from tests.unit.test_command_files import ROOT
 
 S = AllReduceStrategy
 VECTOR_ELEMENTS = 8
 
 any_facts = st.builds(
-    facts,
+    lambda multiprocessors, **fields: dataclasses.replace(facts(**fields), multiprocessors=multiprocessors),
+    multiprocessors=st.sampled_from((None, 78, 132)),
     world_size=st.sampled_from((2, 3, 4, 7, 8, 9, 16)),
     transport=st.sampled_from(list(Transport)),
     workspace=st.integers(32 << 20, 512 << 20),
@@ -77,7 +80,9 @@ def _is_sound(group: GroupFacts, rows: int, hidden: int, launch: Launch) -> None
         assert in_a_round >= workers
     else:
         assert launch.drain_lanes == 0
-        assert launch.lanes <= in_a_round * launch.cluster
+        idle = launch.lanes - in_a_round * launch.cluster
+        assert idle <= 0 or group.multiprocessors == measured.LEAVES.multiprocessors
+        assert idle <= 0 or launch.exchange is Exchange.PUSH
     if launch.exchange is Exchange.SHARED:
         assert (launch.rounds, launch.scatter_lanes, launch.cluster) == (1, 0, 1)
         assert is_one_shot
@@ -149,6 +154,38 @@ def test_few_rows_are_shared_by_a_cluster() -> None:
     assert launch_of(facts(2, architecture=80), 1, 8192).cluster == 1
     assert launch_of(facts(2, architecture=None), 1, 8192).cluster == 1
     assert launch_of(facts(2, Transport.HOST), 1, 8192).cluster == 1
+
+
+def test_clusters_without_a_row_leave_the_gpu_as_it_was() -> None:
+    """On GPUs on which that was measured. Of one cluster the next kernel's clusters would begin at another GPC."""
+    for world_size, rows, cluster, lanes in (
+        *((2, 1, 8, 56), (2, 4, 8, 56), (2, 5, 4, 28), (2, 8, 4, 32), (2, 9, 4, 60), (2, 16, 4, 64), (2, 17, 1, 17)),
+        *((4, 1, 8, 56), (4, 16, 4, 64), (4, 32, 8, 64), (4, 128, 4, 152)),
+    ):
+        group = facts(world_size)
+        known = launch_of(dataclasses.replace(group, multiprocessors=132), rows, 8192)
+        assert (known.cluster, known.lanes) == (cluster, lanes)
+        other = launch_of(dataclasses.replace(group, multiprocessors=114), rows, 8192)
+        assert dataclasses.replace(known, lanes=other.lanes) == other
+        assert other.lanes <= known.lanes
+    shared = dataclasses.replace(facts(2, Transport.HOST), multiprocessors=132)
+    assert launch_of(shared, 9, 4096).lanes == 9
+    assert launch_of(dataclasses.replace(facts(2), multiprocessors=132), 9, 2880).lanes == 15
+
+
+# Where the next turn begins, for each GPC at which it would have begun: there, or at the first. Such a turn is also
+# seen to begin at the last: where two GPCs have as much free, or where the first has less than others.
+AS_IT_WAS = {"01234567", "71234567", "70234567", "70000007"}
+
+
+def test_what_leaves_the_gpu_as_it_was_is_what_was_measured() -> None:
+    record = json.loads((ROOT / "benchmarks" / "h100" / "clusters_leave.json").read_text())
+    assert record["multiprocessors"] == measured.LEAVES.multiprocessors
+    for blocks, allowed in measured.LEAVES.clusters.items():
+        lines = [row for row in record["rows"] if row["cluster"] == (0 if blocks == 1 else blocks)]
+        assert [row["started_at"] for row in lines] == list(range(8))
+        behind = ["".join(map(str, ends)) for ends in zip(*(row["begins_at"] for row in lines), strict=True)]
+        assert allowed == tuple(number for number, ends in enumerate(behind, 1) if ends in AS_IT_WAS)
 
 
 def test_a_block_has_as_few_vectors_to_a_thread_as_it_can() -> None:
