@@ -8,6 +8,12 @@ from benchmarks.tables import MISSING, has_record, markdown, record
 
 BATCHES = (1, 8, 32, 128)
 SGLANG_PICTURE = "sglang_ms_per_token"
+OF_SGLANG = {
+    "default": "stock SGLang",
+    "AUTO-unfused": "AUTO, norm left to SGLang",
+    "AUTO": "AUTO, norm fused",
+    "ONESHOT": "ONESHOT, norm fused",
+}
 
 
 def _by_batch(row: dict[str, Any], what: str) -> list[str]:
@@ -34,7 +40,10 @@ def tokens(name: str, variants: dict[str, str], *, more: str | None = None, of_g
         for row in measured
         for variant, ratios in row.get("ratios_to_default", {}).items()
     ]
-    return markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"], rows)
+    heads = ["ms per token", *(f"batch {batch}" for batch in BATCHES), "prefill, 32 x 1024"]
+    if all("prefill_32x1024_s" not in row for _, row in starts):
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    return markdown(heads, rows)
 
 
 def sglang() -> str:
@@ -47,12 +56,7 @@ def sglang() -> str:
     for width, name in there.items():
         rows = [
             [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES)]
-            for variant, label in (
-                ("default", "stock SGLang"),
-                ("AUTO-unfused", "AUTO, norm left to SGLang"),
-                ("AUTO", "AUTO, norm fused"),
-                ("ONESHOT", "ONESHOT, norm fused"),
-            )
+            for variant, label in OF_SGLANG.items()
             for row in record(name)["rows"]
             if row.get("variant") == variant
         ]

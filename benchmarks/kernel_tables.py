@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import statistics
+
+from benchmarks.clusters_leave import first_gpc
 from benchmarks.tables import KIB, MIB, MISSING, by_size, fastest, markdown, number, record, size, times
 
 PEERS = {
@@ -75,6 +79,22 @@ def pushing_warps() -> str:
         found = sorted((row["scatter_lanes"] * row["threads"], row["us"]) for row in rows if row["hidden"] == hidden)
         lines.append([str(hidden), *(number(us) for _, us in found)])
     return markdown(["hidden size", *(f"{warps} warps" for warps in PUSHING_WARPS)], lines)
+
+
+def product_by_gpc() -> str:
+    """A matrix product by the GPC at which its clusters begin, behind kernels that have blocks enough to be fast."""
+    found = record("h100/product_behind")
+    begins_at = [first_gpc([int(place) for place in order.split()]) for order in found["orders"]]
+    times: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
+    for row in found["rows"]:
+        if row["cluster"] and row["blocks"] >= min(row["rows"], 64):
+            times[row["rows"], begins_at[row["places"]]].append(row["product_us"])
+    gpcs = sorted({gpc for _, gpc in times})
+    lines = [
+        [f"{rows} rows" if rows > 1 else "1 row", *(f"{statistics.median(times[rows, gpc]):.1f}" for gpc in gpcs)]
+        for rows in dict.fromkeys(rows for rows, _ in times)
+    ]
+    return markdown(["us", *(f"GPC {gpc}" for gpc in gpcs)], lines)
 
 
 def before_and_after() -> str:

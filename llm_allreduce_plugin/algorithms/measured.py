@@ -221,8 +221,8 @@ TABLE_PLACES_FROM: dict[int, int] = {}
 # (benchmarks/h100/fused_shapes_tp2.json, wide blocks: fused_shapes_wide_tp2.json), from 2 MiB on with 2 H200
 # (benchmarks/h200/fused_shapes_narrow_tp2.json); for more ranks, and through host
 # memory, an estimate from it. What a launch does to the kernel behind it counts, too: with 32 rows of 8192, clusters of
-# two blocks are 0.4 us faster than wide blocks by themselves, and a matrix product over all multiprocessors takes 7 us
-# longer behind them (fused_shapes_behind_tp2.json).
+# two blocks are 0.4 us faster than wide blocks by themselves, and a matrix product over all multiprocessors took 7 us
+# longer behind 32 of them (fused_shapes_behind_tp2.json; see Leaves).
 ROW_SHAPES = {
     "PUSH": RowShape(
         512,

@@ -37,3 +37,12 @@ def test_replays_come_in_the_order_of_their_launches() -> None:
     launches = [{"name": "cudaGraphLaunch", "ts": ts, "args": {"correlation": graph}} for ts, graph in ((5, 9), (1, 7))]
     events = [*launches, *a_round(100.0, 9)[::-1], *a_round(20.0), kernel("eager", 0.0, 1.0, 3)]
     assert after.replays_in(events) == [a_round(20.0), a_round(100.0, 9)]
+
+
+def test_grids_have_a_lane_for_each_row_and_whole_clusters() -> None:
+    for rows in (1, 8, 32, 128):
+        found = list(after.grids(rows))
+        assert len(set(found)) == len(found)
+        assert all(shape.lanes % shape.cluster == 0 for shape in found)
+        assert all(shape.lanes >= min(rows * shape.cluster, 128) for shape in found)
+        assert {shape.cluster for shape in found} == {1, 2, 4, 8}
