@@ -87,6 +87,7 @@ class Launch:
         domains: the domain of each rank, for HIERARCHICAL.
         epilogue: what becomes of a reduced vector.
         cluster: RMS_NORM: blocks that share a row.
+        idle_lanes: RMS_NORM: of ``lanes``, those that never have a row (:class:`~.measured.Leaves`).
         hosts: hosts whose sums are exchanged; 1: there is one. With more, ONE_SHOT sums whole messages inside each
             host, TWO_SHOT a part on each rank; chunks and rounds are of a piece, and ``wire_format`` is of those sums.
         pieces: of several hosts: pieces of the message, of which one is exchanged while others are summed.
@@ -104,6 +105,7 @@ class Launch:
     domains: tuple[int, ...] = ()
     epilogue: Epilogue = Epilogue.STORE
     cluster: int = 1
+    idle_lanes: int = 0
     hosts: int = 1
     pieces: int = 1
 
@@ -133,7 +135,9 @@ class Launch:
             words += f" ({self.scatter_lanes} only send"
             words += f", {self.drain_lanes} only receive)" if self.drain_lanes else ")"
         if self.cluster > 1:
-            words += f" ({self.cluster} to a row)"
+            words += f" ({self.cluster} to a row{f', {self.idle_lanes} without one' if self.idle_lanes else ''})"
+        elif self.idle_lanes:
+            words += f" ({self.idle_lanes} without a row)"
         spread = "per peer" if self.in_band else "per block and peer"
         return (
             f"{words}, {self.rounds} round(s) of {self.chunk_vectors * 16} bytes {spread}, "

@@ -156,16 +156,18 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     wide = _is_wide(facts, rows, launch, shape)
     cluster = _cluster(facts, rows, in_a_round, shape, wide=wide)
     wide &= cluster == 1
-    lanes = _lanes(facts, in_a_round, cluster, wide=wide)
+    busy = _lanes(facts, in_a_round, cluster, wide=wide)
+    lanes = _with_idle(facts, busy, cluster) if launch.exchange is Exchange.PUSH else busy
     spread = Launch(
         launch.algorithm,
         launch.exchange,
-        lanes=_with_idle(facts, lanes, cluster) if launch.exchange is Exchange.PUSH else lanes,
+        lanes=lanes,
         threads=_whole_warps(rows.vectors) if wide else _threads(math.ceil(rows.vectors / cluster), shape),
         chunk_vectors=in_a_round * rows.vectors,
         rounds=math.ceil(rows.rows / (in_a_round * parts)),
         epilogue=Epilogue.RMS_NORM,
         cluster=cluster,
+        idle_lanes=lanes - busy,
     )
     return spread if cluster > 1 or wide else _split(facts, rows, spread, shape)
 
@@ -264,7 +266,12 @@ def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> La
     tasks = _tasks(facts, spread.algorithm, threads, shape) if _is_large(rows, shape) else None
     if tasks is not None and in_a_round >= tasks.lanes - tasks.scatter - tasks.drain:  # a row to each that sums
         return dataclasses.replace(
-            spread, lanes=tasks.lanes, threads=threads, scatter_lanes=tasks.scatter, drain_lanes=tasks.drain
+            spread,
+            lanes=tasks.lanes,
+            threads=threads,
+            scatter_lanes=tasks.scatter,
+            drain_lanes=tasks.drain,
+            idle_lanes=0,
         )
     if is_short and threads <= shape.paired_threads and facts.world_size == PAIR:  # rows by turns: two blocks at once
         return dataclasses.replace(spread, threads=threads)

@@ -80,9 +80,12 @@ def _is_sound(group: GroupFacts, rows: int, hidden: int, launch: Launch) -> None
         assert in_a_round >= workers
     else:
         assert launch.drain_lanes == 0
-        idle = launch.lanes - in_a_round * launch.cluster
-        assert idle <= 0 or group.multiprocessors == measured.LEAVES.multiprocessors
-        assert idle <= 0 or launch.exchange is Exchange.PUSH
+        assert launch.lanes - launch.idle_lanes <= in_a_round * launch.cluster
+    if launch.idle_lanes:
+        assert group.multiprocessors == measured.LEAVES.multiprocessors
+        assert launch.exchange is Exchange.PUSH
+        assert launch.idle_lanes % launch.cluster == 0
+        assert launch.lanes > launch.idle_lanes > 0 == launch.scatter_lanes
     if launch.exchange is Exchange.SHARED:
         assert (launch.rounds, launch.scatter_lanes, launch.cluster) == (1, 0, 1)
         assert is_one_shot
@@ -166,11 +169,12 @@ def test_clusters_without_a_row_leave_the_gpu_as_it_was() -> None:
         known = launch_of(dataclasses.replace(group, multiprocessors=132), rows, 8192)
         assert (known.cluster, known.lanes) == (cluster, lanes)
         other = launch_of(dataclasses.replace(group, multiprocessors=114), rows, 8192)
-        assert dataclasses.replace(known, lanes=other.lanes) == other
-        assert other.lanes <= known.lanes
+        assert known == dataclasses.replace(other, lanes=lanes, idle_lanes=lanes - other.lanes)
     shared = dataclasses.replace(facts(2, Transport.HOST), multiprocessors=132)
     assert launch_of(shared, 9, 4096).lanes == 9
-    assert launch_of(dataclasses.replace(facts(2), multiprocessors=132), 9, 2880).lanes == 15
+    two = dataclasses.replace(facts(2), multiprocessors=132)
+    assert str(launch_of(two, 9, 2880)).startswith("15 blocks x 384 threads (6 without a row), ")
+    assert str(launch_of(two, 4, 8192)).startswith("56 blocks x 128 threads (8 to a row, 24 without one), ")
 
 
 # Where the next turn begins, for each GPC at which it would have begun: there, or at the first. Such a turn is also
