@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,11 @@ from typing import Any
 STARTUP_LIMIT_S = 600
 STOP_LIMIT_S = 30
 PROGRESS_S = 15  # between lines about a start
+LOOPBACK = "127.0.0.1"
+GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
+USUALLY_FIRST_GIVEN_OUT = 32768  # Linux's default
+FIRST_PORT = 20000  # below are more services with ports of their own
+PORTS_TRIED = 50
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -31,11 +38,27 @@ def say(text: str) -> None:
     print(f"[demo] {text}", flush=True)  # noqa: T201  (what a command has to say)
 
 
+def _first_given_out() -> int:
+    """The lowest port that the kernel gives to whoever asks for any."""
+    try:
+        return int(GIVEN_OUT.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return USUALLY_FIRST_GIVEN_OUT
+
+
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of this machine that nobody listens on.
+
+    None that the kernel gives out, where there are others: a server's own processes ask for such while it starts, and
+    one of them might be given this one before the server listens on it.
+    """
+    others = range(FIRST_PORT, max(FIRST_PORT, _first_given_out()))
+    for port in (*random.sample(others, min(len(others), PORTS_TRIED)), 0):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((LOOPBACK, port))
+            return int(probe.getsockname()[1])
+    message = f"no port of {LOOPBACK} is free"
+    raise DemoError(message)
 
 
 def http(url: str, body: dict[str, Any] | None = None, timeout: float = 120) -> Any:  # noqa: ANN401
@@ -117,11 +140,18 @@ def end_of(log: Path) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-40:])
 
 
+def _taken_port(url: str, log: Path) -> str | None:
+    """The port of ``url`` if the server says that it could not have it."""
+    port = str(urllib.parse.urlsplit(url).port)
+    said = end_of(log).splitlines()
+    return port if any(port in line and "address already in use" in line.lower() for line in said) else None
+
+
 def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Until the server answers; meanwhile a line now and then about what it does.
 
     Raises:
-        DemoError: it has ended, or takes too long.
+        DemoError: it has ended, cannot have its port (SGLang's server stays there then), or takes too long.
     """
     started = told = time.monotonic()
     while time.monotonic() < started + STARTUP_LIMIT_S:
@@ -130,6 +160,11 @@ def wait_for_health(process: subprocess.Popen[bytes], url: str, log: Path) -> No
             say(f"starting for {told - started:.0f} s; its log: {last_line(log)}")
         if process.poll() is not None:
             message = f"the server ended with code {process.returncode}; the end of its log:\n{end_of(log)}"
+            raise DemoError(message)
+        if port := _taken_port(url, log):
+            message = (
+                f"port {port} was taken by another process; try again. The end of the server's log:\n{end_of(log)}"
+            )
             raise DemoError(message)
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             http(url, timeout=2)

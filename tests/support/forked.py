@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llm_allreduce_plugin.demo.server import free_port
 from llm_allreduce_plugin.measure.ranks import RankContext
 
 server = multiprocessing.get_context("forkserver")
@@ -79,8 +79,7 @@ class ForkedRanks:
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         method = f"file://{Path(self._folder.name) / 'store'}"
         if store == "tcp":
-            with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as free:
-                method = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+            method = f"tcp://127.0.0.1:{free_port()}"
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -190,3 +191,35 @@ def test_a_start_says_what_it_waits_for(
     ):
         serve_demo.wait_for_health(process, url, log)
     assert "s; its log: ready\n" in capsys.readouterr().out
+
+
+TAKEN = """
+import time
+print("ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', {port}): address already in use")
+print("INFO:     Waiting for application shutdown.", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_server_whose_port_is_taken_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's does not end by itself then."""
+    monkeypatch.setattr(demo_server, "STARTUP_LIMIT_S", 20.0)
+    port = serve_demo.free_port()
+    command = [sys.executable, "-c", TAKEN.format(port=port)]
+    with (
+        serve_demo.server(command, dict(os.environ), tmp_path / "log") as process,
+        pytest.raises(DemoError, match=rf"(?s)port {port} was taken by another process.*try again.*Errno 98"),
+    ):
+        serve_demo.wait_for_health(process, f"http://127.0.0.1:{port}/health", tmp_path / "log")
+
+
+def test_ports_are_none_that_the_kernel_gives_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A server's own processes ask for some of these while it starts."""
+    given_out = tmp_path / "ip_local_port_range"
+    monkeypatch.setattr(demo_server, "GIVEN_OUT", given_out)
+    for text, below in (("32768\t60999\n", 32768), ("20010 60999", 20010), ("nothing of use", 32768)):
+        given_out.write_text(text)
+        assert all(demo_server.FIRST_PORT <= serve_demo.free_port() < below for _ in range(20))
+    given_out.write_text("1024 65535")  # there is none
+    with socket.create_server(("127.0.0.1", serve_demo.free_port())):
+        pass
