@@ -22,14 +22,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.product_behind import HIDDEN, OUT, Runs, Shape, compiled
+from benchmarks.product_behind import Runs, Shape, compiled
 
 # Blocks, as clusters of one, that leave a state each.
 STATES = (132, 5, 6, 7, 8, 104, 112, 120)
-CLUSTERS = (1, 2, 4, 8)
+PLAIN = 0
+CLUSTERS = (PLAIN, 1, 2, 4, 8)
 THREADS = 256
 BLOCKS = 2  # to a multiprocessor, at most
-PLAIN = 0
 
 
 def of_cluster(blocks: int, cluster: int) -> Shape:
@@ -56,9 +56,10 @@ def lines(runs: Runs, multiprocessors: int) -> list[dict[str, Any]]:
     for state in STATES:
         before = of_cluster(state, 1)
         started_at = begins_at(before)
-        for cluster in (PLAIN, *CLUSTERS):
-            most = BLOCKS * multiprocessors // max(cluster, 1)
-            numbers = [begins_at(before, of_cluster(n * max(cluster, 1), cluster)) for n in range(1, most + 1)]
+        for cluster in CLUSTERS:
+            blocks = max(cluster, 1)
+            most = BLOCKS * multiprocessors // blocks
+            numbers = [begins_at(before, of_cluster(n * blocks, cluster)) for n in range(1, most + 1)]
             found.append({"state": state, "started_at": started_at, "cluster": cluster, "begins_at": numbers})
     return found
 
@@ -72,9 +73,8 @@ def main() -> None:
 
     from llm_allreduce_plugin.measure.environment import write_record
 
-    weight = torch.empty(OUT, HIDDEN, device="cuda", dtype=torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(compiled(Path(folder)), weight, 8, [])
+        runs = Runs(compiled(Path(folder)), None, 8, [])
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
         found = lines(runs, multiprocessors)
     for row in found:

@@ -54,15 +54,9 @@ def sglang() -> str:
         return "Not measured yet.\n"
     parts = [f"![Time per token in SGLang](plots/{SGLANG_PICTURE}.png)\n"] if there == names else []
     for width, name in there.items():
-        rows = [
-            [label, *(f"{row[f'ms_per_token_batch_{batch}']:.3f}" for batch in BATCHES)]
-            for variant, label in OF_SGLANG.items()
-            for row in record(name)["rows"]
-            if row.get("variant") == variant
-        ]
         parts += [
             f"Llama, {width} wide (`benchmarks/{name}.json`); a line to each start:\n",
-            markdown(["ms per token", *(f"batch {batch}" for batch in BATCHES)], rows),
+            tokens(name, OF_SGLANG),
         ]
     if has_record("h100/sglang_tokens_tp2"):
         (same,) = (row for row in record("h100/sglang_tokens_tp2")["rows"] if "requests" in row)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import gzip
+import itertools
 import json
 import statistics
 from collections.abc import Iterable
@@ -23,6 +24,17 @@ from typing import Any
 NAME_CHARACTERS = 90
 
 
+def replays_in(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The kernels of each graph that a trace of torch's profiler holds, in the order of the graphs."""
+    launches = [event for event in events if event.get("name") == "cudaGraphLaunch"]
+    kernels: dict[int, list[dict[str, Any]]] = {event["args"]["correlation"]: [] for event in launches}
+    for event in events:
+        if event.get("cat") == "kernel" and event["args"]["correlation"] in kernels:
+            kernels[event["args"]["correlation"]].append(event)
+    ordered = sorted(launches, key=lambda event: event["ts"])
+    return [sorted(kernels[event["args"]["correlation"]], key=lambda kernel: kernel["ts"]) for event in ordered]
+
+
 def kernels_in(path: Path, *, graphs: bool = False) -> list[dict[str, Any]]:
     """The events of kernels of a trace, in the order of their start. ``ts`` and ``dur`` in microseconds.
 
@@ -30,10 +42,10 @@ def kernels_in(path: Path, *, graphs: bool = False) -> list[dict[str, Any]]:
     """
     data = path.read_bytes()
     events = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)["traceEvents"]
-    kernels = [event for event in events if event.get("cat") == "kernel"]
     if graphs:
-        launches = {event["args"]["correlation"] for event in events if event.get("name") == "cudaGraphLaunch"}
-        kernels = [kernel for kernel in kernels if kernel["args"]["correlation"] in launches]
+        kernels = list(itertools.chain.from_iterable(replays_in(events)))
+    else:
+        kernels = [event for event in events if event.get("cat") == "kernel"]
     return sorted(kernels, key=lambda event: event["ts"])
 
 

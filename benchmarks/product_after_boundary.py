@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import fused_shapes
+from benchmarks.kernel_times import replays_in
 from llm_allreduce_plugin import _C
 from llm_allreduce_plugin.base.agreement import Agreement
 from llm_allreduce_plugin.measure.environment import write_record
@@ -77,17 +78,6 @@ def of_replay(kernels: list[dict[str, Any]]) -> dict[str, float]:
         "behind_us": round(statistics.median(kernels[index]["dur"] for index in seconds), 2),
         "round_us": round(statistics.median(rounds), 2),
     }
-
-
-def replays_in(events: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The kernels of each graph that a trace of torch's profiler holds, in the order of the graphs."""
-    launches = [event for event in events if event.get("name") == "cudaGraphLaunch"]
-    kernels: dict[int, list[dict[str, Any]]] = {event["args"]["correlation"]: [] for event in launches}
-    for event in events:
-        if event.get("cat") == "kernel" and event["args"]["correlation"] in kernels:
-            kernels[event["args"]["correlation"]].append(event)
-    ordered = sorted(launches, key=lambda event: event["ts"])
-    return [sorted(kernels[event["args"]["correlation"]], key=lambda kernel: kernel["ts"]) for event in ordered]
 
 
 def profiled(context: Any, graphs: list[Any]) -> list[dict[str, float]]:  # noqa: ANN401

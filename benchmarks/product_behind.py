@@ -107,7 +107,7 @@ def microseconds(body: Callable[[Any], None]) -> float:
 
 
 class Runs:
-    """Kernels and the product of some rows with ``weight``, bf16 [OUT, HIDDEN]."""
+    """Kernels and the product of some rows with ``weight``, bf16 [OUT, HIDDEN]; None: there is no product."""
 
     def __init__(self, kernels: ctypes.CDLL, weight: Any, rows: int, orders: list[list[int]]) -> None:  # noqa: ANN401
         import torch

@@ -12,45 +12,20 @@ kernel runs are the same for all places.
 from __future__ import annotations
 
 import argparse
-import functools
-import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-HIDDEN, OUT = 8192, 28672
-ROWS = (1, 8, 32, 128)
+from benchmarks.product_behind import HIDDEN, OUT, ROWS, microseconds
+
 STEP_BYTES = 512 << 10
 PLACES = 96
 PADDING = 64
-IN_A_ROW = 12
-REPLAYS = 3
 MOVED = ("input", "output", "input, padded")
-
-
-def microseconds(body: Callable[[], object]) -> float:
-    """Of one of IN_A_ROW runs of ``body`` in a CUDA graph, the median of REPLAYS behind one that is not counted."""
-    import torch
-
-    body()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(IN_A_ROW):
-            body()
-    ticks = [torch.cuda.Event(enable_timing=True) for _ in range(REPLAYS + 1)]  # type: ignore[no-untyped-call]
-    graph.replay()
-    ticks[0].record()
-    for tick in ticks[1:]:
-        graph.replay()
-        tick.record()
-    torch.cuda.synchronize()
-    times: list[float] = [a.elapsed_time(b) * 1e3 / IN_A_ROW for a, b in itertools.pairwise(ticks)]
-    return statistics.median(times)
 
 
 def placed(arena: Any, place: int, rows: int, columns: int, padding: int = 0) -> Any:  # noqa: ANN401
@@ -74,8 +49,11 @@ def scan(weight: Any, arena: Any, rows: int, moved: str) -> dict[str, Any]:  # n
         else:
             used = placed(arena, place, rows, HIDDEN, PADDING if "padded" in moved else 0)
             used.copy_(source)
-        product_of_both = functools.partial(torch.mm, used, weight.t(), out=out)
-        times.append(round(microseconds(product_of_both), 1))
+
+        def run(_: Any, used: Any = used, out: Any = out) -> None:  # noqa: ANN401
+            torch.mm(used, weight.t(), out=out)
+
+        times.append(round(microseconds(run), 1))
     return {"rows": rows, "moved": moved, "us": times}
 
 

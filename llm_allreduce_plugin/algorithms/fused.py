@@ -156,20 +156,17 @@ def plan(facts: GroupFacts, rows: Rows, launch: Launch) -> Launch:
     wide = _is_wide(facts, rows, launch, shape)
     cluster = _cluster(facts, rows, in_a_round, shape, wide=wide)
     wide &= cluster == 1
-    busy = _lanes(facts, in_a_round, cluster, wide=wide)
-    lanes = _with_idle(facts, busy, cluster) if launch.exchange is Exchange.PUSH else busy
     spread = Launch(
         launch.algorithm,
         launch.exchange,
-        lanes=lanes,
+        lanes=_lanes(facts, in_a_round, cluster, wide=wide),
         threads=_whole_warps(rows.vectors) if wide else _threads(math.ceil(rows.vectors / cluster), shape),
         chunk_vectors=in_a_round * rows.vectors,
         rounds=math.ceil(rows.rows / (in_a_round * parts)),
         epilogue=Epilogue.RMS_NORM,
         cluster=cluster,
-        idle_lanes=lanes - busy,
     )
-    return spread if cluster > 1 or wide else _split(facts, rows, spread, shape)
+    return _with_idle(facts, spread if cluster > 1 or wide else _split(facts, rows, spread, shape))
 
 
 def _shape(launch: Launch) -> RowShape:
@@ -224,14 +221,17 @@ def _lanes(facts: GroupFacts, rows: int, cluster: int, *, wide: bool) -> int:
     return min(rows * cluster, most)
 
 
-def _with_idle(facts: GroupFacts, lanes: int, cluster: int) -> int:
-    """As many lanes, and some without a row where a matrix product behind them would be slower without those.
+def _with_idle(facts: GroupFacts, launch: Launch) -> Launch:
+    """The same with lanes that have no row, where a matrix product behind it would be slower without those.
 
     It then finds the GPU as it would have without this kernel (:class:`~.measured.Leaves`).
     """
-    if facts.multiprocessors != measured.LEAVES.multiprocessors:
-        return lanes
-    return measured.LEAVES.padded(lanes // cluster, cluster, facts.lanes // cluster) * cluster
+    is_known = facts.multiprocessors == measured.LEAVES.multiprocessors
+    if not is_known or launch.exchange is not Exchange.PUSH or launch.scatter_lanes:
+        return launch
+    cluster = launch.cluster
+    lanes = measured.LEAVES.padded(launch.lanes // cluster, cluster, facts.lanes // cluster) * cluster
+    return dataclasses.replace(launch, lanes=lanes, idle_lanes=lanes - launch.lanes)
 
 
 def _cluster(facts: GroupFacts, rows: Rows, in_a_round: int, shape: RowShape, *, wide: bool) -> int:
@@ -266,12 +266,7 @@ def _split(facts: GroupFacts, rows: Rows, spread: Launch, shape: RowShape) -> La
     tasks = _tasks(facts, spread.algorithm, threads, shape) if _is_large(rows, shape) else None
     if tasks is not None and in_a_round >= tasks.lanes - tasks.scatter - tasks.drain:  # a row to each that sums
         return dataclasses.replace(
-            spread,
-            lanes=tasks.lanes,
-            threads=threads,
-            scatter_lanes=tasks.scatter,
-            drain_lanes=tasks.drain,
-            idle_lanes=0,
+            spread, lanes=tasks.lanes, threads=threads, scatter_lanes=tasks.scatter, drain_lanes=tasks.drain
         )
     if is_short and threads <= shape.paired_threads and facts.world_size == PAIR:  # rows by turns: two blocks at once
         return dataclasses.replace(spread, threads=threads)

@@ -21,7 +21,6 @@ from typing import Any
 STARTUP_LIMIT_S = 600
 STOP_LIMIT_S = 30
 PROGRESS_S = 15  # between lines about a start
-LOOPBACK = "127.0.0.1"
 GIVEN_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")
 USUALLY_FIRST_GIVEN_OUT = 32768  # Linux's default
 FIRST_PORT = 20000  # below are more services with ports of their own
@@ -55,9 +54,9 @@ def free_port() -> int:
     others = range(FIRST_PORT, max(FIRST_PORT, _first_given_out()))
     for port in (*random.sample(others, min(len(others), PORTS_TRIED)), 0):
         with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind((LOOPBACK, port))
+            probe.bind(("127.0.0.1", port))
             return int(probe.getsockname()[1])
-    message = f"no port of {LOOPBACK} is free"
+    message = "no port of this machine is free for the server"
     raise DemoError(message)
 
 
